@@ -1,0 +1,39 @@
+"""The few plain records that travel between tasks, models, training and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+Message: TypeAlias = dict[str, str]
+"""One chat turn: {"role": "user", "content": "..."}."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text or as chat messages, with the reference answer a grader needs."""
+
+    id: str
+    """Stable name of the prompt, unique within its source."""
+    content: str | tuple[Message, ...]
+    """Plain text, or chat messages that the tokenizer's chat template renders."""
+    answer: str | None = None
+    """Reference answer for grading; None when the prompt cannot be graded."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt and one sampled completion, as token ids (never re-tokenised)."""
+
+    prompt: Prompt
+    sample: int
+    """Index of this completion among the completions of its prompt, from 0."""
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """Sampled ids; the end-of-sequence id that stopped the completion is included and counts."""
+    is_truncated: bool = False
+    """True when max_new_tokens was reached before an end-of-sequence id."""
+    logprobs: tuple[float, ...] = field(default=(), repr=False)
+    """Log-probability in nats, under the sampler, of each completion id."""
+    text: str = ""
+    """Decoded completion without special tokens."""

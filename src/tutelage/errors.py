@@ -1,0 +1,33 @@
+"""The errors a user can cause. The command line prints their text in one line and exits with 2."""
+
+from __future__ import annotations
+
+
+class TutelageError(Exception):
+    """Base of every error a user can cause: one line saying what, the value seen, what to do."""
+
+
+class ConfigError(TutelageError, ValueError):
+    """A configuration value is missing, unknown or out of range."""
+
+
+class DataError(TutelageError, ValueError):
+    """A prompt file or data set cannot be used."""
+
+
+class ModelError(TutelageError, ValueError):
+    """A model or tokenizer cannot be loaded, or two of them do not fit each other."""
+
+
+class RunError(TutelageError, RuntimeError):
+    """A run folder cannot be written, read or continued."""
+
+
+class MissingExtraError(TutelageError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'tutelage[{extra}]'."
+        )
