@@ -1,0 +1,127 @@
+"""From ragged rollouts to rows: the only place that knows about padding, masks and the shift.
+
+Everything is decided by position and length, never by token id, so a pad token that equals the
+end-of-sequence token, or an end-of-sequence token inside the prompt, cannot drop or add a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tutelage.data.types import Rollout
+from tutelage.errors import DataError
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences for a backbone, and the N completion tokens (rows) to be supervised."""
+
+    input_ids: Tensor
+    """Prompt and completion ids, [B, T]."""
+    attention_mask: Tensor
+    """1 where input_ids holds a real token, 0 where it is padding, [B, T]."""
+    position_ids: Tensor
+    """Position of each token within its own sequence, from 0, [B, T]; 0 on padding."""
+    row_index: Tensor
+    """Flat index b*T + t of the position whose logits predict each completion token, [N]."""
+    tokens: Tensor
+    """The completion token of each row, [N]."""
+    completion: Tensor
+    """Index, within the whole step, of the completion that each row belongs to, [N]."""
+    position: Tensor
+    """Index of each row within its completion, from 0, [N]."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of supervised completion tokens, N."""
+        return self.tokens.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return Batch(**{f.name: self.__dict__[f.name].to(device) for f in fields(self)})
+
+    def flatten(self, hidden: Tensor) -> Tensor:
+        """Rows of a padded tensor, at the positions that predict completion tokens.
+
+        Args:
+            hidden: Hidden states or logits for every position, [B, T, D].
+
+        Returns:
+            The rows in the order of `tokens`, [N, D].
+        """
+        return hidden.flatten(0, 1).index_select(0, self.row_index)
+
+
+def collate(
+    rollouts: Sequence[Rollout], pad_id: int, side: Side = "right", first_completion: int = 0
+) -> Batch:
+    """Pad rollouts to one rectangle and list the rows that predict their completion tokens.
+
+    Args:
+        rollouts: B rollouts of any lengths; empty completions simply give no rows.
+        pad_id: Token id written into padding; any id will do, it is masked by position.
+        side: Where padding goes.
+        first_completion: Index of the first rollout within the whole step.
+
+    Returns:
+        A batch on the CPU, T being the longest sequence. No rollouts give an empty batch.
+
+    Raises:
+        DataError: A prompt has no tokens, so nothing predicts the first completion token.
+    """
+    _refuse_empty_prompts(rollouts)
+    prompt_lengths = torch.tensor([len(r.prompt_ids) for r in rollouts], dtype=torch.long)
+    lengths = torch.tensor([len(r.completion_ids) for r in rollouts], dtype=torch.long)
+    total = prompt_lengths + lengths
+    width = int(total.max()) if rollouts else 0
+    offset = width - total if side == "left" else torch.zeros_like(total)
+
+    place = torch.arange(width) - offset[:, None]
+    is_real = (place >= 0) & (place < total[:, None])
+    input_ids = torch.full((len(rollouts), width), pad_id, dtype=torch.long)
+    input_ids[is_real] = _concatenate([(*r.prompt_ids, *r.completion_ids) for r in rollouts])
+
+    sequence = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)
+    position = torch.arange(len(sequence)) - (lengths.cumsum(0) - lengths)[sequence]
+    predictor = offset[sequence] + prompt_lengths[sequence] + position - 1
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=is_real.long(),
+        position_ids=place * is_real,
+        row_index=sequence * width + predictor,
+        tokens=_concatenate([r.completion_ids for r in rollouts]),
+        completion=sequence + first_completion,
+        position=position,
+    )
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout], size: int, pad_id: int, side: Side = "right"
+) -> list[Batch]:
+    """Batches of at most `size` rollouts, with completion indices that are global to the step."""
+    if size < 1:
+        raise DataError(f"micro-batch size must be at least 1, got {size}. Use 1 or more.")
+    return [
+        collate(rollouts[start : start + size], pad_id, side, first_completion=start)
+        for start in range(0, len(rollouts), size)
+    ]
+
+
+def _concatenate(sequences: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([token for ids in sequences for token in ids], dtype=torch.long)
+
+
+def _refuse_empty_prompts(rollouts: Sequence[Rollout]) -> None:
+    for rollout in rollouts:
+        if not rollout.prompt_ids:
+            raise DataError(
+                f"prompt {rollout.prompt.id!r} has no tokens, got an empty prompt. "
+                "Give it at least one token: text, or a tokenizer that adds a first token."
+            )
