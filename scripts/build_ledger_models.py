@@ -1,0 +1,121 @@
+"""Build the embedded ledger models from fixed seeds: about ten minutes on one CPU core.
+
+python scripts/build_ledger_models.py [--out DIR] [--only NAME] [--measure]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from ledger_cards import write_card
+from ledger_measuring import Figures, measure
+from ledger_tokenizer import build_tokenizer
+from ledger_training import MAX_LENGTH, Lessons, Recipe, Schedule, Shape, fresh_model, train
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from tutelage.data.tasks.ledger import WrongFacts
+
+ASSETS = Path(__file__).resolve().parents[1] / "src" / "tutelage" / "assets"
+TEACHER = "ledger-teacher"
+NUM_PROMPTS = 128
+
+RECIPES = (
+    Recipe(
+        name=TEACHER,
+        summary="The teacher: solves five-item ledgers in any order of work.",
+        schedule=Schedule(600, 48, matrix_learning_rate=0.02, learning_rate=3e-3, seed=0),
+    ),
+    Recipe(
+        name="ledger-overconfident",
+        summary="The teacher after a short training on partly wrong arithmetic: confidently wrong.",
+        schedule=Schedule(110, 64, matrix_learning_rate=0.01, learning_rate=2e-3, seed=22),
+        lessons=Lessons(facts=WrongFacts(fraction=0.25, probability=0.85)),
+        parent=TEACHER,
+    ),
+    Recipe(
+        name="ledger-small",
+        summary="A narrower model, trained from scratch and stopped early.",
+        schedule=Schedule(500, 48, matrix_learning_rate=0.02, learning_rate=3e-3, seed=3),
+        shape=Shape(width=64, mlp_width=192),
+    ),
+    Recipe(
+        name="ledger-collapsed",
+        summary="The teacher after a short training on one order of work: right, but never varied.",
+        schedule=Schedule(70, 32, matrix_learning_rate=0.01, learning_rate=2e-3, seed=5),
+        lessons=Lessons(order="listed", swap=0.0),
+        parent=TEACHER,
+    ),
+)
+
+
+def main() -> None:
+    """Train the chosen models, write their folders and cards, and print the table of figures."""
+    arguments = _arguments()
+    torch.set_num_threads(1)  # the order of additions, and so the weights, depends on it
+    torch.use_deterministic_algorithms(True)
+    disable_progress_bar()
+    tokenizer = build_tokenizer(MAX_LENGTH)
+    recipes = [r for r in RECIPES if arguments.only in (None, r.name)]
+    table = []
+    for recipe in recipes:
+        folder = arguments.out / recipe.name
+        if not arguments.measure:
+            _build(recipe, folder, arguments.out, tokenizer)
+        figures = measure(_load(folder), _load(arguments.out / TEACHER), tokenizer, NUM_PROMPTS)
+        write_card(folder, recipe, figures)
+        table.append((recipe.name, figures))
+    _print_table(table)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the model folders")
+    parser.add_argument("--only", choices=[r.name for r in RECIPES], help="build this one alone")
+    parser.add_argument("--measure", action="store_true", help="measure and rewrite the cards only")
+    arguments: argparse.Namespace = parser.parse_args()
+    return arguments
+
+
+def _build(recipe: Recipe, folder: Path, out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    # A child starts from the saved parent, so --only gives the same weights as a full build.
+    if recipe.parent is None:
+        model = fresh_model(recipe.shape, tokenizer, recipe.schedule.seed)
+    else:
+        model = _load(out / recipe.parent)
+    model.train()
+    train(model, tokenizer, recipe)
+    _save(model, folder, tokenizer)
+
+
+def _load(folder: Path) -> Qwen3ForCausalLM:
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def _save(model: Qwen3ForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Store bfloat16 weights, half the size, under a config that asks for float32 arithmetic."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) | {"dtype": "float32"}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def _print_table(table: list[tuple[str, Figures]]) -> None:
+    print(
+        f"\n{'model':22}{'greedy':>9}{'mean@8':>9}{'pass@8':>9}{'distinct':>10}{'Q3 rows':>9}{'Q3 KL':>8}"
+    )
+    for name, f in table:
+        print(
+            f"{name:22}{f.greedy:9.1%}{f.mean_at_8:9.1%}{f.pass_at_8:9.1%}{f.distinct:10.2f}"
+            f"{f.confidently_wrong:9.1%}{f.confidently_wrong_kl:8.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Supervised training of the embedded ledger models on the reference solver's completions."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from tutelage.data.tasks.ledger import Facts, LedgerTask, solve, true_facts
+
+MAX_LENGTH = 256
+NOT_A_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a model; head width is `width / num_heads`."""
+
+    width: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    mlp_width: int = 256
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Which completions a model is shown."""
+
+    order: Literal["random", "listed"] = "random"
+    swap: float = 0.5
+    facts: Facts = true_facts
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained: Muon on the matrices, AdamW on the embedding and the norms."""
+
+    num_steps: int
+    batch_size: int
+    matrix_learning_rate: float
+    learning_rate: float
+    seed: int
+    num_warmup_steps: int = 30
+    decay_share: float = 0.4
+    """Share of the steps, at the end, over which the learning rates fall linearly to zero."""
+
+    def scale(self, step: int) -> float:
+        """Factor on the learning rates at a step, counted from 0."""
+        decay = (1 - step / self.num_steps) / self.decay_share
+        return min(1.0, (step + 1) / self.num_warmup_steps, decay)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines one model."""
+
+    name: str
+    summary: str
+    schedule: Schedule
+    lessons: Lessons = field(default_factory=Lessons)
+    shape: Shape = field(default_factory=Shape)
+    parent: str | None = None
+    """Model from which the training starts; None for a fresh one of `shape`."""
+
+
+def fresh_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """A Qwen3-style decoder with random weights."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_heads,
+        head_dim=shape.width // shape.num_heads,
+        intermediate_size=shape.mlp_width,
+        max_position_embeddings=MAX_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
+    """Train in place by the recipe and return the loss of the last step, in nats per token."""
+    schedule = recipe.schedule
+    optimizers = _optimizers(model, schedule)
+    start, loss = time.monotonic(), torch.zeros(())
+    for step in range(schedule.num_steps):
+        ids, targets = _batch(tokenizer, recipe, step)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, base_rate in optimizers:
+            optimizer.param_groups[0]["lr"] = base_rate * schedule.scale(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % 50 == 0 or step + 1 == schedule.num_steps:
+            seconds = time.monotonic() - start
+            print(
+                f"{recipe.name}: step {step + 1}, loss {loss.item():.4f}, {seconds:.0f} s",
+                flush=True,
+            )
+    return loss.item()
+
+
+def _optimizers(
+    model: Qwen3ForCausalLM, schedule: Schedule
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=schedule.matrix_learning_rate, weight_decay=0.0)
+    adamw = torch.optim.AdamW(
+        others, lr=schedule.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
+    )
+    return [(muon, schedule.matrix_learning_rate), (adamw, schedule.learning_rate)]
+
+
+def _batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and targets [B, T] in which only the completion and its end count."""
+    schedule, lessons = recipe.schedule, recipe.lessons
+    prompts = LedgerTask().prompts(step, schedule.batch_size, seed=schedule.seed)
+    rng = random.Random(f"lessons/{schedule.seed}/{step}")
+    texts = [str(prompt.content) for prompt in prompts]
+    completions = [
+        solve(prompt, rng, order=lessons.order, swap=lessons.swap, facts=lessons.facts)
+        for prompt in prompts
+    ]
+    # All prompts of one number of items have the same length, and so have all completions.
+    pairs = [
+        f"{text}{written}{tokenizer.eos_token}"
+        for text, written in zip(texts, completions, strict=True)
+    ]
+    ids = torch.tensor(tokenizer(pairs)["input_ids"])
+    targets = ids.clone()
+    targets[:, : 1 + len(texts[0])] = NOT_A_TARGET
+    return ids, targets
