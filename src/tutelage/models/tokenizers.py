@@ -1,0 +1,209 @@
+"""Prompts to token ids and back, and the proof that two models speak the same ids."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tutelage.data.types import Message, Prompt
+from tutelage.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, enable_thinking: bool | None = None
+) -> list[int]:
+    """Token ids of a prompt, ready for the model to continue.
+
+    Plain text gets the tokenizer's own special tokens, once. Chat messages go through the chat
+    template with a generation prompt; the template writes its own special tokens, so none are
+    added. Text that would itself become a control token (a forged end of turn, say) is refused.
+
+    Args:
+        tokenizer: Tokenizer of the model that will continue the prompt.
+        prompt: Text or chat messages.
+        enable_thinking: Passed to the chat template when not None; templates without such a
+            switch ignore it.
+
+    Returns:
+        Token ids, at least one.
+
+    Raises:
+        DataError: The text contains a control token, or the prompt gives no tokens.
+        ModelError: Chat messages for a tokenizer without a chat template.
+    """
+    for text in _texts(prompt.content):
+        _refuse_control_tokens(tokenizer, text, prompt.id)
+    if isinstance(prompt.content, str):
+        ids = list(tokenizer(prompt.content).input_ids)
+    else:
+        ids = _encode_chat(tokenizer, prompt.content, prompt.id, enable_thinking)
+    if not ids:
+        raise DataError(f"prompt {prompt.id!r} has no tokens, got empty text. Remove it.")
+    return ids
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of token ids, without special tokens and with its spaces as they were written."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a completion: those of the generation config and of the tokenizer."""
+    config = model.generation_config
+    declared = None if config is None else config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to write into padding: the tokenizer's own, else its end-of-sequence id, else 0."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of ids up to and including the tokenizer's largest: what a model may say."""
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return 1 + max(ids.values())
+
+
+def shared_vocabulary(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_rows: int,
+    teacher_rows: int,
+) -> int:
+    """Number of token ids on which student and teacher can be compared, V.
+
+    Output heads are often padded to a round number of rows, differently for each model. Rows that
+    no token uses are cut: V counts the ids of the tokenizer, all of which both heads must have.
+
+    Args:
+        student_tokenizer: The student's tokenizer.
+        teacher_tokenizer: The teacher's tokenizer.
+        student_rows: Rows of the student's output head.
+        teacher_rows: Rows of the teacher's output head.
+
+    Returns:
+        V, at most the smaller of both heads.
+
+    Raises:
+        ModelError: An id means different things to both, or lies beyond a head.
+    """
+    _refuse_different_tokens(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+    _refuse_different_control(student_tokenizer, teacher_tokenizer)
+    _warn_of_different_habits(student_tokenizer, teacher_tokenizer)
+    size = vocabulary_size(student_tokenizer)
+    for owner, rows in (("student", student_rows), ("teacher", teacher_rows)):
+        if rows < size:
+            raise ModelError(
+                f"the {owner}'s output head has {rows} rows but its tokenizer has ids up to "
+                f"{size - 1}. Use the tokenizer that belongs to the model."
+            )
+    return size
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that steer a model (end of turn, ...); the unknown token is plain text."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset((added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})
+
+
+def _texts(content: str | tuple[Message, ...]) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [text for message in content for text in message.values()]
+
+
+def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str, prompt_id: str) -> None:
+    # Encoding is the only sure detector: a tokenizer may normalise text before it looks for them.
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    found = control_ids(tokenizer).intersection(ids)
+    if found:
+        token = tokenizer.convert_ids_to_tokens(min(found))
+        raise DataError(
+            f"prompt {prompt_id!r} contains the control token {token!r}, got it inside the text. "
+            "Remove it; to give several turns use chat messages."
+        )
+
+
+def _encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: tuple[Message, ...],
+    prompt_id: str,
+    enable_thinking: bool | None,
+) -> list[int]:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"prompt {prompt_id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
+            "chat template. Use plain text prompts (chat = false)."
+        )
+    options: dict[str, Any] = {}
+    if enable_thinking is not None:
+        options["enable_thinking"] = enable_thinking
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **options
+        )
+    except TemplateError as error:
+        raise DataError(
+            f"prompt {prompt_id!r} does not fit the chat template: {_one_line(error)}. "
+            "Check the roles and the order of its messages."
+        ) from error
+    return list(tokenizer(rendered, add_special_tokens=False).input_ids)
+
+
+def _refuse_different_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:
+    differing = [t for t in student.keys() | teacher.keys() if student.get(t) != teacher.get(t)]
+    if not differing:
+        return
+    largest = max(len(student), len(teacher))
+    first = min(differing, key=lambda t: (min(student.get(t, largest), teacher.get(t, largest)), t))
+    raise ModelError(
+        f"student and teacher have different vocabularies: {len(differing)} tokens differ, first "
+        f"{first!r}, which is id {student.get(first)} for the student and {teacher.get(first)} for "
+        "the teacher. Choose models that share a tokenizer."
+    )
+
+
+def _refuse_different_control(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    differing = control_ids(student) ^ control_ids(teacher)
+    if differing:
+        token_id = min(differing)
+        owner = "student" if token_id in control_ids(student) else "teacher"
+        raise ModelError(
+            f"token {student.convert_ids_to_tokens(token_id)!r} (id {token_id}) is a control token "
+            f"for the {owner} only. Choose models that share a tokenizer."
+        )
+
+
+def _warn_of_different_habits(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    if student.eos_token_id != teacher.eos_token_id:
+        warnings.warn(
+            f"student and teacher end a completion differently: {student.eos_token!r} and "
+            f"{teacher.eos_token!r}. The teacher may punish stopping.",
+            stacklevel=3,
+        )
+    if student.chat_template != teacher.chat_template:
+        warnings.warn(
+            "student and teacher have different chat templates; prompts use the student's.",
+            stacklevel=3,
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
