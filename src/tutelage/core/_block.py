@@ -1,0 +1,204 @@
+"""The one place where `[rows, V]` numbers exist: a small block of them, read once, in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tutelage.core.lazy import LazyLogits
+
+CHUNK_BYTES = 64 << 20
+"""Bytes of the two `[chunk, V]` logit buffers together; more rows use the matrix units better."""
+
+_BLOCK_BYTES = 2 << 20
+"""Bytes of one `[block, V]` slice: small enough that its element-wise passes stay in cache."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one block of r rows says; every tensor is float32 or float64."""
+
+    p: Tensor
+    """Student probabilities `[r, V]`."""
+    q: Tensor
+    """Teacher probabilities `[r, V]`."""
+    gap: Tensor
+    """Student minus teacher logits `[r, V]`, up to a constant per row that cancels."""
+    mean_gap: Tensor
+    """`E_p[gap]`, `[r, 1]`."""
+    log_p: Tensor | None
+    """Log-probability `[r]` the student gives the sampled token; None when no token was given."""
+    log_q: Tensor | None
+    """The same for the teacher."""
+    entropy: Tensor
+    teacher_entropy: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+
+    def statistics(self) -> tuple[Tensor, ...]:
+        """The six numbers of `TokenStats`, in its order; needs the sampled tokens."""
+        if self.log_p is None or self.log_q is None:
+            raise ValueError("a block read without tokens has no token log-probabilities.")
+        divergences = (self.reverse_kl, self.forward_kl)
+        return (self.entropy, self.teacher_entropy, *divergences, self.log_p, self.log_q)
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    probabilities: Tensor
+    log_normalizer: Tensor
+    entropy: Tensor
+    token_logprob: Tensor | None
+
+
+def _distribution(
+    logits: Tensor, scratch: Tensor, tokens: Tensor | None, has_inf: bool
+) -> _Distribution:
+    """Softmax, entropy and token log-probability; `logits` are shifted in place to maximum 0.
+
+    With the maximum at 0, H = log Z + Σ p·(−z) adds only non-negative terms, so that nearly
+    deterministic rows keep their relative precision.
+    """
+    top, index = logits.max(-1, keepdim=True)
+    logits.sub_(top)
+    p = torch.softmax(logits, -1, out=scratch)
+    log_z = -p.gather(-1, index).squeeze(-1).log()
+    finite = logits.masked_fill(p == 0, 0.0) if has_inf else logits
+    entropy = log_z - torch.linalg.vecdot(p, finite)
+    token = None if tokens is None else logits.gather(-1, tokens[:, None]).squeeze(-1) - log_z
+    return _Distribution(p, log_z, entropy, token)
+
+
+def read_block(
+    student: Tensor,
+    teacher: Tensor,
+    scratch: tuple[Tensor, Tensor],
+    tokens: Tensor | None = None,
+    has_inf: bool = False,
+) -> Block:
+    """Both distributions of a block of logits, which are overwritten (`student` becomes `gap`).
+
+    Args:
+        student: logits `[r, V]`, overwritten.
+        teacher: logits `[r, V]`, overwritten.
+        scratch: two `[r, V]` buffers that receive p and q.
+        tokens: sampled token ids `[r]`.
+        has_inf: whether a logit can be −inf, which costs three more passes.
+    """
+    s = _distribution(student, scratch[0], tokens, has_inf)
+    t = _distribution(teacher, scratch[1], tokens, has_inf)
+    p, q = s.probabilities, t.probabilities
+    offset = s.log_normalizer - t.log_normalizer
+    gap = student.sub_(teacher)
+    teacher_gap = gap.masked_fill(q == 0, 0.0) if has_inf else gap
+    forward_kl = offset - torch.linalg.vecdot(q, teacher_gap)
+    if has_inf:
+        gap.masked_fill_(p == 0, 0.0)
+    mean_gap = torch.linalg.vecdot(p, gap)
+    return Block(
+        p,
+        q,
+        gap,
+        mean_gap[:, None],
+        s.token_logprob,
+        t.token_logprob,
+        s.entropy,
+        t.entropy,
+        mean_gap - offset,
+        forward_kl,
+    )
+
+
+@dataclass
+class _Buffers:
+    student: Tensor
+    teacher: Tensor
+    scratch: tuple[Tensor, Tensor]
+
+
+def rows_per_chunk(vocab_size: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Rows whose two logit buffers fit into `chunk_bytes`, at least 1."""
+    return max(1, chunk_bytes // (2 * vocab_size * dtype.itemsize))
+
+
+def _buffers(student: LazyLogits, rows: int) -> tuple[_Buffers, int]:
+    v, dtype, device = student.vocab_size, student.dtype, student.hidden.device
+    block = min(rows, max(1, _BLOCK_BYTES // (v * dtype.itemsize)))
+
+    def new(n: int) -> Tensor:
+        return torch.empty(n, v, dtype=dtype, device=device)
+
+    return _Buffers(new(rows), new(rows), (new(block), new(block))), block
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of rows `[start, stop)` whose blocks can be read one after the other."""
+
+    start: int
+    stop: int
+    student: Tensor
+    """Student logits `[stop − start, V]`; reading the blocks turns them into `gap`."""
+    teacher: Tensor
+    scratch: tuple[Tensor, Tensor]
+    block: int
+    has_inf: bool
+
+    def blocks(self, tokens: Tensor | None = None) -> Iterator[tuple[slice, Block]]:
+        """Each block with the rows (of the whole input) it covers."""
+        for low in range(0, self.stop - self.start, self.block):
+            here = slice(low, min(low + self.block, self.stop - self.start))
+            rows = slice(self.start + here.start, self.start + here.stop)
+            n = here.stop - here.start
+            yield (
+                rows,
+                read_block(
+                    self.student[here],
+                    self.teacher[here],
+                    (self.scratch[0][:n], self.scratch[1][:n]),
+                    None if tokens is None else tokens[rows],
+                    self.has_inf,
+                ),
+            )
+
+
+def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int) -> Iterator[Chunk]:
+    """Projects both sides chunk by chunk into two buffers that are reused."""
+    n = len(student)
+    if n == 0:
+        return
+    rows = min(n, rows_per_chunk(student.vocab_size, student.dtype, chunk_bytes))
+    buffers, block = _buffers(student, rows)
+    has_inf = _can_be_inf(student) or _can_be_inf(teacher)
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        yield Chunk(
+            start,
+            stop,
+            student.block(start, stop, out=buffers.student[: stop - start]),
+            teacher.block(start, stop, out=buffers.teacher[: stop - start]),
+            buffers.scratch,
+            block,
+            has_inf,
+        )
+
+
+def _can_be_inf(logits: LazyLogits) -> bool:
+    return logits.bias is not None and bool(torch.isinf(logits.bias).any())
+
+
+def check_pair(student: LazyLogits, teacher: LazyLogits) -> None:
+    """Refuses two sides that do not describe the same rows over the same vocabulary."""
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student and teacher must have the same rows, got {len(student)} and {len(teacher)}."
+        )
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"student and teacher must share a vocabulary, got {student.vocab_size} and "
+            f"{teacher.vocab_size} ids. Cut the larger with LazyLogits.cut once the tokenizers "
+            "are known to agree."
+        )

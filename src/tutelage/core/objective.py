@@ -1,0 +1,198 @@
+"""The exact distillation objective over hidden states, its gradient computed inside forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tutelage.core._block import CHUNK_BYTES, Block, Chunk, check_pair, chunks
+from tutelage.core.lazy import LazyLogits
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A sum over rows to back-propagate, and what every row contributed to it."""
+
+    total: Tensor
+    """Scalar, nats: Σ_rows a·reverse_kl + b·forward_kl. Divide it once, by the global count."""
+    reverse_kl: Tensor
+    """KL(p‖q) `[K]`, nats, without gradient."""
+    forward_kl: Tensor
+    """KL(q‖p) `[K]`, nats, without gradient."""
+    entropy: Tensor
+    """Student entropy `[K]`, nats, without gradient."""
+    teacher_entropy: Tensor
+    """Teacher entropy `[K]`, nats, without gradient."""
+
+
+def distillation_objective(
+    student: LazyLogits,
+    teacher: LazyLogits,
+    reverse_weight: Tensor | float = 1.0,
+    forward_weight: Tensor | float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Objective:
+    """Weighted sum of exact reverse and forward KL over all rows, in nats.
+
+    ``total = Σ_n a_n KL(p_n‖q_n) + b_n KL(q_n‖p_n)``, a = `reverse_weight`, b = `forward_weight`
+
+    Replaces ``(a * reverse_kl(log_p, log_q) + b * forward_kl(log_p, log_q)).sum()`` on `[N, V]`
+    log-probabilities. Neither logits nor probabilities of all rows ever exist: each chunk is
+    projected, turned into its logit gradient in place and multiplied back onto hidden states and
+    head before the next one, with
+
+    ``∂total/∂z = a p⊙(gap − E_p[gap]) + b (p − q)``,  ``gap = z_student − z_teacher``
+
+    Args:
+        student: student logits of K rows; gradients flow to its hidden states, weight and bias.
+        teacher: teacher logits of the same rows and vocabulary; never receives a gradient.
+        reverse_weight: a, `[K]` or one number for all rows.
+        forward_weight: b, `[K]` or one number for all rows.
+        chunk_bytes: size of the two logit buffers; any value gives the same result.
+
+    Returns:
+        `Objective`; `total` is differentiable once.
+
+    Raises:
+        ValueError: the sides differ in rows or vocabulary, or a weight does not have K rows.
+
+    Source: OPD and TIP (arXiv 2604.14084), equation 1; EOPD (arXiv 2603.07079), exact form.
+    """
+    check_pair(student, teacher)
+    a = _row_weights(reverse_weight, student, "reverse_weight")
+    b = _row_weights(forward_weight, student, "forward_weight")
+    inputs: tuple[Tensor | None, ...] = (student.hidden, student.weight, student.bias)
+    if not torch.is_grad_enabled():
+        inputs = tuple(None if x is None else x.detach() for x in inputs)
+    outputs = _FusedObjective.apply(*inputs, student, teacher, a, b, chunk_bytes)  # type: ignore[no-untyped-call]
+    return Objective(*outputs)
+
+
+def _row_weights(weight: Tensor | float, student: LazyLogits, name: str) -> Tensor:
+    rows = len(student)
+    if not isinstance(weight, Tensor):
+        return torch.full((rows,), weight, dtype=student.dtype, device=student.hidden.device)
+    if weight.shape != (rows,):
+        raise ValueError(f"{name} must be [K] with K = {rows}, got {tuple(weight.shape)}.")
+    return weight.detach().to(student.dtype)
+
+
+class _FusedObjective(torch.autograd.Function):
+    """Forward computes the gradients too; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        student: LazyLogits,
+        teacher: LazyLogits,
+        a: Tensor,
+        b: Tensor,
+        chunk_bytes: int,
+    ) -> tuple[Tensor, ...]:
+        gradients = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad, student.dtype)
+        rows = torch.empty(4, len(student), dtype=student.dtype, device=hidden.device)
+        for chunk in chunks(student, teacher, chunk_bytes):
+            for here, block in chunk.blocks():
+                rows[:, here] = torch.stack(
+                    (block.reverse_kl, block.forward_kl, block.entropy, block.teacher_entropy)
+                )
+                if gradients.needed:
+                    _logit_gradient_(block, a[here], b[here])
+            if gradients.needed:
+                gradients.add(student, chunk)
+        ctx.gradients = gradients
+        reverse, forward, *entropies = rows.unbind(0)
+        # A row of weight 0 adds exactly 0, even when its divergence is infinite.
+        total = _weighted_sum(a, reverse) + _weighted_sum(b, forward)
+        ctx.mark_non_differentiable(reverse, forward, *entropies)
+        return (total, reverse, forward, *entropies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.gradients.scaled(grad_total), None, None, None, None, None)
+
+
+def _weighted_sum(weight: Tensor, value: Tensor) -> Tensor:
+    return (weight * value.masked_fill(weight == 0, 0.0)).sum()
+
+
+def _logit_gradient_(block: Block, a: Tensor, b: Tensor) -> None:
+    """Turns `block.gap` in place into a p⊙(gap − E_p[gap]) + b (p − q)."""
+    gradient = block.gap.sub_(block.mean_gap).mul_(a[:, None])
+    if bool((b != 0).any()):
+        gradient.add_(b[:, None]).mul_(block.p)
+        gradient.sub_(block.q.mul_(b[:, None]))
+    else:
+        gradient.mul_(block.p)
+
+
+@dataclass
+class _Gradients:
+    """Accumulated gradients of hidden states, head weight and bias; None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dtypes: tuple[torch.dtype, torch.dtype]
+    is_spent: bool = False
+
+    @staticmethod
+    def like(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, ...],
+        dtype: torch.dtype,
+    ) -> _Gradients:
+        return _Gradients(
+            torch.empty_like(hidden) if needs[0] else None,
+            torch.zeros_like(weight, dtype=dtype) if needs[1] else None,
+            torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None,
+            (hidden.dtype, weight.dtype),
+        )
+
+    @property
+    def needed(self) -> bool:
+        return any(g is not None for g in (self.hidden, self.weight, self.bias))
+
+    def add(self, student: LazyLogits, chunk: Chunk) -> None:
+        """Carries one chunk's logit gradient (in `chunk.student`) to hidden states and head."""
+        z, rows = chunk.student, slice(chunk.start, chunk.stop)
+        if student.softcap is not None:
+            capped = student.block(chunk.start, chunk.stop, out=chunk.teacher)
+            z.mul_(capped.div_(student.softcap).square_().neg_().add_(1.0))
+        if student.scale != 1.0:
+            z.mul_(student.scale)
+        hidden, weight = student.hidden[rows], student.weight
+        if self.hidden is not None:
+            self.hidden[rows] = (
+                z @ weight if weight.dtype == z.dtype else z.to(weight.dtype) @ weight
+            )
+        if self.weight is not None:
+            self.weight.addmm_(z.t(), hidden.to(z.dtype))
+        if self.bias is not None:
+            self.bias.add_(z.sum(0))
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients times `factor`, in the dtypes of their inputs; gives them away."""
+        if self.is_spent:
+            raise RuntimeError(
+                "the objective was back-propagated twice; its gradients live for one backward. "
+                "Compute the objective again instead of using retain_graph."
+            )
+        self.is_spent = True
+        found = (self.hidden, self.weight, self.bias)
+        self.hidden = self.weight = self.bias = None
+        if factor.item() != 1.0:
+            found = tuple(None if g is None else g.mul_(factor) for g in found)  # type: ignore[assignment]
+        dtypes = (self.dtypes[0], self.dtypes[1], self.dtypes[1])
+        h, w, b = (None if g is None else g.to(d) for g, d in zip(found, dtypes, strict=True))
+        return h, w, b
