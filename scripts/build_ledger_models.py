@@ -107,13 +107,12 @@ def _save(model: Qwen3ForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerF
 
 
 def _print_table(table: list[tuple[str, Figures]]) -> None:
-    print(
-        f"\n{'model':22}{'greedy':>9}{'mean@8':>9}{'pass@8':>9}{'distinct':>10}{'Q3 rows':>9}{'Q3 KL':>8}"
-    )
+    columns = ("greedy", "mean@8", "pass@8", "distinct", "Q3 rows", "Q3 KL")
+    print(f"\n{'model':22}" + "".join(f"{column:>10}" for column in columns))
     for name, f in table:
         print(
-            f"{name:22}{f.greedy:9.1%}{f.mean_at_8:9.1%}{f.pass_at_8:9.1%}{f.distinct:10.2f}"
-            f"{f.confidently_wrong:9.1%}{f.confidently_wrong_kl:8.1%}"
+            f"{name:22}{f.greedy:10.1%}{f.mean_at_8:10.1%}{f.pass_at_8:10.1%}{f.distinct:10.2f}"
+            f"{f.confidently_wrong:10.1%}{f.confidently_wrong_kl:10.1%}"
         )
 
 
