@@ -112,9 +112,9 @@ def shared_vocabulary(
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens that steer a model (end of turn, ...); the unknown token is plain text."""
+    """Ids of the tokens that steer a model: end of turn, padding and so on."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset((added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def _texts(content: str | tuple[Message, ...]) -> list[str]:
@@ -127,6 +127,8 @@ def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str, prompt
     # Encoding is the only sure detector: a tokenizer may normalise text before it looks for them.
     ids = tokenizer(text, add_special_tokens=False).input_ids
     found = control_ids(tokenizer).intersection(ids)
+    if tokenizer.unk_token is not None and tokenizer.unk_token not in text:
+        found -= {tokenizer.unk_token_id}  # a character that the tokenizer does not know
     if found:
         token = tokenizer.convert_ids_to_tokens(min(found))
         raise DataError(

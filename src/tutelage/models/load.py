@@ -1,0 +1,354 @@
+"""Models from folders, GGUF files, installed packages or the hub; pruned and saved as folders.
+
+No code from a model is ever executed and no pickled weights are read: only safetensors and GGUF.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PER_LAYER_SETTINGS = ("layer_types", "no_rope_layers")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model reference leads: a folder, one GGUF file in a folder, or a hub id."""
+
+    ref: str
+    """The reference as the user wrote it."""
+    source: str
+    """Folder or hub id."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside `source`; None for a transformers folder."""
+    is_local: bool = True
+    """False for a hub id."""
+
+
+def resolve_model(ref: str) -> ResolvedModel:
+    """Find what a model reference points to, without loading it.
+
+    Args:
+        ref: A folder, a `.gguf` file, `package:NAME/sub/folder` (a folder or the only GGUF file of
+            an installed package, which is not imported), or a hub id.
+
+    Returns:
+        The place to load from.
+
+    Raises:
+        ModelError: Nothing usable is there.
+    """
+    if ref.startswith("package:"):
+        return _resolve_path(ref, _package_path(ref))
+    path = Path(ref).expanduser()
+    if path.exists() or ref.endswith(".gguf"):
+        return _resolve_path(ref, path)
+    if _HUB_ID.fullmatch(ref):
+        return ResolvedModel(ref, ref, is_local=False)
+    raise ModelError(
+        f"model {ref!r} does not exist. Give a folder, a .gguf file, package:NAME/folder or a "
+        "hub id such as Qwen/Qwen3-0.6B."
+    )
+
+
+def load_model(
+    ref: str, dtype: str = "float32", device: str = "cpu", attn: str = "sdpa"
+) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode.
+
+    A GGUF file is unpacked to plain weights, so that the model can be trained and saved.
+
+    Args:
+        ref: Model reference, see `resolve_model`.
+        dtype: float32, bfloat16, float16 or float64.
+        device: Torch device, such as cpu or cuda:0.
+        attn: Attention implementation of transformers, such as sdpa or eager.
+
+    Returns:
+        The model on `device`.
+
+    Raises:
+        ConfigError: Unknown dtype or device.
+        ModelError: The reference is not a complete, readable causal language model.
+        MissingExtraError: A GGUF file without the package `gguf`.
+    """
+    target = _device(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one.")
+    found = resolve_model(ref)
+    if found.gguf_file is None:
+        model = _load_plain(found, DTYPES[dtype], attn)
+    else:
+        model = _load_gguf(found, DTYPES[dtype], attn)
+    return model.to(target).eval()
+
+
+def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model reference, see `resolve_model`.
+
+    Raises:
+        ModelError: There is no usable tokenizer.
+        MissingExtraError: A GGUF file without the package `gguf`.
+    """
+    from transformers import AutoTokenizer
+
+    found = resolve_model(ref)
+    with _explained(found, "tokenizer"):
+        return AutoTokenizer.from_pretrained(found.source, **_options(found))
+
+
+def prune_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """Cut a model to `num_layers` decoder layers, in place: first and last stay, the rest evenly.
+
+    Args:
+        model: A decoder with its layers in `model.model.layers` (Llama, Qwen3, SmolLM2, ...).
+        num_layers: Layers to keep, from 1 to the number there are.
+
+    Returns:
+        The same model, its configuration and layer indices renumbered.
+
+    Raises:
+        ModelError: num_layers is out of range or the architecture is not of this kind.
+    """
+    layers = dict(model.base_model.named_children()).get("layers")
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(
+            f"layers of {type(model).__name__} cannot be pruned: it has no list 'layers'. "
+            "Use a model of the Llama or Qwen family."
+        )
+    if not 1 <= num_layers <= len(layers):
+        raise ModelError(
+            f"num_layers must be between 1 and {len(layers)}, got {num_layers}. "
+            "A model can only lose layers."
+        )
+    kept = _evenly_spaced(len(layers), num_layers)
+    model.base_model.layers = nn.ModuleList(layers[i] for i in kept)
+    for index, layer in enumerate(model.base_model.layers):
+        for module in layer.modules():
+            if "layer_idx" in module.__dict__:
+                module.__dict__["layer_idx"] = index
+    _prune_config(model.config, kept)
+    return model
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    card: str | None = None,
+) -> None:
+    """Write a transformers folder, whole or not at all.
+
+    Everything is written to a temporary folder beside the target, flushed to disk and renamed; an
+    existing model of that name is only removed after its successor stands.
+
+    Args:
+        model: Model to save as config.json and safetensors.
+        tokenizer: Its tokenizer.
+        folder: Target folder; its parents are created.
+        card: Text of README.md, or None for no such file.
+
+    Raises:
+        RunError: The folder cannot be written, or holds something that is not a model.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / "config.json").is_file():
+        raise RunError(f"{target} exists and is not a model folder. Choose another folder.")
+    try:
+        with _new_folder_beside(target) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            if card is not None:
+                (new / "README.md").write_text(card, encoding="utf-8")
+            _flush(new)
+            _replace_folder(new, target)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot save the model to {target}: {_one_line(error)}.") from error
+
+
+def _load_plain(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with _explained(found, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found.source,
+            dtype=dtype,
+            attn_implementation=attn,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_options(found),
+        )
+    if report["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model {found.ref!r} lacks {len(missing)} weights, first {missing[0]!r}. "
+            "Its files are incomplete or belong to another config.json."
+        )
+    return model
+
+
+def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    with _explained(found, "model"):
+        unpacked = AutoModelForCausalLM.from_pretrained(
+            found.source,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            **_options(found),
+        )
+    config = type(unpacked.config).from_dict(
+        {k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"}
+    )
+    # A model from GGUF counts as quantised and refuses to be saved, so its weights move to one
+    # that was never anything but plain.
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+    model.load_state_dict(unpacked.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = unpacked.generation_config
+    return model
+
+
+def _options(found: ResolvedModel) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": found.is_local}
+    if found.gguf_file is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise MissingExtraError("gguf", "gguf", "Reading a GGUF file")
+        options["gguf_file"] = found.gguf_file
+    return options
+
+
+@contextmanager
+def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
+    """Turn what transformers and its readers raise about bad files into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+        if not found.is_local:
+            hint = "It is no folder here; check the name and the network, or give a folder."
+        else:
+            hint = "Check that the files are complete."
+        raise ModelError(
+            f"cannot load the {part} {found.ref!r}: {_one_line(error)} {hint}"
+        ) from error
+
+
+def _resolve_path(ref: str, path: Path) -> ResolvedModel:
+    if path.is_file() and path.suffix == ".gguf":
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise ModelError(
+                f"model {ref!r} is not a GGUF file, it starts with {magic!r}. Download it again."
+            )
+        return ResolvedModel(ref, str(path.parent), gguf_file=path.name)
+    if not path.is_dir():
+        raise ModelError(f"model {ref!r} does not exist: no folder or .gguf file {path}.")
+    if (path / "config.json").is_file():
+        return ResolvedModel(ref, str(path))
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(
+            f"model {ref!r} is not a model folder: {path} holds no config.json and "
+            f"{len(files)} .gguf files. Name the folder or file that holds the model."
+        )
+    return _resolve_path(ref, files[0])
+
+
+def _package_path(ref: str) -> Path:
+    name, _, inside = ref.removeprefix("package:").partition("/")
+    if not name.isidentifier() or ".." in Path(inside).parts:
+        raise ModelError(f"model {ref!r} is malformed. Write package:NAME/folder/in/it.")
+    # A top-level name: the package is located, none of its code runs.
+    spec = importlib.util.find_spec(name)
+    locations = [] if spec is None else list(spec.submodule_search_locations or [])
+    if not locations:
+        raise ModelError(f"model {ref!r} needs the package {name!r}. Install it with pip.")
+    candidates = [Path(location) / inside for location in locations]
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown. Use cpu, cuda or cuda:0.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} is not available here. Use cpu.")
+    return device
+
+
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    if count == 1:
+        return [0]
+    last, gaps = total - 1, count - 1
+    return [(2 * i * last + gaps) // (2 * gaps) for i in range(count)]
+
+
+def _prune_config(config: Any, kept: Sequence[int]) -> None:
+    present = config.to_dict()
+    for name in _PER_LAYER_SETTINGS:
+        if present.get(name) is not None:
+            setattr(config, name, [present[name][i] for i in kept])
+    config.num_hidden_layers = len(kept)
+
+
+@contextmanager
+def _new_folder_beside(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    new.chmod(0o777 & ~umask)  # mkdtemp makes folders that only their owner can read
+    if not target.exists():
+        new.rename(target)
+        return
+    with _new_folder_beside(target) as old:
+        target.rename(old / target.name)
+        new.rename(target)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
