@@ -1,0 +1,261 @@
+"""What a run folder holds, read and checked line by line: the only input of a report."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tutelage.errors import RunError
+
+JsonObject = dict[str, Any]
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+"""A count or step: whole, not negative, and exact as a float when it is drawn."""
+
+
+class _Line(BaseModel):
+    """Strict: a number in quotes or a boolean in place of a number is a fault, not a value."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
+
+
+Record = TypeVar("Record", bound=_Line)
+
+
+class Quadrant(_Line):
+    """One cell of the student-entropy by divergence table; every field is a share in [0, 1]."""
+
+    share: float | None = None
+    """Share of the step's tokens that fall into the quadrant."""
+    kl_mass: float | None = None
+    """Share of the step's summed reverse KL that those tokens carry."""
+    kept_share: float | None = None
+    """Share of the quadrant's tokens that were trained on."""
+
+
+class StepRecord(_Line):
+    """One line of metrics.jsonl. A value the run did not measure is None."""
+
+    step: Count
+    loss: float | None = None
+    num_rows: Count | None = None
+    num_kept: Count | None = None
+    reverse_kl_nats: float | None = None
+    forward_kl_nats: float | None = None
+    entropy_nats: float | None = None
+    teacher_entropy_nats: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    completion_length_mean: float | None = None
+    truncated_share: float | None = None
+    quadrants: dict[str, Quadrant] | None = None
+    seconds: dict[str, float | None] | None = None
+
+    @property
+    def keep(self) -> float | None:
+        """Fraction of the step's rows that were trained on, in [0, 1]."""
+        if self.num_kept is None or not self.num_rows:
+            return None
+        return self.num_kept / self.num_rows
+
+
+class EvaluationRecord(_Line):
+    """One line of evaluation.jsonl: the accuracy of a model at a step, with its interval."""
+
+    step: Count
+    model: str
+    mean_at_k: float | None = None
+    mean_at_k_low: float | None = None
+    mean_at_k_high: float | None = None
+    pass_at_k: float | None = None
+    pass_at_k_low: float | None = None
+    pass_at_k_high: float | None = None
+    k: Count | None = None
+    num_problems: Count | None = None
+    num_samples: Count | None = None
+    held_out_reverse_kl_nats: float | None = None
+
+
+class SampleRecord(_Line):
+    """One line of samples.jsonl: text written by a model, hence never trusted."""
+
+    step: Count
+    prompt_id: str
+    prompt: str
+    completion: str
+    is_correct: bool | None = None
+
+
+class VerdictRecord(_Line):
+    """One line of evaluation_rows.jsonl: whether one sample of one problem is correct."""
+
+    step: Count
+    model: str
+    prompt_id: str
+    sample: Count
+    is_correct: bool | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder in memory."""
+
+    path: Path
+    manifest: JsonObject
+    steps: tuple[StepRecord, ...]
+    """In increasing order of step, each step once, at least one."""
+    evaluations: tuple[EvaluationRecord, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
+    verdicts: tuple[VerdictRecord, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    """What a reader must know about the files, for example that the last line was cut off."""
+
+    @property
+    def config(self) -> JsonObject:
+        """The resolved configuration, empty when the manifest has none."""
+        config = self.manifest.get("config")
+        return config if isinstance(config, dict) else {}
+
+    def evaluations_of(self, model: str) -> list[EvaluationRecord]:
+        """Evaluations of one model ("student" or "teacher") in increasing order of step."""
+        return sorted((e for e in self.evaluations if e.model == model), key=lambda e: e.step)
+
+    def problem_scores(self, model: str, step: int) -> dict[str, float]:
+        """Share of correct samples by prompt id, for one model at one step."""
+        verdicts: dict[str, list[bool]] = defaultdict(list)
+        for row in self.verdicts:
+            if row.model == model and row.step == step and row.is_correct is not None:
+                verdicts[row.prompt_id].append(row.is_correct)
+        return {prompt_id: sum(values) / len(values) for prompt_id, values in verdicts.items()}
+
+    def evaluated_steps(self, model: str) -> list[int]:
+        """Steps with saved verdicts of one model, in increasing order."""
+        return sorted({row.step for row in self.verdicts if row.model == model})
+
+
+def read_run(run: Path) -> RunRecord:
+    """Read manifest, metrics, evaluations and samples of a run folder.
+
+    A last line that was cut off (the run was killed while writing it) is left out and noted.
+
+    Args:
+        run: folder with manifest.json and metrics.jsonl, and perhaps evaluation.jsonl,
+            samples.jsonl and evaluation_rows.jsonl.
+
+    Returns:
+        The checked records.
+
+    Raises:
+        RunError: the folder is no run folder, holds no metrics yet, or a line is malformed.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run} is not a folder. Name the output folder of a training run.")
+    notes: list[str] = []
+    steps = _read_lines(run / "metrics.jsonl", StepRecord, notes)
+    if not steps:
+        raise RunError(
+            f"{run} has no metrics yet: metrics.jsonl is missing or empty. "
+            f"Train for at least one step first."
+        )
+    return RunRecord(
+        path=run,
+        manifest=_read_manifest(run / "manifest.json"),
+        steps=tuple(_each_step_once(steps, notes)),
+        evaluations=tuple(_read_lines(run / "evaluation.jsonl", EvaluationRecord, notes)),
+        samples=tuple(_read_lines(run / "samples.jsonl", SampleRecord, notes)),
+        verdicts=tuple(_read_lines(run / "evaluation_rows.jsonl", VerdictRecord, notes)),
+        notes=tuple(notes),
+    )
+
+
+def _each_step_once(steps: Sequence[StepRecord], notes: list[str]) -> list[StepRecord]:
+    """A resumed run repeats the steps after its checkpoint; the later lines count."""
+    latest = {record.step: record for record in steps}
+    if num_repeated := len(steps) - len(latest):
+        notes.append(
+            f"metrics.jsonl holds {num_repeated} repeated step(s), as a resumed run writes them; "
+            f"the later line of each is shown."
+        )
+    return [latest[step] for step in sorted(latest)]
+
+
+def _read_manifest(path: Path) -> JsonObject:
+    content = _read_bytes(path)
+    if content is None:
+        raise RunError(f"{path} is missing. Name the output folder of a training run.")
+    try:
+        manifest = _parse_json(content)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not valid JSON ({_reason(error)}). Restore the file.") from error
+    if not isinstance(manifest, dict):
+        raise RunError(f"{path} must hold a JSON object, got {type(manifest).__name__}.")
+    return manifest
+
+
+def _read_lines(path: Path, record_type: type[Record], notes: list[str]) -> list[Record]:
+    """Parse a JSONL file into records; a missing file has none."""
+    # Split on the byte, not with splitlines: model text may hold U+2028 and its kin.
+    lines = (_read_bytes(path) or b"").split(b"\n")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    records: list[Record] = []
+    for number, line in numbered:
+        try:
+            value = _parse_json(line)
+        except (ValueError, RecursionError) as error:
+            if number == numbered[-1][0]:
+                notes.append(
+                    f"The last line of {path.name} (line {number}) is cut off, as when a run is "
+                    f"killed while writing; it is left out."
+                )
+                break
+            _refuse_line(path, number, f"is not valid JSON: {_reason(error)}", error)
+        try:
+            records.append(record_type.model_validate(value))
+        except ValidationError as error:
+            _refuse_line(path, number, f"does not fit: {_first_problem(error)}", error)
+    return records
+
+
+def _parse_json(content: bytes) -> Any:
+    return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _refuse_line(path: Path, number: int, problem: str, cause: Exception) -> NoReturn:
+    raise RunError(
+        f"{path.name} line {number} {problem}. Repair or remove the line, then try again."
+    ) from cause
+
+
+def _reason(error: Exception) -> str:
+    """A short reason on one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field_name = ".".join(str(part) for part in first["loc"]) or "the line"
+    return f"{field_name!r}: {first['msg']}, got {_shortened(repr(first['input']))}"
+
+
+def _shortened(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}. Check the file.") from error

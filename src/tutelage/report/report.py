@@ -1,0 +1,298 @@
+"""One self-contained HTML page about a run, and its curves as a picture."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import MissingExtraError, RunError
+from tutelage.evaluation.metrics import Interval, paired_difference
+from tutelage.report import plots, text
+from tutelage.report.records import (
+    EvaluationRecord,
+    Quadrant,
+    RunRecord,
+    SampleRecord,
+    StepRecord,
+    read_run,
+)
+
+_MAX_PROMPTS = 8
+_MAX_COMPLETIONS = 2
+
+_QUADRANTS = {
+    "q1": ("high", "high", "uncertain and wrong"),
+    "q2": ("high", "low", "uncertain and right"),
+    "q3": ("low", "high", "overconfident and wrong"),
+    "q4": ("low", "low", "solved"),
+}
+
+
+@dataclass(frozen=True)
+class PanelView:
+    """A panel as the page embeds it: two data URIs and the words for it."""
+
+    title: str
+    unit: str
+    alt: str
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """Completions of one prompt at one step."""
+
+    step: int
+    completions: tuple[tuple[str, str, str], ...]
+    """(verdict in words, CSS class, text)."""
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write `report.html` and `curves.png` about a run folder.
+
+    The page is one file: no scripts, no network, everything the run wrote is escaped, and a
+    content security policy forbids the browser anything else.
+
+    Args:
+        run: run folder with manifest.json and metrics.jsonl.
+        out: where the page goes: a file name, or an existing folder; by default the run folder.
+
+    Returns:
+        The path of the page; the picture lies beside it.
+
+    Raises:
+        RunError: the folder is no run folder, has no metrics yet, holds a malformed line, or the
+            page cannot be written.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    record = read_run(run)
+    page = _page_path(run, out)
+    panels = plots.panels_of(record)
+    html = _render(_context(record, panels))
+    if panels:
+        _write(page.with_name("curves.png"), plots.render_png(panels))
+    _write(page, html.encode("utf-8"))
+    return page
+
+
+def _page_path(run: Path, out: Path | None) -> Path:
+    if out is None:
+        return run / "report.html"
+    return out / "report.html" if out.is_dir() else out
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file in one move, so that an interrupted write leaves the old one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}. Choose another place with --out."
+        ) from error
+
+
+def _render(context: dict[str, Any]) -> str:
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "report", "The report") from error
+    environment = Environment(
+        loader=PackageLoader("tutelage.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=text.number, percent=text.percent, visible=text.visible, interval=_interval
+    )
+    return environment.get_template("report.html").render(context)
+
+
+def _context(record: RunRecord, panels: Sequence[plots.Panel]) -> dict[str, Any]:
+    style = (files("tutelage.report") / "templates" / "report.css").read_text("utf-8")
+    environment = {key: value for key, value in record.manifest.items() if key != "config"}
+    return {
+        "style": style,
+        "style_hash": _csp_hash(style),
+        "name": text.visible(record.path.resolve().name, 120),
+        "facts": _facts(record),
+        "notes": [*record.notes, *_thinning_note(record)],
+        "evaluations": _evaluation_rows(record),
+        "evaluation_set": _evaluation_set(record),
+        "change": _paired_change(record),
+        "panels": [_panel_view(panel) for panel in panels],
+        "quadrants": _quadrant_rows(record.steps),
+        "quadrant_steps": _quadrant_steps(record.steps),
+        "figures": _figures(record.steps),
+        "samples": _samples(record.samples),
+        "config_toml": text.visible(text.toml(record.config), 20_000),
+        "environment": text.visible_rows(environment),
+        "command": _command(record.manifest),
+    }
+
+
+def _csp_hash(style: str) -> str:
+    """The source expression that allows exactly this style element."""
+    digest = hashlib.sha256(style.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """The run in a handful of label and value pairs."""
+    rows = sum(step.num_rows or 0 for step in record.steps)
+    kept = sum(step.num_kept or 0 for step in record.steps)
+    seconds = sum(s or 0.0 for step in record.steps for s in (step.seconds or {}).values())
+    facts = [("steps", text.number(len(record.steps)))]
+    if rows:
+        facts.append(("completion tokens", f"{rows:,}"))
+        facts.append(("trained on", f"{kept:,} ({text.percent(kept / rows)})"))
+    if seconds:
+        facts.append(("time", text.duration(seconds)))
+    return facts
+
+
+def _thinning_note(record: RunRecord) -> list[str]:
+    size = plots.points_per_mark(len(record.steps))
+    return [f"Each point of a curve is the mean of {size} steps."] if size > 1 else []
+
+
+def _evaluation_rows(record: RunRecord) -> list[tuple[str, EvaluationRecord]]:
+    """The student before and after, and the teacher, as far as they were evaluated."""
+    student, teacher = record.evaluations_of("student"), record.evaluations_of("teacher")
+    rows = []
+    if student:
+        rows.append((f"student, step {student[0].step}", student[0]))
+    if len(student) > 1:
+        rows.append((f"student, step {student[-1].step}", student[-1]))
+    if teacher:
+        rows.append(("teacher", teacher[-1]))
+    return rows
+
+
+def _evaluation_set(record: RunRecord) -> EvaluationRecord | None:
+    return next(iter(record.evaluations_of("student") or record.evaluations), None)
+
+
+def _paired_change(record: RunRecord) -> Interval | None:
+    """How much the student changed on the same problems, when their verdicts were saved."""
+    steps = record.evaluated_steps("student")
+    if len(steps) < 2:
+        return None
+    before = record.problem_scores("student", steps[0])
+    after = record.problem_scores("student", steps[-1])
+    shared = sorted(before.keys() & after.keys())
+    if not shared:
+        return None
+    return paired_difference([after[p] for p in shared], [before[p] for p in shared])
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return ""
+    return f"{100 * low:.1f} – {100 * high:.1f}"
+
+
+def _panel_view(panel: plots.Panel) -> PanelView:
+    light, dark = (_data_uri(plots.render_svg(panel, theme)) for theme in (plots.LIGHT, plots.DARK))
+    return PanelView(panel.title, panel.unit, panel.alt, light, dark)
+
+
+def _data_uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
+
+
+def _with_quadrants(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    return [step for step in steps if step.quadrants]
+
+
+def _quadrant_steps(steps: Sequence[StepRecord]) -> tuple[int, int] | None:
+    measured = _with_quadrants(steps)
+    return (measured[0].step, measured[-1].step) if measured else None
+
+
+def _quadrant_rows(
+    steps: Sequence[StepRecord],
+) -> list[tuple[str, tuple[str, str, str], Quadrant, Quadrant]]:
+    """Each quadrant with its meaning, at the first and at the last step that measured it."""
+    measured = _with_quadrants(steps)
+    if not measured:
+        return []
+    first, last = measured[0].quadrants or {}, measured[-1].quadrants or {}
+    return [
+        (key.upper(), meaning, first.get(key, Quadrant()), last.get(key, Quadrant()))
+        for key, meaning in _QUADRANTS.items()
+    ]
+
+
+def _figures(steps: Sequence[StepRecord]) -> list[tuple[str, str, str, str]]:
+    """(name, unit, first, last) of every scalar the run measured."""
+    names = {
+        "loss": "per kept token",
+        "reverse_kl_nats": "nats per token",
+        "forward_kl_nats": "nats per token",
+        "entropy_nats": "nats per token",
+        "teacher_entropy_nats": "nats per token",
+        "keep": "share of tokens",
+        "grad_norm": "before clipping",
+        "learning_rate": "",
+        "completion_length_mean": "tokens",
+        "truncated_share": "share of completions",
+    }
+    rows = []
+    for name, unit in names.items():
+        values = [v for step in steps if (v := getattr(step, name)) is not None]
+        if values:
+            label = name.removesuffix("_nats").replace("_", " ").replace("kl", "KL")
+            rows.append((label, unit, text.number(values[0]), text.number(values[-1])))
+    return rows
+
+
+def _samples(samples: Sequence[SampleRecord]) -> list[tuple[str, list[SampleView]]]:
+    """Prompts with their completions at the first and the last step that sampled them."""
+    by_prompt: dict[str, list[SampleRecord]] = defaultdict(list)
+    for sample in samples:
+        by_prompt[sample.prompt_id].append(sample)
+    shown = list(by_prompt.values())[:_MAX_PROMPTS]
+    return [(text.visible(group[0].prompt), _first_and_last(group)) for group in shown]
+
+
+def _first_and_last(samples: Sequence[SampleRecord]) -> list[SampleView]:
+    steps = sorted({sample.step for sample in samples})
+    return [
+        SampleView(step, tuple(map(_completion, _at_step(samples, step)[:_MAX_COMPLETIONS])))
+        for step in dict.fromkeys((steps[0], steps[-1]))
+    ]
+
+
+def _at_step(samples: Sequence[SampleRecord], step: int) -> list[SampleRecord]:
+    return [sample for sample in samples if sample.step == step]
+
+
+def _completion(sample: SampleRecord) -> tuple[str, str, str]:
+    verdict, css_class = {
+        True: ("correct", "correct"),
+        False: ("wrong", "wrong"),
+        None: ("not graded", "ungraded"),
+    }[sample.is_correct]
+    return verdict, css_class, text.visible(sample.completion)
+
+
+def _command(manifest: dict[str, Any]) -> str | None:
+    """The command that started the run, when the manifest holds it."""
+    command = manifest.get("command")
+    if isinstance(command, list):
+        command = " ".join(str(part) for part in command)
+    return text.visible(command) if isinstance(command, str) else None

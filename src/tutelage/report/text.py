@@ -1,0 +1,121 @@
+"""Numbers and untrusted strings as readable text."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MISSING = "–"
+_MAX_CHARS = 2000
+_MAX_ROWS = 300
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Up to `digits` significant digits, or a dash for a value that was not measured."""
+    if value is None:
+        return MISSING
+    return f"{value:,d}" if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage with one decimal."""
+    return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `9.4 s`, `3 min 12 s` or `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def visible(text: str, max_chars: int = _MAX_CHARS) -> str:
+    """Text with its invisible characters spelled out and its length bounded.
+
+    Control, direction-changing and other format characters can hide or reorder what a reader
+    sees; they become `⟨U+202E⟩`. Line breaks and tabs stay.
+
+    Args:
+        text: any string, lone surrogates included.
+        max_chars: characters of the input to keep; the count of the rest is stated.
+
+    Returns:
+        Text that can be encoded and shown.
+    """
+    shown = "".join(_visible_char(char) for char in text[:max_chars])
+    hidden = len(text) - max_chars
+    return f"{shown} … ({hidden:,} more characters)" if hidden > 0 else shown
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Pairs of dotted name and value text of a nested mapping, in its own order."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def visible_rows(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The flattened mapping as table rows, made visible and bounded in number."""
+    rows = [(visible(name, 200), visible(value, 500)) for name, value in flatten(tree)]
+    hidden = len(rows) - _MAX_ROWS
+    return [*rows[:_MAX_ROWS], ("…", f"{hidden:,} more")] if hidden > 0 else rows
+
+
+def toml(config: Mapping[str, Any]) -> str:
+    """The configuration as TOML text that `tutelage train` reads; null values are left out."""
+    return "\n".join(_toml_lines(config, ())).strip() + "\n"
+
+
+def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    present = {key: value for key, value in table.items() if value is not None}
+    for key, value in present.items():
+        if not isinstance(value, Mapping):
+            yield f"{_toml_key(key)} = {_toml_value(value)}"
+    for key, value in present.items():
+        if isinstance(value, Mapping):
+            yield f"\n[{'.'.join(_toml_key(part) for part in (*path, key))}]"
+            yield from _toml_lines(value, (*path, key))
+
+
+def _toml_key(key: str) -> str:
+    is_bare = bool(key) and all(char.isascii() and (char.isalnum() or char in "-_") for char in key)
+    return key if is_bare else _toml_string(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, Mapping):
+        pairs = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value if item is not None)}]"
+    return json.dumps(value)
+
+
+def _toml_string(text: str) -> str:
+    """JSON and TOML escape alike, but TOML also wants DEL and the invisible characters escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(_toml_escape(char) if _is_invisible(char) else char for char in quoted)
+
+
+def _toml_escape(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
+
+
+def _visible_char(char: str) -> str:
+    return f"⟨U+{ord(char):04X}⟩" if char not in "\n\t" and _is_invisible(char) else char
+
+
+def _is_invisible(char: str) -> bool:
+    # Cc control, Cf format (bidi, zero width), Cs surrogate, Co private, Cn unassigned,
+    # Zl and Zp line and paragraph separators.
+    return unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
