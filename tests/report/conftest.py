@@ -81,8 +81,15 @@ def evaluation_lines(num_steps: int) -> list[Json]:
 def sample_lines(num_steps: int, rng: random.Random) -> list[Json]:
     def line(step: int, index: int, is_correct: bool | None) -> Json:
         digits = [rng.randint(0, 9) for _ in range(10)]
-        prompt = "".join(f"{name}{a}+{b};" for name, a, b in zip("ejnmb", digits, digits[5:])) + ">"
-        completion = "".join(f"{name}:{(a * 7 + step) % 10};" for name, a in zip("ejnmb", digits))
+        prompt = (
+            "".join(
+                f"{name}{a}+{b};" for name, a, b in zip("ejnmb", digits, digits[5:], strict=False)
+            )
+            + ">"
+        )
+        completion = "".join(
+            f"{name}:{(a * 7 + step) % 10};" for name, a in zip("ejnmb", digits, strict=False)
+        )
         return {
             "step": step,
             "prompt_id": f"ledger-{index}",
@@ -136,7 +143,7 @@ def write_jsonl(path: Path, lines: list[Json]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """Make a run folder; `drop` names files to leave out."""
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tutelage.errors import MissingExtraError
 from tutelage.report import text
@@ -19,24 +19,40 @@ if TYPE_CHECKING:
 MAX_POINTS = 400
 PHASES = {"rollout_s": "rollout", "teacher_s": "teacher", "score_s": "score", "learn_s": "learn"}
 
-# Okabe and Ito's palette: told apart with every common kind of colour blindness.
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-SKY = "#56B4E9"
-
 Points: TypeAlias = list[tuple[float, float]]
+ColorName: TypeAlias = Literal["blue", "orange", "green", "purple"]
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours that depend on the background."""
+    """Colours that depend on the background; curves are named by what they mean.
+
+    The hues are Okabe and Ito's, told apart with every common kind of colour blindness.
+    """
 
     ink: str
     grid: str
     background: str
+    blue: str
+    orange: str = "#E69F00"
+    green: str = "#009E73"
+    purple: str = "#CC79A7"
+
+    def color(self, name: ColorName) -> str:
+        """The shade of a named hue on this background."""
+        match name:
+            case "blue":
+                return self.blue
+            case "orange":
+                return self.orange
+            case "green":
+                return self.green
+            case "purple":
+                return self.purple
 
 
-LIGHT = Theme(ink="#3d4248", grid="#e3e5e8", background="#ffffff")
-DARK = Theme(ink="#c3c8ce", grid="#353a40", background="#1b1e22")
+LIGHT = Theme(ink="#3d4248", grid="#e3e5e8", background="#ffffff", blue="#0072B2")
+DARK = Theme(ink="#c3c8ce", grid="#353a40", background="#1b1e22", blue="#56B4E9")
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class Curve:
 
     label: str
     points: Points
-    color: str
+    color: ColorName
     band: Sequence[tuple[float, float, float]] = ()
     """(step, low, high) of an interval around the line."""
     is_reference: bool = False
@@ -92,15 +108,15 @@ def panels_of(record: RunRecord) -> list[Panel]:
     """
     steps = record.steps
     divergence = [
-        _curve(steps, "reverse KL", BLUE, lambda s: s.reverse_kl_nats),
-        _curve(steps, "forward KL", ORANGE, lambda s: s.forward_kl_nats),
+        _curve(steps, "reverse KL", "blue", lambda s: s.reverse_kl_nats),
+        _curve(steps, "forward KL", "orange", lambda s: s.forward_kl_nats),
     ]
     entropy = [
-        _curve(steps, "student", BLUE, lambda s: s.entropy_nats),
-        _curve(steps, "teacher", ORANGE, lambda s: s.teacher_entropy_nats),
+        _curve(steps, "student", "blue", lambda s: s.entropy_nats),
+        _curve(steps, "teacher", "orange", lambda s: s.teacher_entropy_nats),
     ]
-    loss = [_curve(steps, "loss", BLUE, lambda s: s.loss)]
-    kept = [_curve(steps, "kept", GREEN, lambda s: s.keep)]
+    loss = [_curve(steps, "loss", "blue", lambda s: s.loss)]
+    kept = [_curve(steps, "kept", "green", lambda s: s.keep)]
     panels = [
         Panel("Accuracy", "share of samples", _accuracy(record), is_share=True),
         Panel("Divergence from the teacher", "nats per token", _present(divergence)),
@@ -154,7 +170,9 @@ def render_png(panels: Sequence[Panel]) -> bytes:
     figure.set_facecolor(LIGHT.background)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(num_rows, 2, index + 1)
-        axes.set_title(f"{panel.title}, {panel.unit}", loc="left", fontsize=10, color=LIGHT.ink)
+        axes.set_title(
+            f"{panel.title}, {panel.unit}", loc="left", fontsize=10, color=LIGHT.ink, pad=20
+        )
         _draw(axes, panel, LIGHT)
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
@@ -166,7 +184,10 @@ def points_per_mark(num_steps: int) -> int:
 
 
 def _curve(
-    steps: Sequence[StepRecord], label: str, color: str, value: Callable[[StepRecord], float | None]
+    steps: Sequence[StepRecord],
+    label: str,
+    color: ColorName,
+    value: Callable[[StepRecord], float | None],
 ) -> Curve:
     points = [(float(s.step), v) for s in steps if (v := value(s)) is not None]
     return Curve(label, _thinned(points), color)
@@ -189,9 +210,9 @@ def _accuracy(record: RunRecord) -> tuple[Curve, ...]:
     levels: Points = [(float(e.step), e.mean_at_k) for e in teacher if e.mean_at_k is not None]
     return _present(
         [
-            Curve("student mean@k", means, BLUE, band=_mean_band(student)),
-            Curve("student pass@k", passes, SKY),
-            Curve("teacher mean@k", levels[-1:], ORANGE, is_reference=True),
+            Curve("mean@k", means, "blue", band=_mean_band(student)),
+            Curve("pass@k", passes, "green"),
+            Curve("teacher mean@k", levels[-1:], "orange", is_reference=True),
         ]
     )
 
@@ -206,14 +227,14 @@ def _mean_band(evaluations: Sequence[EvaluationRecord]) -> list[tuple[float, flo
 
 def _seconds(steps: Sequence[StepRecord]) -> tuple[Curve, ...]:
     timed = [step for step in steps if step.seconds]
-    colors = dict(zip(PHASES, (BLUE, ORANGE, PURPLE, GREEN), strict=True))
+    colors: tuple[ColorName, ...] = ("blue", "orange", "purple", "green")
 
     def phase_seconds(step: StepRecord, phase: str) -> float:
         return (step.seconds or {}).get(phase) or 0.0
 
     return tuple(
         Curve(label, _thinned([(float(s.step), phase_seconds(s, phase)) for s in timed]), color)
-        for (phase, label), color in zip(PHASES.items(), colors.values(), strict=True)
+        for (phase, label), color in zip(PHASES.items(), colors, strict=True)
         if any(phase_seconds(step, phase) for step in timed)
     )
 
@@ -236,36 +257,51 @@ def _figure(width: float, height: float) -> Figure:
 def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
     _style(axes, theme)
     if panel.is_stacked:
-        _draw_stack(axes, panel)
+        _draw_stack(axes, panel, theme)
     else:
         for curve in panel.curves:
-            _draw_curve(axes, curve)
+            _draw_curve(axes, curve, theme.color(curve.color))
     if panel.is_share:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(lambda value, _position: f"{100 * value:.0f} %")
     elif panel.starts_at_zero:
         axes.set_ylim(bottom=0)
     if len(panel.curves) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink, ncols=len(panel.curves))
+        _legend(axes, len(panel.curves), theme)
 
 
-def _draw_curve(axes: Axes, curve: Curve) -> None:
+def _legend(axes: Axes, num_curves: int, theme: Theme) -> None:
+    """Above the plot area, where it covers no data."""
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=num_curves,
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.ink,
+        handlelength=1.2,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
+
+
+def _draw_curve(axes: Axes, curve: Curve, color: str) -> None:
     if curve.is_reference:
-        axes.axhline(curve.points[-1][1], color=curve.color, ls="--", lw=1.4, label=curve.label)
+        axes.axhline(curve.points[-1][1], color=color, ls="--", lw=1.4, label=curve.label)
         return
     steps, values = zip(*curve.points, strict=True)
     marker = "o" if len(steps) <= 12 else ""
-    axes.plot(steps, values, color=curve.color, lw=1.6, marker=marker, ms=4, label=curve.label)
+    axes.plot(steps, values, color=color, lw=1.6, marker=marker, ms=4, label=curve.label)
     if curve.band:
         band_steps, lows, highs = zip(*curve.band, strict=True)
-        axes.fill_between(band_steps, lows, highs, color=curve.color, alpha=0.18, linewidth=0)
+        axes.fill_between(band_steps, lows, highs, color=color, alpha=0.18, linewidth=0)
 
 
-def _draw_stack(axes: Axes, panel: Panel) -> None:
+def _draw_stack(axes: Axes, panel: Panel, theme: Theme) -> None:
     steps = [step for step, _ in panel.curves[0].points]
     heights = [[value for _, value in curve.points] for curve in panel.curves]
     labels = [curve.label for curve in panel.curves]
-    colors = [curve.color for curve in panel.curves]
+    colors = [theme.color(curve.color) for curve in panel.curves]
     axes.stackplot(steps, heights, labels=labels, colors=colors, alpha=0.85, linewidth=0)
 
 

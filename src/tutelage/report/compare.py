@@ -1,0 +1,217 @@
+"""Runs side by side: what they reached, what was set differently, and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import RunError
+from tutelage.evaluation.metrics import Interval, paired_difference
+from tutelage.report import text
+from tutelage.report.records import EvaluationRecord, RunRecord, read_run
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Where one run ended. A value that it did not measure is None."""
+
+    name: str
+    num_steps: int
+    """Steps in its metrics."""
+    num_rows: int
+    """Completion tokens scored over the run."""
+    num_kept: int
+    """Completion tokens trained on over the run."""
+    seconds: float
+    loss: float | None
+    reverse_kl_nats: float | None
+    entropy_nats: float | None
+    accuracy: Interval | None
+    """mean@k of the student at its last evaluation."""
+    pass_at_k: float | None
+    held_out_reverse_kl_nats: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of a run minus that of the first run on the problems they share, in [-1, 1]."""
+
+    run: str
+    baseline: str
+    num_problems: int
+    """Problems that both runs evaluated."""
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs side by side; the first is the baseline."""
+
+    runs: tuple[RunSummary, ...]
+    config: dict[str, tuple[str | None, ...]]
+    """Dotted configuration keys that differ, with one value per run; None where it is not set."""
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison as plain JSON values."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """The comparison as aligned tables for a terminal."""
+        parts = [_table(_summary_rows(self.runs))]
+        if self.config:
+            parts.append("Set differently\n" + _table(_config_rows(self)))
+        if self.differences:
+            parts.append("\n".join(map(_difference_line, self.differences)))
+        return "\n\n".join([*parts, *self.notes])
+
+
+def compare_runs(runs: Sequence[Path]) -> Comparison:
+    """Compare run folders with the first one as the baseline.
+
+    Args:
+        runs: at least two run folders with metrics.
+
+    Returns:
+        Final metrics, differing configuration keys, and the paired difference in accuracy of
+        every run that shares evaluated problems with the baseline.
+
+    Raises:
+        RunError: fewer than two runs, or a folder that `read_run` refuses.
+    """
+    if len(runs) < 2:
+        raise RunError(f"A comparison needs at least two run folders, got {len(runs)}.")
+    records = [read_run(run) for run in runs]
+    names = _names(records)
+    notes = [
+        f"{name}: {note}"
+        for name, record in zip(names, records, strict=True)
+        for note in record.notes
+    ]
+    differences = []
+    for name, record in zip(names[1:], records[1:], strict=True):
+        difference = _difference(records[0], names[0], record, name)
+        if difference is None:
+            notes.append(f"{name} shares no saved verdicts with {names[0]}: no paired difference.")
+        else:
+            differences.append(difference)
+    return Comparison(
+        runs=tuple(_summary(n, record) for n, record in zip(names, records, strict=True)),
+        config=_differing_config(records),
+        differences=tuple(differences),
+        notes=tuple(notes),
+    )
+
+
+def _names(records: Sequence[RunRecord]) -> list[str]:
+    """Folder names, or whole paths when two folders have the same name."""
+    short = [record.path.resolve().name for record in records]
+    is_unique = len(set(short)) == len(short)
+    return [
+        text.visible(name if is_unique else str(record.path), 120)
+        for name, record in zip(short, records, strict=True)
+    ]
+
+
+def _summary(name: str, record: RunRecord) -> RunSummary:
+    last = record.steps[-1]
+    evaluations = record.evaluations_of("student")
+    final = evaluations[-1] if evaluations else None
+    return RunSummary(
+        name=name,
+        num_steps=len(record.steps),
+        num_rows=sum(step.num_rows or 0 for step in record.steps),
+        num_kept=sum(step.num_kept or 0 for step in record.steps),
+        seconds=sum(s or 0.0 for step in record.steps for s in (step.seconds or {}).values()),
+        loss=last.loss,
+        reverse_kl_nats=last.reverse_kl_nats,
+        entropy_nats=last.entropy_nats,
+        accuracy=_accuracy(final) if final else None,
+        pass_at_k=final.pass_at_k if final else None,
+        held_out_reverse_kl_nats=final.held_out_reverse_kl_nats if final else None,
+    )
+
+
+def _accuracy(record: EvaluationRecord) -> Interval | None:
+    if record.mean_at_k is None or record.mean_at_k_low is None or record.mean_at_k_high is None:
+        return None
+    return Interval(record.mean_at_k, record.mean_at_k_low, record.mean_at_k_high)
+
+
+def _differing_config(records: Sequence[RunRecord]) -> dict[str, tuple[str | None, ...]]:
+    configs = [dict(text.flatten(record.config)) for record in records]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    values = {key: tuple(config.get(key) for config in configs) for key in keys}
+    return {key: row for key, row in values.items() if len(set(row)) > 1}
+
+
+def _difference(
+    baseline: RunRecord, baseline_name: str, record: RunRecord, name: str
+) -> Difference | None:
+    ours, theirs = _final_scores(record), _final_scores(baseline)
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return None
+    interval = paired_difference([ours[p] for p in shared], [theirs[p] for p in shared])
+    return Difference(name, baseline_name, len(shared), interval)
+
+
+def _final_scores(record: RunRecord) -> dict[str, float]:
+    steps = record.evaluated_steps("student")
+    return record.problem_scores("student", steps[-1]) if steps else {}
+
+
+def _summary_rows(runs: Sequence[RunSummary]) -> Iterator[list[str]]:
+    yield ["", *(run.name for run in runs)]
+    yield ["steps", *(text.number(run.num_steps) for run in runs)]
+    yield ["tokens scored", *(text.number(run.num_rows) for run in runs)]
+    yield ["tokens trained on", *(text.number(run.num_kept) for run in runs)]
+    yield ["time", *(text.duration(run.seconds) for run in runs)]
+    yield ["mean@k", *(_interval_text(run.accuracy) for run in runs)]
+    yield ["pass@k", *(text.percent(run.pass_at_k) for run in runs)]
+    yield ["held-out reverse KL", *(text.number(r.held_out_reverse_kl_nats) for r in runs)]
+    yield ["last reverse KL", *(text.number(run.reverse_kl_nats) for run in runs)]
+    yield ["last entropy", *(text.number(run.entropy_nats) for run in runs)]
+    yield ["last loss", *(text.number(run.loss) for run in runs)]
+
+
+def _config_rows(comparison: Comparison) -> Iterator[list[str]]:
+    yield ["", *(run.name for run in comparison.runs)]
+    for key, values in comparison.config.items():
+        cells = (text.MISSING if value is None else value for value in values)
+        yield [text.visible(key, 60), *(text.visible(cell, 60) for cell in cells)]
+
+
+def _interval_text(interval: Interval | None) -> str:
+    if interval is None:
+        return text.MISSING
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{text.percent(interval.value)} [{low:.1f}, {high:.1f}]"
+
+
+def _difference_line(difference: Difference) -> str:
+    value, low, high = (
+        100 * part
+        for part in (
+            difference.interval.value,
+            difference.interval.low,
+            difference.interval.high,
+        )
+    )
+    return (
+        f"{difference.run} − {difference.baseline}: {value:+.1f} points of mean@k "
+        f"[{low:+.1f}, {high:+.1f}], paired over {difference.num_problems} problems"
+    )
+
+
+def _table(rows: Iterator[list[str]]) -> str:
+    """Cells on one line each, first column left-aligned, the others right-aligned."""
+    cells = [[cell.replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in cells
+    )
