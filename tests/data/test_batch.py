@@ -1,0 +1,134 @@
+"""Rows against a naive oracle, and by perturbing one logit at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutelage.data.batch import Batch, Side, collate, micro_batches
+from tutelage.data.types import Prompt, Rollout
+from tutelage.errors import DataError
+
+EOS = 2
+PAD = EOS  # the worst case: padding looks like the end of a completion
+
+ids = st.integers(min_value=0, max_value=5)  # includes EOS, in prompts too
+rollouts = st.builds(
+    lambda prompt, completion: Rollout(Prompt("p", "p"), 0, tuple(prompt), tuple(completion)),
+    st.lists(ids, min_size=1, max_size=5),
+    st.lists(ids, max_size=5),
+)
+ragged = st.lists(rollouts, max_size=5)
+sides = st.sampled_from(["left", "right"])
+
+
+def rollout(prompt: list[int], completion: list[int]) -> Rollout:
+    return Rollout(Prompt("p", "p"), 0, tuple(prompt), tuple(completion))
+
+
+def expected_rows(batch: list[Rollout], side: Side, first: int) -> list[tuple[int, int, int, int]]:
+    """(flat index of the predicting position, token, completion, position), one loop at a time."""
+    width = max((len(r.prompt_ids) + len(r.completion_ids) for r in batch), default=0)
+    rows = []
+    for b, r in enumerate(batch):
+        pad = width - len(r.prompt_ids) - len(r.completion_ids) if side == "left" else 0
+        for i, token in enumerate(r.completion_ids):
+            rows.append((b * width + pad + len(r.prompt_ids) + i - 1, token, first + b, i))
+    return rows
+
+
+def rows_of(batch: Batch) -> list[tuple[int, ...]]:
+    columns = (batch.row_index, batch.tokens, batch.completion, batch.position)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@given(ragged, sides, st.integers(0, 7))
+def test_rows_equal_a_naive_loop(batch: list[Rollout], side: Side, first: int) -> None:
+    assert rows_of(collate(batch, PAD, side, first)) == expected_rows(batch, side, first)
+
+
+@given(ragged, sides, st.sampled_from([PAD, 0, 5]))
+def test_mask_recovers_every_sequence_whatever_the_pad_id(
+    batch: list[Rollout], side: Side, pad: int
+) -> None:
+    collated = collate(batch, pad, side)
+    for b, r in enumerate(batch):
+        real = collated.attention_mask[b].bool()
+        sequence = [*r.prompt_ids, *r.completion_ids]
+        assert collated.input_ids[b][real].tolist() == sequence
+        assert collated.position_ids[b][real].tolist() == list(range(len(sequence)))
+        assert (collated.input_ids[b][~real] == pad).all()
+        assert real.nonzero().flatten().diff().eq(1).all()  # one block, no holes
+
+
+@settings(max_examples=25)
+@given(st.lists(rollouts, min_size=1, max_size=3), sides)
+def test_bumping_one_logit_moves_exactly_the_row_it_predicts(
+    batch: list[Rollout], side: Side
+) -> None:
+    collated = collate(batch, PAD, side)
+    torch.manual_seed(0)
+    logits = torch.randn(*collated.input_ids.shape, 6, dtype=torch.float64)
+
+    def losses(values: torch.Tensor) -> torch.Tensor:
+        log_p = collated.flatten(values).log_softmax(-1)
+        return -log_p.gather(1, collated.tokens[:, None]).squeeze(1)
+
+    before = losses(logits)
+    predicts = {flat: n for n, (flat, *_) in enumerate(expected_rows(batch, side, 0))}
+    for flat in range(collated.input_ids.numel()):
+        bumped = logits.clone()
+        bumped.flatten(0, 1)[flat, 3] += 1.0  # a shift of all logits would be no change at all
+        moved = (losses(bumped) != before).nonzero().flatten().tolist()
+        assert moved == ([predicts[flat]] if flat in predicts else [])
+
+
+def test_the_stopping_token_and_the_last_prompt_position_count() -> None:
+    batch = collate([rollout([EOS, 1], [4, EOS])], PAD)
+    assert batch.tokens.tolist() == [4, EOS]
+    assert batch.row_index.tolist() == [1, 2]
+
+
+def test_flatten_keeps_the_gradient_of_used_positions_only() -> None:
+    batch = collate([rollout([1, 1], [3]), rollout([1], [])], PAD)
+    hidden = torch.ones(2, 3, 4, requires_grad=True)
+    batch.flatten(hidden).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.sum(-1).nonzero().tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch", [[], [rollout([1], [])], [rollout([1, 2], []), rollout([1], [])]])
+def test_no_completion_tokens_give_no_rows(batch: list[Rollout], side: Side) -> None:
+    collated = collate(batch, PAD, side)
+    assert collated.num_rows == 0
+    assert collated.flatten(torch.zeros(*collated.input_ids.shape, 4)).shape == (0, 4)
+
+
+@given(ragged, st.integers(1, 6), sides)
+def test_micro_batches_hold_the_same_rows_as_one_batch(
+    batch: list[Rollout], size: int, side: Side
+) -> None:
+    parts = micro_batches(batch, size, PAD, side)
+    whole = collate(batch, PAD, side)
+    for name in ("tokens", "completion", "position"):
+        joined = [value for part in parts for value in getattr(part, name).tolist()]
+        assert joined == getattr(whole, name).tolist()
+    assert all(len(part.input_ids) <= size for part in parts)
+
+
+def test_to_moves_every_tensor() -> None:
+    moved = collate([rollout([1], [2])], PAD).to("meta")
+    assert {t.device.type for t in vars(moved).values()} == {"meta"}
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="'p' has no tokens"):
+        collate([rollout([], [1])], PAD)
+
+
+def test_micro_batch_size_zero_is_refused() -> None:
+    with pytest.raises(DataError, match="at least 1, got 0"):
+        micro_batches([rollout([1], [1])], 0, PAD)
