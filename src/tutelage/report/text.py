@@ -98,7 +98,8 @@ def _toml_value(value: Any) -> str:
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value if item is not None)}]"
-    return json.dumps(value)
+    # TOML spells infinities as Python does and JSON does not; booleans are the other way round.
+    return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def _toml_string(text: str) -> str:
