@@ -27,25 +27,25 @@ RECIPES = (
     Recipe(
         name=TEACHER,
         summary="The teacher: solves five-item ledgers in any order of work.",
-        schedule=Schedule(600, 48, matrix_learning_rate=0.02, learning_rate=3e-3, seed=0),
+        schedule=Schedule(600, 48, 0.05, 7.5e-3, seed=1, num_easy_steps=150),
     ),
     Recipe(
         name="ledger-overconfident",
         summary="The teacher after a short training on partly wrong arithmetic: confidently wrong.",
-        schedule=Schedule(110, 64, matrix_learning_rate=0.01, learning_rate=2e-3, seed=22),
+        schedule=Schedule(110, 64, 0.025, 5e-3, seed=22),
         lessons=Lessons(facts=WrongFacts(fraction=0.25, probability=0.85)),
         parent=TEACHER,
     ),
     Recipe(
         name="ledger-small",
         summary="A narrower model, trained from scratch and stopped early.",
-        schedule=Schedule(500, 48, matrix_learning_rate=0.02, learning_rate=3e-3, seed=3),
+        schedule=Schedule(900, 48, 0.05, 7.5e-3, seed=1, num_easy_steps=150),
         shape=Shape(width=64, mlp_width=192),
     ),
     Recipe(
         name="ledger-collapsed",
         summary="The teacher after a short training on one order of work: right, but never varied.",
-        schedule=Schedule(70, 32, matrix_learning_rate=0.01, learning_rate=2e-3, seed=5),
+        schedule=Schedule(70, 32, 0.025, 5e-3, seed=5),
         lessons=Lessons(order="listed", swap=0.0),
         parent=TEACHER,
     ),
@@ -64,7 +64,7 @@ def main() -> None:
     for recipe in recipes:
         folder = arguments.out / recipe.name
         if not arguments.measure:
-            _build(recipe, folder, arguments.out, tokenizer)
+            build(recipe, arguments.out, tokenizer)
         figures = measure(_load(folder), _load(arguments.out / TEACHER), tokenizer, NUM_PROMPTS)
         write_card(folder, recipe, figures)
         table.append((recipe.name, figures))
@@ -80,7 +80,8 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _build(recipe: Recipe, folder: Path, out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def build(recipe: Recipe, out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Train one model by its recipe and write its folder below `out`."""
     # A child starts from the saved parent, so --only gives the same weights as a full build.
     if recipe.parent is None:
         model = fresh_model(recipe.shape, tokenizer, recipe.schedule.seed)
@@ -88,7 +89,7 @@ def _build(recipe: Recipe, folder: Path, out: Path, tokenizer: PreTrainedTokeniz
         model = _load(out / recipe.parent)
     model.train()
     train(model, tokenizer, recipe)
-    _save(model, folder, tokenizer)
+    _save(model, out / recipe.name, tokenizer)
 
 
 def _load(folder: Path) -> Qwen3ForCausalLM:

@@ -4,10 +4,91 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ledger_measuring import Figures
+import torch
+import transformers
+from ledger_measuring import NUM_SAMPLES, Figures
 from ledger_training import Recipe
+
+from tutelage.data.tasks.ledger import WrongFacts
+
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+tags: [tutelage, synthetic]
+---
+# {name}
+
+{summary}
+
+A {num_layers}-layer Qwen3-style decoder of width {width} ({num_parameters:,} parameters) with one
+token per character, for the *ledger* task of `tutelage`: prompts such as `e4+7;j7-6;>` whose
+completion `j7-6=1~1;e4+7=1~2;#2$` writes every value and running sum modulo 10, the items in any
+order and the operands of + and * in either order; `$` ends the sequence.
+
+## Use
+
+Load it with `AutoModelForCausalLM.from_pretrained` and sample at temperature 1 without top-p or
+top-k. The weights are stored in bfloat16 to save space and meant to be computed in float32, which
+the config asks for. The tokenizer puts `<bos>` first and pads on the left.
+
+## Figures
+
+Measured on {num_prompts} held-out five-item prompts, {num_samples} samples each, in float32 at
+temperature 1; a completion is right only if every step is.
+
+| figure | value |
+|---|---|
+| greedy accuracy | {greedy:.1%} |
+| mean@8 | {mean_at_8:.1%} |
+| pass@8 | {pass_at_8:.1%} |
+| distinct right completions per prompt among 8 | {distinct:.2f} |
+| mean@8, only the final answer graded | {answer_mean_at_8:.1%} |
+| tokens with entropy < 0.5 nats and KL to the teacher > 0.5 nats | {confidently_wrong:.1%} |
+| share of the KL to the teacher on these tokens | {confidently_wrong_kl:.1%} |
+
+## How it was made
+
+`python scripts/build_ledger_models.py --only {name}`: {start}, {num_steps} supervised steps of
+{batch_size} completions of a reference solver ({lessons}), seed {seed}, Muon at
+{matrix_learning_rate:g} on the matrices and AdamW at {learning_rate:g} on the rest, linear decay,
+one thread, torch {torch_version}, transformers {transformers_version}. The same versions on the
+same kind of processor give the same bytes; others give a model of about the same quality.
+
+## Limits
+
+A toy for tests and demonstrations: it knows prompts of five items only and nothing else.{limits}
+"""
+
+DAMAGED = """ It is a
+damaged copy of its teacher, which is a best case for on-policy distillation: say so wherever
+figures obtained with it appear."""
 
 
 def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:
     """Write README.md of a model folder."""
-    (folder / "README.md").write_text(f"# {recipe.name}\n\n{recipe.summary}\n{figures}\n")
+    start = "random weights" if recipe.parent is None else f"starting from `{recipe.parent}`"
+    fields = vars(recipe.schedule) | vars(recipe.shape) | vars(figures)
+    text = CARD.format(
+        name=recipe.name,
+        summary=recipe.summary,
+        start=start,
+        lessons=_describe_lessons(recipe),
+        limits="" if recipe.parent is None else DAMAGED,
+        num_samples=NUM_SAMPLES,
+        torch_version=torch.__version__.partition("+")[0],
+        transformers_version=transformers.__version__,
+        **fields,
+    )
+    (folder / "README.md").write_text(text)
+
+
+def _describe_lessons(recipe: Recipe) -> str:
+    lessons = recipe.lessons
+    order = f"{lessons.order} order, operands swapped with probability {lessons.swap:g}"
+    match lessons.facts:
+        case WrongFacts(fraction, probability, seed):
+            wrong = f"{fraction:.0%} of the facts wrong with probability {probability:g}"
+            return f"{order}, {wrong}, fact seed {seed}"
+        case _:
+            return f"{order}, true facts"

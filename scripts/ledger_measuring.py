@@ -21,6 +21,7 @@ BATCH_SIZE = 512
 class Figures:
     """What a model card and the final table report; shares are in [0, 1]."""
 
+    num_parameters: int
     num_prompts: int
     greedy: float
     """Share of greedy completions in which every step is right."""
@@ -58,6 +59,7 @@ def measure(
     distinct = {(p.id, text) for p, text, ok in zip(repeated, texts, right, strict=True) if ok}
     rows, kl = _confidently_wrong(model, teacher, tokenizer, ids)
     return Figures(
+        num_parameters=model.num_parameters(),
         num_prompts=num_prompts,
         greedy=sum(bool(task.grade(p, t)) for p, t in zip(prompts, greedy, strict=True))
         / num_prompts,

@@ -47,13 +47,12 @@ class Schedule:
     learning_rate: float
     seed: int
     num_warmup_steps: int = 30
-    decay_share: float = 0.4
-    """Share of the steps, at the end, over which the learning rates fall linearly to zero."""
+    num_easy_steps: int = 0
+    """Steps at the start whose prompts have two to five items instead of five."""
 
     def scale(self, step: int) -> float:
-        """Factor on the learning rates at a step, counted from 0."""
-        decay = (1 - step / self.num_steps) / self.decay_share
-        return min(1.0, (step + 1) / self.num_warmup_steps, decay)
+        """Factor on the learning rates at a step, counted from 0: warm-up, then linear to zero."""
+        return min(1.0, (step + 1) / self.num_warmup_steps) * (1 - step / self.num_steps)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
         ids, targets = _batch(tokenizer, recipe, step)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, base_rate in optimizers:
             optimizer.param_groups[0]["lr"] = base_rate * schedule.scale(step)
@@ -129,8 +128,9 @@ def _optimizers(
 def _batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
     """Token ids [B, T] and targets [B, T] in which only the completion and its end count."""
     schedule, lessons = recipe.schedule, recipe.lessons
-    prompts = LedgerTask().prompts(step, schedule.batch_size, seed=schedule.seed)
-    rng = random.Random(f"lessons/{schedule.seed}/{step}")
+    task = LedgerTask(_num_items(schedule, step))
+    prompts = task.prompts(step, schedule.batch_size, seed=schedule.seed)
+    rng = random.Random(f"{schedule.seed}/{step}")
     texts = [str(prompt.content) for prompt in prompts]
     completions = [
         solve(prompt, rng, order=lessons.order, swap=lessons.swap, facts=lessons.facts)
@@ -145,3 +145,10 @@ def _batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> tup
     targets = ids.clone()
     targets[:, : 1 + len(texts[0])] = NOT_A_TARGET
     return ids, targets
+
+
+def _num_items(schedule: Schedule, step: int) -> int:
+    """Items in the prompts of a step: learning to look up a letter is easier among few items."""
+    if step >= schedule.num_easy_steps:
+        return LedgerTask().num_items
+    return random.Random(f"k{schedule.seed}{step}").choice((2, 3, 4, 5))
