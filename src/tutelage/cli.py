@@ -1,0 +1,244 @@
+"""The command line: `tutelage check | train | eval | sample | score | report | compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutelage.errors import ConfigError, TutelageError
+
+if TYPE_CHECKING:
+    from tutelage.run.config import Config
+
+USER_ERROR = 2
+"""Exit code for everything a user can mend."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM; the same command continues the run."""
+
+_EXAMPLES = {
+    "check": "tutelage check configs/ledger.toml",
+    "train": "tutelage train configs/ledger.toml selection.rule=soft_or selection.keep=0.5",
+    "eval": "tutelage eval package:tutelage/assets/ledger-teacher --json",
+    "sample": "tutelage sample package:tutelage/assets/ledger-teacher --num-prompts 3",
+    "score": "tutelage score configs/ledger.toml --num-prompts 4 --out tokens.jsonl",
+    "report": "tutelage report runs/ledger-1a2b3c4d",
+    "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    _quiet_libraries()
+    try:
+        code: int = arguments.run(arguments)
+    except TutelageError as error:
+        print(f"tutelage: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("tutelage: interrupted; the same command continues the run", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _quiet_libraries() -> None:
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in the form of every other user error: one line, exit code 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(USER_ERROR, f"{self.prog}: {message}. Try {self.prog} --help.\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tutelage", description="On-policy distillation of language models.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {_EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    _config_arguments(command("check", _check, "Load everything a run needs and say if it fits."))
+    train = command("train", _train, "Train a student, or continue an interrupted run.")
+    _config_arguments(train)
+    train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                       help="continue although this key of the configuration changed")  # fmt: skip
+    train.add_argument("--json", action="store_true", help="print every step as a JSON line")
+    _model_arguments(command("eval", _eval, "Measure mean@k and pass@k on held-out prompts."))
+    _model_arguments(command("sample", _sample, "Print completions of held-out prompts."))
+    score = command("score", _score, "Write statistics of every token, without training.")
+    _config_arguments(score)
+    score.add_argument("--num-prompts", type=int, default=8, help="prompts to score (default 8)")
+    score.add_argument("--out", default="-", help="JSONL file, - for standard output (default)")
+    report = command("report", _report, "Write a run's report as one HTML file.")
+    report.add_argument("run_folder", metavar="RUN", type=Path)
+    report.add_argument("--out", type=Path, help="HTML file (default RUN/report.html)")
+    compare = command("compare", _compare, "Compare runs side by side, in pairs where possible.")
+    compare.add_argument("run_folders", metavar="RUN", type=Path, nargs="+")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. num_steps=10")
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder, .gguf file, package:NAME/folder, or hub id")
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL prompts (default: ledger task)")
+    parser.add_argument("--grader", choices=("none", "number", "exact"), default="number",
+                        help="how answers of --prompts are compared (default number)")  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="use the model's chat template")
+    parser.add_argument("--suffix", default="", help="text appended to every prompt")
+    parser.add_argument("--num-prompts", type=int, default=64, help="prompts (default 64)")
+    parser.add_argument("--num-samples", type=int, default=8, help="completions of each, k")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=64, help="completions decoded at once")
+    parser.add_argument("--seed", type=int, default=424242)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _version() -> str:
+    from tutelage import __version__
+
+    return __version__
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    from tutelage.run.parse import load_config
+
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from tutelage.run.check import check
+
+    for line in check(_load(arguments), Path(arguments.config).stem):
+        print(line)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tutelage.report.report import write_report
+    from tutelage.run.progress import Reporter
+    from tutelage.run.train import train
+
+    config = _load(arguments)
+    with Reporter(config.num_steps, as_json=arguments.json) as reporter:
+        result = train(
+            config,
+            Path(arguments.config).stem,
+            tuple(arguments.allow_change),
+            reporter.say,
+            reporter.on_step,
+        )
+    if not result.is_finished:
+        return INTERRUPTED
+    try:
+        path = write_report(result.folder)
+    except ImportError as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return 0
+    if not arguments.json:
+        print(f"report: {path}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from tutelage.run.inspect import evaluate_model
+
+    result = evaluate_model(_inspection(arguments))
+    if arguments.json:
+        print(json.dumps(result.summary()))
+        return 0
+    for title, interval in (("mean", result.mean_at_k), ("pass", result.pass_at_k)):
+        if interval is not None:
+            print(
+                f"{title}@{result.num_samples}  {100 * interval.value:.1f} %  "
+                f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+            )
+    print(f"{result.num_problems} problems, {result.num_samples} samples each")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from tutelage.run.inspect import evaluate_model
+
+    result = evaluate_model(_inspection(arguments))
+    marks = {True: "right", False: "wrong", None: "ungraded"}
+    for rollout, verdict in zip(result.rollouts, result.is_correct, strict=True):
+        if arguments.json:
+            record = {"prompt_id": rollout.prompt.id, "sample": rollout.sample}
+            print(json.dumps(record | {"text": rollout.text, "is_correct": verdict}))
+        else:
+            print(f"[{rollout.prompt.id} #{rollout.sample}, {marks[verdict]}]\n{rollout.text}\n")
+    return 0
+
+
+def _inspection(arguments: argparse.Namespace) -> Any:
+    from tutelage.run.inspect import Inspection
+
+    return Inspection(**{f.name: getattr(arguments, f.name) for f in fields(Inspection)})
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from tutelage.run.inspect import score
+
+    if arguments.num_prompts < 1:
+        raise ConfigError(f"--num-prompts must be at least 1, got {arguments.num_prompts}.")
+    rows, table = score(_load(arguments), arguments.num_prompts)
+    if arguments.out == "-":
+        for row in rows:
+            print(json.dumps(row))
+        print(table, file=sys.stderr)
+        return 0
+    try:
+        with Path(arguments.out).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out} cannot be written: {error.strerror}.") from None
+    print(f"{table}\n{len(rows)} tokens written to {arguments.out}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from tutelage.report.report import write_report
+
+    print(write_report(arguments.run_folder, arguments.out))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from tutelage.report.compare import compare_runs
+
+    comparison = compare_runs(arguments.run_folders)
+    print(json.dumps(comparison.as_dict()) if arguments.json else comparison.as_text())
+    return 0

@@ -1,0 +1,54 @@
+"""The trained side: rows of the student, scored without or learned with a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.core import LazyLogits, Objective, TokenStats, distillation_objective, token_stats
+from tutelage.data.batch import Batch
+from tutelage.models.head import head, hidden_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Student(nn.Module):
+    """The student and its loss in one module.
+
+    Because the loss is computed inside `forward`, wrappers that gather parameters there (DDP,
+    FSDP2) see one ordinary module and nothing special is needed for the head.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+
+    def forward(
+        self,
+        batch: Batch,
+        teacher: LazyLogits,
+        rows: Tensor | None = None,
+        weights: tuple[float, float] = (1.0, 0.0),
+    ) -> Objective | TokenStats:
+        """Scores every row (`rows` is None, no gradient) or learns from the given ones.
+
+        Args:
+            batch: B sequences with N completion tokens.
+            teacher: teacher logits of the N rows.
+            rows: rows to learn from `[K]`; None to score all.
+            weights: weights of reverse and forward KL.
+
+        Returns:
+            `TokenStats` of N rows, or the `Objective` of K rows, a sum.
+        """
+        if rows is None:
+            with torch.no_grad():
+                return token_stats(self._logits(batch), teacher, batch.tokens)
+        return distillation_objective(self._logits(batch)[rows], teacher[rows], *weights)
+
+    def _logits(self, batch: Batch) -> LazyLogits:
+        return head(self.model, hidden_rows(self.model, batch), self.vocab_size)

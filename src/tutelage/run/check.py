@@ -1,0 +1,49 @@
+"""`tutelage check`: load everything a run needs and take its measure before spending time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tutelage.models.tokenizers import encode_prompt
+from tutelage.run.config import AllTokens, Config
+from tutelage.run.setup import build
+from tutelage.run.train import run_folder
+
+
+def check(config: Config, name: str) -> Iterator[str]:
+    """Lines saying that models, tokenizers and data fit, and what the run will do.
+
+    Raises:
+        TutelageError: something does not fit.
+    """
+    parts = build(config)
+    for who, model in (("student", parts.student.model), ("teacher", parts.teacher.model)):
+        size = sum(p.numel() for p in model.parameters())
+        kind = type(model).__name__
+        yield f"{who}: {kind}, {size:,} parameters, {model.dtype}".replace("torch.", "")
+    yield f"vocabulary: {parts.student.vocab_size:,} ids shared; tokenizers agree"
+    prompts = parts.task.prompts(0, config.prompts_per_step, config.seed)
+    num_held_out = len(parts.task.held_out(config.evaluation.num_problems))
+    lengths = [len(encode_prompt(parts.tokenizer, prompt)) for prompt in prompts]
+    yield (
+        f"data: task {parts.task.name}, first step's prompts {min(lengths)} to {max(lengths)} "
+        f"tokens, {num_held_out} held out for evaluation"
+    )
+    selection = config.selection
+    kept = "every token" if isinstance(selection, AllTokens) else f"{selection.keep:.0%} of tokens"
+    yield (
+        f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
+        f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
+    )
+    if is_filtered(config):
+        yield (
+            "warning: completions are not drawn from the distribution that is trained "
+            "(temperature, top_p or top_k differ from 1, 1, 0)"
+        )
+    yield f"folder: {run_folder(config, name)} on {parts.device}"
+
+
+def is_filtered(config: Config) -> bool:
+    """Whether sampling differs from the distribution that the objective trains."""
+    sampling = config.sampling
+    return (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0)

@@ -1,0 +1,132 @@
+"""Checkpoints: an HF folder with the optimizer's tensors beside it, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tutelage.errors import RunError
+from tutelage.models.load import save_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PREFIX = "checkpoint-"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Folder of the checkpoint taken after `step` updates."""
+    return run / f"{_PREFIX}{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every complete checkpoint, oldest first."""
+    found = []
+    for path in run.glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdigit() and (path / "state.json").exists():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> Path:
+    """Write weights, optimizer moments and step, then drop checkpoints beyond the `keep` newest.
+
+    No random state is saved because there is none: prompts, completions and random selections
+    are functions of (seed, step).
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; older checkpoints stay.
+    """
+    final = checkpoint_path(run, step)
+    temporary = run / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
+        save_model(model, tokenizer, temporary / "model")
+        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n")
+        _sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+        _sync_path(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"checkpoint {final} cannot be written: {error}. Earlier checkpoints are untouched; "
+            "free some space and start the same command again."
+        ) from None
+    for _, old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_optimizer(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer's moments from a checkpoint.
+
+    Raises:
+        RunError: the file is damaged or belongs to another model.
+    """
+    file = path / "optimizer.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{file} cannot be read: {error}. Delete {path} to use an older one."
+        ) from None
+    names = _parameter_names(model)
+    state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(names))}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("|")
+        if name not in names:
+            raise RunError(f"{file} has moments of {name!r}, which the model does not have.")
+        state[names.index(name)][entry] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    filled = {index: entries for index, entries in state.items() if entries}
+    optimizer.load_state_dict({"state": filled, "param_groups": groups})
+
+
+def _optimizer_tensors(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    names = _parameter_names(model)
+    state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}|{entry}": value.contiguous()
+        for index, entries in state.items()
+        for entry, value in entries.items()
+    }
+
+
+def _parameter_names(model: PreTrainedModel) -> list[str]:
+    """Names in the order in which the optimizer numbers its parameters."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _sync(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

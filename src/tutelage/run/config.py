@@ -1,0 +1,238 @@
+"""The configuration of a run: one frozen dataclass per table of the TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field
+
+from tutelage.errors import ConfigError
+from tutelage.models.sampling import SamplingConfig
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _require(is_right: bool, key: str, rule: str, value: object, hint: str) -> None:
+    if not is_right:
+        raise ConfigError(f"{key} must be {rule}, got {value}. {hint}")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The model that learns."""
+
+    __pydantic_config__ = _STRICT
+    model: str
+    """Folder, .gguf file, package:NAME/folder, or hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights and of the forward pass."""
+    num_layers: int | None = None
+    """Depth to prune the model to before training; None keeps all layers."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model that supervises."""
+
+    __pydantic_config__ = _STRICT
+    model: str
+    """Folder, .gguf file, package:NAME/folder, or hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights."""
+    offload: bool = False
+    """Move the teacher's backbone to main memory while the student writes and learns."""
+
+
+@dataclass(frozen=True)
+class LedgerData:
+    """The embedded task: no download, strictly graded."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["ledger"] = "ledger"
+    num_items: int = 5
+    """Sums in a prompt, 1 to 9; the shipped models know 5."""
+
+
+@dataclass(frozen=True)
+class FileData:
+    """Prompts from a JSONL file or a `datasets` id."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["file"]
+    path: str
+    """JSONL file (also looked for in $TUTELAGE_DATA and ./data), or a data set's hub id."""
+    split: str = "train"
+    """Split of a hub data set; ignored for files."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    prompt_column: str | None = None
+    """Key of the prompt; None takes the first of prompt, problem, question, messages."""
+    answer_column: str = "answer"
+    """Key of the reference answer, which a record may lack."""
+    chat: bool = True
+    """Render a text prompt as one user message with the tokenizer's chat template."""
+    suffix: str = ""
+    """Text appended to every prompt, e.g. how to mark the answer."""
+    grader: Literal["none", "number", "exact"] = "none"
+    """How a completion is compared with the reference answer."""
+    num_held_out: int = 64
+    """Prompts kept out of training for evaluation."""
+
+
+DataConfig: TypeAlias = Annotated[LedgerData | FileData, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class AllTokens:
+    """Train on every token."""
+
+    __pydantic_config__ = _STRICT
+    rule: Literal["all"] = "all"
+
+
+@dataclass(frozen=True)
+class SomeTokens:
+    """Train on the tokens that a rule scores highest."""
+
+    __pydantic_config__ = _STRICT
+    rule: Literal["random", "entropy", "entropy_sample", "soft_or", "q3", "divergence", "bottom"]
+    keep: float = 0.5
+    """Fraction of each completion's tokens to train on, in (0, 1]."""
+    scope: Literal["completion", "batch"] = "completion"
+    """One budget per completion, or one for the whole global batch."""
+    normalization: Literal["minmax_p98", "minmax", "minmax_p98_both", "quantile_05_95"] = (
+        "minmax_p98"
+    )
+    """How entropy and divergence are brought to [0, 1] over the global batch."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0.0 < self.keep <= 1.0,
+            "selection.keep",
+            "in (0, 1]",
+            self.keep,
+            "Use keep = 1.0 to train on every token.",
+        )
+
+
+SelectionConfig: TypeAlias = Annotated[AllTokens | SomeTokens, Field(discriminator="rule")]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Exact full-vocabulary objective a·reverse_kl + b·forward_kl of every kept token."""
+
+    __pydantic_config__ = _STRICT
+    reverse_weight: float = 1.0
+    """a, the weight of KL(student‖teacher)."""
+    forward_weight: float = 0.0
+    """b, the weight of KL(teacher‖student)."""
+
+    def __post_init__(self) -> None:
+        weights = (self.reverse_weight, self.forward_weight)
+        _require(
+            min(weights) >= 0.0 and sum(weights) > 0.0,
+            "objective.reverse_weight and forward_weight",
+            "at least 0 and not both 0",
+            weights,
+            "Use 1 and 0 for plain on-policy distillation.",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    __pydantic_config__ = _STRICT
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after warm-up, towards 0 for the last two."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; 0 starts at the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    """Norm the gradient is clipped to; 0 never clips."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.learning_rate > 0,
+            "optimizer.learning_rate",
+            "above 0",
+            self.learning_rate,
+            "1e-6 is usual for large models, 1e-3 for the embedded ones.",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Measurements on held-out prompts, before, during and after training."""
+
+    __pydantic_config__ = _STRICT
+    num_problems: int = 64
+    """Held-out prompts; 0 measures nothing."""
+    num_samples: int = 8
+    """Completions per prompt, the k of mean@k and pass@k."""
+    every: int = 0
+    """Steps between evaluations; 0 for only before and after."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus of the evaluation, in (0, 1]."""
+    teacher: bool = True
+    """Measure the teacher too, once."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Everything that changes the weights is in here."""
+
+    __pydantic_config__ = _STRICT
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig = field(default_factory=LedgerData)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    selection: SelectionConfig = field(default_factory=AllTokens)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    out: str | None = None
+    """Run folder; None names one after the config file and its fingerprint, under runs/."""
+    seed: int = 0
+    """Seed of prompts, completions and random selection."""
+    num_steps: int = 100
+    """Optimizer updates."""
+    prompts_per_step: int = 32
+    """Prompts of one step over all processes; each gets sampling.num_samples completions."""
+    micro_batch_size: int = 8
+    """Completions in one forward and backward pass; changes memory, not the result."""
+    sampling_batch_size: int = 64
+    """Completions decoded at the same time."""
+    quadrant_thresholds: Literal["median"] | tuple[float, float] = "median"
+    """Cuts of entropy and divergence for the quadrant table: medians, or two numbers in nats."""
+    renormalise: bool = True
+    """Divide by the kept tokens; False divides by all, so a token weighs as without selection."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; 0 for only the last."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk, at least 1."""
+    num_threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    device: str = "auto"
+    """auto (cuda where it is), cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size"):
+            value = self.__dict__[key]
+            _require(value >= 1, key, "at least 1", value, "Raise it.")
+        _require(
+            self.keep_checkpoints >= 1,
+            "keep_checkpoints",
+            "at least 1",
+            self.keep_checkpoints,
+            "One checkpoint is needed to continue.",
+        )

@@ -1,0 +1,175 @@
+"""From TOML and `key=value` overrides to a `Config`, with one clear line for every mistake."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tutelage.errors import ConfigError
+from tutelage.run.config import Config
+
+_ADAPTER = TypeAdapter(Config)
+
+SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "num_threads", "device")
+"""Keys that may change when a run is continued: they cannot change its results."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a TOML file, with `key=value` overrides applied.
+
+    Args:
+        path: TOML file.
+        overrides: e.g. "selection.rule=soft_or"; values are TOML, or plain text.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"configuration {path} does not exist. Give the path of a TOML file, "
+            "such as configs/ledger.toml."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from None
+    for override in overrides:
+        _apply(table, override)
+    return parse_config(table)
+
+
+def parse_config(table: dict[str, Any]) -> Config:
+    """The configuration a nested table describes.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value does not fit; the first such.
+    """
+    try:
+        return _ADAPTER.validate_python(table)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, table)) from None
+
+
+def to_table(config: Config) -> dict[str, Any]:
+    """The configuration as a nested table of plain values."""
+    return asdict(config)
+
+
+def fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits naming everything in the configuration that changes results."""
+    table = {key: value for key, value in to_table(config).items() if key not in SAFE_KEYS}
+    text = json.dumps(table, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, safe keys aside, sorted."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    keys = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    return sorted(key for key in keys if key not in SAFE_KEYS)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value. Write e.g. selection.keep=0.5."
+        )
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a table.")
+    table[last] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError, table: dict[str, Any]) -> str:
+    """The first mistake as one line: key, what is wrong, the value seen, what to do."""
+    details = error.errors(include_url=False)
+    # An unknown key explains the missing one it was meant to be.
+    first = next((d for d in details if _kind(d) == "unknown"), details[0])
+    location = [str(part) for part in first["loc"]]
+    tags = {("selection", 1), ("data", 1)}
+    key = ".".join(p for i, p in enumerate(location) if (location[0], i) not in tags)
+    match _kind(first):
+        case "unknown":
+            return f"unknown key {key!r}.{_did_you_mean(location, table)}"
+        case "missing":
+            return f"{key} is missing. Add it to the configuration or pass {key}=VALUE."
+        case "tag":
+            return _explain_tag(first, key)
+        case "ours":
+            return str(first["ctx"]["error"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message}, got {first['input']!r}."
+
+
+def _kind(detail: Any) -> str:
+    kinds = {
+        "unexpected_keyword_argument": "unknown",
+        "missing": "missing",
+        "missing_argument": "missing",
+        "union_tag_invalid": "tag",
+        "union_tag_not_found": "tag",
+        "value_error": "ours",
+    }
+    return kinds.get(detail["type"], "other")
+
+
+def _explain_tag(detail: Any, key: str) -> str:
+    context = detail["ctx"]
+    field = context["discriminator"].strip("'")
+    if "tag" not in context:
+        return f"{key}.{field} is missing. Add it to the configuration."
+    names = [name.strip("' ") for name in context["expected_tags"].split(",")]
+    near = difflib.get_close_matches(context["tag"], names, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{key}.{field} must be one of {', '.join(names)}, got {context['tag']!r}.{hint}"
+
+
+def _did_you_mean(location: list[str], table: dict[str, Any]) -> str:
+    known = _known_keys(location[:-1], table)
+    if location[0] == "selection" and table.get("selection", {}).get("rule") == "all":
+        return " Rule 'all' keeps every token; choose another selection.rule to use it."
+    near = difflib.get_close_matches(location[-1], known, 1, 0.5)
+    return f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(known)}."
+
+
+def _known_keys(parents: list[str], table: dict[str, Any]) -> list[str]:
+    schema: Any = _ADAPTER.json_schema()
+    definitions = schema["$defs"]
+    for parent in parents:
+        found = schema.get("properties", {}).get(parent)
+        if found is None:  # the tag of a union, already followed below
+            continue
+        if "oneOf" in found:
+            tag = parents[parents.index(parent) + 1]
+            found = {"$ref": found["discriminator"]["mapping"][tag]}
+        schema = definitions[found["$ref"].rsplit("/", 1)[-1]]
+    return list(schema["properties"])

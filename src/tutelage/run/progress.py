@@ -1,0 +1,82 @@
+"""What a user sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Reporter:
+    """Shows events and steps; use it as a context manager around a run."""
+
+    def __init__(self, num_steps: int, as_json: bool = False) -> None:
+        self.num_steps = num_steps
+        self.as_json = as_json
+        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=num_steps, line="")
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print one event; model text never passes here, markup is off all the same."""
+        self.console.print(text, markup=False)
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        """Show one step's metrics."""
+        if self.as_json:
+            print(json.dumps(metrics, allow_nan=False), flush=True, file=sys.stdout)
+        line = _line(metrics)
+        self._progress.update(self._task, completed=metrics["step"], line=line)
+        if not self.console.is_terminal and not self.as_json and self._is_due(metrics["step"]):
+            self.say(f"step {metrics['step']}/{self.num_steps} {line}")
+
+    def _is_due(self, step: int) -> bool:
+        """Plain output: about twenty lines a run, and one at least every half minute."""
+        now = time.monotonic()
+        every = max(1, self.num_steps // 20)
+        if step % every and step != self.num_steps and now - self._last_line < 30:
+            return False
+        self._last_line = now
+        return True
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    seconds = sum(metrics["seconds"].values())
+    return (
+        f"loss {metrics['loss']:.4f}  KL {metrics['reverse_kl_nats']:.4f}  "
+        f"entropy {metrics['entropy_nats']:.3f}  kept {metrics['num_kept']}/{metrics['num_rows']}  "
+        f"{metrics['num_rows'] / max(seconds, 1e-9):.0f} tokens/s  {seconds:.2f} s"
+    )

@@ -1,0 +1,91 @@
+"""From a configuration to models, tokenizer and task that are known to fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
+from tutelage.data.tasks import LedgerTask, Task
+from tutelage.errors import ConfigError
+from tutelage.models.load import load_model, load_tokenizer, prune_layers
+from tutelage.models.student import Student
+from tutelage.models.teacher import Teacher
+from tutelage.models.tokenizers import shared_vocabulary
+from tutelage.run.config import Config, FileData, LedgerData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run works with."""
+
+    student: Student
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    device: torch.device
+
+
+def build_task(data: LedgerData | FileData) -> Task:
+    """The task of a `[data]` table."""
+    if isinstance(data, LedgerData):
+        return LedgerTask(data.num_items)
+    columns = PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
+    prompts = load_prompts(data.path, columns, split=data.split, subset=data.subset)
+    name = Path(data.path).stem
+    return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a configuration: `auto` takes CUDA where it is, else the CPU.
+
+    Raises:
+        ConfigError: the device is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
+        raise ConfigError(f"device must be auto, cpu or cuda and be present, got {name!r}.")
+    return torch.device(name)
+
+
+def build(config: Config, student_model: str | None = None) -> Parts:
+    """Load both models, shake hands over their tokenizers and build the task.
+
+    Args:
+        config: the run's configuration.
+        student_model: where the student's weights are; None for the configured start.
+
+    Raises:
+        TutelageError: a model, a tokenizer or the data cannot be used together.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    task = build_task(config.data)  # the cheapest thing that can be wrong comes first
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.student.model)
+    teacher_tokenizer = load_tokenizer(config.teacher.model)
+    student = load_model(student_model or config.student.model, config.student.dtype, str(device))
+    if config.student.num_layers is not None and student_model is None:
+        student = prune_layers(student, config.student.num_layers)
+    resting = "cpu" if config.teacher.offload else str(device)
+    teacher = load_model(config.teacher.model, config.teacher.dtype, resting)
+    vocab_size = shared_vocabulary(
+        tokenizer,
+        teacher_tokenizer,
+        student.get_output_embeddings().weight.shape[0],
+        teacher.get_output_embeddings().weight.shape[0],
+    )
+    return Parts(
+        Student(student, vocab_size),
+        Teacher(teacher, vocab_size, device, config.teacher.offload),
+        tokenizer,
+        task,
+        device,
+    )
