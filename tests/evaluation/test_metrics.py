@@ -116,6 +116,27 @@ def test_binary_scores_give_the_wilson_interval_with_a_t_quantile() -> None:
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        ([0.25, 0.5, 0.375, 0.5, 0.75, 0.125], None),
+        ([0.5] * 4, 16),
+        ([0.0] * 6, 6),
+        ([0.75, 0.875, 0.75, 0.8125] * 5, 400),
+    ],
+)
+def test_the_interval_is_wilson_with_the_effective_sample_size(
+    values: list[float], size: int | None
+) -> None:
+    """Solve `|m - x| = t sqrt(x (1 - x) / n_eff)` for its ends x, with numpy and scipy."""
+    n, mean = len(values), float(np.mean(values))
+    effective = size or n * mean * (1 - mean) / np.var(values, ddof=1)
+    ratio = stats.t.ppf(0.975, n - 1) ** 2 / effective
+    ends = np.sort(np.roots([1 + ratio, -2 * mean - ratio, mean**2]).real)
+    interval = clustered_interval(values)
+    assert (interval.low, interval.high) == pytest.approx(tuple(ends), abs=1e-7)
+
+
 def test_many_problems_give_the_t_interval_of_scipy() -> None:
     rng = np.random.default_rng(0)
     values = rng.beta(2, 2, size=2000)

@@ -131,6 +131,7 @@ def manifest_of(keep: float = 0.1, seed: int = 0) -> Json:
             "teacher": {"kind": "ledger", "path": "assets/teacher"},
             "selection": {"rule": "soft_or", "keep": keep},
             "objective": {"estimator": "exact", "alpha": 0.0},
+            "quadrant_thresholds": "median",
             "num_steps": 24,
             "seed": seed,
             "stop": ["$", "\n"],

@@ -240,6 +240,37 @@ def test_the_quadrant_table_shows_first_and_last_step(make_run: MakeRun) -> None
 
 
 @pytest.mark.usefixtures("quick_plots")
+@pytest.mark.parametrize(
+    ("cuts", "words"),
+    [
+        ("median", "high means above the median of the step."),
+        ([0.5, 1], "high means entropy above 0.5 nats and divergence above 1 nats."),
+        ("<b>", "divergence from the teacher. Tokens"),
+    ],
+)
+def test_the_page_says_what_counts_as_high(make_run: MakeRun, cuts: object, words: str) -> None:
+    run = make_run()
+    (run / "manifest.json").write_text(json.dumps({"config": {"quadrant_thresholds": cuts}}))
+    assert words in page_of(run)
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_a_run_without_a_grader_shows_no_accuracy(make_run: MakeRun) -> None:
+    run = make_run()
+    lines = [
+        {"step": step, "model": "student", "k": 8, "num_problems": 3, "num_samples": 8,
+         "mean_at_k": None, "held_out_reverse_kl_nats": kl}
+        for step, kl in ((0, 1.5), (24, 0.5))
+    ]  # fmt: skip
+    (run / "evaluation.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert cells(page_of(run), "evaluations") == [
+        ["model", "held-out reverse KL"],
+        ["student, step 0", "1.5"],
+        ["student, step 24", "0.5"],
+    ]
+
+
+@pytest.mark.usefixtures("quick_plots")
 def test_before_after_and_teacher_are_shown_with_their_intervals(make_run: MakeRun) -> None:
     rows = cells(page_of(make_run()), "evaluations")
     assert [cell.split()[0] for cell in rows[0]][1:4:2] == ["mean@8", "pass@8"]

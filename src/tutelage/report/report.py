@@ -134,10 +134,12 @@ def _context(record: RunRecord, panels: Sequence[plots.Panel]) -> dict[str, Any]
         "notes": [*record.notes, *_thinning_note(record)],
         "evaluations": _evaluation_rows(record),
         "evaluation_set": _evaluation_set(record),
+        "is_graded": any(e.mean_at_k is not None for e in record.evaluations),
         "change": _paired_change(record),
         "panels": [_panel_view(panel) for panel in panels],
         "quadrants": _quadrant_rows(record.steps),
         "quadrant_steps": _quadrant_steps(record.steps),
+        "quadrant_cuts": _quadrant_cuts(record.config),
         "figures": _figures(record.steps),
         "samples": _samples(record.samples),
         "config_toml": text.visible(text.toml(record.config), 20_000),
@@ -237,6 +239,16 @@ def _quadrant_rows(
         (key.upper(), meaning, first.get(key, Quadrant()), last.get(key, Quadrant()))
         for key, meaning in _QUADRANTS.items()
     ]
+
+
+def _quadrant_cuts(config: dict[str, Any]) -> str | None:
+    """What counts as high, in words: the shares mean nothing without it."""
+    match config.get("quadrant_thresholds"):
+        case "median":
+            return "above the median of the step"
+        case [int() | float() as entropy, int() | float() as divergence]:
+            return f"entropy above {entropy:g} nats and divergence above {divergence:g} nats"
+    return None
 
 
 def _figures(steps: Sequence[StepRecord]) -> list[tuple[str, str, str, str]]:
