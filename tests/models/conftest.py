@@ -32,7 +32,7 @@ def _make_tokenizer(
     chat_template: str | None = CHAT_TEMPLATE,
     extra: tuple[str, ...] = (),
 ) -> PreTrainedTokenizerFast:
-    """One token per character; <pad>, <bos>, <eos>, <unk>, <|start|>, <|end|> are control tokens."""
+    """One token per character; the six in angle brackets are control tokens."""
     control = ["<pad>", "<bos>", "<eos>", "<unk>", "<|start|>", "<|end|>", *extra]
     vocabulary = {token: i for i, token in enumerate([*control, *letters])}
     core = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))

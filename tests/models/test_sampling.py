@@ -221,7 +221,9 @@ def test_filters_keep_what_a_loop_keeps(numbers: list[int], top_k: int, top_p: f
 @given(weights, st.floats(0, 1, exclude_max=True))
 def test_draw_inverts_the_cumulative_distribution(numbers: list[int], uniform: float) -> None:
     logits = torch.tensor([numbers], dtype=torch.float64).log()
-    token, logprob, ok = draw(logits, torch.tensor([uniform]).double(), SamplingConfig())
+    token, logprob, ok = draw(
+        logits, torch.tensor([uniform], dtype=torch.float64), SamplingConfig()
+    )
     probs = [n / sum(numbers) for n in numbers]
     below = math.fsum(probs[: token.item()])
     assert probs[token.item()] > 0

@@ -49,7 +49,7 @@ def extract_answer(text: str) -> str | None:
         return _last_boxed(answer)
     _, marked, rest = answer.rpartition("####")
     if marked:
-        return rest.strip().split("\n", 1)[0].strip() or None
+        return rest.split("\n", 1)[0].strip() or None
     return _last_number(answer)
 
 

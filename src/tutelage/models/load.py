@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,18 @@ DTYPES = {
     "float64": torch.float64,
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+# What transformers, safetensors and the GGUF reader raise about files they cannot use.
+_BAD_FILES = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    struct.error,
+)
 _PER_LAYER_SETTINGS = ("layer_types", "no_rope_layers")
 
 
@@ -65,7 +78,7 @@ def resolve_model(ref: str) -> ResolvedModel:
     if ref.startswith("package:"):
         return _resolve_path(ref, _package_path(ref))
     path = Path(ref).expanduser()
-    if path.exists() or ref.endswith(".gguf"):
+    if ref and (path.exists() or ref.endswith(".gguf")):
         return _resolve_path(ref, path)
     if _HUB_ID.fullmatch(ref):
         return ResolvedModel(ref, ref, is_local=False)
@@ -117,8 +130,10 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     found = resolve_model(ref)
+    options = _options(found)
+    _refuse_missing_tokenizer(found)
     with _explained(found, "tokenizer"):
-        return AutoTokenizer.from_pretrained(found.source, **_options(found))
+        return AutoTokenizer.from_pretrained(found.source, **options)
 
 
 def prune_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
@@ -193,6 +208,7 @@ def save_model(
 def _load_plain(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    options = _options(found)
     with _explained(found, "model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             found.source,
@@ -200,7 +216,7 @@ def _load_plain(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrain
             attn_implementation=attn,
             use_safetensors=True,
             output_loading_info=True,
-            **_options(found),
+            **options,
         )
     if report["missing_keys"]:
         # transformers would go on with random numbers in their place.
@@ -215,12 +231,13 @@ def _load_plain(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrain
 def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    options = _options(found)
     with _explained(found, "model"):
         unpacked = AutoModelForCausalLM.from_pretrained(
             found.source,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
-            **_options(found),
+            **options,
         )
     config = type(unpacked.config).from_dict(
         {k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"}
@@ -232,6 +249,16 @@ def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTraine
     model.tie_weights()
     model.generation_config = unpacked.generation_config
     return model
+
+
+def _refuse_missing_tokenizer(found: ResolvedModel) -> None:
+    """A folder without one: transformers would go on with an empty vocabulary."""
+    is_folder = found.is_local and found.gguf_file is None
+    if is_folder and not any((Path(found.source) / f).is_file() for f in _TOKENIZER_FILES):
+        raise ModelError(
+            f"cannot load the tokenizer {found.ref!r}: the folder has none of "
+            f"{', '.join(_TOKENIZER_FILES)}. Copy the tokenizer of its base model there."
+        )
 
 
 def _options(found: ResolvedModel) -> dict[str, Any]:
@@ -248,7 +275,7 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
     """Turn what transformers and its readers raise about bad files into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+    except _BAD_FILES as error:
         if not found.is_local:
             hint = "It is no folder here; check the name and the network, or give a folder."
         else:
