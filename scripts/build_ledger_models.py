@@ -39,8 +39,8 @@ RECIPES = (
     Recipe(
         name="ledger-small",
         summary="A narrower model, trained from scratch and stopped early.",
-        schedule=Schedule(900, 48, 0.05, 7.5e-3, seed=1, num_easy_steps=150),
-        shape=Shape(width=64, mlp_width=192),
+        schedule=Schedule(450, 48, 0.05, 7.5e-3, seed=1, num_easy_steps=150),
+        shape=Shape(width=96, num_heads=3, mlp_width=192),
     ),
     Recipe(
         name="ledger-collapsed",
@@ -59,6 +59,8 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     disable_progress_bar()
     tokenizer = build_tokenizer(MAX_LENGTH)
+    if arguments.only not in (None, TEACHER) and not (arguments.out / TEACHER).is_dir():
+        raise SystemExit(f"{arguments.out} has no {TEACHER}. Build it first: --only {TEACHER}.")
     recipes = [r for r in RECIPES if arguments.only in (None, r.name)]
     table = []
     for recipe in recipes:
@@ -113,7 +115,7 @@ def _print_table(table: list[tuple[str, Figures]]) -> None:
     for name, f in table:
         print(
             f"{name:22}{f.greedy:10.1%}{f.mean_at_8:10.1%}{f.pass_at_8:10.1%}{f.distinct:10.2f}"
-            f"{f.confidently_wrong:10.1%}{f.confidently_wrong_kl:10.1%}"
+            f"{f.q3_rows:10.1%}{f.q3_kl:10.1%}"
         )
 
 

@@ -44,8 +44,8 @@ temperature 1; a completion is right only if every step is.
 | pass@8 | {pass_at_8:.1%} |
 | distinct right completions per prompt among 8 | {distinct:.2f} |
 | mean@8, only the final answer graded | {answer_mean_at_8:.1%} |
-| tokens with entropy < 0.5 nats and KL to the teacher > 0.5 nats | {confidently_wrong:.1%} |
-| share of the KL to the teacher on these tokens | {confidently_wrong_kl:.1%} |
+| tokens with entropy < 0.5 nats and KL to the teacher > 0.5 nats | {q3_rows:.1%} |
+| share of the KL to the teacher on these tokens | {q3_kl:.1%} |
 
 ## How it was made
 

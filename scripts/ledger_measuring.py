@@ -33,9 +33,9 @@ class Figures:
     """Distinct right completions per prompt among 8."""
     answer_mean_at_8: float
     """Share of sampled completions whose final answer is right, however it was reached."""
-    confidently_wrong: float
-    """Share of sampled tokens with entropy below and KL to the teacher above 0.5 nats (Q3)."""
-    confidently_wrong_kl: float
+    q3_rows: float
+    """Share of sampled tokens in Q3: entropy below and KL to the teacher above 0.5 nats."""
+    q3_kl: float
     """Share of the whole KL to the teacher that these tokens hold."""
 
 
@@ -45,7 +45,7 @@ def measure(
     tokenizer: PreTrainedTokenizerFast,
     num_prompts: int,
 ) -> Figures:
-    """Greedy and sampled accuracy, strictly graded, and how confidently wrong the model is."""
+    """Greedy and sampled accuracy, strictly graded, and how often it is sure of other things than the teacher."""
     task = LedgerTask()
     prompts = task.held_out(num_prompts)
     repeated = [prompt for prompt in prompts for _ in range(NUM_SAMPLES)]
@@ -57,7 +57,7 @@ def measure(
     answered = [bool(task.grade_answer(p, text)) for p, text in zip(repeated, texts, strict=True)]
     by_prompt = torch.tensor(right).view(num_prompts, NUM_SAMPLES)
     distinct = {(p.id, text) for p, text, ok in zip(repeated, texts, right, strict=True) if ok}
-    rows, kl = _confidently_wrong(model, teacher, tokenizer, ids)
+    rows, kl = _q3_shares(model, teacher, tokenizer, ids)
     return Figures(
         num_parameters=model.num_parameters(),
         num_prompts=num_prompts,
@@ -67,8 +67,8 @@ def measure(
         pass_at_8=by_prompt.any(1).float().mean().item(),
         distinct=len(distinct) / num_prompts,
         answer_mean_at_8=sum(answered) / len(answered),
-        confidently_wrong=rows,
-        confidently_wrong_kl=kl,
+        q3_rows=rows,
+        q3_kl=kl,
     )
 
 
@@ -106,7 +106,7 @@ def _decode(tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> list[str]:
 
 
 @torch.inference_mode()
-def _confidently_wrong(
+def _q3_shares(
     model: Qwen3ForCausalLM,
     teacher: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
