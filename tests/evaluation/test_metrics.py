@@ -117,24 +117,31 @@ def test_binary_scores_give_the_wilson_interval_with_a_t_quantile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "size"),
+    ("values", "num_informative"),
     [
-        ([0.25, 0.5, 0.375, 0.5, 0.75, 0.125], None),
-        ([0.5] * 4, 16),
-        ([0.0] * 6, 6),
-        ([0.75, 0.875, 0.75, 0.8125] * 5, 400),
+        ([0.25, 0.5, 0.375, 0.5, 0.75, 0.125], 6),
+        ([0.5] * 4, 4),
+        ([0.0] * 15 + [0.125], 1),
+        ([1.0, 0.875] * 5 + [1.0] * 4, 5),
+        ([0.0, 1.0, 1.0, 0.5], 2),
     ],
 )
 def test_the_interval_is_wilson_with_the_effective_sample_size(
-    values: list[float], size: int | None
+    values: list[float], num_informative: int
 ) -> None:
     """Solve `|m - x| = t sqrt(x (1 - x) / n_eff)` for its ends x, with numpy and scipy."""
     n, mean = len(values), float(np.mean(values))
-    effective = size or n * mean * (1 - mean) / np.var(values, ddof=1)
+    spread = min(1, np.var(values, ddof=1) / (mean * (1 - mean)))
+    effective = n / np.average([1, spread], weights=[1, num_informative])
     ratio = stats.t.ppf(0.975, n - 1) ** 2 / effective
     ends = np.sort(np.roots([1 + ratio, -2 * mean - ratio, mean**2]).real)
     interval = clustered_interval(values)
     assert (interval.low, interval.high) == pytest.approx(tuple(ends), abs=1e-7)
+
+
+def test_one_lucky_sample_does_not_make_failure_certain() -> None:
+    never, once = clustered_interval([0.0] * 16), clustered_interval([0.0] * 15 + [0.125])
+    assert never.high > once.high > 0.6 * never.high
 
 
 def test_many_problems_give_the_t_interval_of_scipy() -> None:
@@ -189,7 +196,7 @@ def simulated_scores(
 @pytest.mark.parametrize("num_problems", [5, 20, 100])
 @pytest.mark.parametrize("num_samples", [1, 8])
 @pytest.mark.parametrize(
-    ("a", "b", "least"), [(0.5, 0.5, 0.92), (2, 2, 0.92), (0.2, 2, 0.89), (99, 1, 0.89)]
+    ("a", "b", "least"), [(0.5, 0.5, 0.92), (2, 2, 0.92), (0.2, 2, 0.92), (99, 1, 0.91)]
 )
 def test_clustered_intervals_cover_the_truth(
     num_problems: int, num_samples: int, a: float, b: float, least: float
@@ -200,6 +207,20 @@ def test_clustered_intervals_cover_the_truth(
         interval = clustered_interval(simulated_scores(rng, num_problems, num_samples, a, b))
         hits += interval.low <= truth <= interval.high
     assert hits / repeats >= least
+
+
+@pytest.mark.usefixtures("fast_quantile")
+@pytest.mark.parametrize("rare", [0.05, 0.1])
+@pytest.mark.parametrize("common", [0.0, 0.01])
+def test_intervals_cover_a_few_easy_problems_among_hopeless_ones(
+    rare: float, common: float
+) -> None:
+    rng, truth, repeats, hits = np.random.default_rng(2), rare + (1 - rare) * common, 600, 0
+    for _ in range(repeats):
+        ability = np.where(rng.random(16) < rare, 1.0, common)
+        interval = clustered_interval((rng.binomial(8, ability) / 8).tolist())
+        hits += interval.low <= truth <= interval.high
+    assert hits / repeats >= 0.92
 
 
 def test_pooling_dependent_samples_would_not_cover() -> None:

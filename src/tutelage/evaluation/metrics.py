@@ -102,15 +102,18 @@ def clustered_interval(per_problem_scores: Sequence[float], level: float = 0.95)
     """Interval of the mean score over problems, in [0, 1], with the problems as clusters.
 
     A Wilson score interval whose sample size is the effective number of independent verdicts
-    (the usual correction for cluster samples): with n problems of mean m and variance s²,
+    (the usual correction for cluster samples). With n problems of mean m and variance s²:
 
-        n_eff = n · m(1 - m) / s²,   quantile = Student's t with n - 1 degrees of freedom.
+        n_eff = n / r̂,   r̂ = (1 + c·r) / (1 + c),   r = min(1, s² / (m(1 - m))),
+
+    and Student's t with n - 1 degrees of freedom as the quantile. r = 1 means that a problem is
+    always right or always wrong, the largest variance that scores in [0, 1] can have. The
+    estimate of r is worth as many problems as are not stuck at the nearer end,
+    c = min(#scores above 0, #scores below 1), and is pulled towards 1 by one problem of doubt:
+    with all problems at 0 (or 1) nothing is known about their spread and n_eff = n.
 
     Away from 0 and 1 this is the t-interval of the problem means; near the ends it stays inside
-    [0, 1], is skewed as it should be, and keeps a width when every problem scores 0 or every
-    problem scores 1, where it falls back on one verdict per problem (n_eff = n). Scores in
-    [0, 1] cannot vary more than m(1 - m), so n_eff is at least n; it is capped at n², so that
-    few problems that happen to agree do not look certain. One problem says nothing about the
+    [0, 1], is skewed as it should be and never has width 0. One problem says nothing about the
     spread between problems: its interval is [0, 1].
 
     Args:
@@ -184,7 +187,9 @@ def _effective_size(scores: Sequence[float], mean: float) -> float:
     if largest_variance == 0.0:
         return float(n)
     variance = math.fsum((score - mean) ** 2 for score in scores) / (n - 1)
-    return n / min(1.0, max(1.0 / n, variance / largest_variance))
+    ratio = min(1.0, variance / largest_variance)
+    num_informative = min(sum(s > 0.0 for s in scores), sum(s < 1.0 for s in scores))
+    return n * (1 + num_informative) / (1.0 + num_informative * ratio)
 
 
 def _wilson_interval(mean: float, size: float, quantile: float, level: float) -> Interval:

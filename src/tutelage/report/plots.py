@@ -265,7 +265,7 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(lambda value, _position: f"{100 * value:.0f} %")
     elif panel.starts_at_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, top=1.06 * axes.get_ylim()[1])
     if len(panel.curves) > 1:
         _legend(axes, len(panel.curves), theme)
 
