@@ -19,7 +19,7 @@ _BLOCK_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """What one block of r rows says; every tensor is float32 or float64."""
+    """What one block of r rows says: `[r, V]` in float32 or float64, `[r]` in float64."""
 
     p: Tensor
     """Student probabilities `[r, V]`."""
@@ -28,7 +28,7 @@ class Block:
     gap: Tensor
     """Student minus teacher logits `[r, V]`, up to a constant per row that cancels."""
     mean_gap: Tensor
-    """`E_p[gap]`, `[r, 1]`."""
+    """`E_p[gap]`, `[r, 1]`, in the dtype of `gap`."""
     log_p: Tensor | None
     """Log-probability `[r]` the student gives the sampled token; None when no token was given."""
     log_q: Tensor | None
@@ -49,6 +49,8 @@ class Block:
 @dataclass(frozen=True)
 class _Distribution:
     probabilities: Tensor
+    total: Tensor
+    """Sum of `probabilities`, float64 `[r]`: 1 up to the rounding that a long row piles up."""
     log_normalizer: Tensor
     entropy: Tensor
     token_logprob: Tensor | None
@@ -59,17 +61,24 @@ def _distribution(
 ) -> _Distribution:
     """Softmax, entropy and token log-probability; `logits` are shifted in place to maximum 0.
 
-    With the maximum at 0, H = log Z + Σ p·(−z) adds only non-negative terms, so that nearly
-    deterministic rows keep their relative precision.
+    With the maximum at 0, H = log Z + Σ p·(−z) adds only non-negative terms, and log Z is
+    log1p of what all other tokens hold against the largest, so that nearly deterministic rows
+    keep their relative precision. Numbers per row are float64: they cost nothing, and a KL is a
+    small difference of large normalizers.
     """
     top, index = logits.max(-1, keepdim=True)
     logits.sub_(top)
     p = torch.softmax(logits, -1, out=scratch)
-    log_z = -p.gather(-1, index).squeeze(-1).log()
+    largest = p.gather(-1, index)
+    others = p.scatter_(-1, index, 0.0).sum(-1).double()
+    p.scatter_(-1, index, largest)
+    largest = largest.squeeze(-1).double()
+    total = largest + others
+    log_z = torch.log1p(others / largest)
     finite = logits.masked_fill(p == 0, 0.0) if has_inf else logits
-    entropy = log_z - torch.linalg.vecdot(p, finite)
+    entropy = log_z - torch.linalg.vecdot(p, finite).double() / total
     token = None if tokens is None else logits.gather(-1, tokens[:, None]).squeeze(-1) - log_z
-    return _Distribution(p, log_z, entropy, token)
+    return _Distribution(p, total, log_z, entropy, token)
 
 
 def read_block(
@@ -94,15 +103,15 @@ def read_block(
     offset = s.log_normalizer - t.log_normalizer
     gap = student.sub_(teacher)
     teacher_gap = gap.masked_fill(q == 0, 0.0) if has_inf else gap
-    forward_kl = offset - torch.linalg.vecdot(q, teacher_gap)
+    forward_kl = offset - torch.linalg.vecdot(q, teacher_gap).double() / t.total
     if has_inf:
         gap.masked_fill_(p == 0, 0.0)
-    mean_gap = torch.linalg.vecdot(p, gap)
+    mean_gap = torch.linalg.vecdot(p, gap).double() / s.total
     return Block(
         p,
         q,
         gap,
-        mean_gap[:, None],
+        mean_gap[:, None].to(gap.dtype),
         s.token_logprob,
         t.token_logprob,
         s.entropy,

@@ -64,6 +64,8 @@ class LazyLogits:
         """The same logits over the first `vocab_size` ids (a view, nothing is copied)."""
         if not 0 < vocab_size <= self.vocab_size:
             raise ValueError(f"cannot cut a vocabulary of {self.vocab_size} to {vocab_size} ids.")
+        if vocab_size == self.vocab_size:
+            return self  # slicing would make backward copy a whole weight gradient
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 

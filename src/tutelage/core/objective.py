@@ -127,6 +127,8 @@ def _weighted_sum(weight: Tensor, value: Tensor) -> Tensor:
 def _logit_gradient_(block: Block, a: Tensor, b: Tensor) -> None:
     """Turns `block.gap` in place into a p⊙(gap − E_p[gap]) + b (p − q)."""
     gradient = block.gap.sub_(block.mean_gap).mul_(a[:, None])
+    if bool((a == 0).any()):  # there an infinite gap would have become 0·inf
+        gradient.masked_fill_((a == 0)[:, None], 0.0)
     if bool((b != 0).any()):
         gradient.add_(b[:, None]).mul_(block.p)
         gradient.sub_(block.q.mul_(b[:, None]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -198,8 +199,9 @@ def _budgets(group: Tensor, keep: float) -> tuple[Tensor, Tensor]:
     """
     _, place, size = torch.unique(group, return_inverse=True, return_counts=True)
     share = Fraction(str(keep))
-    budget = torch.div(size * share.numerator, share.denominator, rounding_mode="floor")
-    return budget.clamp(min=1), place
+    # Python integers: the numerator of 0.3333333333333333 times 4096 tokens overflows int64.
+    budget = [max(1, math.floor(share * m)) for m in size.tolist()]
+    return torch.tensor(budget, dtype=torch.int64, device=group.device), place
 
 
 def _top(score: Tensor, group: Tensor, keep: float, is_usable: Tensor) -> Tensor:
