@@ -209,7 +209,7 @@ def allowed(probs: list[float], top_k: int, top_p: float) -> set[int]:
     return {v for v in kept if probs[v] > 0}
 
 
-@given(weights, st.integers(0, 10), st.sampled_from([0.1, 0.3, 0.55, 0.83, 1.0]))
+@given(weights, st.integers(0, 10), st.sampled_from([0.1, 0.25, 0.5, 0.75, 0.83, 1.0]))
 def test_filters_keep_what_a_loop_keeps(numbers: list[int], top_k: int, top_p: float) -> None:
     probs = [n / 64 for n in numbers]  # exact in binary, so that ties and edges are exact
     config = SamplingConfig(top_k=top_k, top_p=top_p)
