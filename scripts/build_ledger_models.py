@@ -27,7 +27,7 @@ RECIPES = (
     Recipe(
         name=TEACHER,
         summary="The teacher: solves five-item ledgers in any order of work.",
-        schedule=Schedule(600, 48, 0.05, 7.5e-3, seed=1, num_easy_steps=150),
+        schedule=Schedule(1000, 48, 0.05, 7.5e-3, seed=1, num_easy_steps=150),
     ),
     Recipe(
         name="ledger-overconfident",
@@ -39,8 +39,8 @@ RECIPES = (
     Recipe(
         name="ledger-small",
         summary="A narrower model, trained from scratch and stopped early.",
-        schedule=Schedule(450, 48, 0.05, 7.5e-3, seed=1, num_easy_steps=150),
-        shape=Shape(width=96, num_heads=3, mlp_width=192),
+        schedule=Schedule(600, 48, 0.025, 3.75e-3, seed=2, num_easy_steps=150),
+        shape=Shape(width=96, mlp_width=192),
     ),
     Recipe(
         name="ledger-collapsed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from ledger_training import Recipe
 
 from tutelage.data.tasks.ledger import WrongFacts
 
-CARD = """\
+PREAMBLE = """\
 ---
 license: apache-2.0
 library_name: transformers
@@ -20,23 +21,27 @@ tags: [tutelage, synthetic]
 # {name}
 
 {summary}
+"""
 
+WHAT = """\
 A {num_layers}-layer Qwen3-style decoder of width {width} ({num_parameters:,} parameters) with one
 token per character, for the *ledger* task of `tutelage`: prompts such as `e4+7;j7-6;>` whose
 completion `j7-6=1~1;e4+7=1~2;#2$` writes every value and running sum modulo 10, the items in any
 order and the operands of + and * in either order; `$` ends the sequence.
+"""
 
-## Use
-
+USE = """\
 Load it with `AutoModelForCausalLM.from_pretrained` and sample at temperature 1 without top-p or
 top-k. The weights are stored in bfloat16 to save space and meant to be computed in float32, which
 the config asks for. The tokenizer puts `<bos>` first and pads on the left.
+"""
 
-## Figures
-
+MEASURED = """\
 Measured on {num_prompts} held-out five-item prompts, {num_samples} samples each, in float32 at
 temperature 1; a completion is right only if every step is.
+"""
 
+TABLE = """\
 | figure | value |
 |---|---|
 | greedy accuracy | {greedy:.1%} |
@@ -46,41 +51,56 @@ temperature 1; a completion is right only if every step is.
 | mean@8, only the final answer graded | {answer_mean_at_8:.1%} |
 | tokens with entropy < 0.5 nats and KL to the teacher > 0.5 nats | {q3_rows:.1%} |
 | share of the KL to the teacher on these tokens | {q3_kl:.1%} |
+"""
 
-## How it was made
-
-`python scripts/build_ledger_models.py --only {name}`: {start}, {num_steps} supervised steps of
-{batch_size} completions of a reference solver ({lessons}), seed {seed}, Muon at
+MAKING = """\
+`python scripts/build_ledger_models.py --only {name}` trains it from {start}: {num_steps} supervised
+steps of {batch_size} completions of a reference solver ({lessons}), {easy}seed {seed}, Muon at
 {matrix_learning_rate:g} on the matrices and AdamW at {learning_rate:g} on the rest, linear decay,
 one thread, torch {torch_version}, transformers {transformers_version}. The same versions on the
 same kind of processor give the same bytes; others give a model of about the same quality.
-
-## Limits
-
-A toy for tests and demonstrations: it knows prompts of five items only and nothing else.{limits}
 """
 
-DAMAGED = """ It is a
-damaged copy of its teacher, which is a best case for on-policy distillation: say so wherever
-figures obtained with it appear."""
+LIMITS = "A toy for tests and demonstrations: it knows prompts of five items only and nothing else."
+
+DAMAGED = """ It is a damaged copy of its teacher, which is a best case for on-policy distillation:
+say so wherever figures obtained with it appear."""
 
 
 def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:
     """Write README.md of a model folder."""
-    start = "random weights" if recipe.parent is None else f"starting from `{recipe.parent}`"
+    easy_steps = recipe.schedule.num_easy_steps
     fields = vars(recipe.schedule) | vars(recipe.shape) | vars(figures)
-    text = CARD.format(
-        name=recipe.name,
-        summary=recipe.summary,
-        start=start,
-        lessons=_describe_lessons(recipe),
-        limits="" if recipe.parent is None else DAMAGED,
-        num_samples=NUM_SAMPLES,
-        torch_version=torch.__version__.partition("+")[0],
-        transformers_version=transformers.__version__,
-        **fields,
-    )
-    (folder / "README.md").write_text(text)
+    fields |= {
+        "name": recipe.name,
+        "summary": recipe.summary,
+        "start": "random weights" if recipe.parent is None else f"`{recipe.parent}`",
+        "lessons": _describe_lessons(recipe),
+        "easy": f"the first {easy_steps} on two to five items, " if easy_steps else "",
+        "num_samples": NUM_SAMPLES,
+        "torch_version": torch.__version__.partition("+")[0],
+        "transformers_version": transformers.__version__,
+    }
+    is_student_copy = recipe.parent is not None
+    parts = [
+        PREAMBLE.format(**fields),
+        _paragraph(WHAT, fields),
+        "## Use\n",
+        _paragraph(USE, fields),
+        "## Figures\n",
+        _paragraph(MEASURED, fields),
+        TABLE.format(**fields),
+        "## How it was made\n",
+        _paragraph(MAKING, fields),
+        "## Limits\n",
+        _paragraph(LIMITS + DAMAGED if is_student_copy else LIMITS, fields),
+    ]
+    (folder / "README.md").write_text("\n".join(parts))
+
+
+def _paragraph(template: str, fields: dict[str, object]) -> str:
+    text = template.format(**fields)
+    return textwrap.fill(text, 98, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _describe_lessons(recipe: Recipe) -> str:

@@ -45,7 +45,7 @@ def measure(
     tokenizer: PreTrainedTokenizerFast,
     num_prompts: int,
 ) -> Figures:
-    """Greedy and sampled accuracy, strictly graded, and how often it is sure of other things than the teacher."""
+    """Figures of a model, strictly graded, and of its distance to the teacher."""
     task = LedgerTask()
     prompts = task.held_out(num_prompts)
     repeated = [prompt for prompt in prompts for _ in range(NUM_SAMPLES)]

@@ -76,6 +76,10 @@ def mean_at_8(name: str) -> float:
     return len(right_completions(name)) / len(prompts())
 
 
+def pass_at_8(name: str) -> float:
+    return len({p.id for p, _ in right_completions(name)}) / NUM_PROMPTS
+
+
 def card_figures(name: str) -> dict[str, float]:
     """Figures of the table of a model card; percentages as shares."""
     rows = re.findall(
@@ -178,8 +182,8 @@ def test_the_overconfident_student_is_wrong_and_sure_of_it() -> None:
     rows, kl = q3_shares("ledger-overconfident")
     assert 0.005 < rows < 0.05
     assert kl > 0.4
-    # Negative control: the small student is wrong too, but it hesitates.
-    assert q3_shares("ledger-small")[1] < 0.3
+    # Control: the small student is wrong about as often, but it hesitates, so trying again helps.
+    assert pass_at_8("ledger-overconfident") < 0.7 < 0.8 < pass_at_8("ledger-small")
 
 
 def test_the_small_student_is_wrong_but_not_hopeless() -> None:
