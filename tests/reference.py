@@ -1,0 +1,240 @@
+"""A plain float64 reference of the mathematics, which never imports the package under test.
+
+Written to be obviously right: everything is materialised, rows are looped over, gradients come
+from autograd, selections from sorting Python lists.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Head:
+    """Hidden states and the projection that turns them into logits."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self) -> Tensor:
+        """All `[N, V]` logits, materialised in float64."""
+        z = self.hidden.double() @ self.weight.double().t()
+        if self.bias is not None:
+            z = z + self.bias.double()
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    """log of exp(z) / Σ exp(z), with the maximum taken out."""
+    z = z - z.max(-1, keepdim=True).values.detach()
+    return z - z.exp().sum(-1, keepdim=True).log()
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a‖b) of every row, summed over the support of a."""
+    rows = []
+    for a, b in zip(log_a, log_b, strict=True):
+        support = a > -math.inf
+        rows.append((a[support].exp() * (a[support] - b[support])).sum())
+    return torch.stack(rows) if rows else log_a.sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return kl(log_p, log_q)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return kl(log_q, log_p)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, teacher_weight: float) -> Tensor:
+    mixture = teacher_weight * log_q.exp() + (1 - teacher_weight) * log_p.exp()
+    to_mixture = kl(log_q, mixture.log()), kl(log_p, mixture.log())
+    return teacher_weight * to_mixture[0] + (1 - teacher_weight) * to_mixture[1]
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """−Σ p log p of every row, over its support."""
+    rows = []
+    for a in log_p:
+        support = a > -math.inf
+        rows.append(-(a[support].exp() * a[support]).sum())
+    return torch.stack(rows)
+
+
+def entropy_of_logits(z: Sequence[float]) -> float:
+    """Entropy of one row, accurate also where it is tiny: no number is subtracted from another."""
+    top = max(z)
+    index = list(z).index(top)
+    others = [v - top for i, v in enumerate(z) if i != index]
+    mass = math.fsum(math.exp(v) for v in others)
+    return math.log1p(mass) + math.fsum(-v * math.exp(v) for v in others) / (1 + mass)
+
+
+@dataclass
+class Gradients:
+    """What the materialised objective gives."""
+
+    total: float
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    entropy: Tensor
+    teacher_entropy: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logits: Tensor
+
+
+def objective(
+    student: Head, teacher: Head, a: Sequence[float], b: Sequence[float], rows: Sequence[int]
+) -> Gradients:
+    """Σ over the chosen rows of a·reverse_kl + b·forward_kl, differentiated by autograd.
+
+    `a` and `b` have one entry for each of the chosen rows; gradients are those of all rows.
+    """
+    leaves = [
+        None if x is None else x.detach().double().requires_grad_(True)
+        for x in (student.hidden, student.weight, student.bias)
+    ]
+    hidden, weight, bias = leaves
+    assert hidden is not None and weight is not None
+    z = replace(student, hidden=hidden, weight=weight, bias=bias).logits()
+    z.retain_grad()
+    log_p, log_q = log_softmax(z), log_softmax(teacher.logits().detach())
+    total = (z * 0.0).nansum()
+    for row, a_n, b_n in zip(rows, a, b, strict=True):
+        if a_n:
+            total = total + a_n * reverse_kl(log_p[row, None], log_q[row, None])[0]
+        if b_n:
+            total = total + b_n * forward_kl(log_p[row, None], log_q[row, None])[0]
+    total.backward()
+    chosen = torch.as_tensor(list(rows), dtype=torch.long)
+    p, q = log_p.detach()[chosen], log_q[chosen]
+    assert hidden.grad is not None and weight.grad is not None and z.grad is not None
+    return Gradients(
+        float(total),
+        reverse_kl(p, q),
+        forward_kl(p, q),
+        entropy(p) if len(p) else p.sum(-1),
+        entropy(q) if len(q) else q.sum(-1),
+        hidden.grad,
+        weight.grad,
+        None if bias is None else bias.grad,
+        z.grad,
+    )
+
+
+def clipped_minmax(x: Sequence[float], low: float, high: float) -> list[float]:
+    """(x − low) / (high − low) within [0, 1]; a batch without spread is all 0."""
+    if not high > low:
+        return [0.0 for _ in x]
+    return [min(1.0, max(0.0, (v - low) / (high - low))) for v in x]
+
+
+def normalize(x: Sequence[float], method: str, is_entropy: bool) -> list[float]:
+    """METHODS: entropy clipped at its 98th percentile, divergence not, and the switches."""
+    low, high = min(x), max(x)
+    if method == "quantile_05_95":
+        low, high = float(np.quantile(x, 0.05)), float(np.quantile(x, 0.95))
+    elif method == "minmax_p98_both" or (method == "minmax_p98" and is_entropy):
+        high = float(np.quantile(x, 0.98))
+    return clipped_minmax(x, low, high)
+
+
+def scores(
+    rule: str,
+    entropies: Sequence[float],
+    reverse: Sequence[float],
+    forward: Sequence[float],
+    uniform: Sequence[float],
+    method: str = "minmax_p98",
+) -> list[float]:
+    """The score of every token under a rule of TIP; the highest are kept."""
+    h = normalize(entropies, method, True)
+    d = normalize(reverse, method, False)
+    soft_or = [x + y - x * y for x, y in zip(h, d, strict=True)]
+    match rule:
+        case "all":
+            return [0.0 for _ in h]
+        case "random":
+            return list(uniform)
+        case "entropy":
+            return list(entropies)
+        case "entropy_sample":  # Gumbel top-k
+            return [math.log(e) - math.log(-math.log(u)) for e, u in zip(entropies, uniform)]  # noqa: B905
+        case "soft_or":
+            return soft_or
+        case "q3":
+            return [f * (1 - x) for f, x in zip(forward, h, strict=True)]
+        case "divergence":
+            return list(reverse)
+        case "bottom":
+            return [-s for s in soft_or]
+    raise ValueError(rule)
+
+
+def budget(keep: str, count: int) -> int:
+    """⌊keep·count⌋ for a decimal number as written, at least 1."""
+    return max(1, math.floor(Fraction(keep) * count))
+
+
+def kept(score: Sequence[float], group: Sequence[int], keep: str, usable: Sequence[bool]) -> list:
+    """Indices of the best usable scores of each group, earlier rows first among equals."""
+    chosen = []
+    for name in sorted(set(group)):
+        members = [i for i, g in enumerate(group) if g == name]
+        ranked = sorted((i for i in members if usable[i]), key=lambda i: (-score[i], i))
+        chosen += ranked[: budget(keep, len(members))]
+    return sorted(chosen)
+
+
+def inclusion_of_successive_sampling(weights: Sequence[float], count: int) -> list[float]:
+    """P(item is among `count` draws without replacement, each ∝ weight), by enumeration."""
+    found = [0.0 for _ in weights]
+    for draws in itertools.permutations(range(len(weights)), count):
+        left, probability = math.fsum(weights), 1.0
+        for i in draws:
+            probability *= weights[i] / left
+            left -= weights[i]
+        for i in draws:
+            found[i] += probability
+    return found
+
+
+def quadrant(entropy_nats: float, divergence: float, cut_h: float, cut_d: float) -> int:
+    """TIP's four cases, spelled out; high means strictly above the cut."""
+    if entropy_nats > cut_h:
+        return 1 if divergence > cut_d else 2
+    return 3 if divergence > cut_d else 4
+
+
+_MASK = (1 << 64) - 1
+
+
+def splitmix64(x: int) -> int:
+    """Steele, Lea and Flood's finaliser in plain integers."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def counter_uniform(seed: Sequence[int], counters: Sequence[int]) -> float:
+    """One number of (0, 1): fold every integer into the state, take the top 53 bits."""
+    state = 0
+    for part in (*seed, *counters):
+        state = splitmix64(state ^ (part & _MASK))
+    return ((state >> 11) + 0.5) / 2**53
