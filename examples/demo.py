@@ -34,7 +34,11 @@ RULES: tuple[SelectionConfig, ...] = (
     SomeTokens("entropy", keep=0.1),
     SomeTokens("random", keep=0.1),
 )
-console = Console(highlight=False)
+CAVEAT = """\
+KL kept is the share of the divergence that lies on the kept tokens. One seed: the intervals
+cover the 128 problems, not the seed. The student is a damaged copy of the teacher, which makes
+confidently wrong tokens by construction: a best case for rules that look for them."""
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,17 @@ def main() -> None:
 
     console.rule(f"2. Which tokens teach? {RULES_STEPS} steps each, same start, same prompts")
     console.print(table([arm(config, rule) for rule in RULES]))
-    console.print(
-        "One seed; the intervals cover the 128 problems, not the seed. The student is a damaged\n"
-        "copy of the teacher, which makes confidently wrong tokens by construction: a best case\n"
-        "for rules that look for them. KL kept: share of the divergence on the kept tokens."
-    )
+    console.print(CAVEAT)
     console.rule(f"done in {time.monotonic() - start:.0f} s")
     console.print(f"report:  {write_report(result.folder)}")
-    console.print(f"student: {result.folder / 'student'}", soft_wrap=True)
+    console.print(f"student: {result.folder / 'student'}")
 
 
-def run(config: Config, name: str) -> RunResult:
+def run(config: Config, name: str, is_quiet: bool = False) -> RunResult:
     """Train from scratch: what an earlier demo left behind is removed."""
     shutil.rmtree(run_folder(config, name), ignore_errors=True)
+    if is_quiet:
+        return train(config, name, say=lambda _: None)
     with Reporter(config.num_steps) as reporter:
         return train(config, name, say=reporter.say, on_step=reporter.on_step)
 
@@ -82,8 +84,8 @@ def arm(config: Config, rule: SelectionConfig) -> Arm:
     quiet = replace(config.evaluation, num_problems=0)
     config = replace(config, num_steps=RULES_STEPS, selection=rule, evaluation=quiet)
     name = rule.rule if isinstance(rule, AllTokens) else f"{rule.rule} {rule.keep:.0%}"
-    console.print(f"  {name} ...")
-    result = run(config, "demo-rule")
+    with console.status(name):
+        result = run(config, "demo-rule", is_quiet=True)
     mean, passing = measure(str(result.folder / "student"), config)
     return Arm(name, totals(result.folder)[0], kept_kl_share(result.folder), mean, passing)
 

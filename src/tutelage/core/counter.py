@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+"""Increment between the states of SplitMix64."""
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -14,12 +15,17 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _splitmix64(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64: a bijection of 64-bit integers with good avalanche."""
-    x = x + _GOLDEN
+def splitmix64(x: Tensor) -> Tensor:
+    """The output of SplitMix64 for states `x`: a bijection of 64-bit integers."""
+    x = x + GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
+
+
+def random_bits(x: Tensor) -> Tensor:
+    """The upper 53 bits of `x` as a float64 in [0, 1)."""
+    return _shift_right(x, 11).double() * 0.5**53
 
 
 def counter_uniform(seed: tuple[int, ...], *counters: Tensor) -> Tensor:
@@ -47,8 +53,8 @@ def counter_uniform(seed: tuple[int, ...], *counters: Tensor) -> Tensor:
         raise ValueError("counter_uniform needs at least one tensor of counters.")
     state = counters[0].new_zeros(counters[0].shape)
     for part in seed:
-        state = _splitmix64(state ^ part)
+        state = splitmix64(state ^ part)
     for counter in counters:
-        state = _splitmix64(state ^ counter)
-    # 53 random bits, centred in their cell so that neither 0 nor 1 can occur.
-    return (_shift_right(state, 11).double() + 0.5) / (1 << 53)
+        state = splitmix64(state ^ counter)
+    # Centred in their cell, so that neither 0 nor 1 can occur.
+    return random_bits(state) + 0.5**54

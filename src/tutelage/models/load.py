@@ -5,14 +5,15 @@ No code from a model is ever executed and no pickled weights are read: only safe
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import re
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,10 +114,11 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one.")
     found = resolve_model(ref)
-    if found.gguf_file is None:
-        model = _load_plain(found, DTYPES[dtype], attn)
-    else:
-        model = _load_gguf(found, DTYPES[dtype], attn)
+    with _without_bars() if found.is_local else contextlib.nullcontext():
+        if found.gguf_file is None:
+            model = _load_plain(found, DTYPES[dtype], attn)
+        else:
+            model = _load_gguf(found, DTYPES[dtype], attn)
     return model.to(target).eval()
 
 
@@ -194,7 +196,7 @@ def save_model(
     if target.exists() and not (target / "config.json").is_file():
         raise RunError(f"{target} exists and is not a model folder. Choose another folder.")
     try:
-        with _new_folder_beside(target) as new:
+        with _new_folder_beside(target) as new, _without_bars():
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             if card is not None:
@@ -251,6 +253,22 @@ def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTraine
     return model
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Reading from disk takes seconds and draws no progress bars; downloads still do."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader draws its bar without asking that setting.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 def _refuse_missing_tokenizer(found: ResolvedModel) -> None:
     """A folder without one: transformers would go on with an empty vocabulary."""
     is_folder = found.is_local and found.gguf_file is None
@@ -270,7 +288,7 @@ def _options(found: ResolvedModel) -> dict[str, Any]:
     return options
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
     """Turn what transformers and its readers raise about bad files into one line."""
     try:
@@ -345,7 +363,7 @@ def _prune_config(config: Any, kept: Sequence[int]) -> None:
     config.num_hidden_layers = len(kept)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _new_folder_beside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

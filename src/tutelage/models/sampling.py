@@ -11,11 +11,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from tutelage.core.counter import GOLDEN, random_bits, splitmix64
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models.tokenizers import decode, encode_prompt, pad_id, stop_ids, vocabulary_size
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 class SamplingConfig:
     """How completions are drawn. Training is exact only at the defaults of the three filters."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # as in every table of a configuration
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token (greedy)."""
     top_p: float = 1.0
@@ -308,27 +310,14 @@ def uniforms(keys: Sequence[int], count: int) -> Tensor:
     Returns:
         Numbers in [0, 1) with 53 random bits, float64, [len(keys), count].
     """
-    counter = torch.arange(1, count + 1, dtype=torch.long)
+    counter = torch.arange(count, dtype=torch.long)
     # int64 products wrap around, which is the arithmetic modulo 2^64 that splitmix64 wants.
-    state = torch.tensor(keys, dtype=torch.long)[:, None] + counter * _signed(0x9E3779B97F4A7C15)
-    state = (state ^ _shift_right(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ _shift_right(state, 27)) * _signed(0x94D049BB133111EB)
-    state = state ^ _shift_right(state, 31)
-    return _shift_right(state, 11).double() * 2.0**-53
+    return random_bits(splitmix64(torch.tensor(keys, dtype=torch.long)[:, None] + counter * GOLDEN))
 
 
 def _key(seed: tuple[int, ...], prompt_id: str, sample_index: int) -> int:
     digest = hashlib.blake2b(repr((seed, prompt_id, sample_index)).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64's own shift would copy the sign bit downwards."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _pad_left(

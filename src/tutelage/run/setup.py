@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from tutelage.models.tokenizers import shared_vocabulary
 from tutelage.run.config import Config, FileData, LedgerData
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _student(config: Config, saved: str | None, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The student's weights: saved ones as they are, or the configured start, perhaps pruned."""
+    start = config.student
+    if saved is not None:
+        return load_model(saved, start.dtype)
+    if (start.model, start.dtype) == (config.teacher.model, config.teacher.dtype):
+        model = copy.deepcopy(teacher)  # reading a GGUF file twice takes many seconds
+    else:
+        model = load_model(start.model, start.dtype)
+    return model if start.num_layers is None else prune_layers(model, start.num_layers)
+
+
 def build(config: Config, student_model: str | None = None) -> Parts:
     """Load both models, shake hands over their tokenizers and build the task.
 
@@ -71,11 +84,9 @@ def build(config: Config, student_model: str | None = None) -> Parts:
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.student.model)
     teacher_tokenizer = load_tokenizer(config.teacher.model)
-    student = load_model(student_model or config.student.model, config.student.dtype, str(device))
-    if config.student.num_layers is not None and student_model is None:
-        student = prune_layers(student, config.student.num_layers)
     resting = "cpu" if config.teacher.offload else str(device)
     teacher = load_model(config.teacher.model, config.teacher.dtype, resting)
+    student = _student(config, student_model, teacher).to(device)
     vocab_size = shared_vocabulary(
         tokenizer,
         teacher_tokenizer,
