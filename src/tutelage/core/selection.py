@@ -51,8 +51,13 @@ class TokenSelection:
 
 
 def _quantile(x: Tensor, share: float) -> Tensor:
-    """Linear-interpolation quantile of the finite entries (`torch.quantile` stops at 2**24)."""
+    """Linear-interpolation quantile of the finite entries, NaN if there are none.
+
+    (`torch.quantile` stops at 2**24 entries.)
+    """
     ordered = x[torch.isfinite(x)].sort().values
+    if not len(ordered):
+        return x.new_tensor(torch.nan)
     where = share * (len(ordered) - 1)
     low = int(where)
     high = min(low + 1, len(ordered) - 1)
@@ -242,7 +247,7 @@ def quadrants(
     Source: TIP (arXiv 2604.14084), section 3; median thresholds as in TA-OPD's code.
     """
     if thresholds == "median":
-        limits = (_quantile(entropy, 0.5), _quantile(divergence, 0.5)) if len(entropy) else (0, 0)
+        limits = (_quantile(entropy, 0.5), _quantile(divergence, 0.5))
     elif isinstance(thresholds, tuple) and len(thresholds) == 2:
         limits = thresholds  # type: ignore[assignment]
     else:
