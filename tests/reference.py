@@ -110,7 +110,8 @@ def objective(
         for x in (student.hidden, student.weight, student.bias)
     ]
     hidden, weight, bias = leaves
-    assert hidden is not None and weight is not None
+    assert hidden is not None
+    assert weight is not None
     z = replace(student, hidden=hidden, weight=weight, bias=bias).logits()
     z.retain_grad()
     log_p, log_q = log_softmax(z), log_softmax(teacher.logits().detach())
@@ -123,9 +124,11 @@ def objective(
     total.backward()
     chosen = torch.as_tensor(list(rows), dtype=torch.long)
     p, q = log_p.detach()[chosen], log_q[chosen]
-    assert hidden.grad is not None and weight.grad is not None and z.grad is not None
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert z.grad is not None
     return Gradients(
-        float(total),
+        float(total.detach()),
         reverse_kl(p, q),
         forward_kl(p, q),
         entropy(p) if len(p) else p.sum(-1),

@@ -147,7 +147,8 @@ def test_ids_that_both_sides_exclude_change_neither_value_nor_gradient(
     for value in values:
         value.sum().backward()
     for x, y in zip(plain, wide, strict=True):
-        assert x.grad is not None and y.grad is not None
+        assert x.grad is not None
+        assert y.grad is not None
         torch.testing.assert_close(y.grad[:, :6], x.grad, rtol=1e-12, atol=1e-15)
         assert (y.grad[:, 6:] == 0).all()
 

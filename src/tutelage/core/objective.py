@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tutelage.core._block import CHUNK_BYTES, Block, Chunk, check_pair, chunks
 from tutelage.core.lazy import LazyLogits
@@ -115,8 +114,12 @@ class _FusedObjective(torch.autograd.Function):
         return (total, reverse, forward, *entropies)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; the gradients would pass for constants
+            raise RuntimeError(
+                "the objective is differentiable once, got create_graph=True. "
+                "Use the functions of tutelage.core.divergence for second derivatives."
+            )
         return (*ctx.gradients.scaled(grad_total), None, None, None, None, None)
 
 
