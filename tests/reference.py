@@ -194,7 +194,9 @@ def budget(keep: str, count: int) -> int:
     return max(1, math.floor(Fraction(keep) * count))
 
 
-def kept(score: Sequence[float], group: Sequence[int], keep: str, usable: Sequence[bool]) -> list:
+def kept(
+    score: Sequence[float], group: Sequence[int], keep: str, usable: Sequence[bool]
+) -> list[int]:
     """Indices of the best usable scores of each group, earlier rows first among equals."""
     chosen = []
     for name in sorted(set(group)):

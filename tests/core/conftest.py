@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import reference
 import torch
 from torch import Tensor
 
+import reference
 from tutelage.core import LazyLogits
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference
 from tutelage.core import counter_uniform
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)

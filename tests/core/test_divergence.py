@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
 from tutelage.core import forward_kl, jsd, reverse_kl
 
 Divergence = Callable[[Tensor, Tensor], Tensor]

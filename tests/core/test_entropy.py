@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-import reference
 import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference
 from tutelage.core import entropy, normalized_entropy
 
 ROWS = st.lists(st.floats(-40, 40, allow_subnormal=False), min_size=2, max_size=12)

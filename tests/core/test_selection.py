@@ -7,12 +7,12 @@ import statistics
 from fractions import Fraction
 
 import pytest
-import reference
 import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
 from tutelage.core import (
     NORMALIZATIONS,
     RULES,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
 from torch import Tensor
 
+import reference
 from tutelage.core import LazyLogits, TokenStats, token_stats
 
 Make = Callable[..., Any]
