@@ -1,0 +1,123 @@
+"""The run folder: one writer at a time, logs without torn or repeated steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tutelage.errors import RunError
+from tutelage.run.folder import RunFolder, write_atomically
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    return folder
+
+
+def logged_steps(folder: RunFolder) -> list[int]:
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_a_second_writer_is_refused_until_the_first_closes(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match=f"in use by process {os.getpid()} on") as caught:
+        RunFolder(folder.path).open()
+    assert "\n" not in str(caught.value)
+    folder.close()
+    second = RunFolder(folder.path)
+    second.open()
+    second.close()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(folder: RunFolder) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    owner = {"pid": child, "host": platform.node()}
+    (folder.path / "lock").write_text(json.dumps(owner))
+    RunFolder(folder.path).open()
+    assert json.loads((folder.path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_of_another_machine_is_respected(folder: RunFolder) -> None:
+    (folder.path / "lock").write_text(json.dumps({"pid": 2**22 + 1, "host": "elsewhere"}))
+    with pytest.raises(RunError, match="on elsewhere. Wait for it, or delete"):
+        RunFolder(folder.path).open()
+
+
+@pytest.mark.parametrize("torn", ["", '{"pid": 12'])
+def test_a_torn_lock_is_taken_over(folder: RunFolder, torn: str) -> None:
+    (folder.path / "lock").write_text(torn)
+    RunFolder(folder.path).open()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written.*Choose another with out=FOLDER") as e:
+        RunFolder(tmp_path / "file" / "run").open()
+    assert "\n" not in str(e.value)
+
+
+def test_run_folders_are_private(folder: RunFolder) -> None:
+    assert folder.path.stat().st_mode & 0o077 == 0
+    assert (folder.path / "lock").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_json_are_refused_and_leave_no_line(
+    folder: RunFolder, value: float
+) -> None:
+    folder.append("metrics.jsonl", [{"step": 1}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folder.append("metrics.jsonl", [{"step": 2}, {"step": 3, "loss": value}])
+    assert logged_steps(folder) == [1]
+
+
+@given(steps=st.lists(st.integers(0, 9), max_size=12), cut=st.integers(-1, 10), tear=st.booleans())
+def test_rewinding_keeps_whole_lines_up_to_a_step(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], cut: int, tear: bool
+) -> None:
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    folder.append("metrics.jsonl", [{"step": step} for step in steps])
+    if tear:
+        with (folder.path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 0, "lo')
+    folder.rewind(cut)
+    assert logged_steps(folder) == [step for step in steps if step <= cut]
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 1', '{"step": 1}', "nonsense\n", '{"loss": 1}\n', "3\n"]
+)
+def test_lines_that_no_whole_record_ends_are_dropped(folder: RunFolder, torn: str) -> None:
+    folder.append("metrics.jsonl", [{"step": 1}])
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    folder.rewind(5)
+    assert logged_steps(folder) == [1]
+    folder.append("metrics.jsonl", [{"step": 2}])
+    assert logged_steps(folder) == [1, 2]
+
+
+def test_the_manifest_is_read_back_or_refused(folder: RunFolder) -> None:
+    assert folder.read_manifest() is None
+    folder.write_manifest({"fingerprint": "ab"})
+    assert folder.read_manifest() == {"fingerprint": "ab"}
+    (folder.path / "manifest.json").write_text('{"fing')
+    with pytest.raises(RunError, match=r"manifest\.json cannot be read.*Choose another out"):
+        folder.read_manifest()
+
+
+def test_replacing_a_file_leaves_no_temporary_one(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a.json", "1")
+    write_atomically(tmp_path / "a.json", "2")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "2")]
