@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.errors import ConfigError, TutelageError
+from tutelage.errors import ConfigError, MissingExtraError, TutelageError
 
 if TYPE_CHECKING:
     from tutelage.run.config import Config
@@ -36,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = _parser().parse_args(argv)
     _quiet_libraries()
+    _speak_any_encoding()
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()  # so that a reader who left is noticed here and not at exit
     except TutelageError as error:
         print(f"tutelage: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
@@ -57,6 +60,13 @@ def _quiet_libraries() -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _speak_any_encoding() -> None:
+    """A terminal or pipe that lacks a character gets its escape; printing never fails."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. num_steps=10")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="e.g. num_steps=10")  # fmt: skip
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +175,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     try:
         path = write_report(result.folder)
-    except ImportError as error:
+    except MissingExtraError as error:
         print(f"no report: {error}", file=sys.stderr)
         return 0
     if not arguments.json:

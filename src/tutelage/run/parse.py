@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -56,9 +57,19 @@ def parse_config(table: dict[str, Any]) -> Config:
         ConfigError: a key is unknown or missing, or a value does not fit; the first such.
     """
     try:
-        return _ADAPTER.validate_python(table)
+        config = _ADAPTER.validate_python(table)
     except ValidationError as error:
         raise ConfigError(_explain(error, table)) from None
+    _require_finite(config)
+    return config
+
+
+def _require_finite(config: Config) -> None:
+    # TOML has inf and nan; JSON, hence manifest and metrics, has neither.
+    for key, value in _flat(to_table(config)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{key} must be finite, got {number}. Change it.")
 
 
 def to_table(config: Config) -> dict[str, Any]:
@@ -115,8 +126,7 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
     # An unknown key explains the missing one it was meant to be.
     first = next((d for d in details if _kind(d) == "unknown"), details[0])
     location = [str(part) for part in first["loc"]]
-    tags = {("selection", 1), ("data", 1)}
-    key = ".".join(p for i, p in enumerate(location) if (location[0], i) not in tags)
+    key = _key(location)
     match _kind(first):
         case "unknown":
             return f"unknown key {key!r}.{_did_you_mean(location, table)}"
@@ -126,8 +136,18 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
             return _explain_tag(first, key)
         case "ours":
             return str(first["ctx"]["error"])
-    message = first["msg"][0].lower() + first["msg"][1:]
+    # A value that fits none of several types has one complaint for each.
+    same = [d for d in details if _key([str(p) for p in d["loc"]]) == key]
+    messages = [d["msg"] for d in same if _kind(d) == "other"]
+    message = " or ".join(message[0].lower() + message[1:] for message in messages)
     return f"{key}: {message}, got {first['input']!r}."
+
+
+def _key(location: Sequence[str]) -> str:
+    """The dotted key of an error, without what pydantic adds: tags and types of unions."""
+    tags = {("selection", 1), ("data", 1)}
+    parts = [p for i, p in enumerate(location) if (location[0], i) not in tags]
+    return ".".join(part for part in parts if "[" not in part)
 
 
 def _kind(detail: Any) -> str:
@@ -157,8 +177,17 @@ def _did_you_mean(location: list[str], table: dict[str, Any]) -> str:
     known = _known_keys(location[:-1], table)
     if location[0] == "selection" and table.get("selection", {}).get("rule") == "all":
         return " Rule 'all' keeps every token; choose another selection.rule to use it."
-    near = difflib.get_close_matches(location[-1], known, 1, 0.5)
-    return f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(known)}."
+    names = {key: key for key in known}
+    if len(location) == 1:  # perhaps a key that belongs in a table
+        names = _keys_of_tables() | names
+    near = difflib.get_close_matches(location[-1], names, 1)
+    return f" Did you mean {names[near[0]]!r}?" if near else f" Known keys: {', '.join(known)}."
+
+
+def _keys_of_tables() -> dict[str, str]:
+    schema: Any = _ADAPTER.json_schema()
+    tables = {name: found for name, found in schema["properties"].items() if "$ref" in found}
+    return {key: f"{name}.{key}" for name in tables for key in _known_keys([name], {})}
 
 
 def _known_keys(parents: list[str], table: dict[str, Any]) -> list[str]:
