@@ -105,7 +105,7 @@ def test_a_failure_while_writing_keeps_the_older_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tutelage.run.checkpoint.save_file", full)
-    with pytest.raises(RunError, match="No space left on device.*Earlier checkpoints are untou"):
+    with pytest.raises(RunError, match=r"No space left on device.*Earlier checkpoints are untou"):
         save(tmp_path, 2, tiny_models, keep=1)
     monkeypatch.undo()
     assert list_checkpoints(tmp_path) == [(1, good)]

@@ -87,7 +87,7 @@ def test_a_wrong_selection_gives_one_line(
 
 
 def test_a_missing_table_is_named() -> None:
-    with pytest.raises(ConfigError, match="teacher is missing. Add it"):
+    with pytest.raises(ConfigError, match=r"teacher is missing\. Add it"):
         parse_config({"student": {"model": "s"}})
     with pytest.raises(ConfigError, match=r"student\.model is missing"):
         parse_config({"student": {}, "teacher": {"model": "t"}})

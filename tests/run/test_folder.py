@@ -50,7 +50,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(folder: RunFolder) -> None:
 
 def test_the_lock_of_another_machine_is_respected(folder: RunFolder) -> None:
     (folder.path / "lock").write_text(json.dumps({"pid": 2**22 + 1, "host": "elsewhere"}))
-    with pytest.raises(RunError, match="on elsewhere. Wait for it, or delete"):
+    with pytest.raises(RunError, match=r"on elsewhere\. Wait for it, or delete"):
         RunFolder(folder.path).open()
 
 
@@ -62,7 +62,7 @@ def test_a_torn_lock_is_taken_over(folder: RunFolder, torn: str) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written.*Choose another with out=FOLDER") as e:
+    with pytest.raises(RunError, match=r"cannot be written.*Choose another with out=FOLDER") as e:
         RunFolder(tmp_path / "file" / "run").open()
     assert "\n" not in str(e.value)
 

@@ -1,0 +1,95 @@
+"""Ctrl-C on the command line: exit code 130, a checkpoint, and the same command continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import tiny_table
+from tutelage.run.checkpoint import list_checkpoints
+from tutelage.run.parse import load_config
+from tutelage.run.train import train
+
+
+def as_toml(table: dict[str, Any]) -> str:
+    tables = {k: v for k, v in table.items() if isinstance(v, dict)}
+    plain = {k: v for k, v in table.items() if k not in tables}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items()]
+    for name, entries in tables.items():
+        lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in entries.items())]
+    return "\n".join(lines)
+
+
+def wait_for_step(log: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until `step` lines are logged; the process must not end before."""
+    for _ in range(3000):
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    pytest.fail(f"no step {step} within a minute")
+
+
+def logged_steps(folder: Path) -> list[int]:
+    return [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    out, path = tmp_path / "run", tmp_path / "tiny.toml"
+    path.write_text(as_toml(tiny_table(tiny_models, out, num_steps=100000, checkpoint_every=0)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tutelage", "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        wait_for_step(out / "metrics.jsonl", 2, process)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    steps = logged_steps(out)
+    assert f"stopped after step {steps[-1]}; the same command continues" in stdout
+    assert steps == list(range(1, len(steps) + 1))
+    assert [step for step, _ in list_checkpoints(out)] == [steps[-1]]
+    assert not (out / "lock").exists()
+
+    lines: list[str] = []
+
+    def stop(metrics: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    result = train(load_config(path), "tiny", say=lines.append, on_step=stop)
+    assert not result.is_finished
+    assert f"continues: found checkpoint-{steps[-1]:06d} of 100000" in lines[0]
+    assert logged_steps(out) == [*steps, steps[-1] + 1]
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path: Path, tiny_models: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(as_toml(tiny_table(tiny_models, tmp_path / "run")))
+
+    def twice(metrics: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(path), "tiny", say=lambda _: None, on_step=twice)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "run" / "lock").exists()
+    assert list_checkpoints(tmp_path / "run") == []
