@@ -37,6 +37,20 @@ class Block:
     teacher_entropy: Tensor
     reverse_kl: Tensor
     forward_kl: Tensor
+    teacher_logits: Tensor
+    """Teacher logits `[r, V]`, shifted so that the largest of a row is 0."""
+    log_normalizers: tuple[Tensor, Tensor]
+    """log Σ exp of the shifted logits `[r]`, of student and teacher."""
+
+    def log_ratio(self) -> Tensor:
+        """log p − log q, `[r, V]`."""
+        student, teacher = self.log_normalizers
+        return self.gap - (student - teacher)[:, None].to(self.gap.dtype)
+
+    def log_probabilities(self) -> tuple[Tensor, Tensor]:
+        """log p and log q, `[r, V]` each."""
+        log_q = self.teacher_logits - self.log_normalizers[1][:, None].to(self.gap.dtype)
+        return self.log_ratio() + log_q, log_q
 
     def statistics(self) -> tuple[Tensor, ...]:
         """The six numbers of `TokenStats`, in its order; needs the sampled tokens."""
@@ -118,6 +132,8 @@ def read_block(
         t.entropy,
         mean_gap - offset,
         forward_kl,
+        teacher,
+        (s.log_normalizer, t.log_normalizer),
     )
 
 

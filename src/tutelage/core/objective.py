@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tutelage.core._block import CHUNK_BYTES, Block, Chunk, check_pair, chunks
 from tutelage.core.lazy import LazyLogits
+from tutelage.core.terms import Term
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Objective:
     """Student entropy `[K]`, nats, without gradient."""
     teacher_entropy: Tensor
     """Teacher entropy `[K]`, nats, without gradient."""
+    value: Tensor
+    """What each row added to `total` `[K]`, nats, without gradient."""
 
 
 def distillation_objective(
@@ -64,10 +68,43 @@ def distillation_objective(
     check_pair(student, teacher)
     a = _row_weights(reverse_weight, student, "reverse_weight")
     b = _row_weights(forward_weight, student, "forward_weight")
+    return _run(student, teacher, _Mixture(a, b), chunk_bytes)
+
+
+def composite_objective(
+    student: LazyLogits,
+    teacher: LazyLogits,
+    terms: Sequence[tuple[Term, Tensor | float]],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Objective:
+    """Weighted sum of any terms over all rows, in nats, fused like `distillation_objective`.
+
+    ``total = Σ_n Σ_i w_in term_i(p_n, q_n)``
+
+    Args:
+        student: student logits of K rows; gradients flow to its hidden states, weight and bias.
+        teacher: teacher logits of the same rows and vocabulary.
+        terms: terms of `tutelage.core.terms`, each with a weight, `[K]` or one number.
+        chunk_bytes: size of the two logit buffers.
+
+    Returns:
+        `Objective`; `total` is differentiable once.
+
+    Raises:
+        ValueError: there are no terms, the sides differ, or a weight does not have K rows.
+    """
+    check_pair(student, teacher)
+    if not terms:
+        raise ValueError("composite_objective needs at least one term, got none.")
+    weighted = [(term, _row_weights(w, student, "a term's weight")) for term, w in terms]
+    return _run(student, teacher, _Sum(weighted), chunk_bytes)
+
+
+def _run(student: LazyLogits, teacher: LazyLogits, kernel: _Kernel, chunk_bytes: int) -> Objective:
     inputs: tuple[Tensor | None, ...] = (student.hidden, student.weight, student.bias)
     if not torch.is_grad_enabled():
         inputs = tuple(None if x is None else x.detach() for x in inputs)
-    outputs = _FusedObjective.apply(*inputs, student, teacher, a, b, chunk_bytes)  # type: ignore[no-untyped-call]
+    outputs = _FusedObjective.apply(*inputs, student, teacher, kernel, chunk_bytes)  # type: ignore[no-untyped-call]
     return Objective(*outputs)
 
 
@@ -91,27 +128,23 @@ class _FusedObjective(torch.autograd.Function):
         bias: Tensor | None,
         student: LazyLogits,
         teacher: LazyLogits,
-        a: Tensor,
-        b: Tensor,
+        kernel: _Kernel,
         chunk_bytes: int,
     ) -> tuple[Tensor, ...]:
         gradients = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad, student.dtype)
-        rows = torch.empty(4, len(student), dtype=student.dtype, device=hidden.device)
+        rows = torch.empty(5, len(student), dtype=torch.float64, device=hidden.device)
         for chunk in chunks(student, teacher, chunk_bytes):
             for here, block in chunk.blocks():
-                rows[:, here] = torch.stack(
+                rows[:4, here] = torch.stack(
                     (block.reverse_kl, block.forward_kl, block.entropy, block.teacher_entropy)
                 )
-                if gradients.needed:
-                    _logit_gradient_(block, a[here], b[here])
+                rows[4, here] = kernel(block, here, gradients.needed)
             if gradients.needed:
                 gradients.add(student, chunk)
         ctx.gradients = gradients
-        reverse, forward, *entropies = rows.unbind(0)
-        # A row of weight 0 adds exactly 0, even when its divergence is infinite.
-        total = _weighted_sum(a, reverse) + _weighted_sum(b, forward)
-        ctx.mark_non_differentiable(reverse, forward, *entropies)
-        return (total, reverse, forward, *entropies)
+        outputs = [rows[4].sum().to(student.dtype), *rows.to(student.dtype).unbind(0)]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,11 +153,52 @@ class _FusedObjective(torch.autograd.Function):
                 "the objective is differentiable once, got create_graph=True. "
                 "Use the functions of tutelage.core.divergence for second derivatives."
             )
-        return (*ctx.gradients.scaled(grad_total), None, None, None, None, None)
+        return (*ctx.gradients.scaled(grad_total), None, None, None, None)
 
 
-def _weighted_sum(weight: Tensor, value: Tensor) -> Tensor:
-    return (weight * value.masked_fill(weight == 0, 0.0)).sum()
+class _Kernel(Protocol):
+    """What is summed over rows."""
+
+    def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
+        """Weighted value `[r]` of a block; its logit gradient replaces `block.gap` if wanted."""
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """a·reverse_kl + b·forward_kl without a temporary `[r, V]`: the path that has to be fast."""
+
+    a: Tensor
+    b: Tensor
+
+    def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
+        a, b = self.a[rows], self.b[rows]
+        value = _weighted(a, block.reverse_kl) + _weighted(b, block.forward_kl)
+        if wants_gradient:
+            _logit_gradient_(block, a, b)
+        return value
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Any terms, each with a weight a row."""
+
+    terms: Sequence[tuple[Term, Tensor]]
+
+    def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
+        total, gradient = torch.zeros_like(block.reverse_kl), torch.zeros_like(block.gap)
+        for term, weights in self.terms:
+            weight = weights[rows]
+            value, slope = term(block, rows)
+            total += _weighted(weight, value)
+            gradient += slope.mul(weight[:, None]).masked_fill_((weight == 0)[:, None], 0.0)
+        if wants_gradient:
+            block.gap.copy_(gradient)
+        return total
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight·value; a row of weight 0 adds exactly 0, even when its divergence is infinite."""
+    return weight * value.masked_fill(weight == 0, 0.0)
 
 
 def _logit_gradient_(block: Block, a: Tensor, b: Tensor) -> None:

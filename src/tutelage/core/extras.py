@@ -1,0 +1,85 @@
+"""Statistics of a row that only some rules and objectives need, each from one block, exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tutelage.core._block import Block
+
+TOP_K = 16
+"""Ids that count as the top of a distribution."""
+
+HEAD_MASS = 0.5
+"""Teacher mass of the head in `head_share` (adaptive KL's μ)."""
+
+
+def gradient_norm(block: Block) -> Tensor:
+    """Squared norm of the reverse KL's logit gradient: Σ_v p² (log p − log q − KL)²."""
+    return (block.p * (block.gap - block.mean_gap)).square().sum(-1)
+
+
+def local_oracle(block: Block) -> Tensor:
+    """TIP's local oracle weight |g|²/(gᵀHg) with g = p − q, H = diag(p) − ppᵀ; 0 where g is 0.
+
+    gᵀHg is the variance of g under p, summed as squares so that nothing cancels.
+    """
+    p, g = block.p.double(), block.p.double() - block.q.double()
+    norm = g.square().sum(-1)
+    curvature = (p * (g - (p * g).sum(-1, keepdim=True)).square()).sum(-1)
+    return torch.where(norm > 0, norm / curvature, 0.0)
+
+
+def top_divergence(block: Block) -> Tensor:
+    """Terms of the forward KL on the union of both top 16, nats (TA-OPD's D)."""
+    ids = torch.cat([_top(block.p), _top(block.q)], -1)
+    union = torch.zeros_like(block.p).scatter_(-1, ids, 1.0)
+    return -(union * block.q * block.log_ratio()).sum(-1)
+
+
+def compatibility(block: Block) -> Tensor:
+    """Teacher mass on the student's top 16 (TA-OPD's C)."""
+    return block.q.gather(-1, _top(block.p)).sum(-1)
+
+
+def teacher_top_mass(block: Block) -> Tensor:
+    """Teacher mass on its own top 16."""
+    return block.q.topk(min(TOP_K, block.q.shape[-1]), -1).values.sum(-1)
+
+
+def is_in_teacher_top5(block: Block) -> Tensor:
+    """1 where the student's likeliest id is among the teacher's five likeliest, else 0."""
+    best = block.p.argmax(-1, keepdim=True)
+    ids = block.q.topk(min(5, block.q.shape[-1]), -1).indices
+    return (ids == best).any(-1).to(block.p.dtype)
+
+
+def head_share(block: Block) -> Tensor:
+    """Share of Σ|q − p| that lies in the teacher's head, the likeliest ids holding half its mass.
+
+    Adaptive KL weighs forward KL by it and reverse KL by the rest (arXiv 2404.02657); ½ where p
+    and q are equal.
+    """
+    q, ids = block.q.sort(-1, descending=True)
+    difference = (q - block.p.gather(-1, ids)).abs()
+    is_head = q.cumsum(-1) - q < HEAD_MASS
+    total = difference.sum(-1)
+    return torch.where(total > 0, (difference * is_head).sum(-1) / total, 0.5)
+
+
+def _top(x: Tensor) -> Tensor:
+    return x.topk(min(TOP_K, x.shape[-1]), -1).indices
+
+
+EXTRAS: dict[str, Callable[[Block], Tensor]] = {
+    "gradient_norm": gradient_norm,
+    "local_oracle": local_oracle,
+    "top_divergence": top_divergence,
+    "compatibility": compatibility,
+    "teacher_top_mass": teacher_top_mass,
+    "is_in_teacher_top5": is_in_teacher_top5,
+    "head_share": head_share,
+}
+"""Extra statistics by name; ask for them with `token_stats(..., extras=[...])`."""

@@ -1,0 +1,220 @@
+"""Importance of a token: the score by which a selection rule ranks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tutelage.core.stats import TokenStats
+
+NORMALIZATIONS = ("minmax_p98", "minmax", "minmax_p98_both", "quantile_05_95")
+"""How entropy and divergence are brought to [0, 1] over the global batch."""
+
+
+def quantile(x: Tensor, share: float) -> Tensor:
+    """Linear-interpolation quantile of the finite entries, NaN if there are none.
+
+    (`torch.quantile` stops at 2**24 entries.)
+    """
+    ordered = x[torch.isfinite(x)].sort().values
+    if not len(ordered):
+        return x.new_tensor(torch.nan)
+    where = share * (len(ordered) - 1)
+    low = int(where)
+    high = min(low + 1, len(ordered) - 1)
+    return torch.lerp(ordered[low], ordered[high], where - low)
+
+
+def _scale(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(x − low) / (high − low), kept within [0, 1]; all 0 when every value is the same."""
+    if not bool(high > low):
+        return torch.where(torch.isfinite(x), 0.0, x)
+    return torch.where(torch.isfinite(x), ((x - low) / (high - low)).clamp(0.0, 1.0), x)
+
+
+def _normalize(x: Tensor, method: str, is_entropy: bool) -> Tensor:
+    finite = x[torch.isfinite(x)]
+    if not len(finite):
+        return x
+    if method == "quantile_05_95":
+        return _scale(x, quantile(x, 0.05), quantile(x, 0.95))
+    is_clipped = method == "minmax_p98_both" or (method == "minmax_p98" and is_entropy)
+    return _scale(x, finite.min(), quantile(x, 0.98) if is_clipped else finite.max())
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may look at besides the statistics."""
+
+    normalization: str
+    uniform: Tensor
+    """One number in (0, 1) a row, float64 `[N]`."""
+    position: Tensor
+    """Index of each row within its completion `[N]`."""
+
+
+Score = Callable[[TokenStats, Context], Tensor]
+
+
+def _gumbel(uniform: Tensor) -> Tensor:
+    return -(-uniform.log()).log()
+
+
+def _entropy_hat(stats: TokenStats, context: Context) -> Tensor:
+    return _normalize(stats.entropy.double(), context.normalization, is_entropy=True)
+
+
+def soft_or(stats: TokenStats, context: Context) -> Tensor:
+    """ĥ + δ̂ − ĥδ̂: high where the student is uncertain, or wrong, or both."""
+    h = _entropy_hat(stats, context)
+    d = _normalize(stats.reverse_kl.double(), context.normalization, is_entropy=False)
+    return h + d - h * d
+
+
+def q3(stats: TokenStats, context: Context) -> Tensor:
+    """KL(q‖p)·(1 − ĥ): high where the student is confidently wrong."""
+    return stats.forward_kl.double() * (1 - _entropy_hat(stats, context))
+
+
+def teachability(stats: TokenStats, context: Context) -> Tensor:
+    """D̂·Ĉ: the teacher disagrees, yet believes in what the student would say.
+
+    D is forward KL on the union of both top 16, C the teacher's mass on the student's top 16, each
+    scaled by its 5 % and 95 % quantiles. Source: TA-OPD.
+    """
+    d = _normalize(stats.extras["top_divergence"].double(), "quantile_05_95", is_entropy=False)
+    c = _normalize(stats.extras["compatibility"].double(), "quantile_05_95", is_entropy=False)
+    return d * c
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to rank tokens."""
+
+    score: Score
+    """Importance `[N]`, float64; the highest are kept."""
+    extras: tuple[str, ...] = ()
+    """Names of the extra statistics it needs, see `tutelage.core.stats.EXTRAS`."""
+    is_random: bool = False
+    """Whether it draws one uniform number a row."""
+    log_weight: Score | None = None
+    """log of the probability, up to a constant, with which a sampling rule draws a row."""
+
+
+def _sampled(weight: Score) -> Rule:
+    """Sampling without replacement, P ∝ weight: the top k of log weight + Gumbel noise."""
+
+    def log_weight(stats: TokenStats, context: Context) -> Tensor:
+        return weight(stats, context).log()
+
+    def score(stats: TokenStats, context: Context) -> Tensor:
+        return log_weight(stats, context) + _gumbel(context.uniform)
+
+    return Rule(score, is_random=True, log_weight=log_weight)
+
+
+def _extra(name: str) -> Rule:
+    return Rule(lambda stats, _: stats.extras[name].double(), (name,))
+
+
+RULES: dict[str, Rule] = {
+    "all": Rule(lambda stats, _: torch.zeros_like(stats.entropy, dtype=torch.float64)),
+    "random": Rule(
+        lambda _, context: context.uniform,
+        is_random=True,
+        log_weight=lambda stats, _: torch.zeros_like(stats.entropy, dtype=torch.float64),
+    ),
+    "entropy": Rule(lambda stats, _: stats.entropy.double()),
+    "entropy_sample": _sampled(lambda stats, _: stats.entropy.double()),
+    "soft_or": Rule(soft_or),
+    "soft_or_sample": _sampled(soft_or),
+    "q3": Rule(q3),
+    "divergence": Rule(lambda stats, _: stats.reverse_kl.double()),
+    "forward_divergence": Rule(lambda stats, _: stats.forward_kl.double()),
+    "bottom": Rule(lambda stats, context: -soft_or(stats, context)),
+    "first_n": Rule(lambda _, context: -context.position.double()),
+    "teachability": Rule(teachability, ("top_divergence", "compatibility")),
+    "gradient_norm": _extra("gradient_norm"),
+    "local_oracle": _extra("local_oracle"),
+}
+"""The selection rules by name; `all` keeps every token whatever the budget."""
+
+
+def importance(
+    stats: TokenStats,
+    rule: str,
+    normalization: str = "minmax_p98",
+    uniform: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
+    """Score of every row under a rule; the highest are worth training on. Without unit.
+
+    With ĥ the normalised entropy and δ̂ the normalised reverse KL of the batch:
+
+    * `entropy` H; `divergence` reverse_kl; `forward_divergence` forward_kl;
+    * `soft_or` ĥ + δ̂ − ĥδ̂; `bottom` its negative; `q3` forward_kl·(1 − ĥ);
+    * `entropy_sample`, `soft_or_sample` log score + Gumbel noise; `random` noise;
+    * `first_n` −position; `teachability` D̂·Ĉ; `all` 0;
+    * `gradient_norm` Σ_v (∂reverse_kl/∂z_v)²;
+    * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight.
+
+    Args:
+        stats: statistics of the whole global batch, N rows, with the extras the rule needs.
+        rule: a key of `RULES`.
+        normalization: one of `NORMALIZATIONS`. The paper's `minmax_p98` clips the entropy at its
+            98th percentile and leaves the divergence unclipped.
+        uniform: numbers in (0, 1), float64 `[N]`, for the random rules.
+        position: index of each row within its completion `[N]`, for `first_n`.
+
+    Returns:
+        float64 `[N]`; NaN or infinite where a statistic is.
+
+    Raises:
+        ValueError: unknown rule or normalization, or something the rule needs is not given.
+
+    Source: TIP (arXiv 2604.14084), sections 3 and 4.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
+    chosen = require_rule(rule)
+    missing = [name for name in chosen.extras if name not in stats.extras]
+    if missing:
+        raise ValueError(f"rule {rule!r} needs token_stats(..., extras={chosen.extras}).")
+    if chosen.is_random and uniform is None:
+        raise ValueError(f"rule {rule!r} draws at random and needs `uniform`, one per row.")
+    if rule == "first_n" and position is None:
+        raise ValueError("rule 'first_n' needs `position`, one per row.")
+    return chosen.score(stats, _context(stats, normalization, uniform, position))
+
+
+def log_sampling_weight(
+    stats: TokenStats, rule: str, normalization: str = "minmax_p98"
+) -> Tensor | None:
+    """log P, up to a constant, with which a sampling rule draws a row `[N]`; None for others."""
+    weight = require_rule(rule).log_weight
+    return None if weight is None else weight(stats, _context(stats, normalization, None, None))
+
+
+def require_rule(rule: str) -> Rule:
+    """The rule of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {tuple(RULES)}, got {rule!r}.")
+    return RULES[rule]
+
+
+def _context(
+    stats: TokenStats, normalization: str, uniform: Tensor | None, position: Tensor | None
+) -> Context:
+    unused = torch.full_like(stats.entropy, 0.5, dtype=torch.float64)
+    return Context(
+        normalization,
+        unused if uniform is None else uniform,
+        unused if position is None else position,
+    )

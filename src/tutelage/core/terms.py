@@ -1,0 +1,238 @@
+"""Divergences with a closed-form logit gradient that the fused objective can add up.
+
+A term turns one block of rows into its value `[r]` and the gradient of that value with respect to
+the student's logits `[r, V]`. For a value whose derivative with respect to p(v) is g(v), the logit
+gradient is ``p ⊙ (g − E_p[g])``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tutelage.core._block import Block
+
+
+class Term(Protocol):
+    """One summand of an objective."""
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        """Value `[r]` in nats and its logit gradient `[r, V]`, for the rows of a block."""
+
+
+def _through_softmax(p: Tensor, g: Tensor) -> Tensor:
+    gradient: Tensor = p * (g - torch.linalg.vecdot(p, g)[:, None])
+    return gradient
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """``KL(p‖q)``; g = log p − log q + 1."""
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        return block.reverse_kl, block.p * (block.gap - block.mean_gap)
+
+
+@dataclass(frozen=True)
+class ForwardKL:
+    """``KL(q‖p)``; the logit gradient is p − q."""
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        return block.forward_kl, block.p - block.q
+
+
+@dataclass(frozen=True)
+class JSD:
+    """``w KL(q‖m) + (1 − w) KL(p‖m)``, ``m = w q + (1 − w) p``; g = (1 − w) log(p/m).
+
+    Source: GKD (arXiv 2306.13649), equation 1.
+    """
+
+    teacher_weight: float = 0.5
+    """w, strictly between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.teacher_weight < 1.0:
+            raise ValueError(
+                f"teacher_weight must be strictly between 0 and 1, got {self.teacher_weight}. "
+                "Use forward or reverse KL for the limits."
+            )
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        w = self.teacher_weight
+        log_ratio = block.log_ratio()
+        # log(p/m) = −log((1 − w) + w q/p), without overflow where q/p is huge
+        over_m = -torch.logaddexp(
+            torch.full_like(log_ratio, math.log1p(-w)), math.log(w) - log_ratio
+        )
+        value = (1 - w) * torch.linalg.vecdot(block.p, over_m)
+        value = value + w * torch.linalg.vecdot(block.q, over_m - log_ratio)
+        return value, _through_softmax(block.p, (1 - w) * over_m)
+
+
+@dataclass(frozen=True)
+class SkewReverseKL:
+    """``KL(p‖m)``, ``m = α p + (1 − α) q``; g = log(p/m) + 1 − α p/m.
+
+    Source: DistiLLM (arXiv 2402.03898), skew reverse KL with α = 0.1.
+    """
+
+    alpha: float = 0.1
+    """The student's share of the mixture, in [0, 1); 0 is reverse KL."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha < 1.0:
+            raise ValueError(f"alpha must be in [0, 1), got {self.alpha}. 0.1 is usual.")
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        log_ratio = block.log_ratio()
+        log_alpha = math.log(self.alpha) if self.alpha else -math.inf
+        over_m = -torch.logaddexp(
+            torch.full_like(log_ratio, log_alpha), math.log1p(-self.alpha) - log_ratio
+        )
+        g = over_m - self.alpha * over_m.exp()
+        return torch.linalg.vecdot(block.p, over_m), _through_softmax(block.p, g)
+
+
+@dataclass(frozen=True)
+class TopKForwardKL:
+    """Forward KL over the teacher's k likeliest ids, with a tail bucket or renormalised.
+
+    With S = top-k(q), teacher mass m and student mass P on S:
+
+    * `tail`: ``Σ_S q log(q/p) + (1 − m) log((1 − m)/(1 − P))``, a KL between coarser
+      distributions and so at most the full one;
+    * `renorm`: ``Σ_S q̃ log(q̃/p) = KL(q̃‖p̃) − log P``, q̃ = q/m renormalised and p not, as in EOPD's
+      code. It is biased wherever m < 1: it pulls mass onto S that the teacher does not have.
+
+    Source: EOPD (arXiv 2603.07079), section 4.
+    """
+
+    k: int = 16
+    tail: bool = True
+    """True adds the tail bucket; False renormalises the teacher on its top k."""
+
+    def __post_init__(self) -> None:
+        _require_k(self.k)
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        top = _Buckets.of(block, self.k)
+        if not self.tail:
+            share = top.q / top.q.sum(-1, keepdim=True)
+            value = (share * (share.log() - top.log_p)).sum(-1)
+            return value, block.p.scatter_add(-1, top.ids, -share)
+        value = (top.q * (top.log_q - top.log_p)).sum(-1)
+        value = value + _weighted_gap(top.log_q_rest, top.log_p_rest)
+        gradient = block.p - top.rest_of_q_shaped_as_p()
+        return value, gradient.scatter_(-1, top.ids, top.p - top.q)
+
+
+@dataclass(frozen=True)
+class TopKReverseKL:
+    """``Σ_S p log(p/q) + (1 − P) log((1 − P)/(1 − m))``: reverse KL with a tail bucket.
+
+    S = top-k(q), m and P the teacher's and the student's mass on it; g is the log-ratio of each
+    bucket. It is at most the full reverse KL and equals it when S is the whole vocabulary.
+    """
+
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        _require_k(self.k)
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        top = _Buckets.of(block, self.k)
+        value = (top.p * (top.log_p - top.log_q)).sum(-1)
+        value = value + _weighted_gap(top.log_p_rest, top.log_q_rest)
+        tail = _gap(top.log_p_rest, top.log_q_rest)[:, None]
+        g = tail.expand_as(block.p).scatter(-1, top.ids, top.log_p - top.log_q)
+        return value, _through_softmax(block.p, g)
+
+
+@dataclass(frozen=True)
+class SampledReverseKL:
+    """PPO-clipped surrogate of the sampled token's reverse KL (the "k1" advantage).
+
+    ``A = log q(y) − log p_old(y)``,  ``r = p(y)/p_old(y)``,
+    ``L = −min(r A, clip(r, 1 − ε, 1 + ε) A)``; the logit gradient is ``−r A (e_y − p)`` where the
+    clip does not bind, else 0. In expectation over y ~ p = p_old it is the gradient of KL(p‖q).
+
+    Source: EOPD (arXiv 2603.07079), equation of L_OPD.
+    """
+
+    tokens: Tensor
+    """Sampled ids y `[K]`."""
+    old_logprobs: Tensor
+    """log p_old(y) `[K]`, nats, of the student that wrote the completion."""
+    clip: float = 0.2
+    """ε, above 0."""
+
+    def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+        tokens = self.tokens[rows, None]
+        old = self.old_logprobs[rows].to(block.p.dtype)
+        log_p, log_q = (x.gather(-1, tokens).squeeze(-1) for x in block.log_probabilities())
+        ratio = (log_p - old).exp()
+        advantage = log_q - old
+        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
+        value = -torch.minimum(ratio * advantage, clipped * advantage)
+        is_active = ratio * advantage <= clipped * advantage
+        slope = torch.where(is_active, ratio * advantage, 0.0)[:, None]
+        gradient = block.p * slope
+        return value, gradient.scatter_add_(-1, tokens, -slope)
+
+
+@dataclass(frozen=True)
+class _Buckets:
+    """The teacher's k likeliest ids as buckets of their own, everything else in one."""
+
+    ids: Tensor
+    """`[r, k]`."""
+    q: Tensor
+    p: Tensor
+    log_q: Tensor
+    log_p: Tensor
+    log_q_rest: Tensor
+    """Log-mass of everything else `[r]`; −inf when the k ids are the whole vocabulary."""
+    log_p_rest: Tensor
+    all_log_p: Tensor
+    """Student log-probabilities `[r, V]`."""
+
+    @staticmethod
+    def of(block: Block, k: int) -> _Buckets:
+        q, ids = block.q.topk(min(k, block.q.shape[-1]), -1)
+        log_p, log_q = block.log_probabilities()
+        # The rest is summed, not 1 − mass: the difference would drown small tails in rounding.
+        return _Buckets(
+            ids,
+            q,
+            block.p.gather(-1, ids),
+            log_q.gather(-1, ids),
+            log_p.gather(-1, ids),
+            log_q.scatter(-1, ids, -torch.inf).logsumexp(-1),
+            log_p.scatter(-1, ids, -torch.inf).logsumexp(-1),
+            log_p,
+        )
+
+    def rest_of_q_shaped_as_p(self) -> Tensor:
+        """The teacher's tail mass, spread over the tail as the student spreads its own `[r, V]`."""
+        return torch.exp(self.all_log_p + _gap(self.log_q_rest, self.log_p_rest)[:, None])
+
+
+def _require_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}. 16 is usual.")
+
+
+def _gap(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log_a − log_b, and 0 where both buckets are empty."""
+    is_empty = log_a == -torch.inf
+    return torch.where(is_empty, 0.0, log_a - log_b.masked_fill(is_empty, 0.0))
+
+
+def _weighted_gap(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a log(a / b), and 0 where a is 0."""
+    return log_a.exp() * _gap(log_a, log_b)
