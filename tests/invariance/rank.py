@@ -1,0 +1,81 @@
+"""One rank of a run of several: takes two steps of every case and writes what it saw.
+
+Usage: rank.py MODELS OUT; the usual environment variables name rank, world size and master.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from tiny import tiny_config
+from tutelage.core import TokenSelection
+from tutelage.run.config import Config
+from tutelage.run.setup import build
+from tutelage.run.step import Gathered, Step
+
+CASES: dict[str, dict[str, Any]] = {
+    "all": {"selection": {"rule": "all"}},
+    "soft_or": {"selection": {"rule": "soft_or", "keep": 0.5}},
+    "random": {"selection": {"rule": "random", "keep": 0.3}, "micro_batch_size": 1},
+    # One row of the whole batch: one of two ranks keeps none, and so do most micro-batches.
+    "one": {"selection": {"rule": "divergence", "keep": 0.001, "scope": "batch"}},
+}
+
+
+def case_config(models: Path, case: str) -> Config:
+    """Configuration of a case; completions are long enough to be ragged."""
+    sampling = {"num_samples": 2, "max_new_tokens": 30}
+    return tiny_config(models, Path("unused"), sampling=sampling, **CASES[case])
+
+
+class Watched(Step):
+    """Remembers the rows it chose."""
+
+    chosen: list[list[int]]
+
+    def choose(self, gathered: Gathered, step: int) -> TokenSelection:
+        chosen = super().choose(gathered, step)
+        self.chosen.append(chosen.rows.tolist())
+        return chosen
+
+
+def two_steps(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+    """Kept rows, metrics and final weights of two AdamW steps in float64."""
+    parts = build(config)
+    parts.student.model.double()
+    parts.teacher.model.double()
+    optimizer = torch.optim.AdamW(parts.student.parameters(), lr=1e-2)
+    student, optimizer = accelerator.prepare(parts.student, optimizer)
+    step = Watched(config, parts, accelerator, student, optimizer)
+    step.chosen = []
+    metrics = [step.take(1), step.take(2)]
+    for m in metrics:
+        del m["seconds"]
+    share = [len(r.completion_ids) for r in step.write(2)]
+    weights = {name: p.detach().clone() for name, p in parts.student.model.named_parameters()}
+    return {"chosen": step.chosen, "metrics": metrics, "lengths": share, "weights": weights}
+
+
+def main(models: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    out = out / f"rank{accelerator.process_index}"
+    out.mkdir()
+    for name in CASES:
+        seen = two_steps(case_config(models, name), accelerator)
+        save_file(seen.pop("weights"), out / f"{name}.safetensors")
+        (out / f"{name}.json").write_text(json.dumps(seen))
+    accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

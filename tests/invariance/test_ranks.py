@@ -1,0 +1,110 @@
+"""Two processes (gloo) take the same steps as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from rank import CASES, case_config, two_steps
+from safetensors.torch import load_file
+from stepping import distance
+
+HERE = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
+    """Folder with what both ranks saw."""
+    out = tmp_path_factory.mktemp("ranks")
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(HERE.parent),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "rank.py"), str(tiny_models), str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        output = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
+    return out
+
+
+def seen_by(folder: Path, rank: int, case: str) -> dict[str, Any]:
+    seen: dict[str, Any] = json.loads((folder / f"rank{rank}" / f"{case}.json").read_text())
+    weights = load_file(folder / f"rank{rank}" / f"{case}.safetensors")
+    return seen | {"weights": weights}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def one(tiny_models: Path, case: str) -> dict[str, Any]:
+    """What a single process sees."""
+    return two_steps(case_config(tiny_models, case), Accelerator(cpu=True))
+
+
+def test_two_ranks_keep_the_same_rows_and_learn_the_same_weights(
+    two_ranks: Path, one: dict[str, Any], case: str
+) -> None:
+    both = [seen_by(two_ranks, rank, case) for rank in (0, 1)]
+    assert both[0]["lengths"] + both[1]["lengths"] == one["lengths"]
+    assert len(set(one["lengths"])) > 1  # ragged
+    names = list(one["weights"])
+    for rank in both:
+        assert rank["chosen"] == one["chosen"]
+        found, expected = ([x["weights"][n] for n in names] for x in (rank, one))
+        assert distance(found, expected) <= 1e-9
+    assert all(torch.equal(both[0]["weights"][n], both[1]["weights"][n]) for n in names)
+
+
+def test_both_ranks_report_the_numbers_of_the_whole_batch(
+    two_ranks: Path, one: dict[str, Any], case: str
+) -> None:
+    for rank in (0, 1):
+        seen = seen_by(two_ranks, rank, case)["metrics"]
+        for found, expected in zip(seen, one["metrics"], strict=True):
+            assert flat(found) == pytest.approx(flat(expected), rel=1e-9)
+
+
+def flat(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics with the quadrant table spread out."""
+    table = metrics["quadrants"]
+    cells = {f"{q}.{key}": x for q, row in table.items() for key, x in row.items()}
+    return {k: v for k, v in metrics.items() if k != "quadrants"} | cells
+
+
+def test_a_rank_that_keeps_nothing_is_among_the_cases(two_ranks: Path) -> None:
+    assert [len(rows) for rows in seen_by(two_ranks, 0, "one")["chosen"]] == [1, 1]

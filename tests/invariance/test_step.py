@@ -1,0 +1,177 @@
+"""The gradient of a step is that of the plain computation, however the step is cut up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from stepping import RULES, Taken, distance, take_step
+from torch import Tensor
+
+import reference
+from tutelage.core import LazyLogits, Objective, TokenStats, counter_uniform
+from tutelage.data.batch import Batch, Side, collate
+from tutelage.data.types import Rollout
+from tutelage.run.setup import Parts
+
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
+DETERMINISTIC = ["all", "soft_or", "entropy", "q3", "divergence", "bottom"]
+
+
+def plain_logprobs(model: torch.nn.Module, rollout: Rollout, vocab_size: int) -> Tensor:
+    """Log-probabilities of a completion's positions: one sequence, no padding, full logits."""
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    logits = model(ids, use_cache=False).logits[0, :, :vocab_size]
+    first = len(rollout.prompt_ids) - 1
+    return reference.log_softmax(logits[first : first + len(rollout.completion_ids)])
+
+
+def plain_step(parts: Parts, rollouts: Sequence[Rollout], rule: str) -> Taken:
+    """METHODS 1 and 2, naively: score every token, keep, average the reverse KL of the kept."""
+    student, teacher = parts.student.model, parts.teacher.model
+    size = parts.student.vocab_size
+    student.zero_grad()
+    log_p = torch.cat([plain_logprobs(student, r, size) for r in rollouts])
+    with torch.no_grad():
+        log_q = torch.cat([plain_logprobs(teacher, r, size) for r in rollouts])
+    group = [i for i, r in enumerate(rollouts) for _ in r.completion_ids]
+    position = [t for r in rollouts for t in range(len(r.completion_ids))]
+    uniform = counter_uniform((0, 1, 1), torch.tensor(group), torch.tensor(position)).tolist()
+    kls = reference.reverse_kl(log_p, log_q)
+    score = reference.scores(
+        rule,
+        reference.entropy(log_p.detach()).tolist(),
+        kls.detach().tolist(),
+        reference.forward_kl(log_p.detach(), log_q).tolist(),
+        uniform,
+    )
+    keep = str(RULES[rule].get("keep", 1))
+    scope = [0] * len(group) if RULES[rule].get("scope") == "batch" else group
+    rows = reference.kept(score, scope, keep, [True] * len(group))
+    loss = kls[rows].sum() / len(rows)
+    loss.backward()
+    gradients = [
+        torch.zeros_like(p) if p.grad is None else p.grad for p in parts.student.parameters()
+    ]
+    metrics = {"loss": float(loss.detach()), "num_kept": len(rows), "num_rows": len(group)}
+    return Taken(metrics, gradients, {(group[i], position[i]) for i in rows})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_equals_the_plain_computation(
+    tiny_models: Path, rollouts: list[Rollout], rule: str
+) -> None:
+    found = take_step(tiny_models, rollouts, torch.float64, selection=RULES[rule])
+    assert found.parts is not None
+    expected = plain_step(found.parts, rollouts, rule)
+    assert found.kept == expected.kept
+    for key, value in expected.metrics.items():
+        assert found.metrics[key] == pytest.approx(value, rel=1e-12)
+    assert distance(found.gradients, expected.gradients) <= 1e-11
+    norm = sum(float(g.square().sum()) for g in expected.gradients) ** 0.5
+    assert found.metrics["grad_norm"] == pytest.approx(norm, rel=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_micro_batch_size_changes_nothing(
+    tiny_models: Path, rollouts: list[Rollout], dtype: torch.dtype, limit: float, rule: str
+) -> None:
+    whole = take_step(
+        tiny_models, rollouts, dtype, selection=RULES[rule], micro_batch_size=len(rollouts)
+    )
+    for size in (1, 3, 5, 100):
+        found = take_step(
+            tiny_models, rollouts, dtype, selection=RULES[rule], micro_batch_size=size
+        )
+        assert found.kept == whole.kept
+        assert found.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=limit)
+        assert distance(found.gradients, whole.gradients) <= limit
+
+
+def test_a_mean_of_means_would_change_it(tiny_models: Path, rollouts: list[Rollout]) -> None:
+    """Negative control: averaging each micro-batch by itself is far outside of the limits."""
+    whole = take_step(tiny_models, rollouts, torch.float64)
+    parts = [take_step(tiny_models, [r], torch.float64, prompts_per_step=1) for r in rollouts]
+    means = [
+        torch.stack([part.gradients[i] for part in parts]).mean(0)
+        for i in range(len(whole.gradients))
+    ]
+    assert distance(means, whole.gradients) > 1e-2
+
+
+@pytest.mark.parametrize("rule", DETERMINISTIC)
+def test_the_order_of_rollouts_changes_nothing(
+    tiny_models: Path, rollouts: list[Rollout], rule: str
+) -> None:
+    order = [5, 0, 7, 2, 1, 6, 3, 4]
+    plain = take_step(tiny_models, rollouts, torch.float64, selection=RULES[rule])
+    moved = take_step(
+        tiny_models, [rollouts[i] for i in order], torch.float64, selection=RULES[rule]
+    )
+    assert {(order[c], t) for c, t in moved.kept} == plain.kept
+    assert distance(moved.gradients, plain.gradients) <= 1e-12
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_its_side_change_nothing(
+    tiny_models: Path, rollouts: list[Rollout], side: Side
+) -> None:
+    """Statistics and gradients of a padded batch are those of each rollout on its own."""
+    taken = take_step(tiny_models, rollouts, torch.float64)
+    parts = taken.parts
+    assert parts is not None
+    padded = learn(parts, [collate(rollouts, 0, side)])
+    alone = learn(parts, [collate([r], 0) for r in rollouts])
+    torch.testing.assert_close(padded[0], alone[0], rtol=1e-11, atol=1e-12)
+    assert distance(padded[1], alone[1]) <= 1e-12
+
+
+def learn(parts: Parts, batches: list[Batch]) -> tuple[Tensor, list[Tensor]]:
+    """Statistics and summed gradients over batches, without the loop around them."""
+    parts.student.zero_grad()
+    tables = []
+    for batch in batches:
+        view: LazyLogits = parts.teacher.read(batch)
+        stats = parts.student(batch, view)
+        assert isinstance(stats, TokenStats)
+        tables.append(stats.stack())
+        objective = parts.student(batch, view, torch.arange(batch.num_rows))
+        assert isinstance(objective, Objective)
+        objective.total.backward()
+    gradients = [p.grad.clone() for p in parts.student.parameters() if p.grad is not None]
+    return torch.cat(tables, 1), gradients
+
+
+def test_another_rollout_or_a_shifted_mask_would_be_seen(
+    tiny_models: Path, rollouts: list[Rollout]
+) -> None:
+    """Negative control: moving one token from completion to prompt changes the gradient."""
+    first = rollouts[1]
+    shifted = Rollout(
+        first.prompt,
+        first.sample,
+        (*first.prompt_ids, first.completion_ids[0]),
+        first.completion_ids[1:],
+    )
+    plain = take_step(tiny_models, rollouts, torch.float64)
+    moved = take_step(tiny_models, [rollouts[0], shifted, *rollouts[2:]], torch.float64)
+    assert moved.metrics["num_rows"] == plain.metrics["num_rows"] - 1
+    assert distance(moved.gradients, plain.gradients) > 1e-3
+
+
+def test_a_tied_student_and_an_offloaded_teacher_give_the_plain_gradient(
+    tmp_path: Path, tiny_models: Path, rollouts: list[Rollout]
+) -> None:
+    from tiny import save_tiny_model
+
+    tied = save_tiny_model(tmp_path / "tied", seed=3, is_tied=True)
+    teacher = {"model": str(tiny_models / "teacher"), "offload": True}
+    found = take_step(
+        tiny_models, rollouts, torch.float64, student={"model": str(tied)}, teacher=teacher
+    )
+    assert found.parts is not None
+    expected = plain_step(found.parts, rollouts, "all")
+    assert distance(found.gradients, expected.gradients) <= 1e-11
