@@ -71,8 +71,8 @@ def select_tokens(
         `TokenSelection`.
 
     Raises:
-        ValueError: `keep` outside (0, 1], `num_tokens` below 1, unknown scope, rule or normalization, or
-            `correct_sampling` with a rule that does not sample.
+        ValueError: `keep` outside (0, 1], `num_tokens` below 1, an unknown scope, rule or
+            normalization, or `correct_sampling` with a rule that does not sample.
 
     Example:
         >>> stats = TokenStats(*torch.tensor([[0.1, 0.9, 0.5, 0.2]]).expand(6, 4))
@@ -98,7 +98,7 @@ def select_tokens(
     is_usable = torch.isfinite(score) | ((score == -torch.inf) & (log_weight is not None))
     is_usable &= torch.isfinite(stats.stack()[:6]).all(0)
     group = completion if scope == "completion" else torch.zeros_like(completion)
-    budget = num_tokens if num_tokens is not None else keep
+    budget = float(keep) if num_tokens is None else num_tokens
     ranking = _Ranking.of(score, group, 1.0 if rule == "all" else budget, is_usable)
     weights = torch.ones(len(ranking.rows), dtype=torch.float64, device=score.device)
     if correct_sampling and log_weight is not None:

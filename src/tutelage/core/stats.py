@@ -53,8 +53,8 @@ class TokenStats:
     @staticmethod
     def unstack(table: Tensor, extras: Sequence[str] = ()) -> TokenStats:
         """Inverse of `stack`; `extras` names the rows after the sixth."""
-        rows = table.unbind(0)
-        return TokenStats(*rows[:6], dict(zip(extras, rows[6:], strict=True)))  # type: ignore[arg-type]
+        a, b, c, d, e, f, *rest = table.unbind(0)
+        return TokenStats(a, b, c, d, e, f, dict(zip(extras, rest, strict=True)))
 
 
 def token_stats(
