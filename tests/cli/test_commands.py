@@ -250,7 +250,7 @@ def test_score_equals_plain_transformers_in_float64(tmp_path: Path, own: Path) -
     assert f"{len(rows)} tokens written to {out}" in outcome.out
     assert "cuts: 0.3 and 0.05 nats" in outcome.out
     texts = {
-        record["id"]: record.get("prompt") or record.get("question") or record.get("problem")
+        record["id"]: next(record[k] for k in ("prompt", "question", "problem") if k in record)
         for record in read_jsonl(own.with_name("own.jsonl"))
     }
     seen = 0
@@ -301,7 +301,7 @@ def plain_statistics(ids: list[int], num_tokens: int) -> list[torch.Tensor]:
 
 def test_score_to_standard_output_is_json_only(own: Path) -> None:
     outcome = succeed("score", own, "--num-prompts", 1, "sampling.num_samples=1")
-    assert {record["position"] for record in outcome.records} == set(range(len(outcome.records)))
+    assert [record["position"] for record in outcome.records] == [*range(len(outcome.records))]
     assert "quadrant" in outcome.err
 
 

@@ -60,6 +60,8 @@ def test_the_check_itself_can_fail() -> None:
         (("distil",), "invalid choice: 'distil'"),
         (("train",), "required: config"),
         (("train", LEDGER, "--fast"), "unrecognized arguments: --fast"),
+        (("train", LEDGER, "seed=1", "--fast", "seed=2"), "unrecognized arguments: --fast seed=2"),
+        (("eval", TEACHER, "seed=1"), "unrecognized arguments: seed=1"),
         (("score", LEDGER, "--num-prompts", "many"), "invalid int value: 'many'"),
         (("eval", TEACHER, "--grader", "magic"), "invalid choice: 'magic'"),
         (("compare",), "required: RUN"),
@@ -145,6 +147,11 @@ def test_keep_out_of_range(keep: str) -> None:
 )
 def test_values_that_do_not_fit(tmp_path: Path, override: str, parts: tuple[str, ...]) -> None:
     refused("train", LEDGER, f"out={tmp_path / 'run'}", override)(*parts)
+
+
+def test_overrides_may_follow_options() -> None:
+    """The last one is seen, and counts."""
+    refused("train", LEDGER, "num_steps=3", "--json", "num_steps=0")("at least 1, got 0")
 
 
 def test_two_mistakes_in_one_table_are_told_one_at_a_time() -> None:

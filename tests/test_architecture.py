@@ -1,0 +1,363 @@
+"""Import directions, fences around third parties, and constructs that must not appear.
+
+Every detector is a function from source text to findings, so that each is also shown a text which
+it has to flag.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "tutelage"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "errors": (),
+    "core": ("core",),
+    "data": ("data", "core", "errors"),
+    "models": ("models", "data", "core", "errors"),
+    "evaluation": ("evaluation", "models", "data", "core", "errors"),
+    "report": ("report", "evaluation.metrics", "errors"),
+    "run": ("run", "evaluation", "models", "data", "core", "errors"),
+    "integrations": ("integrations", "core", "errors"),
+    "cli": ("run", "evaluation", "report", "errors", ""),
+    "__init__": ("core", "errors"),
+    "__main__": ("cli",),
+}
+"""Parts of the package that each part may import; "" is the package itself."""
+
+FENCES = {
+    "torch": ("core/", "data/batch.py", "models/", "evaluation/evaluate.py", "run/"),
+    "transformers": ("models/",),
+    "tokenizers": ("models/",),
+    "gguf": ("models/",),
+    "safetensors": ("models/", "run/"),
+    "accelerate": ("run/",),
+    "datasets": ("data/prompts.py",),
+    "math_verify": ("data/grading.py",),
+    "matplotlib": ("report/",),
+    # A chat template that refuses its messages raises an error of jinja2.
+    "jinja2": ("report/", "models/tokenizers.py"),
+    "pydantic": ("run/", "report/"),
+    "rich": ("run/progress.py", "cli.py"),
+    "trl": ("integrations/trl.py",),
+    "verl": ("integrations/verl.py",),
+}
+"""Where each third party may be imported; one that is not listed may be nowhere."""
+
+HEAVY = ("transformers", "accelerate", "matplotlib", "datasets", "pydantic", "rich", "jinja2")
+
+
+# --- detectors ------------------------------------------------------------------------------------
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(tree: ast.AST, in_types: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every imported module, absolute, and whether only a type checker sees the import."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, in_types) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), in_types
+        elif isinstance(node, ast.If) and is_for_types(node):
+            for child in node.body:
+                yield from imports(ast.Module([child], []), True)
+            yield from imports(ast.Module(node.orelse, []), in_types)
+        else:
+            yield from imports(node, in_types)
+
+
+def wrong_directions(source: str, place: str) -> list[str]:
+    """Imports of our own that point against the arrows."""
+    part = place.split("/")[0].removesuffix(".py")
+    found = []
+    for name, _ in imports(ast.parse(source)):
+        top, _, inner = name.partition(".")
+        is_allowed = any(
+            inner == a or (a and inner.startswith(f"{a}.")) for a in MAY_IMPORT.get(part, ())
+        )
+        if (top == "tutelage" and not is_allowed) or name.startswith("."):
+            found.append(f"{place} imports {name}")
+    return found
+
+
+def broken_fences(source: str, place: str) -> list[str]:
+    """Third parties imported where they do not belong; types may be named anywhere but in core."""
+    found = []
+    for name, in_types in imports(ast.parse(source)):
+        top = name.split(".")[0]
+        if top in ("tutelage", "") or top in sys.stdlib_module_names:
+            continue
+        if in_types and top in FENCES and not place.startswith("core/"):
+            continue
+        if not place.startswith(FENCES.get(top, ())):
+            found.append(f"{place} imports {top}")
+    return found
+
+
+def line(node: ast.AST) -> int:
+    return node.lineno if isinstance(node, ast.expr | ast.stmt | ast.excepthandler) else 0
+
+
+FORBIDDEN_NAMES = ("eval", "exec", "compile", "__import__")
+FORBIDDEN_MODULES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
+FORBIDDEN_ATTRIBUTES = (
+    "torch.load",
+    "yaml.load",
+    "os.system",
+    "os.popen",
+    "importlib.import_module",
+)
+FORBIDDEN_ENDINGS = (".nan_to_num", ".nan_to_num_", ".extractall")
+FORBIDDEN_OPTIONS = ("shell=True", "trust_remote_code=True", "weights_only=False")
+
+
+def dangers(source: str, place: str) -> list[str]:
+    """Calls and options that run what a file or a model says, or hide what is not a number."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        text = ""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            text = node.func.id if node.func.id in FORBIDDEN_NAMES else ""
+        elif isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name in FORBIDDEN_ATTRIBUTES or name.endswith(FORBIDDEN_ENDINGS):
+                text = name
+        elif isinstance(node, ast.keyword):
+            text = next((o for o in FORBIDDEN_OPTIONS if ast.unparse(node) == o), "")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            text = forbidden_import(node)
+        if text:
+            found.append(f"{place}:{line(node)} {text}")
+    return found
+
+
+def forbidden_import(node: ast.Import | ast.ImportFrom) -> str:
+    if isinstance(node, ast.Import):
+        return next((a.name for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES), "")
+    names = [f"{node.module}.{alias.name}" for alias in node.names]
+    is_module = (node.module or "").split(".")[0] in FORBIDDEN_MODULES
+    endings = (*FORBIDDEN_ATTRIBUTES, "torch.nan_to_num")
+    return next((name for name in names if is_module or name in endings), "")
+
+
+BROAD = {"Exception", "BaseException"}
+
+
+def broad_handlers(source: str, place: str) -> list[str]:
+    """`except` without a type, or with one that catches everything, also by a named tuple."""
+    tree = ast.parse(source)
+    named = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and names_in(node.value) & BROAD
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            is_broad = node.type is None or bool(names_in(node.type) & (BROAD | named))
+        else:
+            is_broad = (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func).endswith("suppress")
+                and any(names_in(argument) & (BROAD | named) for argument in node.args)
+            )
+        if is_broad:
+            found.append(f"{place}:{line(node)}")
+    return found
+
+
+def names_in(node: ast.AST) -> set[str]:
+    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+
+
+def asserts(source: str, place: str) -> list[str]:
+    """Assertions, which vanish under -O, other than `assert isinstance(...)` for a type checker."""
+    return [
+        f"{place}:{node.lineno}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assert) and not ast.unparse(node.test).startswith("isinstance(")
+    ]
+
+
+def fallbacks(source: str, place: str) -> list[str]:
+    """`getattr` with a default: a misspelt name would go unseen."""
+    return [
+        f"{place}:{node.lineno}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "getattr"
+        and len(node.args) + len(node.keywords) > 2
+    ]
+
+
+def lengths(source: str) -> dict[str, int]:
+    """Lines of every function from its `def` on, without its docstring."""
+    sizes = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            text = node.body[0]
+            if ast.get_docstring(node) is not None:
+                size -= (text.end_lineno or text.lineno) - text.lineno + 1
+            sizes[f"{node.name}:{node.lineno}"] = size
+    return sizes
+
+
+def too_long(source: str, place: str) -> list[str]:
+    """Files over 400 lines and functions over 60."""
+    num_lines = len(source.splitlines())
+    found = [f"{place} has {num_lines} lines"] if num_lines > 400 else []
+    return found + [f"{place} {name} has {n}" for name, n in lengths(source).items() if n > 60]
+
+
+# --- the package ----------------------------------------------------------------------------------
+
+Detector = Callable[[str, str], list[str]]
+DETECTORS: tuple[Detector, ...] = (
+    wrong_directions,
+    broken_fences,
+    dangers,
+    broad_handlers,
+    asserts,
+    fallbacks,
+    too_long,
+)
+
+
+@pytest.mark.parametrize("detector", DETECTORS, ids=lambda detector: detector.__name__)
+def test_the_package_is_clean(detector: Detector) -> None:
+    assert len(FILES) > 30
+    found = []
+    for path in FILES:
+        place = path.relative_to(SOURCE).as_posix()
+        found += detector(path.read_text(encoding="utf-8"), place)
+    assert found == []
+
+
+def test_every_part_of_the_package_has_its_arrows() -> None:
+    parts = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
+    assert parts <= MAY_IMPORT.keys()
+
+
+def test_functions_are_short() -> None:
+    sizes = [n for path in FILES for n in lengths(path.read_text(encoding="utf-8")).values()]
+    assert median(sizes) <= 12
+
+
+# --- negative controls ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("detector", "place", "source"),
+    [
+        (wrong_directions, "core/stats.py", "from tutelage.data.types import Prompt"),
+        (wrong_directions, "core/stats.py", "from tutelage.errors import DataError"),
+        (wrong_directions, "models/load.py", "def f():\n    import tutelage.run.train"),
+        (wrong_directions, "report/plots.py", "from tutelage.core import entropy"),
+        (wrong_directions, "report/plots.py", "from tutelage.evaluation.evaluate import x"),
+        (wrong_directions, "data/batch.py", "from tutelage import LazyLogits"),
+        (wrong_directions, "data/batch.py", "from ..models import load"),
+        (wrong_directions, "data/batch.py", "from tutelage.corex import y"),
+        (wrong_directions, "evaluation/x.py", "if TYPE_CHECKING:\n    from tutelage.run import x"),
+        (wrong_directions, "new/x.py", "from tutelage.core import entropy"),
+        (broken_fences, "run/train.py", "from transformers import AutoModel"),
+        (broken_fences, "run/train.py", "def f():\n    from transformers.utils import logging"),
+        (broken_fences, "models/load.py", "import accelerate.utils"),
+        (broken_fences, "evaluation/evaluate.py", "try:\n    import matplotlib\nexcept OSError: 0"),
+        (broken_fences, "data/batch.py", "import datasets"),
+        (broken_fences, "core/stats.py", "import numpy as np"),
+        (broken_fences, "core/stats.py", "if TYPE_CHECKING:\n    import transformers"),
+        (broken_fences, "report/records.py", "import torch"),
+        (broken_fences, "run/x.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import transformers"),
+        (dangers, "x.py", "eval(text)"),
+        (dangers, "x.py", "exec(text)"),
+        (dangers, "x.py", "compile(text, '', 'exec')"),
+        (dangers, "x.py", "__import__(name)"),
+        (dangers, "x.py", "import pickle"),
+        (dangers, "x.py", "from pickle import loads"),
+        (dangers, "x.py", "torch.load(path)"),
+        (dangers, "x.py", "from torch import load"),
+        (dangers, "x.py", "yaml.load(text)"),
+        (dangers, "x.py", "os.system('ls')"),
+        (dangers, "x.py", "subprocess.run(command, shell=True)"),
+        (dangers, "x.py", "load(trust_remote_code=True)"),
+        (dangers, "x.py", "torch.nan_to_num(loss)"),
+        (dangers, "x.py", "loss.nan_to_num_()"),
+        (dangers, "x.py", "from torch import nan_to_num"),
+        (dangers, "x.py", "archive.extractall(path)"),
+        (broad_handlers, "x.py", "try:\n    f()\nexcept:\n    pass"),
+        (broad_handlers, "x.py", "try:\n    f()\nexcept Exception:\n    pass"),
+        (broad_handlers, "x.py", "try:\n    f()\nexcept (OSError, BaseException):\n    pass"),
+        (broad_handlers, "x.py", "ALL = (OSError, Exception)\ntry:\n    f()\nexcept ALL:\n    0"),
+        (broad_handlers, "x.py", "with contextlib.suppress(Exception):\n    f()"),
+        (asserts, "x.py", "assert keep > 0"),
+        (fallbacks, "x.py", "getattr(config, 'softcap', None)"),
+        (too_long, "x.py", "x = 1\n" * 401),
+        (too_long, "x.py", "def f():\n" + "    x = 1\n" * 60),
+    ],
+)
+def test_each_detector_can_fail(detector: Detector, place: str, source: str) -> None:
+    assert detector(source, place)
+
+
+@pytest.mark.parametrize(
+    ("detector", "place", "source"),
+    [
+        (wrong_directions, "run/train.py", "from tutelage.models.load import save_model"),
+        (wrong_directions, "cli.py", "from tutelage import __version__"),
+        (broken_fences, "run/train.py", "if TYPE_CHECKING:\n    from transformers import X"),
+        (broken_fences, "models/load.py", "def f():\n    from transformers import X"),
+        (dangers, "x.py", "re.compile('a'); model.eval(); json.load(file); load_file(path)"),
+        (broad_handlers, "x.py", "try:\n    f()\nexcept (OSError, ValueError):\n    pass"),
+        (asserts, "x.py", "assert isinstance(stats, TokenStats)"),
+        (fallbacks, "x.py", "getattr(config, name)"),
+        (too_long, "x.py", "def f():\n" + "    x = 1\n" * 59),
+        (too_long, "x.py", "def f():\n    '''a\n\n\n\n    b'''\n" + "    x = 1\n" * 59),
+    ],
+)
+def test_no_detector_flags_what_is_fine(detector: Detector, place: str, source: str) -> None:
+    assert detector(source, place) == []
+
+
+# --- what an import loads -------------------------------------------------------------------------
+
+
+def loaded(program: str) -> set[str]:
+    """Heavy packages in memory after a program has run in a fresh interpreter."""
+    report = f"import sys\n{program}\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", report], capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in done.stderr.split()} & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import tutelage, tutelage.data.tasks",
+        "from tutelage.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass",
+    ],
+)
+def test_a_light_import_loads_nothing_heavy(program: str) -> None:
+    assert loaded(program) == set()
+
+
+def test_reading_a_run_loads_no_model_library_and_no_plots() -> None:
+    assert loaded("import tutelage.report.report, tutelage.report.compare") <= {"pydantic", "rich"}
+
+
+def test_the_loading_detector_can_fail() -> None:
+    assert loaded("import pydantic") == {"pydantic"}
