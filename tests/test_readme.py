@@ -1,0 +1,188 @@
+"""The README does what it says: its blocks run in order, in one folder, as a reader would run them.
+
+A block under a line such as "`mine.toml`:" is written to that file; python blocks are scripts; bash
+blocks run line by line. A block under `<!-- not run: reason -->` is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+NOT_RUN = ("make", "git", "pip", "cd")
+"""Commands that would change more than a folder; their arguments are checked instead."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, its text, and the nearest line of text above it."""
+
+    language: str
+    text: str
+    above: str
+    line: int
+
+    @property
+    def file(self) -> str | None:
+        """The file this block is the content of."""
+        found = re.fullmatch(r"`([\w.-]+\.\w+)`:", self.above)
+        return found[1] if found else None
+
+    @property
+    def is_skipped(self) -> bool:
+        return re.fullmatch(r"<!-- not run: \S.* -->", self.above) is not None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """Every fenced block of a Markdown text."""
+    lines = iter(enumerate(text.splitlines(), start=1))
+    above = ""
+    for number, line in lines:
+        if line.startswith("```"):
+            inside = []
+            for _, content in lines:
+                if content == "```":
+                    break
+                inside.append(f"{content}\n")
+            yield Block(line[3:].strip(), "".join(inside), above, number)
+            above = ""
+        elif line.strip():
+            above = line.strip()
+
+
+def commands(text: str) -> Iterator[str]:
+    """The commands of a bash block, one a line; a backslash continues a line."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield line
+
+
+def check_command(command: str) -> None:
+    """What can be known of a command without running it: make targets, extras, files."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
+        assert set(words[1:]) <= set(targets), command
+    if words[0] == "pip":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        extras = re.findall(r"\[([\w,-]+)\]", command)
+        named = {extra for group in extras for extra in group.split(",")}
+        assert named <= set(project["optional-dependencies"]), command
+        if "-c" in words:
+            assert (ROOT / words[words.index("-c") + 1]).is_file(), command
+
+
+def execute(block: Block, folder: Path) -> int:
+    """Write or run one block; returns how many commands ran or files were written."""
+    if block.is_skipped:
+        return 0
+    if block.file is not None:
+        (folder / block.file).write_text(block.text, encoding="utf-8")
+        return 1
+    if block.language == "python":
+        (folder / "block.py").write_text(block.text, encoding="utf-8")
+        run([sys.executable, "block.py"], folder, block)
+        return 1
+    if block.language != "bash":
+        return 0
+    ran = 0
+    for command in commands(block.text):
+        if shlex.split(command, comments=True)[0] in NOT_RUN:
+            check_command(command)
+        else:
+            run(["bash", "-euo", "pipefail", "-c", command], folder, block)
+            ran += 1
+    return min(ran, 1)
+
+
+def run(command: list[str], folder: Path, block: Block) -> None:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    where = f"the block at line {block.line}: {command[-1]}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, where
+    assert "Traceback" not in done.stderr, where
+
+
+def test_every_block_does_what_it_says(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    assets = ROOT / "src" / "tutelage" / "assets"
+    shutil.copytree(assets / "ledger-overconfident", tmp_path / "my-student")
+    shutil.copytree(assets / "ledger-teacher", tmp_path / "my-teacher")
+    assert sum(execute(block, tmp_path) for block in blocks(README)) >= 4
+    names = {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
+    assert {"student", "metrics.jsonl", "samples.jsonl", "manifest.json", "report.html"} <= names
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", README)
+    local = [link for link in links if "://" not in link]
+    assert len(local) >= 4
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+EXAMPLE = """\
+Save this as
+
+`a.txt`:
+
+```toml
+x = 1
+```
+
+<!-- not run: needs a GPU -->
+```bash
+false
+```
+
+```bash
+# a comment
+test "$(cat a.txt)" \\
+  = "x = 1"
+```
+"""
+
+
+def test_blocks_of_an_example(tmp_path: Path) -> None:
+    file, skipped, script = blocks(EXAMPLE)
+    assert (file.file, file.text, file.line) == ("a.txt", "x = 1\n", 5)
+    assert skipped.is_skipped
+    assert [execute(block, tmp_path) for block in (file, skipped, script)] == [1, 0, 1]
+    (tmp_path / "a.txt").write_text("x = 2", encoding="utf-8")
+    with pytest.raises(AssertionError, match="line 14"):
+        execute(script, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```bash\nfalse\n```",
+        "```bash\nfalse | true\n```",
+        "```bash\nmake coffee\n```",
+        "```bash\npip install 'tutelage[coffee]'\n```",
+        "```bash\npip install -c no.txt x\n```",
+        "```python\nimport nothing_of_this_name\n```",
+        "<!-- not run: -->\n```bash\nfalse\n```",
+    ],
+)
+def test_a_wrong_block_is_noticed(tmp_path: Path, text: str) -> None:
+    (block,) = blocks(text)
+    with pytest.raises(AssertionError):
+        execute(block, tmp_path)
