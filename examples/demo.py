@@ -19,8 +19,9 @@ from rich.table import Table
 
 from tutelage.evaluation.metrics import Interval
 from tutelage.report.report import write_report
-from tutelage.run.config import AllTokens, Config, SelectionConfig, SomeTokens
+from tutelage.run.config import Config
 from tutelage.run.inspect import Inspection, evaluate_model
+from tutelage.run.method import AllTokens, SampledTokens, SelectionConfig, SomeTokens
 from tutelage.run.parse import load_config
 from tutelage.run.progress import Reporter
 from tutelage.run.train import RunResult, run_folder, train
@@ -32,7 +33,7 @@ RULES: tuple[SelectionConfig, ...] = (
     SomeTokens("soft_or", keep=0.1),
     SomeTokens("q3", keep=0.1),
     SomeTokens("entropy", keep=0.1),
-    SomeTokens("random", keep=0.1),
+    SampledTokens("random", keep=0.1),
 )
 CAVEAT = """\
 KL kept is the share of the divergence that lies on the kept tokens. One seed: the intervals

@@ -31,6 +31,8 @@ class LazyLogits:
     """Multiplier of the raw logits; 1/temperature goes here too."""
     softcap: float | None = None
     """Bound of the logits (Gemma's final_logit_softcapping); None for no bound."""
+    swap: tuple[int, int] | None = None
+    """Two ids that trade places: maps a teacher's stop token onto the student's."""
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 2 or self.weight.ndim != 2:
@@ -90,4 +92,6 @@ class LazyLogits:
             out.mul_(self.scale)
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.swap is not None:
+            out[:, list(self.swap)] = out[:, list(reversed(self.swap))]
         return out

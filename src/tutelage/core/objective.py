@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tutelage.core._block import CHUNK_BYTES, Block, Chunk, check_pair, chunks
+from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
-from tutelage.core.terms import Term
+from tutelage.core.terms import ForwardKL, ReverseKL, Term
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Objective:
     """Teacher entropy `[K]`, nats, without gradient."""
     value: Tensor
     """What each row added to `total` `[K]`, nats, without gradient."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Extra statistics that were asked for, `[K]` each."""
 
 
 def distillation_objective(
@@ -76,6 +79,7 @@ def composite_objective(
     teacher: LazyLogits,
     terms: Sequence[tuple[Term, Tensor | float]],
     chunk_bytes: int = CHUNK_BYTES,
+    extras: Sequence[str] = (),
 ) -> Objective:
     """Weighted sum of any terms over all rows, in nats, fused like `distillation_objective`.
 
@@ -86,6 +90,7 @@ def composite_objective(
         teacher: teacher logits of the same rows and vocabulary.
         terms: terms of `tutelage.core.terms`, each with a weight, `[K]` or one number.
         chunk_bytes: size of the two logit buffers.
+        extras: statistics to compute on the way, keys of `EXTRAS`.
 
     Returns:
         `Objective`; `total` is differentiable once.
@@ -97,15 +102,36 @@ def composite_objective(
     if not terms:
         raise ValueError("composite_objective needs at least one term, got none.")
     weighted = [(term, _row_weights(w, student, "a term's weight")) for term, w in terms]
-    return _run(student, teacher, _Sum(weighted), chunk_bytes)
+    return _run(student, teacher, _kernel(weighted), chunk_bytes, extras)
 
 
-def _run(student: LazyLogits, teacher: LazyLogits, kernel: _Kernel, chunk_bytes: int) -> Objective:
+def _run(
+    student: LazyLogits,
+    teacher: LazyLogits,
+    kernel: _Kernel,
+    chunk_bytes: int,
+    extras: Sequence[str] = (),
+) -> Objective:
+    if student.swap is not None:
+        raise ValueError("only the teacher's ids can be swapped, got a student with a swap.")
     inputs: tuple[Tensor | None, ...] = (student.hidden, student.weight, student.bias)
     if not torch.is_grad_enabled():
         inputs = tuple(None if x is None else x.detach() for x in inputs)
-    outputs = _FusedObjective.apply(*inputs, student, teacher, kernel, chunk_bytes)  # type: ignore[no-untyped-call]
-    return Objective(*outputs)
+    arguments = (student, teacher, kernel, chunk_bytes, extras)
+    outputs = _FusedObjective.apply(*inputs, *arguments)  # type: ignore[no-untyped-call]
+    total, reverse, forward, entropy, teacher_entropy, value, *rest = outputs
+    found = dict(zip(extras, rest, strict=True))
+    return Objective(total, reverse, forward, entropy, teacher_entropy, value, found)
+
+
+def _kernel(terms: Sequence[tuple[Term, Tensor]]) -> _Kernel:
+    """The kernel of a sum of terms: the fast one where it can be."""
+    if not all(isinstance(term, ReverseKL | ForwardKL) for term, _ in terms):
+        return _Sum(terms)
+    weights = [torch.zeros_like(terms[0][1]), torch.zeros_like(terms[0][1])]
+    for term, weight in terms:
+        weights[isinstance(term, ForwardKL)] += weight
+    return _Mixture(*weights)
 
 
 def _row_weights(weight: Tensor | float, student: LazyLogits, name: str) -> Tensor:
@@ -130,14 +156,18 @@ class _FusedObjective(torch.autograd.Function):
         teacher: LazyLogits,
         kernel: _Kernel,
         chunk_bytes: int,
+        extras: Sequence[str],
     ) -> tuple[Tensor, ...]:
         gradients = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad, student.dtype)
-        rows = torch.empty(5, len(student), dtype=torch.float64, device=hidden.device)
+        shape = (5 + len(extras), len(student))
+        rows = torch.empty(shape, dtype=torch.float64, device=hidden.device)
         for chunk in chunks(student, teacher, chunk_bytes):
             for here, block in chunk.blocks():
                 rows[:4, here] = torch.stack(
                     (block.reverse_kl, block.forward_kl, block.entropy, block.teacher_entropy)
                 )
+                for i, name in enumerate(extras):
+                    rows[5 + i, here] = EXTRAS[name](block).double()
                 rows[4, here] = kernel(block, here, gradients.needed)
             if gradients.needed:
                 gradients.add(student, chunk)
@@ -153,7 +183,7 @@ class _FusedObjective(torch.autograd.Function):
                 "the objective is differentiable once, got create_graph=True. "
                 "Use the functions of tutelage.core.divergence for second derivatives."
             )
-        return (*ctx.gradients.scaled(grad_total), None, None, None, None)
+        return (*ctx.gradients.scaled(grad_total), None, None, None, None, None)
 
 
 class _Kernel(Protocol):

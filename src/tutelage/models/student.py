@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from tutelage.core import LazyLogits, Objective, TokenStats, distillation_objective, token_stats
+from tutelage.core import LazyLogits, Objective, TokenStats, composite_objective, token_stats
+from tutelage.core.terms import ReverseKL, Term
 from tutelage.data.batch import Batch
 from tutelage.models.head import head, hidden_rows
 
@@ -32,7 +34,8 @@ class Student(nn.Module):
         batch: Batch,
         teacher: LazyLogits,
         rows: Tensor | None = None,
-        weights: tuple[float, float] = (1.0, 0.0),
+        terms: Sequence[tuple[Term, Tensor | float]] = ((ReverseKL(), 1.0),),
+        extras: Sequence[str] = (),
     ) -> Objective | TokenStats:
         """Scores every row (`rows` is None, no gradient) or learns from the given ones.
 
@@ -40,15 +43,16 @@ class Student(nn.Module):
             batch: B sequences with N completion tokens.
             teacher: teacher logits of the N rows.
             rows: rows to learn from `[K]`; None to score all.
-            weights: weights of reverse and forward KL.
+            terms: terms of the objective with their weights, `[K]` or one number each.
+            extras: names of extra statistics to compute.
 
         Returns:
             `TokenStats` of N rows, or the `Objective` of K rows, a sum.
         """
         if rows is None:
             with torch.no_grad():
-                return token_stats(self._logits(batch), teacher, batch.tokens)
-        return distillation_objective(self._logits(batch)[rows], teacher[rows], *weights)
+                return token_stats(self._logits(batch), teacher, batch.tokens, extras=extras)
+        return composite_objective(self._logits(batch)[rows], teacher[rows], terms, extras=extras)
 
     def _logits(self, batch: Batch) -> LazyLogits:
         return head(self.model, hidden_rows(self.model, batch), self.vocab_size)

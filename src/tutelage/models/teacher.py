@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,8 @@ class Teacher:
     """A frozen model whose reading of a batch is D numbers a token, not V.
 
     With `offload` the backbone lives in main memory outside `awake()`; only its head stays on
-    the device, because the objective projects the kept rows there.
+    the device, because the objective projects the kept rows there. `swap` trades two ids of its
+    vocabulary: its stop token and the student's.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class Teacher:
         vocab_size: int,
         device: torch.device | str = "cpu",
         offload: bool = False,
+        swap: tuple[int, int] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.offload = offload
+        self.swap = swap
         self.model.to("cpu" if offload else self.device)
 
     @contextmanager
@@ -57,16 +61,16 @@ class Teacher:
             `LazyLogits` of N rows, no gradient.
         """
         hidden = hidden_rows(self.model, batch.to(self.device))
-        return head(self.model, hidden.cpu() if self.offload else hidden, self.vocab_size)
+        logits = head(self.model, hidden.cpu() if self.offload else hidden, self.vocab_size)
+        return replace(logits, swap=self.swap)
 
     def view(self, logits: LazyLogits) -> LazyLogits:
         """What `read` returned, with hidden states and head on the device for the objective."""
         projection = head(self.model, logits.hidden, self.vocab_size)
         bias = None if projection.bias is None else projection.bias.to(self.device)
-        return LazyLogits(
-            logits.hidden.to(self.device),
-            projection.weight.to(self.device),
-            bias,
-            logits.scale,
-            logits.softcap,
+        return replace(
+            logits,
+            hidden=logits.hidden.to(self.device),
+            weight=projection.weight.to(self.device),
+            bias=bias,
         )

@@ -178,6 +178,33 @@ def _refuse_different_tokens(student: Mapping[str, int], teacher: Mapping[str, i
     )
 
 
+def stop_swap(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, policy: str = "map"
+) -> tuple[int, int] | None:
+    """The end-of-sequence ids of student and teacher if they differ and are to trade places.
+
+    A base student ends a text with one id and a chat teacher with another; unmapped, the teacher
+    punishes stopping and completions run into their limit.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer, with the same vocabulary.
+        policy: "map" to let the ids trade places for the teacher, "refuse" to stop.
+
+    Raises:
+        ModelError: they differ and the policy is "refuse", or one has none.
+    """
+    ids = (student.eos_token_id, teacher.eos_token_id)
+    if ids[0] == ids[1]:
+        return None
+    if policy == "refuse" or None in ids:
+        raise ModelError(
+            f"student and teacher end a completion differently: {student.eos_token!r} (id {ids[0]}) "
+            f"and {teacher.eos_token!r} (id {ids[1]}). Set teacher.stop_token = 'map' to map them."
+        )
+    return int(ids[0]), int(ids[1])
+
+
 def _refuse_different_control(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> None:
@@ -194,12 +221,6 @@ def _refuse_different_control(
 def _warn_of_different_habits(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> None:
-    if student.eos_token_id != teacher.eos_token_id:
-        warnings.warn(
-            f"student and teacher end a completion differently: {student.eos_token!r} and "
-            f"{teacher.eos_token!r}. The teacher may punish stopping.",
-            stacklevel=3,
-        )
     if student.chat_template != teacher.chat_template:
         warnings.warn(
             "student and teacher have different chat templates; prompts use the student's.",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tutelage.models.tokenizers import encode_prompt
-from tutelage.run.config import AllTokens, Config
+from tutelage.run.config import Config
+from tutelage.run.method import AllTokens, FirstTokens
 from tutelage.run.setup import build
 from tutelage.run.train import run_folder
 
@@ -30,7 +31,11 @@ def check(config: Config, name: str) -> Iterator[str]:
         f"tokens, {num_held_out} held out for evaluation"
     )
     selection = config.selection
-    kept = "every token" if isinstance(selection, AllTokens) else f"{selection.keep:.0%} of tokens"
+    kept = "every token"
+    if isinstance(selection, FirstTokens):
+        kept = f"the first {selection.num_tokens} tokens"
+    elif not isinstance(selection, AllTokens):
+        kept = f"{selection.keep:.0%} of tokens"
     yield (
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"

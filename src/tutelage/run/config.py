@@ -5,24 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from tutelage.errors import ConfigError
 from tutelage.models.sampling import SamplingConfig
-
-_STRICT = ConfigDict(extra="forbid")
-
-
-def _require(is_right: bool, key: str, rule: str, value: object, hint: str) -> None:
-    if not is_right:
-        raise ConfigError(f"{key} must be {rule}, got {value}. {hint}")
+from tutelage.run.method import (
+    STRICT,
+    AllTokens,
+    KLObjective,
+    NoWeighting,
+    ObjectiveConfig,
+    SelectionConfig,
+    WeightingConfig,
+    require,
+)
 
 
 @dataclass(frozen=True)
 class StudentConfig:
     """The model that learns."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     model: str
     """Folder, .gguf file, package:NAME/folder, or hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -35,20 +37,22 @@ class StudentConfig:
 class TeacherConfig:
     """The frozen model that supervises."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     model: str
     """Folder, .gguf file, package:NAME/folder, or hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights."""
     offload: bool = False
     """Move the teacher's backbone to main memory while the student writes and learns."""
+    stop_token: Literal["map", "refuse"] = "map"
+    """When student and teacher end a text with different ids: let them trade places, or stop."""
 
 
 @dataclass(frozen=True)
 class LedgerData:
     """The embedded task: no download, strictly graded."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     kind: Literal["ledger"] = "ledger"
     num_items: int = 5
     """Sums in a prompt, 1 to 9; the shipped models know 5."""
@@ -58,7 +62,7 @@ class LedgerData:
 class FileData:
     """Prompts from a JSONL file or a `datasets` id."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     kind: Literal["file"]
     path: str
     """JSONL file (also looked for in $TUTELAGE_DATA and ./data), or a data set's hub id."""
@@ -84,67 +88,10 @@ DataConfig: TypeAlias = Annotated[LedgerData | FileData, Field(discriminator="ki
 
 
 @dataclass(frozen=True)
-class AllTokens:
-    """Train on every token."""
-
-    __pydantic_config__ = _STRICT
-    rule: Literal["all"] = "all"
-
-
-@dataclass(frozen=True)
-class SomeTokens:
-    """Train on the tokens that a rule scores highest."""
-
-    __pydantic_config__ = _STRICT
-    rule: Literal["random", "entropy", "entropy_sample", "soft_or", "q3", "divergence", "bottom"]
-    keep: float = 0.5
-    """Fraction of each completion's tokens to train on, in (0, 1]."""
-    scope: Literal["completion", "batch"] = "completion"
-    """One budget per completion, or one for the whole global batch."""
-    normalization: Literal["minmax_p98", "minmax", "minmax_p98_both", "quantile_05_95"] = (
-        "minmax_p98"
-    )
-    """How entropy and divergence are brought to [0, 1] over the global batch."""
-
-    def __post_init__(self) -> None:
-        _require(
-            0.0 < self.keep <= 1.0,
-            "selection.keep",
-            "in (0, 1]",
-            self.keep,
-            "Use keep = 1.0 to train on every token.",
-        )
-
-
-SelectionConfig: TypeAlias = Annotated[AllTokens | SomeTokens, Field(discriminator="rule")]
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Exact full-vocabulary objective a·reverse_kl + b·forward_kl of every kept token."""
-
-    __pydantic_config__ = _STRICT
-    reverse_weight: float = 1.0
-    """a, the weight of KL(student‖teacher)."""
-    forward_weight: float = 0.0
-    """b, the weight of KL(teacher‖student)."""
-
-    def __post_init__(self) -> None:
-        weights = (self.reverse_weight, self.forward_weight)
-        _require(
-            min(weights) >= 0.0 and sum(weights) > 0.0,
-            "objective.reverse_weight and forward_weight",
-            "at least 0 and not both 0",
-            weights,
-            "Use 1 and 0 for plain on-policy distillation.",
-        )
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     learning_rate: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -159,7 +106,7 @@ class OptimizerConfig:
     """Norm the gradient is clipped to; 0 never clips."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.learning_rate > 0,
             "optimizer.learning_rate",
             "above 0",
@@ -172,7 +119,7 @@ class OptimizerConfig:
 class EvaluationConfig:
     """Measurements on held-out prompts, before, during and after training."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     num_problems: int = 64
     """Held-out prompts; 0 measures nothing."""
     num_samples: int = 8
@@ -191,13 +138,14 @@ class EvaluationConfig:
 class Config:
     """A whole run. Everything that changes the weights is in here."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     student: StudentConfig
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=LedgerData)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     selection: SelectionConfig = field(default_factory=AllTokens)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=KLObjective)
+    weighting: WeightingConfig = field(default_factory=NoWeighting)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     out: str | None = None
@@ -228,8 +176,8 @@ class Config:
     def __post_init__(self) -> None:
         for key in ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size"):
             value = self.__dict__[key]
-            _require(value >= 1, key, "at least 1", value, "Raise it.")
-        _require(
+            require(value >= 1, key, "at least 1", value, "Raise it.")
+        require(
             self.keep_checkpoints >= 1,
             "keep_checkpoints",
             "at least 1",

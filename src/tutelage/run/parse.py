@@ -145,7 +145,7 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
 
 def _key(location: Sequence[str]) -> str:
     """The dotted key of an error, without what pydantic adds: tags and types of unions."""
-    tags = {("selection", 1), ("data", 1)}
+    tags = {(name, 1) for name in ("data", "selection", "objective", "weighting")}
     parts = [p for i, p in enumerate(location) if (location[0], i) not in tags]
     return ".".join(part for part in parts if "[" not in part)
 

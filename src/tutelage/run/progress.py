@@ -75,8 +75,13 @@ class Reporter:
 
 def _line(metrics: dict[str, Any]) -> str:
     seconds = sum(metrics["seconds"].values())
+    kept = f"{metrics['num_kept']}/{metrics['num_rows']}"
     return (
-        f"loss {metrics['loss']:.4f}  KL {metrics['reverse_kl_nats']:.4f}  "
-        f"entropy {metrics['entropy_nats']:.3f}  kept {metrics['num_kept']}/{metrics['num_rows']}  "
+        f"loss {metrics['loss']:.4f}  KL {_nats(metrics['reverse_kl_nats'])}  "
+        f"entropy {_nats(metrics['entropy_nats'])}  kept {kept}  "
         f"{metrics['num_rows'] / max(seconds, 1e-9):.0f} tokens/s  {seconds:.2f} s"
     )
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

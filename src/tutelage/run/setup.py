@@ -15,7 +15,7 @@ from tutelage.errors import ConfigError
 from tutelage.models.load import load_model, load_tokenizer, prune_layers
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
-from tutelage.models.tokenizers import shared_vocabulary
+from tutelage.models.tokenizers import shared_vocabulary, stop_swap
 from tutelage.run.config import Config, FileData, LedgerData
 
 if TYPE_CHECKING:
@@ -95,7 +95,13 @@ def build(config: Config, student_model: str | None = None) -> Parts:
     )
     return Parts(
         Student(student, vocab_size),
-        Teacher(teacher, vocab_size, device, config.teacher.offload),
+        Teacher(
+            teacher,
+            vocab_size,
+            device,
+            config.teacher.offload,
+            stop_swap(tokenizer, teacher_tokenizer, config.teacher.stop_token),
+        ),
         tokenizer,
         task,
         device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,16 +18,32 @@ from tutelage.core import (
     TokenSelection,
     TokenStats,
     counter_uniform,
-    quadrant_table,
-    quadrants,
     select_tokens,
 )
+from tutelage.core.terms import Term
 from tutelage.data.batch import Batch, micro_batches
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import pad_id
-from tutelage.run.config import AllTokens, Config
+from tutelage.run.config import Config
+from tutelage.run.diagnostics import token_metrics
+from tutelage.run.method import (
+    FirstTokens,
+    PacedWeighting,
+    RewardWeighting,
+    SampledTokens,
+    SomeTokens,
+)
+from tutelage.run.recipe import (
+    gate_of,
+    guidance,
+    guided_terms,
+    needed_extras,
+    needs_scoring,
+    plain_terms,
+    row_weights,
+)
 from tutelage.run.setup import Parts
 
 _SELECTION_SEED = 1
@@ -59,6 +75,26 @@ class Gathered:
     position: Tensor
     offset: int
     """Index of this process's first row among all rows."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a step will learn from, and how heavily."""
+
+    gathered: Gathered
+    chosen: TokenSelection
+    weights: Tensor
+    """Loss weight of every row `[N]`."""
+    gate: Tensor
+    """EOPD's gate of every row `[N]`."""
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """Rows of one micro-batch to learn from, and the objective's terms with their weights."""
+
+    rows: Tensor
+    terms: Sequence[tuple[Term, Tensor | float]]
 
 
 class Step:
@@ -93,31 +129,24 @@ class Step:
         teacher = self.parts.teacher
         with clock.phase("teacher_s"), teacher.awake():
             views = [teacher.read(batch) for batch in batches]
-        if isinstance(self.config.selection, AllTokens):
-            # Every token is trained on, so the learning pass itself yields the statistics.
-            rows = [torch.arange(batch.num_rows, device=batch.tokens.device) for batch in batches]
-            num_rows, num_kept = (self._sum(sum(map(len, rows))),) * 2
-        else:
+        plan: _Plan | None = None
+        if needs_scoring(self.config):
             with clock.phase("score_s"):
-                gathered = self._gather(batches, self._score(batches, views))
-                chosen = self.choose(gathered, step)
-            rows = _split(chosen.rows - gathered.offset, batches)
-            num_rows, num_kept = len(gathered.stats), len(chosen.rows)
+                plan = self._plan(batches, views, rollouts, step)
         with clock.phase("learn_s"):
-            divisor = num_kept if self.config.renormalise else num_rows
-            parts, learned = self._learn(batches, views, rows, divisor)
+            lessons = self._lessons(batches, plan)
+            num_rows = self._sum(sum(batch.num_rows for batch in batches))
+            divisor = self._divisor(num_rows, plan)
+            total, learned = self._learn(batches, views, lessons, divisor)
             grad_norm = self._update(step)
-        if isinstance(self.config.selection, AllTokens):
-            gathered = self._gather(batches, learned)
-            chosen = self.choose(gathered, step)
-        metrics = self._metrics(gathered, chosen, rollouts)
-        loss = self._sum(parts) / max(divisor, 1)
+        if plan is None:  # every token was learned from, so all statistics are known now
+            plan = self._plan_of(self._gather(batches, learned), rollouts, step)
         return {
             "step": step,
-            "loss": loss,
+            "loss": self._sum(total) / max(divisor, 1),
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **metrics,
+            **self._metrics(plan, rollouts),
             "seconds": clock.seconds,
         }
 
@@ -139,36 +168,85 @@ class Step:
     def choose(self, gathered: Gathered, step: int) -> TokenSelection:
         """The rows to train on, of all processes; the same answer in every process."""
         selection = self.config.selection
-        if isinstance(selection, AllTokens):
-            return select_tokens(gathered.stats, gathered.completion, "all", keep=1.0)
-        seed = (self.config.seed, step, _SELECTION_SEED)
-        uniform = counter_uniform(seed, gathered.completion, gathered.position)
-        return select_tokens(
-            gathered.stats,
-            gathered.completion,
-            selection.rule,
-            selection.keep,
-            selection.scope,
-            selection.normalization,
-            uniform,
-        )
+        options: dict[str, Any] = {"position": gathered.position}
+        if isinstance(selection, SomeTokens | SampledTokens):
+            options |= {"keep": selection.keep, "scope": selection.scope}
+            options["normalization"] = selection.normalization
+        if isinstance(selection, SampledTokens):
+            seed = (self.config.seed, step, _SELECTION_SEED)
+            options["uniform"] = counter_uniform(seed, gathered.completion, gathered.position)
+            options["correct_sampling"] = selection.correct_sampling
+        if isinstance(selection, FirstTokens):
+            options["num_tokens"] = selection.num_tokens
+        return select_tokens(gathered.stats, gathered.completion, selection.rule, **options)
 
-    def _score(self, batches: list[Batch], views: list[LazyLogits]) -> TokenStats:
-        view = self.parts.teacher.view
+    def _plan(
+        self, batches: list[Batch], views: list[LazyLogits], rollouts: list[Rollout], step: int
+    ) -> _Plan:
+        view, extras = self.parts.teacher.view, needed_extras(self.config)
         with torch.no_grad():
-            return TokenStats.cat(
-                [self.student(b, view(v)) for b, v in zip(batches, views, strict=True)]
+            stats = [
+                self.student(b, view(v), extras=extras) for b, v in zip(batches, views, strict=True)
+            ]
+        return self._plan_of(self._gather(batches, TokenStats.cat(stats)), rollouts, step)
+
+    def _plan_of(self, gathered: Gathered, rollouts: list[Rollout], step: int) -> _Plan:
+        stats = gathered.stats
+        weights = row_weights(self.config, stats, gathered.completion, self._verdicts(rollouts))
+        chosen = self.choose(gathered, step)
+        return _Plan(gathered, chosen, weights, gate_of(self.config.objective, stats))
+
+    def _verdicts(self, rollouts: list[Rollout]) -> list[bool | None]:
+        """Verdict on every completion of the step; none where no weighting asks for them."""
+        if not isinstance(self.config.weighting, PacedWeighting | RewardWeighting):
+            return []
+        grade = self.parts.task.grade
+        local = [False if r.is_truncated else grade(r.prompt, r.text) for r in rollouts]
+        codes = [-1 if verdict is None else int(verdict) for verdict in local]
+        table = self._gather_table(torch.tensor(codes, device=self.accelerator.device))
+        return [None if code < 0 else bool(code) for code in table.tolist()]
+
+    def _lessons(self, batches: list[Batch], plan: _Plan | None) -> list[_Lesson]:
+        """What each micro-batch of this process learns from."""
+        if plan is None:
+            terms, device = plain_terms(self.config.objective), self.accelerator.device
+            return [_Lesson(torch.arange(b.num_rows, device=device), terms) for b in batches]
+        lessons, start = [], plan.gathered.offset
+        weights = torch.zeros_like(plan.weights)
+        weights[plan.chosen.rows] = plan.weights[plan.chosen.rows] * plan.chosen.weights
+        for batch in batches:
+            here = slice(start, start + batch.num_rows)
+            rows = plan.chosen.mask[here].nonzero().squeeze(1)
+            guide = guidance(
+                plan.gathered.stats[here], batch.tokens, weights[here], plan.gate[here]
             )
+            lessons.append(_Lesson(rows, guided_terms(self.config.objective, guide[rows])))
+            start = here.stop
+        return lessons
+
+    def _divisor(self, num_rows: int, plan: _Plan | None) -> int:
+        """The one number that sums are divided by."""
+        if plan is None or not self.config.renormalise:
+            return num_rows
+        selection = self.config.selection
+        if isinstance(selection, SampledTokens) and selection.correct_sampling:
+            return num_rows  # the weights 1/π already estimate the sum over all rows
+        return len(plan.chosen.rows)
 
     def _learn(
-        self, batches: list[Batch], views: list[LazyLogits], rows: list[Tensor], divisor: int
+        self,
+        batches: list[Batch],
+        views: list[LazyLogits],
+        lessons: list[_Lesson],
+        divisor: int,
     ) -> tuple[float, TokenStats]:
         """Back-propagate every micro-batch; the sum of the objective and what its rows were."""
-        weights = (self.config.objective.reverse_weight, self.config.objective.forward_weight)
         scale = self.accelerator.num_processes / max(divisor, 1)
+        extras = () if needs_scoring(self.config) else needed_extras(self.config)
         total, learned = 0.0, []
-        for batch, view, kept in zip(batches, views, rows, strict=True):
-            objective = self.student(batch, self.parts.teacher.view(view), kept, weights)
+        for batch, view, lesson in zip(batches, views, lessons, strict=True):
+            teacher = self.parts.teacher.view(view)
+            objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
             self.accelerator.backward(objective.total * scale)
             total += float(objective.total.detach())
             learned.append(_as_stats(objective))
@@ -192,27 +270,14 @@ class Step:
         self.optimizer.zero_grad()
         return norm
 
-    def _metrics(
-        self, gathered: Gathered, chosen: TokenSelection, rollouts: list[Rollout]
-    ) -> dict[str, Any]:
-        stats = gathered.stats
-        count = max(len(stats), 1)
-        cut = self.config.quadrant_thresholds
-        quadrant = quadrants(stats.entropy, stats.reverse_kl, cut)
-        means = {
-            f"{name}_nats": float(stats.__dict__[name].sum()) / count
-            for name in ("reverse_kl", "forward_kl", "entropy", "teacher_entropy")
-        }
-        num_completions = max(self._sum(len(rollouts)), 1)
+    def _metrics(self, plan: _Plan, rollouts: list[Rollout]) -> dict[str, Any]:
+        count = max(self._sum(len(rollouts)), 1)
+        distinct = len({(r.prompt.id, r.completion_ids) for r in rollouts})
         return {
-            "num_rows": len(stats),
-            "num_kept": len(chosen.rows),
-            "num_nonfinite": chosen.num_nonfinite,
-            "kept_kl_share": _share(stats.reverse_kl[chosen.rows], stats.reverse_kl),
-            **means,
-            "completion_length_mean": len(stats) / num_completions,
-            "truncated_share": self._sum(sum(r.is_truncated for r in rollouts)) / num_completions,
-            "quadrants": quadrant_table(quadrant, stats.reverse_kl, chosen.mask),
+            **token_metrics(plan.gathered.stats, plan.chosen, plan.gate, self.config),
+            "completion_length_mean": len(plan.gathered.stats) / count,
+            "truncated_share": self._sum(sum(r.is_truncated for r in rollouts)) / count,
+            "duplicate_share": 1 - self._sum(distinct) / count,
         }
 
     def _gather(self, batches: list[Batch], stats: TokenStats) -> Gathered:
@@ -227,9 +292,9 @@ class Step:
         whole = self._gather_table(padded[None])
         table = torch.cat([part[:, : int(n)] for part, n in zip(whole, sizes, strict=True)], 1)
         return Gathered(
-            TokenStats.unstack(table[:6]),
-            table[6].long(),
-            table[7].long(),
+            TokenStats.unstack(table[:-2], tuple(stats.extras)),
+            table[-2].long(),
+            table[-1].long(),
             int(sizes[: self.accelerator.process_index].sum()),
         )
 
@@ -257,20 +322,5 @@ def _as_stats(objective: Objective) -> TokenStats:
         objective.forward_kl,
         unknown,
         unknown,
+        objective.extras,
     )
-
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    """Sum of a part as a share of the sum of the whole; 0 where the whole is 0."""
-    total = float(whole.sum())
-    return float(part.sum()) / total if total > 0 else 0.0
-
-
-def _split(rows: Tensor, batches: list[Batch]) -> list[Tensor]:
-    """Rows of this process, per micro-batch and counted from the micro-batch's first row."""
-    parts, start = [], 0
-    for batch in batches:
-        here = (rows >= start) & (rows < start + batch.num_rows)
-        parts.append(rows[here] - start)
-        start += batch.num_rows
-    return parts

@@ -1,0 +1,64 @@
+"""What a step reports about its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tutelage.core import TokenSelection, TokenStats, quadrant_table, quadrants
+from tutelage.run.config import Config
+from tutelage.run.method import EOPDObjective
+
+HIGH_ENTROPY_NATS = 0.8
+"""Entropy from which a token counts as high-entropy (EOPD's threshold)."""
+
+
+def token_metrics(
+    stats: TokenStats, chosen: TokenSelection, gate: Tensor, config: Config
+) -> dict[str, Any]:
+    """Counts, means over all rows of the global batch, and the quadrant table.
+
+    Args:
+        stats: statistics of all N rows, with the extra `teacher_top_mass`.
+        chosen: the rows that were kept.
+        gate: EOPD's gate `[N]`.
+        config: for the quadrant thresholds.
+
+    Returns:
+        Plain JSON values; a mean over no tokens is None.
+    """
+    quadrant = quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds)
+    names = ("reverse_kl", "forward_kl", "entropy", "teacher_entropy")
+    return {
+        "num_rows": len(stats),
+        "num_kept": len(chosen.rows),
+        "num_nonfinite": chosen.num_nonfinite,
+        "kept_kl_share": _share(stats.reverse_kl[chosen.rows], stats.reverse_kl),
+        **{f"{name}_nats": _mean(stats.__dict__[name]) for name in names},
+        "teacher_top16_mass": _mean(stats.extras["teacher_top_mass"]),
+        "gate_share": _mean(gate) if isinstance(config.objective, EOPDObjective) else None,
+        "high_entropy": _high_entropy(stats),
+        "quadrants": quadrant_table(quadrant, stats.reverse_kl, chosen.mask),
+    }
+
+
+def _high_entropy(stats: TokenStats) -> dict[str, float | None]:
+    """Shares of tokens with H ≥ 0.8 nats, and the divergences where the teacher's is."""
+    is_high = stats.teacher_entropy >= HIGH_ENTROPY_NATS
+    return {
+        "teacher_share": _mean(is_high),
+        "student_share": _mean(stats.entropy >= HIGH_ENTROPY_NATS),
+        "reverse_kl_nats": _mean(stats.reverse_kl[is_high]),
+        "forward_kl_nats": _mean(stats.forward_kl[is_high]),
+    }
+
+
+def _mean(x: Tensor) -> float | None:
+    return float(x.double().mean()) if len(x) else None
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """Sum of a part as a share of the sum of the whole; 0 where the whole is 0."""
+    total = float(whole.sum())
+    return float(part.sum()) / total if total > 0 else 0.0

@@ -1,0 +1,175 @@
+"""From the configured method to what the core is asked for: extras, weights, gate and terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tutelage.core import RULES, TokenStats
+from tutelage.core.terms import (
+    JSD,
+    ForwardKL,
+    ReverseKL,
+    SampledReverseKL,
+    SkewReverseKL,
+    Term,
+    TopKForwardKL,
+    TopKReverseKL,
+)
+from tutelage.core.weighting import (
+    entropy_gate,
+    fire_weights,
+    paced_weights,
+    reward_weights,
+    selectkd_weights,
+)
+from tutelage.errors import ConfigError
+from tutelage.run.config import Config
+from tutelage.run.method import (
+    AdaptiveObjective,
+    AllTokens,
+    EOPDObjective,
+    FireWeighting,
+    JSDObjective,
+    KLObjective,
+    NoWeighting,
+    ObjectiveConfig,
+    PacedWeighting,
+    RewardWeighting,
+    SampledObjective,
+    SelectKDWeighting,
+    SkewObjective,
+    TopKObjective,
+)
+
+DIAGNOSTICS = ("teacher_top_mass",)
+"""Extra statistics that every step reports."""
+
+
+def needed_extras(config: Config) -> tuple[str, ...]:
+    """Names of the extra statistics that the method and its diagnostics need."""
+    names = [*DIAGNOSTICS, *RULES[config.selection.rule].extras]
+    if isinstance(config.objective, AdaptiveObjective):
+        names.append("head_share")
+    if isinstance(config.weighting, SelectKDWeighting):
+        names.append("is_in_teacher_top5")
+    return tuple(dict.fromkeys(names))
+
+
+def needs_scoring(config: Config) -> bool:
+    """Whether a pass over all tokens has to come before learning.
+
+    Without selection, weights or a gate, the learning pass itself yields the statistics.
+    """
+    plain = KLObjective | JSDObjective | SkewObjective | TopKObjective
+    return not (
+        isinstance(config.selection, AllTokens)
+        and isinstance(config.weighting, NoWeighting)
+        and isinstance(config.objective, plain)
+    )
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What the objective needs to know about each row, `[N]` or, once indexed, `[K]` each."""
+
+    weights: Tensor
+    """Loss weight."""
+    gate: Tensor
+    """How far EOPD's forward KL is switched on; 0 for other objectives."""
+    head_share: Tensor
+    """Adaptive KL's share of the forward KL; 0 for other objectives."""
+    tokens: Tensor
+    old_logprobs: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Guidance:
+        return Guidance(*(x[rows] for x in self.__dict__.values()))
+
+
+def guidance(stats: TokenStats, tokens: Tensor, weights: Tensor, gate: Tensor) -> Guidance:
+    """Guidance of N rows from their statistics."""
+    nothing = torch.zeros_like(stats.entropy)
+    return Guidance(weights, gate, stats.extras.get("head_share", nothing), tokens, stats.log_p)
+
+
+def gate_of(objective: ObjectiveConfig, stats: TokenStats) -> Tensor:
+    """EOPD's gate over the global batch `[N]`; 0 for other objectives."""
+    if not isinstance(objective, EOPDObjective):
+        return torch.zeros_like(stats.teacher_entropy)
+    return entropy_gate(stats.teacher_entropy, objective.threshold, objective.gate, objective.width)
+
+
+def row_weights(
+    config: Config, stats: TokenStats, completion: Tensor, is_correct: Sequence[bool | None]
+) -> Tensor:
+    """Loss weights of the configured weighting over the global batch `[N]`.
+
+    Args:
+        config: the run.
+        stats: statistics of all rows.
+        completion: completion index of each row `[N]`.
+        is_correct: verdict on every completion of the step, for paced and reward weights.
+
+    Raises:
+        ConfigError: the weighting needs verdicts that the task does not give.
+    """
+    match config.weighting:
+        case NoWeighting():
+            return torch.ones_like(stats.entropy)
+        case SelectKDWeighting(outside=outside):
+            return selectkd_weights(stats, outside)
+        case FireWeighting(drop=drop):
+            return fire_weights(stats, completion, drop)
+        case PacedWeighting():
+            verdicts = _verdicts(is_correct, "paced").to(stats.entropy.device)
+            return paced_weights(verdicts, config.sampling.num_samples)[completion]
+        case RewardWeighting(beta=beta):
+            verdicts = _verdicts(is_correct, "reward").to(stats.entropy.device)
+            return reward_weights(verdicts, beta)[completion]
+
+
+def _verdicts(is_correct: Sequence[bool | None], kind: str) -> Tensor:
+    if None in is_correct:
+        raise ConfigError(
+            f"weighting.kind = {kind!r} needs a verdict on every completion, but the task cannot "
+            "grade them all. Set data.grader, or use another weighting."
+        )
+    return torch.tensor([bool(verdict) for verdict in is_correct])
+
+
+def plain_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float]]:
+    """Terms of an objective that needs no guidance, each with one weight for all rows."""
+    match objective:
+        case KLObjective(reverse_weight=a, forward_weight=b):
+            return [(ReverseKL(), a), (ForwardKL(), b)]
+        case JSDObjective(teacher_weight=teacher_weight):
+            return [(JSD(teacher_weight), 1.0)]
+        case SkewObjective(alpha=alpha):
+            return [(SkewReverseKL(alpha), 1.0)]
+        case TopKObjective(direction="reverse", k=k):
+            return [(TopKReverseKL(k), 1.0)]
+        case TopKObjective(k=k):
+            return [(TopKForwardKL(k), 1.0)]
+    raise ValueError(f"objective {objective.kind!r} needs statistics of its rows.")
+
+
+def guided_terms(objective: ObjectiveConfig, rows: Guidance) -> list[tuple[Term, Tensor | float]]:
+    """Terms of any objective with a weight for each of the K rows to learn from."""
+    w = rows.weights
+    match objective:
+        case AdaptiveObjective():
+            return [(ForwardKL(), w * rows.head_share), (ReverseKL(), w * (1 - rows.head_share))]
+        case SampledObjective(clip=clip):
+            return [(SampledReverseKL(rows.tokens, rows.old_logprobs, clip), w)]
+        case EOPDObjective():
+            forward: Term = ForwardKL()
+            if objective.fkl != "full":
+                forward = TopKForwardKL(objective.k, tail=objective.fkl == "topk_tail")
+            base: Term = ReverseKL()
+            if objective.estimator == "sampled":
+                base = SampledReverseKL(rows.tokens, rows.old_logprobs, objective.clip)
+            return [(base, w), (forward, w * rows.gate * objective.forward_weight)]
+    return [(term, w * scale) for term, scale in plain_terms(objective)]
