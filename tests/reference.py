@@ -99,12 +99,14 @@ class Gradients:
 
 
 def objective(
-    student: Head, teacher: Head, a: Sequence[float], b: Sequence[float], rows: Sequence[int]
+    heads: tuple[Head, Head], a: Sequence[float], b: Sequence[float], rows: Sequence[int]
 ) -> Gradients:
     """Σ over the chosen rows of a·reverse_kl + b·forward_kl, differentiated by autograd.
 
+    `heads` are student and teacher.
     `a` and `b` have one entry for each of the chosen rows; gradients are those of all rows.
     """
+    student, teacher = heads
     leaves = [
         None if x is None else x.detach().double().requires_grad_(True)
         for x in (student.hidden, student.weight, student.bias)
@@ -148,13 +150,17 @@ def clipped_minmax(x: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def normalize(x: Sequence[float], method: str, is_entropy: bool) -> list[float]:
-    """METHODS: entropy clipped at its 98th percentile, divergence not, and the switches."""
+    """TIP: entropy clipped at its 98th percentile, divergence not, and the switches."""
     low, high = min(x), max(x)
     if method == "quantile_05_95":
         low, high = float(np.quantile(x, 0.05)), float(np.quantile(x, 0.95))
     elif method == "minmax_p98_both" or (method == "minmax_p98" and is_entropy):
         high = float(np.quantile(x, 0.98))
     return clipped_minmax(x, low, high)
+
+
+RULES = ("all", "random", "entropy", "entropy_sample", "soft_or", "q3", "divergence", "bottom")
+"""TIP's rules and their controls, the ones that `scores` knows."""
 
 
 def scores(

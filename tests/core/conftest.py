@@ -22,6 +22,7 @@ class Pair:
 
     @property
     def reference(self) -> tuple[reference.Head, reference.Head]:
+        """The same numbers, detached, for the reference."""
         return _head(self.student), _head(self.teacher)
 
 

@@ -32,11 +32,11 @@ def chunked_by_autograd(h: Tensor, w: Tensor, teacher: Tensor, teacher_w: Tensor
     return torch.stack([materialised(a, w, b, teacher_w) for a, b in pairs]).sum()
 
 
-def materialised_peak() -> int:
+def materialised_peak() -> float:
     inputs = heads("meta")
     with LiveBytes(inputs) as meter:
         materialised(*inputs).backward()
-    return meter.peak
+    return float(meter.peak)
 
 
 def test_the_meter_counts_what_is_known() -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import reference
 from tutelage.core import (
     NORMALIZATIONS,
-    RULES,
     TokenStats,
     counter_uniform,
     importance,
@@ -44,7 +43,7 @@ def stats_of(table: list[list[float]]) -> TokenStats:
     return TokenStats(*torch.tensor([*table, zeros, zeros], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", reference.RULES)
 @given(batch=batches(), method=st.sampled_from(NORMALIZATIONS), keep=st.sampled_from(KEEPS))
 def test_keeps_what_the_reference_keeps(
     rule: str, batch: tuple[list[list[float]], list[int], list[float]], method: str, keep: str
@@ -114,7 +113,7 @@ def test_one_budget_over_the_batch_may_starve_a_completion() -> None:
     assert select_tokens(stats, group, "entropy", 0.5).rows.tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", reference.RULES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("column", ["entropy", "reverse_kl", "forward_kl"])
 def test_rows_with_a_bad_number_are_never_kept_but_counted(
@@ -131,7 +130,7 @@ def test_rows_with_a_bad_number_are_never_kept_but_counted(
         assert found.num_nonfinite == 2
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", reference.RULES)
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_bad_rows_do_not_change_the_scores_of_the_others(rule: str, bad: float) -> None:
     generator = torch.Generator().manual_seed(4)
@@ -219,13 +218,13 @@ def test_the_order_of_completions_does_not_matter(
     shuffled = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
     order = shuffled[names].argsort(stable=True)  # whole completions move, rows stay in order
     draws = torch.tensor(uniform, dtype=torch.float64)
-    for rule in RULES:
+    for rule in reference.RULES:
         plain = select_tokens(stats, names, rule, 0.5, uniform=draws)
         moved = select_tokens(stats[order], names[order], rule, 0.5, uniform=draws[order])
         assert sorted(order[moved.rows].tolist()) == plain.rows.tolist()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", reference.RULES)
 def test_no_rows_keep_none(rule: str) -> None:
     empty = torch.zeros(0, dtype=torch.long)
     found = select_tokens(
@@ -254,7 +253,7 @@ def test_refuses_what_it_cannot_mean(arguments: dict[str, object], message: str)
 
 
 def test_tip_blind_spot_and_what_soft_or_sees() -> None:
-    """METHODS 2: entropy gives nothing to Q3, Soft-OR about its divergence; Q4 gets nothing."""
+    """Entropy gives nothing to Q3, Soft-OR about its divergence; Q4 gets nothing."""
     #          Q1   Q2   Q3    Q4
     entropy = [2.0, 2.0, 0.0, 0.0]
     divergence = [3.0, 0.0, 3.0, 0.0]
@@ -285,7 +284,8 @@ def test_quadrants_equal_the_reference(
     # Multiples of 1/8: a median between two of them is exact, however it is interpolated.
     h, d = ([round(8 * v) / 8 for v in x] for x in (h, d))
     medians = [statistics.median(x) for x in (h, d)]
-    found = quadrants(*(torch.tensor(x, dtype=torch.float64) for x in (h, d))).tolist()
+    entropy, divergence = (torch.tensor(x, dtype=torch.float64) for x in (h, d))
+    found = quadrants(entropy, divergence).tolist()
     assert found == [reference.quadrant(x, y, *medians) for x, y in zip(h, d, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -107,4 +108,5 @@ def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """‖found − expected‖ / ‖expected‖ over all parameters together."""
     pairs = list(zip(found, expected, strict=True))
     size = sum(float(b.double().square().sum()) for _, b in pairs)
-    return (sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) / size) ** 0.5
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return math.sqrt(error / size)

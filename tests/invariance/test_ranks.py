@@ -38,7 +38,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Pa
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
     }
     processes = [
         subprocess.Popen(

@@ -29,7 +29,7 @@ def plain_logprobs(model: torch.nn.Module, rollout: Rollout, vocab_size: int) ->
 
 
 def plain_step(parts: Parts, rollouts: Sequence[Rollout], rule: str) -> Taken:
-    """METHODS 1 and 2, naively: score every token, keep, average the reverse KL of the kept."""
+    """A step, naively: score every token, keep, average the reverse KL of the kept."""
     student, teacher = parts.student.model, parts.teacher.model
     size = parts.student.vocab_size
     student.zero_grad()

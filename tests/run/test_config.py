@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.errors import ConfigError
-from tutelage.run.config import AllTokens, Config, FileData, LedgerData, SomeTokens
+from tutelage.run.config import Config, FileData, LedgerData
 from tutelage.run.parse import (
     SAFE_KEYS,
     changed_keys,
@@ -127,7 +127,12 @@ def test_overrides_are_toml_or_plain_text(tmp_path: Path) -> None:
         "student.model=a=b",
     )
     assert (config.num_steps, config.out) == (7, "runs/my folder")
-    assert config.selection == SomeTokens("soft_or", 0.5, "completion", "minmax")
+    assert to_table(config)["selection"] == {
+        "rule": "soft_or",
+        "keep": 0.5,
+        "scope": "completion",
+        "normalization": "minmax",
+    }
     assert config.quadrant_thresholds == (0.5, 1.0)
     assert config.renormalise is False
     assert config.student.model == "a=b"
@@ -137,7 +142,7 @@ def test_tables_choose_their_kind() -> None:
     config = parse_config(BASE | {"data": {"kind": "file", "path": "p.jsonl"}})
     assert isinstance(config.data, FileData)
     assert isinstance(parse_config(BASE).data, LedgerData)
-    assert isinstance(parse_config(BASE).selection, AllTokens)
+    assert to_table(parse_config(BASE))["selection"] == {"rule": "all"}
 
 
 CHANGES = st.fixed_dictionaries(

@@ -199,8 +199,8 @@ def stop_swap(
         return None
     if policy == "refuse" or None in ids:
         raise ModelError(
-            f"student and teacher end a completion differently: {student.eos_token!r} (id {ids[0]}) "
-            f"and {teacher.eos_token!r} (id {ids[1]}). Set teacher.stop_token = 'map' to map them."
+            f"student and teacher end a completion differently: {student.eos_token!r} (id "
+            f"{ids[0]}) and {teacher.eos_token!r} (id {ids[1]}). Set teacher.stop_token = 'map'."
         )
     return int(ids[0]), int(ids[1])
 
