@@ -27,7 +27,7 @@ _EXAMPLES = {
     "train": "tutelage train configs/ledger.toml selection.rule=soft_or selection.keep=0.5",
     "eval": "tutelage eval package:tutelage/assets/ledger-teacher --json",
     "sample": "tutelage sample package:tutelage/assets/ledger-teacher --num-prompts 3",
-    "score": "tutelage score configs/ledger.toml --num-prompts 4 --out tokens.jsonl",
+    "score": "tutelage score configs/ledger.toml --rules soft_or,entropy,q3 --out tokens.jsonl",
     "report": "tutelage report runs/ledger-1a2b3c4d",
     "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
 }
@@ -114,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     score = command("score", _score, "Write statistics of every token, without training.")
     _config_arguments(score)
     score.add_argument("--num-prompts", type=int, default=8, help="prompts to score (default 8)")
+    score.add_argument("--rules", default="", help="comma-separated, e.g. soft_or,entropy,q3")
+    score.add_argument("--keep", type=float, default=0.2, help="budget of the rules (default 0.2)")
+    score.add_argument("--completions", metavar="FILE",
+                       help="score these prompts and completions instead of sampling")  # fmt: skip
     score.add_argument("--out", default="-", help="JSONL file, - for standard output (default)")
     report = command("report", _report, "Write a run's report as one HTML file.")
     report.add_argument("run_folder", metavar="RUN", type=Path)
@@ -232,22 +236,22 @@ def _inspection(arguments: argparse.Namespace) -> Any:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from tutelage.run.inspect import score
+    from tutelage.run.score import ScoreRequest, score
 
-    if arguments.num_prompts < 1:
-        raise ConfigError(f"--num-prompts must be at least 1, got {arguments.num_prompts}.")
-    rows, table = score(_load(arguments), arguments.num_prompts)
+    rules = tuple(rule for rule in arguments.rules.split(",") if rule)
+    request = ScoreRequest(arguments.num_prompts, rules, arguments.keep, arguments.completions)
+    scores = score(_load(arguments), request)
     if arguments.out == "-":
-        for row in rows:
+        for row in scores.rows():
             print(json.dumps(row))
-        print(table, file=sys.stderr)
+        print(scores.table(), file=sys.stderr)
         return 0
     try:
         with Path(arguments.out).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in scores.rows())
     except OSError as error:
         raise ConfigError(f"--out {arguments.out} cannot be written: {error.strerror}.") from None
-    print(f"{table}\n{len(rows)} tokens written to {arguments.out}")
+    print(f"{scores.table()}\n{len(scores.tokens)} tokens written to {arguments.out}")
     return 0
 
 

@@ -87,6 +87,46 @@ def load_prompts(
     return list(prompts.values())
 
 
+def load_completions(
+    path: str | Path, prompt_format: PromptFormat | None = None
+) -> list[tuple[Prompt, str | list[int]]]:
+    """Read prompts with given completions from a JSONL file.
+
+    Each line is an object such as ``{"prompt": "2+2=", "completion": "4"}``, or has
+    `completion_ids`, a list of token ids. A prompt may repeat.
+
+    Args:
+        path: JSONL file, looked for like that of `load_prompts`.
+        prompt_format: Columns, chat wrapping and suffix of the prompts.
+
+    Returns:
+        Each prompt with its completion as text or as ids, at least one.
+
+    Raises:
+        DataError: The file is missing, empty or malformed; the line is named.
+    """
+    found = find_file(path)
+    pairs: list[tuple[Prompt, str | list[int]]] = []
+    for number, (where, record) in enumerate(_file_rows(found), start=1):
+        prompt = _prompt(record, where, f"{found.stem}/{number}", prompt_format or PromptFormat())
+        pairs.append((prompt, _completion(record, where)))
+    if not pairs:
+        raise DataError(f"{found} holds no completions, got an empty file. Add at least one.")
+    return pairs
+
+
+def _completion(record: dict[str, Any], where: str) -> str | list[int]:
+    text, ids = record.get("completion"), record.get("completion_ids")
+    if isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids):
+        return ids
+    if isinstance(text, str) and text and ids is None:
+        return text
+    raise DataError(
+        f"{where}: needs a completion with at least one token, got "
+        f"{_excerpt(text if ids is None else ids)}. Write completion (text) or completion_ids."
+    )
+
+
 def find_file(name: str | Path) -> Path:
     """The file as given, else in the folder named by TUTELAGE_DATA, else in ./data.
 

@@ -53,6 +53,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     )
 
 
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a completion's text, nothing added; an end-of-sequence text stays one token."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every id that ends a completion: those of the generation config and of the tokenizer."""
     config = model.generation_config

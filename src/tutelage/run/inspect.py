@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from tutelage.core import TokenStats, quadrant_table, quadrants
-from tutelage.data.batch import micro_batches
 from tutelage.data.prompts import FileTask, Grader, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask
-from tutelage.data.types import Prompt, Rollout
+from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.evaluation.evaluate import Evaluation, Grade, evaluate
 from tutelage.models.load import load_model, load_tokenizer
-from tutelage.models.sampling import SamplingConfig, sample
-from tutelage.models.tokenizers import pad_id
-from tutelage.run.config import Config
-from tutelage.run.setup import build
+from tutelage.models.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -72,80 +64,3 @@ def _problems(request: Inspection) -> tuple[Sequence[Prompt], Grade]:
     columns = PromptFormat(chat=request.chat, suffix=request.suffix)
     prompts = load_prompts(request.prompts, columns, limit=request.num_prompts)
     return prompts, FileTask("prompts", tuple(prompts), request.grader).grade
-
-
-def score(config: Config, num_prompts: int) -> tuple[list[dict[str, Any]], str]:
-    """Statistics of every token that the student writes to held-out prompts, and a quadrant table.
-
-    Args:
-        config: names student, teacher, data and sampling.
-        num_prompts: held-out prompts to complete.
-
-    Returns:
-        One plain record a token, and the table as text.
-    """
-    parts = build(config)
-    prompts = parts.task.held_out(num_prompts)
-    rollouts = sample(
-        parts.student.model,
-        parts.tokenizer,
-        prompts,
-        config.sampling,
-        (config.seed, 0),
-        config.sampling_batch_size,
-    )
-    tables = []
-    for batch in micro_batches(rollouts, config.micro_batch_size, pad_id(parts.tokenizer)):
-        batch = batch.to(parts.device)
-        with parts.teacher.awake(), torch.no_grad():
-            view = parts.teacher.view(parts.teacher.read(batch))
-            tables.append(parts.student(batch, view))
-    stats = TokenStats.cat(tables)
-    quadrant = quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds)
-    rows = _token_rows(parts.tokenizer, rollouts, stats, quadrant, parts.student.vocab_size)
-    return rows, _table(quadrant, stats, config.quadrant_thresholds)
-
-
-def _token_rows(
-    tokenizer: Any,
-    rollouts: list[Rollout],
-    stats: TokenStats,
-    quadrant: torch.Tensor,
-    vocab_size: int,
-) -> list[dict[str, Any]]:
-    columns = {
-        "entropy_nats": stats.entropy,
-        "normalized_entropy": stats.entropy / torch.log(torch.tensor(float(vocab_size))),
-        "reverse_kl_nats": stats.reverse_kl,
-        "forward_kl_nats": stats.forward_kl,
-        "teacher_entropy_nats": stats.teacher_entropy,
-        "quadrant": quadrant,
-    }
-    values = [
-        dict(zip(columns, row, strict=True))
-        for row in zip(*map(torch.Tensor.tolist, columns.values()), strict=True)
-    ]
-    places = [
-        {
-            "prompt_id": rollout.prompt.id,
-            "sample": rollout.sample,
-            "position": position,
-            "token_id": token,
-            "token": tokenizer.decode([token]),
-        }
-        for rollout in rollouts
-        for position, token in enumerate(rollout.completion_ids)
-    ]
-    return [place | value for place, value in zip(places, values, strict=True)]
-
-
-def _table(quadrant: torch.Tensor, stats: TokenStats, thresholds: Any) -> str:
-    everything = torch.ones(len(stats), dtype=torch.bool)
-    table = quadrant_table(quadrant, stats.reverse_kl, everything)
-    cut = "medians" if thresholds == "median" else f"{thresholds[0]} and {thresholds[1]} nats"
-    lines = [f"quadrant  tokens  KL mass   (cuts: {cut})"]
-    lines += [
-        f"{name.upper():8}  {100 * row['share']:5.1f}%  {100 * row['kl_mass']:6.1f}%"
-        for name, row in table.items()
-    ]
-    return "\n".join(lines)

@@ -37,10 +37,16 @@ def build_task(data: LedgerData | FileData) -> Task:
     """The task of a `[data]` table."""
     if isinstance(data, LedgerData):
         return LedgerTask(data.num_items)
-    columns = PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
-    prompts = load_prompts(data.path, columns, split=data.split, subset=data.subset)
+    prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
     name = Path(data.path).stem
     return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
+
+
+def prompt_format(data: LedgerData | FileData) -> PromptFormat:
+    """How records of a file become prompts."""
+    if isinstance(data, LedgerData):
+        return PromptFormat()
+    return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,187 @@
+"""`tutelage score`: statistics of every token of completions, without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutelage.core import (
+    RULES,
+    TokenSelection,
+    TokenStats,
+    counter_uniform,
+    quadrant_table,
+    quadrants,
+    select_tokens,
+)
+from tutelage.data.batch import micro_batches
+from tutelage.data.prompts import load_completions
+from tutelage.data.types import Prompt, Rollout
+from tutelage.errors import ConfigError, DataError
+from tutelage.models.sampling import sample
+from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
+from tutelage.run.config import Config
+from tutelage.run.setup import Parts, build, prompt_format
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What `tutelage score` is asked for."""
+
+    num_prompts: int = 8
+    """Held-out prompts that the student completes; not used with `completions`."""
+    rules: tuple[str, ...] = ()
+    """Selection rules whose importance and choice each row reports."""
+    keep: float = 0.2
+    """Budget of the rules, in (0, 1]."""
+    completions: str | None = None
+    """JSONL file of prompts with completions to score instead of sampling."""
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 1:
+            raise ConfigError(f"--num-prompts must be at least 1, got {self.num_prompts}.")
+        if not 0.0 < self.keep <= 1.0:
+            raise ConfigError(f"--keep must be in (0, 1], got {self.keep}.")
+        unknown = [rule for rule in self.rules if rule not in RULES]
+        if unknown:
+            raise ConfigError(f"--rules must be among {', '.join(RULES)}, got {unknown[0]!r}.")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every token of some completions, in their order."""
+
+    rollouts: list[Rollout]
+    stats: TokenStats
+    quadrant: Tensor
+    """`[N]`, 1 to 4."""
+    selections: dict[str, TokenSelection]
+    """What each rule would keep."""
+    vocab_size: int
+    tokens: list[str]
+    """Text of each token `[N]`."""
+    thresholds: str | tuple[float, float]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One plain record a token."""
+        columns = {
+            "entropy_nats": self.stats.entropy,
+            "normalized_entropy": self.stats.entropy / math.log(self.vocab_size),
+            "reverse_kl_nats": self.stats.reverse_kl,
+            "forward_kl_nats": self.stats.forward_kl,
+            "teacher_entropy_nats": self.stats.teacher_entropy,
+            "quadrant": self.quadrant,
+        }
+        for rule, selection in self.selections.items():
+            columns[f"importance.{rule}"] = selection.importance
+            columns[f"kept.{rule}"] = selection.mask
+        values = zip(*(column.tolist() for column in columns.values()), strict=True)
+        for place, text, row in zip(self._places(), self.tokens, values, strict=True):
+            numbers = {n: _finite(x) for n, x in zip(columns, row, strict=True)}
+            yield {**place, "token": text, **numbers}
+
+    def _places(self) -> Iterator[dict[str, Any]]:
+        for rollout in self.rollouts:
+            place = {"prompt_id": rollout.prompt.id, "sample": rollout.sample}
+            for position, token in enumerate(rollout.completion_ids):
+                yield {**place, "position": position, "token_id": token}
+
+    def table(self) -> str:
+        """Quadrants: share of tokens and of divergence, and the share that each rule keeps."""
+        tables = {
+            rule: quadrant_table(self.quadrant, self.stats.reverse_kl, selection.mask)
+            for rule, selection in (self.selections or {"all": _everything(self.stats)}).items()
+        }
+        first = next(iter(tables.values()))
+        cut = "medians"
+        if not isinstance(self.thresholds, str):
+            cut = f"{self.thresholds[0]} and {self.thresholds[1]} nats"
+        heads = "".join(f"  {rule:>12}" for rule in self.selections)
+        kept = f"   kept by:{heads}" if self.selections else ""
+        lines = [f"quadrant  tokens  KL mass{kept}   (cuts: {cut})"]
+        for name, row in first.items():
+            line = f"{name.upper():8}  {row['share']:6.1%}  {row['kl_mass']:7.1%}"
+            if self.selections:
+                line += " " * 11
+                line += "".join(f"  {t[name]['kept_share']:12.1%}" for t in tables.values())
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def score(config: Config, request: ScoreRequest) -> Scores:
+    """Score the student's own completions of held-out prompts, or given ones.
+
+    Args:
+        config: names student, teacher, data and sampling.
+        request: which completions, and which rules to report.
+
+    Raises:
+        TutelageError: models, data or request cannot be used.
+    """
+    parts = build(config)
+    rollouts = _rollouts(config, parts, request)
+    extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
+    batches = micro_batches(rollouts, config.micro_batch_size, pad_id(parts.tokenizer))
+    tables = []
+    for batch in batches:
+        here = batch.to(parts.device)
+        with parts.teacher.awake(), torch.no_grad():
+            view = parts.teacher.view(parts.teacher.read(here))
+            tables.append(parts.student(here, view, extras=extras))
+    stats = TokenStats.cat(tables)
+    completion = torch.cat([batch.completion for batch in batches])
+    position = torch.cat([batch.position for batch in batches])
+    tokens = torch.cat([batch.tokens for batch in batches]).tolist()
+    uniform = counter_uniform((config.seed,), completion, position)
+    options = {"keep": request.keep, "uniform": uniform, "position": position}
+    return Scores(
+        rollouts,
+        stats,
+        quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds),
+        {r: select_tokens(stats, completion, r, **options) for r in request.rules},  # type: ignore[arg-type]
+        parts.student.vocab_size,
+        [parts.tokenizer.decode([token]) for token in tokens],
+        config.quadrant_thresholds,
+    )
+
+
+def _rollouts(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollout]:
+    if request.completions is not None:
+        pairs = load_completions(request.completions, prompt_format(config.data))
+        return [_given(parts, prompt, completion) for prompt, completion in pairs]
+    prompts = parts.task.held_out(request.num_prompts)
+    return sample(
+        parts.student.model,
+        parts.tokenizer,
+        prompts,
+        config.sampling,
+        (config.seed, 0),
+        config.sampling_batch_size,
+    )
+
+
+def _given(parts: Parts, prompt: Prompt, completion: str | list[int]) -> Rollout:
+    ids = completion
+    if isinstance(ids, str):
+        ids = encode_completion(parts.tokenizer, ids)
+    beyond = [i for i in ids if i >= parts.student.vocab_size]
+    if beyond or not ids:
+        raise DataError(
+            f"completion of prompt {prompt.id!r} must have ids from 0 to "
+            f"{parts.student.vocab_size - 1}, got {beyond[:1] or 'none'}."
+        )
+    return Rollout(prompt, 0, tuple(encode_prompt(parts.tokenizer, prompt)), tuple(ids))
+
+
+def _everything(stats: TokenStats) -> TokenSelection:
+    return select_tokens(stats, torch.zeros(len(stats), dtype=torch.int64), "all", 1.0)
+
+
+def _finite(value: float | bool | int) -> float | bool | int | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
