@@ -99,11 +99,15 @@ def test_both_ranks_report_the_numbers_of_the_whole_batch(
             assert flat(found) == pytest.approx(flat(expected), rel=1e-9)
 
 
-def flat(metrics: dict[str, Any]) -> dict[str, float]:
-    """Metrics with the quadrant table spread out."""
-    table = metrics["quadrants"]
-    cells = {f"{q}.{key}": x for q, row in table.items() for key, x in row.items()}
-    return {k: v for k, v in metrics.items() if k != "quadrants"} | cells
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A nested table as one level of dotted keys, without what is None."""
+    found: dict[str, float] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def test_a_rank_that_keeps_nothing_is_among_the_cases(two_ranks: Path) -> None:

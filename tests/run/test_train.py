@@ -38,15 +38,6 @@ PROMISED = {
     "learning_rate",
     "seconds",
 }
-ALSO = {
-    "num_nonfinite",
-    "kept_kl_share",
-    "forward_kl_nats",
-    "teacher_entropy_nats",
-    "completion_length_mean",
-    "truncated_share",
-    "quadrants",
-}
 
 
 class Events:
@@ -143,9 +134,8 @@ def test_metrics_hold_what_is_promised(unbroken: Path) -> None:
     lines = (unbroken / "metrics.jsonl").read_text().splitlines()
     for line in lines:
         metrics = json.loads(line)
-        assert metrics.keys() == PROMISED | ALSO
-        phases = {"rollout_s", "teacher_s", "score_s", "learn_s"}
-        assert metrics["seconds"].keys() == phases
+        assert metrics.keys() >= PROMISED
+        assert metrics["seconds"].keys() == {"rollout_s", "teacher_s", "score_s", "learn_s"}
         assert metrics["num_nonfinite"] == 0
         assert metrics["grad_norm"] > 0
         assert sum(q["share"] for q in metrics["quadrants"].values()) == pytest.approx(1)
