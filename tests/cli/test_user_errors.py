@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from calling import ASSETS, LEDGER, STUDENT, TEACHER, TINY, Outcome, call, succeed, write_jsonl
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +137,7 @@ def test_keep_out_of_range(keep: str) -> None:
         ("optimizer.max_grad_norm=nan", ("optimizer.max_grad_norm must be finite, got nan",)),
         ("optimizer.learning_rate=inf", ("optimizer.learning_rate must be finite, got inf",)),
         ("quadrant_thresholds=[0.1,nan]", ("quadrant_thresholds must be finite, got nan",)),
-        ("objective.reverse_weight=-1", ("objective.reverse_weight", "-1.0")),
+        ("objective.kind=js", ("objective.kind must be one of", "'js'", "'jsd'?")),
         ("sampling.top_p=0", ("sampling.top_p must be in (0, 1], got 0.0",)),
         ("device=tpu", ("device", "'tpu'")),
         ("data.num_items=0", ("num_items", "got 0")),
@@ -268,6 +269,12 @@ def test_unknown_models(tmp_path: Path) -> None:
     refused("eval", tmp_path / "x.gguf")("not a GGUF file")
 
 
+def test_a_model_that_is_nowhere_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check = refused("eval", "no-such-owner/no-such-model")
+    check("cannot load the model 'no-such-owner/no-such-model'", "check the name and the network")
+
+
 def test_a_damaged_model(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(ASSETS / "ledger-small", folder)
@@ -313,7 +320,6 @@ def test_another_run_lives_in_the_folder(trained: tuple[Path, Outcome]) -> None:
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.xfail(strict=True, reason="the manifest of a run that never started blocks its folder")
 def test_a_mended_mistake_does_not_block_the_folder(tmp_path: Path) -> None:
     out = f"out={tmp_path / 'run'}"
     refused("train", LEDGER, *TINY, out, "student.model=./nowhere")("does not exist")
