@@ -17,6 +17,7 @@ from tutelage.models.tokenizers import (
     encode_prompt,
     pad_id,
     shared_vocabulary,
+    stop_swap,
     stop_ids,
 )
 
@@ -165,14 +166,18 @@ def test_a_token_that_steers_only_one_of_them_is_refused(make_tokenizer: Any) ->
         shared_vocabulary(student, teacher, 64, 64)
 
 
-def test_other_templates_and_stop_tokens_are_warned_about(make_tokenizer: Any) -> None:
+def test_other_templates_are_warned_about(make_tokenizer: Any) -> None:
     student, teacher = make_tokenizer(), make_tokenizer(chat_template="other")
     with pytest.warns(UserWarning, match="different chat templates"):
         shared_vocabulary(student, teacher, 64, 64)
-    teacher = make_tokenizer()
+
+
+def test_different_stop_tokens_trade_places_or_are_refused(make_tokenizer: Any) -> None:
+    student, teacher = make_tokenizer(), make_tokenizer()
+    assert stop_swap(student, teacher, "refuse") is None
     teacher.eos_token = "<|end|>"
-    with pytest.warns(UserWarning, match=r"'<eos>' and '<\|end\|>'"):
-        shared_vocabulary(student, teacher, 64, 64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        shared_vocabulary(student, make_tokenizer(), 64, 64)
+    swap = stop_swap(student, teacher)
+    assert swap == (student.eos_token_id, teacher.eos_token_id)
+    assert swap[0] != swap[1]
+    with pytest.raises(ModelError, match=r"'<eos>' .* '<\|end\|>' .*stop_token = 'map'"):
+        stop_swap(student, teacher, "refuse")

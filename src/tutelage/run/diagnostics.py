@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tutelage.core import TokenSelection, TokenStats, quadrant_table, quadrants
@@ -26,20 +27,25 @@ def token_metrics(
         config: for the quadrant thresholds.
 
     Returns:
-        Plain JSON values; a mean over no tokens is None.
+        Plain JSON values. Rows with a non-finite statistic are counted in `num_nonfinite` and left
+        out of every mean and share; a mean over no tokens is None.
     """
+    num_rows = len(stats)
+    is_finite = torch.isfinite(stats.stack()).all(0)
+    is_kept = chosen.mask[is_finite]
+    stats, gate = stats[is_finite], gate[is_finite]
     quadrant = quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds)
     names = ("reverse_kl", "forward_kl", "entropy", "teacher_entropy")
     return {
-        "num_rows": len(stats),
+        "num_rows": num_rows,
         "num_kept": len(chosen.rows),
-        "num_nonfinite": chosen.num_nonfinite,
-        "kept_kl_share": _share(stats.reverse_kl[chosen.rows], stats.reverse_kl),
+        "num_nonfinite": num_rows - len(stats),
+        "kept_kl_share": _share(stats.reverse_kl[is_kept], stats.reverse_kl),
         **{f"{name}_nats": _mean(stats.__dict__[name]) for name in names},
         "teacher_top16_mass": _mean(stats.extras["teacher_top_mass"]),
         "gate_share": _mean(gate) if isinstance(config.objective, EOPDObjective) else None,
         "high_entropy": _high_entropy(stats),
-        "quadrants": quadrant_table(quadrant, stats.reverse_kl, chosen.mask),
+        "quadrants": quadrant_table(quadrant, stats.reverse_kl, is_kept),
     }
 
 

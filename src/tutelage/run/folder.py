@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,18 @@ from tutelage.errors import RunError
 
 LOGS = ("metrics.jsonl", "evaluation.jsonl", "evaluation_rows.jsonl", "samples.jsonl")
 """Files with one JSON object a line; every object has a `step`."""
+EVALUATION_LOGS = LOGS[1:]
 
 
 class RunFolder:
-    """The files of one run. Open it before training: it locks the folder against a second run."""
+    """The files of one run. Open it before training: it locks the folder against a second run.
 
-    def __init__(self, path: Path) -> None:
+    Of several processes one is the writer; the others read, and their writes do nothing.
+    """
+
+    def __init__(self, path: Path, is_writer: bool = True) -> None:
         self.path = path
+        self.is_writer = is_writer
         self._lock = path / "lock"
 
     def open(self) -> None:
@@ -33,6 +38,8 @@ class RunFolder:
         Raises:
             RunError: the folder cannot be written, or a running process holds it.
         """
+        if not self.is_writer:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._take_lock()
@@ -44,7 +51,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the lock back."""
-        self._lock.unlink(missing_ok=True)
+        if self.is_writer:
+            self._lock.unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         mine = {"pid": os.getpid(), "host": platform.node()}
@@ -72,20 +80,29 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to a log, flushed to disk before it returns."""
+        if not self.is_writer:
+            return
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, logs: Sequence[str] = LOGS) -> None:
         """Drop every logged line of a step after `step`, so that no step is logged twice."""
-        for name in LOGS:
+        for name in logs:
             path = self.path / name
-            if path.exists():
+            if self.is_writer and path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 kept = [line for line in lines if _is_at_most(line, step)]
                 write_atomically(path, "".join(kept))
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the student's evaluation after `step` was logged."""
+        path = self.path / "evaluation.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines]
+        return any((r["step"], r["model"]) == (step, "student") for r in records)
 
     def read_manifest(self) -> dict[str, Any] | None:
         """The manifest, or None in a new folder.
@@ -104,7 +121,8 @@ class RunFolder:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
-        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        if self.is_writer:
+            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -166,7 +166,9 @@ def _explain_tag(detail: Any, key: str) -> str:
     context = detail["ctx"]
     field = context["discriminator"].strip("'")
     if "tag" not in context:
-        return f"{key}.{field} is missing. Add it to the configuration."
+        schema = _ADAPTER.json_schema()["properties"][key]
+        names = list(schema["discriminator"]["mapping"])
+        return f"{key}.{field} is missing. Choose one of {', '.join(names)}."
     names = [name.strip("' ") for name in context["expected_tags"].split(",")]
     near = difflib.get_close_matches(context["tag"], names, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -194,6 +194,11 @@ class Step:
         stats = gathered.stats
         weights = row_weights(self.config, stats, gathered.completion, self._verdicts(rollouts))
         chosen = self.choose(gathered, step)
+        if len(stats) and chosen.num_nonfinite == len(stats):
+            raise RunError(
+                f"the statistics of all {len(stats)} tokens of step {step} are not finite, so the "
+                "student or the teacher gives logits that are not numbers. Check weights and dtype."
+            )
         return _Plan(gathered, chosen, weights, gate_of(self.config.objective, stats))
 
     def _verdicts(self, rollouts: list[Rollout]) -> list[bool | None]:

@@ -21,9 +21,9 @@ from tutelage.models.sampling import SamplingConfig
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.run.checkpoint import list_checkpoints, load_optimizer, save_checkpoint
 from tutelage.run.config import Config, OptimizerConfig
-from tutelage.run.folder import RunFolder, environment
+from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
 from tutelage.run.parse import changed_keys, fingerprint, to_table
-from tutelage.run.setup import Parts, build
+from tutelage.run.setup import Parts, build, pick_device
 from tutelage.run.step import Step
 
 _EVALUATION_SEED = 424242
@@ -72,11 +72,12 @@ def train(
     Raises:
         TutelageError: whatever a user can mend.
     """
-    folder = RunFolder(run_folder(config, name))
+    accelerator = Accelerator(cpu=pick_device(config.device).type == "cpu")
+    folder = RunFolder(run_folder(config, name), accelerator.is_main_process)
     folder.open()
     try:
         with _stop_requested() as stop:
-            return _Run(config, folder, allow_change, say, on_step).go(stop)
+            return _Run(config, folder, accelerator, allow_change, say, on_step).go(stop)
     finally:
         folder.close()
 
@@ -86,73 +87,87 @@ class _Run:
         self,
         config: Config,
         folder: RunFolder,
+        accelerator: Accelerator,
         allow_change: tuple[str, ...],
         say: Say,
         on_step: OnStep | None,
     ) -> None:
-        self.config, self.folder, self.say, self.on_step = config, folder, say, on_step
-        self._check_same_run(allow_change)
-        self.first_step, self.parts = self._start()
-        self.accelerator = Accelerator(cpu=self.parts.device.type == "cpu")
-        if config.prompts_per_step % self.accelerator.num_processes:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.say = say if accelerator.is_main_process else _say_nothing
+        self.on_step = on_step if accelerator.is_main_process else None
+        if config.prompts_per_step % accelerator.num_processes:
             raise ConfigError(
-                f"prompts_per_step must be a multiple of the {self.accelerator.num_processes} "
+                f"prompts_per_step must be a multiple of the {accelerator.num_processes} "
                 f"processes, got {config.prompts_per_step}."
             )
+        self._refuse_another_run(allow_change)
+        self.first_step, self.parts = self._start()
+        self._write_manifest()
         optimizer = _optimizer(config.optimizer, self.parts)
         if self.first_step > 1:
             load_optimizer(self._last_checkpoint(), self.parts.student.model, optimizer)
-        student, self.optimizer = self.accelerator.prepare(self.parts.student, optimizer)
-        self.step = Step(config, self.parts, self.accelerator, student, self.optimizer)
+        student, self.optimizer = accelerator.prepare(self.parts.student, optimizer)
+        self.step = Step(config, self.parts, accelerator, student, self.optimizer)
 
     def go(self, stop: _Stop) -> RunResult:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
-        config = self.config
-        if self.first_step == 1:
-            self._evaluate(0)
-        done = self.first_step - 1
-        while done < config.num_steps and not stop:
+        num_steps, done = self.config.num_steps, self.first_step - 1
+        if self._is_evaluation_due(done) and not self.folder.has_evaluation(done):
+            self._evaluate(done)
+        while done < num_steps and not self._any_process(stop):
             done += 1
             self._set_learning_rate(done)
             metrics = self.step.take(done)
             self.folder.append("metrics.jsonl", [metrics])
             if self.on_step is not None:
                 self.on_step(metrics)
-            if stop or self._is_due(done, config.checkpoint_every):
+            if self._any_process(stop) or self._is_due(done, self.config.checkpoint_every):
                 self._save(done)
-            if done < config.num_steps and self._is_due(done, config.evaluation.every):
+            if self._is_evaluation_due(done):
                 self._evaluate(done)
-        if done < config.num_steps:
+        if done < num_steps:
             self.say(f"stopped after step {done}; the same command continues from there")
             return RunResult(self.folder.path, done, False)
-        if done >= self.first_step:
-            self._evaluate(done)
+        if not (self.folder.path / "student").exists():
             self._export()
         return RunResult(self.folder.path, done, True)
 
-    def _check_same_run(self, allow_change: tuple[str, ...]) -> None:
-        """Refuse to continue a run under another configuration, then write the manifest."""
+    def _any_process(self, stop: _Stop) -> bool:
+        """Whether a signal reached any process: all of them have to stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return bool(stop)
+        flag = torch.tensor([int(bool(stop))], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
+
+    def _refuse_another_run(self, allow_change: tuple[str, ...]) -> None:
         old = self.folder.read_manifest()
+        if old is None:
+            return
+        changed = changed_keys(old["config"], to_table(self.config))
+        changed = [key for key in changed if key not in allow_change]
+        if changed:
+            raise RunError(
+                f"run folder {self.folder.path} holds another run: {', '.join(changed)} "
+                "differ. Choose another out=FOLDER, or pass --allow-change KEY."
+            )
+
+    def _write_manifest(self) -> None:
         table = to_table(self.config)
-        if old is not None:
-            changed = [k for k in changed_keys(old["config"], table) if k not in allow_change]
-            if changed:
-                raise RunError(
-                    f"run folder {self.folder.path} holds another run: {', '.join(changed)} "
-                    "differ. Choose another out=FOLDER, or pass --allow-change KEY."
-                )
         manifest = {"config": table, "fingerprint": fingerprint(self.config), **environment()}
         self.folder.write_manifest(manifest)
 
     def _start(self) -> tuple[int, Parts]:
+        """The first step to take, and the models as they are before it."""
         checkpoints = list_checkpoints(self.folder.path)
         if not checkpoints:
             self.folder.rewind(-1)
             return 1, build(self.config)
         step, path = checkpoints[-1]
         self.folder.rewind(step)
-        done = step >= self.config.num_steps
-        what = "is finished" if done else "continues"
+        if not self.folder.has_evaluation(step):  # it died while it evaluated
+            self.folder.rewind(step - 1, EVALUATION_LOGS)
+        self.accelerator.wait_for_everyone()
+        what = "is finished" if step >= self.config.num_steps else "continues"
         self.say(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
         return step + 1, build(self.config, str(path / "model"))
 
@@ -162,23 +177,29 @@ class _Run:
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.config.num_steps or (every > 0 and step % every == 0)
 
+    def _is_evaluation_due(self, step: int) -> bool:
+        return step == 0 or self._is_due(step, self.config.evaluation.every)
+
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, step, self.config.num_steps)
 
     def _save(self, step: int) -> None:
-        save_checkpoint(
-            self.folder.path,
-            step,
-            self.parts.student.model,
-            self.parts.tokenizer,
-            self.optimizer,
-            self.config.keep_checkpoints,
-        )
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.folder.path,
+                step,
+                self.parts.student.model,
+                self.parts.tokenizer,
+                self.optimizer,
+                self.config.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
 
     def _evaluate(self, step: int) -> None:
+        """The main process evaluates; the others wait for it at the next gradient."""
         settings = self.config.evaluation
-        if not settings.num_problems:
+        if not settings.num_problems or not self.accelerator.is_main_process:
             return
         student = self._evaluate_model("student", self.parts.student.model, step)
         kl = held_out_reverse_kl(
@@ -236,6 +257,8 @@ class _Run:
         ]
 
     def _export(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
         target = self.folder.path / "student"
         save_model(self.parts.student.model, self.parts.tokenizer, target, self._card())
         self.say(f"student exported to {target}")
@@ -249,6 +272,10 @@ class _Run:
             f"selection `{config.selection.rule}`, seed {config.seed}, "
             f"configuration fingerprint `{fingerprint(config)}`.\n"
         )
+
+
+def _say_nothing(_: str) -> None:
+    """The voice of every process but the main one."""
 
 
 def describe(summary: dict[str, Any]) -> str:
