@@ -56,6 +56,8 @@ def parse_config(table: dict[str, Any]) -> Config:
     Raises:
         ConfigError: a key is unknown or missing, or a value does not fit; the first such.
     """
+    if isinstance(objective := table.get("objective"), dict):
+        table = {**table, "objective": {"kind": "kl", **objective}}
     try:
         config = _ADAPTER.validate_python(table)
     except ValidationError as error:
