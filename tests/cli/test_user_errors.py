@@ -109,18 +109,18 @@ def test_configuration_that_is_not_text(tmp_path: Path) -> None:
         ("selection.rule=softor", ("softor", "'soft_or'?")),
         ("data.kind=fle", ("data.kind", "'fle'", "'file'?")),
         ("data.kind=file", ("data.path is missing",)),
-        ("objective.forward_weight=1", ("objective.kind is missing", "Choose one of", " kl,")),
+        ("weighting.keep=1", ("weighting.kind is missing", "Choose one of", "none")),
     ],
 )
 def test_unknown_keys_and_names_come_with_a_suggestion(
     override: str, parts: tuple[str, ...]
 ) -> None:
-    refused("train", LEDGER, override)(*parts)
+    refused("check", LEDGER, override)(*parts)
 
 
 @pytest.mark.parametrize("keep", ["2", "0", "-0.1", "nan", "inf"])
 def test_keep_out_of_range(keep: str) -> None:
-    outcome = call("train", LEDGER, "selection.rule=soft_or", f"selection.keep={keep}")
+    outcome = call("check", LEDGER, "selection.rule=soft_or", f"selection.keep={keep}")
     assert_one_line(outcome, "selection.keep must be in (0, 1], got", keep, "keep = 1.0")
 
 
