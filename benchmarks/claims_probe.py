@@ -1,0 +1,183 @@
+"""Measurements that train no student: what a token is worth, and the two toys of EOPD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tutelage.core import LazyLogits, TokenStats, composite_objective, importance, quadrants
+from tutelage.core.counter import counter_uniform
+from tutelage.core.divergence import forward_kl, reverse_kl
+from tutelage.core.entropy import entropy
+from tutelage.core.rules import RULES
+from tutelage.core.terms import ForwardKL, SampledReverseKL, Term, TopKForwardKL
+from tutelage.data.batch import collate, micro_batches
+from tutelage.data.types import Rollout
+from tutelage.models.sampling import sample
+from tutelage.models.tokenizers import pad_id
+from tutelage.run.config import Config
+from tutelage.run.setup import Parts
+
+SCORES = (
+    *("random", "entropy", "soft_or", "q3", "divergence", "forward_divergence"),
+    *("teachability", "gradient_norm", "local_oracle"),
+)
+"""Rules whose scores are correlated with the value of a token; `random` is the control."""
+PROBE_PROMPTS = 24
+PROBE_RATE = 0.01
+"""Step size of the one-token gradient step: small enough for the decrease to be linear in it."""
+
+VOCABULARY = 100
+NUM_CATEGORICALS = 64
+FLAT, PEAKED = 0.5, 5.0
+"""Standard deviation of the toy teachers' logits, nats: entropy about 4.48 and about 1.2."""
+OSCILLATION_STEPS = 400
+OSCILLATION_RATES = (0.3, 1.0, 3.0, 10.0)
+"""The paper's is unknown, so several are tried and all are reported."""
+BIAS_STEPS = 300
+BIAS_RATE = 10.0
+
+Values = dict[str, list[float]]
+
+
+def score(
+    parts: Parts, rollouts: Sequence[Rollout], extras: Sequence[str] = ()
+) -> tuple[TokenStats, Tensor, Tensor]:
+    """Statistics of all tokens of rollouts, and each token's rollout and position."""
+    found, completion, position = [], [], []
+    for batch in micro_batches(rollouts, 64, pad_id(parts.tokenizer)):
+        stats = parts.student(batch, parts.teacher.view(parts.teacher.read(batch)), extras=extras)
+        found.append(stats)
+        completion.append(batch.completion)
+        position.append(batch.position)
+    return TokenStats.cat(found), torch.cat(completion), torch.cat(position)
+
+
+def probe(parts: Parts, config: Config, num_tokens: int) -> dict[str, Values]:
+    """Scores of randomly drawn tokens of one batch, and what learning each of them alone gives.
+
+    For every token one plain gradient step of `PROBE_RATE` on its reverse KL is taken and undone;
+    `decrease` is by how much the mean reverse KL of the whole batch fell, `gradient` the squared
+    norm of that gradient over all parameters.
+    """
+    prompts = parts.task.prompts(0, PROBE_PROMPTS, config.seed)
+    seed = (config.seed, 1)
+    model, tokenizer = parts.student.model, parts.tokenizer
+    rollouts = sample(model, tokenizer, prompts, config.sampling, seed, PROBE_PROMPTS)
+    extras = tuple(dict.fromkeys(name for rule in SCORES for name in RULES[rule].extras))
+    stats, completion, position = score(parts, rollouts, extras)
+    uniform = counter_uniform((config.seed, 2), completion, position)
+    drawn = uniform.argsort()[:num_tokens].sort().values
+    noise = counter_uniform((config.seed, 3), completion, position)
+    values = {rule: importance(stats, rule, uniform=noise)[drawn].tolist() for rule in SCORES}
+    loss = _loss(parts, rollouts)
+    places = [(int(completion[i]), int(position[i])) for i in drawn.tolist()]
+    worth = [_worth(parts, rollouts, *place) for place in places]
+    cuts = config.quadrant_thresholds
+    return {
+        "tokens": {
+            **values,
+            "gradient": [gradient for gradient, _ in worth],
+            "decrease": [loss - after for _, after in worth],
+            "quadrant": quadrants(stats.entropy, stats.reverse_kl, cuts)[drawn].tolist(),
+        }
+    }
+
+
+def _worth(
+    parts: Parts, rollouts: Sequence[Rollout], completion: int, position: int
+) -> tuple[float, float]:
+    """Squared gradient norm of one token, and the batch's loss after learning it alone."""
+    student, teacher = parts.student, parts.teacher
+    batch = collate([rollouts[completion]], pad_id(parts.tokenizer))
+    objective = student(batch, teacher.view(teacher.read(batch)), torch.tensor([position]))
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(objective.total, parameters)
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(gradient, alpha=PROBE_RATE)
+        after = _loss(parts, rollouts)
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(old)
+    norm = sum(float(g.double().square().sum()) for g in gradients)
+    return norm, after
+
+
+def _loss(parts: Parts, rollouts: Sequence[Rollout]) -> float:
+    """Mean reverse KL over all tokens, nats."""
+    return float(score(parts, rollouts)[0].reverse_kl.double().mean())
+
+
+def oscillation(seed: int) -> dict[str, float]:
+    """Top-1 changes per step of 100 categoricals under one-sample reverse-KL policy gradient.
+
+    Flat and peaked teachers; the same start, rates and number of steps, all of which count.
+    """
+    start = _normal(seed, 0) * FLAT
+    found = {}
+    for name, scale in (("flat", FLAT), ("peaked", PEAKED)):
+        teacher = _normal(seed, 1) * scale
+        found[f"teacher_entropy_{name}"] = float(entropy(teacher.log_softmax(-1)).mean())
+        for rate in OSCILLATION_RATES:
+            found[f"changes_{name}_{rate}"] = _top1_changes(start, teacher, rate, seed)
+    return found
+
+
+def _top1_changes(logits: Tensor, teacher: Tensor, rate: float, seed: int) -> float:
+    rows = torch.arange(len(logits))
+    changes = 0
+    for step in range(OSCILLATION_STEPS):
+        log_p = logits.log_softmax(-1)
+        uniform = counter_uniform((seed, 4, step), rows)
+        tokens = torch.searchsorted(log_p.exp().double().cumsum(-1), uniform[:, None]).squeeze(1)
+        tokens = tokens.clamp(max=VOCABULARY - 1)
+        old = log_p.gather(-1, tokens[:, None]).squeeze(1)
+        term = SampledReverseKL(tokens, old)
+        best = logits.argmax(-1)
+        logits = logits - rate * _gradient(logits, teacher, term)
+        changes += int((logits.argmax(-1) != best).sum())
+    return 100 * changes / (len(logits) * OSCILLATION_STEPS)
+
+
+def bias(seed: int) -> dict[str, float]:
+    """Entropy and both KLs after descending three forms of forward KL to flat teachers, nats."""
+    start, teacher = _normal(seed, 0) * 0.7, _normal(seed, 1) * FLAT
+    forms: dict[str, Term] = {
+        "full": ForwardKL(),
+        "tail": TopKForwardKL(16, tail=True),
+        "renorm": TopKForwardKL(16, tail=False),
+    }
+    found = {"teacher_entropy": float(entropy(teacher.log_softmax(-1)).mean())}
+    found |= _distances("start", start, teacher)
+    for name, term in forms.items():
+        logits = start.clone()
+        for _ in range(BIAS_STEPS):
+            logits = logits - BIAS_RATE * _gradient(logits, teacher, term)
+        found |= _distances(name, logits, teacher)
+    return found
+
+
+def _distances(name: str, logits: Tensor, teacher: Tensor) -> dict[str, float]:
+    log_p, log_q = logits.log_softmax(-1), teacher.log_softmax(-1)
+    figures = {
+        "entropy": entropy(log_p),
+        "forward_kl": forward_kl(log_p, log_q),
+        "reverse_kl": reverse_kl(log_p, log_q),
+    }
+    return {f"{figure}_{name}": float(x.mean()) for figure, x in figures.items()}
+
+
+def _gradient(logits: Tensor, teacher: Tensor, term: Term) -> Tensor:
+    """Gradient of the sum of a term over independent categoricals, through the fused objective."""
+    hidden, identity = logits.detach().requires_grad_(True), torch.eye(VOCABULARY)
+    sides = LazyLogits(hidden, identity), LazyLogits(teacher, identity)
+    total = composite_objective(*sides, [(term, 1.0)]).total
+    return torch.autograd.grad(total, hidden)[0]
+
+
+def _normal(seed: int, stream: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + stream)
+    return torch.randn(NUM_CATEGORICALS, VOCABULARY, generator=generator)

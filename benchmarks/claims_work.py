@@ -1,0 +1,171 @@
+"""Doing one cell: deep-copy the student, take steps, measure it on held-out prompts."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from claims_design import MAX_NEW_TOKENS, NUM_SAMPLES, Cell, config_of
+from claims_probe import bias, oscillation, probe, score
+from tutelage.data.types import Prompt
+from tutelage.evaluation.evaluate import Evaluation, evaluate
+from tutelage.models.sampling import SamplingConfig
+from tutelage.run.config import Config
+from tutelage.run.diagnostics import HIGH_ENTROPY_NATS
+from tutelage.run.setup import Parts, build
+from tutelage.run.step import Step
+from tutelage.run.train import learning_rate
+
+_EVALUATION_SEED = 424242
+_SAMPLES_SCORED = 2
+"""Completions per problem whose tokens are compared with the teacher's distribution."""
+
+
+def do(cell: Cell) -> dict[str, Any]:
+    """The record of one cell as plain JSON values; a pure function of the cell."""
+    torch.set_num_threads(1)
+    found: Mapping[str, Any]
+    match cell.kind:
+        case "probe":
+            found = probe(fresh(cell), config_of(cell), cell.num_probe_tokens)
+        case "oscillation":
+            found = oscillation(cell.seed)
+        case "bias":
+            found = bias(cell.seed)
+        case _:
+            found = learn_and_measure(cell)
+    return {"key": cell.key, **asdict(cell), **found}
+
+
+@cache
+def _loaded(student: str) -> Parts:
+    return build(config_of(Cell("arm", student, "all", 0, 0.0, 0)))
+
+
+def fresh(cell: Cell) -> Parts:
+    """The models of a cell's setting, the student an untouched copy."""
+    parts = _loaded(cell.setting)
+    return replace(parts, student=copy.deepcopy(parts.student))
+
+
+def learn_and_measure(cell: Cell) -> dict[str, Any]:
+    """Train one arm with one seed and evaluate it; `start` and `teacher` are only evaluated."""
+    parts = fresh(cell)
+    if cell.arm == "teacher":
+        parts.student.model = copy.deepcopy(parts.teacher.model)
+    learned = {} if cell.arm in ("start", "teacher") else learn(parts, config_of(cell))
+    problems = measure(parts, cell.num_problems, cell.seed)
+    means = {name: fmean(values) for name, values in problems.items()}
+    return {**learned, **means, "weights": digest(parts.student), "problems": problems}
+
+
+def learn(parts: Parts, config: Config) -> dict[str, float]:
+    """Take all steps of a run and sum up what they trained on."""
+    optimizer = torch.optim.AdamW(
+        parts.student.parameters(),
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        weight_decay=config.optimizer.weight_decay,
+    )
+    stepper = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
+    records = []
+    for step in range(1, config.num_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.num_steps)
+        records.append(stepper.take(step))
+    first, last = records[0], records[-1]
+    return {
+        "tokens_trained": sum(r["num_kept"] for r in records),
+        "kl_kept": fmean(r["kept_kl_share"] for r in records),
+        "q3_kept_first": first["quadrants"]["q3"]["kept_share"],
+        "q3_share_first": first["quadrants"]["q3"]["share"],
+        "q3_kl_first": first["quadrants"]["q3"]["kl_mass"],
+        "training_reverse_kl_first": first["reverse_kl_nats"],
+        "training_reverse_kl_last": last["reverse_kl_nats"],
+        "gate_share": fmean(r["gate_share"] or 0.0 for r in records),
+    }
+
+
+def measure(parts: Parts, num_problems: int, seed: int) -> dict[str, list[float]]:
+    """One value a held-out problem of every figure; the same problems and draws for every arm."""
+    result = evaluate(
+        parts.student.model,
+        parts.tokenizer,
+        parts.task.grade,
+        parts.task.held_out(num_problems),
+        SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_samples=NUM_SAMPLES),
+        (_EVALUATION_SEED, seed),
+        num_problems * NUM_SAMPLES,
+    )
+    return {**graded(result), **compared(parts, result)}
+
+
+def graded(result: Evaluation) -> dict[str, list[float]]:
+    """Accuracy and diversity of every problem, plain and with a hidden start.
+
+    Hidden start: of the right completions only those count that begin with one particular item,
+    which the prompt does not tell. The teacher begins anywhere; a student that knows one order
+    of work can only ever solve the problems whose hidden start is its own.
+    """
+    figures: dict[str, list[float]] = {
+        name: [] for name in ("mean", "pass", "hidden_mean", "hidden_pass", "distinct")
+    }
+    for first in range(0, len(result.rollouts), NUM_SAMPLES):
+        mine = slice(first, first + NUM_SAMPLES)
+        pairs = zip(result.rollouts[mine], result.is_correct[mine], strict=True)
+        right = [r for r, is_correct in pairs if is_correct]
+        lucky = [r for r in right if r.text[0] == hidden_start(r.prompt)]
+        figures["mean"].append(len(right) / NUM_SAMPLES)
+        figures["pass"].append(float(bool(right)))
+        figures["hidden_mean"].append(len(lucky) / NUM_SAMPLES)
+        figures["hidden_pass"].append(float(bool(lucky)))
+        figures["distinct"].append(float(len({r.completion_ids for r in right})))
+    return figures
+
+
+def hidden_start(prompt: Prompt) -> str:
+    """Letter of the item with which a completion has to begin; a hash of the prompt's name."""
+    assert isinstance(prompt.content, str)
+    letters = [item[0] for item in prompt.content.rstrip(";>").split(";")]
+    digest = hashlib.blake2b(prompt.id.encode(), digest_size=8).digest()
+    return letters[int.from_bytes(digest, "big") % len(letters)]
+
+
+def compared(parts: Parts, result: Evaluation) -> dict[str, list[float]]:
+    """Mean over tokens, problem by problem, of divergences and entropy of the student's text."""
+    rollouts = [r for r in result.rollouts if r.sample < _SAMPLES_SCORED]
+    stats, completion, _ = score(parts, rollouts)
+    problem = completion // _SAMPLES_SCORED
+    is_high = stats.teacher_entropy >= HIGH_ENTROPY_NATS
+    everywhere = torch.ones_like(is_high)
+    return {
+        "reverse_kl": _means(stats.reverse_kl, problem, everywhere, result.num_problems),
+        "forward_kl": _means(stats.forward_kl, problem, everywhere, result.num_problems),
+        "entropy": _means(stats.entropy, problem, everywhere, result.num_problems),
+        "high_forward_kl": _means(stats.forward_kl, problem, is_high, result.num_problems),
+    }
+
+
+def _means(x: Tensor, problem: Tensor, chosen: Tensor, num_problems: int) -> list[float]:
+    """Mean of the chosen tokens of every problem; 0 for a problem that has none."""
+    total, count = torch.zeros(2, num_problems, dtype=torch.float64)
+    total.index_add_(0, problem[chosen], x[chosen].double())
+    count.index_add_(0, problem[chosen], torch.ones_like(x[chosen], dtype=torch.float64))
+    means: list[float] = (total / count.clamp(min=1)).tolist()
+    return means
+
+
+def digest(module: torch.nn.Module) -> str:
+    """A short hash of all weights: equal means equal to the last bit."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for parameter in module.state_dict().values():
+        hashed.update(parameter.detach().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
