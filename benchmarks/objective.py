@@ -156,7 +156,7 @@ def liger_compiled(x: Inputs) -> Tensor:
 @torch.no_grad()
 def bare_products(x: Inputs) -> None:
     """The four matrix products nobody can do without, chunked as ours are; computes no loss."""
-    chunk = min(len(x.student), rows_per_chunk(len(x.head), x.head.dtype, CHUNK_BYTES))
+    chunk = rows_per_chunk(len(x.student), len(x.head), x.head.dtype, CHUNK_BYTES)
     buffers = torch.empty(2, chunk, len(x.head))
     gradient, head_gradient = torch.empty_like(x.student), torch.zeros_like(x.head)
     for start in range(0, len(x.student), chunk):

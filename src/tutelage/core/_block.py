@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tutelage.core.lazy import LazyLogits
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 96 << 20
 """Bytes of the two `[chunk, V]` logit buffers together; more rows use the matrix units better."""
 
 _BLOCK_BYTES = 2 << 20
@@ -144,9 +145,14 @@ class _Buffers:
     scratch: tuple[Tensor, Tensor]
 
 
-def rows_per_chunk(vocab_size: int, dtype: torch.dtype, chunk_bytes: int) -> int:
-    """Rows whose two logit buffers fit into `chunk_bytes`, at least 1."""
-    return max(1, chunk_bytes // (2 * vocab_size * dtype.itemsize))
+def rows_per_chunk(num_rows: int, vocab_size: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Rows whose two logit buffers fit into `chunk_bytes`, at least 1.
+
+    Chunks are of nearly equal size: a last one of few rows would read the whole head for little.
+    """
+    most = max(1, chunk_bytes // (2 * vocab_size * dtype.itemsize))
+    num_chunks = max(1, math.ceil(num_rows / most))
+    return max(1, math.ceil(num_rows / num_chunks))
 
 
 def _buffers(student: LazyLogits, rows: int) -> tuple[_Buffers, int]:
@@ -195,7 +201,7 @@ def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int) -> Iterat
     n = len(student)
     if n == 0:
         return
-    rows = min(n, rows_per_chunk(student.vocab_size, student.dtype, chunk_bytes))
+    rows = rows_per_chunk(n, student.vocab_size, student.dtype, chunk_bytes)
     buffers, block = _buffers(student, rows)
     has_inf = _can_be_inf(student) or _can_be_inf(teacher)
     for start in range(0, n, rows):
