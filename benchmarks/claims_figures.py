@@ -1,0 +1,144 @@
+"""Figures of the claims page, from the published JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from claims_design import BUDGETS
+from claims_verdicts import MARGIN, SHARE_MARGIN
+
+INK, GRID = "#3d4248", "#e3e5e8"
+# Okabe and Ito's hues; every verdict and rule has a marker of its own besides.
+LOOKS = {
+    "supported": ("#009E73", "o"),
+    "not supported": ("#E69F00", "s"),
+    "contradicted here": ("#D55E00", "X"),
+}
+RULE_LOOKS = {
+    "random": ("#000000", "x"),
+    "entropy": ("#E69F00", "s"),
+    "entropy_sample": ("#E69F00", "d"),
+    "soft_or": ("#0072B2", "o"),
+    "soft_or_sample": ("#0072B2", "h"),
+    "q3": ("#009E73", "^"),
+    "divergence": ("#D55E00", "v"),
+    "teachability": ("#CC79A7", "P"),
+    "gradient_norm": ("#56B4E9", "*"),
+    "local_oracle": ("#999999", "D"),
+}
+MARGINS = {"matches": -MARGIN, "nearly": -MARGIN, "is_blind": SHARE_MARGIN}
+SCALE = {"points": 100.0}
+"""What a unit's numbers are multiplied by."""
+
+
+def draw_all(results: dict[str, Any], folder: Path) -> None:
+    """One SVG a claim, and the overview by budget."""
+    # The same JSON gives the same bytes: no date, no random names of elements.
+    matplotlib.rcParams.update({"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 9})
+    for name, claim in results["claims"].items():
+        figure = worth(results, claim) if name == "T6" else forest(claim["comparisons"])
+        _save(figure, folder / f"claims-{name}.svg")
+    _save(budgets(results), folder / "claims-budgets.svg")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
+
+
+def forest(comparisons: Sequence[dict[str, Any]]) -> Figure:
+    """The comparisons of a claim: value, interval, and the line each is judged against."""
+    figure = Figure(figsize=(7.0, 0.7 + 0.36 * len(comparisons)))
+    _forest(figure.add_subplot(), comparisons)
+    return figure
+
+
+def _forest(axes: Axes, comparisons: Sequence[dict[str, Any]]) -> None:
+    for place, comparison in enumerate(comparisons):
+        scale = SCALE.get(comparison["unit"], 1.0)
+        i = comparison["interval"]
+        low, value, high = (scale * i[name] for name in ("low", "value", "high"))
+        color, marker = LOOKS[comparison["verdict"]]
+        axes.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
+        axes.plot(value, place, marker, color=color, markersize=7)
+        if comparison["test"] in MARGINS:
+            limit = scale * MARGINS[comparison["test"]]
+            axes.plot([limit, limit], [place - 0.4, place + 0.4], color=INK, linestyle=":")
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(comparisons)), [c["label"] for c in comparisons])
+    axes.invert_yaxis()
+    axes.set_xlabel(", ".join(dict.fromkeys(c["unit"] for c in comparisons)))
+    for verdict in dict.fromkeys(c["verdict"] for c in comparisons):
+        color, marker = LOOKS[verdict]
+        axes.plot([], [], marker, color=color, label=verdict)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    _tidy(axes)
+
+
+def worth(results: dict[str, Any], claim: dict[str, Any]) -> Figure:
+    """Correlation of every score with a token's worth, and the comparisons judged."""
+    figure = Figure(figsize=(9.0, 6.5))
+    upper, lower = figure.add_gridspec(2, 1, height_ratios=(1.2, 1), hspace=0.45)
+    axes = figure.add_subplot(upper)
+    table = results["token_worth"]
+    columns = [f"{t}_{k}" for t in ("decrease", "gradient") for k in ("spearman", "pearson")]
+    for shift, column in enumerate(columns):
+        color = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")[shift]
+        for place, (low, value, high) in enumerate(_sorted(table[column]["score"].values())):
+            y = place + 0.18 * (shift - 1.5)
+            axes.plot([low, high], [y, y], color=color, linewidth=1.5)
+            axes.plot(value, y, "os^v"[shift], color=color, markersize=4)
+        target, kind = column.split("_")
+        axes.plot([], [], "os^v"[shift], color=color, label=f"{kind.title()}, {target}")
+    axes.set_yticks(range(len(table[columns[0]]["score"])), table[columns[0]]["score"])
+    axes.invert_yaxis()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_xlabel("correlation with what a token is worth")
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _tidy(axes)
+    _forest(figure.add_subplot(lower), claim["comparisons"])
+    return figure
+
+
+def _sorted(triples: Any) -> list[tuple[float, float, float]]:
+    """(low, value, high) from the JSON's (value, low, high)."""
+    return [(low, value, high) for value, low, high in triples]
+
+
+def budgets(results: dict[str, Any]) -> Figure:
+    """mean@8 of every rule by budget, with all tokens as a band."""
+    figure = Figure(figsize=(7.0, 4.2))
+    axes = figure.add_subplot()
+    arms = results["arms"]["overconfident"]
+    value, low, high = arms["all"]["mean"]
+    axes.axhspan(100 * low, 100 * high, color=GRID)
+    axes.axhline(100 * value, color=INK, linewidth=1, label="all tokens")
+    for number, (rule, (color, marker)) in enumerate(RULE_LOOKS.items()):
+        shift = 0.05 * (number - (len(RULE_LOOKS) - 1) / 2)
+        points = [(n, arms[f"{rule}-{n}"]["mean"]) for n in BUDGETS if f"{rule}-{n}" in arms]
+        if not points:
+            continue
+        x = [BUDGETS.index(n) + shift for n, _ in points]
+        y = [100 * mean[0] for _, mean in points]
+        errors = [
+            [100 * (m[0] - m[1]) for _, m in points],
+            [100 * (m[2] - m[0]) for _, m in points],
+        ]
+        axes.errorbar(x, y, errors, color=color, marker=marker, linestyle="none", label=rule)
+    axes.set_xticks(range(len(BUDGETS)), [f"{n} %" for n in BUDGETS])
+    axes.set_xlabel("tokens kept of each completion")
+    axes.set_ylabel("mean@8 (%)")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _tidy(axes)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
