@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from tutelage.models.tokenizers import (
     encode_prompt,
     pad_id,
     shared_vocabulary,
-    stop_swap,
     stop_ids,
+    stop_swap,
 )
 
 PAD, BOS, EOS, UNK, START, END = range(6)

@@ -79,7 +79,8 @@ def resolve_model(ref: str) -> ResolvedModel:
     if ref.startswith("package:"):
         return _resolve_path(ref, _package_path(ref))
     path = Path(ref).expanduser()
-    if ref and (path.exists() or ref.endswith(".gguf")):
+    # os.path.exists: a name too long for the file system is absent, not an error
+    if ref and (os.path.exists(path) or ref.endswith(".gguf")):
         return _resolve_path(ref, path)
     if _HUB_ID.fullmatch(ref):
         return ResolvedModel(ref, ref, is_local=False)
@@ -343,6 +344,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device {name!r} is unknown. Use cpu, cuda or cuda:0.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported. Use cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} is not available here. Use cpu.")
     return device

@@ -106,13 +106,15 @@ class OptimizerConfig:
     """Norm the gradient is clipped to; 0 never clips."""
 
     def __post_init__(self) -> None:
-        require(
-            self.learning_rate > 0,
-            "optimizer.learning_rate",
-            "above 0",
-            self.learning_rate,
-            "1e-6 is usual for large models, 1e-3 for the embedded ones.",
-        )
+        hint = "1e-6 is usual for large models, 1e-3 for the embedded ones."
+        rate = self.learning_rate
+        require(rate > 0, "optimizer.learning_rate", "above 0", rate, hint)
+        for name in ("beta1", "beta2"):
+            beta = self.__dict__[name]
+            require(0 <= beta < 1, f"optimizer.{name}", "in [0, 1)", beta, "0.9 is usual.")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            value = self.__dict__[name]
+            require(value >= 0, f"optimizer.{name}", "at least 0", value, "0 switches it off.")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ class EvaluationConfig:
     """Nucleus of the evaluation, in (0, 1]."""
     teacher: bool = True
     """Measure the teacher too, once."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_problems", 0), ("every", 0), ("num_samples", 1)):
+            value = self.__dict__[name]
+            require(value >= least, f"evaluation.{name}", f"at least {least}", value, "Raise it.")
 
 
 @dataclass(frozen=True)
@@ -174,13 +181,10 @@ class Config:
     """auto (cuda where it is), cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for key in ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size"):
+        positive = ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size")
+        for key in (*positive, "keep_checkpoints"):
             value = self.__dict__[key]
             require(value >= 1, key, "at least 1", value, "Raise it.")
-        require(
-            self.keep_checkpoints >= 1,
-            "keep_checkpoints",
-            "at least 1",
-            self.keep_checkpoints,
-            "One checkpoint is needed to continue.",
-        )
+        for key in ("checkpoint_every", "num_threads"):
+            value = self.__dict__[key]
+            require(value >= 0, key, "at least 0", value, "0 leaves it to the program.")
