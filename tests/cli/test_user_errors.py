@@ -135,7 +135,7 @@ def test_keep_out_of_range(keep: str) -> None:
         ("student=3", ("student:", "got 3")),
         ("student.dtype=float8", ("student.dtype:", "'float32'", "'float8'")),
         ("quadrant_thresholds=5", ("quadrant_thresholds: ", "'median'", "tuple", "got 5")),
-        ("optimizer.max_grad_norm=nan", ("optimizer.max_grad_norm must be finite, got nan",)),
+        ("optimizer.max_grad_norm=nan", ("optimizer.max_grad_norm must be at least 0, got nan",)),
         ("optimizer.learning_rate=inf", ("optimizer.learning_rate must be finite, got inf",)),
         ("quadrant_thresholds=[0.1,nan]", ("quadrant_thresholds must be finite, got nan",)),
         ("objective.kind=js", ("objective.kind must be one of", "'js'", "'jsd'?")),
