@@ -188,6 +188,8 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     if not result.is_finished:
         return INTERRUPTED
+    if not result.is_writer:
+        return 0
     try:
         path = write_report(result.folder)
     except MissingExtraError as error:

@@ -43,6 +43,8 @@ class RunResult:
     """Updates done."""
     is_finished: bool
     """False when a signal stopped the run early; the same command continues it."""
+    is_writer: bool = True
+    """False in every process but the main one, which alone writes files."""
 
 
 def run_folder(config: Config, name: str = "run") -> Path:
@@ -127,10 +129,10 @@ class _Run:
                 self._evaluate(done)
         if done < num_steps:
             self.say(f"stopped after step {done}; the same command continues from there")
-            return RunResult(self.folder.path, done, False)
+            return RunResult(self.folder.path, done, False, self.folder.is_writer)
         if not (self.folder.path / "student").exists():
             self._export()
-        return RunResult(self.folder.path, done, True)
+        return RunResult(self.folder.path, done, True, self.folder.is_writer)
 
     def _any_process(self, stop: _Stop) -> bool:
         """Whether a signal reached any process: all of them have to stop after the same step."""
