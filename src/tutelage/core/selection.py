@@ -53,7 +53,7 @@ def select_tokens(
 
     With `correct_sampling` a row kept by a sampling rule weighs 1/π, π being its probability to
     be kept given the other rows' noise, so that ``Σ_kept weight·g`` is an unbiased estimate of
-    ``Σ_all g``: with κ the first key that is not kept, π = 1 − exp(−exp(log P − κ)).
+    ``Σ g`` over all rows that can be drawn (a usable score, P > 0): with κ the first key that is not kept, π = 1 − exp(−exp(log P − κ)).
 
     Args:
         stats: statistics of N rows, with the extras the rule needs.
@@ -140,6 +140,7 @@ class _Ranking:
     budget: Tensor
     size: Tensor
     place: Tensor
+    is_usable: Tensor
 
     @staticmethod
     def of(score: Tensor, group: Tensor, keep: float | int, is_usable: Tensor) -> _Ranking:
@@ -154,12 +155,17 @@ class _Ranking:
         start = size.cumsum(0) - size
         rank = torch.arange(len(order), device=order.device) - start[place[order]]
         is_kept = (rank < budget[place[order]]) & is_usable[order]
-        return _Ranking(order[is_kept].sort().values, order, start, budget, size, place)
+        rows = order[is_kept].sort().values
+        return _Ranking(rows, order, start, budget, size, place, is_usable)
 
     def inverse_probabilities(self, keys: Tensor, log_weight: Tensor) -> Tensor:
-        """1/π of each kept row: 1 where its whole group is kept."""
+        """1/π of each kept row: 1 where all usable rows of its group are kept."""
         has_next = self.budget < self.size
         after = (self.start + self.budget).clamp(max=max(len(self.order) - 1, 0))
+        has_next &= self.is_usable[self.order[after]]
         threshold = torch.where(has_next, keys[self.order[after]], -torch.inf)
-        excess = log_weight[self.rows] - threshold[self.place[self.rows]]
-        return 1 / -torch.expm1(-excess.exp())
+        threshold = threshold[self.place[self.rows]]
+        excess = log_weight[self.rows] - threshold
+        # Nothing competes with a row whose next one is of probability 0: −inf − −inf is no number.
+        is_certain = threshold == -torch.inf
+        return torch.where(is_certain, 1.0, 1 / -torch.expm1(-excess.exp()))

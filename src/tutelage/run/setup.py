@@ -12,7 +12,8 @@ import torch
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
 from tutelage.errors import ConfigError
-from tutelage.models.load import load_model, load_tokenizer, prune_layers
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.prune import prune_layers
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import shared_vocabulary, stop_swap
