@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -26,6 +26,8 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    swap: tuple[int, int] | None = None
+    """Two ids whose columns trade places."""
 
     def logits(self) -> Tensor:
         """All `[N, V]` logits, materialised in float64."""
@@ -33,7 +35,12 @@ class Head:
         if self.bias is not None:
             z = z + self.bias.double()
         z = z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        columns = list(range(z.shape[1]))
+        if self.swap is not None:
+            first, second = self.swap
+            columns[first], columns[second] = second, first
+        return torch.stack([z[:, column] for column in columns], 1)
 
 
 def log_softmax(z: Tensor) -> Tensor:
@@ -249,3 +256,101 @@ def counter_uniform(seed: Sequence[int], counters: Sequence[int]) -> float:
     for part in (*seed, *counters):
         state = splitmix64(state ^ (part & _MASK))
     return ((state >> 11) + 0.5) / 2**53
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    return kl(log_p, (alpha * log_p.exp() + (1 - alpha) * log_q.exp()).log())
+
+
+def top_ids(row: Tensor, k: int) -> list[int]:
+    """The k likeliest ids of one row, earlier ids first among equals."""
+    values = row.tolist()
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+
+
+def buckets(log_x: Tensor, ids: Sequence[int]) -> Tensor:
+    """One row as the masses of some ids and of everything else, in logs."""
+    rest = [i for i in range(len(log_x)) if i not in ids]
+    masses = [log_x[i].exp() for i in ids] + ([log_x[rest].exp().sum()] if rest else [])
+    return torch.stack(masses).log()
+
+
+def topk_kl(log_p: Tensor, log_q: Tensor, k: int, is_forward: bool) -> Tensor:
+    """KL between rows coarsened to the teacher's k likeliest ids and a tail."""
+    rows = []
+    for a, b in zip(log_p, log_q, strict=True):
+        ids = top_ids(b, k)
+        coarse = buckets(a, ids)[None], buckets(b, ids)[None]
+        rows.append((forward_kl if is_forward else reverse_kl)(*coarse)[0])
+    return torch.stack(rows)
+
+
+def topk_renormalised(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
+    """EOPD's code: the teacher renormalised on its top k, the student not."""
+    rows = []
+    for a, b in zip(log_p, log_q, strict=True):
+        ids = top_ids(b, k)
+        share = b[ids].exp() / b[ids].exp().sum()
+        rows.append((share * (share.log() - a[ids])).sum())
+    return torch.stack(rows)
+
+
+def sampled(
+    log_p: Tensor, log_q: Tensor, tokens: Sequence[int], old: Sequence[float], clip: float
+) -> Tensor:
+    """PPO's clipped surrogate, case by case."""
+    rows = []
+    for a, b, y, before in zip(log_p, log_q, tokens, old, strict=True):
+        ratio, advantage = (a[y] - before).exp(), b[y].detach() - before
+        if advantage >= 0:
+            rows.append(-advantage * ratio.clamp(max=1 + clip))
+        else:
+            rows.append(-advantage * ratio.clamp(min=1 - clip))
+    return torch.stack(rows)
+
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+def composite(
+    heads: tuple[Head, Head], terms: Sequence[tuple[Function, Sequence[float]]]
+) -> tuple[Tensor, list[Tensor]]:
+    """Σ terms with a weight a row: what each row adds, and gradients of hidden, weight, bias."""
+    student, teacher = heads
+    given = [x for x in (student.hidden, student.weight, student.bias) if x is not None]
+    leaves = [x.detach().double().requires_grad_(True) for x in given]
+    log_p = log_softmax(replace(student, **dict(zip(FIELDS, leaves))).logits())  # noqa: B905
+    log_q = log_softmax(teacher.logits().detach())
+    value = torch.zeros(len(log_p), dtype=torch.float64)
+    for function, weights in terms:
+        value = value + torch.tensor(weights, dtype=torch.float64) * function(log_p, log_q)
+    value.sum().backward()
+    return value.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+
+FIELDS = ("hidden", "weight", "bias")
+
+
+def extras(z: Tensor, log_q: Tensor) -> dict[str, float]:
+    """The extra statistics of one row of student logits `[V]`, by their definitions."""
+    z = z.detach().clone().requires_grad_(True)
+    log_p = log_softmax(z[None])
+    (slope,) = torch.autograd.grad(reverse_kl(log_p, log_q[None])[0], z)
+    log_p = log_p[0].detach()
+    p, q = log_p.exp(), log_q.exp()
+    g = p - q
+    hessian = torch.diag(p) - torch.outer(p, p)
+    union = set(top_ids(p, 16)) | set(top_ids(q, 16))
+    head: list[int] = []
+    for i in top_ids(q, len(q)):
+        if math.fsum(q[head].tolist()) < 0.5:
+            head.append(i)
+    return {
+        "gradient_norm": float(slope.square().sum()),
+        "local_oracle": float(g @ g / (g @ hessian @ g)),
+        "top_divergence": math.fsum(float(q[i] * (log_q[i] - log_p[i])) for i in union),
+        "compatibility": math.fsum(q[top_ids(p, 16)].tolist()),
+        "teacher_top_mass": math.fsum(q[top_ids(q, 16)].tolist()),
+        "is_in_teacher_top5": float(top_ids(p, 1)[0] in top_ids(q, 5)),
+        "head_share": float(g[head].abs().sum() / g.abs().sum()),
+    }

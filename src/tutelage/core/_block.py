@@ -203,7 +203,7 @@ def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int) -> Iterat
         return
     rows = rows_per_chunk(n, student.vocab_size, student.dtype, chunk_bytes)
     buffers, block = _buffers(student, rows)
-    has_inf = _can_be_inf(student) or _can_be_inf(teacher)
+    has_inf = can_be_inf(student) or can_be_inf(teacher)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         yield Chunk(
@@ -217,7 +217,8 @@ def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int) -> Iterat
         )
 
 
-def _can_be_inf(logits: LazyLogits) -> bool:
+def can_be_inf(logits: LazyLogits) -> bool:
+    """Whether a bias rules an id out."""
     return logits.bias is not None and bool(torch.isinf(logits.bias).any())
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tutelage.core._block import CHUNK_BYTES, Block, Chunk, check_pair, chunks
+from tutelage.core._block import CHUNK_BYTES, Block, Chunk, can_be_inf, check_pair, chunks
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.terms import ForwardKL, ReverseKL, Term
@@ -96,11 +96,17 @@ def composite_objective(
         `Objective`; `total` is differentiable once.
 
     Raises:
-        ValueError: there are no terms, the sides differ, or a weight does not have K rows.
+        ValueError: there are no terms, the sides differ, a weight does not have K rows, or a
+            bias is infinite and a term is neither forward nor reverse KL.
     """
     check_pair(student, teacher)
     if not terms:
         raise ValueError("composite_objective needs at least one term, got none.")
+    if not _is_mixture(terms) and (can_be_inf(student) or can_be_inf(teacher)):
+        raise ValueError(
+            "terms other than ForwardKL and ReverseKL need finite logits, got an infinite bias. "
+            "Use a large negative number instead."
+        )
     weighted = [(term, _row_weights(w, student, "a term's weight")) for term, w in terms]
     return _run(student, teacher, _kernel(weighted), chunk_bytes, extras)
 
@@ -126,12 +132,16 @@ def _run(
 
 def _kernel(terms: Sequence[tuple[Term, Tensor]]) -> _Kernel:
     """The kernel of a sum of terms: the fast one where it can be."""
-    if not all(isinstance(term, ReverseKL | ForwardKL) for term, _ in terms):
+    if not _is_mixture(terms):
         return _Sum(terms)
     weights = [torch.zeros_like(terms[0][1]), torch.zeros_like(terms[0][1])]
     for term, weight in terms:
         weights[isinstance(term, ForwardKL)] += weight
     return _Mixture(*weights)
+
+
+def _is_mixture(terms: Sequence[tuple[Term, Any]]) -> bool:
+    return all(isinstance(term, ReverseKL | ForwardKL) for term, _ in terms)
 
 
 def _row_weights(weight: Tensor | float, student: LazyLogits, name: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,8 @@ def selectkd_weights(stats: TokenStats, outside: float = 0.01) -> Tensor:
 def fire_weights(stats: TokenStats, completion: Tensor, drop: float = 0.2) -> Tensor:
     """(1 − H_T/max)·(H_S/max) with mean one over the completions that are not dropped. `[N]`.
 
-    The share `drop` of completions with the lowest mean teacher log-probability weighs 0.
+    The share `drop` of completions with the lowest mean teacher log-probability weighs 0, and so do
+    rows with a non-finite statistic, which change no other row's weight.
 
     Args:
         stats: statistics of the global batch.
@@ -80,16 +83,25 @@ def fire_weights(stats: TokenStats, completion: Tensor, drop: float = 0.2) -> Te
     """
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop must be in [0, 1), got {drop}.")
-    teacher = _share_of_largest(stats.teacher_entropy)
-    raw = (1 - teacher) * _share_of_largest(stats.entropy)
-    _, place, size = torch.unique(completion, return_inverse=True, return_counts=True)
-    total = torch.zeros(len(size), dtype=stats.log_q.dtype, device=size.device)
-    mean_logprob = total.index_add_(0, place, stats.log_q) / size
-    is_dropped = torch.zeros(len(size), dtype=torch.bool, device=size.device)
-    is_dropped[mean_logprob.argsort(stable=True)[: int(drop * len(size))]] = True
-    raw = raw.masked_fill(is_dropped[place], 0.0)
-    mean = raw.sum() / (~is_dropped[place]).sum().clamp(min=1)
+    columns = (stats.entropy, stats.teacher_entropy, stats.log_q)
+    is_usable = torch.isfinite(torch.stack(columns)).all(0)
+    h, teacher_h, log_q = (x.masked_fill(~is_usable, 0.0) for x in columns)
+    raw = (1 - _share_of_largest(teacher_h)) * _share_of_largest(h)
+    is_used = is_usable & ~_poorest(log_q, is_usable, completion, drop)
+    raw = raw.masked_fill(~is_used, 0.0)
+    mean = raw.sum() / is_used.sum().clamp(min=1)
     return raw / mean if bool(mean > 0) else raw
+
+
+def _poorest(log_q: Tensor, is_usable: Tensor, completion: Tensor, drop: float) -> Tensor:
+    """Rows `[N]` of the share `drop` of completions with the lowest mean `log_q`."""
+    _, place = torch.unique(completion, return_inverse=True)
+    count = torch.bincount(place, is_usable.double())
+    mean = torch.bincount(place, log_q.double()) / count.clamp(min=1)
+    is_poor = torch.zeros_like(count, dtype=torch.bool)
+    # The decimal that was written: 0.29 of 100 completions are 29, not 28.999…
+    is_poor[mean.argsort(stable=True)[: int(Fraction(str(drop)) * len(count))]] = True
+    return is_poor[place]
 
 
 def paced_weights(is_correct: Tensor, num_samples: int) -> Tensor:

@@ -269,6 +269,11 @@ class SelectKDWeighting:
     outside: float = 0.01
     """Weight of the other tokens, at least 0."""
 
+    def __post_init__(self) -> None:
+        require(
+            self.outside >= 0, "weighting.outside", "at least 0", self.outside, "0.01 is usual."
+        )
+
 
 @dataclass(frozen=True)
 class FireWeighting:

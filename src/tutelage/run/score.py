@@ -133,7 +133,7 @@ def score(config: Config, request: ScoreRequest) -> Scores:
         with parts.teacher.awake(), torch.no_grad():
             view = parts.teacher.view(parts.teacher.read(here))
             tables.append(parts.student(here, view, extras=extras))
-    stats = TokenStats.cat(tables)
+    stats = TokenStats.unstack(TokenStats.cat(tables).stack().cpu(), extras)
     completion = torch.cat([batch.completion for batch in batches])
     position = torch.cat([batch.position for batch in batches])
     tokens = torch.cat([batch.tokens for batch in batches]).tolist()

@@ -1,0 +1,82 @@
+"""Extra statistics of a row against their definitions, computed row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import reference
+from tutelage.core import EXTRAS, LazyLogits, composite_objective, token_stats
+from tutelage.core.terms import ReverseKL
+
+Make = Callable[..., Any]
+DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+SIZES = [3, 11, 60]  # fewer ids than the top 5, than the top 16, and more than both
+
+
+def expected_extras(pair: Any) -> dict[str, torch.Tensor]:
+    z, teacher = (head.logits() for head in pair.reference)
+    rows = [reference.extras(a, b) for a, b in zip(z, reference.log_softmax(teacher), strict=True)]
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in EXTRAS}
+
+
+def total_difference(pair: Any) -> torch.Tensor:
+    """Σ|q − p| of every row."""
+    p, q = (reference.log_softmax(head.logits()).exp() for head in pair.reference)
+    return (p - q).abs().sum(-1)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), DTYPES)
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("spread", [0.4, 1.0, 1.6])
+def test_extras_equal_their_definitions(
+    make_pair: Make, vocab_size: int, spread: float, dtype: torch.dtype, limit: float
+) -> None:
+    pair = make_pair(rows=9, vocab_size=vocab_size, spread=spread, dtype=dtype, has_bias=True)
+    expected = expected_extras(pair)
+    tokens = torch.zeros(9, dtype=torch.long)
+    chunk_bytes = 4 * 2 * vocab_size * dtype.itemsize
+    stats = token_stats(pair.student, pair.teacher, tokens, chunk_bytes, tuple(EXTRAS))
+    learned = composite_objective(
+        pair.student, pair.teacher, [(ReverseKL(), 1.0)], extras=tuple(EXTRAS)
+    )
+    assert set(stats.extras) == set(learned.extras) == set(EXTRAS)
+    for name, values in expected.items():
+        # A share of Σ|q − p| is as uncertain as the difference of two nearly equal numbers.
+        weight = total_difference(pair) if name == "head_share" else torch.ones(9)
+        scale = values.abs().max().clamp(min=1e-300)
+        for found in (stats.extras[name], learned.extras[name]):
+            assert float((weight * (found - values)).abs().max() / scale) <= limit, name
+
+
+def test_the_order_of_names_is_kept_and_others_are_refused(make_pair: Make) -> None:
+    pair = make_pair()
+    names = ("head_share", "gradient_norm")
+    stats = token_stats(pair.student, pair.teacher, torch.zeros(7).long(), extras=names)
+    assert tuple(stats.extras) == tuple(stats[torch.tensor([1, 2])].extras) == names
+    with pytest.raises(ValueError, match=r"extras must be among .*got 'gradient'"):
+        token_stats(pair.student, pair.teacher, torch.zeros(7).long(), extras=["gradient"])
+
+
+def test_extras_of_equal_distributions() -> None:
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).double()
+    lazy = LazyLogits(logits, torch.eye(30, dtype=torch.float64))
+    found = token_stats(lazy, lazy, torch.zeros(4).long(), extras=tuple(EXTRAS)).extras
+    for name, value in (("gradient_norm", 0), ("local_oracle", 0), ("top_divergence", 0)):
+        assert found[name].tolist() == [value] * 4
+    assert found["head_share"].tolist() == [0.5] * 4
+    assert found["is_in_teacher_top5"].tolist() == [1] * 4
+    assert found["compatibility"].tolist() == found["teacher_top_mass"].tolist()
+
+
+def test_the_head_ends_with_the_id_that_reaches_half_of_the_mass() -> None:
+    """0.4, 0.3, 0.2, 0.1: the head is the first two; student mass sits on the last."""
+    q = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
+    p = torch.tensor([[0.2, 0.2, 0.2, 0.4]], dtype=torch.float64)
+    eye = torch.eye(4, dtype=torch.float64)
+    pair = LazyLogits(p.log(), eye), LazyLogits(q.log(), eye)
+    found = token_stats(*pair, torch.tensor([0]), extras=["head_share"]).extras["head_share"]
+    assert found.item() == pytest.approx((0.2 + 0.1) / (0.2 + 0.1 + 0.3))
