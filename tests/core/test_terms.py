@@ -94,7 +94,7 @@ def test_a_term_equals_the_reference(
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_term_equals_the_reference_on_peaked_rows(make_pair: Make, name: str) -> None:
-    """Probabilities down to e^-40: nothing overflows, nothing drowns."""
+    """Probabilities down to e^-55: nothing overflows, nothing drowns."""
     term, function = TERMS[name]
     pair = make_pair(vocab_size=VOCAB, spread=2.0)
     assert_parity(pair, [(term, function, PER_ROW)], 1e-10)

@@ -62,7 +62,7 @@ def selectkd_weights(stats: TokenStats, outside: float = 0.01) -> Tensor:
     Source: SelectKD's acceptance rule.
     """
     is_in = stats.extras["is_in_teacher_top5"] > 0
-    return torch.where(is_in, 1.0, outside).to(stats.entropy.dtype)
+    return torch.full_like(stats.entropy, outside).masked_fill(is_in, 1.0)
 
 
 def fire_weights(stats: TokenStats, completion: Tensor, drop: float = 0.2) -> Tensor:

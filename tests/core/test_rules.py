@@ -1,0 +1,172 @@
+"""Scores of every selection rule against a plain reading of their definitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from tutelage.core import (
+    EXTRAS,
+    NORMALIZATIONS,
+    RULES,
+    TokenStats,
+    importance,
+    select_tokens,
+    token_stats,
+)
+
+Make = Callable[..., Any]
+ROWS = 40
+
+
+def expected_scores(
+    rule: str, rows: dict[str, list[float]], uniform: list[float], position: list[int], method: str
+) -> list[float]:
+    """The score of every row, from columns of plain numbers."""
+    base = (rows["entropy"], rows["reverse_kl"], rows["forward_kl"], uniform, method)
+    match rule:
+        case "soft_or_sample":
+            noise = [-math.log(-math.log(u)) for u in uniform]
+            soft_or = reference.scores("soft_or", *base)
+            return [log(s) + g for s, g in zip(soft_or, noise, strict=True)]
+        case "forward_divergence":
+            return rows["forward_kl"]
+        case "first_n":
+            return [-float(t) for t in position]
+        case "teachability":
+            return [d * c for d, c in zip(*map(robust, teachable(rows)), strict=True)]
+        case "gradient_norm" | "local_oracle":
+            return rows[rule]
+    return reference.scores(rule, *base)
+
+
+def log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def teachable(rows: dict[str, list[float]]) -> tuple[list[float], list[float]]:
+    return rows["top_divergence"], rows["compatibility"]
+
+
+def robust(x: list[float]) -> list[float]:
+    """5 % and 95 % quantiles to 0 and 1."""
+    return reference.clipped_minmax(x, float(np.quantile(x, 0.05)), float(np.quantile(x, 0.95)))
+
+
+def reference_rows(pair: Any) -> dict[str, list[float]]:
+    """Columns of statistics, computed without the package."""
+    z, teacher = (head.logits() for head in pair.reference)
+    log_p, log_q = reference.log_softmax(z), reference.log_softmax(teacher)
+    rows = {
+        "entropy": reference.entropy(log_p).tolist(),
+        "reverse_kl": reference.reverse_kl(log_p, log_q).tolist(),
+        "forward_kl": reference.forward_kl(log_p, log_q).tolist(),
+    }
+    extras = [reference.extras(a, b) for a, b in zip(z, log_q, strict=True)]
+    return rows | {name: [row[name] for row in extras] for name in EXTRAS}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("method", NORMALIZATIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_scores_equal_their_definitions_from_logits_on(
+    make_pair: Make, rule: str, method: str, dtype: torch.dtype, limit: float
+) -> None:
+    pair = make_pair(rows=ROWS, vocab_size=30, dtype=dtype)
+    uniform = torch.rand(ROWS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    position = torch.arange(ROWS) % 13
+    stats = token_stats(
+        pair.student, pair.teacher, torch.zeros(ROWS).long(), extras=RULES[rule].extras
+    )
+    found = importance(stats, rule, method, uniform, position)
+    expected = torch.tensor(
+        expected_scores(rule, reference_rows(pair), uniform.tolist(), position.tolist(), method),
+        dtype=torch.float64,
+    )
+    assert (torch.isfinite(found) == torch.isfinite(expected)).all()
+    usable = torch.isfinite(expected)
+    size = expected[usable].abs().max().clamp(min=1e-300)
+    assert float((found - expected)[usable].abs().max() / size) <= limit
+
+
+@pytest.mark.parametrize("scope", ["completion", "batch"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_keeps_what_the_reference_keeps(rule: str, scope: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    table = torch.rand(6 + len(EXTRAS), ROWS, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(ROWS, generator=generator, dtype=torch.float64)
+    group = torch.arange(ROWS) // 15
+    position = torch.arange(ROWS) % 15
+    stats = TokenStats.unstack(table, tuple(EXTRAS))
+    found = select_tokens(stats, group, rule, 0.29, scope, uniform=uniform, position=position)
+    rows = {name: column.tolist() for name, column in stats.extras.items()}
+    rows |= {
+        name: stats.__dict__[name].tolist() for name in ("entropy", "reverse_kl", "forward_kl")
+    }
+    score = expected_scores(rule, rows, uniform.tolist(), position.tolist(), "minmax_p98")
+    share = "1" if rule == "all" else "0.29"
+    groups = group.tolist() if scope == "completion" else [0] * ROWS
+    assert found.rows.tolist() == reference.kept(score, groups, share, [True] * ROWS)
+    assert (found.weights == 1).all()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    num_tokens=st.integers(1, 40),
+    rule=st.sampled_from(["first_n", "soft_or", "divergence"]),
+)
+def test_a_budget_in_tokens_is_exact(sizes: list[int], num_tokens: int, rule: str) -> None:
+    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    position = torch.cat([torch.arange(m) for m in sizes])
+    stats = TokenStats(*torch.rand(6, len(group), generator=torch.Generator().manual_seed(0)))
+    found = select_tokens(stats, group, rule, position=position, num_tokens=num_tokens)
+    counts = torch.bincount(group[found.rows], minlength=len(sizes)).tolist()
+    assert counts == [min(num_tokens, m) for m in sizes]
+    if rule == "first_n":
+        assert bool((position[found.rows] < num_tokens).all())
+
+
+def test_first_n_counts_positions_not_rows() -> None:
+    """Rows may lie in any order; the position decides."""
+    stats = TokenStats(*torch.rand(6, 4))
+    position = torch.tensor([3, 1, 0, 2])
+    found = select_tokens(stats, torch.zeros(4).long(), "first_n", position=position, num_tokens=2)
+    assert found.rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("rule", ["teachability", "gradient_norm", "local_oracle"])
+def test_bad_extras_are_never_kept_and_change_no_other_score(rule: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    table = torch.rand(6 + len(EXTRAS), 12, generator=generator, dtype=torch.float64)
+    good = TokenStats.unstack(table[:, 2:], tuple(EXTRAS))
+    table[6:, 0], table[6:, 1] = math.nan, math.inf
+    stats = TokenStats.unstack(table, tuple(EXTRAS))
+    found = select_tokens(stats, torch.zeros(12).long(), rule, 1.0)
+    assert found.rows.tolist() == list(range(2, 12))
+    assert found.num_nonfinite == 2
+    torch.testing.assert_close(found.importance[2:], importance(good, rule), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "teachability"}, r"rule 'teachability' needs token_stats\(..., extras="),
+        ({"rule": "local_oracle"}, r"needs token_stats\(..., extras=\('local_oracle',\)\)"),
+        ({"rule": "soft_or_sample"}, "draws at random and needs `uniform`"),
+        ({"rule": "first_n"}, "rule 'first_n' needs `position`"),
+        ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
+        ({"correct_sampling": True}, "correct_sampling needs a rule that samples, got 'soft_or'"),
+    ],
+)
+def test_refuses_what_it_cannot_do(arguments: dict[str, object], message: str) -> None:
+    stats = TokenStats(*torch.rand(6, 3))
+    with pytest.raises(ValueError, match=message):
+        select_tokens(stats, torch.zeros(3).long(), **arguments)  # type: ignore[arg-type]
