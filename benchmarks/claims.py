@@ -23,7 +23,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from claims_design import (
@@ -122,6 +122,7 @@ def sensitivity(records: list[Record], design: Design, rate: float) -> dict[str,
         found[str(factor)] = {
             arm: as_list(table.interval("overconfident", arm, "mean"))
             for arm in design.sensitivity_arms
+            if table.has("overconfident", arm)
         }
     return found
 
@@ -138,19 +139,29 @@ def machine() -> dict[str, Any]:
     }
 
 
+def core_minutes(records: list[Record]) -> float:
+    """What the cells cost: each group's median times its size, so that a pause does not count."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        groups.setdefault((record["kind"], record["setting"]), []).append(record["seconds"])
+    return sum(median(seconds) * len(seconds) for seconds in groups.values()) / 60
+
+
 def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
     """Everything the page is made from."""
     rate, grid = tuned_rate(records, design)
     work = [*tuning_cells(design), *cells(design, rate)]
-    found = [records[cell.key] for cell in work]
+    found = [records[cell.key] for cell in work if cell.key in records]
+    missing = {f"{c.setting}/{c.arm} at {c.learning_rate:g}" for c in work if c.key not in records}
     table = Table(found, design.seeds, rate)
     worth = correlations(table)
     return {
         "environment": machine(),
         "design": as_table(design),
         "learning_rate": {"chosen": rate, "mean_at_8": grid, "seeds": TUNING_SEEDS},
+        "not_run": sorted(missing),
         "commits": sorted({str(record["commit"]) for record in found}),
-        "core_minutes": sum(record["seconds"] for record in found) / 60,
+        "core_minutes": core_minutes(found),
         "claims": judge(table, worth),
         "arms": summary(table, design),
         "sensitivity": sensitivity(found, design, rate),

@@ -157,23 +157,20 @@ _SCARCE_ARMS = (
     *("soft_or-50", "soft_or-10", "soft_or_sample-50", "q3-10", "divergence-10"),
     *("eopd", "opd_sampled", "eopd_sampled"),
 )
-_COLLAPSED_ARMS = (
-    *("all", *_EOPD_ARMS, "eopd_sampled_tail"),
-    *("random-50", "soft_or-50", "random-10", "q3-10"),
-)
+_COLLAPSED_ARMS = ("all", *_EOPD_ARMS, "eopd_sampled_tail")
 _CLAIMED_RULES = ("random", "entropy", "entropy_sample", "soft_or", "soft_or_sample")
 
 FULL = Design(
     name="full",
     seeds=(1, 2, 3, 4, 5),
-    sensitivity_seeds=(1, 2, 3),
+    sensitivity_seeds=(1, 2),
     num_problems=128,
     num_probe_tokens=150,
     arms={
         "overconfident": ("all", *(n for n in ARMS if n not in ("all", "eopd_sampled_tail"))),
-        "collapsed": _COLLAPSED_ARMS,
         "scarce": _SCARCE_ARMS,
-        "small": ("all", "random-50", "soft_or-50", "q3-10", "eopd"),
+        "collapsed": _COLLAPSED_ARMS,
+        "small": ("all", "q3-10", "eopd"),
     },
     sensitivity_arms=("all", "entropy_sample-50", "random-10", "entropy-10", "soft_or-10", "q3-10"),
 )

@@ -83,8 +83,8 @@ def _forest(axes: Axes, comparisons: Sequence[dict[str, Any]]) -> None:
 def worth(results: dict[str, Any], claim: dict[str, Any]) -> Figure:
     """Correlation of every score with a token's worth, and the comparisons judged."""
     figure = Figure(figsize=(9.0, 6.5))
-    upper, lower = figure.add_gridspec(2, 1, height_ratios=(1.2, 1), hspace=0.45)
-    axes = figure.add_subplot(upper)
+    ratios = {"height_ratios": (1.2, 1), "hspace": 0.45}
+    axes, lower = figure.subplots(2, 1, gridspec_kw=ratios)
     table = results["token_worth"]
     columns = [f"{t}_{k}" for t in ("decrease", "gradient") for k in ("spearman", "pearson")]
     for shift, column in enumerate(columns):
@@ -101,7 +101,7 @@ def worth(results: dict[str, Any], claim: dict[str, Any]) -> Figure:
     axes.set_xlabel("correlation with what a token is worth")
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _tidy(axes)
-    _forest(figure.add_subplot(lower), claim["comparisons"])
+    _forest(lower, claim["comparisons"])
     return figure
 
 

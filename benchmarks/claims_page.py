@@ -101,6 +101,8 @@ def _introduction(results: dict[str, Any]) -> str:
             "\n\n**This is the quick check: too few seeds for verdicts that mean anything.** Run "
             "`make claims` for the real one."
         )
+    if results["not_run"]:
+        note += "\n\nNot run, or not with every seed: " + ", ".join(results["not_run"]) + "."
     return (
         "Claims of two papers, TIP (token selection, T1 to T6) and EOPD (entropy-gated forward KL, "
         "E1 to E5), tested with seeds, controls and intervals. This page is generated from "
@@ -191,8 +193,7 @@ def _sensitivity(results: dict[str, Any]) -> str:
     rate, grid = results["learning_rate"]["chosen"], results["learning_rate"]["mean_at_8"]
     heads = ["arm", *(f"rate × {float(factor):g}" for factor in found)]
     rows = [
-        [f"`{arm}`", *(unsigned([100 * x for x in arms[arm]], 1) for arms in found.values())]
-        for arm in next(iter(found.values()))
+        [f"`{arm}`", *(_percent(arms.get(arm)) for arms in found.values())] for arm in found["1.0"]
     ]
     tried = ", ".join(f"{key}: {100 * mean:.1f} %" for key, mean in grid.items())
     return (
@@ -201,6 +202,10 @@ def _sensitivity(results: dict[str, Any]) -> str:
         f"{tried}. Chosen: {rate:g}. mean@8 in % at half, once and double that rate "
         f"({len(results['design']['sensitivity_seeds'])} seeds):\n\n{table(heads, rows)}"
     )
+
+
+def _percent(triple: Sequence[float] | None) -> str:
+    return "" if triple is None else unsigned([100 * x for x in triple], 1)
 
 
 def _provenance(results: dict[str, Any]) -> str:
