@@ -58,13 +58,18 @@ def main() -> None:
     config = load_config(ROOT / "configs" / "ledger.toml")
     console.rule("1. An overconfident student learns from its own completions")
     result = run(config, "demo")
+    if not result.is_finished:
+        return
     tokens, seconds = totals(result.folder)
     console.print(f"{tokens:,} tokens trained; seconds: {seconds}")
     exported = measure(str(result.folder / "student"), config)[0]
     console.print(f"the exported student, loaded again: mean@8 {as_percent(exported)}")
 
     console.rule(f"2. Which tokens teach? {RULES_STEPS} steps each, same start, same prompts")
-    console.print(table([arm(config, rule) for rule in RULES]))
+    arms = [arm(config, rule) for rule in RULES]
+    if None in arms:
+        return
+    console.print(table([row for row in arms if row is not None]))
     console.print(CAVEAT)
     console.rule(f"done in {time.monotonic() - start:.0f} s")
     console.print(f"report:  {write_report(result.folder)}")
@@ -72,7 +77,7 @@ def main() -> None:
 
 
 def run(config: Config, name: str, is_quiet: bool = False) -> RunResult:
-    """Train from scratch: what an earlier demo left behind is removed."""
+    """Train from scratch: what an earlier demo left behind is removed, stopped or not."""
     shutil.rmtree(run_folder(config, name), ignore_errors=True)
     if is_quiet:
         return train(config, name, say=lambda _: None)
@@ -80,13 +85,15 @@ def run(config: Config, name: str, is_quiet: bool = False) -> RunResult:
         return train(config, name, say=reporter.say, on_step=reporter.on_step)
 
 
-def arm(config: Config, rule: SelectionConfig) -> Arm:
-    """Train under one rule and measure the student, without evaluations in between."""
+def arm(config: Config, rule: SelectionConfig) -> Arm | None:
+    """Train under one rule and measure the student; None when it was stopped."""
     quiet = replace(config.evaluation, num_problems=0)
     config = replace(config, num_steps=RULES_STEPS, selection=rule, evaluation=quiet)
     name = rule.rule if isinstance(rule, AllTokens) else f"{rule.rule} {rule.keep:.0%}"
     with console.status(name):
         result = run(config, "demo-rule", is_quiet=True)
+    if not result.is_finished:
+        return None
     mean, passing = measure(str(result.folder / "student"), config)
     return Arm(name, totals(result.folder)[0], kept_kl_share(result.folder), mean, passing)
 

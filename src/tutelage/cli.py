@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
                        help="continue although this key of the configuration changed")  # fmt: skip
     train.add_argument("--json", action="store_true", help="print every step as a JSON line")
-    _model_arguments(command("eval", _eval, "Measure mean@k and pass@k on held-out prompts."))
-    _model_arguments(command("sample", _sample, "Print completions of held-out prompts."))
+    _model_arguments(command("eval", _eval, "Measure mean@k and pass@k, on the ledger or a file."))
+    _model_arguments(command("sample", _sample, "Print completions of ledger prompts or a file."))
     score = command("score", _score, "Write statistics of every token, without training.")
     _config_arguments(score)
     score.add_argument("--num-prompts", type=int, default=8, help="prompts to score (default 8)")
@@ -136,7 +136,11 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, .gguf file, package:NAME/folder, or hub id")
-    parser.add_argument("--prompts", metavar="FILE", help="JSONL prompts (default: ledger task)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSONL prompts (default: ledger)",
+    )
     parser.add_argument("--grader", choices=("none", "number", "exact"), default="number",
                         help="how answers of --prompts are compared (default number)")  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="use the model's chat template")
@@ -240,7 +244,7 @@ def _inspection(arguments: argparse.Namespace) -> Any:
 def _score(arguments: argparse.Namespace) -> int:
     from tutelage.run.score import ScoreRequest, score
 
-    rules = tuple(rule for rule in arguments.rules.split(",") if rule)
+    rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
     request = ScoreRequest(arguments.num_prompts, rules, arguments.keep, arguments.completions)
     scores = score(_load(arguments), request)
     if arguments.out == "-":

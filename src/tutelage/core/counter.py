@@ -56,5 +56,5 @@ def counter_uniform(seed: tuple[int, ...], *counters: Tensor) -> Tensor:
         state = splitmix64(state ^ part)
     for counter in counters:
         state = splitmix64(state ^ counter)
-    # Centred in their cell, so that neither 0 nor 1 can occur.
-    return random_bits(state) + 0.5**54
+    # The middle of one of 2**52 cells: neither 0 nor 1 can occur, not even by rounding.
+    return (_shift_right(state, 12).double() + 0.5) * 0.5**52

@@ -78,6 +78,8 @@ class LazyLogits:
     def block(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Logits of rows `start:stop`, `[stop − start, V]`, written into `out` when it is given."""
         hidden = self.hidden[start:stop]
+        if out is None and torch.is_grad_enabled() and _needs_grad(hidden, self.weight, self.bias):
+            return self._differentiable(hidden)
         if out is None:
             out = torch.empty(
                 len(hidden), self.vocab_size, dtype=self.dtype, device=self.hidden.device
@@ -95,3 +97,20 @@ class LazyLogits:
         if self.swap is not None:
             out[:, list(self.swap)] = out[:, list(reversed(self.swap))]
         return out
+
+    def _differentiable(self, hidden: Tensor) -> Tensor:
+        """The same logits as an ordinary part of the autograd graph."""
+        logits = (hidden @ self.weight.t().to(hidden.dtype)).to(self.dtype)
+        logits = logits if self.bias is None else logits + self.bias
+        logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.swap is None:
+            return logits
+        order = torch.arange(self.vocab_size, device=logits.device)
+        order[list(self.swap)] = order[list(reversed(self.swap))]
+        return logits[:, order]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from tutelage.core import TokenStats
 from tutelage.data.batch import micro_batches
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
@@ -125,13 +125,12 @@ def held_out_reverse_kl(
     pad_id: int,
     micro_batch_size: int,
 ) -> float | None:
-    """Mean reverse KL in nats over all completion tokens of rollouts; None if there are none."""
+    """Mean reverse KL in nats over all completion tokens; None without tokens or if infinite."""
     total, count = 0.0, 0
-    for batch in micro_batches(rollouts, micro_batch_size, pad_id):
-        batch = batch.to(student.model.device)
-        with teacher.awake(), torch.no_grad():
-            stats = student(batch, teacher.view(teacher.read(batch)))
-        assert isinstance(stats, TokenStats)
-        total += float(stats.reverse_kl.double().sum())
-        count += batch.num_rows
-    return total / count if count else None
+    with teacher.awake(), torch.no_grad():
+        for batch in micro_batches(rollouts, micro_batch_size, pad_id):
+            here = batch.to(student.model.device)
+            stats = student(here, teacher.view(teacher.read(here)))
+            total += float(stats.reverse_kl.double().sum())
+            count += batch.num_rows
+    return total / count if count and math.isfinite(total) else None

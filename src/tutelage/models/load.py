@@ -80,7 +80,7 @@ def resolve_model(ref: str) -> ResolvedModel:
     # os.path.exists: a name too long for the file system is absent, not an error
     if ref and (os.path.exists(path) or ref.endswith(".gguf")):
         return _resolve_path(ref, path)
-    if _HUB_ID.fullmatch(ref):
+    if _HUB_ID.fullmatch(ref) and "/" in ref:
         return ResolvedModel(ref, ref, is_local=False)
     raise ModelError(
         f"model {ref!r} does not exist. Give a folder, a .gguf file, package:NAME/folder or a "

@@ -8,6 +8,7 @@ other prompts share its batch, on their order, or on how many tokens were drawn 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,12 +138,16 @@ def _jobs(
     seed: tuple[int, ...],
     enable_thinking: bool | None,
 ) -> list[_Job]:
-    encoded = [tuple(encode_prompt(tokenizer, p, enable_thinking)) for p in prompts]
-    return [
-        _Job(i * num_samples + s, prompt, s, ids, _key(seed, prompt.id, s))
-        for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True))
-        for s in range(num_samples)
-    ]
+    jobs: list[_Job] = []
+    seen: Counter[str] = Counter()
+    for prompt in prompts:
+        ids = tuple(encode_prompt(tokenizer, prompt, enable_thinking))
+        # A prompt that comes again in the same step draws further samples, not the same ones.
+        first = seen[prompt.id] * num_samples
+        seen[prompt.id] += 1
+        for s in range(num_samples):
+            jobs.append(_Job(len(jobs), prompt, s, ids, _key(seed, prompt.id, first + s)))
+    return jobs
 
 
 class _Decoder:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Student(nn.Module):
     """The student and its loss in one module.
 
-    Because the loss is computed inside `forward`, wrappers that gather parameters there (DDP,
-    FSDP2) see one ordinary module and nothing special is needed for the head.
+    Because the loss is computed inside `forward`, a wrapper such as DDP sees one ordinary module
+    and nothing special is needed for the head.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Teacher:
     """A frozen model whose reading of a batch is D numbers a token, not V.
 
-    With `offload` the backbone lives in main memory outside `awake()`; only its head stays on
-    the device, because the objective projects the kept rows there. `swap` trades two ids of its
-    vocabulary: its stop token and the student's.
+    With `offload` the model lives in main memory outside `awake()`, and `view` brings its head to
+    the device for each micro-batch. `swap` trades two ids of its vocabulary: its stop token and
+    the student's.
     """
 
     def __init__(

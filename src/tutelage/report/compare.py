@@ -93,8 +93,11 @@ def compare_runs(runs: Sequence[Path]) -> Comparison:
     ]
     differences = []
     for name, record in zip(names[1:], records[1:], strict=True):
-        difference = _difference(records[0], names[0], record, name)
-        if difference is None:
+        unlike = _unlike_measurements(records[0], record)
+        difference = None if unlike else _difference(records[0], names[0], record, name)
+        if unlike:
+            notes.append(f"{name} measured otherwise ({', '.join(unlike)}): no paired difference.")
+        elif difference is None:
             notes.append(f"{name} shares no saved verdicts with {names[0]}: no paired difference.")
         else:
             differences.append(difference)
@@ -146,6 +149,14 @@ def _differing_config(records: Sequence[RunRecord]) -> dict[str, tuple[str | Non
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: tuple(config.get(key) for config in configs) for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
+
+
+def _unlike_measurements(baseline: RunRecord, record: RunRecord) -> list[str]:
+    """Keys by which two runs measured different problems, or the same ones differently."""
+    free = ("evaluation.every", "evaluation.num_problems", "evaluation.teacher")
+    differing = _differing_config([baseline, record])
+    measured = [key for key in differing if key.startswith(("data.", "evaluation."))]
+    return [key for key in measured if key not in free]
 
 
 def _difference(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
 from tutelage.run.method import AllTokens, FirstTokens
-from tutelage.run.setup import build
+from tutelage.run.setup import build, warnings_of
 from tutelage.run.train import run_folder
 
 
@@ -40,15 +40,5 @@ def check(config: Config, name: str) -> Iterator[str]:
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
-    if is_filtered(config):
-        yield (
-            "warning: completions are not drawn from the distribution that is trained "
-            "(temperature, top_p or top_k differ from 1, 1, 0)"
-        )
+    yield from (f"warning: {line}" for line in warnings_of(config))
     yield f"folder: {run_folder(config, name)} on {parts.device}"
-
-
-def is_filtered(config: Config) -> bool:
-    """Whether sampling differs from the distribution that the objective trains."""
-    sampling = config.sampling
-    return (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0)

@@ -28,7 +28,7 @@ class StudentConfig:
     model: str
     """Folder, .gguf file, package:NAME/folder, or hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights and of the forward pass."""
+    """Dtype of weights, updates and forward pass; bfloat16 rounds small updates away."""
     num_layers: int | None = None
     """Depth to prune the model to before training; None keeps all layers."""
 
@@ -55,7 +55,7 @@ class LedgerData:
     __pydantic_config__ = STRICT
     kind: Literal["ledger"] = "ledger"
     num_items: int = 5
-    """Sums in a prompt, 1 to 9; the shipped models know 5."""
+    """Sums in a prompt, 1 to 16; the shipped models know 5."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,10 @@ class EvaluationConfig:
         for name, least in (("num_problems", 0), ("every", 0), ("num_samples", 1)):
             value = self.__dict__[name]
             require(value >= least, f"evaluation.{name}", f"at least {least}", value, "Raise it.")
+        temperature, top_p = self.temperature, self.top_p
+        is_warm = 0 <= temperature < float("inf")
+        require(is_warm, "evaluation.temperature", "at least 0", temperature, "0 is greedy.")
+        require(0 < top_p <= 1, "evaluation.top_p", "in (0, 1]", top_p, "1.0 keeps every token.")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._take_lock()
+            for remnant in self.path.glob(".*.tmp"):  # of a process that died while it wrote
+                shutil.rmtree(remnant) if remnant.is_dir() else remnant.unlink()
         except OSError as error:
             raise RunError(
                 f"run folder {self.path} cannot be written: {error.strerror}. "
@@ -170,6 +173,8 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Commit of the checkout this package runs from; None for an installed wheel."""
+    if "site-packages" in Path(__file__).parts:
+        return None  # git would answer for whatever repository the environment lies in
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"],

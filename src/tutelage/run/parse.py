@@ -93,6 +93,11 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return sorted(key for key in keys if key not in SAFE_KEYS)
 
 
+def flat_keys(table: dict[str, Any]) -> list[str]:
+    """Dotted names of all values of a nested table."""
+    return [key for key, _ in _flat(table)]
+
+
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, dict):

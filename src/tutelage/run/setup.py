@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.data.batch import Batch
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, ModelError
+from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.prune import prune_layers
 from tutelage.models.student import Student
@@ -75,6 +77,38 @@ def _student(config: Config, saved: str | None, teacher: PreTrainedModel) -> Pre
     return model if start.num_layers is None else prune_layers(model, start.num_layers)
 
 
+def warnings_of(config: Config) -> list[str]:
+    """What a user should know before the run: legal settings that seldom do what is meant."""
+    sampling, found = config.sampling, []
+    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+        found.append(
+            "completions are not drawn from the distribution that is trained "
+            "(sampling.temperature, top_p or top_k differ from 1, 1, 0)"
+        )
+    if config.student.dtype == "bfloat16":
+        found.append(
+            "bfloat16 weights round away updates below about 1/256 of a weight; "
+            "use float32, or a learning rate of 1e-4 and more"
+        )
+    return found
+
+
+def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
+    """Refuses an architecture whose logits are more than its head says (unknown multipliers)."""
+    ids = torch.arange(4, device=model.device)[None] % vocab_size
+    place = torch.arange(4, device=model.device)
+    batch = Batch(ids, torch.ones_like(ids), place[None], place, ids[0], ids[0] * 0, place)
+    with torch.no_grad():
+        ours = head(model, hidden_rows(model, batch), vocab_size).block(0, 4)
+        theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].to(ours)
+    gap, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    if gap > 0.02 * max(size, 1e-6):
+        raise ModelError(
+            f"the {who}'s logits are not its head times its hidden states: {type(model).__name__} "
+            f"differs by {gap:.3g} of {size:.3g}. This architecture is not supported yet."
+        )
+
+
 def build(config: Config, student_model: str | None = None) -> Parts:
     """Load both models, shake hands over their tokenizers and build the task.
 
@@ -100,6 +134,9 @@ def build(config: Config, student_model: str | None = None) -> Parts:
         student.get_output_embeddings().weight.shape[0],
         teacher.get_output_embeddings().weight.shape[0],
     )
+    _check_head(student, "student", vocab_size)
+    if not config.teacher.offload:  # half precision on the CPU may lack kernels
+        _check_head(teacher, "teacher", vocab_size)
     return Parts(
         Student(student, vocab_size),
         Teacher(

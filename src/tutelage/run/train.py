@@ -7,12 +7,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from tutelage.errors import ConfigError, RunError
 from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl
@@ -22,8 +24,8 @@ from tutelage.models.tokenizers import decode, pad_id
 from tutelage.run.checkpoint import list_checkpoints, load_optimizer, save_checkpoint
 from tutelage.run.config import Config, OptimizerConfig
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
-from tutelage.run.parse import changed_keys, fingerprint, to_table
-from tutelage.run.setup import Parts, build, pick_device
+from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
+from tutelage.run.setup import Parts, build, pick_device, warnings_of
 from tutelage.run.step import Step
 
 _EVALUATION_SEED = 424242
@@ -74,11 +76,14 @@ def train(
     Raises:
         TutelageError: whatever a user can mend.
     """
-    accelerator = Accelerator(cpu=pick_device(config.device).type == "cpu")
+    # The main process evaluates alone while the others wait for its next gradient.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    is_cpu = pick_device(config.device).type == "cpu"
+    accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
     folder = RunFolder(run_folder(config, name), accelerator.is_main_process)
     folder.open()
     try:
-        with _stop_requested() as stop:
+        with _stop_requested(say) as stop:
             return _Run(config, folder, accelerator, allow_change, say, on_step).go(stop)
     finally:
         folder.close()
@@ -114,8 +119,10 @@ class _Run:
     def go(self, stop: _Stop) -> RunResult:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
         num_steps, done = self.config.num_steps, self.first_step - 1
+        for line in warnings_of(self.config):
+            self.say(f"warning: {line}")
         if self._is_evaluation_due(done) and not self.folder.has_evaluation(done):
-            self._evaluate(done)
+            self._evaluate(done, stop)
         while done < num_steps and not self._any_process(stop):
             done += 1
             self._set_learning_rate(done)
@@ -125,12 +132,12 @@ class _Run:
                 self.on_step(metrics)
             if self._any_process(stop) or self._is_due(done, self.config.checkpoint_every):
                 self._save(done)
-            if self._is_evaluation_due(done):
-                self._evaluate(done)
+            if self._is_evaluation_due(done) and not stop:
+                self._evaluate(done, stop)
         if done < num_steps:
             self.say(f"stopped after step {done}; the same command continues from there")
             return RunResult(self.folder.path, done, False, self.folder.is_writer)
-        if not (self.folder.path / "student").exists():
+        if done >= self.first_step or not (self.folder.path / "student").exists():
             self._export()
         return RunResult(self.folder.path, done, True, self.folder.is_writer)
 
@@ -143,6 +150,9 @@ class _Run:
 
     def _refuse_another_run(self, allow_change: tuple[str, ...]) -> None:
         old = self.folder.read_manifest()
+        unknown = set(allow_change) - set(flat_keys(to_table(self.config)))
+        if unknown:
+            raise ConfigError(f"--allow-change {min(unknown)!r} is no key of the configuration.")
         if old is None:
             return
         changed = changed_keys(old["config"], to_table(self.config))
@@ -198,7 +208,7 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, stop: _Stop) -> None:
         """The main process evaluates; the others wait for it at the next gradient."""
         settings = self.config.evaluation
         if not settings.num_problems or not self.accelerator.is_main_process:
@@ -212,7 +222,8 @@ class _Run:
             self.config.micro_batch_size,
         )
         self._record("student", step, student, kl)
-        if step == 0 and settings.teacher:
+        is_graded = student.mean_at_k is not None
+        if step == 0 and settings.teacher and is_graded and not stop:
             with self.parts.teacher.awake():
                 teacher = self._evaluate_model("teacher", self.parts.teacher.model, step)
             self._record("teacher", step, teacher, None)
@@ -330,7 +341,7 @@ class _Stop:
 
 
 @contextmanager
-def _stop_requested() -> Iterator[_Stop]:
+def _stop_requested(say: Say) -> Iterator[_Stop]:
     """The first SIGINT or SIGTERM asks to stop after the step; a second one interrupts at once."""
     stop = _Stop()
 
@@ -338,6 +349,7 @@ def _stop_requested() -> Iterator[_Stop]:
         if stop.is_set:
             raise KeyboardInterrupt
         stop.is_set = True
+        say("stopping after this step; once more to stop at once")
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
