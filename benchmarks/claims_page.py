@@ -40,6 +40,10 @@ fewer tokens train on fewer. Every arm is measured on the same {problems} held-o
 * **distinct**: different right completions per problem among 8.
 * **reverse KL, forward KL, entropy**: nats, means over the tokens of the student's own completions
   of the held-out problems; *high* forward KL: only where the teacher's entropy is at least 0.8.
+* **KL kept**: share of the batch's reverse KL on the kept tokens, mean over steps. Where it is
+  100 % at 50 %, rules differ only in which solved tokens they add.
+* **local_oracle** is a ratio of two numbers that both vanish on solved tokens; nothing keeps it
+  from ranking those first.
 * **Q3**: entropy at most 0.5 and reverse KL above 0.5 nats; kept share at the first step.
 * **Intervals** are 95 %, bootstrapped over seeds and problems at once ({seeds} seeds), or t where a
   figure has one number a seed. Differences are paired by seed and problem.
@@ -53,7 +57,8 @@ at least one is contradicted and none supported, and not supported otherwise."""
 SETTINGS = {
     "overconfident": "The main comparison.",
     "scarce": "The same student with so few prompts and steps that pass@8 cannot reach 1. (Longer "
-    "ledgers are no harder setting: the teacher, taught on at most five items, fails on six.)",
+    "ledgers are no harder setting: the teacher, taught on at most five items, fails on six.) "
+    "Four steps at the shared rate are few: an arm that ends below `start` did harm.",
     "collapsed": "A student that is right but knows one order of work, for the claims of EOPD.",
     "small": "A narrower student trained from scratch. On-policy distillation of this length does "
     "not improve it under any arm tried: a negative result, kept for that reason.",

@@ -19,6 +19,7 @@ PER_PROBLEM = (
     *("mean", "pass", "hidden_mean", "hidden_pass", "distinct"),
     *("reverse_kl", "forward_kl", "high_forward_kl", "entropy"),
 )
+SHARES = ("mean", "pass", "hidden_mean", "hidden_pass", "kl_kept", "q3_kept_first")
 PER_SEED = ("tokens_trained", "kl_kept", "q3_kept_first")
 WITH_RANDOM_CONTROL = (*(rule for rule in RULES if rule != "random"), "bottom")
 """Rules whose arms have a random arm of the same budget beside them."""
@@ -54,8 +55,11 @@ class Table:
         return torch.tensor([[r[metric]] for r in records], dtype=torch.float64)
 
     def interval(self, setting: str, arm: str, metric: str) -> Interval:
-        """Mean over seeds and problems."""
-        return mean_interval(self.values(setting, arm, metric))
+        """Mean over seeds and problems; the stretched interval of a share stays in [0, 1]."""
+        found = mean_interval(self.values(setting, arm, metric))
+        if metric not in SHARES:
+            return found
+        return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
 
     def difference(self, setting: str, a: str, b: str, metric: str) -> Interval:
         """Mean of a − b, paired by seed and problem."""
