@@ -251,11 +251,11 @@ def splitmix64(x: int) -> int:
 
 
 def counter_uniform(seed: Sequence[int], counters: Sequence[int]) -> float:
-    """One number of (0, 1): fold every integer into the state, take the top 53 bits."""
+    """One number of (0, 1): fold every integer into the state, take the middle of 2**52 cells."""
     state = 0
     for part in (*seed, *counters):
         state = splitmix64(state ^ (part & _MASK))
-    return ((state >> 11) + 0.5) / 2**53
+    return ((state >> 12) + 0.5) / 2**52
 
 
 def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
