@@ -27,7 +27,7 @@ SCORES = (
 """Rules whose scores are correlated with the value of a token; `random` is the control."""
 PROBE_PROMPTS = 24
 PROBE_RATE = 0.01
-"""Step size of the one-token gradient step: small enough for the decrease to be linear in it."""
+"""Step size of the one-token gradient step; it overshoots where a gradient's norm is above 30."""
 
 VOCABULARY = 100
 NUM_CATEGORICALS = 64
