@@ -162,10 +162,10 @@ def _token_worth(worth: dict[str, Any]) -> str:
         f"{worth['num_tokens']} tokens drawn at random from the first batches of all seeds. "
         "*decrease*: by how much the mean reverse KL of the whole batch falls after one "
         "gradient step (rate 0.01, no clipping) on that token alone. *gradient*: squared norm of "
-        "that gradient over all parameters. `random` is the control. Few of the tokens are in Q3, as few tokens are; "
-        "Pearson's correlation hangs on them. The rate turned out too large for the tokens with "
-        "the largest gradients: their step overshoots and raises the loss, so *decrease* says little "
-        "about small steps. The verdict on T6 would be the same without it.\n\n"
+        "that gradient over all parameters. `random` is the control. Few of the "
+        "tokens are in Q3, as few tokens are; Pearson's correlation hangs on them. The rate turned out too large for the tokens with "
+        "the largest gradients: their step overshoots and raises the loss, so *decrease* says "
+        "little about small steps. The verdict on T6 would be the same without it.\n\n"
         f"{table(heads, rows)}\n\nMean decrease by quadrant, nats: {quadrants}."
     )
 
