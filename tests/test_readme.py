@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
-NOT_RUN = ("make", "git", "pip", "cd")
+NOT_RUN = ("make", "git", "pip", "cd", "source")
 """Commands that would change more than a folder; their arguments are checked instead."""
 
 
