@@ -26,8 +26,6 @@ SCORES = (
 )
 """Rules whose scores are correlated with the value of a token; `random` is the control."""
 PROBE_PROMPTS = 24
-PROBE_RATE = 0.01
-"""Step size of the one-token gradient step; it overshoots where a gradient's norm is above 30."""
 
 VOCABULARY = 100
 NUM_CATEGORICALS = 64
@@ -58,9 +56,9 @@ def score(
 def probe(parts: Parts, config: Config, num_tokens: int) -> dict[str, Values]:
     """Scores of randomly drawn tokens of one batch, and what learning each of them alone gives.
 
-    For every token one plain gradient step of `PROBE_RATE` on its reverse KL is taken and undone;
-    `decrease` is by how much the mean reverse KL of the whole batch fell, `gradient` the squared
-    norm of that gradient over all parameters.
+    `gradient` is the squared norm of the gradient g of one token's reverse KL over all parameters.
+    `decrease` is g·G, G being the gradient of the batch's mean reverse KL: by how much that mean
+    falls, per unit of learning rate, in one small gradient step on the token alone.
     """
     prompts = parts.task.prompts(0, PROBE_PROMPTS, config.seed)
     seed = (config.seed, 1)
@@ -72,43 +70,33 @@ def probe(parts: Parts, config: Config, num_tokens: int) -> dict[str, Values]:
     drawn = uniform.argsort()[:num_tokens].sort().values
     noise = counter_uniform((config.seed, 3), completion, position)
     values = {rule: importance(stats, rule, uniform=noise)[drawn].tolist() for rule in SCORES}
-    loss = _loss(parts, rollouts)
     places = [(int(completion[i]), int(position[i])) for i in drawn.tolist()]
-    worth = [_worth(parts, rollouts, *place) for place in places]
+    whole = [(row, slice(None)) for row in range(len(rollouts))]
+    mean = sum(_token_gradient(parts, rollouts, *place) for place in whole) / len(stats)
+    gradients = (_token_gradient(parts, rollouts, *place) for place in places)
+    worth = [(float(g.square().sum()), float(g @ mean)) for g in gradients]
     cuts = config.quadrant_thresholds
     return {
         "tokens": {
             **values,
             "gradient": [gradient for gradient, _ in worth],
-            "decrease": [loss - after for _, after in worth],
+            "decrease": [decrease for _, decrease in worth],
             "quadrant": quadrants(stats.entropy, stats.reverse_kl, cuts)[drawn].tolist(),
         }
     }
 
 
-def _worth(
-    parts: Parts, rollouts: Sequence[Rollout], completion: int, position: int
-) -> tuple[float, float]:
-    """Squared gradient norm of one token, and the batch's loss after learning it alone."""
+def _token_gradient(
+    parts: Parts, rollouts: Sequence[Rollout], completion: int, position: int | slice
+) -> Tensor:
+    """Gradient of the reverse KL of some tokens of a completion over all parameters, float64."""
     student, teacher = parts.student, parts.teacher
     batch = collate([rollouts[completion]], pad_id(parts.tokenizer))
-    objective = student(batch, teacher.view(teacher.read(batch)), torch.tensor([position]))
+    rows = torch.arange(batch.num_rows)[position].reshape(-1)
+    objective = student(batch, teacher.view(teacher.read(batch)), rows)
     parameters = [p for p in student.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(objective.total, parameters)
-    before = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.sub_(gradient, alpha=PROBE_RATE)
-        after = _loss(parts, rollouts)
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(old)
-    norm = sum(float(g.double().square().sum()) for g in gradients)
-    return norm, after
-
-
-def _loss(parts: Parts, rollouts: Sequence[Rollout]) -> float:
-    """Mean reverse KL over all tokens, nats."""
-    return float(score(parts, rollouts)[0].reverse_kl.double().mean())
+    return torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
 def oscillation(seed: int) -> dict[str, float]:

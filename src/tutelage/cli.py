@@ -246,6 +246,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
     rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
     request = ScoreRequest(arguments.num_prompts, rules, arguments.keep, arguments.completions)
+    if arguments.out != "-" and Path(arguments.out).exists():
+        raise ConfigError(f"--out {arguments.out} exists and stays as it is. Name a new file.")
     scores = score(_load(arguments), request)
     if arguments.out == "-":
         for row in scores.rows():

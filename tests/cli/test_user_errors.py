@@ -359,3 +359,14 @@ def test_a_damaged_run_is_named_by_its_line(tmp_path: Path, trained: tuple[Path,
     refused("report", run)("metrics.jsonl", "line 1")
     (run / "metrics.jsonl").write_text(lines[0], encoding="utf-8")
     succeed("report", run, "--out", tmp_path / "mended.html")
+
+
+def test_scores_are_never_written_over(tmp_path: Path) -> None:
+    precious = tmp_path / "tokens.jsonl"
+    precious.write_text("precious")
+    refused("score", LEDGER, "--num-prompts", 1, "--out", precious)("exists and stays as it is")
+    assert precious.read_text() == "precious"
+
+
+def test_an_unknown_rule_to_score_is_refused_with_a_suggestion() -> None:
+    refused("score", LEDGER, "--rules", "sof_or")("'sof_or'", "'soft_or'?")

@@ -267,14 +267,19 @@ def test_a_wrong_method_is_refused_in_one_line(
 
 @pytest.mark.parametrize("kind", ["paced", "reward"])
 def test_weights_by_verdict_need_a_verdict_on_every_completion(kind: str) -> None:
-    config = parse_config(
-        {"student": {"model": "s"}, "teacher": {"model": "t"}, "weighting": {"kind": kind}}
-    )
+    table = {"student": {"model": "s"}, "teacher": {"model": "t"}, "weighting": {"kind": kind}}
+    config = parse_config({**table, "sampling": {"num_samples": 2}})
     stats = TokenStats(*torch.rand(6, 3))
     with pytest.raises(ConfigError) as caught:
         row_weights(config, stats, torch.tensor([0, 0, 1]), [True, None])
     assert f"weighting.kind = '{kind}' needs a verdict" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_paced_with_one_sample_would_train_on_nothing() -> None:
+    table = {"student": {"model": "s"}, "teacher": {"model": "t"}, "weighting": {"kind": "paced"}}
+    with pytest.raises(ConfigError, match="num_samples must be at least 2 for paced, got 1"):
+        parse_config(table)
 
 
 def test_paced_on_prompts_without_a_grader_is_refused_and_writes_nothing(

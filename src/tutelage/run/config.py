@@ -14,6 +14,7 @@ from tutelage.run.method import (
     KLObjective,
     NoWeighting,
     ObjectiveConfig,
+    PacedWeighting,
     SelectionConfig,
     WeightingConfig,
     require,
@@ -185,6 +186,10 @@ class Config:
     """auto (cuda where it is), cpu or cuda."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.weighting, PacedWeighting):
+            samples = self.sampling.num_samples
+            hint = "With one sample a pass rate is 0 or 1, and every weight s(1 - s) is 0."
+            require(samples >= 2, "sampling.num_samples", "at least 2 for paced", samples, hint)
         positive = ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size")
         for key in (*positive, "keep_checkpoints"):
             value = self.__dict__[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +50,10 @@ class ScoreRequest:
             raise ConfigError(f"--keep must be in (0, 1], got {self.keep}.")
         unknown = [rule for rule in self.rules if rule not in RULES]
         if unknown:
-            raise ConfigError(f"--rules must be among {', '.join(RULES)}, got {unknown[0]!r}.")
+            near = difflib.get_close_matches(unknown[0], RULES, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(RULES)
+            raise ConfigError(f"--rules must be among {names}, got {unknown[0]!r}.{hint}")
 
 
 @dataclass(frozen=True)

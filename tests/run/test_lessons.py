@@ -1,0 +1,42 @@
+"""What a step hands to the objective: every row its own weight and its own gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tiny import tiny_config
+from tutelage.core import TokenStats
+from tutelage.data.batch import micro_batches
+from tutelage.run.method import EOPDObjective
+from tutelage.run.recipe import gate_of
+from tutelage.run.setup import build
+from tutelage.run.step import Step
+
+
+def test_the_gate_of_a_row_looks_at_the_teachers_entropy_of_that_row() -> None:
+    entropy = torch.tensor([0.1, 0.9, 0.2, 0.8, 2.0], dtype=torch.float64)
+    stats = TokenStats(*torch.zeros(6, 5, dtype=torch.float64))
+    stats = TokenStats(stats.entropy, entropy, *torch.zeros(4, 5, dtype=torch.float64))
+    assert gate_of(EOPDObjective("eopd"), stats).tolist() == [0, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("is_corrected", [True, False])
+def test_kept_rows_carry_their_inverse_probability(
+    tmp_path: Path, tiny_models: Path, is_corrected: bool
+) -> None:
+    rule = {"rule": "entropy_sample", "keep": 0.4, "correct_sampling": is_corrected}
+    config = tiny_config(tiny_models, tmp_path / "run", selection=rule)
+    parts = build(config)
+    optimizer = torch.optim.SGD(parts.student.parameters(), lr=0.0)
+    step = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
+    rollouts = step.write(1)
+    batches = micro_batches(rollouts, config.micro_batch_size, step.pad_id)
+    plan = step._plan(batches, [parts.teacher.read(batch) for batch in batches], rollouts, 1)
+    lessons = step._lessons(batches, plan)
+    given = torch.cat([torch.as_tensor(lesson.terms[0][1]) for lesson in lessons])
+    assert torch.equal(given.double(), plan.chosen.weights)
+    assert bool((given > 1).any()) == is_corrected
