@@ -59,7 +59,8 @@ class Context:
 Score = Callable[[TokenStats, Context], Tensor]
 
 
-def _gumbel(uniform: Tensor) -> Tensor:
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise, increasing in numbers uniform on (0, 1)."""
     return -(-uniform.log()).log()
 
 
@@ -111,7 +112,7 @@ def _sampled(weight: Score) -> Rule:
         return weight(stats, context).log()
 
     def score(stats: TokenStats, context: Context) -> Tensor:
-        return log_weight(stats, context) + _gumbel(context.uniform)
+        return log_weight(stats, context) + gumbel(context.uniform)
 
     return Rule(score, is_random=True, log_weight=log_weight)
 

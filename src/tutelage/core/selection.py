@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from tutelage.core.rules import importance, log_sampling_weight
+from tutelage.core.rules import gumbel, importance, log_sampling_weight
 from tutelage.core.stats import TokenStats
 
 
@@ -103,14 +103,9 @@ def select_tokens(
     ranking = _Ranking.of(score, group, 1.0 if rule == "all" else budget, is_usable)
     weights = torch.ones(len(ranking.rows), dtype=torch.float64, device=score.device)
     if correct_sampling and log_weight is not None:
-        keys = score if rule != "random" else _keys_of_uniform(score)
+        keys = gumbel(score) if rule == "random" else score
         weights = ranking.inverse_probabilities(keys, log_weight)
     return TokenSelection(ranking.rows, score, int((~is_usable).sum()), weights)
-
-
-def _keys_of_uniform(uniform: Tensor) -> Tensor:
-    """Gumbel keys in the order of the uniform numbers, which rank a rule of equal weights."""
-    return -(-uniform.log()).log()
 
 
 def _budgets(group: Tensor, keep: float | int) -> tuple[Tensor, Tensor]:

@@ -216,12 +216,12 @@ class Step:
         if plan is None:
             terms, device = plain_terms(self.config.objective), self.accelerator.device
             return [_Lesson(torch.arange(b.num_rows, device=device), terms) for b in batches]
-        lessons, start = [], plan.gathered.offset
+        lessons, start, is_kept = [], plan.gathered.offset, plan.chosen.mask
         weights = torch.zeros_like(plan.weights)
         weights[plan.chosen.rows] = plan.weights[plan.chosen.rows] * plan.chosen.weights
         for batch in batches:
             here = slice(start, start + batch.num_rows)
-            rows = plan.chosen.mask[here].nonzero().squeeze(1)
+            rows = is_kept[here].nonzero().squeeze(1)
             guide = guidance(
                 plan.gathered.stats[here], batch.tokens, weights[here], plan.gate[here]
             )
