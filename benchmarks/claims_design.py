@@ -19,6 +19,7 @@ from tutelage.run.method import (
     EOPDObjective,
     KLObjective,
     ObjectiveConfig,
+    RandomTokens,
     SampledObjective,
     SampledTokens,
     SelectionConfig,
@@ -124,6 +125,8 @@ BASELINES = ("start", "teacher")
 
 def _selection(rule: str, percent: int) -> SelectionConfig:
     keep = percent / 100
+    if rule == "random":
+        return RandomTokens(rule, keep)
     if rule in SAMPLING_RULES:
         return SampledTokens(rule, keep)  # type: ignore[arg-type]
     return SomeTokens(rule, keep)  # type: ignore[arg-type]

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.run.config import Config
+from tutelage.run.gather import Gathered
 from tutelage.run.setup import build
-from tutelage.run.step import Gathered, Step
+from tutelage.run.step import Step
 
 CASES: dict[str, dict[str, Any]] = {
     "all": {"selection": {"rule": "all"}},

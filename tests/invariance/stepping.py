@@ -16,8 +16,9 @@ from torch import Tensor
 from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
+from tutelage.run.gather import Gathered
 from tutelage.run.setup import Parts, build
-from tutelage.run.step import Gathered, Step
+from tutelage.run.step import Step
 
 RULES: dict[str, dict[str, Any]] = {
     "all": {"rule": "all"},

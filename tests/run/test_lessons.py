@@ -10,8 +10,8 @@ from accelerate import Accelerator
 
 from tiny import tiny_config
 from tutelage.core import TokenStats
-from tutelage.data.batch import micro_batches
 from tutelage.run.method import EOPDObjective
+from tutelage.run.plan import lessons_of
 from tutelage.run.recipe import gate_of
 from tutelage.run.setup import build
 from tutelage.run.step import Step
@@ -34,9 +34,15 @@ def test_kept_rows_carry_their_inverse_probability(
     optimizer = torch.optim.SGD(parts.student.parameters(), lr=0.0)
     step = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
     rollouts = step.write(1)
-    batches = micro_batches(rollouts, config.micro_batch_size, step.pad_id)
+    batches = [batch for update in step.cut(rollouts) for batch in update]
     plan = step._plan(batches, [parts.teacher.read(batch) for batch in batches], rollouts, 1)
-    lessons = step._lessons(batches, plan)
-    given = torch.cat([torch.as_tensor(lesson.terms[0][1]) for lesson in lessons])
-    assert torch.equal(given.double(), plan.chosen.weights)
-    assert bool((given > 1).any()) == is_corrected
+    lessons = lessons_of(config, batches, plan)
+    given = {}
+    for batch, lesson in zip(batches, lessons, strict=True):
+        weights = torch.as_tensor(lesson.terms[0][1])
+        names = zip(batch.completion[lesson.rows], batch.position[lesson.rows], strict=True)
+        given |= {(int(c), int(t)): float(w) for (c, t), w in zip(names, weights, strict=True)}
+    gathered, rows = plan.gathered, plan.chosen.rows
+    names = zip(gathered.completion[rows].tolist(), gathered.position[rows].tolist(), strict=True)
+    assert given == dict(zip(names, plan.chosen.weights.tolist(), strict=True))
+    assert any(weight > 1 for weight in given.values()) == is_corrected

@@ -8,7 +8,7 @@ gradient is ``p ⊙ (g − E_p[g])``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -170,6 +170,12 @@ class SampledReverseKL:
     """log p_old(y) `[K]`, nats, of the student that wrote the completion."""
     clip: float = 0.2
     """ε, above 0."""
+    is_clipped: Tensor = field(init=False)
+    """Whether the clip took effect `[K]`, so that the row has no gradient; known once read."""
+
+    def __post_init__(self) -> None:
+        unread = torch.zeros_like(self.tokens, dtype=torch.bool)
+        object.__setattr__(self, "is_clipped", unread)
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
         tokens = self.tokens[rows, None]
@@ -180,6 +186,7 @@ class SampledReverseKL:
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         value = -torch.minimum(ratio * advantage, clipped * advantage)
         is_active = ratio * advantage <= clipped * advantage
+        self.is_clipped[rows] = ~is_active
         slope = torch.where(is_active, ratio * advantage, 0.0)[:, None]
         gradient = block.p * slope
         return value, gradient.scatter_add_(-1, tokens, -slope)

@@ -60,7 +60,10 @@ class Batch:
 
 
 def collate(
-    rollouts: Sequence[Rollout], pad_id: int, side: Side = "right", first_completion: int = 0
+    rollouts: Sequence[Rollout],
+    pad_id: int,
+    side: Side = "right",
+    completions: Sequence[int] | None = None,
 ) -> Batch:
     """Pad rollouts to one rectangle and list the rows that predict their completion tokens.
 
@@ -68,7 +71,7 @@ def collate(
         rollouts: B rollouts of any lengths; empty completions simply give no rows.
         pad_id: Token id written into padding; any id will do, it is masked by position.
         side: Where padding goes.
-        first_completion: Index of the first rollout within the whole step.
+        completions: Index of each rollout within the whole step; None counts from 0.
 
     Returns:
         A batch on the CPU, T being the longest sequence. No rollouts give an empty batch.
@@ -77,6 +80,7 @@ def collate(
         DataError: A prompt has no tokens, so nothing predicts the first completion token.
     """
     _refuse_empty_prompts(rollouts)
+    names = range(len(rollouts)) if completions is None else completions
     prompt_lengths = torch.tensor([len(r.prompt_ids) for r in rollouts], dtype=torch.long)
     lengths = torch.tensor([len(r.completion_ids) for r in rollouts], dtype=torch.long)
     total = prompt_lengths + lengths
@@ -97,7 +101,7 @@ def collate(
         position_ids=place * is_real,
         row_index=sequence * width + predictor,
         tokens=_concatenate([r.completion_ids for r in rollouts]),
-        completion=sequence + first_completion,
+        completion=torch.tensor(names, dtype=torch.long)[sequence],
         position=position,
     )
 
@@ -105,13 +109,48 @@ def collate(
 def micro_batches(
     rollouts: Sequence[Rollout], size: int, pad_id: int, side: Side = "right"
 ) -> list[Batch]:
-    """Batches of at most `size` rollouts, with completion indices that are global to the step."""
+    """Batches of at most `size` rollouts in their order, which completion indices number."""
     if size < 1:
         raise DataError(f"micro-batch size must be at least 1, got {size}. Use 1 or more.")
     return [
-        collate(rollouts[start : start + size], pad_id, side, first_completion=start)
-        for start in range(0, len(rollouts), size)
+        collate(rollouts[i : i + size], pad_id, side, range(i, min(i + size, len(rollouts))))
+        for i in range(0, len(rollouts), size)
     ]
+
+
+def length_groups(
+    lengths: Sequence[int], max_tokens: int, max_size: int, at_least: int = 1
+) -> list[list[int]]:
+    """Which sequences to pad to one rectangle: neighbours in length, so that little is padding.
+
+    Longest first, so that the largest need of memory is met at once. The order depends on nothing
+    but lengths and places.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Tokens of a rectangle, padding included; 0 sets no limit. A longer sequence
+            has one of its own.
+        max_size: Sequences in a rectangle, at least 1.
+        at_least: Groups to make, if there are that many sequences: the largest are halved.
+
+    Returns:
+        Indices into `lengths`, each in exactly one group.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    for i in order:
+        width = lengths[groups[-1][0]] if groups else 0
+        num_tokens = width * (len(groups[-1]) + 1) if groups else 0
+        fits = groups and len(groups[-1]) < max_size and num_tokens <= (max_tokens or num_tokens)
+        if fits:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    while len(groups) < min(at_least, len(lengths)):
+        largest = max(range(len(groups)), key=lambda g: len(groups[g]))
+        group, middle = groups[largest], (len(groups[largest]) + 1) // 2
+        groups[largest : largest + 1] = [group[:middle], group[middle:]]
+    return groups
 
 
 def _concatenate(sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -165,11 +165,15 @@ class Config:
     seed: int = 0
     """Seed of prompts, completions and random selection."""
     num_steps: int = 100
-    """Optimizer updates."""
+    """Rounds of writing and learning."""
     prompts_per_step: int = 32
     """Prompts of one step over all processes; each gets sampling.num_samples completions."""
-    micro_batch_size: int = 8
-    """Completions in one forward and backward pass; changes memory, not the result."""
+    updates_per_step: int = 1
+    """Optimizer updates on the rollouts of a step, cut in order into that many mini-batches."""
+    micro_batch_tokens: int = 4096
+    """Tokens of one forward and backward pass, padding included; 0 sets no limit but the size."""
+    micro_batch_size: int = 64
+    """Completions in one forward and backward pass, at most; changes memory, not the result."""
     sampling_batch_size: int = 64
     """Completions decoded at the same time."""
     quadrant_thresholds: Literal["median"] | tuple[float, float] = "median"
@@ -191,9 +195,13 @@ class Config:
             hint = "With one sample a pass rate is 0 or 1, and every weight s(1 - s) is 0."
             require(samples >= 2, "sampling.num_samples", "at least 2 for paced", samples, hint)
         positive = ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size")
-        for key in (*positive, "keep_checkpoints"):
+        for key in (*positive, "keep_checkpoints", "updates_per_step"):
             value = self.__dict__[key]
             require(value >= 1, key, "at least 1", value, "Raise it.")
-        for key in ("checkpoint_every", "num_threads"):
+        for key in ("checkpoint_every", "num_threads", "micro_batch_tokens"):
             value = self.__dict__[key]
             require(value >= 0, key, "at least 0", value, "0 leaves it to the program.")
+        prompts, updates = self.prompts_per_step, self.updates_per_step
+        hint = "Every update learns from the same number of prompts."
+        is_even = prompts % updates == 0
+        require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)

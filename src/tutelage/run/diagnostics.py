@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tutelage.core import TokenSelection, TokenStats, quadrant_table, quadrants
 from tutelage.run.config import Config
-from tutelage.run.method import EOPDObjective
+from tutelage.run.method import EOPDObjective, SampledObjective
 
 HIGH_ENTROPY_NATS = 0.8
 """Entropy from which a token counts as high-entropy (EOPD's threshold)."""
@@ -47,6 +47,15 @@ def token_metrics(
         "high_entropy": _high_entropy(stats),
         "quadrants": quadrant_table(quadrant, stats.reverse_kl, is_kept),
     }
+
+
+def clip_share(config: Config, num_clipped: int, num_rows: int) -> float | None:
+    """Share of the rows learned from whose PPO clip took effect; None for exact objectives."""
+    objective = config.objective
+    is_sampled = isinstance(objective, SampledObjective) or (
+        isinstance(objective, EOPDObjective) and objective.estimator == "sampled"
+    )
+    return num_clipped / max(num_rows, 1) if is_sampled else None
 
 
 def _high_entropy(stats: TokenStats) -> dict[str, float | None]:

@@ -67,13 +67,30 @@ class SampledTokens:
     """Train on tokens drawn without replacement, with probability proportional to a score."""
 
     __pydantic_config__ = STRICT
-    rule: Literal["random", "entropy_sample", "soft_or_sample"]
+    rule: Literal["entropy_sample", "soft_or_sample"]
     keep: float = 0.5
     """Fraction of each completion's tokens to train on, in (0, 1]."""
     scope: Scope = "completion"
     """One budget per completion, or one for the whole global batch."""
     normalization: Normalization = "minmax_p98"
     """How entropy and divergence are brought to [0, 1] over the global batch."""
+    correct_sampling: bool = False
+    """Weigh kept tokens by 1/π, which estimates the all-token gradient without bias."""
+
+    def __post_init__(self) -> None:
+        _require_keep(self.keep)
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """Train on tokens drawn uniformly without replacement: the control of every other rule."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal["random"]
+    keep: float = 0.5
+    """Fraction of each completion's tokens to train on, in (0, 1]."""
+    scope: Scope = "completion"
+    """One budget per completion, or one for the whole global batch."""
     correct_sampling: bool = False
     """Weigh kept tokens by 1/π, which estimates the all-token gradient without bias."""
 
@@ -101,7 +118,8 @@ class FirstTokens:
 
 
 SelectionConfig: TypeAlias = Annotated[
-    AllTokens | SomeTokens | SampledTokens | FirstTokens, Field(discriminator="rule")
+    AllTokens | SomeTokens | SampledTokens | RandomTokens | FirstTokens,
+    Field(discriminator="rule"),
 ]
 
 
@@ -190,7 +208,7 @@ class SampledObjective:
     __pydantic_config__ = STRICT
     kind: Literal["sampled"]
     clip: float = 0.2
-    """ε of the clip, above 0; it binds only off-policy, and every step here is on-policy."""
+    """ε of the clip, above 0; it binds from the second update of a step on."""
 
     def __post_init__(self) -> None:
         require(self.clip > 0, "objective.clip", "above 0", self.clip, "0.2 is usual.")

@@ -102,10 +102,11 @@ class _Run:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.say = say if accelerator.is_main_process else _say_nothing
         self.on_step = on_step if accelerator.is_main_process else None
-        if config.prompts_per_step % accelerator.num_processes:
+        shares = accelerator.num_processes * config.updates_per_step
+        if config.prompts_per_step % shares:
             raise ConfigError(
-                f"prompts_per_step must be a multiple of the {accelerator.num_processes} "
-                f"processes, got {config.prompts_per_step}."
+                f"prompts_per_step must be a multiple of {shares} (processes times "
+                f"updates_per_step), got {config.prompts_per_step}."
             )
         self._refuse_another_run(allow_change)
         self.first_step, self.parts = self._start()

@@ -1,0 +1,88 @@
+"""What the processes of a run tell each other: every row of a step, in one order everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tutelage.core import TokenStats
+from tutelage.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Every row of a step in document order: by completion, then by position within it.
+
+    The order depends neither on how completions were cut into micro-batches nor on the process
+    that wrote them, so equal scores are told apart in the same way everywhere.
+    """
+
+    stats: TokenStats
+    completion: Tensor
+    position: Tensor
+    here: Tensor
+    """Places, among all rows, of this process's rows in the order of its micro-batches."""
+
+
+class Ranks:
+    """Sums and tables over all processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def index(self) -> int:
+        """This process, from 0."""
+        return int(self.accelerator.process_index)
+
+    def sum(self, value: float) -> Any:
+        """Sum over processes, in the type of `value`."""
+        if self.count == 1:
+            return value
+        total = self.table(self._tensor([value], torch.float64))
+        return type(value)(total.sum().item())
+
+    def largest(self, counts: Sequence[int]) -> list[int]:
+        """The largest of each count over processes."""
+        if self.count == 1:
+            return list(counts)
+        return list(map(int, self.table(self._tensor([counts], torch.long)).amax(0)))
+
+    def table(self, rows: Tensor) -> Tensor:
+        """Rows of all processes, one process after the other; as many from each."""
+        gathered: Tensor = self.accelerator.gather(rows.contiguous())
+        return gathered
+
+    def by_completion(self, codes: Sequence[int], completions: Sequence[int]) -> list[int]:
+        """One number for every completion of the step, from those of this process."""
+        pairs = self.table(self._tensor([completions, codes], torch.long).t())
+        return pairs[pairs[:, 0].argsort(), 1].tolist()
+
+    def rows(self, batches: Sequence[Batch], stats: TokenStats) -> Gathered:
+        """Statistics of all rows of the step, from those of this process."""
+        completion = torch.cat([batch.completion for batch in batches])
+        position = torch.cat([batch.position for batch in batches])
+        table = torch.cat([stats.stack(), completion[None].double(), position[None].double()])
+        sizes = self.table(self._tensor([table.shape[1]], torch.long))
+        padded = self.table(self.accelerator.pad_across_processes(table, dim=1)[None])
+        table = torch.cat([part[:, : int(n)] for part, n in zip(padded, sizes, strict=True)], 1)
+        order = table[-1].argsort(stable=True)
+        order = order[table[-2][order].argsort(stable=True)]
+        first = int(sizes[: self.index].sum())
+        here = order.argsort()[first : first + len(completion)]
+        table = table[:, order]
+        columns = TokenStats.unstack(table[:-2], tuple(stats.extras))
+        return Gathered(columns, table[-2].long(), table[-1].long(), here)
+
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.accelerator.device)

@@ -1,0 +1,94 @@
+"""What a step learns from: which rows, how heavily, and divided by what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutelage.core import TokenSelection, counter_uniform, select_tokens
+from tutelage.core.terms import SampledReverseKL, Term
+from tutelage.data.batch import Batch
+from tutelage.run.config import Config
+from tutelage.run.gather import Gathered
+from tutelage.run.method import FirstTokens, RandomTokens, SampledTokens, SomeTokens
+from tutelage.run.recipe import guidance, guided_terms, plain_terms
+
+_SELECTION_SEED = 1
+"""Keeps the random numbers of selection apart from those of sampling."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step will learn from, and how heavily."""
+
+    gathered: Gathered
+    chosen: TokenSelection
+    weights: Tensor
+    """Loss weight of every row `[N]`."""
+    gate: Tensor
+    """EOPD's gate of every row `[N]`."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Rows of one micro-batch to learn from, and the objective's terms with their weights."""
+
+    rows: Tensor
+    terms: Sequence[tuple[Term, Tensor | float]]
+
+    @property
+    def num_clipped(self) -> int:
+        """Rows of the sampled objective whose clip took effect when they were learned from."""
+        clipped = (term.is_clipped for term, _ in self.terms if isinstance(term, SampledReverseKL))
+        return sum(int(rows.sum()) for rows in clipped)
+
+
+def choose(config: Config, gathered: Gathered, step: int) -> TokenSelection:
+    """The rows to train on, of all processes; the same answer in every process."""
+    selection = config.selection
+    options: dict[str, Any] = {"position": gathered.position}
+    if isinstance(selection, SomeTokens | SampledTokens | RandomTokens):
+        options |= {"keep": selection.keep, "scope": selection.scope}
+    if isinstance(selection, SomeTokens | SampledTokens):
+        options["normalization"] = selection.normalization
+    if isinstance(selection, SampledTokens | RandomTokens):
+        seed = (config.seed, step, _SELECTION_SEED)
+        options["uniform"] = counter_uniform(seed, gathered.completion, gathered.position)
+        options["correct_sampling"] = selection.correct_sampling
+    if isinstance(selection, FirstTokens):
+        options["num_tokens"] = selection.num_tokens
+    return select_tokens(gathered.stats, gathered.completion, selection.rule, **options)
+
+
+def lessons_of(config: Config, batches: Sequence[Batch], plan: Plan | None) -> list[Lesson]:
+    """What each micro-batch of this process learns from: all rows where there is no plan."""
+    if plan is None:
+        terms = plain_terms(config.objective)
+        return [Lesson(torch.arange(b.num_rows, device=b.tokens.device), terms) for b in batches]
+    lessons, start, is_kept = [], 0, plan.chosen.mask
+    weights = torch.zeros_like(plan.weights)
+    weights[plan.chosen.rows] = plan.weights[plan.chosen.rows] * plan.chosen.weights
+    for batch in batches:
+        here = plan.gathered.here[start : start + batch.num_rows]
+        rows = is_kept[here].nonzero().squeeze(1)
+        guide = guidance(plan.gathered.stats[here], batch.tokens, weights[here], plan.gate[here])
+        lessons.append(Lesson(rows, guided_terms(config.objective, guide[rows])))
+        start += batch.num_rows
+    return lessons
+
+
+def divisors(config: Config, plan: Plan, completions_per_update: int) -> list[int]:
+    """The one number that each update's sums are divided by: its rows in the global batch."""
+    selection, completion = config.selection, plan.gathered.completion
+    # Weights 1/π already estimate the sum over all rows.
+    is_corrected = isinstance(selection, SampledTokens | RandomTokens) and (
+        selection.correct_sampling
+    )
+    if config.renormalise and not is_corrected:
+        completion = completion[plan.chosen.rows]
+    counts = torch.bincount(completion // completions_per_update, minlength=config.updates_per_step)
+    return [int(count) for count in counts]
