@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.batch import Batch, Side, collate, micro_batches
+from tutelage.data.batch import Batch, Side, collate, length_groups, micro_batches
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 
@@ -134,3 +134,34 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 def test_micro_batch_size_zero_is_refused() -> None:
     with pytest.raises(DataError, match="at least 1, got 0"):
         micro_batches([rollout([1], [1])], 0, PAD)
+
+
+lengths = st.lists(st.integers(1, 30), max_size=20)
+
+
+@given(lengths, st.integers(0, 60), st.integers(1, 8), st.integers(1, 25))
+def test_groups_hold_every_sequence_once_within_their_limits(
+    sizes: list[int], max_tokens: int, max_size: int, at_least: int
+) -> None:
+    groups = length_groups(sizes, max_tokens, max_size, at_least)
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+    assert len(groups) >= min(at_least, len(sizes))
+    for group in groups:
+        area = len(group) * max(sizes[i] for i in group)
+        assert len(group) <= max_size
+        assert len(group) == 1 or not max_tokens or area <= max_tokens
+    order = [sizes[i] for group in groups for i in group]
+    assert order == sorted(sizes, reverse=True)
+
+
+def test_neighbours_in_length_waste_little_where_their_order_wastes_most() -> None:
+    """Geometric lengths, mean a quarter of the longest: nearly no padding instead of two thirds."""
+    torch.manual_seed(0)
+    sizes = torch.distributions.Geometric(1 / 64).sample((128,)).clamp(1, 256).long().tolist()
+
+    def area(groups: list[list[int]]) -> int:
+        return sum(len(group) * max(sizes[i] for i in group) for group in groups)
+
+    in_order = [list(range(i, i + 8)) for i in range(0, 128, 8)]
+    assert area(in_order) > 2.0 * sum(sizes)
+    assert area(length_groups(sizes, 1024, 128)) < 1.2 * sum(sizes)
