@@ -348,6 +348,10 @@ def extras(z: Tensor, log_q: Tensor) -> dict[str, float]:
     return {
         "gradient_norm": float(slope.square().sum()),
         "local_oracle": float(g @ g / (g @ hessian @ g)),
+        "local_gain": min(
+            float((g @ g) ** 2 / (g @ hessian @ g)) / 2,
+            float(forward_kl(log_p[None], log_q[None])[0]),
+        ),
         "top_divergence": math.fsum(float(q[i] * (log_q[i] - log_p[i])) for i in union),
         "compatibility": math.fsum(q[top_ids(p, 16)].tolist()),
         "teacher_top_mass": math.fsum(q[top_ids(q, 16)].tolist()),

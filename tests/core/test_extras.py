@@ -65,8 +65,8 @@ def test_extras_of_equal_distributions() -> None:
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).double()
     lazy = LazyLogits(logits, torch.eye(30, dtype=torch.float64))
     found = token_stats(lazy, lazy, torch.zeros(4).long(), extras=tuple(EXTRAS)).extras
-    for name, value in (("gradient_norm", 0), ("local_oracle", 0), ("top_divergence", 0)):
-        assert found[name].tolist() == [value] * 4
+    for name in ("gradient_norm", "local_oracle", "local_gain", "top_divergence"):
+        assert found[name].tolist() == [0] * 4
     assert found["head_share"].tolist() == [0.5] * 4
     assert found["is_in_teacher_top5"].tolist() == [1] * 4
     assert found["compatibility"].tolist() == found["teacher_top_mass"].tolist()

@@ -43,7 +43,7 @@ def expected_scores(
             return [-float(t) for t in position]
         case "teachability":
             return [d * c for d, c in zip(*map(robust, teachable(rows)), strict=True)]
-        case "gradient_norm" | "local_oracle":
+        case "gradient_norm" | "local_oracle" | "local_gain":
             return rows[rule]
     return reference.scores(rule, *base)
 
@@ -142,7 +142,7 @@ def test_first_n_counts_positions_not_rows() -> None:
     assert found.rows.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("rule", ["teachability", "gradient_norm", "local_oracle"])
+@pytest.mark.parametrize("rule", ["teachability", "gradient_norm", "local_oracle", "local_gain"])
 def test_bad_extras_are_never_kept_and_change_no_other_score(rule: str) -> None:
     generator = torch.Generator().manual_seed(3)
     table = torch.rand(6 + len(EXTRAS), 12, generator=generator, dtype=torch.float64)

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from tutelage.core import LazyLogits, TokenStats, composite_objective, importance, token_stats
+from tutelage.core import (
+    LazyLogits,
+    TokenStats,
+    composite_objective,
+    importance,
+    select_tokens,
+    token_stats,
+)
 from tutelage.core.terms import (
     ForwardKL,
     ReverseKL,
@@ -121,6 +128,80 @@ def test_the_local_oracle_weight_is_the_best_step_of_a_second_order_model(seed: 
     steps = [best * (0.5 + 0.01 * i) for i in range(101)]
     assert min(steps, key=loss) == pytest.approx(best, rel=0.06)
     assert loss(best) < min(loss(0.8 * best), loss(1.2 * best))  # 20 % off would be seen
+
+
+def line_search(log_p: Tensor, log_q: Tensor, direction: Tensor) -> float:
+    """The most that one token's forward KL falls along −direction, by trying 241 steps."""
+    start = minimal_student(log_p, log_q, 0.0, direction)
+    steps = torch.logspace(-3, 9, 241, dtype=torch.float64).tolist()
+    return start - min(minimal_student(log_p, log_q, step, direction) for step in steps)
+
+
+def oracle_of(z: Tensor, teacher: Tensor) -> tuple[list[float], list[float], list[float]]:
+    """`local_oracle` and `local_gain` of every row, and what a line search gains."""
+    tokens, names = torch.zeros(len(z)).long(), ["local_oracle", "local_gain"]
+    found = token_stats(lazy(z), lazy(teacher), tokens, extras=names).extras
+    log_p, log_q = reference.log_softmax(z), reference.log_softmax(teacher)
+    gains = [line_search(a, b, a.exp() - b.exp()) for a, b in zip(log_p, log_q, strict=True)]
+    return found["local_oracle"].tolist(), found["local_gain"].tolist(), gains
+
+
+@pytest.mark.parametrize(("gap", "limit"), [(0.02, 0.02), (0.3, 0.25)])
+def test_the_local_gain_is_what_a_line_search_gains_near_the_teacher(
+    gap: float, limit: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    teacher = z + gap * torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    _, found, gains = oracle_of(z, teacher)
+    assert found == pytest.approx(gains, rel=limit)
+
+
+@pytest.mark.parametrize("confidence", [2.0, 5.0, 10.0, 20.0])
+def test_far_from_the_teacher_the_gain_is_the_whole_loss_and_the_weight_is_a_length(
+    confidence: float,
+) -> None:
+    """A student that is sure of the wrong id (Q3) gains nearly its whole loss, and never more."""
+    z, teacher = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(1)).double()
+    z[:, 0] += confidence
+    teacher[:, 1] += 6.0
+    _, found, gains = oracle_of(z, teacher)
+    losses = reference.forward_kl(reference.log_softmax(z), reference.log_softmax(teacher))
+    assert found == pytest.approx(gains, rel=0.15)
+    assert all(g <= loss * (1 + 1e-12) for g, loss in zip(found, losses.tolist(), strict=True))
+
+
+def test_the_oracle_weight_grows_on_solved_tokens_while_the_gain_vanishes() -> None:
+    """p = q up to a hundredth of a nat, ever more certain: w ≥ 1/(2 (1 − max p)) → ∞, gain → 0."""
+    generator = torch.Generator().manual_seed(2)
+    noise, gap = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    rows = [noise + c * torch.eye(9, dtype=torch.float64)[0] for c in (2.0, 6.0, 12.0, 18.0)]
+    z = torch.stack(rows)
+    weights, found, gains = oracle_of(z, z + 0.01 * gap)
+    rest = (1 - reference.log_softmax(z).exp().max(-1).values).tolist()
+    assert all(w >= 1 / (2 * r) for w, r in zip(weights, rest, strict=True))
+    assert weights == sorted(weights)
+    assert found == sorted(found, reverse=True)
+    assert gains == sorted(gains, reverse=True)
+    assert weights[-1] > 1e5 * weights[0]
+    assert found[-1] < 1e-5 * found[0]
+
+
+def test_a_certain_student_has_an_infinite_oracle_weight_and_a_finite_gain() -> None:
+    """All other ids rounded to 0: the weight is counted as non-finite, the gain is the loss."""
+    z, teacher = torch.zeros(2, 3, 5, dtype=torch.float64)
+    z[0, 0] = 2000.0  # certain and wrong
+    teacher[:, 1] = 3.0
+    z[1] = teacher[1] = torch.arange(5.0)  # equal, uncertain
+    z[2, 0] = teacher[2, 0] = 2000.0  # equal, certain
+    extras = ["local_oracle", "local_gain"]
+    stats = token_stats(lazy(z), lazy(teacher), torch.zeros(3).long(), extras=extras)
+    assert stats.extras["local_oracle"].tolist() == [math.inf, 0.0, 0.0]
+    gains = [float(stats.forward_kl[0]), 0.0, 0.0]
+    assert stats.extras["local_gain"].tolist() == gains
+    one = torch.zeros(3).long()
+    assert select_tokens(stats, one, "local_oracle", 1.0).num_nonfinite == 1
+    assert select_tokens(stats, one, "local_gain", 0.4).rows.tolist() == [0]
 
 
 def student_entropy_after(term: Term, teacher: Tensor, num_steps: int = 400) -> tuple[float, float]:

@@ -43,6 +43,7 @@ SELECTIONS = {
     "teachability": 'rule = "teachability"\nkeep = 0.05',
     "gradient_norm": 'rule = "gradient_norm"\nkeep = 0.2',
     "local_oracle": 'rule = "local_oracle"\nkeep = 0.2',
+    "local_gain": 'rule = "local_gain"\nkeep = 0.2',
 }
 OBJECTIVES = {
     "kl": 'kind = "kl"\nreverse_weight = 0.5\nforward_weight = 0.5',

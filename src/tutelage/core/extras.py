@@ -24,12 +24,28 @@ def gradient_norm(block: Block) -> Tensor:
 def local_oracle(block: Block) -> Tensor:
     """TIP's local oracle weight |g|²/(gᵀHg) with g = p − q, H = diag(p) − ppᵀ; 0 where g is 0.
 
-    gᵀHg is the variance of g under p, summed as squares so that nothing cancels.
+    A step length, not an importance: it does not change when g is scaled and grows without bound
+    as p becomes certain, agreed with or not. Infinite where p has no other id left and q has.
     """
+    norm, curvature = _slope_and_curvature(block)
+    return torch.where(norm == 0, 0.0, norm / curvature)
+
+
+def local_gain(block: Block) -> Tensor:
+    """What that step gains: min(|g|⁴/(2 gᵀHg), KL(q‖p)), nats; 0 where g is 0.
+
+    The first is the largest decrease of the quadratic model of KL(q‖p) along −g. No step can gain
+    more than the loss itself, which is the limit where p has no other id left.
+    """
+    norm, curvature = _slope_and_curvature(block)
+    quadratic = norm.square() / (2 * curvature)
+    return torch.where(norm == 0, 0.0, torch.minimum(quadratic, block.forward_kl.double()))
+
+
+def _slope_and_curvature(block: Block) -> tuple[Tensor, Tensor]:
+    """|g|² and gᵀHg, the variance of g under p: a sum of squares, so that nothing cancels."""
     p, g = block.p.double(), block.p.double() - block.q.double()
-    norm = g.square().sum(-1)
-    curvature = (p * (g - (p * g).sum(-1, keepdim=True)).square()).sum(-1)
-    return torch.where(norm > 0, norm / curvature, 0.0)
+    return g.square().sum(-1), (p * (g - (p * g).sum(-1, keepdim=True)).square()).sum(-1)
 
 
 def top_divergence(block: Block) -> Tensor:
@@ -76,6 +92,7 @@ def _top(x: Tensor) -> Tensor:
 EXTRAS: dict[str, Callable[[Block], Tensor]] = {
     "gradient_norm": gradient_norm,
     "local_oracle": local_oracle,
+    "local_gain": local_gain,
     "top_divergence": top_divergence,
     "compatibility": compatibility,
     "teacher_top_mass": teacher_top_mass,

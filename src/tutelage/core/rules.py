@@ -140,6 +140,7 @@ RULES: dict[str, Rule] = {
     "teachability": Rule(teachability, ("top_divergence", "compatibility")),
     "gradient_norm": _extra("gradient_norm"),
     "local_oracle": _extra("local_oracle"),
+    "local_gain": _extra("local_gain"),
 }
 """The selection rules by name; `all` keeps every token whatever the budget."""
 
@@ -160,7 +161,9 @@ def importance(
     * `entropy_sample`, `soft_or_sample` log score + Gumbel noise; `random` noise;
     * `first_n` −position; `teachability` D̂·Ĉ; `all` 0;
     * `gradient_norm` Σ_v (∂reverse_kl/∂z_v)²;
-    * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight.
+    * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight: a step
+      length, which ranks solved tokens first;
+    * `local_gain` min(|g|⁴/(2 gᵀHg), forward_kl), what that step gains, nats.
 
     Args:
         stats: statistics of the whole global batch, N rows, with the extras the rule needs.

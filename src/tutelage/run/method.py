@@ -50,6 +50,7 @@ class SomeTokens:
         "teachability",
         "gradient_norm",
         "local_oracle",
+        "local_gain",
     ]
     keep: float = 0.5
     """Fraction of each completion's tokens to train on, in (0, 1]."""
