@@ -40,7 +40,8 @@ FENCES = {
     "gguf": ("models/",),
     "safetensors": ("models/", "run/"),
     "accelerate": ("run/",),
-    "datasets": ("data/prompts.py",),
+    "datasets": ("data/formats.py",),
+    "pyarrow": ("data/formats.py",),
     "math_verify": ("data/grading.py",),
     "matplotlib": ("report/",),
     # A chat template that refuses its messages raises an error of jinja2.

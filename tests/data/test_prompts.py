@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tutelage.data.prompts as prompts_module
+import tutelage.data.formats as formats_module
 from tutelage.data.prompts import FileTask, PromptFormat, find_file, load_prompts
 from tutelage.data.tasks import Task
 from tutelage.data.types import Prompt
@@ -142,7 +142,7 @@ def test_a_data_set_is_read_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     prompts = load_prompts("openai/gsm8k", split="test", subset="main")
-    assert prompts[1] == Prompt("openai/gsm8k/2", "1+1", "#### 2")
+    assert prompts[1] == Prompt("openai/gsm8k/2", "1+1", "2")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
@@ -158,7 +158,7 @@ def test_a_data_set_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPa
 
 
 def test_data_sets_without_their_package_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats_module, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'tutelage\[data\]'"):
         load_prompts("a/b")
 

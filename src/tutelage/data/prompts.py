@@ -1,39 +1,33 @@
-"""Prompts from JSONL files and data sets, and the task that trains and evaluates on them."""
+"""Prompts from files, data sets and named sets, and the task that trains and evaluates on them."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from tutelage.data.formats import (
+    PromptFormat,
+    dataset_rows,
+    excerpt,
+    file_rows,
+    find_file,
+    is_file_name,
+    to_prompt,
+)
 from tutelage.data.grading import grade_completion
-from tutelage.data.types import Message, Prompt
-from tutelage.errors import ConfigError, DataError, MissingExtraError
+from tutelage.data.suites import SETS, NamedSet
+from tutelage.data.types import Prompt
+from tutelage.errors import ConfigError, DataError
+
+__all__ = ["GRADERS", "FileTask", "Grader", "PromptFormat", "find_file", "load_prompts"]
 
 Grader: TypeAlias = Literal["none", "number", "exact"]
 GRADERS: tuple[Grader, ...] = ("none", "number", "exact")
-
-_CONTENT_KEYS = ("prompt", "problem", "question", "messages")
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How records become prompts."""
-
-    prompt_column: str | None = None
-    """Key of the text or messages; None takes the first of prompt, problem, question, messages."""
-    answer_column: str = "answer"
-    """Key of the reference answer, which a record may lack."""
-    chat: bool = False
-    """Wrap plain text as one user message, for the tokenizer's chat template."""
-    suffix: str = ""
-    """Text added to every prompt (to the last message of a chat), such as an instruction."""
 
 
 def load_prompts(
@@ -44,13 +38,14 @@ def load_prompts(
     subset: str | None = None,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """Read prompts from a JSONL file or from a data set of the hub.
+    """Read prompts from a JSONL or parquet file, a named set or a data set of the hub.
 
     Each line of a file is an object such as ``{"prompt": "2+2=", "answer": "4", "id": "a"}``. A
     bare file name is also looked for in the folder named by TUTELAGE_DATA and in ./data.
 
     Args:
-        source: Path of a JSONL file, or the id of a data set (package `datasets`).
+        source: Path of a JSONL or parquet file, a name of `suites.SETS` such as gsm8k or
+            dapo-math-17k, or the id of a data set (package `datasets`).
         prompt_format: Columns, chat wrapping and suffix.
         split: Split of a data set; not used for files.
         subset: Configuration of a data set (`main` for gsm8k); not used for files.
@@ -66,25 +61,64 @@ def load_prompts(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}. Leave it out to read all.")
-    rows: Iterator[tuple[str, Any]]
-    if _is_file_name(source):
+    columns = prompt_format or PromptFormat()
+    if str(source) in SETS and not is_file_name(source):
+        named = SETS[str(source)]
+        suffix = named.suffix if columns.suffix is None else columns.suffix
+        columns = replace(columns, suffix=suffix, removed=named.removed)
+        prompts = _named_prompts(str(source), named, columns)
+    elif is_file_name(source):
         path = find_file(source)
-        name, rows = path.stem, _file_rows(path)
+        prompts = _read(file_rows(path), path.stem, columns)
     else:
-        name, rows = str(source), _dataset_rows(str(source), split, subset)
-    prompts: dict[str, Prompt] = {}
-    for number, (where, record) in enumerate(rows, start=1):
-        prompt = _prompt(record, where, f"{name}/{number}", prompt_format or PromptFormat())
-        if prompt.id in prompts:
+        prompts = _read(dataset_rows(str(source), split, subset), str(source), columns)
+    taken: dict[str, Prompt] = {}
+    for where, prompt in prompts:
+        if prompt.id in taken:
             raise DataError(
                 f"{where}: id {prompt.id!r} was used before. Give every prompt its own."
             )
-        prompts[prompt.id] = prompt
-        if len(prompts) == limit:
+        taken[prompt.id] = prompt
+        if len(taken) == limit:
             break
-    if not prompts:
+    if not taken:
         raise DataError(f"{source} holds no prompts, got an empty source. Add at least one.")
-    return list(prompts.values())
+    return list(taken.values())
+
+
+_Located: TypeAlias = Iterator[tuple[str, Prompt]]
+"""Where each prompt stands, and the prompt."""
+
+
+def _read(rows: Iterable[tuple[str, Any]], name: str, columns: PromptFormat) -> _Located:
+    for number, (where, record) in enumerate(rows, start=1):
+        yield where, to_prompt(record, where, f"{name}/{number}", columns)
+
+
+def _named_prompts(name: str, named: NamedSet, columns: PromptFormat) -> _Located:
+    path = named.local_file()
+    rows = file_rows(path) if path else _hub_rows(name, named)
+    located = _read(rows, path.stem if path else name, columns)
+    return _distinct(located) if named.has_repeats else located
+
+
+def _hub_rows(name: str, named: NamedSet) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from dataset_rows(named.dataset, named.split, named.subset)
+    except (DataError, ImportError) as error:
+        raise DataError(
+            f"{name} is not here: no {' or '.join(named.files)} in $TUTELAGE_DATA or ./data, and "
+            f"{named.dataset!r} could not be read ({' '.join(str(error).split())[:120]}). Put its "
+            'problems there as JSON lines {"problem": ..., "answer": ...}, or allow the download.'
+        ) from error
+
+
+def _distinct(located: _Located) -> _Located:
+    seen: set[str] = set()
+    for where, prompt in located:
+        if (key := _content_key(prompt)) not in seen:
+            seen.add(key)
+            yield where, prompt
 
 
 def load_completions(
@@ -107,8 +141,8 @@ def load_completions(
     """
     found = find_file(path)
     pairs: list[tuple[Prompt, str | list[int]]] = []
-    for number, (where, record) in enumerate(_file_rows(found), start=1):
-        prompt = _prompt(record, where, f"{found.stem}/{number}", prompt_format or PromptFormat())
+    for number, (where, record) in enumerate(file_rows(found), start=1):
+        prompt = to_prompt(record, where, f"{found.stem}/{number}", prompt_format or PromptFormat())
         pairs.append((prompt, _completion(record, where)))
     if not pairs:
         raise DataError(f"{found} holds no completions, got an empty file. Add at least one.")
@@ -123,29 +157,7 @@ def _completion(record: dict[str, Any], where: str) -> str | list[int]:
         return text
     raise DataError(
         f"{where}: needs a completion with at least one token, got "
-        f"{_excerpt(text if ids is None else ids)}. Write completion (text) or completion_ids."
-    )
-
-
-def find_file(name: str | Path) -> Path:
-    """The file as given, else in the folder named by TUTELAGE_DATA, else in ./data.
-
-    Raises:
-        DataError: It is in none of them; all are named.
-    """
-    given = Path(name).expanduser()
-    candidates = [given]
-    if given.parent == Path("."):
-        folder = os.environ.get("TUTELAGE_DATA")
-        candidates += [Path(folder) / given] if folder else []
-        candidates.append(Path("data") / given)
-    for path in candidates:
-        if path.is_file():
-            return path
-    looked = ", ".join(str(path.absolute()) for path in candidates)
-    raise DataError(
-        f"prompt file {str(name)!r} does not exist, looked for {looked}. "
-        "Correct the path or set TUTELAGE_DATA to the folder that holds it."
+        f"{excerpt(text if ids is None else ids)}. Write completion (text) or completion_ids."
     )
 
 
@@ -169,6 +181,8 @@ class FileTask:
     """Evaluation prompts from a file of their own."""
     split_seed: int = 0
     """Decides which prompts are set apart; training seeds do not."""
+    num_dropped: int = 0
+    """Prompts left out of the pool because they were too long."""
 
     def __post_init__(self) -> None:
         if self.grader not in GRADERS:
@@ -217,6 +231,15 @@ class FileTask:
             return text.strip() == prompt.answer.strip()
         return grade_completion(text, prompt.answer)
 
+    def without(self, is_too_long: Callable[[Prompt], bool]) -> FileTask:
+        """The task without the prompts that are too long, which are counted."""
+        pool, held_out = (
+            tuple(prompt for prompt in prompts if not is_too_long(prompt))
+            for prompts in (self.pool, self.held_out_prompts)
+        )
+        dropped = len(self.pool) + len(self.held_out_prompts) - len(pool) - len(held_out)
+        return replace(self, pool=pool, held_out_prompts=held_out, num_dropped=dropped)
+
     @cached_property
     def _split(self) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
         order = _permutation(len(self.pool), "split", self.split_seed)
@@ -248,127 +271,6 @@ class FileTask:
     def _orders(self) -> dict[tuple[int, int], list[int]]:
         """The order of the epoch in use, so that a step need not shuffle once per prompt."""
         return {}
-
-
-def _is_file_name(source: str | Path) -> bool:
-    path = Path(source)
-    return (
-        path.suffix in (".jsonl", ".json")
-        or path.is_file()
-        or path.is_absolute()
-        or path.parts[:1] in (("..",), ("~",))
-    )
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each record stands, and the record."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{where}: not JSON ({error}), got {_excerpt(line)}. "
-                    "Write one JSON object on each line."
-                ) from error
-            yield where, record
-
-
-def _dataset_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
-    if find_spec("datasets") is None:
-        raise MissingExtraError("datasets", "data", f"Reading the data set {name!r}")
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, subset, split=split)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"cannot read split {split!r} of the data set {name!r}: {reason} "
-            "Check its name, subset and split, or give a .jsonl file."
-        ) from error
-    for number, record in enumerate(rows, start=1):
-        yield f"{name}[{split}], row {number}", record
-
-
-def _prompt(record: Any, where: str, default_id: str, prompt_format: PromptFormat) -> Prompt:
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: must be a JSON object, got {_excerpt(record)}. "
-            'Write {"prompt": ...} on each line.'
-        )
-    column = _content_column(record, where, prompt_format)
-    prompt_id = record.get("id")
-    return Prompt(
-        id=default_id if prompt_id is None else _scalar(prompt_id, "id", where),
-        content=_content(record[column], f"{where}: {column!r}", prompt_format),
-        answer=_answer(record.get(prompt_format.answer_column), prompt_format, where),
-    )
-
-
-def _content_column(record: dict[str, Any], where: str, prompt_format: PromptFormat) -> str:
-    wanted = (prompt_format.prompt_column,) if prompt_format.prompt_column else _CONTENT_KEYS
-    for column in wanted:
-        if record.get(column) is not None:
-            return column
-    raise DataError(
-        f"{where}: needs one of the keys {', '.join(map(repr, wanted))}, "
-        f"got {', '.join(map(repr, record)) or 'no keys'}. Add it or name the prompt column."
-    )
-
-
-def _content(value: Any, where: str, prompt_format: PromptFormat) -> str | tuple[Message, ...]:
-    if isinstance(value, str):
-        text = _text(value, where) + prompt_format.suffix
-        return ({"role": "user", "content": text},) if prompt_format.chat else text
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} must be text or a list of messages, got {_excerpt(value)}.")
-    messages = [_message(message, where) for message in value]
-    messages[-1]["content"] += prompt_format.suffix
-    return tuple(messages)
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
-        raise DataError(
-            f'{where}: a message must be {{"role": ..., "content": ...}}, got {_excerpt(value)}.'
-        )
-    for key, text in value.items():
-        if not isinstance(text, str):
-            raise DataError(f"{where}: {key!r} of a message must be text, got {_excerpt(text)}.")
-    _text(value["content"], where)
-    return dict(value)
-
-
-def _text(value: str, where: str) -> str:
-    if not value.strip():
-        raise DataError(f"{where} is empty, got {value!r}. Remove the record.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} is not valid text, got half a surrogate pair at {error.start}. Remove it."
-        ) from error
-    return value
-
-
-def _answer(value: Any, prompt_format: PromptFormat, where: str) -> str | None:
-    return None if value is None else _scalar(value, prompt_format.answer_column, where)
-
-
-def _scalar(value: Any, key: str, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{where}: {key!r} must be text or a number, got {_excerpt(value)}.")
-    return str(value)
-
-
-def _excerpt(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _content_key(prompt: Prompt) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tutelage.data.prompts import FileTask
 from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
 from tutelage.run.method import AllTokens, FirstTokens
@@ -30,6 +31,8 @@ def check(config: Config, name: str) -> Iterator[str]:
         f"data: task {parts.task.name}, first step's prompts {min(lengths)} to {max(lengths)} "
         f"tokens, {num_held_out} held out for evaluation"
     )
+    if isinstance(parts.task, FileTask) and parts.task.num_dropped:
+        yield f"data: {parts.task.num_dropped} prompts over data.max_prompt_tokens left out"
     selection = config.selection
     kept = "every token"
     if isinstance(selection, FirstTokens):

@@ -61,12 +61,13 @@ class LedgerData:
 
 @dataclass(frozen=True)
 class FileData:
-    """Prompts from a JSONL file or a `datasets` id."""
+    """Prompts from a JSONL or parquet file, a named set or a `datasets` id."""
 
     __pydantic_config__ = STRICT
     kind: Literal["file"]
     path: str
-    """JSONL file (also looked for in $TUTELAGE_DATA and ./data), or a data set's hub id."""
+    """JSONL or parquet file (also looked for in $TUTELAGE_DATA and ./data), a named set
+    (dapo-math-17k, math-train, gsm8k-train), or a data set's hub id."""
     split: str = "train"
     """Split of a hub data set; ignored for files."""
     subset: str | None = None
@@ -77,8 +78,10 @@ class FileData:
     """Key of the reference answer, which a record may lack."""
     chat: bool = True
     """Render a text prompt as one user message with the tokenizer's chat template."""
-    suffix: str = ""
-    """Text appended to every prompt, e.g. how to mark the answer."""
+    suffix: str | None = None
+    """Text appended to every prompt, e.g. how to mark the answer; None takes a named set's own."""
+    max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
+    """Longer prompts are left out and counted; 0 keeps all."""
     grader: Literal["none", "number", "exact"] = "none"
     """How a completion is compared with the reference answer."""
     num_held_out: int = 64

@@ -18,7 +18,7 @@ from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.prune import prune_layers
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
-from tutelage.models.tokenizers import shared_vocabulary, stop_swap
+from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
 from tutelage.run.config import Config, FileData, LedgerData
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ def prompt_format(data: LedgerData | FileData) -> PromptFormat:
     if isinstance(data, LedgerData):
         return PromptFormat()
     return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
+
+
+def _without_long_prompts(task: Task, limit: int, tokenizer: PreTrainedTokenizerBase) -> Task:
+    if not limit or not isinstance(task, FileTask):
+        return task
+    return task.without(lambda prompt: len(encode_prompt(tokenizer, prompt)) > limit)
 
 
 def pick_device(name: str) -> torch.device:
@@ -124,6 +130,8 @@ def build(config: Config, student_model: str | None = None) -> Parts:
     task = build_task(config.data)  # the cheapest thing that can be wrong comes first
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.student.model)
+    if isinstance(config.data, FileData):
+        task = _without_long_prompts(task, config.data.max_prompt_tokens, tokenizer)
     teacher_tokenizer = load_tokenizer(config.teacher.model)
     resting = "cpu" if config.teacher.offload else str(device)
     teacher = load_model(config.teacher.model, config.teacher.dtype, resting)

@@ -1,0 +1,266 @@
+"""Records of JSON lines, parquet files and data sets, and how each becomes a prompt.
+
+Understood as they are: the project's own records, TRL's prompt data sets (`prompt` as text or as
+messages) and verl's parquet files (`prompt`, `reward_model.ground_truth`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tutelage.data.types import Message, Prompt
+from tutelage.errors import DataError, MissingExtraError
+
+_CONTENT_KEYS = ("prompt", "problem", "question", "messages")
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How records become prompts."""
+
+    prompt_column: str | None = None
+    """Key of the text or messages; None takes the first of prompt, problem, question, messages."""
+    answer_column: str = "answer"
+    """Key of the reference answer, which a record may lack; see `to_prompt` for where else."""
+    chat: bool = False
+    """Wrap plain text as one user message, for the tokenizer's chat template."""
+    suffix: str | None = None
+    """Text added to every prompt (to the last message of a chat), such as an instruction; None
+    adds what a named set asks for, and nothing to other sources."""
+    removed: tuple[str, ...] = ()
+    """Texts cut out of every prompt, such as another instruction that came with the data."""
+
+
+def find_file(name: str | Path) -> Path:
+    """The file as given, else in the folder named by TUTELAGE_DATA, else in ./data.
+
+    Raises:
+        DataError: It is in none of them; all are named.
+    """
+    given = Path(name).expanduser()
+    candidates = [given]
+    if given.parent == Path("."):
+        folder = os.environ.get("TUTELAGE_DATA")
+        candidates += [Path(folder) / given] if folder else []
+        candidates.append(Path("data") / given)
+    for path in candidates:
+        if path.is_file():
+            return path
+    looked = ", ".join(str(path.absolute()) for path in candidates)
+    raise DataError(
+        f"prompt file {str(name)!r} does not exist, looked for {looked}. "
+        "Correct the path or set TUTELAGE_DATA to the folder that holds it."
+    )
+
+
+def is_file_name(source: str | Path) -> bool:
+    """Whether a source is meant as a file and not as the id of a data set."""
+    path = Path(source)
+    return (
+        path.suffix in _FILE_ENDINGS
+        or path.is_file()
+        or path.is_absolute()
+        or path.parts[:1] in (("..",), ("~",))
+    )
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each record of a JSONL or parquet file stands, and the record.
+
+    Raises:
+        DataError: the file cannot be read; the line or row is named.
+    """
+    return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{where}: not JSON ({error}), got {excerpt(line)}. "
+                    "Write one JSON object on each line."
+                ) from error
+            yield where, record
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if find_spec("pyarrow") is None:
+        raise MissingExtraError("pyarrow", "data", f"Reading {path}")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", record
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{path}, row {number + 1} or after: not readable as parquet ({reason}). "
+            "Download or write the file again."
+        ) from error
+
+
+def dataset_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
+    """Where each record of a hub data set stands, and the record.
+
+    Raises:
+        DataError: the data set cannot be read.
+        MissingExtraError: the package `datasets` is not installed.
+    """
+    if find_spec("datasets") is None:
+        raise MissingExtraError("datasets", "data", f"Reading the data set {name!r}")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, subset, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"cannot read split {split!r} of the data set {name!r}: {reason} "
+            "Check its name, subset and split, or give a .jsonl or .parquet file."
+        ) from error
+    for number, record in enumerate(rows, start=1):
+        yield f"{name}[{split}], row {number}", record
+
+
+def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFormat) -> Prompt:
+    """The prompt that a record holds.
+
+    The reference answer is looked for under the answer column, then as `final_answer`
+    (OlympiadBench), as `reward_model.ground_truth` (verl) and in the last box of `solution`
+    (MATH). Of a worked answer such as GSM8K's, what follows the last `####` counts.
+
+    Raises:
+        DataError: the record is malformed; `where` begins the line.
+    """
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: must be a JSON object, got {excerpt(record)}. "
+            'Write {"prompt": ...} on each line.'
+        )
+    column = _content_column(record, where, prompt_format)
+    prompt_id = record.get("id")
+    return Prompt(
+        id=default_id if prompt_id is None else _scalar(prompt_id, "id", where),
+        content=_content(record[column], f"{where}: {column!r}", prompt_format),
+        answer=_answer(record, prompt_format, where),
+    )
+
+
+def _content_column(record: dict[str, Any], where: str, prompt_format: PromptFormat) -> str:
+    wanted = (prompt_format.prompt_column,) if prompt_format.prompt_column else _CONTENT_KEYS
+    for column in wanted:
+        if record.get(column) is not None:
+            return column
+    raise DataError(
+        f"{where}: needs one of the keys {', '.join(map(repr, wanted))}, "
+        f"got {', '.join(map(repr, record)) or 'no keys'}. Add it or name the prompt column."
+    )
+
+
+def _content(value: Any, where: str, prompt_format: PromptFormat) -> str | tuple[Message, ...]:
+    if isinstance(value, str):
+        text = _bare(_text(value, where), where, prompt_format) + (prompt_format.suffix or "")
+        return ({"role": "user", "content": text},) if prompt_format.chat else text
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where} must be text or a list of messages, got {excerpt(value)}.")
+    messages = [_message(message, where) for message in value]
+    last = messages[-1]
+    last["content"] = _bare(last["content"], where, prompt_format) + (prompt_format.suffix or "")
+    return tuple(messages)
+
+
+def _bare(text: str, where: str, prompt_format: PromptFormat) -> str:
+    for removed in prompt_format.removed:
+        text = text.replace(removed, "")
+    return _text(text.strip(), where) if prompt_format.removed else text
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
+        raise DataError(
+            f'{where}: a message must be {{"role": ..., "content": ...}}, got {excerpt(value)}.'
+        )
+    # Parquet gives every message all the keys that any message has.
+    message = {key: text for key, text in value.items() if text is not None}
+    for key in ("role", "content", *message):
+        if not isinstance(message.get(key), str):
+            got = excerpt(message.get(key))
+            raise DataError(f"{where}: {key!r} of a message must be text, got {got}.")
+    _text(message["content"], where)
+    return message
+
+
+def _text(value: str, where: str) -> str:
+    if not value.strip():
+        raise DataError(f"{where} is empty, got {value!r}. Remove the record.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} is not valid text, got half a surrogate pair at {error.start}. Remove it."
+        ) from error
+    return value
+
+
+def _answer(record: dict[str, Any], prompt_format: PromptFormat, where: str) -> str | None:
+    key, value = _answer_field(record, prompt_format.answer_column)
+    if key != prompt_format.answer_column and isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        return None
+    text = _scalar(value, key, where)
+    if key == "solution":
+        return _boxed(text)
+    return text.rpartition("####")[2].strip() if "####" in text else text
+
+
+def _answer_field(record: dict[str, Any], column: str) -> tuple[str, Any]:
+    """Key and value of the reference answer; (column, None) if the record has none."""
+    for key in (column, "final_answer"):
+        if record.get(key) is not None:
+            return key, record[key]
+    reward, solution = record.get("reward_model"), record.get("solution")
+    if isinstance(reward, dict) and reward.get("ground_truth") is not None:
+        return "reward_model.ground_truth", reward["ground_truth"]
+    return ("solution", solution) if isinstance(solution, str) else (column, None)
+
+
+def _boxed(solution: str) -> str | None:
+    """Content of the last complete \\boxed{...} of a worked solution; None without one."""
+    start, depth = solution.rfind("\\boxed{"), 0
+    for place in range(start, len(solution)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(solution[place], 0)
+        if depth == 0 and solution[place] == "}":
+            return solution[start + len("\\boxed{") : place].strip() or None
+    return None
+
+
+def _scalar(value: Any, key: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"{where}: {key!r} must be text or a number, got {excerpt(value)}.")
+    return str(value)
+
+
+def excerpt(value: Any) -> str:
+    """A value as Python writes it, shortened to fit into one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
