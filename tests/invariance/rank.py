@@ -32,6 +32,15 @@ CASES: dict[str, dict[str, Any]] = {
     "local_oracle": {"selection": {"rule": "local_oracle", "keep": 0.2}},
     "percentile": {"objective": {"kind": "eopd", "gate": "percentile", "threshold": 0.7}},
     "fire": {"weighting": {"kind": "fire"}},
+    # Ranks need different numbers of micro-batches by themselves.
+    "tokens": {"micro_batch_tokens": 40, "micro_batch_size": 64},
+    "updates": {
+        "updates_per_step": 2,
+        "objective": {"kind": "sampled", "clip": 0.05},
+        "selection": {"rule": "soft_or", "keep": 0.5, "scope": "batch"},
+    },
+    # The student's head is 0 at first, so that all entropies are equal.
+    "ties": {"selection": {"rule": "entropy", "keep": 0.3, "scope": "batch"}},
     # One row of the whole batch: one of two ranks keeps none, and so do most micro-batches.
     "one": {"selection": {"rule": "divergence", "keep": 0.001, "scope": "batch"}},
 }
@@ -54,9 +63,12 @@ class Watched(Step):
         return chosen
 
 
-def two_steps(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Kept rows, metrics and final weights of two AdamW steps in float64."""
+    config = case_config(models, case)
     parts = build(config)
+    if case == "ties":
+        torch.nn.init.zeros_(parts.student.model.get_output_embeddings().weight)
     parts.student.model.double()
     parts.teacher.model.double()
     optimizer = torch.optim.AdamW(parts.student.parameters(), lr=1e-2)
@@ -66,7 +78,9 @@ def two_steps(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     metrics = [step.take(1), step.take(2)]
     for m in metrics:
         del m["seconds"]
-    share = [len(r.completion_ids) for r in step.write(2)]
+    rollouts = step.write(2)
+    names = [str(i) for i in step.share(len(rollouts))]
+    share = {i: len(r.completion_ids) for i, r in zip(names, rollouts, strict=True)}
     weights = {name: p.detach().clone() for name, p in parts.student.model.named_parameters()}
     return {"chosen": step.chosen, "metrics": metrics, "lengths": share, "weights": weights}
 
@@ -77,7 +91,7 @@ def main(models: Path, out: Path) -> None:
     out = out / f"rank{accelerator.process_index}"
     out.mkdir()
     for name in CASES:
-        seen = two_steps(case_config(models, name), accelerator)
+        seen = two_steps(name, models, accelerator)
         save_file(seen.pop("weights"), out / f"{name}.safetensors")
         (out / f"{name}.json").write_text(json.dumps(seen))
     accelerator.end_training()

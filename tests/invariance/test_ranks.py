@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from rank import CASES, case_config, two_steps
+from rank import CASES, two_steps
 from safetensors.torch import load_file
 from stepping import distance
 
@@ -73,21 +73,29 @@ def case(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def one(tiny_models: Path, case: str) -> dict[str, Any]:
     """What a single process sees."""
-    return two_steps(case_config(tiny_models, case), Accelerator(cpu=True))
+    return two_steps(case, tiny_models, Accelerator(cpu=True))
 
 
 def test_two_ranks_keep_the_same_rows_and_learn_the_same_weights(
     two_ranks: Path, one: dict[str, Any], case: str
 ) -> None:
     both = [seen_by(two_ranks, rank, case) for rank in (0, 1)]
-    assert both[0]["lengths"] + both[1]["lengths"] == one["lengths"]
-    assert len(set(one["lengths"])) > 1  # ragged
+    assert both[0]["lengths"] | both[1]["lengths"] == one["lengths"]
+    assert len(both[0]["lengths"]) == len(both[1]["lengths"]) == len(one["lengths"]) / 2
+    assert len(set(one["lengths"].values())) > 1  # ragged
     names = list(one["weights"])
     for rank in both:
         assert rank["chosen"] == one["chosen"]
         found, expected = ([x["weights"][n] for n in names] for x in (rank, one))
         assert distance(found, expected) <= 1e-9
     assert all(torch.equal(both[0]["weights"][n], both[1]["weights"][n]) for n in names)
+
+
+def test_equal_scores_go_to_the_first_tokens_of_the_first_completions(tiny_models: Path) -> None:
+    """Of a batch of ties, document order decides: not length, by which micro-batches are cut."""
+    chosen = two_steps("ties", tiny_models, Accelerator(cpu=True))["chosen"]
+    assert chosen[0] == list(range(len(chosen[0])))
+    assert chosen[1] != list(range(len(chosen[1])))  # one step on, no two scores are equal
 
 
 def test_both_ranks_report_the_numbers_of_the_whole_batch(

@@ -38,6 +38,7 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("samplin.top_p=0.9", "unknown key 'samplin'. Did you mean 'sampling'?"),
         ("optimizer.lr=1", "unknown key 'optimizer.lr'. Known keys: learning_rate, schedule"),
         ("selection.rule=softor", "got 'softor'. Did you mean 'soft_or'?"),
+        ("teacher.dtype=bfloat61", "got 'bfloat61'. Did you mean 'bfloat16'?"),
         ("selection.rule=best", "selection.rule must be one of all, "),
         ("selection.keep=0.5", "selection.rule is missing"),
         ("data.kind=web", "data.kind must be one of ledger, file, got 'web'."),

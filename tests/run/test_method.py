@@ -345,3 +345,20 @@ def test_a_batch_without_a_supervised_token_gives_a_counted_connected_zero(
         assert gradients
         assert all(bool((g == 0).all()) for g in gradients)
     assert empty.num_rows == 0
+
+
+def test_a_normalization_is_named_or_absent() -> None:
+    models = {"student": {"model": "s"}, "teacher": {"model": "t"}}
+    with pytest.raises(ConfigError, match=r"got 'minmax_p89'\. Did you mean 'minmax_p98'"):
+        parse_config({"selection": {"rule": "q3", "normalization": "minmax_p89"}, **models})
+    with pytest.raises(ConfigError, match=r"unknown key 'selection\.normalization'"):
+        parse_config({"selection": {"rule": "random", "normalization": "minmax"}, **models})
+
+
+def test_the_grader_is_asked_about_truncated_completions(tiny_models: Path, tmp_path: Path) -> None:
+    """One token is never enough to stop at; the verdicts still say right, wrong, right, wrong."""
+    path = tmp_path / "run.toml"
+    path.write_text(toml(tiny_models, SELECTIONS["all"], OBJECTIVES["kl"], WEIGHTINGS["paced"]))
+    metrics = one_step(load_config(path, ["sampling.max_new_tokens=1"]))
+    assert metrics["truncated_share"] > 0.9
+    assert metrics["change"] > 0  # if all were wrong, paced weights s(1 - s) would be 0

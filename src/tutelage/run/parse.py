@@ -147,7 +147,16 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
     same = [d for d in details if _key([str(p) for p in d["loc"]]) == key]
     messages = [d["msg"] for d in same if _kind(d) == "other"]
     message = " or ".join(message[0].lower() + message[1:] for message in messages)
-    return f"{key}: {message}, got {first['input']!r}."
+    return f"{key}: {message}, got {first['input']!r}.{_did_you_mean_value(first)}"
+
+
+def _did_you_mean_value(detail: Any) -> str:
+    """The nearest of a few allowed words, which pydantic lists as 'a', 'b' or 'c'."""
+    if detail["type"] != "literal_error":
+        return ""
+    words = detail["ctx"]["expected"].split("'")[1::2]
+    near = difflib.get_close_matches(str(detail["input"]), words, 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _key(location: Sequence[str]) -> str:

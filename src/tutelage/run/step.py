@@ -116,7 +116,7 @@ class Step:
         return sample(
             self.parts.student.model,
             self.parts.tokenizer,
-            [prompts[i] for i in self._share(len(prompts) // self.ranks.count)],
+            [prompts[i] for i in self.share(len(prompts) // self.ranks.count)],
             config.sampling,
             (config.seed, step),
             config.sampling_batch_size,
@@ -126,7 +126,7 @@ class Step:
         """Micro-batches of each update, as many in every process."""
         config, num_updates = self.config, self.config.updates_per_step
         lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
-        names = self._share(len(rollouts))
+        names = self.share(len(rollouts))
         bounds = [len(rollouts) * u // num_updates for u in range(num_updates + 1)]
 
         def groups(u: int, at_least: int) -> list[list[int]]:
@@ -149,7 +149,7 @@ class Step:
         """The rows to train on, of all processes; the same answer in every process."""
         return choose(self.config, gathered, step)
 
-    def _share(self, count: int) -> list[int]:
+    def share(self, count: int) -> list[int]:
         """Which of the step's items the `count` items of this process are.
 
         An update's items lie side by side, and each process has as many of them.
@@ -185,7 +185,7 @@ class Step:
             return []
         local = [self.parts.task.grade(r.prompt, r.text) for r in rollouts]
         codes = [-1 if verdict is None else int(verdict) for verdict in local]
-        table = self.ranks.by_completion(codes, self._share(len(rollouts)))
+        table = self.ranks.by_completion(codes, self.share(len(rollouts)))
         return [None if code < 0 else bool(code) for code in table]
 
     def _learn(
