@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 import reference
-from tutelage.core import LazyLogits, TokenStats, token_stats
+from tutelage.core import (
+    RULES,
+    STUDENT_RULES,
+    LazyLogits,
+    TokenStats,
+    importance,
+    select_tokens,
+    token_stats,
+)
 
 Make = Callable[..., Any]
 INF = float("inf")
@@ -170,6 +178,70 @@ def test_ids_that_one_side_excludes_make_one_divergence_infinite(make_pair: Make
     torch.testing.assert_close(other.reverse_kl, found.forward_kl, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("vocab_size", [1023, 1024, 1025, 1500, 2048])
+def test_wide_rows_keep_tiny_entropies_wherever_their_largest_logit_is(vocab_size: int) -> None:
+    places = torch.tensor([0, 1, 511, 512, 513, 1000, vocab_size - 2, vocab_size - 1])
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(len(places), vocab_size, generator=generator)
+    logits.scatter_(1, places[:, None], 30.0)
+    logits[0, -1] = 30.0  # a tie
+    found = _read(logits, logits)
+    truth = [reference.entropy_of_logits(row) for row in logits.double().tolist()]
+    assert found.entropy.tolist() == pytest.approx(truth, rel=2e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows_a_chunk", [1, 3, 100])
+def test_the_student_alone_gives_the_same_numbers(
+    make_pair: Make, has_bias: bool, rows_a_chunk: int
+) -> None:
+    pair = make_pair(has_bias=has_bias, softcap=3.0, scale=0.5)
+    if has_bias:
+        with torch.no_grad():
+            pair.student.bias[2] = -INF
+    tokens = torch.tensor([0, 10, 3, 3, 7, 1, 5])
+    expected = expected_stats(pair, tokens)
+    found = token_stats(pair.student, None, tokens, chunk_bytes=rows_a_chunk * 11 * 8)
+    torch.testing.assert_close(found.entropy, expected[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found.log_p, expected[4], rtol=1e-12, atol=1e-13)
+    for unknown in (found.teacher_entropy, found.reverse_kl, found.forward_kl, found.log_q):
+        assert unknown.isnan().all()
+    assert not found[:3].has_teacher
+    assert not TokenStats.cat([found, found[:2]]).has_teacher
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_of_the_student_choose_the_same_without_a_teacher(make_pair: Make, rule: str) -> None:
+    pair = make_pair(rows=24)
+    tokens, position = torch.arange(24) % 11, torch.arange(24)
+    options: dict[str, Any] = {
+        "uniform": torch.rand(24, generator=torch.Generator().manual_seed(0)).double(),
+        "position": position,
+    }
+    alone = token_stats(pair.student, None, tokens)
+    if rule not in STUDENT_RULES:
+        with pytest.raises(ValueError, match=r"needs token_stats|compares with the teacher"):
+            importance(alone, rule, **options)
+        return
+    both = token_stats(pair.student, pair.teacher, tokens)
+    expected, found = (
+        select_tokens(stats, position // 8, rule, 0.4, **options) for stats in (both, alone)
+    )
+    assert found.rows.tolist() == expected.rows.tolist()
+    assert len(found.rows) > 0
+    assert found.num_nonfinite == 0
+
+
+def test_a_student_that_gives_no_numbers_is_counted_without_a_teacher(make_pair: Make) -> None:
+    pair = make_pair()
+    with torch.no_grad():
+        pair.student.hidden[2] = torch.nan
+    stats = token_stats(pair.student, None, torch.zeros(7, dtype=torch.long))
+    found = select_tokens(stats, torch.zeros(7, dtype=torch.long), "entropy", 1.0)
+    assert found.num_nonfinite == 1
+    assert found.rows.tolist() == [0, 1, 3, 4, 5, 6]
+
+
 def test_no_rows_give_no_statistics(make_pair: Make) -> None:
     pair = make_pair(rows=0)
     found = token_stats(pair.student, pair.teacher, torch.zeros(0, dtype=torch.long))
@@ -180,6 +252,8 @@ def test_refuses_tokens_of_other_rows_and_other_vocabularies(make_pair: Make) ->
     pair = make_pair()
     with pytest.raises(ValueError, match=r"tokens must be \[N\] with N = 7, got \(6,\)"):
         token_stats(pair.student, pair.teacher, torch.zeros(6, dtype=torch.long))
+    with pytest.raises(ValueError, match="extras need a teacher"):
+        token_stats(pair.student, None, torch.zeros(7).long(), extras=["gradient_norm"])
     with pytest.raises(ValueError, match="share a vocabulary, got 11 and 9 ids"):
         token_stats(pair.student, pair.teacher.cut(9), torch.zeros(7, dtype=torch.long))
     with pytest.raises(ValueError, match="same rows, got 7 and 2"):

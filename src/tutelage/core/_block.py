@@ -12,10 +12,16 @@ from torch import Tensor
 from tutelage.core.lazy import LazyLogits
 
 CHUNK_BYTES = 96 << 20
-"""Bytes of the two `[chunk, V]` logit buffers together; more rows use the matrix units better."""
+"""Bytes of the `[chunk, V]` logit buffers together; more rows use the matrix units better."""
+
+ACCELERATOR_CHUNK_BYTES = 1 << 30
+"""The same on a device with many more multipliers to feed, probabilities included."""
 
 _BLOCK_BYTES = 2 << 20
 """Bytes of one `[block, V]` slice: small enough that its element-wise passes stay in cache."""
+
+_SEGMENT = 512
+"""Ids among which the place of a maximum is looked for element by element."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,26 @@ class _Distribution:
     token_logprob: Tensor | None
 
 
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and place of the largest logit of each row, `[r, 1]` each.
+
+    Finding the place of a maximum reads one element after the other; finding its value reads
+    whole vectors. So the segment is found by value, and only there the place: a fifth of the time.
+    """
+    size = logits.shape[-1]
+    if size < 2 * _SEGMENT:
+        return logits.max(-1, keepdim=True)
+    whole = size // _SEGMENT * _SEGMENT
+    tops = logits[:, :whole].view(len(logits), -1, _SEGMENT).amax(-1)
+    if whole < size:
+        tops = torch.cat([tops, logits[:, whole:].amax(-1, keepdim=True)], -1)
+    top, segment = tops.max(-1, keepdim=True)
+    start = (segment * _SEGMENT).clamp(max=size - _SEGMENT)
+    ids = start + torch.arange(_SEGMENT, device=logits.device)
+    place = logits.gather(-1, ids).argmax(-1, keepdim=True)
+    return top, start + place
+
+
 def _distribution(
     logits: Tensor, scratch: Tensor, tokens: Tensor | None, has_inf: bool
 ) -> _Distribution:
@@ -81,7 +107,7 @@ def _distribution(
     keep their relative precision. Numbers per row are float64: they cost nothing, and a KL is a
     small difference of large normalizers.
     """
-    top, index = logits.max(-1, keepdim=True)
+    top, index = _largest(logits)
     logits.sub_(top)
     p = torch.softmax(logits, -1, out=scratch)
     largest = p.gather(-1, index)
@@ -138,31 +164,36 @@ def read_block(
     )
 
 
-@dataclass
-class _Buffers:
-    student: Tensor
-    teacher: Tensor
-    scratch: tuple[Tensor, Tensor]
-
-
-def rows_per_chunk(num_rows: int, vocab_size: int, dtype: torch.dtype, chunk_bytes: int) -> int:
-    """Rows whose two logit buffers fit into `chunk_bytes`, at least 1.
+def rows_per_chunk(
+    num_rows: int, vocab_size: int, dtype: torch.dtype, chunk_bytes: int, num_buffers: int = 2
+) -> int:
+    """Rows whose logit buffers fit into `chunk_bytes`, at least 1.
 
     Chunks are of nearly equal size: a last one of few rows would read the whole head for little.
     """
-    most = max(1, chunk_bytes // (2 * vocab_size * dtype.itemsize))
+    most = max(1, chunk_bytes // (num_buffers * vocab_size * dtype.itemsize))
     num_chunks = max(1, math.ceil(num_rows / most))
     return max(1, math.ceil(num_rows / num_chunks))
 
 
-def _buffers(student: LazyLogits, rows: int) -> tuple[_Buffers, int]:
-    v, dtype, device = student.vocab_size, student.dtype, student.hidden.device
-    block = min(rows, max(1, _BLOCK_BYTES // (v * dtype.itemsize)))
+def _plan(student: LazyLogits, chunk_bytes: int | None, num_sides: int) -> tuple[int, int]:
+    """Rows of a chunk and of a block.
 
-    def new(n: int) -> Tensor:
-        return torch.empty(n, v, dtype=dtype, device=device)
+    Blocks exist for the caches of a CPU; elsewhere each would cost a launch for every pass, so a
+    block is a chunk and its probabilities take their share of the budget.
+    """
+    n, v, dtype = len(student), student.vocab_size, student.dtype
+    if student.hidden.device.type == "cpu":
+        budget = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        rows = rows_per_chunk(n, v, dtype, budget, num_sides)
+        return rows, min(rows, max(1, _BLOCK_BYTES // (v * dtype.itemsize)))
+    budget = ACCELERATOR_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    rows = rows_per_chunk(n, v, dtype, budget, 2 * num_sides)
+    return rows, rows
 
-    return _Buffers(new(rows), new(rows), (new(block), new(block))), block
+
+def _buffer(student: LazyLogits, rows: int) -> Tensor:
+    return torch.empty(rows, student.vocab_size, dtype=student.dtype, device=student.hidden.device)
 
 
 @dataclass(frozen=True)
@@ -196,25 +227,46 @@ class Chunk:
             )
 
 
-def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int) -> Iterator[Chunk]:
+def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int | None) -> Iterator[Chunk]:
     """Projects both sides chunk by chunk into two buffers that are reused."""
     n = len(student)
     if n == 0:
         return
-    rows = rows_per_chunk(n, student.vocab_size, student.dtype, chunk_bytes)
-    buffers, block = _buffers(student, rows)
+    rows, block = _plan(student, chunk_bytes, 2)
+    student_buffer, teacher_buffer = (_buffer(student, rows) for _ in "st")
+    scratch = (_buffer(student, block), _buffer(student, block))
     has_inf = can_be_inf(student) or can_be_inf(teacher)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         yield Chunk(
             start,
             stop,
-            student.block(start, stop, out=buffers.student[: stop - start]),
-            teacher.block(start, stop, out=buffers.teacher[: stop - start]),
-            buffers.scratch,
+            student.block(start, stop, out=student_buffer[: stop - start]),
+            teacher.block(start, stop, out=teacher_buffer[: stop - start]),
+            scratch,
             block,
             has_inf,
         )
+
+
+def student_numbers(
+    student: LazyLogits, tokens: Tensor, chunk_bytes: int | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, entropy and log-probability of the sampled token, without a teacher's projection."""
+    n = len(student)
+    if n == 0:
+        return
+    size, block = _plan(student, chunk_bytes, 1)
+    buffer, scratch = _buffer(student, size), _buffer(student, block)
+    has_inf = can_be_inf(student)
+    for start in range(0, n, size):
+        logits = student.block(start, min(start + size, n), out=buffer[: n - start])
+        for low in range(0, len(logits), block):
+            here = logits[low : low + block]
+            rows = slice(start + low, start + low + len(here))
+            found = _distribution(here, scratch[: len(here)], tokens[rows], has_inf)
+            assert found.token_logprob is not None
+            yield rows, found.entropy, found.token_logprob
 
 
 def can_be_inf(logits: LazyLogits) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tutelage.core._block import CHUNK_BYTES, Block, Chunk, can_be_inf, check_pair, chunks
+from tutelage.core._block import Block, Chunk, can_be_inf, check_pair, chunks
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.terms import ForwardKL, ReverseKL, Term
@@ -40,7 +40,7 @@ def distillation_objective(
     teacher: LazyLogits,
     reverse_weight: Tensor | float = 1.0,
     forward_weight: Tensor | float = 0.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Objective:
     """Weighted sum of exact reverse and forward KL over all rows, in nats.
 
@@ -58,7 +58,8 @@ def distillation_objective(
         teacher: teacher logits of the same rows and vocabulary; never receives a gradient.
         reverse_weight: a, `[K]` or one number for all rows.
         forward_weight: b, `[K]` or one number for all rows.
-        chunk_bytes: size of the two logit buffers; any value gives the same result.
+        chunk_bytes: size of the two logit buffers; any value gives the same result, None takes what
+            suits the device.
 
     Returns:
         `Objective`; `total` is differentiable once.
@@ -78,7 +79,7 @@ def composite_objective(
     student: LazyLogits,
     teacher: LazyLogits,
     terms: Sequence[tuple[Term, Tensor | float]],
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     extras: Sequence[str] = (),
 ) -> Objective:
     """Weighted sum of any terms over all rows, in nats, fused like `distillation_objective`.
@@ -89,7 +90,7 @@ def composite_objective(
         student: student logits of K rows; gradients flow to its hidden states, weight and bias.
         teacher: teacher logits of the same rows and vocabulary.
         terms: terms of `tutelage.core.terms`, each with a weight, `[K]` or one number.
-        chunk_bytes: size of the two logit buffers.
+        chunk_bytes: size of the two logit buffers; None for what suits the device.
         extras: statistics to compute on the way, keys of `EXTRAS`.
 
     Returns:
@@ -115,7 +116,7 @@ def _run(
     student: LazyLogits,
     teacher: LazyLogits,
     kernel: _Kernel,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     extras: Sequence[str] = (),
 ) -> Objective:
     if student.swap is not None:
@@ -165,7 +166,7 @@ class _FusedObjective(torch.autograd.Function):
         student: LazyLogits,
         teacher: LazyLogits,
         kernel: _Kernel,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         extras: Sequence[str],
     ) -> tuple[Tensor, ...]:
         gradients = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad, student.dtype)

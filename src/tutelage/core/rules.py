@@ -144,6 +144,9 @@ RULES: dict[str, Rule] = {
 }
 """The selection rules by name; `all` keeps every token whatever the budget."""
 
+STUDENT_RULES = ("all", "random", "entropy", "entropy_sample", "first_n")
+"""Rules that look at the student alone; statistics without a teacher are enough for them."""
+
 
 def importance(
     stats: TokenStats,
@@ -187,6 +190,8 @@ def importance(
     missing = [name for name in chosen.extras if name not in stats.extras]
     if missing:
         raise ValueError(f"rule {rule!r} needs token_stats(..., extras={chosen.extras}).")
+    if not stats.has_teacher and rule not in STUDENT_RULES:
+        raise ValueError(f"rule {rule!r} compares with the teacher; give token_stats a teacher.")
     if chosen.is_random and uniform is None:
         raise ValueError(f"rule {rule!r} draws at random and needs `uniform`, one per row.")
     if rule == "first_n" and position is None:

@@ -97,7 +97,7 @@ def select_tokens(
         raise ValueError(f"correct_sampling needs a rule that samples, got {rule!r}.")
     # A sampling rule gives −inf to rows of probability 0: they come last, but are no fault.
     is_usable = torch.isfinite(score) | ((score == -torch.inf) & (log_weight is not None))
-    is_usable &= torch.isfinite(stats.stack()[:6]).all(0)
+    is_usable &= stats.is_finite()
     group = completion if scope == "completion" else torch.zeros_like(completion)
     budget = float(keep) if num_tokens is None else num_tokens
     ranking = _Ranking.of(score, group, 1.0 if rule == "all" else budget, is_usable)
