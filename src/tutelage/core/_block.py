@@ -97,8 +97,13 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, start + place
 
 
+def _dot(x: Tensor, y: Tensor, scratch: Tensor) -> Tensor:
+    """Σ_v x y, float64 `[r]`. (vecdot would allocate the product anew, which costs more than it.)"""
+    return torch.mul(x, y, out=scratch).sum(-1).double()
+
+
 def _distribution(
-    logits: Tensor, scratch: Tensor, tokens: Tensor | None, has_inf: bool
+    logits: Tensor, scratch: tuple[Tensor, Tensor], tokens: Tensor | None, has_inf: bool
 ) -> _Distribution:
     """Softmax, entropy and token log-probability; `logits` are shifted in place to maximum 0.
 
@@ -109,7 +114,7 @@ def _distribution(
     """
     top, index = _largest(logits)
     logits.sub_(top)
-    p = torch.softmax(logits, -1, out=scratch)
+    p = torch.softmax(logits, -1, out=scratch[0])
     largest = p.gather(-1, index)
     others = p.scatter_(-1, index, 0.0).sum(-1).double()
     p.scatter_(-1, index, largest)
@@ -117,7 +122,7 @@ def _distribution(
     total = largest + others
     log_z = torch.log1p(others / largest)
     finite = logits.masked_fill(p == 0, 0.0) if has_inf else logits
-    entropy = log_z - torch.linalg.vecdot(p, finite).double() / total
+    entropy = log_z - _dot(p, finite, scratch[1]) / total
     token = None if tokens is None else logits.gather(-1, tokens[:, None]).squeeze(-1) - log_z
     return _Distribution(p, total, log_z, entropy, token)
 
@@ -125,7 +130,7 @@ def _distribution(
 def read_block(
     student: Tensor,
     teacher: Tensor,
-    scratch: tuple[Tensor, Tensor],
+    scratch: tuple[Tensor, Tensor, Tensor],
     tokens: Tensor | None = None,
     has_inf: bool = False,
 ) -> Block:
@@ -134,20 +139,20 @@ def read_block(
     Args:
         student: logits `[r, V]`, overwritten.
         teacher: logits `[r, V]`, overwritten.
-        scratch: two `[r, V]` buffers that receive p and q.
+        scratch: three `[r, V]` buffers; the first two receive p and q.
         tokens: sampled token ids `[r]`.
         has_inf: whether a logit can be −inf, which costs three more passes.
     """
-    s = _distribution(student, scratch[0], tokens, has_inf)
-    t = _distribution(teacher, scratch[1], tokens, has_inf)
+    s = _distribution(student, (scratch[0], scratch[2]), tokens, has_inf)
+    t = _distribution(teacher, (scratch[1], scratch[2]), tokens, has_inf)
     p, q = s.probabilities, t.probabilities
     offset = s.log_normalizer - t.log_normalizer
     gap = student.sub_(teacher)
     teacher_gap = gap.masked_fill(q == 0, 0.0) if has_inf else gap
-    forward_kl = offset - torch.linalg.vecdot(q, teacher_gap).double() / t.total
+    forward_kl = offset - _dot(q, teacher_gap, scratch[2]) / t.total
     if has_inf:
         gap.masked_fill_(p == 0, 0.0)
-    mean_gap = torch.linalg.vecdot(p, gap).double() / s.total
+    mean_gap = _dot(p, gap, scratch[2]) / s.total
     return Block(
         p,
         q,
@@ -188,7 +193,7 @@ def _plan(student: LazyLogits, chunk_bytes: int | None, num_sides: int) -> tuple
         rows = rows_per_chunk(n, v, dtype, budget, num_sides)
         return rows, min(rows, max(1, _BLOCK_BYTES // (v * dtype.itemsize)))
     budget = ACCELERATOR_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    rows = rows_per_chunk(n, v, dtype, budget, 2 * num_sides)
+    rows = rows_per_chunk(n, v, dtype, budget, 2 * num_sides + 1)
     return rows, rows
 
 
@@ -205,7 +210,7 @@ class Chunk:
     student: Tensor
     """Student logits `[stop − start, V]`; reading the blocks turns them into `gap`."""
     teacher: Tensor
-    scratch: tuple[Tensor, Tensor]
+    scratch: tuple[Tensor, Tensor, Tensor]
     block: int
     has_inf: bool
 
@@ -215,12 +220,13 @@ class Chunk:
             here = slice(low, min(low + self.block, self.stop - self.start))
             rows = slice(self.start + here.start, self.start + here.stop)
             n = here.stop - here.start
+            p, q, product = (x[:n] for x in self.scratch)
             yield (
                 rows,
                 read_block(
                     self.student[here],
                     self.teacher[here],
-                    (self.scratch[0][:n], self.scratch[1][:n]),
+                    (p, q, product),
                     None if tokens is None else tokens[rows],
                     self.has_inf,
                 ),
@@ -234,7 +240,7 @@ def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int | None) ->
         return
     rows, block = _plan(student, chunk_bytes, 2)
     student_buffer, teacher_buffer = (_buffer(student, rows) for _ in "st")
-    scratch = (_buffer(student, block), _buffer(student, block))
+    scratch = (_buffer(student, block), _buffer(student, block), _buffer(student, block))
     has_inf = can_be_inf(student) or can_be_inf(teacher)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
@@ -257,14 +263,16 @@ def student_numbers(
     if n == 0:
         return
     size, block = _plan(student, chunk_bytes, 1)
-    buffer, scratch = _buffer(student, size), _buffer(student, block)
+    buffer, p, product = (_buffer(student, rows) for rows in (size, block, block))
     has_inf = can_be_inf(student)
     for start in range(0, n, size):
         logits = student.block(start, min(start + size, n), out=buffer[: n - start])
         for low in range(0, len(logits), block):
             here = logits[low : low + block]
             rows = slice(start + low, start + low + len(here))
-            found = _distribution(here, scratch[: len(here)], tokens[rows], has_inf)
+            found = _distribution(
+                here, (p[: len(here)], product[: len(here)]), tokens[rows], has_inf
+            )
             assert found.token_logprob is not None
             yield rows, found.entropy, found.token_logprob
 
