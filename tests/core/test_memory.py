@@ -72,9 +72,9 @@ def test_scoring_and_learning_without_gradient_allocate_buffers_only() -> None:
         sides = LazyLogits(student, head)[rows], LazyLogits(teacher, teacher_head)[rows]
         token_stats(*sides, torch.zeros(64, dtype=torch.long), chunk_bytes)
         distillation_objective(*sides, chunk_bytes=chunk_bytes)
-    # Two buffers, two scratch blocks of at most 2 MiB, and small change; no [V, D] gradient.
+    # Two buffers, three scratch blocks of at most 2 MiB, and small change; no [V, D] gradient.
     assert meter.largest <= chunk_bytes
-    assert meter.peak <= chunk_bytes + (4 << 20) + (1 << 20)
+    assert meter.peak <= chunk_bytes + (6 << 20) + (1 << 20)
     assert meter.peak < V * D * 4
 
 

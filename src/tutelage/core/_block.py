@@ -98,7 +98,7 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dot(x: Tensor, y: Tensor, scratch: Tensor) -> Tensor:
-    """Σ_v x y, float64 `[r]`. (vecdot would allocate the product anew, which costs more than it.)"""
+    """Σ_v x y, float64 `[r]`; vecdot would allocate the product, at several times the price."""
     return torch.mul(x, y, out=scratch).sum(-1).double()
 
 
