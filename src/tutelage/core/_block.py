@@ -270,11 +270,10 @@ def student_numbers(
         for low in range(0, len(logits), block):
             here = logits[low : low + block]
             rows = slice(start + low, start + low + len(here))
-            found = _distribution(
-                here, (p[: len(here)], product[: len(here)]), tokens[rows], has_inf
-            )
-            assert found.token_logprob is not None
-            yield rows, found.entropy, found.token_logprob
+            scratch = (p[: len(here)], product[: len(here)])
+            found = _distribution(here, scratch, None, has_inf)
+            chosen = here.gather(-1, tokens[rows, None]).squeeze(-1)
+            yield rows, found.entropy, chosen - found.log_normalizer
 
 
 def can_be_inf(logits: LazyLogits) -> bool:
