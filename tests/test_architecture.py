@@ -38,6 +38,8 @@ FENCES = {
     "transformers": ("models/",),
     "tokenizers": ("models/",),
     "gguf": ("models/",),
+    "peft": ("models/adapter.py",),
+    "bitsandbytes": ("models/optimizer.py",),
     "safetensors": ("models/", "run/"),
     "accelerate": ("run/",),
     "datasets": ("data/formats.py",),

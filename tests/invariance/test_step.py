@@ -168,7 +168,7 @@ def test_a_tied_student_and_an_offloaded_teacher_give_the_plain_gradient(
     from tiny import save_tiny_model
 
     tied = save_tiny_model(tmp_path / "tied", seed=3, is_tied=True)
-    teacher = {"model": str(tiny_models / "teacher"), "offload": True}
+    teacher = {"model": str(tiny_models / "teacher"), "mode": "offload"}
     found = take_step(
         tiny_models, rollouts, torch.float64, student={"model": str(tied)}, teacher=teacher
     )

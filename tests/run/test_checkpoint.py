@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tutelage.errors import RunError
 from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.optimizer import MasterWeights
 from tutelage.run.checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -34,10 +36,17 @@ def trained(models: Path, seed: int = 0) -> tuple[Any, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def parts_of(models: Path, model: Any) -> Any:
+    """What a checkpoint needs of a run's parts."""
+    tokenizer = load_tokenizer(str(models / "student"))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    student = SimpleNamespace(model=model)
+    return SimpleNamespace(student=student, masters=MasterWeights(weights), tokenizer=tokenizer)
+
+
 def save(run: Path, step: int, models: Path, keep: int = 2) -> Path:
     model, optimizer = trained(models, seed=step)
-    tokenizer = load_tokenizer(str(models / "student"))
-    return save_checkpoint(run, step, model, tokenizer, optimizer, keep)
+    return save_checkpoint(run, step, parts_of(models, model), optimizer, keep)
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -50,7 +59,7 @@ def test_weights_and_moments_come_back_bit_by_bit(tmp_path: Path, tiny_models: P
     model, optimizer = trained(tiny_models, seed=3)
     again = AutoModelForCausalLM.from_pretrained(path / "model")
     fresh = torch.optim.AdamW(again.parameters(), lr=0.5)
-    load_optimizer(path, again, fresh)
+    load_optimizer(path, parts_of(tiny_models, again), fresh)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     found, expected = state_of(fresh), state_of(optimizer)
@@ -128,5 +137,5 @@ def test_a_damaged_optimizer_file_is_one_line(
     parameters = [p for p in model.parameters() if p.requires_grad]
     message = "which the model does not have" if damage == "foreign" else "cannot be read"
     with pytest.raises(RunError, match=message) as caught:
-        load_optimizer(path, model, torch.optim.AdamW(parameters))
+        load_optimizer(path, parts_of(tiny_models, model), torch.optim.AdamW(parameters))
     assert "\n" not in str(caught.value)

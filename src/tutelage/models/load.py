@@ -89,7 +89,11 @@ def resolve_model(ref: str) -> ResolvedModel:
 
 
 def load_model(
-    ref: str, dtype: str = "float32", device: str = "cpu", attn: str = "sdpa"
+    ref: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attn: str = "sdpa",
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode.
 
@@ -100,6 +104,7 @@ def load_model(
         dtype: float32, bfloat16, float16 or float64.
         device: Torch device, such as cpu or cuda:0.
         attn: Attention implementation of transformers, such as sdpa or eager.
+        quantization: none, 8bit or 4bit (bitsandbytes).
 
     Returns:
         The model on `device`.
@@ -107,13 +112,17 @@ def load_model(
     Raises:
         ConfigError: Unknown dtype or device.
         ModelError: The reference is not a complete, readable causal language model.
-        MissingExtraError: A GGUF file without the package `gguf`.
+        MissingExtraError: A GGUF file without the package `gguf`, or a quantised model without
+            `bitsandbytes`.
     """
     target = _device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one.")
     found = resolve_model(ref)
     with _without_bars() if found.is_local else contextlib.nullcontext():
+        if quantization != "none":
+            low_bits = _low_bits(found, quantization, dtype) | {"device_map": {"": str(target)}}
+            return _load_plain(found, DTYPES[dtype], attn, low_bits).eval()
         if found.gguf_file is None:
             model = _load_plain(found, DTYPES[dtype], attn)
         else:
@@ -172,10 +181,35 @@ def save_model(
         raise RunError(f"cannot save the model to {target}: {_one_line(error)}.") from error
 
 
-def _load_plain(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrainedModel:
+def _low_bits(found: ResolvedModel, quantization: str, dtype: str) -> dict[str, Any]:
+    """Options that load the linear layers, the head aside, in 8 or 4 bits."""
+    if found.gguf_file is not None:
+        raise ConfigError(
+            f"model {found.ref!r} is a GGUF file and cannot be loaded in {quantization}. "
+            "Give a model folder, or leave quantization at none."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "lowbit", f"quantization = {quantization!r}")
+    from transformers import BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(
+        load_in_8bit=quantization == "8bit",
+        load_in_4bit=quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+    return {"quantization_config": bits}
+
+
+def _load_plain(
+    found: ResolvedModel,
+    dtype: torch.dtype,
+    attn: str,
+    low_bits: dict[str, Any] | None = None,
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    options = _options(found)
+    options = _options(found) | (low_bits or {})
     with _explained(found, "model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             found.source,

@@ -2,27 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from tutelage.core import LazyLogits
 from tutelage.data.batch import Batch
+from tutelage.errors import RunError
 from tutelage.models.head import head, hidden_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TeacherMode = Literal["resident", "offload", "reload"]
+
+
+class HiddenStore:
+    """Keeps hidden states in main memory up to a budget, and beyond it in files without a name.
+
+    A file that never had a name needs no removal: it is gone with the last tensor in it, or with
+    the process, however that ended.
+    """
+
+    def __init__(self, budget_bytes: int = 4 << 30, folder: Path | None = None) -> None:
+        self.budget_bytes = budget_bytes
+        self.folder = folder
+        self._used_bytes = 0
+
+    def empty(self) -> None:
+        """A new phase: what was kept before counts no longer."""
+        self._used_bytes = 0
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """The same numbers in main memory, or in a memory-mapped file once the budget is used.
+
+        Raises:
+            RunError: the disk has no room for the file.
+        """
+        self._used_bytes += hidden.nbytes
+        if self._used_bytes <= self.budget_bytes or not hidden.nbytes:
+            return hidden.cpu()
+        return self._mapped(hidden.nbytes, hidden.dtype).view(hidden.shape).copy_(hidden)
+
+    def _mapped(self, num_bytes: int, dtype: torch.dtype) -> Tensor:
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                # a sparse file on a full disk would end the process with a bus error
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                return torch.frombuffer(mmap.mmap(file.fileno(), num_bytes), dtype=dtype)
+        except OSError as error:
+            raise RunError(
+                f"{num_bytes:,} bytes of teacher hidden states do not fit on the disk of "
+                f"{self.folder or tempfile.gettempdir()}: {error.strerror}. Free some space, "
+                "raise teacher.hidden_budget_bytes or take fewer prompts a step."
+            ) from None
+
 
 class Teacher:
     """A frozen model whose reading of a batch is D numbers a token, not V.
 
-    With `offload` the model lives in main memory outside `awake()`, and `view` brings its head to
-    the device for each micro-batch. `swap` trades two ids of its vocabulary: its stop token and
-    the student's.
+    Where it rests outside `awake()`: `resident` on its device; `offload` in main memory; `reload`
+    nowhere, it is read from disk again. Its head stays on the device for the objective. `swap`
+    trades two ids of its vocabulary: its stop token and the student's.
     """
 
     def __init__(
@@ -30,29 +80,60 @@ class Teacher:
         model: PreTrainedModel,
         vocab_size: int,
         device: torch.device | str = "cpu",
-        offload: bool = False,
+        mode: TeacherMode = "resident",
         swap: tuple[int, int] | None = None,
+        load: Callable[[], PreTrainedModel] | None = None,
+        store: HiddenStore | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        if mode == "reload" and load is None:
+            raise ValueError("mode 'reload' needs `load`, which reads the model again.")
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self.offload = offload
+        self.mode = mode
         self.swap = swap
-        self.model.to("cpu" if offload else self.device)
+        self.store = store or HiddenStore()
+        self._load = load
+        self._model: PreTrainedModel | None = model.eval().requires_grad_(False)
+        self._head: LazyLogits | None = None
+        if mode == "resident":
+            model.to(self.device)
+        else:
+            model.to("cpu")
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, which in mode `reload` exists only while awake."""
+        if self._model is None:
+            raise RuntimeError("the teacher is not loaded; use it inside `with teacher.awake()`.")
+        return self._model
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """The teacher is on its device inside, and where it rests afterwards."""
-        self.model.to(self.device)
+        self._head = None
+        if self._model is None and self._load is not None:
+            self._model = self._load().eval().requires_grad_(False)
+        if self.mode != "resident":
+            self.model.to(self.device)
+        self.store.empty()
         try:
             yield
         finally:
-            if self.offload:
-                self.model.to("cpu")
+            self._rest()
+
+    def _rest(self) -> None:
+        if self.mode == "offload":
+            self.model.to("cpu")
+        elif self.mode == "reload":
+            self._model = None
+            gc.collect()  # a model refers to itself, so counting references does not free it
 
     @torch.no_grad()
     def read(self, batch: Batch) -> LazyLogits:
-        """Teacher logits of the batch's N rows; the hidden states rest in main memory if offloaded.
+        """Teacher logits of the batch's N rows.
+
+        Hidden states rest in main memory, or on disk beyond `store`'s budget, unless the teacher
+        is resident on an accelerator.
 
         Args:
             batch: sequences on any device.
@@ -61,16 +142,18 @@ class Teacher:
             `LazyLogits` of N rows, no gradient.
         """
         hidden = hidden_rows(self.model, batch.to(self.device))
-        logits = head(self.model, hidden.cpu() if self.offload else hidden, self.vocab_size)
-        return replace(logits, swap=self.swap)
+        if self._head is None:
+            # detached: the model may move or go, while its head's memory stays for the objective
+            self._head = self._detached_head(hidden)
+        if self.mode != "resident" or self.device.type == "cpu":
+            hidden = self.store.keep(hidden)
+        return replace(self._head, hidden=hidden)
 
     def view(self, logits: LazyLogits) -> LazyLogits:
-        """What `read` returned, with hidden states and head on the device for the objective."""
-        projection = head(self.model, logits.hidden, self.vocab_size)
-        bias = None if projection.bias is None else projection.bias.to(self.device)
-        return replace(
-            logits,
-            hidden=logits.hidden.to(self.device),
-            weight=projection.weight.to(self.device),
-            bias=bias,
-        )
+        """What `read` returned, with its hidden states on the device for the objective."""
+        return replace(logits, hidden=logits.hidden.to(self.device))
+
+    def _detached_head(self, hidden: Tensor) -> LazyLogits:
+        logits = head(self.model, hidden[:0], self.vocab_size)
+        bias = None if logits.bias is None else logits.bias.detach()
+        return replace(logits, weight=logits.weight.detach(), bias=bias, swap=self.swap)

@@ -18,9 +18,13 @@ from tutelage.errors import RunError
 from tutelage.models.load import save_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from tutelage.run.setup import Parts
 
 _PREFIX = "checkpoint-"
+_MASTER = "master"
+"""Name of a float32 master weight among its moments."""
+_NUMBER = "#"
+"""Ends the name of an optimizer's entry that is a plain number."""
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -41,12 +45,13 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
 def save_checkpoint(
     run: Path,
     step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    parts: Parts,
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> Path:
-    """Write weights, optimizer moments and step, then drop checkpoints beyond the `keep` newest.
+    """Write weights, optimizer state and step, then drop checkpoints beyond the `keep` newest.
+
+    Of a student with an adapter only the adapter is written; of one with master weights, both.
 
     No random state is saved because there is none: prompts, completions and random selections
     are functions of (seed, step).
@@ -59,8 +64,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(mode=0o700)
-        save_model(model, tokenizer, temporary / "model")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        save_model(parts.student.model, parts.tokenizer, temporary / "model")
+        save_file(_optimizer_tensors(parts, optimizer), temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n")
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -77,8 +82,8 @@ def save_checkpoint(
     return final
 
 
-def load_optimizer(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer's moments from a checkpoint.
+def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer's state, and master weights, from a checkpoint.
 
     Raises:
         RunError: the file is damaged or belongs to another model.
@@ -90,33 +95,48 @@ def load_optimizer(path: Path, model: PreTrainedModel, optimizer: torch.optim.Op
         raise RunError(
             f"{file} cannot be read: {error}. Delete {path} to use an older one."
         ) from None
-    names = _parameter_names(model)
-    state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(names))}
+    names = _parameter_names(parts)
+    state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(names))}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("|")
         if name not in names:
             raise RunError(f"{file} has moments of {name!r}, which the model does not have.")
-        state[names.index(name)][entry] = tensor
+        index = names.index(name)
+        if entry == _MASTER:
+            parts.masters.masters[index].data.copy_(tensor)
+        elif entry.endswith(_NUMBER):
+            state[index][entry.removesuffix(_NUMBER)] = int(tensor)
+        else:
+            state[index][entry] = tensor
     groups = optimizer.state_dict()["param_groups"]
     filled = {index: entries for index, entries in state.items() if entries}
     optimizer.load_state_dict({"state": filled, "param_groups": groups})
 
 
-def _optimizer_tensors(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    names = _parameter_names(model)
+def _optimizer_tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = _parameter_names(parts)
     state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}|{entry}": value.contiguous()
+    tensors = {
+        f"{names[index]}|{entry}" + ("" if isinstance(value, Tensor) else _NUMBER): value
         for index, entries in state.items()
         for entry, value in entries.items()
+        if value is not None
+    }
+    both = zip(names, parts.masters.weights, parts.masters.masters, strict=True)
+    tensors |= {f"{name}|{_MASTER}": m.detach() for name, w, m in both if w is not m}
+    # bitsandbytes gives all parameters one table of codes, and a file takes each tensor once
+    return {
+        key: value.clone(memory_format=torch.contiguous_format)
+        if key.rpartition("|")[2].startswith("qmap")
+        else torch.as_tensor(value).contiguous()
+        for key, value in tensors.items()
     }
 
 
-def _parameter_names(model: PreTrainedModel) -> list[str]:
+def _parameter_names(parts: Parts) -> list[str]:
     """Names in the order in which the optimizer numbers its parameters."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = parts.student.model.named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad]
 
 
 def _sync(folder: Path) -> None:

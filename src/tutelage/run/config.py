@@ -7,7 +7,9 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from tutelage.models.optimizer import OptimizerKind
 from tutelage.models.sampling import SamplingConfig
+from tutelage.models.teacher import TeacherMode
 from tutelage.run.method import (
     STRICT,
     AllTokens,
@@ -22,6 +24,27 @@ from tutelage.run.method import (
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Trains low-rank updates of frozen weights; needs the extra `lora`."""
+
+    __pydantic_config__ = STRICT
+    rank: int = 16
+    """Rank of the updates."""
+    alpha: float = 32.0
+    """Scale of the updates, times the rank."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs dropped while learning, in [0, 1); never while sampling."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers to adapt; none means all but the head."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "student.lora.rank", "at least 1", self.rank, "16 is usual.")
+        alpha, dropout = self.alpha, self.dropout
+        require(alpha > 0, "student.lora.alpha", "above 0", alpha, "Twice the rank is usual.")
+        require(0 <= dropout < 1, "student.lora.dropout", "in [0, 1)", dropout, "0 drops nothing.")
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """The model that learns."""
 
@@ -29,9 +52,20 @@ class StudentConfig:
     model: str
     """Folder, .gguf file, package:NAME/folder, or hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights, updates and forward pass; bfloat16 rounds small updates away."""
+    """Dtype of weights and forward pass; updates are summed in float32 in either case."""
     num_layers: int | None = None
     """Depth to prune the model to before training; None keeps all layers."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again for the backward pass instead of keeping them."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the frozen weights under an adapter (QLoRA); needs the extra `lowbit`."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of the weights; None trains all weights."""
+
+    def __post_init__(self) -> None:
+        is_possible = self.quantization == "none" or self.lora is not None
+        hint = "Quantised weights cannot learn; add a table [student.lora]."
+        require(is_possible, "student.quantization", "none", self.quantization, hint)
 
 
 @dataclass(frozen=True)
@@ -43,10 +77,20 @@ class TeacherConfig:
     """Folder, .gguf file, package:NAME/folder, or hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights."""
-    offload: bool = False
-    """Move the teacher's backbone to main memory while the student writes and learns."""
+    mode: TeacherMode = "resident"
+    """Where it is while the student writes and learns: resident on the device, offload to main
+    memory, or reload, which reads it from its folder in every step."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the weights; needs the extra `lowbit`."""
+    hidden_budget_bytes: int = 4 << 30
+    """Hidden states of one step kept in main memory; more go to a file in the run folder."""
     stop_token: Literal["map", "refuse"] = "map"
     """When student and teacher end a text with different ids: let them trade places, or stop."""
+
+    def __post_init__(self) -> None:
+        budget = self.hidden_budget_bytes
+        hint = "0 writes all hidden states to disk."
+        require(budget >= 0, "teacher.hidden_budget_bytes", "at least 0", budget, hint)
 
 
 @dataclass(frozen=True)
@@ -93,9 +137,13 @@ DataConfig: TypeAlias = Annotated[LedgerData | FileData, Field(discriminator="ki
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
     __pydantic_config__ = STRICT
+    kind: OptimizerKind = "adamw"
+    """adamw; adamw_8bit or paged_adamw_8bit with the extra `lowbit`; adafactor without moments."""
+    offload: bool = False
+    """Keep float32 weights and optimizer state in main memory and update there."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

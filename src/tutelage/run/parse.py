@@ -19,6 +19,8 @@ from tutelage.run.config import Config
 
 _ADAPTER = TypeAdapter(Config)
 
+_RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
+
 SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "num_threads", "device")
 """Keys that may change when a run is continued: they cannot change its results."""
 
@@ -135,6 +137,8 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
     location = [str(part) for part in first["loc"]]
     key = _key(location)
     match _kind(first):
+        case "unknown" if key in _RENAMED:
+            return f"{key} is now {_RENAMED[key]}. Write that instead."
         case "unknown":
             return f"unknown key {key!r}.{_did_you_mean(location, table)}"
         case "missing":
@@ -215,6 +219,8 @@ def _known_keys(parents: list[str], table: dict[str, Any]) -> list[str]:
         found = schema.get("properties", {}).get(parent)
         if found is None:  # the tag of a union, already followed below
             continue
+        if "anyOf" in found:  # a table that may be left out
+            found = found["anyOf"][0]
         if "oneOf" in found:
             tag = parents[parents.index(parent) + 1]
             found = {"$ref": found["discriminator"]["mapping"][tag]}

@@ -132,9 +132,9 @@ def score(config: Config, request: ScoreRequest) -> Scores:
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
     batches = micro_batches(rollouts, config.micro_batch_size, pad_id(parts.tokenizer))
     tables = []
-    for batch in batches:
-        here = batch.to(parts.device)
-        with parts.teacher.awake(), torch.no_grad():
+    with parts.teacher.awake(), torch.no_grad():
+        for batch in batches:
+            here = batch.to(parts.device)
             view = parts.teacher.view(parts.teacher.read(here))
             tables.append(parts.student(here, view, extras=extras))
     stats = TokenStats.unstack(TokenStats.cat(tables).stack().cpu(), extras)

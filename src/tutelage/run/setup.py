@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,19 @@ from tutelage.data.batch import Batch
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
 from tutelage.errors import ConfigError, ModelError
+from tutelage.models.adapter import (
+    add_lora,
+    checkpoint_activations,
+    load_adapter,
+    merge,
+    set_adapter_weights,
+)
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.load import load_model, load_tokenizer, resolve_model
+from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
 from tutelage.models.student import Student
-from tutelage.models.teacher import Teacher
+from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
 from tutelage.run.config import Config, FileData, LedgerData
 
@@ -30,6 +40,8 @@ class Parts:
     """Everything a run works with."""
 
     student: Student
+    masters: MasterWeights
+    """The tensors that the optimizer updates for the student."""
     teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
     task: Task
@@ -71,16 +83,54 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _student(config: Config, saved: str | None, teacher: PreTrainedModel) -> PreTrainedModel:
+def _student(
+    config: Config, saved: str | None, teacher: PreTrainedModel, device: torch.device
+) -> PreTrainedModel:
     """The student's weights: saved ones as they are, or the configured start, perhaps pruned."""
     start = config.student
-    if saved is not None:
-        return load_model(saved, start.dtype)
-    if (start.model, start.dtype) == (config.teacher.model, config.teacher.dtype):
-        model = copy.deepcopy(teacher)  # reading a GGUF file twice takes many seconds
+    if start.lora is None and saved is not None:
+        model = load_model(saved, start.dtype, str(device))
     else:
-        model = load_model(start.model, start.dtype)
+        model = _start(config, teacher, device)
+    if start.lora is not None:
+        _add_adapter(model, config)
+        if saved is not None:
+            load_adapter(model, Path(saved))
+    if start.activation_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The configured start, perhaps pruned or quantised."""
+    start, other = config.student, config.teacher
+    same = (start.model, start.dtype, start.quantization)
+    if same == (other.model, other.dtype, other.quantization) and start.quantization == "none":
+        model = copy.deepcopy(teacher)  # reading a GGUF file twice takes many seconds
+        model.requires_grad_(True)
+        model.to(device)
+    else:
+        model = load_model(start.model, start.dtype, str(device), quantization=start.quantization)
     return model if start.num_layers is None else prune_layers(model, start.num_layers)
+
+
+def _add_adapter(model: PreTrainedModel, config: Config) -> None:
+    lora = config.student.lora
+    if lora is not None:
+        names = lora.target_modules
+        add_lora(model, lora.rank, lora.alpha, lora.dropout, names, config.seed)
+
+
+def plain_student(config: Config, student: PreTrainedModel) -> PreTrainedModel:
+    """The student as a plain model: an adapter is added to a fresh copy of the weights."""
+    if config.student.lora is None:
+        return student
+    model = load_model(config.student.model, config.student.dtype)
+    if config.student.num_layers is not None:
+        prune_layers(model, config.student.num_layers)
+    _add_adapter(model, config)
+    set_adapter_weights(model, student.get_adapter_state_dict())
+    return merge(model)
 
 
 def warnings_of(config: Config) -> list[str]:
@@ -90,11 +140,6 @@ def warnings_of(config: Config) -> list[str]:
         found.append(
             "completions are not drawn from the distribution that is trained "
             "(sampling.temperature, top_p or top_k differ from 1, 1, 0)"
-        )
-    if config.student.dtype == "bfloat16":
-        found.append(
-            "bfloat16 weights round away updates below about 1/256 of a weight; "
-            "use float32, or a learning rate of 1e-4 and more"
         )
     return found
 
@@ -115,12 +160,27 @@ def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
         )
 
 
-def build(config: Config, student_model: str | None = None) -> Parts:
+def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
+    """Reads the teacher to where it rests."""
+    teacher = config.teacher
+    if teacher.mode == "reload" and resolve_model(teacher.model).gguf_file is not None:
+        raise ConfigError(
+            f"teacher.mode 'reload' would unpack {teacher.model!r} in every step: it is a GGUF "
+            "file. Use offload, or a folder with safetensors."
+        )
+    place = "cpu" if teacher.mode == "offload" else str(device)
+    return partial(
+        load_model, teacher.model, teacher.dtype, place, quantization=teacher.quantization
+    )
+
+
+def build(config: Config, student_model: str | None = None, scratch: Path | None = None) -> Parts:
     """Load both models, shake hands over their tokenizers and build the task.
 
     Args:
         config: the run's configuration.
-        student_model: where the student's weights are; None for the configured start.
+        student_model: folder of the student's weights or adapter; None for the configured start.
+        scratch: folder for what does not fit in memory; None for the system's temporary one.
 
     Raises:
         TutelageError: a model, a tokenizer or the data cannot be used together.
@@ -133,27 +193,28 @@ def build(config: Config, student_model: str | None = None) -> Parts:
     if isinstance(config.data, FileData):
         task = _without_long_prompts(task, config.data.max_prompt_tokens, tokenizer)
     teacher_tokenizer = load_tokenizer(config.teacher.model)
-    resting = "cpu" if config.teacher.offload else str(device)
-    teacher = load_model(config.teacher.model, config.teacher.dtype, resting)
-    student = _student(config, student_model, teacher).to(device)
+    load = _load_teacher(config, device)
+    model = load()
+    student = _student(config, student_model, model, device)
     vocab_size = shared_vocabulary(
         tokenizer,
         teacher_tokenizer,
         student.get_output_embeddings().weight.shape[0],
-        teacher.get_output_embeddings().weight.shape[0],
+        model.get_output_embeddings().weight.shape[0],
     )
+    swap = stop_swap(tokenizer, teacher_tokenizer, config.teacher.stop_token)
+    store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
+    teacher = Teacher(model, vocab_size, device, config.teacher.mode, swap, load, store)
     _check_head(student, "student", vocab_size)
-    if not config.teacher.offload:  # half precision on the CPU may lack kernels
-        _check_head(teacher, "teacher", vocab_size)
+    with teacher.awake():
+        _check_head(model, "teacher", vocab_size)
     return Parts(
         Student(student, vocab_size),
-        Teacher(
-            teacher,
-            vocab_size,
-            device,
-            config.teacher.offload,
-            stop_swap(tokenizer, teacher_tokenizer, config.teacher.stop_token),
+        MasterWeights(
+            (weight for weight in student.parameters() if weight.requires_grad),
+            "cpu" if config.optimizer.offload else None,
         ),
+        teacher,
         tokenizer,
         task,
         device,

@@ -15,6 +15,7 @@ from tutelage.core import LazyLogits, Objective, TokenSelection, TokenStats
 from tutelage.data.batch import Batch, collate, length_groups
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
+from tutelage.models.adapter import learning
 from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import pad_id
 from tutelage.run.config import Config
@@ -24,6 +25,9 @@ from tutelage.run.method import PacedWeighting, RewardWeighting
 from tutelage.run.plan import Lesson, Plan, choose, divisors, lessons_of
 from tutelage.run.recipe import gate_of, needed_extras, needs_scoring, row_weights
 from tutelage.run.setup import Parts
+
+_DROPOUT_SEED = 2
+"""Keeps the random numbers of dropout apart from those of sampling and selection."""
 
 
 @dataclass
@@ -95,7 +99,8 @@ class Step:
             with clock.phase("score_s"):
                 plan = self._plan(batches, views, rollouts, step)
         with clock.phase("learn_s"):
-            learned = self._learn(updates, views, plan, step)
+            with learning(self.parts.student.model, (self.config.seed, step, _DROPOUT_SEED)):
+                learned = self._learn(updates, views, plan, step)
         if plan is None:  # every token was learned from, so all statistics are known now
             plan = self._plan_of(self.ranks.rows(batches, learned.stats), rollouts, step)
         num_clipped = self.ranks.sum(learned.num_clipped)
@@ -230,16 +235,21 @@ class Step:
             with self._synchronising(i == len(batches)):
                 objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
                 self.accelerator.backward(objective.total * scale)
+            self.parts.masters.collect()
             total += float(objective.total.detach())
             learned.append(_as_stats(objective))
         return total, learned
 
     def _synchronising(self, is_last: bool) -> Any:
-        """Gradients travel between processes once an update: with its last micro-batch."""
-        return nullcontext() if is_last else self.accelerator.no_sync(self.student)
+        """Gradients travel between processes once an update: with its last micro-batch.
+
+        Those of weights with masters travel at once, for they are summed in the masters.
+        """
+        is_now = is_last or bool(self.parts.masters.pairs)
+        return nullcontext() if is_now else self.accelerator.no_sync(self.student)
 
     def _update(self, step: int, number: int) -> float:
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.config.optimizer.max_grad_norm
         norm = float(
             torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

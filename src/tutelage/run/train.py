@@ -19,13 +19,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from tutelage.errors import ConfigError, RunError
 from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl
 from tutelage.models.load import save_model
+from tutelage.models.optimizer import MasterWeights, make_optimizer
 from tutelage.models.sampling import SamplingConfig
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.run.checkpoint import list_checkpoints, load_optimizer, save_checkpoint
 from tutelage.run.config import Config, OptimizerConfig
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
-from tutelage.run.setup import Parts, build, pick_device, warnings_of
+from tutelage.run.setup import Parts, build, pick_device, plain_student, warnings_of
 from tutelage.run.step import Step
 
 _EVALUATION_SEED = 424242
@@ -111,9 +112,9 @@ class _Run:
         self._refuse_another_run(allow_change)
         self.first_step, self.parts = self._start()
         self._write_manifest()
-        optimizer = _optimizer(config.optimizer, self.parts)
+        optimizer = _optimizer(config.optimizer, self.parts.masters)
         if self.first_step > 1:
-            load_optimizer(self._last_checkpoint(), self.parts.student.model, optimizer)
+            load_optimizer(self._last_checkpoint(), self.parts, optimizer)
         student, self.optimizer = accelerator.prepare(self.parts.student, optimizer)
         self.step = Step(config, self.parts, accelerator, student, self.optimizer)
 
@@ -174,7 +175,7 @@ class _Run:
         checkpoints = list_checkpoints(self.folder.path)
         if not checkpoints:
             self.folder.rewind(-1)
-            return 1, build(self.config)
+            return 1, build(self.config, scratch=self.folder.path)
         step, path = checkpoints[-1]
         self.folder.rewind(step)
         if not self.folder.has_evaluation(step):  # it died while it evaluated
@@ -182,7 +183,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         what = "is finished" if step >= self.config.num_steps else "continues"
         self.say(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
-        return step + 1, build(self.config, str(path / "model"))
+        return step + 1, build(self.config, str(path / "model"), self.folder.path)
 
     def _last_checkpoint(self) -> Path:
         return list_checkpoints(self.folder.path)[-1][1]
@@ -202,8 +203,7 @@ class _Run:
             save_checkpoint(
                 self.folder.path,
                 step,
-                self.parts.student.model,
-                self.parts.tokenizer,
+                self.parts,
                 self.optimizer,
                 self.config.keep_checkpoints,
             )
@@ -274,7 +274,8 @@ class _Run:
         if not self.accelerator.is_main_process:
             return
         target = self.folder.path / "student"
-        save_model(self.parts.student.model, self.parts.tokenizer, target, self._card())
+        model = plain_student(self.config, self.parts.student.model)
+        save_model(model, self.parts.tokenizer, target, self._card())
         self.say(f"student exported to {target}")
 
     def _card(self) -> str:
@@ -322,13 +323,12 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _optimizer(config: OptimizerConfig, parts: Parts) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [p for p in parts.student.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-    )
+def _optimizer(config: OptimizerConfig, masters: MasterWeights) -> torch.optim.Optimizer:
+    betas = (config.beta1, config.beta2)
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizer = make_optimizer(config.kind, masters.masters, rate, betas, decay)
+    masters.follow(optimizer)
+    return optimizer
 
 
 class _Stop:

@@ -1,0 +1,137 @@
+"""Low-rank adapters through peft, and the few modules that behave differently while learning."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tutelage.core.counter import counter_uniform
+from tutelage.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "default"
+_FILE = "adapter_model.safetensors"
+
+
+def add_lora(
+    model: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = (),
+    seed: int = 0,
+) -> None:
+    """Freeze a model and add trainable low-rank updates, in place: ``W + (alpha/rank)·B·A``.
+
+    B starts at zero, so the model says the same as before. The adapter is float32 whatever the
+    model's dtype.
+
+    Args:
+        model: model to adapt; its class and head stay as they are.
+        rank: rank of the updates.
+        alpha: their scale is alpha/rank.
+        dropout: share of the adapter's inputs dropped inside `learning`.
+        target_modules: names of linear layers; none means all but the head.
+        seed: seed of A.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ConfigError: a name of `target_modules` fits no layer.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "lora", "student.lora")
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(_cuda_devices()):
+        torch.manual_seed(seed)
+        try:
+            model.add_adapter(config, _NAME)
+        except ValueError as error:
+            raise ConfigError(f"student.lora cannot be added: {error}") from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Read the weights that `save_pretrained` wrote for a model with the same adapter."""
+    set_adapter_weights(model, load_file(folder / _FILE))
+
+
+def set_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Give a model with an adapter the adapter weights of another, `get_adapter_state_dict()`."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, weights, _NAME)
+
+
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """Add the adapter to the weights, in place; a plain model remains, without peft."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    for name, module in adapted:
+        module.merge()
+        model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    return model.requires_grad_(True)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input inside `learning`; the backward pass computes the rest again."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@contextmanager
+def learning(model: PreTrainedModel, seed: tuple[int, ...]) -> Iterator[None]:
+    """Inside, layers checkpoint their activations and adapters drop inputs, if they are set to.
+
+    Everything else stays in evaluation mode, so that what learns is what wrote and was scored.
+    The context must last until the backward pass is done, which repeats the forward pass.
+
+    Args:
+        model: the student.
+        seed: names the numbers of dropout.
+    """
+    switched = [module for name, module in model.named_modules() if _switches(name, module)]
+    for module in switched:
+        module.training = True
+    place = torch.zeros(1, dtype=torch.int64)
+    number = int(counter_uniform(seed, place, place) * 2**52)
+    try:
+        with torch.random.fork_rng(_cuda_devices()):
+            torch.manual_seed(number)
+            yield
+    finally:
+        for module in switched:
+            module.training = False
+
+
+def _switches(name: str, module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if isinstance(module, GradientCheckpointingLayer):
+        return bool(module.gradient_checkpointing)
+    return isinstance(module, nn.Dropout) and ".lora_dropout." in name
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
