@@ -15,17 +15,20 @@ from tutelage.run.parse import parse_config
 TOKENIZER = "package:tutelage/assets/ledger-teacher"
 
 
-def save_tiny_model(folder: Path, seed: int, is_tied: bool = False) -> Path:
+def save_tiny_model(folder: Path, seed: int, is_tied: bool = False, **sizes: int) -> Path:
     """A random Qwen3 of 2 layers and width 32; its logits are spread, so that tokens differ."""
     tokenizer = load_tokenizer(TOKENIZER)
     config = Qwen3Config(
         vocab_size=len(tokenizer) + 3,  # padded, as heads often are
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        }
+        | sizes,
         max_position_embeddings=128,
         tie_word_embeddings=is_tied,
         bos_token_id=tokenizer.bos_token_id,

@@ -36,7 +36,7 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("num_stepz=3", "unknown key 'num_stepz'. Did you mean 'num_steps'?"),
         ("student.dtyp=float32", "unknown key 'student.dtyp'. Did you mean 'dtype'?"),
         ("samplin.top_p=0.9", "unknown key 'samplin'. Did you mean 'sampling'?"),
-        ("optimizer.lr=1", "unknown key 'optimizer.lr'. Known keys: learning_rate, schedule"),
+        ("optimizer.lr=1", "unknown key 'optimizer.lr'. Known keys: kind, offload, learning_rate"),
         ("selection.rule=softor", "got 'softor'. Did you mean 'soft_or'?"),
         ("teacher.dtype=bfloat61", "got 'bfloat61'. Did you mean 'bfloat16'?"),
         ("selection.rule=best", "selection.rule must be one of all, "),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -114,23 +113,20 @@ def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -
 
 
 def _optimizer_tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = _parameter_names(parts)
-    state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
-    tensors = {
-        f"{names[index]}|{entry}" + ("" if isinstance(value, Tensor) else _NUMBER): value
-        for index, entries in state.items()
-        for entry, value in entries.items()
-        if value is not None
-    }
-    both = zip(names, parts.masters.weights, parts.masters.masters, strict=True)
-    tensors |= {f"{name}|{_MASTER}": m.detach() for name, w, m in both if w is not m}
-    # bitsandbytes gives all parameters one table of codes, and a file takes each tensor once
-    return {
-        key: value.clone(memory_format=torch.contiguous_format)
-        if key.rpartition("|")[2].startswith("qmap")
-        else torch.as_tensor(value).contiguous()
-        for key, value in tensors.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    masters = parts.masters
+    both = zip(masters.weights, masters.masters, strict=True)
+    for name, (weight, master) in zip(_parameter_names(parts), both, strict=True):
+        if weight is not master:
+            tensors[f"{name}|{_MASTER}"] = master.detach()
+        for entry, value in optimizer.state[master].items():
+            if isinstance(value, Tensor):
+                # cloned where several weights share one table, which a file would refuse
+                tensor = value.clone() if entry.startswith("qmap") else value
+                tensors[f"{name}|{entry}"] = tensor.contiguous()
+            elif value is not None:
+                tensors[f"{name}|{entry}{_NUMBER}"] = torch.tensor(value)
+    return tensors
 
 
 def _parameter_names(parts: Parts) -> list[str]:

@@ -1,0 +1,317 @@
+"""What saves memory changes no number it should not: modes, adapters, master weights, low bits."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tiny import save_tiny_model, tiny_config
+from tutelage.data.batch import Batch, collate
+from tutelage.errors import ConfigError, MissingExtraError, RunError
+from tutelage.models.adapter import add_lora, checkpoint_activations, learning
+from tutelage.models.load import load_model
+from tutelage.models.optimizer import MasterWeights, make_optimizer
+from tutelage.models.teacher import HiddenStore, Teacher
+from tutelage.run.setup import _load_teacher, build
+from tutelage.run.train import train
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.2}
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return state
+
+
+def run(models: Path, out: Path, **changes: Any) -> dict[str, Tensor]:
+    """The student's weights after a tiny run."""
+    for who in ("student", "teacher"):
+        changes[who] = {"model": str(models / who)} | changes.get(who, {})
+    train(tiny_config(models, out, **changes), say=lambda _: None)
+    return weights_of(out / "student")
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def are_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def some_batch(parts: Any) -> Batch:
+    from invariance.stepping import ragged_rollouts
+
+    return collate(ragged_rollouts(parts), 0)
+
+
+# --- where the teacher rests ---------------------------------------------------------------------
+
+
+def test_every_mode_and_store_learns_the_same_bits(tmp_path: Path, tiny_models: Path) -> None:
+    short = {"num_steps": 2, "selection": {"rule": "soft_or", "keep": 0.5}}
+    plain = run(tiny_models, tmp_path / "plain", **short)
+    for number, teacher in enumerate(
+        (
+            {"mode": "offload"},
+            {"mode": "reload"},
+            {"mode": "resident", "hidden_budget_bytes": 0},
+            {"mode": "reload", "hidden_budget_bytes": 2000},
+        )
+    ):
+        out = tmp_path / str(number)
+        assert are_equal(run(tiny_models, out, teacher=teacher, **short), plain), teacher
+        assert metrics_of(out) == metrics_of(tmp_path / "plain")
+    other = run(tiny_models, tmp_path / "other", teacher={"dtype": "bfloat16"}, **short)
+    assert not are_equal(other, plain)  # the comparison sees a teacher that reads differently
+
+
+def test_a_reloaded_teacher_is_gone_between_phases(tiny_models: Path) -> None:
+    def load() -> Any:
+        return load_model(str(tiny_models / "teacher"))
+
+    for mode, is_kept in (("resident", True), ("offload", True), ("reload", False)):
+        teacher = Teacher(load(), 20, mode=mode, load=load)
+        with teacher.awake():
+            alive = weakref.ref(teacher.model)
+        gc.collect()
+        assert (alive() is not None) == is_kept, mode
+    with pytest.raises(RuntimeError, match="awake"):
+        _ = teacher.model
+
+
+def test_hidden_states_beyond_the_budget_lie_in_a_file_without_a_name(tmp_path: Path) -> None:
+    store = HiddenStore(1000, tmp_path)
+    numbers = torch.randn(10, 20, dtype=torch.float64).bfloat16()  # 400 bytes
+    kept = [store.keep(numbers) for _ in range(4)]
+    assert all(torch.equal(x, numbers) for x in kept)
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    assert sum(str(tmp_path) in line and "deleted" in line for line in mapped) == 2
+    assert list(tmp_path.iterdir()) == []  # so a crash leaves nothing behind
+    del kept
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    store.empty()
+    again = store.keep(numbers)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(again, numbers)
+    assert len(store.keep(numbers[:0])) == 0
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(RunError, match=r"800 bytes.*No space left.*hidden_budget_bytes"):
+        HiddenStore(0, tmp_path).keep(torch.zeros(100, 2))
+
+
+def test_a_file_that_would_be_unpacked_in_every_step_is_refused(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    file = tmp_path / "teacher.gguf"
+    file.write_bytes(b"GGUF")
+    shutil.copy(tiny_models / "teacher" / "config.json", tmp_path)
+    teacher = {"model": str(file), "mode": "reload"}
+    config = tiny_config(tiny_models, tmp_path / "out", teacher=teacher)
+    with pytest.raises(ConfigError, match="'reload' would unpack"):
+        _load_teacher(config, torch.device("cpu"))
+
+
+def test_the_old_key_says_what_it_is_now(tmp_path: Path, tiny_models: Path) -> None:
+    teacher = {"model": "x", "offload": True}
+    with pytest.raises(ConfigError, match=r'teacher.offload is now teacher.mode = "offload"'):
+        tiny_config(tiny_models, tmp_path, teacher=teacher)
+
+
+# --- what is trained, and how ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student": {"dtype": "bfloat16"}},
+        pytest.param(
+            {"student": {"lora": LORA, "activation_checkpointing": True}}, marks=needs_peft
+        ),
+        pytest.param({"optimizer": {"kind": "adamw_8bit"}}, marks=needs_bitsandbytes),
+        {"optimizer": {"kind": "adafactor", "offload": True}, "student": {"dtype": "bfloat16"}},
+    ],
+    ids=["bfloat16", "lora", "adamw_8bit", "adafactor"],
+)
+def test_a_continued_run_ends_in_the_same_bits(
+    tmp_path: Path, tiny_models: Path, changes: dict[str, Any]
+) -> None:
+    out = tmp_path / "run"
+    optimizer = {"learning_rate": 2e-3} | changes.get("optimizer", {})
+    once = run(tiny_models, out, **changes | {"optimizer": optimizer})
+    metrics = metrics_of(out)
+    assert not are_equal(once, weights_of(tiny_models / "student"))
+    shutil.rmtree(out / "checkpoint-000004")
+    shutil.rmtree(out / "student")
+    assert are_equal(run(tiny_models, out, **changes | {"optimizer": optimizer}), once)
+    assert metrics_of(out) == metrics
+
+
+def test_master_weights_add_up_what_bfloat16_rounds_away() -> None:
+    plain = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    mastered = torch.nn.Parameter(plain.detach().clone())
+    exact = torch.nn.Parameter(torch.ones(64))
+    masters = MasterWeights([mastered, exact])
+    assert masters.masters[1] is exact
+    optimizers = [torch.optim.SGD([w], lr=1e-3) for w in (plain, masters.masters[0], exact)]
+    masters.follow(optimizers[1])
+    for _ in range(20):
+        plain.grad = torch.ones_like(plain)
+        exact.grad = torch.ones_like(exact)
+        for part in (1.0, 2.0**-9, -(2.0**-9)):  # bfloat16 would lose the small ones
+            mastered.grad = torch.full_like(mastered, part)
+            masters.collect()
+            assert mastered.grad is None
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(masters.masters[0], exact)
+    assert torch.equal(mastered, exact.bfloat16())
+    assert mastered[0] < 0.99
+    assert plain[0] == 1  # the control: each update alone is below half a unit
+
+
+def test_activations_computed_twice_give_the_same_gradient(tiny_models: Path) -> None:
+    def gradients(is_checkpointed: bool) -> tuple[list[Tensor], int]:
+        model = load_model(str(tiny_models / "student"))
+        if is_checkpointed:
+            checkpoint_activations(model)
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        with learning(model, (0,)):
+            model(torch.arange(12)[None] % 20, use_cache=False).logits.square().sum().backward()
+        assert not any(module.training for module in model.modules())
+        return [p.grad for p in model.parameters() if p.grad is not None], len(calls)
+
+    (plain, once), (found, twice) = gradients(False), gradients(True)
+    assert (once, twice) == (1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@needs_peft
+def test_an_adapter_starts_as_nothing_and_is_exported_as_a_plain_model(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    base = load_model(str(tiny_models / "student"))
+    ids = torch.arange(12)[None] % 20
+    expected = base(ids).logits
+    add_lora(base, 4, 8.0)
+    assert torch.equal(base(ids).logits, expected)
+    student = {"lora": LORA | {"dropout": 0.0}}
+    out = tmp_path / "out"
+    merged = run(tiny_models, out, student=student)
+    names = sorted(p.name for p in (out / "checkpoint-000004" / "model").iterdir())
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+    assert merged.keys() == weights_of(tiny_models / "student").keys()
+    config = tiny_config(
+        tiny_models, out, student={"model": str(tiny_models / "student")} | student
+    )
+    trained = build(config, str(out / "checkpoint-000004" / "model")).student.model
+    exported = load_model(str(out / "student"))
+    assert (trained(ids).logits - exported(ids).logits).abs().max() < 1e-4
+    assert (exported(ids).logits - expected).abs().max() > 1e-3
+    assert not trained.get_output_embeddings().weight.requires_grad
+
+
+@needs_peft
+def test_dropout_is_off_while_the_student_writes_and_is_scored(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    found = []
+    for dropout in (0.0, 0.5):
+        out = tmp_path / str(dropout)
+        lora = {"rank": 4, "dropout": dropout}
+        rule = {"rule": "soft_or", "keep": 0.5}
+        run(tiny_models, out, student={"lora": lora}, selection=rule, num_steps=2)
+        found.append(metrics_of(out))
+    (first, second), (first_dropped, second_dropped) = found
+    assert first["reverse_kl_nats"] == first_dropped["reverse_kl_nats"]
+    assert first["grad_norm"] != first_dropped["grad_norm"]
+    assert second["reverse_kl_nats"] != second_dropped["reverse_kl_nats"]
+
+
+@pytest.fixture(scope="module")
+def wide_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student and a teacher whose widths are multiples of 32, as 4-bit kernels ask."""
+    folder = tmp_path_factory.mktemp("wide")
+    for seed, who in enumerate(("student", "teacher")):
+        save_tiny_model(folder / who, seed, hidden_size=64, intermediate_size=96, head_dim=16)
+    return folder
+
+
+@needs_bitsandbytes
+@needs_peft
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_low_bit_weights_teach_and_carry_an_adapter(
+    tmp_path: Path, wide_models: Path, bits: str
+) -> None:
+    model = load_model(str(wide_models / "student"))
+    low = load_model(str(wide_models / "student"), quantization=bits)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    exact = model.model.layers[0].mlp.up_proj(x)
+    error = (low.model.layers[0].mlp.up_proj(x) - exact).norm() / exact.norm()
+    assert 0 < error < (0.02 if bits == "8bit" else 0.2)
+    assert low.get_memory_footprint() < model.get_memory_footprint()
+    student = {"quantization": bits, "lora": {"rank": 2}}
+    teacher = {"quantization": bits, "mode": "offload"}
+    out = tmp_path / "out"
+    trained = run(wide_models, out, student=student, teacher=teacher, num_steps=2)
+    start = weights_of(wide_models / "student")
+    assert trained.keys() == start.keys()
+    assert not are_equal(trained, start)
+
+
+# --- what cannot be had ---------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_one_line(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        with pytest.raises(ConfigError, match="Use adamw_8bit"):
+            make_optimizer("paged_adamw_8bit", weights, 1e-3, (0.9, 0.95), 0.0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"tutelage\[lowbit\]"):
+        make_optimizer("adamw_8bit", weights, 1e-3, (0.9, 0.95), 0.0)
+    with pytest.raises(MissingExtraError, match=r"tutelage\[lowbit\]"):
+        load_model(str(tiny_models / "student"), quantization="4bit")
+    with pytest.raises(MissingExtraError, match=r"tutelage\[lora\]"):
+        add_lora(torch.nn.Linear(2, 2), 2, 4.0)  # type: ignore[arg-type]
+
+
+def test_settings_that_exclude_each_other_are_one_line(tmp_path: Path, tiny_models: Path) -> None:
+    student = {"model": "x", "quantization": "4bit"}
+    with pytest.raises(ConfigError, match=r"student.quantization must be none, got '?4bit"):
+        tiny_config(tiny_models, tmp_path, student=student)
+    lora = {"model": "x", "lora": {"rnk": 3}}
+    with pytest.raises(ConfigError, match=r"unknown key 'student.lora.rnk'. Did you mean 'rank'"):
+        tiny_config(tiny_models, tmp_path, student=lora)
+
+
+@needs_peft
+def test_an_adapter_needs_layers_that_exist(tiny_models: Path) -> None:
+    model = load_model(str(tiny_models / "student"))
+    with pytest.raises(ConfigError, match=r"student.lora cannot be added.*nosuch"):
+        add_lora(model, 2, 4.0, target_modules=["nosuch"])
