@@ -254,10 +254,10 @@ def test_dropout_is_off_while_the_student_writes_and_is_scored(
 
 @pytest.fixture(scope="module")
 def wide_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student and a teacher whose widths are multiples of 32, as 4-bit kernels ask."""
+    """A student and a teacher whose widths are multiples of 64, as 4-bit kernels ask."""
     folder = tmp_path_factory.mktemp("wide")
     for seed, who in enumerate(("student", "teacher")):
-        save_tiny_model(folder / who, seed, hidden_size=64, intermediate_size=96, head_dim=16)
+        save_tiny_model(folder / who, seed, hidden_size=64, intermediate_size=128, head_dim=16)
     return folder
 
 
@@ -269,18 +269,32 @@ def test_low_bit_weights_teach_and_carry_an_adapter(
 ) -> None:
     model = load_model(str(wide_models / "student"))
     low = load_model(str(wide_models / "student"), quantization=bits)
-    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    exact = model.model.layers[0].mlp.up_proj(x)
-    error = (low.model.layers[0].mlp.up_proj(x) - exact).norm() / exact.norm()
-    assert 0 < error < (0.02 if bits == "8bit" else 0.2)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(
+        bits == "8bit"
+    )
+    exact, found = (m.model.layers[0].mlp.up_proj(x) for m in (model, low))
+    bound = 0.02 if bits == "8bit" else 0.2
+    assert 0 < (found - exact).norm() / exact.norm() < bound
+    if bits == "8bit":  # an adapter learns through it
+        (g_exact,), (g_found,) = (torch.autograd.grad(y.sum(), x) for y in (exact, found))
+        assert 0 < (g_found - g_exact).norm() / g_exact.norm() < bound
     assert low.get_memory_footprint() < model.get_memory_footprint()
-    student = {"quantization": bits, "lora": {"rank": 2}}
+    student = {"quantization": bits if bits == "8bit" else "none", "lora": {"rank": 2}}
     teacher = {"quantization": bits, "mode": "offload"}
     out = tmp_path / "out"
     trained = run(wide_models, out, student=student, teacher=teacher, num_steps=2)
     start = weights_of(wide_models / "student")
     assert trained.keys() == start.keys()
     assert not are_equal(trained, start)
+
+
+@needs_bitsandbytes
+@needs_peft
+def test_learning_through_4_bits_is_refused_on_a_cpu(tmp_path: Path, tiny_models: Path) -> None:
+    # bitsandbytes packs the weights there for a kernel that has no gradient
+    student = {"model": str(tiny_models / "student"), "quantization": "4bit", "lora": {}}
+    with pytest.raises(ConfigError, match="needs CUDA"):
+        build(tiny_config(tiny_models, tmp_path, student=student))
 
 
 # --- what cannot be had ---------------------------------------------------------------------------

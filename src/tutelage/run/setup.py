@@ -189,6 +189,11 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
         torch.set_num_threads(config.num_threads)
     task = build_task(config.data)  # the cheapest thing that can be wrong comes first
     device = pick_device(config.device)
+    if config.student.quantization == "4bit" and device.type == "cpu":
+        raise ConfigError(
+            "student.quantization '4bit' needs CUDA: on a CPU, bitsandbytes gives no gradient "
+            "through 4-bit weights. Use 8bit or none."
+        )
     tokenizer = load_tokenizer(config.student.model)
     if isinstance(config.data, FileData):
         task = _without_long_prompts(task, config.data.max_prompt_tokens, tokenizer)

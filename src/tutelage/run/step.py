@@ -98,9 +98,9 @@ class Step:
         if needs_scoring(self.config):
             with clock.phase("score_s"):
                 plan = self._plan(batches, views, rollouts, step)
-        with clock.phase("learn_s"):
-            with learning(self.parts.student.model, (self.config.seed, step, _DROPOUT_SEED)):
-                learned = self._learn(updates, views, plan, step)
+        seed = (self.config.seed, step, _DROPOUT_SEED)
+        with clock.phase("learn_s"), learning(self.parts.student.model, seed):
+            learned = self._learn(updates, views, plan, step)
         if plan is None:  # every token was learned from, so all statistics are known now
             plan = self._plan_of(self.ranks.rows(batches, learned.stats), rollouts, step)
         num_clipped = self.ranks.sum(learned.num_clipped)
