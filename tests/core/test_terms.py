@@ -23,6 +23,7 @@ from tutelage.core.terms import (
     TopKForwardKL,
     TopKReverseKL,
 )
+from tutelage.core.weighting import entropy_gate
 
 Make = Callable[..., Any]
 DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
@@ -32,9 +33,21 @@ PER_ROW = [1.0, 0.0, 0.3, 0.0, 2.0, 0.0, -0.5]
 # Away from log p: ratios far above, far below and within the clip, with either sign of advantage.
 SHIFTS = [0.0, 1.0, -1.0, 0.1, -0.1, 3.0, -3.0]
 
+
+def soft_gate(teacher_entropy: Tensor) -> Tensor:
+    """A gate that is neither open nor shut."""
+    return torch.sigmoid((teacher_entropy - 2.0) / 0.3)
+
+
+def gate_of(log_q: Tensor) -> Tensor:
+    """The same from the teacher's log-probabilities."""
+    return 1 / (1 + torch.exp((2.0 - reference.entropy(log_q)) / 0.3))
+
+
 TERMS: dict[str, tuple[Term, reference.Function]] = {
     "reverse": (ReverseKL(), reference.reverse_kl),
     "forward": (ForwardKL(), reference.forward_kl),
+    "forward_gated": (ForwardKL(soft_gate), lambda p, q: gate_of(q) * reference.forward_kl(p, q)),
     "jsd": (JSD(), lambda p, q: reference.jsd(p, q, 0.5)),
     "jsd_0.1": (JSD(0.1), lambda p, q: reference.jsd(p, q, 0.1)),
     "jsd_0.9": (JSD(0.9), lambda p, q: reference.jsd(p, q, 0.9)),
@@ -266,3 +279,34 @@ def test_selected_and_weighted_terms_equal_the_reference(
     assert found.total.item() == pytest.approx(float(expected.sum()), rel=1e-12)
     assert distance(pair.student.hidden.grad, gradients[0]) <= 1e-11
     assert distance(pair.student.weight.grad, gradients[1]) <= 1e-11
+
+
+@pytest.mark.parametrize(("dtype", "limit"), DTYPES)
+@pytest.mark.parametrize("others", [(), (JSD(),), (ForwardKL(),)])
+def test_gated_forward_kl_on_top_of_others_equals_the_reference(
+    make_pair: Make, dtype: torch.dtype, limit: float, others: tuple[Term, ...]
+) -> None:
+    """On the fast path (no others) and on the general one."""
+    functions = {JSD: TERMS["jsd"][1], ForwardKL: reference.forward_kl}
+    terms = [(ReverseKL(), reference.reverse_kl, PER_ROW), (*TERMS["forward_gated"], [0.7] * ROWS)]
+    terms += [(term, functions[type(term)], [0.2] * ROWS) for term in others]
+    assert_parity(make_pair(rows=ROWS, vocab_size=VOCAB, dtype=dtype), terms, limit)
+
+
+def test_a_gate_inside_equals_weights_from_a_scoring_pass(make_pair: Make) -> None:
+    pair, other = (make_pair(rows=40, vocab_size=VOCAB, spread=0.7) for _ in "ab")
+    stats = token_stats(other.student, other.teacher, torch.zeros(40, dtype=torch.long))
+    threshold = float(stats.teacher_entropy.median())
+
+    def gate(teacher_entropy: Tensor) -> Tensor:
+        return entropy_gate(teacher_entropy, threshold)
+
+    inside = [(ReverseKL(), 1.0), (ForwardKL(gate), 0.5)]
+    composite_objective(pair.student, pair.teacher, inside).total.backward()
+    weight = 0.5 * gate(stats.teacher_entropy)
+    assert 5 < int((weight > 0).sum()) < 35  # the gate does something
+    composite_objective(
+        other.student, other.teacher, [(ReverseKL(), 1.0), (ForwardKL(), weight)]
+    ).total.backward()
+    assert distance(pair.student.weight.grad, other.student.weight.grad) <= 1e-12
+    assert distance(pair.student.hidden.grad, other.student.hidden.grad) <= 1e-12

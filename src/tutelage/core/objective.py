@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -136,13 +136,17 @@ def _kernel(terms: Sequence[tuple[Term, Tensor]]) -> _Kernel:
     if not _is_mixture(terms):
         return _Sum(terms)
     weights = [torch.zeros_like(terms[0][1]), torch.zeros_like(terms[0][1])]
+    gate = None
     for term, weight in terms:
         weights[isinstance(term, ForwardKL)] += weight
-    return _Mixture(*weights)
+        gate = term.gate if isinstance(term, ForwardKL) else gate
+    return _Mixture(weights[0], weights[1], gate)
 
 
 def _is_mixture(terms: Sequence[tuple[Term, Any]]) -> bool:
-    return all(isinstance(term, ReverseKL | ForwardKL) for term, _ in terms)
+    forward = [term for term, _ in terms if isinstance(term, ForwardKL)]
+    has_one_gate = len(forward) == 1 or all(term.gate is None for term in forward)
+    return has_one_gate and all(isinstance(term, ReverseKL | ForwardKL) for term, _ in terms)
 
 
 def _row_weights(weight: Tensor | float, student: LazyLogits, name: str) -> Tensor:
@@ -210,9 +214,12 @@ class _Mixture:
 
     a: Tensor
     b: Tensor
+    gate: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
         a, b = self.a[rows], self.b[rows]
+        if self.gate is not None:
+            b = b * self.gate(block.teacher_entropy).to(b.dtype)
         value = _weighted(a, block.reverse_kl) + _weighted(b, block.forward_kl)
         if wants_gradient:
             _logit_gradient_(block, a, b)

@@ -8,6 +8,7 @@ gradient is ``p ⊙ (g − E_p[g])``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,10 +40,18 @@ class ReverseKL:
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """``KL(q‖p)``; the logit gradient is p − q."""
+    """``g(H(q)) KL(q‖p)``; the logit gradient is g·(p − q), g a gate or 1."""
+
+    gate: Callable[[Tensor], Tensor] | None = None
+    """From teacher entropies `[r]`, nats, to factors `[r]`, row by row: EOPD without a pass over
+    all rows to find out where its gate is open. None for 1."""
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
-        return block.forward_kl, block.p - block.q
+        if self.gate is None:
+            return block.forward_kl, block.p - block.q
+        factor = self.gate(block.teacher_entropy)
+        gradient = (block.p - block.q).mul_(factor[:, None].to(block.p.dtype))
+        return factor * block.forward_kl, gradient
 
 
 @dataclass(frozen=True)

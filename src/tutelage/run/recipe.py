@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,14 +63,22 @@ def needed_extras(config: Config) -> tuple[str, ...]:
 def needs_scoring(config: Config) -> bool:
     """Whether a pass over all tokens has to come before learning.
 
-    Without selection, weights or a gate, the learning pass itself yields the statistics.
+    Without selection and weights, the learning pass itself yields the statistics, and a gate that
+    looks at one token at a time opens and shuts within it.
     """
-    plain = KLObjective | JSDObjective | SkewObjective | TopKObjective
     return not (
         isinstance(config.selection, AllTokens)
         and isinstance(config.weighting, NoWeighting)
-        and isinstance(config.objective, plain)
+        and _is_plain(config.objective)
     )
+
+
+def _is_plain(objective: ObjectiveConfig) -> bool:
+    """Whether the objective of a token depends on that token's two distributions alone."""
+    if isinstance(objective, EOPDObjective):
+        is_exact = objective.estimator == "exact" and objective.fkl == "full"
+        return is_exact and objective.gate != "percentile"
+    return isinstance(objective, KLObjective | JSDObjective | SkewObjective | TopKObjective)
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,14 @@ def plain_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float]]
             return [(TopKReverseKL(k), 1.0)]
         case TopKObjective(k=k):
             return [(TopKForwardKL(k), 1.0)]
+        case EOPDObjective() if _is_plain(objective):
+            gate = partial(
+                entropy_gate,
+                threshold=objective.threshold,
+                kind=objective.gate,
+                width=objective.width,
+            )
+            return [(ReverseKL(), 1.0), (ForwardKL(gate), objective.forward_weight)]
     raise ValueError(f"objective {objective.kind!r} needs statistics of its rows.")
 
 
