@@ -1,0 +1,325 @@
+"""Rows of open completions: the hidden state that predicts each row's next token.
+
+`PlainRows` runs any causal language model through its own forward pass. `FastRows` writes the
+one-token step of the Llama family out by hand over preallocated caches: the same products in the
+same order, without the bookkeeping around them, and a place that has become free can be taken by
+another prompt at any time. `open_rows` tries a step against the model's own before trusting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Ids = tuple[int, ...]
+
+_FAST_FAMILIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
+"""Pre-norm decoders with RMS norms, rotary positions and nothing between attention and MLP."""
+_TABLE_ROPES = {"default", "linear", "llama3", "yarn"}
+"""Rotary embeddings that depend on the position alone, not on the length of the sequence."""
+_TRIAL = 8
+"""Tokens that a fast step is tried on."""
+
+
+class Rows(Protocol):
+    """Completions that are decoded together, one row each."""
+
+    refills: bool
+    """Whether `admit` can put prompts beside rows that are still open."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states after the final norm that predict the next tokens `[B, D]`."""
+
+    def admit(self, places: Sequence[int], prompts: Sequence[Ids]) -> None:
+        """Start the prompts in these rows; equal prompts share one prefill."""
+
+    def advance(self, tokens: Tensor) -> None:
+        """Feed one token to every row."""
+
+    def keep(self, index: Tensor) -> None:
+        """Drop all rows but these."""
+
+
+def open_rows(
+    model: PreTrainedModel,
+    prompt: Ids,
+    pad: int,
+    num_rows: int,
+    max_length: int,
+    is_fast: bool = True,
+) -> Rows:
+    """Rows without prompts, in the fastest form that computes what the model computes.
+
+    Args:
+        model: Causal language model.
+        prompt: Ids to try the fast form on.
+        pad: Padding id.
+        num_rows: Number of rows.
+        max_length: Most tokens of a prompt with its completion.
+        is_fast: False forces the model's own forward pass.
+    """
+    if is_fast and _is_fast_family(model) and FastRows(model, pad, 2, _TRIAL).agrees(prompt):
+        return FastRows(model, pad, num_rows, max_length)
+    return PlainRows(model, pad)
+
+
+class PlainRows:
+    """Any causal language model; a batch is padded on the left and starts as a whole."""
+
+    refills = False
+
+    def __init__(self, model: PreTrainedModel, pad: int) -> None:
+        self.model = model
+        self.pad = pad
+
+    def admit(self, places: Sequence[int], prompts: Sequence[Ids]) -> None:
+        """Start the prompts in all rows; those of before are gone."""
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+        distinct = list(dict.fromkeys(prompts))
+        width = max(len(ids) for ids in distinct)
+        padded = [[self.pad] * (width - len(ids)) + list(ids) for ids in distinct]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in distinct]
+        device = self.model.device
+        self.mask = torch.tensor(mask, device=device)
+        self.position = self.mask.sum(1)
+        position = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.hidden = self._forward(torch.tensor(padded, device=device), position)
+        if len(distinct) < len(prompts):
+            row = {ids: i for i, ids in enumerate(distinct)}
+            self.keep(torch.tensor([row[ids] for ids in prompts], device=device))
+
+    def advance(self, tokens: Tensor) -> None:
+        """Feed one token to every row."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.hidden = self._forward(tokens[:, None], self.position[:, None])
+        self.position = self.position + 1
+
+    def keep(self, index: Tensor) -> None:
+        """Drop all rows but these."""
+        self.cache.batch_select_indices(index)
+        self.mask, self.position = self.mask[index], self.position[index]
+        self.hidden = self.hidden[index]
+
+    def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        output = self.model.base_model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+
+class _Layer(NamedTuple):
+    """The parts of one decoder layer that a step calls; linear ones may carry adapters."""
+
+    norm: Any
+    q: Any
+    k: Any
+    v: Any
+    q_norm: Any
+    k_norm: Any
+    o: Any
+    mlp_norm: Any
+    mlp: Any
+
+
+class _Prefill(NamedTuple):
+    """Prompts that have been read, one row each, padded on the right."""
+
+    prompts: list[Ids]
+    hidden: Tensor
+    """Last hidden state of each prompt `[P, D]`."""
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values of each layer `[P, groups, width, head width]`."""
+
+    def last(self) -> _Prefill:
+        """The last prompt alone."""
+        layers = [(k[-1:].clone(), v[-1:].clone()) for k, v in self.layers]
+        return _Prefill(self.prompts[-1:], self.hidden[-1:].clone(), layers)
+
+
+class FastRows:
+    """The Llama family. Row r keeps token i of its sequence in column i of every cache."""
+
+    refills = True
+
+    def __init__(self, model: PreTrainedModel, pad: int, num_rows: int, max_length: int) -> None:
+        self.base: Any = model.base_model
+        self.pad = pad
+        self.max_length = max_length
+        self.layers = [_parts(layer) for layer in self.base.layers]
+        config, attention = self.base.config, self.base.layers[0].self_attn
+        self.num_heads: int = config.num_attention_heads
+        self.num_groups: int = config.num_key_value_heads
+        self.head_dim: int = attention.head_dim
+        self.scale: float = attention.scaling
+        self.columns = torch.arange(max_length, device=model.device)
+        self.hidden = self.base.norm.weight.new_zeros(num_rows, config.hidden_size)
+        cos, sin = self.base.rotary_emb(self.hidden, self.columns[None])
+        self.cos, self.sin = cos[0, :, None], sin[0, :, None].clone()
+        # rotate_half negates the first half of what it turns; here the table holds the sign.
+        self.sin[..., : self.head_dim // 2].neg_()
+        empty = self.hidden.new_zeros(num_rows, self.num_groups, 0, self.head_dim)
+        self.caches = [(empty, empty) for _ in self.layers]
+        self.position = self.columns.new_zeros(num_rows)
+        """Column of the next token of each row."""
+        self.end = 0
+        """The furthest of these columns."""
+        self.read: _Prefill | None = None
+
+    @torch.no_grad()
+    def agrees(self, prompt: Ids) -> bool:
+        """Whether a step by hand gives the model's own hidden states, in two rows at once."""
+        ids = (prompt * _TRIAL)[:_TRIAL]
+        trial = self._prefill([ids])
+        lengths = [_TRIAL - 1, _TRIAL // 2]
+        own = self.base(input_ids=torch.tensor([ids], device=self.columns.device), use_cache=False)
+        self._place([0, 1], trial, [0, 0])
+        self.position = torch.tensor(lengths, device=self.columns.device)
+        self.end = max(lengths)
+        self.advance(torch.tensor([ids[n] for n in lengths], device=self.columns.device))
+        expected = own.last_hidden_state[0, lengths].double()
+        error = (self.hidden.double() - expected).norm() / expected.norm()
+        return bool(error <= torch.finfo(self.hidden.dtype).eps ** 0.5)
+
+    def admit(self, places: Sequence[int], prompts: Sequence[Ids]) -> None:
+        """Start the prompts in these rows; equal prompts share one prefill."""
+        # Samples of a prompt may be admitted one after the other, so the last prompt is kept.
+        sources = [self.read] if self.read else []
+        known = [ids for source in sources for ids in source.prompts]
+        unread = list(dict.fromkeys(ids for ids in prompts if ids not in known))
+        if unread:
+            sources.append(self._prefill(unread))
+            self.read = sources[-1].last()
+        for source in sources:
+            row = {ids: i for i, ids in enumerate(source.prompts)}
+            pairs = zip(places, prompts, strict=True)
+            found = [(place, row[ids]) for place, ids in pairs if ids in row]
+            self._place([place for place, _ in found], source, [start for _, start in found])
+        self.end = int(self.position.max())
+
+    def advance(self, tokens: Tensor) -> None:
+        """Feed one token to every row."""
+        self._grow(self.end + 1)
+        rows, position = torch.arange(len(tokens), device=tokens.device), self.position
+        seen = (self.columns[: self.end + 1] <= position[:, None])[:, None, None]
+        cos, sin = self.cos[position], self.sin[position]
+        x = self.base.embed_tokens(tokens)
+        for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
+            q, k, v = self._project(layer, _rms_norm(layer.norm, x), cos, sin)
+            keys[rows, :, position], values[rows, :, position] = k, v
+            past = slice(self.end + 1)
+            # The heads that share a key are its queries, so keys are not repeated.
+            y = F.scaled_dot_product_attention(
+                q.view(len(x), self.num_groups, -1, self.head_dim),
+                keys[:, :, past],
+                values[:, :, past],
+                attn_mask=seen,
+                scale=self.scale,
+            )
+            x = x + layer.o(y.view(len(x), -1))
+            x = x + layer.mlp(_rms_norm(layer.mlp_norm, x))
+        self.hidden = _rms_norm(self.base.norm, x)
+        # A row that has ended waits for its successor without running out of its cache.
+        self.position = (position + 1).clamp_(max=self.max_length - 1)
+        self.end = min(self.end + 1, self.max_length - 1)
+
+    def keep(self, index: Tensor) -> None:
+        """Drop all rows but these."""
+        self.caches = [(k[index], v[index]) for k, v in self.caches]
+        self.hidden, self.position = self.hidden[index], self.position[index]
+        self.end = int(self.position.max())
+
+    def _project(
+        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, heads, head width]`, keys and values `[B, groups, head width]`."""
+        q, k, v = (part(x).view(len(x), -1, self.head_dim) for part in (layer.q, layer.k, layer.v))
+        if layer.q_norm is not None:
+            q, k = _rms_norm(layer.q_norm, q), _rms_norm(layer.k_norm, k)
+        both = torch.cat((q, k), dim=1)
+        both = both * cos + both.roll(self.head_dim // 2, dims=-1) * sin
+        return both[:, : self.num_heads], both[:, self.num_heads :], v
+
+    def _prefill(self, prompts: list[Ids]) -> _Prefill:
+        device = self.columns.device
+        width = max(len(ids) for ids in prompts)
+        # Padded on the right nothing needs a mask: a token never sees what comes after it.
+        padded = [list(ids) + [self.pad] * (width - len(ids)) for ids in prompts]
+        output = self.base(input_ids=torch.tensor(padded, device=device), use_cache=True)
+        last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
+        hidden = output.last_hidden_state[torch.arange(len(prompts), device=device), last]
+        layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return _Prefill(prompts, hidden, layers)
+
+    def _place(self, places: list[int], source: _Prefill, starts: list[int]) -> None:
+        """Copy prompts that have been read into rows."""
+        to, start = (torch.tensor(i, device=self.columns.device).long() for i in (places, starts))
+        lengths = [len(source.prompts[i]) for i in starts]
+        width = max(lengths, default=0)
+        self._grow(width)
+        self.hidden[to] = source.hidden[start]
+        self.position[to] = torch.tensor(lengths, device=self.columns.device).long()
+        for cache, read in zip(self.caches, source.layers, strict=True):
+            for old, new in zip(cache, read, strict=True):
+                old[to, :, :width] = new[start, :, :width]
+
+    def _grow(self, columns: int) -> None:
+        """Room for so many columns; new ones are 0, since a masked NaN would still be a NaN."""
+        room = self.caches[0][0].shape[2]
+        if columns > room:
+            added = min(self.max_length, max(columns, room + room // 2) + 32) - room
+            self.caches = [
+                (F.pad(k, (0, 0, 0, added)), F.pad(v, (0, 0, 0, added))) for k, v in self.caches
+            ]
+
+
+def _parts(layer: Any) -> _Layer:
+    attention, norms = layer.self_attn, dict(layer.self_attn.named_children())
+    return _Layer(
+        norm=layer.input_layernorm,
+        q=attention.q_proj,
+        k=attention.k_proj,
+        v=attention.v_proj,
+        q_norm=norms.get("q_norm"),
+        k_norm=norms.get("k_norm"),
+        o=attention.o_proj,
+        mlp_norm=layer.post_attention_layernorm,
+        mlp=layer.mlp,
+    )
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """What the module computes, rounding included, without the cost of calling it."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    scaled: Tensor = norm.weight * wide.to(x.dtype)
+    return scaled
+
+
+def _is_fast_family(model: PreTrainedModel) -> bool:
+    base: Any = model.base_model
+    if type(base).__name__ not in _FAST_FAMILIES:
+        return False
+    config = base.config.to_dict()
+    is_full = {"full_attention"} >= set(config.get("layer_types") or [])
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    rope = config.get("rope_parameters") or {}
+    is_table = rope.get("rope_type") in _TABLE_ROPES and rope.get("partial_rotary_factor", 1) == 1
+    same_dtype = base.norm.weight.dtype == base.embed_tokens.weight.dtype
+    # Hooks (sharding, offloading) belong to the modules' own calls, some of which a step skips.
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    return is_full and window is None and is_table and same_dtype and not hooked

@@ -1,0 +1,138 @@
+"""One token a row from logits and counter-based uniform numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tutelage.core.counter import GOLDEN, random_bits, splitmix64
+from tutelage.errors import ConfigError
+
+_BLOCK = 256
+"""Ids whose probabilities are first summed together; only one block a row is searched id by id."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn. Training is exact only at the defaults of the three filters."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # as in every table of a configuration
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token (greedy)."""
+    top_p: float = 1.0
+    """Smallest set of likeliest tokens holding this probability, in (0, 1]; 1 keeps all."""
+    top_k: int = 0
+    """Number of likeliest tokens that may be drawn; 0 keeps all."""
+    max_new_tokens: int = 256
+    """Length in tokens at which a completion is cut off."""
+    num_samples: int = 1
+    """Completions per prompt."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"sampling.temperature must be at least 0, got {self.temperature}. "
+                "Use 1.0 for the model's own distribution or 0 for greedy."
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(
+                f"sampling.top_p must be in (0, 1], got {self.top_p}. Use 1.0 to keep every token."
+            )
+        for name, least in (("top_k", 0), ("max_new_tokens", 1), ("num_samples", 1)):
+            value = self.__dict__[name]
+            if value < least:
+                raise ConfigError(
+                    f"sampling.{name} must be at least {least}, got {value}. Raise it."
+                )
+
+
+def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverse CDF: the first v with sum_{w <= v} p(w) > u.
+
+    Args:
+        logits: Next-token logits, float32 or wider, [B, V].
+        uniform: One number in [0, 1) a row, float64, [B].
+        config: Temperature and filters.
+
+    Returns:
+        Tokens [B], -1 where the logits are not numbers, and their unfiltered log-probabilities in
+        nats [B].
+    """
+    is_warm = config.temperature not in (0.0, 1.0)
+    probs = torch.softmax(logits / config.temperature if is_warm else logits, dim=-1)
+    if config.temperature == 0.0:
+        token = logits.argmax(dim=-1, keepdim=True)
+    else:
+        token = _invert(filter_probs(probs, config), uniform[:, None])
+    logprob = probs.gather(1, token).log()
+    token = token.masked_fill(~logprob.isfinite(), -1)
+    return token.squeeze(1), logprob.squeeze(1)
+
+
+def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    """First id of each row whose cumulative weight exceeds `uniform` times the total, [B, 1]."""
+    num_ids = probs.shape[-1]
+    if num_ids <= 4 * _BLOCK:
+        cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+        return _search(cumulative, uniform * cumulative[:, -1:])
+    blocks = F.pad(probs, (0, -num_ids % _BLOCK)).view(len(probs), -1, _BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    cumulative = sums.cumsum(dim=-1)
+    threshold = uniform * cumulative[:, -1:]
+    block = _search(cumulative, threshold)
+    threshold = threshold - (cumulative - sums).gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
+    inside = inside.cumsum(dim=-1, dtype=torch.float64)
+    # The two ways of adding up may differ in the last bit; the block's last possible id ends it.
+    last = torch.nextafter(inside[:, -1:], inside.new_zeros(()))
+    token = block * _BLOCK + _search(inside, threshold.minimum(last))
+    return token.clamp(max=num_ids - 1)  # of a row that is not finite
+
+
+def _search(cumulative: Tensor, threshold: Tensor) -> Tensor:
+    """First index of each row above the threshold, [B, 1]."""
+    # Only a row that is not finite points past the end; `draw` reports it.
+    index = torch.searchsorted(cumulative, threshold, right=True)
+    return index.clamp(max=cumulative.shape[-1] - 1)
+
+
+def filter_probs(probs: Tensor, config: SamplingConfig) -> Tensor:
+    """Zero every token outside the top-k and the top-p set (in this order), not renormalised.
+
+    Args:
+        probs: Probabilities, [B, V].
+        config: Its top_k and top_p; ties are broken by the smaller id.
+
+    Returns:
+        The probabilities of the tokens that may be drawn, 0 elsewhere, [B, V].
+    """
+    keeps_k = 0 < config.top_k < probs.shape[-1]
+    if not keeps_k and config.top_p == 1.0:
+        return probs
+    ranked, index = probs.double().sort(dim=-1, descending=True, stable=True)
+    if keeps_k:
+        ranked[:, config.top_k :] = 0.0
+    before = ranked.cumsum(dim=-1) - ranked
+    ranked[before >= config.top_p * ranked.sum(dim=-1, keepdim=True)] = 0.0
+    return torch.zeros_like(ranked).scatter(-1, index, ranked)
+
+
+def uniforms(keys: Sequence[int], count: int, first: Sequence[int] | None = None) -> Tensor:
+    """Counter-based uniform numbers (splitmix64): number i of a key needs no number before it.
+
+    Args:
+        keys: One signed 64-bit integer for each row.
+        count: Numbers per row.
+        first: Index of the first number of each row; 0 when None.
+
+    Returns:
+        Numbers in [0, 1) with 53 random bits, float64, [len(keys), count].
+    """
+    index = torch.arange(count) + torch.tensor(first or [0] * len(keys))[:, None]
+    # int64 products wrap around, which is the arithmetic modulo 2^64 that splitmix64 wants.
+    return random_bits(splitmix64(torch.tensor(keys, dtype=torch.long)[:, None] + index * GOLDEN))

@@ -1,0 +1,233 @@
+"""The hand-written step against the model's own forward pass, and the recorded hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tutelage.data.types import Prompt, Rollout
+from tutelage.models.decoding import FastRows, PlainRows, open_rows
+from tutelage.models.draw import SamplingConfig, draw
+from tutelage.models.sampling import Drawn, draw_rollouts, earlier_samples, sample
+
+RAGGED = [Prompt(f"p{i}", "abc defghij klm"[: 1 + 3 * i]) for i in range(5)]
+WRITING = SamplingConfig(temperature=1.5, max_new_tokens=24, num_samples=3)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAST: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
+    "mistral": {"sliding_window": None, "num_key_value_heads": 4},
+    "qwen2": {"num_key_value_heads": 1},
+    "qwen3": {},
+}
+PLAIN: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "mistral": {"sliding_window": 6},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "llama": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+}
+
+
+def make(family: str, vocab_size: int, dtype: torch.dtype, **options: Any) -> Any:
+    """A random model of 2 layers and width 32 whose tokens differ in probability."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    config = CONFIG_MAPPING[family](
+        vocab_size=vocab_size,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+        **(options if family == "gpt2" else sizes | options),
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():  # norms and biases of their own, so that a forgotten one is seen
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = [2, 5, 9, 11]
+    return model
+
+
+def rows_of(model: Any, is_fast: bool = True) -> FastRows | PlainRows:
+    rows = open_rows(model, (1, 7, 8), 0, 4, 48, is_fast)
+    assert isinstance(rows, FastRows | PlainRows)
+    return rows
+
+
+def outcome(rollouts: list[Rollout]) -> list[tuple[tuple[int, ...], bool]]:
+    return [(r.completion_ids, r.is_truncated) for r in rollouts]
+
+
+def fresh_hidden(model: Any, rollout: Rollout) -> torch.Tensor:
+    """Hidden states of one plain forward pass without cache or padding."""
+    sequence = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    with torch.no_grad():
+        hidden: torch.Tensor = model.base_model(input_ids=sequence, use_cache=False)[0][0]
+    return hidden[len(rollout.prompt_ids) - 1 : -1]
+
+
+@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_fast_rows_draw_what_the_model_draws(family: str, batch_size: int, tokenizer: Any) -> None:
+    model = make(family, len(tokenizer), torch.float32, **FAST[family])
+    assert isinstance(rows_of(model), FastRows)
+    fast, plain = (
+        draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), batch_size, is_fast=is_fast)
+        for is_fast in (True, False)
+    )
+    assert outcome(fast.rollouts) == outcome(plain.rollouts)
+    lengths = {len(r.completion_ids) for r in fast.rollouts}
+    assert len(lengths) > 3  # completions left at different times
+    for ours, theirs in zip(fast.rollouts, plain.rollouts, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_other_models_take_their_own_forward_pass(family: str, tokenizer: Any) -> None:
+    model = make(family, len(tokenizer), torch.float32, **PLAIN[family])
+    assert isinstance(rows_of(model), PlainRows)
+    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4, record=True)
+    check_hidden(model, drawn, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_right_step_is_trusted(family: str, dtype: torch.dtype, tokenizer: Any) -> None:
+    assert isinstance(rows_of(make(family, len(tokenizer), dtype, **FAST[family])), FastRows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["position", "scale", "sign", "norm", "order"])
+def test_a_wrong_step_is_seen(fault: str, dtype: torch.dtype, tokenizer: Any) -> None:
+    rows = FastRows(make("qwen3", len(tokenizer), dtype), 0, 2, 8)
+    first = rows.layers[0]
+    match fault:
+        case "position":  # every new token would sit one place too far to the right
+            rows.cos, rows.sin = rows.cos.roll(-1, 0), rows.sin.roll(-1, 0)
+        case "scale":
+            rows.scale *= 2
+        case "sign":
+            rows.sin = -rows.sin
+        case "norm":
+            rows.layers[0] = first._replace(q_norm=None)
+        case "order":
+            rows.layers.reverse()
+    assert not rows.agrees((1, 7, 8))
+
+
+def test_a_variant_of_a_family_falls_back(tokenizer: Any) -> None:
+    model = make("qwen3", len(tokenizer), torch.float32)
+    model.base_model.layers[1].self_attn.scaling *= 2  # the step by hand has one scale
+    assert isinstance(rows_of(model), PlainRows)
+    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record=True)
+    check_hidden(model, drawn, 1e-5)
+
+
+def test_hooks_are_not_passed_by(tokenizer: Any) -> None:
+    model = make("qwen3", len(tokenizer), torch.float32)
+    calls: list[int] = []
+    handle = model.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    (rollout,) = sample(model, tokenizer, RAGGED[:1], SamplingConfig(max_new_tokens=9), (0,))
+    assert len(calls) == len(rollout.completion_ids)
+    handle.remove()
+    assert isinstance(rows_of(model), FastRows)
+
+
+# --- recorded hidden states -----------------------------------------------------------------------
+
+
+def check_hidden(model: Any, drawn: Drawn, tolerance: float) -> None:
+    """Recorded states and their entropies are those of a fresh pass, relative to their size."""
+    assert drawn.hidden is not None
+    weight = model.get_output_embeddings().weight
+    for rollout, hidden in zip(drawn.rollouts, drawn.hidden, strict=True):
+        expected = fresh_hidden(model, rollout)
+        assert (hidden.dtype, hidden.shape) == (expected.dtype, expected.shape)
+        assert (hidden - expected).abs().max() <= tolerance * expected.abs().max()
+        ours, theirs = (entropies(x @ weight.t()) for x in (hidden, expected))
+        torch.testing.assert_close(ours, theirs, atol=20 * tolerance, rtol=0)
+
+
+def entropies(logits: torch.Tensor) -> torch.Tensor:
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("family", FAST)
+def test_recorded_states_are_those_of_a_fresh_pass(
+    family: str, dtype: torch.dtype, tolerance: float, is_fast: bool, tokenizer: Any
+) -> None:
+    model = make(family, len(tokenizer), dtype, **FAST[family])
+    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (2,), 4, record=True, is_fast=is_fast)
+    check_hidden(model, drawn, tolerance)
+    assert drawn.hidden is not None
+    with pytest.raises(AssertionError):  # a state of the wrong position would be seen
+        check_hidden(model, Drawn(drawn.rollouts, [h.roll(1, 0) for h in drawn.hidden]), tolerance)
+
+
+def test_nothing_is_recorded_unasked(qwen3: Any, tokenizer: Any) -> None:
+    assert draw_rollouts(qwen3, tokenizer, RAGGED, WRITING, (0,)).hidden is None
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def test_processes_draw_together_what_one_draws(qwen3: Any, tokenizer: Any) -> None:
+    prompts = [RAGGED[0], RAGGED[1], RAGGED[0], RAGGED[0]]
+    config = SamplingConfig(max_new_tokens=12, num_samples=2)
+    whole = outcome(sample(qwen3, tokenizer, prompts, config, (3,)))
+    first = earlier_samples(prompts, 2)
+    assert first == [0, 0, 2, 4]
+    halves = [
+        outcome(sample(qwen3, tokenizer, prompts[h], config, (3,), first_sample=first[h]))
+        for h in (slice(0, 2), slice(2, 4))
+    ]
+    assert halves[0] + halves[1] == whole
+    assert len(set(whole[:2] + whole[4:])) == 6  # a prompt that comes again draws other samples
+    apart = outcome(sample(qwen3, tokenizer, prompts[2:], config, (3,)))
+    assert apart == whole[:2] + whole[4:6]  # without the offset they would be drawn twice
+
+
+# --- a large vocabulary ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ids", [1023, 1025, 1280, 5000])
+def test_blocks_draw_what_one_long_sum_draws(num_ids: int) -> None:
+    generator = torch.Generator().manual_seed(num_ids)
+    logits = 4 * torch.randn(300, num_ids, generator=generator, dtype=torch.float64)
+    logits[:, torch.rand(num_ids, generator=generator) < 0.7] = -torch.inf
+    uniform = torch.rand(300, generator=generator, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    expected = (cumulative <= (uniform * cumulative[:, -1])[:, None]).sum(-1)
+    token, logprob = draw(logits, uniform, SamplingConfig())
+    assert (token == expected).sum() >= 299  # the last bit may decide at an edge
+    assert logits.gather(1, token[:, None]).isfinite().all()
+    torch.testing.assert_close(logprob, logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+
+
+def test_numbers_gone_wrong_are_reported_in_a_large_vocabulary() -> None:
+    logits = torch.zeros(3, 1025)
+    logits[1, 7], logits[2] = torch.nan, -torch.inf
+    token, _ = draw(logits, torch.full((3,), 0.99, dtype=torch.float64), SamplingConfig())
+    assert token.tolist() == [1014, -1, -1]
