@@ -141,6 +141,17 @@ def test_a_variant_of_a_family_falls_back(tokenizer: Any) -> None:
     check_hidden(model, drawn, 1e-5)
 
 
+def test_adapters_take_part(tokenizer: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = make("qwen3", len(tokenizer), torch.float32)
+    bare = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,))
+    model.add_adapter(peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    assert isinstance(rows_of(model.eval()), FastRows)
+    adapted = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record=True)
+    check_hidden(model, adapted, 1e-5)
+    assert outcome(adapted.rollouts) != outcome(bare.rollouts)
+
+
 def test_hooks_are_not_passed_by(tokenizer: Any) -> None:
     model = make("qwen3", len(tokenizer), torch.float32)
     calls: list[int] = []

@@ -16,7 +16,7 @@ from tutelage.data.batch import Batch, collate, length_groups
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.models.adapter import learning
-from tutelage.models.sampling import sample
+from tutelage.models.sampling import earlier_samples, sample
 from tutelage.models.tokenizers import pad_id
 from tutelage.run.config import Config
 from tutelage.run.diagnostics import clip_share, token_metrics
@@ -118,13 +118,16 @@ class Step:
         """This process's share of the step's rollouts."""
         config = self.config
         prompts = self.parts.task.prompts(step - 1, config.prompts_per_step, config.seed)
+        earlier = earlier_samples(prompts, config.sampling.num_samples)
+        share = self.share(len(prompts) // self.ranks.count)
         return sample(
             self.parts.student.model,
             self.parts.tokenizer,
-            [prompts[i] for i in self.share(len(prompts) // self.ranks.count)],
+            [prompts[i] for i in share],
             config.sampling,
             (config.seed, step),
             config.sampling_batch_size,
+            first_sample=[earlier[i] for i in share],
         )
 
     def cut(self, rollouts: Sequence[Rollout]) -> list[list[Batch]]:
