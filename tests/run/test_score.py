@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tiny import tiny_table
 from tutelage.core import RULES
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, DataError
-from tutelage.models.load import load_model
+from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.prune import prune_layers
 from tutelage.run.config import Config
 from tutelage.run.parse import load_config, parse_config
@@ -136,6 +137,7 @@ def test_quadrants_and_their_table(scores: Scores) -> None:
     lines = scores.table().splitlines()
     assert "cuts: 0.3 and 0.05 nats" in lines[0]
     assert all(rule in lines[0] for rule in RULES)
+    assert len(lines) == 5  # nothing was left out
     shares = [float(line.split()[1].rstrip("%")) for line in lines[1:]]
     assert sum(shares) == pytest.approx(100, abs=0.2)  # printed to a tenth
 
@@ -171,6 +173,36 @@ def test_given_completions_are_scored_as_they_are(
     assert [row["token_id"] for row in rows if row["prompt_id"] == "ids"] == ids
     assert len({len(r.completion_ids) for r in found.rollouts}) == 2  # a padded batch
     assert largest_difference(found, ledger_models) <= 1e-4
+
+
+def test_tokens_without_finite_statistics_are_counted_and_in_no_quadrant(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    """The teacher's embedding of one id is damaged: what it says about a text with it is NaN."""
+    damaged = load_model(str(tiny_models / "teacher"))
+    with torch.no_grad():
+        damaged.get_input_embeddings().weight[9] = torch.nan
+    save_model(damaged, load_tokenizer(str(tiny_models / "teacher")), tmp_path / "teacher")
+    table = tiny_table(tiny_models, tmp_path, teacher={"model": str(tmp_path / "teacher")})
+    texts = [
+        {"id": str(i), "prompt": "a1+7;>", "completion_ids": ids}
+        for i, ids in enumerate(([5, 4, 6], [5, 9, 4]))
+    ]
+    request = given(tmp_path, *texts)
+    request = replace(request, rules=("q3", "random", "local_gain", "local_oracle"))
+    found = score(parse_config(table), request)
+    rows = list(found.rows())
+    assert [row["quadrant"] is None for row in rows] == [False] * 3 + [True] * 3
+    assert [row["reverse_kl_nats"] is None for row in rows] == [False] * 3 + [True] * 3
+    assert not any(row[f"kept.{rule}"] for row in rows[3:] for rule in request.rules)
+    heading, *quadrants, first, q3, random, gain, oracle = found.table().splitlines()
+    assert "kept by:" in heading
+    assert sum(float(line.split()[1].rstrip("%")) for line in quadrants) == pytest.approx(100, 0.01)
+    assert sum(float(line.split()[2].rstrip("%")) for line in quadrants) == pytest.approx(100, 0.01)
+    assert first == "3 of 6 tokens have a statistic that is not finite: in no quadrant"
+    for rule, line in zip(request.rules, (q3, random, gain, oracle), strict=True):
+        assert line == f"3 of 6 tokens have no finite score under {rule}: never kept"
+    json.dumps(rows, allow_nan=False)
 
 
 @pytest.mark.parametrize(

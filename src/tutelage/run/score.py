@@ -63,7 +63,7 @@ class Scores:
     rollouts: list[Rollout]
     stats: TokenStats
     quadrant: Tensor
-    """`[N]`, 1 to 4."""
+    """`[N]`, 1 to 4; 0 where a statistic is not finite."""
     selections: dict[str, TokenSelection]
     """What each rule would keep."""
     vocab_size: int
@@ -87,6 +87,7 @@ class Scores:
         values = zip(*(column.tolist() for column in columns.values()), strict=True)
         for place, text, row in zip(self._places(), self.tokens, values, strict=True):
             numbers = {n: _finite(x) for n, x in zip(columns, row, strict=True)}
+            numbers["quadrant"] = numbers["quadrant"] or None
             yield {**place, "token": text, **numbers}
 
     def _places(self) -> Iterator[dict[str, Any]]:
@@ -96,10 +97,16 @@ class Scores:
                 yield {**place, "position": position, "token_id": token}
 
     def table(self) -> str:
-        """Quadrants: share of tokens and of divergence, and the share that each rule keeps."""
+        """Quadrants: share of tokens and of divergence, and the share that each rule keeps.
+
+        Tokens with a non-finite statistic are in no quadrant; a last line counts them.
+        """
+        here = self.quadrant > 0
+        quadrant, divergence = self.quadrant[here], self.stats.reverse_kl[here]
+        masks = {rule: s.mask[here] for rule, s in self.selections.items()}
         tables = {
-            rule: quadrant_table(self.quadrant, self.stats.reverse_kl, selection.mask)
-            for rule, selection in (self.selections or {"all": _everything(self.stats)}).items()
+            rule: quadrant_table(quadrant, divergence, mask)
+            for rule, mask in (masks or {"all": torch.ones_like(quadrant).bool()}).items()
         }
         first = next(iter(tables.values()))
         cut = "medians"
@@ -114,7 +121,16 @@ class Scores:
                 line += " " * 11
                 line += "".join(f"  {t[name]['kept_share']:12.1%}" for t in tables.values())
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._left_out()])
+
+    def _left_out(self) -> Iterator[str]:
+        """Who is missing from the table or could not be kept, and why."""
+        total, num_bad = len(self.quadrant), int((self.quadrant == 0).sum())
+        if num_bad:
+            yield f"{num_bad} of {total} tokens have a statistic that is not finite: in no quadrant"
+        for rule, selection in self.selections.items():
+            if num := selection.num_nonfinite:
+                yield f"{num} of {total} tokens have no finite score under {rule}: never kept"
 
 
 def score(config: Config, request: ScoreRequest) -> Scores:
@@ -146,7 +162,7 @@ def score(config: Config, request: ScoreRequest) -> Scores:
     return Scores(
         rollouts,
         stats,
-        quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds),
+        _quadrants(stats, config.quadrant_thresholds),
         {r: select_tokens(stats, completion, r, **options) for r in request.rules},  # type: ignore[arg-type]
         parts.student.vocab_size,
         [parts.tokenizer.decode([token]) for token in tokens],
@@ -182,8 +198,12 @@ def _given(parts: Parts, prompt: Prompt, completion: str | list[int]) -> Rollout
     return Rollout(prompt, 0, tuple(encode_prompt(parts.tokenizer, prompt)), tuple(ids))
 
 
-def _everything(stats: TokenStats) -> TokenSelection:
-    return select_tokens(stats, torch.zeros(len(stats), dtype=torch.int64), "all", 1.0)
+def _quadrants(stats: TokenStats, thresholds: str | tuple[float, float]) -> Tensor:
+    """Quadrant of every row, cut among the rows whose six statistics are finite; 0 elsewhere."""
+    here = torch.isfinite(stats.stack()[:6]).all(0)
+    quadrant = torch.zeros(len(stats), dtype=torch.int64)
+    quadrant[here] = quadrants(stats.entropy[here], stats.reverse_kl[here], thresholds)
+    return quadrant
 
 
 def _finite(value: float | bool | int) -> float | bool | int | None:
