@@ -1,13 +1,15 @@
 """Which claims about TIP and EOPD hold on the embedded task? Seeds, controls, intervals, verdicts.
 
-    python benchmarks/claims.py              # all arms, five seeds; continues where it stopped
+    python benchmarks/claims.py              # everything; continues where it stopped
     python benchmarks/claims.py --quick      # fewer arms, two seeds: a check, not evidence
     python benchmarks/claims.py --judge      # tables and verdicts again, from finished cells
     python benchmarks/claims.py --page       # docs/claims.md and figures again, from the JSON
     python benchmarks/claims.py --verify 4   # run four random cells again and compare exactly
 
 Every finished cell (setting, arm, seed) is a line of runs/claims-NAME.jsonl; the published JSON,
-figures and page follow from these lines.
+figures and page follow from these lines. The full design lands in benchmarks/results and docs, the
+quick one in runs/claims-quick. A cell is taken up again only if the source that made it, whose hash
+ends its key, is still the same.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import platform
 import random
 import sys
 import time
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -29,21 +32,25 @@ from typing import Any
 from claims_design import (
     DESIGNS,
     GRID,
+    SENSITIVITY_FACTORS,
     TUNING_SEEDS,
     Cell,
     Design,
     as_table,
     cells,
+    source,
     tuning_cells,
 )
-from claims_table import Record, Table, as_list, correlations, summary
-from claims_verdicts import judge
+from claims_table import Record, Table, correlations, summary
+from claims_verdicts import judge, sensitivity
 from claims_work import do
 from tutelage.run.folder import environment, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_PUBLISHED = ("problems", "tokens", "seconds", "commit")
-"""What the JSON leaves out of a cell: one number a problem or token, and what is noted once."""
+NOT_PUBLISHED = ("key", "problems", "tokens", "commit")
+"""What the JSON leaves out of a cell: what a digest stands for, and what is noted once."""
+TIMES = ("cpu_s", "wall_s")
+"""What differs from run to run."""
 
 
 def working_file(design: Design) -> Path:
@@ -52,8 +59,14 @@ def working_file(design: Design) -> Path:
 
 
 def results_file(design: Design) -> Path:
-    """The published JSON."""
-    return ROOT / "benchmarks" / "results" / f"claims-{design.name}.json"
+    """The published JSON; a quick check publishes nothing."""
+    folder = ROOT / "benchmarks" / "results" if design.name == "full" else page_folder(design)
+    return folder / f"claims-{design.name}.json"
+
+
+def page_folder(design: Design) -> Path:
+    """Where claims.md and its images are written."""
+    return ROOT / "docs" if design.name == "full" else ROOT / "runs" / f"claims-{design.name}"
 
 
 def finished(path: Path) -> dict[str, Record]:
@@ -66,10 +79,11 @@ def finished(path: Path) -> dict[str, Record]:
 
 
 def timed(cell: Cell) -> Record:
-    """A cell's record, the seconds it took and the commit it was run at."""
-    start = time.perf_counter()
+    """A cell's record, its processor and wall time, and the commit it was run at."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     record = do(cell)
-    return {**record, "seconds": time.perf_counter() - start, "commit": commit()}
+    times = {"cpu_s": time.process_time() - cpu_start, "wall_s": time.perf_counter() - start}
+    return {**record, **times, "commit": commit()}
 
 
 @cache
@@ -96,35 +110,37 @@ def complete(work: list[Cell], path: Path, num_workers: int) -> dict[str, Record
             left = (time.monotonic() - start) / number * (len(todo) - number)
             print(
                 f"{number}/{len(todo)} {record['kind']} {record['setting']} {record['arm']} "
-                f"seed {record['seed']}: mean@8 {record.get('mean', float('nan')):.3f}, "
-                f"{left / 60:.1f} min left",
+                f"seed {record['seed']}: {record['cpu_s']:.1f} s, {left / 60:.1f} min left",
                 flush=True,
             )
     return records
 
 
-def tuned_rate(records: dict[str, Record], design: Design) -> tuple[float, dict[str, float]]:
-    """The learning rate with the highest mean@8 of the all-token arm, and all of the grid."""
-    work = tuning_cells(design)
-    by_rate = {
-        rate: fmean(records[cell.key]["mean"] for cell in work if cell.learning_rate == rate)
-        for rate in GRID
-    }
-    best = max(GRID, key=lambda rate: (by_rate[rate], -rate))
-    return best, {str(rate): mean for rate, mean in by_rate.items()}
+def tuned(records: dict[str, Record], design: Design) -> dict[str, dict[str, Any]]:
+    """By setting: the rate with the lowest reverse KL of the all-token arm, and all of the grid.
 
-
-def sensitivity(records: list[Record], design: Design, rate: float) -> dict[str, dict[str, Any]]:
-    """mean@8 of the sensitivity arms at half, once and double the learning rate."""
+    Reverse KL on held-out prompts is what that arm descends. Accuracy would choose for a student
+    that is right already the rate that changes it least.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for factor in (0.5, 1.0, 2.0):
-        table = Table(records, design.sensitivity_seeds, factor * rate)
-        found[str(factor)] = {
-            arm: as_list(table.interval("overconfident", arm, "mean"))
-            for arm in design.sensitivity_arms
-            if table.has("overconfident", arm)
-        }
+    for setting in design.arms:
+        grid = {}
+        for rate in GRID:
+            mine = [
+                c for c in tuning_cells(design) if (c.setting, c.learning_rate) == (setting, rate)
+            ]
+            grid[rate] = {
+                metric: fmean(records[cell.key][metric] for cell in mine)
+                for metric in ("reverse_kl", "mean")
+            }
+        best = min(GRID, key=lambda rate: (grid[rate]["reverse_kl"], rate))
+        found[setting] = {"chosen": best, "grid": {str(rate): grid[rate] for rate in GRID}}
     return found
+
+
+def chosen_rates(tuning: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The learning rate of every setting."""
+    return {setting: entry["chosen"] for setting, entry in tuning.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -139,39 +155,52 @@ def machine() -> dict[str, Any]:
     }
 
 
-def core_minutes(records: list[Record]) -> float:
-    """What the cells cost, pauses of the machine included."""
-    return sum(record["seconds"] for record in records) / 60
+def core_minutes(records: list[Record]) -> dict[str, float]:
+    """What the cells cost: processor time, and wall time with all that others did meanwhile."""
+    return {name[:-2]: sum(record[name] for record in records) / 60 for name in TIMES}
 
 
 def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
     """Everything the page is made from."""
-    rate, grid = tuned_rate(records, design)
-    work = [*tuning_cells(design), *cells(design, rate)]
+    tuning = tuned(records, design)
+    rates = chosen_rates(tuning)
+    work = [*tuning_cells(design), *cells(design, rates)]
     found = [records[cell.key] for cell in work if cell.key in records]
-    missing = {f"{c.setting}/{c.arm} at {c.learning_rate:g}" for c in work if c.key not in records}
-    table = Table(found, design.seeds, rate)
+    missing = {f"{c.setting}/{c.arm} seed {c.seed}" for c in work if c.key not in records}
+    tables = {
+        factor: Table(found, design.seeds, {name: factor * rate for name, rate in rates.items()})
+        for factor in sorted({1.0, *SENSITIVITY_FACTORS})
+    }
+    table = tables[1.0]
     worth = correlations(table)
     return {
         "environment": machine(),
         "design": as_table(design),
-        "learning_rate": {"chosen": rate, "mean_at_8": grid, "seeds": TUNING_SEEDS},
+        "learning_rate": tuning,
+        "tuning_seeds": TUNING_SEEDS,
         "not_run": sorted(missing),
         "commits": sorted({str(record["commit"]) for record in found}),
+        "source": source(),
         "core_minutes": core_minutes(found),
         "claims": judge(table, worth),
         "arms": summary(table, design),
-        "sensitivity": sensitivity(found, design, rate),
+        "sensitivity": sensitivity({str(factor): t for factor, t in tables.items()}),
         "token_worth": worth,
         "cells": [{k: v for k, v in r.items() if k not in NOT_PUBLISHED} for r in found],
     }
 
 
+def as_text(results: dict[str, Any]) -> str:
+    """JSON with a line a cell."""
+    head = json.dumps({k: v for k, v in results.items() if k != "cells"}, indent=1)
+    lines = ",\n  ".join(json.dumps(cell) for cell in results["cells"])
+    return f'{head[:-2]},\n "cells": [\n  {lines}\n ]\n}}\n'
+
+
 def publish(records: dict[str, Record], design: Design) -> None:
     """Write the JSON; what a run before this one measured is replaced."""
-    text = json.dumps(published(records, design), indent=1)
     results_file(design).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(results_file(design), text + "\n")
+    write_atomically(results_file(design), as_text(published(records, design)))
     print(f"written to {results_file(design)}")
 
 
@@ -181,7 +210,7 @@ def make_page(design: Design) -> None:
     from claims_page import page
 
     results = json.loads(results_file(design).read_text(encoding="utf-8"))
-    docs = ROOT / "docs" if design.name == "full" else ROOT / "runs" / f"claims-{design.name}"
+    docs = page_folder(design)
     (docs / "images").mkdir(parents=True, exist_ok=True)
     draw_all(results, docs / "images")
     write_atomically(docs / "claims.md", page(results))
@@ -191,17 +220,24 @@ def make_page(design: Design) -> None:
 def verify(design: Design, count: int, num_workers: int) -> bool:
     """Run random cells of the published JSON again; whether every number is the same."""
     results = json.loads(results_file(design).read_text(encoding="utf-8"))
-    rate = results["learning_rate"]["chosen"]
-    work = {cell.key: cell for cell in (*tuning_cells(design), *cells(design, rate))}
+    if results["source"] != source():
+        print(f"the source is {source()}; the results are of {results['source']}")
     old = random.sample(results["cells"], min(count, len(results["cells"])))
+    names = [field.name for field in fields(Cell)]
+    again = [Cell(**{name: record[name] for name in names}) for record in old]
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        new = pool.map(do, [work[record["key"]] for record in old], chunksize=1)
+        new = pool.map(do, again, chunksize=1)
     is_same = True
     for before, after in zip(old, new, strict=True):
-        differing = [name for name, value in before.items() if after[name] != value]
-        is_same = is_same and not differing
-        print(f"{before['key']}: {'differs in ' + ', '.join(differing) if differing else 'same'}")
+        names = differing(before, after)
+        is_same = is_same and not names
+        print(f"{after['key']}: {'differs in ' + ', '.join(names) if names else 'same'}")
     return is_same
+
+
+def differing(published: Record, again: Record) -> list[str]:
+    """Names of the published figures of a cell that were different when it was run again."""
+    return [k for k, v in published.items() if k not in TIMES and again[k] != v]
 
 
 def _arguments() -> argparse.Namespace:
@@ -225,9 +261,9 @@ def main() -> None:
         path = working_file(design)
         if not arguments.judge:
             records = complete(tuning_cells(design), path, arguments.workers)
-            rate, grid = tuned_rate(records, design)
-            print(f"learning rate {rate}; mean@8 of the grid: {grid}")
-            complete(cells(design, rate), path, arguments.workers)
+            rates = chosen_rates(tuned(records, design))
+            print(f"learning rates: {rates}")
+            complete(cells(design, rates), path, arguments.workers)
         publish(finished(path), design)
     make_page(design)
 

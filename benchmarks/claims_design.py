@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import tutelage
+from claims_rules import arms_of_claims
 from tutelage.models.sampling import SamplingConfig
 from tutelage.run.config import (
     Config,
@@ -45,10 +50,14 @@ RULES = (
     "local_oracle",
 )
 SAMPLING_RULES = ("random", "entropy_sample", "soft_or_sample")
-GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-"""Learning rates tried on the all-token arm, once."""
+GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+"""Learning rates tried on the all-token arm of every setting."""
 TUNING_SEEDS = (101, 102)
 """Not among the seeds of the comparison."""
+SENSITIVITY_FACTORS = (0.5, 2.0)
+"""Multiples of a setting's learning rate at which some of its arms are run again."""
+SOURCES = ("core", "data", "evaluation", "models", "run")
+"""Folders of the package that a cell's numbers depend on."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,6 @@ class Setting:
     student: str
     prompts_per_step: int
     num_steps: int
-    rate_scale: float = 1.0
-    """Multiple of the shared learning rate."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +85,20 @@ class Design:
 
     name: str
     seeds: tuple[int, ...]
-    sensitivity_seeds: tuple[int, ...]
+    """Of every arm."""
+    more_seeds: tuple[int, ...]
+    """Of the arms that a claim compares, besides; seeds are what limits an interval."""
     num_problems: int
     num_probe_tokens: int
     arms: dict[str, tuple[str, ...]]
     """Names of the arms of each setting."""
-    sensitivity_arms: tuple[str, ...]
+    sensitivity_arms: dict[str, tuple[str, ...]]
+    """Names of the arms that are run at half and double the learning rate as well."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of work, with everything its result depends on."""
+    """One piece of work, with everything its result depends on but the source."""
 
     kind: str
     """arm, tune, probe, oscillation or bias."""
@@ -101,9 +111,31 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name that no other cell has; it ends with the fingerprint of the run it stands for."""
-        parts = [str(value) for value in asdict(self).values()]
-        return "/".join([*parts, fingerprint(config_of(self))] if self.setting else parts)
+        """A name that no other cell has.
+
+        It ends with the fingerprints of the run and of the source, so that cells of another version
+        are never taken for this one's.
+        """
+        run = [fingerprint(config_of(self))] if self.setting else []
+        return "/".join([*(str(value) for value in asdict(self).values()), *run, source()])
+
+
+@cache
+def source() -> str:
+    """A short hash of the code and the models that cells are made with."""
+    package, here = Path(tutelage.__file__).parent, Path(__file__).parent
+    files = [here / "claims_work.py", here / "claims_probe.py"]
+    files += [file for folder in SOURCES for file in sorted((package / folder).rglob("*.py"))]
+    files += sorted((package / "assets").rglob("*.safetensors"))
+    return digest_of(files)
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """A short hash of the contents of files, in the order given."""
+    hashed = hashlib.blake2b(digest_size=6)
+    for file in files:
+        hashed.update(hashlib.blake2b(file.read_bytes()).digest())
+    return hashed.hexdigest()
 
 
 SETTINGS = {
@@ -112,10 +144,8 @@ SETTINGS = {
         Setting("overconfident", "ledger-overconfident", prompts_per_step=12, num_steps=20),
         # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
         Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
-        # At the shared rate some seeds of the all-token arm lose half of their accuracy.
-        Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=20, rate_scale=0.5),
-        # The shared rate destroys this student (mean@8 39 % to 6 %); a quarter only harms it.
-        Setting("small", "ledger-small", prompts_per_step=12, num_steps=20, rate_scale=0.25),
+        Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=20),
+        Setting("small", "ledger-small", prompts_per_step=12, num_steps=20),
     )
 }
 
@@ -154,92 +184,78 @@ ARMS = {
 }
 """Every arm by name. `eopd_sampled` is the published form: renormalised top 16."""
 
-_EOPD_ARMS = ("eopd", "opd_sampled", "eopd_sampled", "soft_or-50+eopd", "q3-10+eopd")
-_SCARCE_ARMS = (
-    *("all", "random-50", "random-10", "entropy-50", "entropy-10", "entropy_sample-50"),
-    *("soft_or-50", "soft_or-10", "soft_or_sample-50", "q3-10", "divergence-10"),
-    *("eopd", "opd_sampled", "eopd_sampled"),
-)
-_COLLAPSED_ARMS = ("all", *_EOPD_ARMS, "eopd_sampled_tail")
-_CLAIMED_RULES = ("random", "entropy", "entropy_sample", "soft_or", "soft_or_sample")
-
 FULL = Design(
     name="full",
     seeds=(1, 2, 3, 4, 5),
-    sensitivity_seeds=(1, 2),
-    num_problems=128,
+    more_seeds=(6, 7, 8, 9, 10),
+    num_problems=64,
     num_probe_tokens=150,
-    arms={
-        "overconfident": ("all", *(n for n in ARMS if n not in ("all", "eopd_sampled_tail"))),
-        "scarce": _SCARCE_ARMS,
-        "collapsed": _COLLAPSED_ARMS,
-        "small": ("all", "q3-10", "eopd"),
+    arms=dict.fromkeys(SETTINGS, tuple(ARMS)),
+    sensitivity_arms={
+        "overconfident": (
+            *("all", "entropy_sample-50", "random-50", "bottom-50"),
+            *("soft_or-10", "entropy-10", "q3-10", "divergence-10"),
+        ),
+        "scarce": ("all", "entropy_sample-50"),
+        "collapsed": ("all", "eopd", "opd_sampled", "eopd_sampled"),
+        "small": ("all", "soft_or-50"),
     },
-    sensitivity_arms=("all", "entropy_sample-50", "random-10", "entropy-10", "soft_or-10", "q3-10"),
 )
 
 QUICK = Design(
     name="quick",
     seeds=(1, 2),
-    sensitivity_seeds=(1,),
+    more_seeds=(),
     num_problems=32,
     num_probe_tokens=30,
-    arms={
-        "overconfident": (
-            "all",
-            *(f"{rule}-{percent}" for percent in BUDGETS for rule in _CLAIMED_RULES),
-            *("q3-20", "q3-10", "divergence-20", "divergence-10", "bottom-50"),
-        ),
-        "collapsed": ("all", "eopd", "opd_sampled", "eopd_sampled"),
-        "scarce": ("all", "eopd", "opd_sampled", "eopd_sampled"),
-        "small": ("all",),
-    },
-    sensitivity_arms=("all", "q3-10"),
+    arms={**arms_of_claims(), "small": ("all",)},
+    sensitivity_arms={"overconfident": ("all", "q3-10", "divergence-10")},
 )
 
 DESIGNS = {design.name: design for design in (QUICK, FULL)}
 
 
 def tuning_cells(design: Design) -> list[Cell]:
-    """The all-token arm at every learning rate of the grid."""
+    """The all-token arm of every setting at every learning rate of the grid."""
     return [
-        Cell("tune", "overconfident", "all", seed, rate, design.num_problems)
+        Cell("tune", setting, "all", seed, rate, design.num_problems)
+        for setting in design.arms
         for rate in GRID
         for seed in TUNING_SEEDS
     ]
 
 
-def cells(design: Design, learning_rate: float) -> list[Cell]:
-    """All work after tuning; the arms of one setting and seed differ in nothing but the arm."""
+def cells(design: Design, rates: Mapping[str, float]) -> list[Cell]:
+    """All work after tuning; the arms of one setting and seed differ in nothing but the arm.
 
-    def arms(setting: str, names: Iterable[str], seeds: Sequence[int], rate: float) -> list[Cell]:
+    What every arm has comes first and the further seeds of the claims' arms last, so that a run
+    which is cut off lacks those.
+    """
+
+    def arms(names: Mapping[str, Iterable[str]], seed: int, factor: float = 1.0) -> list[Cell]:
         return [
-            Cell("arm", setting, arm, seed, rate, design.num_problems)
-            for arm in names
-            for seed in seeds
+            Cell("arm", setting, arm, seed, factor * rates[setting], design.num_problems)
+            for setting, chosen in names.items()
+            for arm in chosen
         ]
 
+    everything = {name: (*BASELINES, *chosen) for name, chosen in design.arms.items()}
     made = _probes(design)
-    for setting, names in design.arms.items():
-        rate = learning_rate * SETTINGS[setting].rate_scale
-        made += arms(setting, (*BASELINES, *names), design.seeds, rate)
-    for factor in (0.5, 2.0):
-        made += arms(
-            "overconfident",
-            design.sensitivity_arms,
-            design.sensitivity_seeds,
-            factor * learning_rate,
-        )
+    for seed in design.seeds:
+        made += arms(everything, seed)
+    for factor in SENSITIVITY_FACTORS:
+        for seed in design.seeds:
+            made += arms(design.sensitivity_arms, seed, factor)
+    for seed in design.more_seeds:
+        made += arms(arms_of_claims(), seed)
     return made
 
 
 def _probes(design: Design) -> list[Cell]:
     """Measurements that train no student: token values and the two toys."""
-    probes = [
-        Cell("probe", "overconfident", "", seed, 0.0, 0, design.num_probe_tokens)
-        for seed in design.seeds
-    ]
-    toys = [Cell(kind, "", "", s, 0.0, 0) for kind in ("oscillation", "bias") for s in design.seeds]
+    seeds, size = (*design.seeds, *design.more_seeds), design.num_probe_tokens
+    probes = [Cell("probe", "overconfident", "", seed, 0.0, 0, size) for seed in seeds]
+    toys = [Cell(kind, "", "", seed, 0.0, 0) for kind in ("oscillation", "bias") for seed in seeds]
     return probes + toys
 
 

@@ -52,9 +52,20 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def forest(comparisons: Sequence[dict[str, Any]]) -> Figure:
-    """The comparisons of a claim: value, interval, and the line each is judged against."""
-    figure = Figure(figsize=(7.0, 0.7 + 0.36 * len(comparisons)))
-    _forest(figure.add_subplot(), comparisons)
+    """The comparisons of a claim: value, interval, and the line each is judged against.
+
+    Every unit has axes of its own.
+    """
+    units = list(dict.fromkeys(c["unit"] for c in comparisons))
+    groups = [[c for c in comparisons if c["unit"] == unit] for unit in units]
+    height = 0.36 * len(comparisons) + 0.7 * len(units)
+    figure = Figure(figsize=(7.0, height))
+    sizes = [len(group) + 0.5 for group in groups]
+    grid = {"height_ratios": sizes, "hspace": 2.0 / (height / len(units))}
+    panels = figure.subplots(len(units), 1, gridspec_kw=grid, squeeze=False)
+    for axes, group in zip(panels.flat, groups, strict=True):
+        _forest(axes, group)
+    _legend(panels.flat[0], comparisons)
     return figure
 
 
@@ -71,13 +82,16 @@ def _forest(axes: Axes, comparisons: Sequence[dict[str, Any]]) -> None:
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color=INK, linestyle=":")
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(comparisons)), [c["label"] for c in comparisons])
-    axes.invert_yaxis()
-    axes.set_xlabel(", ".join(dict.fromkeys(c["unit"] for c in comparisons)))
+    axes.set_ylim(len(comparisons) - 0.5, -0.5)
+    axes.set_xlabel(comparisons[0]["unit"])
+    _tidy(axes)
+
+
+def _legend(axes: Axes, comparisons: Sequence[dict[str, Any]]) -> None:
     for verdict in dict.fromkeys(c["verdict"] for c in comparisons):
         color, marker = LOOKS[verdict]
         axes.plot([], [], marker, color=color, label=verdict)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    _tidy(axes)
 
 
 def worth(results: dict[str, Any], claim: dict[str, Any]) -> Figure:
@@ -102,6 +116,7 @@ def worth(results: dict[str, Any], claim: dict[str, Any]) -> Figure:
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _tidy(axes)
     _forest(lower, claim["comparisons"])
+    _legend(lower, claim["comparisons"])
     return figure
 
 
@@ -111,15 +126,24 @@ def _sorted(triples: Any) -> list[tuple[float, float, float]]:
 
 
 def budgets(results: dict[str, Any]) -> Figure:
-    """mean@8 of every rule by budget, with all tokens as a band."""
-    figure = Figure(figsize=(7.0, 4.2))
-    axes = figure.add_subplot()
-    arms = results["arms"]["overconfident"]
+    """mean@8 of every rule by budget, one panel a setting, with all tokens as a band."""
+    figure = Figure(figsize=(10.0, 7.0))
+    panels = figure.subplots(2, 2, gridspec_kw={"hspace": 0.35, "wspace": 0.2})
+    for axes, (setting, arms) in zip(panels.flat, results["arms"].items(), strict=True):
+        _budgets(axes, arms)
+        axes.set_title(setting, fontsize=10)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(0.91, 0.5))
+    return figure
+
+
+def _budgets(axes: Axes, arms: dict[str, Any]) -> None:
     value, low, high = arms["all"]["mean"]
     axes.axhspan(100 * low, 100 * high, color=GRID)
     axes.axhline(100 * value, color=INK, linewidth=1, label="all tokens")
+    axes.axhline(100 * arms["start"]["mean"][0], color=INK, linewidth=1, ls="--", label="start")
     for number, (rule, (color, marker)) in enumerate(RULE_LOOKS.items()):
-        shift = 0.05 * (number - (len(RULE_LOOKS) - 1) / 2)
+        shift = 0.07 * (number - (len(RULE_LOOKS) - 1) / 2)
         points = [(n, arms[f"{rule}-{n}"]["mean"]) for n in BUDGETS if f"{rule}-{n}" in arms]
         if not points:
             continue
@@ -133,9 +157,8 @@ def budgets(results: dict[str, Any]) -> Figure:
     axes.set_xticks(range(len(BUDGETS)), [f"{n} %" for n in BUDGETS])
     axes.set_xlabel("tokens kept of each completion")
     axes.set_ylabel("mean@8 (%)")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_ylim(bottom=0)
     _tidy(axes)
-    return figure
 
 
 def _tidy(axes: Axes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ NUM_CATEGORICALS = 64
 FLAT, PEAKED = 0.5, 5.0
 """Standard deviation of the toy teachers' logits, nats: entropy about 4.48 and about 1.2."""
 OSCILLATION_STEPS = 400
+BURN_IN_STEPS = 200
+"""Until then the student still finds its way; changes after it are oscillation alone."""
 OSCILLATION_RATES = (0.3, 1.0, 3.0, 10.0)
 """The paper's is unknown, so several are tried and all are reported."""
 BIAS_STEPS = 300
@@ -102,7 +105,8 @@ def _token_gradient(
 def oscillation(seed: int) -> dict[str, float]:
     """Top-1 changes per step of 100 categoricals under one-sample reverse-KL policy gradient.
 
-    Flat and peaked teachers; the same start, rates and number of steps, all of which count.
+    Flat and peaked teachers; the same start, rates and number of steps. `changes` counts all
+    steps, `late` those after the burn-in.
     """
     start = _normal(seed, 0) * FLAT
     found = {}
@@ -110,13 +114,16 @@ def oscillation(seed: int) -> dict[str, float]:
         teacher = _normal(seed, 1) * scale
         found[f"teacher_entropy_{name}"] = float(entropy(teacher.log_softmax(-1)).mean())
         for rate in OSCILLATION_RATES:
-            found[f"changes_{name}_{rate}"] = _top1_changes(start, teacher, rate, seed)
+            changes = _top1_changes(start, teacher, rate, seed)
+            found[f"changes_{name}_{rate}"] = fmean(changes)
+            found[f"late_{name}_{rate}"] = fmean(changes[BURN_IN_STEPS:])
     return found
 
 
-def _top1_changes(logits: Tensor, teacher: Tensor, rate: float, seed: int) -> float:
+def _top1_changes(logits: Tensor, teacher: Tensor, rate: float, seed: int) -> list[float]:
+    """Changes among 100 categoricals of every step."""
     rows = torch.arange(len(logits))
-    changes = 0
+    changes = []
     for step in range(OSCILLATION_STEPS):
         log_p = logits.log_softmax(-1)
         uniform = counter_uniform((seed, 4, step), rows)
@@ -126,8 +133,8 @@ def _top1_changes(logits: Tensor, teacher: Tensor, rate: float, seed: int) -> fl
         term = SampledReverseKL(tokens, old)
         best = logits.argmax(-1)
         logits = logits - rate * _gradient(logits, teacher, term)
-        changes += int((logits.argmax(-1) != best).sum())
-    return 100 * changes / (len(logits) * OSCILLATION_STEPS)
+        changes.append(100 * float((logits.argmax(-1) != best).double().mean()))
+    return changes
 
 
 def bias(seed: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import torch
@@ -13,7 +13,9 @@ from tutelage.evaluation.metrics import Interval
 
 NUM_RESAMPLES = 4000
 LEVEL = 0.95
-T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T_QUANTILES = dict(
+    enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), start=2)
+)
 """Half-width of a 95 % t-interval in standard errors, by number of seeds."""
 
 
@@ -39,8 +41,13 @@ def mean_interval(values: Tensor) -> Interval:
     means = ((seeds @ values) * problems).sum(-1)
     tails = means.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = (float(x) for x in means.quantile(tails) - mean)
-    stretch = math.sqrt(len(values) / max(len(values) - 1, 1))
+    stretch = _stretch(len(values))
     return Interval(float(mean), float(mean) + stretch * low, float(mean) + stretch * high)
+
+
+def _stretch(num_seeds: int) -> float:
+    """By how much the percentile interval of so few seeds is too narrow."""
+    return math.sqrt(num_seeds / max(num_seeds - 1, 1))
 
 
 def _t_interval(values: Tensor) -> Interval:
@@ -83,42 +90,53 @@ CORRELATIONS = {"spearman": spearman, "pearson": pearson}
 
 
 def correlation_intervals(
-    scores: dict[str, Sequence[float]], target: Sequence[float], kind: str, num_resamples: int = 500
+    scores: Mapping[str, Tensor], target: Tensor, kind: str, num_resamples: int = 500
 ) -> tuple[dict[str, Interval], dict[str, Interval]]:
     """Correlation of each score with a target over tokens, and Soft-OR's minus each other's.
 
-    Percentile bootstrap over tokens; the differences use the same resamples on both sides.
+    Tokens of a seed come from one batch, so seeds are drawn with replacement first and then, for
+    every seed drawn, its tokens; intervals are stretched as those of `mean_interval`. The
+    differences use the same resamples on both sides.
 
     Args:
-        scores: values of n tokens by rule; `soft_or` is among them.
-        target: the value to correlate with, n numbers.
+        scores: values `[S, T]` of T tokens of S seeds by rule; `soft_or` is among them.
+        target: the value to correlate with, `[S, T]`.
         kind: a key of `CORRELATIONS`.
-        num_resamples: draws of n tokens with replacement.
+        num_resamples: draws of S seeds with T tokens each.
 
     Returns:
         Intervals of the correlations, and of the differences, by rule.
     """
-    correlate, goal = CORRELATIONS[kind], torch.tensor(target, dtype=torch.float64)
-    columns = {rule: torch.tensor(x, dtype=torch.float64) for rule, x in scores.items()}
-    generator = torch.Generator().manual_seed(3)
+    correlate, goal, first = CORRELATIONS[kind], target.flatten(), "soft_or"
+    columns = {rule: x.flatten() for rule, x in scores.items()}
     whole = {rule: correlate(x, goal) for rule, x in columns.items()}
     draws: dict[str, list[float]] = {rule: [] for rule in columns}
-    for _ in range(num_resamples):
-        drawn = torch.randint(len(goal), (len(goal),), generator=generator)
+    num_seeds, num_tokens = target.shape
+    for drawn in _clustered_draws(num_seeds, num_tokens, num_resamples):
         for rule, x in columns.items():
             draws[rule].append(correlate(x[drawn], goal[drawn]))
     table = {rule: torch.tensor(x, dtype=torch.float64) for rule, x in draws.items()}
-    first = "soft_or"
+    stretch = _stretch(len(target))
     return (
-        {rule: _percentiles(whole[rule], table[rule]) for rule in columns},
+        {rule: _percentiles(whole[rule], table[rule], stretch) for rule in columns},
         {
-            rule: _percentiles(whole[first] - whole[rule], table[first] - table[rule])
+            rule: _percentiles(whole[first] - whole[rule], table[first] - table[rule], stretch)
             for rule in columns
             if rule != first
         },
     )
 
 
-def _percentiles(value: float, draws: Tensor) -> Interval:
-    low, high = draws.quantile(draws.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])).tolist()
-    return Interval(value, low, high)
+def _clustered_draws(num_seeds: int, num_tokens: int, num_resamples: int) -> Iterator[Tensor]:
+    """Places in a flattened `[S, T]`: seeds with replacement, and in each of them its tokens."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(num_resamples):
+        seeds = torch.randint(num_seeds, (num_seeds, 1), generator=generator)
+        tokens = torch.randint(num_tokens, (num_seeds, num_tokens), generator=generator)
+        yield (seeds * num_tokens + tokens).flatten()
+
+
+def _percentiles(value: float, draws: Tensor, stretch: float) -> Interval:
+    tails = draws.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = (stretch * (draws.quantile(tails) - value)).tolist()
+    return Interval(value, value + low, value + high)

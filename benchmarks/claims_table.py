@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from claims_design import BASELINES, RULES, SETTINGS, Design
+from claims_design import BASELINES, RULES, Design
 from claims_probe import SCORES
 from claims_statistics import CORRELATIONS, correlation_intervals, mean_interval
 from tutelage.evaluation.metrics import Interval
@@ -26,54 +26,69 @@ WITH_RANDOM_CONTROL = (*(rule for rule in RULES if rule != "random"), "bottom")
 
 
 class Table:
-    """The finished cells of one design, at one shared learning rate."""
+    """The finished cells of one design, each setting at one learning rate."""
 
-    def __init__(self, records: Iterable[Record], seeds: Sequence[int], learning_rate: float):
+    def __init__(
+        self, records: Iterable[Record], seeds: Sequence[int], rates: Mapping[str, float]
+    ) -> None:
         self.seeds = tuple(seeds)
-        self.learning_rate = learning_rate
-        self._arms: dict[tuple[str, str, int], Record] = {}
-        self._others: dict[tuple[str, int], Record] = {}
+        """Seeds that every arm has to have; arms of claims may have more."""
+        self._arms: dict[tuple[str, str], dict[int, Record]] = {}
+        self._others: dict[str, dict[int, Record]] = {}
         for record in records:
-            if record["kind"] == "arm":
-                if (
-                    record["learning_rate"]
-                    == learning_rate * SETTINGS[record["setting"]].rate_scale
-                ):
-                    self._arms[record["setting"], record["arm"], record["seed"]] = record
-            elif record["kind"] != "tune":
-                self._others[record["kind"], record["seed"]] = record
+            if record["kind"] not in ("arm", "tune"):
+                self._others.setdefault(record["kind"], {})[record["seed"]] = record
+            elif record["kind"] == "arm" and record["learning_rate"] == rates[record["setting"]]:
+                arm = self._arms.setdefault((record["setting"], record["arm"]), {})
+                arm[record["seed"]] = record
+
+    @property
+    def probe_seeds(self) -> tuple[int, ...]:
+        """Seeds of the measurements without arms."""
+        return tuple(sorted(self._others["probe"]))
 
     def has(self, setting: str, *arms: str) -> bool:
-        """Whether every seed of these arms is there."""
-        return all((setting, arm, seed) in self._arms for arm in arms for seed in self.seeds)
+        """Whether these arms are there with every seed that all arms have to have."""
+        return all(set(self.seeds) <= set(self._arms.get((setting, arm), ())) for arm in arms)
 
-    def values(self, setting: str, arm: str, metric: str) -> Tensor:
+    def seeds_of(self, setting: str, *arms: str) -> tuple[int, ...]:
+        """Seeds that all of these arms have; `KeyError` if one lacks a seed it has to have."""
+        if not self.has(setting, *arms):
+            raise KeyError(f"{setting}: {', '.join(arms)} lack seeds or are missing")
+        found = [set(self._arms[setting, arm]) for arm in arms]
+        return tuple(sorted(set.intersection(*found)))
+
+    def values(self, setting: str, arm: str, metric: str, seeds: Sequence[int]) -> Tensor:
         """One number a seed and problem `[S, P]`, or a seed `[S, 1]` for what has no problems."""
-        records = [self._arms[setting, arm, seed] for seed in self.seeds]
+        records = [self._arms[setting, arm][seed] for seed in seeds]
         if metric in PER_PROBLEM:
             return torch.tensor([r["problems"][metric] for r in records], dtype=torch.float64)
         return torch.tensor([[r[metric]] for r in records], dtype=torch.float64)
 
     def interval(self, setting: str, arm: str, metric: str) -> Interval:
-        """Mean over seeds and problems; the stretched interval of a share stays in [0, 1]."""
-        found = mean_interval(self.values(setting, arm, metric))
+        """Mean over the common seeds and problems; the interval of a share stays in [0, 1]."""
+        found = mean_interval(self.values(setting, arm, metric, self.seeds))
         if metric not in SHARES:
             return found
         return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
 
-    def difference(self, setting: str, a: str, b: str, metric: str) -> Interval:
-        """Mean of a − b, paired by seed and problem."""
-        return mean_interval(self.values(setting, a, metric) - self.values(setting, b, metric))
+    def difference(
+        self, setting: str, a: str, b: str, metric: str, seeds: Sequence[int] = ()
+    ) -> Interval:
+        """Mean of a − b, paired by seed and problem, over `seeds` or all that both arms have."""
+        seeds = seeds or self.seeds_of(setting, a, b)
+        left, right = (self.values(setting, arm, metric, seeds) for arm in (a, b))
+        return mean_interval(left - right)
 
     def seedwise(self, kind: str, name: str) -> Tensor:
         """One number a seed of a measurement without arms, `[S, 1]`."""
-        found = [[self._others[kind, seed][name]] for seed in self.seeds]
+        found = [[record[name]] for _, record in sorted(self._others[kind].items())]
         return torch.tensor(found, dtype=torch.float64)
 
-    def probed(self, name: str) -> list[float]:
-        """A value of every probed token of all seeds."""
-        records = [self._others["probe", seed] for seed in self.seeds]
-        return [value for record in records for value in record["tokens"][name]]
+    def probed(self, name: str) -> Tensor:
+        """A value of every probed token, one row a seed: `[S, T]`."""
+        found = [record["tokens"][name] for _, record in sorted(self._others["probe"].items())]
+        return torch.tensor(found, dtype=torch.float64)
 
 
 def as_list(interval: Interval) -> list[float]:
@@ -102,18 +117,20 @@ def summary(table: Table, design: Design) -> dict[str, dict[str, Any]]:
 def _summary_of_arm(table: Table, setting: str, arm: str) -> dict[str, Any]:
     metrics = PER_PROBLEM if arm in BASELINES else (*PER_PROBLEM, *PER_SEED)
     found: dict[str, Any] = {m: as_list(table.interval(setting, arm, m)) for m in metrics}
-    for name, other in (("minus_all", "all"), ("minus_random", random_arm(arm))):
+    others = {"minus_start": "start", "minus_all": "all", "minus_random": random_arm(arm)}
+    for name, other in others.items():
         if arm not in (*BASELINES, other) and other is not None and table.has(setting, other):
             found[name] = {
-                m: as_list(table.difference(setting, arm, other, m)) for m in PER_PROBLEM
+                m: as_list(table.difference(setting, arm, other, m, table.seeds))
+                for m in PER_PROBLEM
             }
     return found
 
 
 def correlations(table: Table) -> dict[str, Any]:
     """Correlation of each score with what a token is worth, over all probed tokens."""
-    found: dict[str, Any] = {"num_tokens": len(table.probed("decrease"))}
-    scores: dict[str, Sequence[float]] = {rule: table.probed(rule) for rule in SCORES}
+    scores = {rule: table.probed(rule) for rule in SCORES}
+    found: dict[str, Any] = {"num_tokens": table.probed("decrease").numel()}
     for target in ("decrease", "gradient"):
         for kind in CORRELATIONS:
             whole, gaps = correlation_intervals(scores, table.probed(target), kind)
@@ -121,8 +138,7 @@ def correlations(table: Table) -> dict[str, Any]:
                 "score": {rule: as_list(i) for rule, i in whole.items()},
                 "soft_or_minus": {rule: as_list(i) for rule, i in gaps.items()},
             }
-    quadrant = torch.tensor(table.probed("quadrant"))
-    decrease = torch.tensor(table.probed("decrease"), dtype=torch.float64)
+    quadrant, decrease = table.probed("quadrant"), table.probed("decrease")
     found["quadrants"] = {
         f"q{n}": {
             "num_tokens": int((quadrant == n).sum()),

@@ -1,9 +1,10 @@
 """One verdict a claim, by rules that were fixed before the runs.
 
-A claim is taken apart into comparisons. Each of them has a 95 % interval and is judged by one of
-three tests; the claim is *supported* when all of its comparisons are, *contradicted here* when at
-least one is contradicted and none supported, and *not supported* otherwise. No correction is made
-for the number of comparisons: a claim needs all of its own, which errs on the strict side.
+A claim is taken apart into comparisons (`claims_rules`). Each of them has a 95 % interval and is
+judged by one of four tests; the claim is *supported* when all of its comparisons are,
+*contradicted here* when at least one is contradicted and none supported, and *not supported*
+otherwise. No correction is made for the number of comparisons: a claim needs all of its own, which
+errs on the strict side.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from claims_probe import OSCILLATION_RATES
+from claims_rules import CLAIMS, Difference
 from claims_statistics import mean_interval
 from claims_table import Table
 from tutelage.evaluation.metrics import Interval
@@ -25,6 +27,14 @@ NEARLY_MARGIN = 0.03
 """How far below zero the interval of a "nearly" may reach, 3 points."""
 SHARE_MARGIN = 0.05
 """Share of Q3 tokens by which entropy may exceed chance and still be blind to them."""
+RESOLUTION = {
+    "points": MARGIN,
+    "nats": 0.05,
+    "completions": 0.2,
+    "correlation": 0.05,
+    "changes": 0.5,
+}
+"""The smallest difference that matters, by unit. It decides what is said, no verdict."""
 
 
 def beats(interval: Interval) -> Verdict:
@@ -72,10 +82,26 @@ class Comparison:
     unit: str
     test: str
     interval: Interval
+    num_seeds: int
 
     @property
     def verdict(self) -> Verdict:
         return TESTS[self.test](self.interval)
+
+    @property
+    def reading(self) -> str:
+        """Whether "not supported" was measured, or is all that so wide an interval can say."""
+        i = self.interval
+        least = SHARE_MARGIN if self.test == "is_blind" else RESOLUTION[self.unit]
+        if self.verdict != "not supported":
+            return "decided"
+        if self.test == "beats" and i.high < least:
+            return "a tie" if i.low > -least else "not ahead"
+        return "too noisy to say" if i.high - i.low > least else "at the limit"
+
+    def as_table(self) -> dict[str, Any]:
+        """Everything about it as plain JSON values."""
+        return {**asdict(self), "verdict": self.verdict, "reading": self.reading}
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
@@ -87,67 +113,21 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     return "contradicted here" if is_against else "not supported"
 
 
-def _accuracy(table: Table, setting: str, a: str, b: str, test: str) -> Comparison:
-    interval = table.difference(setting, a, b, "mean")
-    return Comparison(f"mean@8, {setting}: {a} minus {b}", "points", test, interval)
+def compare(table: Table, d: Difference) -> Comparison:
+    """The measured difference, over every seed that both of its arms have."""
+    interval = table.difference(d.setting, d.a, d.b, d.metric)
+    num_seeds = len(table.seeds_of(d.setting, d.a, d.b))
+    return Comparison(d.label, d.unit, d.test, interval, num_seeds)
 
 
-def t1(table: Table) -> list[Comparison]:
-    """Sampling half of the tokens by entropy is as good as all; in two settings, both needed."""
-    return [
-        _accuracy(table, setting, "entropy_sample-50", "all", "matches")
-        for setting in ("overconfident", "scarce")
-        if table.has(setting, "entropy_sample-50", "all")
-    ]
-
-
-def t2(table: Table) -> list[Comparison]:
-    """Soft-OR is at least as good as entropy: like with like, at all three budgets."""
-    return [
-        _accuracy(table, "overconfident", f"soft_or{how}-{n}", f"entropy{how}-{n}", "matches")
-        for how in ("", "_sample")
-        for n in (50, 20, 10)
-    ]
-
-
-def t3(table: Table) -> list[Comparison]:
-    """Q3 alone nearly matches all tokens, and is better than plain divergence: both halves."""
-    return [
-        *(_accuracy(table, "overconfident", f"q3-{n}", "all", "nearly") for n in (20, 10)),
-        *(
-            _accuracy(table, "overconfident", f"q3-{n}", f"divergence-{n}", "beats")
-            for n in (20, 10)
-        ),
-    ]
-
-
-def t4(table: Table) -> list[Comparison]:
-    """The lowest half by Soft-OR is worse than a random half."""
-    return [_accuracy(table, "overconfident", "random-50", "bottom-50", "beats")]
-
-
-def t5(table: Table) -> list[Comparison]:
-    """Entropy overlooks Q3 and Soft-OR does not; at small budgets, where there is a choice."""
-    found = []
-    for n in (20, 10):
-        for a, b, test in (
-            (f"soft_or-{n}", f"entropy-{n}", "beats"),
-            (f"entropy-{n}", f"random-{n}", "is_blind"),
-        ):
-            interval = table.difference("overconfident", a, b, "q3_kept_first")
-            label = f"share of Q3 kept at step 1: {a} minus {b}"
-            found.append(Comparison(label, "points", test, interval))
-    return found
-
-
-def t6(table: Table, correlations: dict[str, Any]) -> list[Comparison]:
-    """Soft-OR tells a token's worth better than either of its parts, however it is measured."""
+def _worth(table: Table, correlations: dict[str, Any]) -> list[Comparison]:
     return [
         Comparison(
             f"{kind} correlation with {target}: soft_or minus {rival}",
             "correlation",
             "beats",
             Interval(*correlations[f"{target}_{kind}"]["soft_or_minus"][rival]),
+            len(table.probe_seeds),
         )
         for target in ("decrease", "gradient")
         for kind in ("spearman", "pearson")
@@ -155,123 +135,75 @@ def t6(table: Table, correlations: dict[str, Any]) -> list[Comparison]:
     ]
 
 
-ESTIMATORS = (("eopd", "all"), ("eopd_sampled", "opd_sampled"))
-"""EOPD against what it adds to, exact and as published."""
-
-
-def _eopd(table: Table, setting: str, metric: str, unit: str, sign: int = 1) -> list[Comparison]:
-    """EOPD minus what it adds to, or the other way round for a metric that should fall."""
-    found = []
-    for pair in ESTIMATORS:
-        a, b = pair[::sign]
-        if table.has(setting, a, b):
-            interval = table.difference(setting, a, b, metric)
-            label = f"{metric}, {setting}: {a} minus {b}"
-            found.append(Comparison(label, unit, "beats", interval))
-    return found
-
-
-def e1(table: Table) -> list[Comparison]:
-    """EOPD keeps entropy and diversity: both higher than without it, where they had collapsed."""
-    return [
-        *_eopd(table, "collapsed", "entropy", "nats"),
-        *_eopd(table, "collapsed", "distinct", "completions"),
-    ]
-
-
-def e2(table: Table) -> list[Comparison]:
-    """Lower forward KL where the teacher's entropy is high; in two settings, both needed."""
-    return [
-        *_eopd(table, "collapsed", "high_forward_kl", "nats", -1),
-        *_eopd(table, "overconfident", "high_forward_kl", "nats", -1),
-    ]
-
-
-def e3(table: Table) -> list[Comparison]:
-    """Higher pass@8 wherever it does not saturate: hidden starts, and the scarce setting."""
-    return [
-        *_eopd(table, "collapsed", "hidden_pass", "points"),
-        *_eopd(table, "scarce", "pass", "points"),
-    ]
-
-
-def e4(table: Table) -> list[Comparison]:
-    """More top-1 changes under a flat teacher than under a peaked one, at every rate tried."""
+def _oscillation(table: Table, when: str) -> list[Comparison]:
+    title = {"changes": "top-1 changes", "late": "top-1 changes after burn-in"}[when]
     return [
         Comparison(
-            f"top-1 changes per step of 100 categoricals, rate {rate}: flat minus peaked teacher",
+            f"{title} per step of 100 categoricals, rate {rate}: flat minus peaked teacher",
             "changes",
             "beats",
             mean_interval(
-                table.seedwise("oscillation", f"changes_flat_{rate}")
-                - table.seedwise("oscillation", f"changes_peaked_{rate}")
+                table.seedwise("oscillation", f"{when}_flat_{rate}")
+                - table.seedwise("oscillation", f"{when}_peaked_{rate}")
             ),
+            len(table.probe_seeds),
         )
         for rate in OSCILLATION_RATES
     ]
 
 
-def e5(table: Table) -> list[Comparison]:
-    """The renormalised top-k moves away from a flat teacher; the tail removes half of that."""
+def _bias(table: Table) -> list[Comparison]:
     kl = {
         form: table.seedwise("bias", f"forward_kl_{form}")
         for form in ("start", "full", "tail", "renorm")
     }
     lost = table.seedwise("bias", "entropy_start") - table.seedwise("bias", "entropy_renorm")
     cured = 0.5 * (kl["renorm"] - kl["full"]) - (kl["tail"] - kl["full"])
+    measured = {
+        "entropy lost under renorm": lost,
+        "forward KL after renorm minus before": kl["renorm"] - kl["start"],
+        "half of renorm's excess forward KL minus the tail's": cured,
+    }
     return [
-        Comparison("entropy lost under renorm", "nats", "beats", mean_interval(lost)),
-        Comparison(
-            "forward KL after renorm minus before",
-            "nats",
-            "beats",
-            mean_interval(kl["renorm"] - kl["start"]),
-        ),
-        Comparison(
-            "half of renorm's excess forward KL minus the tail's",
-            "nats",
-            "beats",
-            mean_interval(cured),
-        ),
+        Comparison(label, "nats", "beats", mean_interval(values), len(values))
+        for label, values in measured.items()
     ]
-
-
-CLAIMS: dict[str, str] = {
-    "T1": "Entropy sampling at 50 % matches or beats all tokens.",
-    "T2": "Soft-OR is at least as good as entropy at equal budget.",
-    "T3": "Q3 at 10–20 % nearly matches all tokens and beats divergence at the same budget.",
-    "T4": "The bottom 50 % are worse than a random 50 %.",
-    "T5": "Entropy is blind to Q3; Soft-OR is not.",
-    "T6": "Soft-OR tells what a token is worth better than entropy or divergence alone.",
-    "E1": "EOPD keeps the student's entropy and diversity.",
-    "E2": "EOPD lowers forward KL on tokens where the teacher's entropy is high.",
-    "E3": "EOPD raises pass@8.",
-    "E4": "One-sample reverse KL oscillates more under a high-entropy teacher.",
-    "E5": "The renormalised top-k is biased on flat teachers; a tail bucket cures it.",
-}
-_FUNCTIONS: dict[str, Callable[[Table], list[Comparison]]] = {
-    "T1": t1,
-    "T2": t2,
-    "T3": t3,
-    "T4": t4,
-    "T5": t5,
-    "E1": e1,
-    "E2": e2,
-    "E3": e3,
-    "E4": e4,
-    "E5": e5,
-}
 
 
 def judge(table: Table, correlations: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every claim with its verdict and comparisons, as plain JSON values."""
+    measured = {
+        "T6": (_worth(table, correlations), []),
+        "E4": (_oscillation(table, "changes"), _oscillation(table, "late")),
+        "E5": (_bias(table), []),
+    }
     judged = {}
     for name, claim in CLAIMS.items():
-        parts = t6(table, correlations) if name == "T6" else _FUNCTIONS[name](table)
+        parts, beside = measured.get(name) or (
+            [compare(table, d) for d in claim.differences],
+            [compare(table, d) for d in claim.beside if table.has(d.setting, d.a, d.b)],
+        )
         judged[name] = {
-            "claim": claim,
-            "rule": (t6 if name == "T6" else _FUNCTIONS[name]).__doc__,
+            "claim": claim.text,
+            "rule": claim.rule,
             "verdict": overall(part.verdict for part in parts),
-            "comparisons": [{**asdict(part), "verdict": part.verdict} for part in parts],
+            "comparisons": [part.as_table() for part in parts],
+            "beside": [part.as_table() for part in beside],
         }
     return judged
+
+
+def sensitivity(tables: dict[str, Table]) -> list[dict[str, Any]]:
+    """The claims' differences that every table can measure, one table a learning rate."""
+    return [
+        {
+            "claim": name,
+            "label": d.label,
+            "unit": d.unit,
+            "test": d.test,
+            "at": {factor: compare(table, d).as_table() for factor, table in tables.items()},
+        }
+        for name, claim in CLAIMS.items()
+        for d in (*claim.differences, *claim.beside)
+        if all(table.has(d.setting, d.a, d.b) for table in tables.values())
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
@@ -28,6 +29,8 @@ from tutelage.run.train import learning_rate
 _EVALUATION_SEED = 424242
 _SAMPLES_SCORED = 2
 """Completions per problem whose tokens are compared with the teacher's distribution."""
+_EVALUATION_BATCH = 256
+"""Completions decoded at a time; many more and the caches no longer fit into the processor's."""
 
 
 def do(cell: Cell) -> dict[str, Any]:
@@ -43,7 +46,8 @@ def do(cell: Cell) -> dict[str, Any]:
             found = bias(cell.seed)
         case _:
             found = learn_and_measure(cell)
-    return {"key": cell.key, **asdict(cell), **found}
+    numbers = hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+    return {"key": cell.key, **asdict(cell), **found, "digest": numbers}
 
 
 @cache
@@ -103,7 +107,7 @@ def measure(parts: Parts, num_problems: int, seed: int) -> dict[str, list[float]
         parts.task.held_out(num_problems),
         SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_samples=NUM_SAMPLES),
         (_EVALUATION_SEED, seed),
-        num_problems * NUM_SAMPLES,
+        _EVALUATION_BATCH,
     )
     return {**graded(result), **compared(parts, result)}
 

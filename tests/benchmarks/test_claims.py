@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,14 +18,18 @@ from scipy import stats
 
 import claims
 import claims_design
-from claims_design import FULL, QUICK, Cell, Design, cells, config_of, tuning_cells
+import claims_probe
+from claims_design import FULL, GRID, QUICK, SETTINGS, Cell, Design, cells, config_of, tuning_cells
 from claims_figures import draw_all
+from claims_page import _verdicts as page_verdicts
 from claims_page import page
-from claims_probe import OSCILLATION_RATES, SCORES, bias, probe
+from claims_probe import OSCILLATION_RATES, SCORES, bias, oscillation, probe
+from claims_rules import CLAIMS, arms_of_claims
 from claims_statistics import correlation_intervals, mean_interval, pearson, spearman
 from claims_table import PER_PROBLEM, PER_SEED, Table
-from claims_verdicts import CLAIMS, TESTS, Verdict, judge, overall
+from claims_verdicts import TESTS, Comparison, Verdict, judge, overall
 from claims_work import do, fresh, graded, hidden_start
+from tutelage.core.counter import counter_uniform
 from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation.evaluate import Evaluation
 from tutelage.evaluation.metrics import Interval
@@ -32,6 +37,14 @@ from tutelage.run.parse import changed_keys, to_table
 
 ORDER = ["contradicted here", "not supported", "supported"]
 RATE = 1e-3
+RATES = dict.fromkeys(SETTINGS, RATE)
+BRIEF = replace(
+    FULL,
+    seeds=(1, 2, 3),
+    more_seeds=(4,),
+    arms={**arms_of_claims(), "small": ("all", "eopd", "soft_or-50")},
+)
+"""The full design without most arms that no verdict needs."""
 Quality = Callable[[Cell, str], float]
 
 
@@ -91,10 +104,32 @@ def test_a_claim_needs_all_of_its_comparisons(parts: list[Verdict], expected: Ve
     assert overall(parts) == expected
 
 
+@pytest.mark.parametrize(
+    ("test", "interval", "expected"),
+    [
+        ("beats", (0.05, 0.01, 0.09), "decided"),
+        ("beats", (0.00, -0.015, 0.015), "a tie"),
+        ("beats", (-0.01, -0.05, 0.015), "not ahead"),
+        ("beats", (0.03, -0.01, 0.07), "too noisy to say"),
+        ("beats", (0.012, -0.001, 0.025), "too noisy to say"),
+        ("matches", (0.00, -0.03, 0.03), "too noisy to say"),
+        ("matches", (-0.02, -0.025, -0.015), "at the limit"),
+        ("matches", (-0.05, -0.06, -0.04), "decided"),
+        ("is_blind", (0.05, 0.03, 0.07), "at the limit"),
+        ("is_blind", (0.05, -0.2, 0.3), "too noisy to say"),
+    ],
+)
+def test_a_wide_interval_is_told_from_a_measured_tie(
+    test: str, interval: tuple[float, float, float], expected: str
+) -> None:
+    assert Comparison("", "points", test, Interval(*interval), 5).reading == expected
+
+
 def record(cell: Cell, quality: Quality) -> dict[str, Any]:
     """A finished cell whose figures are `quality` and a little noise."""
     rng = random.Random(cell.key)
-    found: dict[str, Any] = {"key": cell.key, **asdict(cell), "seconds": 1.0, "commit": "c" * 40}
+    found: dict[str, Any] = {"key": cell.key, **asdict(cell), "commit": "c" * 40}
+    found |= {"cpu_s": 1.0, "wall_s": 2.0, "digest": "d"}
 
     def noisy(name: str) -> float:
         return quality(cell, name) + rng.gauss(0.0, 1e-3)
@@ -112,19 +147,20 @@ def record(cell: Cell, quality: Quality) -> dict[str, Any]:
             for name in ("flat", "peaked"):
                 for rate in OSCILLATION_RATES:
                     found[f"changes_{name}_{rate}"] = noisy(name)
+                    found[f"late_{name}_{rate}"] = noisy(name)
         case "bias":
             for form in ("start", "full", "tail", "renorm"):
                 for figure in ("entropy", "forward_kl"):
                     found[f"{figure}_{form}"] = noisy(f"{figure}_{form}")
         case _:
             found["problems"] = {name: [noisy(name) for _ in range(6)] for name in PER_PROBLEM}
-            found["mean"] = sum(found["problems"]["mean"]) / 6
+            found |= {name: sum(x) / len(x) for name, x in found["problems"].items()}
             found |= {name: noisy(name) for name in PER_SEED}
     return found
 
 
 def all_records(design: Design, quality: Quality) -> dict[str, dict[str, Any]]:
-    work = [*tuning_cells(design), *cells(design, RATE)]
+    work = [*tuning_cells(design), *cells(design, RATES)]
     return {cell.key: record(cell, quality) for cell in work}
 
 
@@ -137,7 +173,7 @@ def as_claimed(cell: Cell, name: str) -> float:
     if name == "q3_kept_first":
         return 0.9 if cell.arm.startswith("soft_or") else 0.1
     if cell.kind in ("arm", "tune"):
-        sign = -1 if name == "high_forward_kl" else 1
+        sign = -1 if name in ("high_forward_kl", "reverse_kl") else 1
         is_ahead = cell.arm.startswith(FAVOURED) or (cell.kind, cell.learning_rate) == (
             "tune",
             RATE,
@@ -166,15 +202,14 @@ def opposite(cell: Cell, name: str) -> float:
     ("world", "expected"), [(as_claimed, "supported"), (opposite, "contradicted here")]
 )
 def test_every_claim_can_be_supported_and_contradicted(world: Quality, expected: str) -> None:
-    records = all_records(FULL, world)
-    results = claims.published(records, FULL)
+    results = claims.published(all_records(BRIEF, world), BRIEF)
     verdicts = {name: claim["verdict"] for name, claim in results["claims"].items()}
     assert verdicts == dict.fromkeys(CLAIMS, expected)
 
 
 def test_a_claim_whose_arms_are_missing_is_not_supported() -> None:
-    work = [c for c in cells(FULL, RATE) if c.arm not in ("entropy_sample-50", "eopd")]
-    table = Table([record(c, as_claimed) for c in work], FULL.seeds, RATE)
+    work = [c for c in cells(FULL, RATES) if c.arm not in ("entropy_sample-50", "eopd")]
+    table = Table([record(c, as_claimed) for c in work], FULL.seeds, RATES)
     assert not table.has("overconfident", "entropy_sample-50", "all")
     with pytest.raises(KeyError):
         judge(table, {})
@@ -185,7 +220,7 @@ def test_a_claim_whose_arms_are_missing_is_not_supported() -> None:
 
 @pytest.mark.parametrize("design", [FULL, QUICK], ids=lambda d: d.name)
 def test_arms_of_a_setting_and_seed_differ_in_the_method_alone(design: Design) -> None:
-    work = [c for c in cells(design, RATE) if c.kind == "arm"]
+    work = [c for c in cells(design, RATES) if c.kind == "arm"]
     assert len({c.key for c in work}) == len(work)
     reference = {
         (c.setting, c.seed, c.learning_rate): to_table(config_of(c)) for c in work if c.arm == "all"
@@ -196,12 +231,46 @@ def test_arms_of_a_setting_and_seed_differ_in_the_method_alone(design: Design) -
         assert all(key.split(".")[0] in ("selection", "objective") for key in keys)
 
 
-def test_every_rule_and_budget_of_the_issue_is_an_arm() -> None:
-    arms = FULL.arms["overconfident"]
+def test_every_student_meets_every_arm_and_every_rule_and_budget_is_one() -> None:
+    assert set(FULL.arms) == set(SETTINGS)
     assert len(FULL.seeds) >= 5
-    for rule in claims_design.RULES:
-        assert all(f"{rule}-{percent}" in arms for percent in (50, 20, 10))
-    assert {"all", "bottom-50", "eopd", "eopd_sampled", "opd_sampled", "q3-10+eopd"} <= set(arms)
+    for arms in FULL.arms.values():
+        for rule in claims_design.RULES:
+            assert all(f"{rule}-{percent}" in arms for percent in (50, 20, 10))
+        assert {"all", "bottom-50", "eopd", "eopd_sampled", "opd_sampled", "q3-10+eopd"} <= {*arms}
+
+
+def test_claims_have_more_seeds_and_are_repeated_at_other_rates() -> None:
+    work = [c for c in cells(FULL, RATES) if c.kind == "arm"]
+    for setting, arms in arms_of_claims().items():
+        for arm in arms:
+            mine = [c for c in work if (c.setting, c.arm, c.learning_rate) == (setting, arm, RATE)]
+            assert {c.seed for c in mine} == {*FULL.seeds, *FULL.more_seeds}
+    for setting, arms in FULL.sensitivity_arms.items():
+        rates = {c.learning_rate for c in work if c.setting == setting and c.arm in arms}
+        assert rates == {RATE / 2, RATE, 2 * RATE}
+    assert not {*FULL.seeds, *FULL.more_seeds} & {c.seed for c in tuning_cells(FULL)}
+
+
+def test_a_difference_uses_all_seeds_and_a_table_the_common_ones() -> None:
+    """Arms ahead by 0.1 in the first five seeds only."""
+    work = [c for c in cells(FULL, RATES) if c.setting == "overconfident" and c.kind == "arm"]
+
+    def early(cell: Cell, name: str) -> float:
+        return 0.5 + 0.1 * (cell.arm == "q3-10" and cell.seed in FULL.seeds)
+
+    records = [record(c, early) for c in work]
+    table = Table(records, FULL.seeds, RATES)
+    difference = table.difference("overconfident", "q3-10", "all", "mean")
+    assert difference.value == pytest.approx(0.05, abs=2e-3)
+    assert table.interval("overconfident", "q3-10", "mean").value == pytest.approx(0.6, abs=2e-3)
+    assert len(table.seeds_of("overconfident", "q3-10", "all")) == 10
+    assert len(table.seeds_of("overconfident", "q3-10", "eopd", "teacher")) == 5
+    without = [r for r in records if (r["arm"], r["seed"]) != ("q3-10", 3)]
+    table = Table(without, FULL.seeds, RATES)
+    assert not table.has("overconfident", "q3-10")
+    with pytest.raises(KeyError):
+        table.difference("overconfident", "q3-10", "all", "mean")
 
 
 @pytest.fixture
@@ -276,6 +345,32 @@ def test_the_toy_tells_a_biased_objective_from_an_unbiased_one() -> None:
     assert found["forward_kl_full"] < 0.01 < found["forward_kl_start"]
 
 
+def test_changes_of_the_toy_are_those_of_the_written_out_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradient of −A log p(y) is A (p − onehot(y)), A = log q(y) − log p(y); float64."""
+    monkeypatch.setattr(claims_probe, "OSCILLATION_STEPS", 6)
+    monkeypatch.setattr(claims_probe, "BURN_IN_STEPS", 4)
+    found = oscillation(3)
+    start = claims_probe._normal(3, 0).double() * claims_probe.FLAT
+    teacher = (claims_probe._normal(3, 1).double() * claims_probe.PEAKED).log_softmax(-1)
+    rows = torch.arange(len(start))
+    logits, changes = start, []
+    for step in range(6):
+        log_p = logits.log_softmax(-1)
+        uniform = counter_uniform((3, 4, step), rows)
+        tokens = (log_p.exp().cumsum(-1) < uniform[:, None]).sum(-1)
+        advantage = (teacher - log_p)[rows, tokens]
+        gradient = advantage[:, None] * log_p.exp()
+        gradient[rows, tokens] -= advantage
+        after = logits - 10.0 * gradient
+        changes.append(100 * float((after.argmax(-1) != logits.argmax(-1)).double().mean()))
+        logits = after
+    assert min(changes) > 0
+    assert found["changes_peaked_10.0"] == pytest.approx(sum(changes) / 6)
+    assert found["late_peaked_10.0"] == pytest.approx(sum(changes[4:]) / 2)
+
+
 # --- statistics -----------------------------------------------------------------------------------
 
 
@@ -320,21 +415,46 @@ def test_intervals_cover_and_pooling_would_not() -> None:
 
 
 def test_correlation_differences_use_the_same_tokens_on_both_sides() -> None:
-    rng = random.Random(0)
-    target = [rng.random() for _ in range(60)]
-    noisy = [t + rng.gauss(0, 0.3) for t in target]
-    twins = {"soft_or": noisy, "twin": noisy, "random": [rng.random() for _ in target]}
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(4, 30, generator=generator, dtype=torch.float64)
+    noisy = target + 0.3 * torch.randn(4, 30, generator=generator, dtype=torch.float64)
+    noise = torch.rand(4, 30, generator=generator, dtype=torch.float64)
+    twins = {"soft_or": noisy, "twin": noisy, "random": noise}
     whole, gaps = correlation_intervals(twins, target, "spearman", 100)
     assert (gaps["twin"].low, gaps["twin"].high) == (0.0, 0.0)
     assert gaps["random"].low > 0
-    assert whole["soft_or"].value == pytest.approx(stats.spearmanr(noisy, target).statistic)
+    reference = stats.spearmanr(noisy.flatten(), target.flatten()).statistic
+    assert whole["soft_or"].value == pytest.approx(reference)
+
+
+def correlation_coverage(as_one_seed: bool) -> float:
+    """How often an interval of 5 seeds, whose tokens share a trend, holds a correlation of 0."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hits, trials = 0, 60
+    for _ in range(trials):
+        score, trend = normal(5, 30), normal(5, 1)
+        target = trend * score + normal(5, 30)
+        if as_one_seed:
+            score, target = score.reshape(1, -1), target.reshape(1, -1)
+        found = correlation_intervals({"soft_or": score}, target, "pearson", 100)[0]["soft_or"]
+        hits += found.low <= 0 <= found.high
+    return hits / trials
+
+
+def test_correlations_know_that_tokens_of_a_seed_are_alike_and_pooling_would_not() -> None:
+    assert correlation_coverage(as_one_seed=False) >= 0.85
+    assert correlation_coverage(as_one_seed=True) < 0.6
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_torn_line_is_done_again_and_finished_cells_are_not(tmp_path: Path) -> None:
-    work = cells(QUICK, RATE)[:3]
+    work = cells(QUICK, RATES)[:3]
     lines = [json.dumps(record(cell, as_claimed)) for cell in work]
     path = tmp_path / "cells.jsonl"
     path.write_text("\n".join(lines) + "\n" + lines[0][: len(lines[0]) // 2], encoding="utf-8")
@@ -344,26 +464,62 @@ def test_a_torn_line_is_done_again_and_finished_cells_are_not(tmp_path: Path) ->
     assert set(claims.finished(path)) == {work[0].key}
 
 
-def test_the_learning_rate_is_the_best_of_the_grid_and_the_smaller_of_equals() -> None:
-    work = tuning_cells(FULL)
-    best = {2e-3: 0.9, 4e-3: 0.9}
-    records = {c.key: {"mean": best.get(c.learning_rate, 0.5)} for c in work}
-    assert claims.tuned_rate(records, FULL)[0] == 2e-3
+def test_every_setting_takes_the_rate_of_the_lowest_divergence_and_the_smaller_of_equals() -> None:
+    best = {"small": {GRID[0]: 0.1}, "overconfident": {2e-3: 0.2, 4e-3: 0.2}}
+    records = {
+        c.key: {"reverse_kl": best.get(c.setting, {8e-3: 0.3}).get(c.learning_rate, 0.5), "mean": 0}
+        for c in tuning_cells(FULL)
+    }
+    rates = claims.chosen_rates(claims.tuned(records, FULL))
+    expected = {"overconfident": 2e-3, "scarce": 8e-3, "collapsed": 8e-3, "small": GRID[0]}
+    assert rates == expected
+    chosen = {c.setting: c.learning_rate for c in cells(FULL, rates) if c.arm == "start"}
+    assert chosen == expected
+
+
+def test_a_cell_of_another_source_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = cells(QUICK, RATES)[-1]
+    path = tmp_path / "cells.jsonl"
+    path.write_text(json.dumps(record(cell, as_claimed)) + "\n", encoding="utf-8")
+    assert cell.key in claims.finished(path)
+    monkeypatch.setattr(claims_design, "source", lambda: "another")
+    assert cell.key not in claims.finished(path)
+
+
+def test_the_source_hash_sees_every_byte_and_every_file(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text("x = 1\n")
+    b.write_text("y = 2\n")
+    before = claims_design.digest_of([a, b])
+    assert claims_design.digest_of([a, b]) == before != claims_design.digest_of([a])
+    b.write_text("y = 3\n")
+    assert claims_design.digest_of([a, b]) != before
+
+
+def test_a_repeated_cell_that_differs_is_named_and_times_are_not_compared() -> None:
+    cell = cells(FULL, RATES)[-1]
+    again = record(cell, as_claimed)
+    published = {k: v for k, v in again.items() if k not in claims.NOT_PUBLISHED}
+    assert Cell(**{name: published[name] for name in asdict(cell)}) == cell
+    assert claims.differing({**published, "cpu_s": 9.0}, again) == []
+    assert claims.differing({**published, "digest": "e", "pass": -1.0}, again) == ["digest", "pass"]
 
 
 def test_the_page_is_made_from_the_json_alone(tmp_path: Path) -> None:
-    results = claims.published(all_records(FULL, as_claimed), FULL)
+    results = claims.published(all_records(BRIEF, as_claimed), BRIEF)
     text = json.dumps(results)
     made = page(json.loads(text))
     for name, claim in CLAIMS.items():
         assert f"### {name}\n" in made
-        assert claim in made
+        assert claim.text in made
         assert f"images/claims-{name}.svg" in made
     assert "creates Q3 by construction" in made
     assert "says nothing about large models" in made
-    assert "nan" not in made.replace("nats", "")
-    widths = {line.count("|") for line in made.splitlines() if line.startswith("| `all`")}
-    assert len(widths) == 2  # the tables of arms, and the one of learning rates
+    assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
+    assert made.index("## Verdicts") < made.index("## Read this first") < made.index("### T1")
+    assert text == json.dumps(json.loads(claims.as_text(results)))
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         draw_all(json.loads(text), tmp_path / folder)
@@ -375,3 +531,33 @@ def test_the_page_is_made_from_the_json_alone(tmp_path: Path) -> None:
 def test_the_quick_page_says_that_it_is_no_evidence() -> None:
     results = claims.published(all_records(QUICK, as_claimed), QUICK)
     assert "too few seeds" in page(json.loads(json.dumps(results)))
+    places = (claims.results_file(QUICK), claims.page_folder(QUICK), claims.working_file(QUICK))
+    assert all(path.is_relative_to(claims.ROOT / "runs") for path in places)
+
+
+def test_the_page_names_contradicted_parts_and_what_is_noise() -> None:
+    """Entropy sampling is worse than all tokens in one setting, and scattered in the other."""
+
+    def mixed(cell: Cell, name: str) -> float:
+        if (cell.arm, name) != ("entropy_sample-50", "mean"):
+            return as_claimed(cell, name)
+        return 0.2 if cell.setting == "overconfident" else 0.5 + 0.1 * (-1) ** cell.seed
+
+    claim = claims.published(all_records(BRIEF, mixed), BRIEF)["claims"]["T1"]
+    assert claim["verdict"] == "contradicted here"
+    assert [c["reading"] for c in claim["comparisons"]] == ["decided", "too noisy to say"]
+    line = page_verdicts({"T1": claim}).splitlines()[-1]
+    assert line.endswith("| mean@8, overconfident: entropy_sample-50 minus all |")
+    assert "1 contradicted here, 1 not supported (1 too noisy to say)" in line
+
+
+def test_sensitivity_tells_a_verdict_that_hangs_on_the_rate() -> None:
+    def at_double(cell: Cell, name: str) -> float:
+        is_late = cell.kind == "arm" and cell.learning_rate == 2 * RATE
+        return as_claimed(cell, name) - 0.3 * (is_late and cell.arm == "random-50")
+
+    found = claims.published(all_records(BRIEF, at_double), BRIEF)["sensitivity"]
+    t4 = next(e for e in found if e["claim"] == "T4" and "overconfident" in e["label"])
+    verdicts = {factor: c["verdict"] for factor, c in t4["at"].items()}
+    assert verdicts == {"0.5": "supported", "1.0": "supported", "2.0": "contradicted here"}
+    assert {e["claim"] for e in found} >= {"T1", "T2", "T3", "T4", "E1", "E2", "E3"}
