@@ -48,6 +48,7 @@ RULES = (
     "teachability",
     "gradient_norm",
     "local_oracle",
+    "local_gain",
 )
 SAMPLING_RULES = ("random", "entropy_sample", "soft_or_sample")
 GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)

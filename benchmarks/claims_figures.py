@@ -31,6 +31,7 @@ RULE_LOOKS = {
     "teachability": ("#CC79A7", "P"),
     "gradient_norm": ("#56B4E9", "*"),
     "local_oracle": ("#999999", "D"),
+    "local_gain": ("#999999", "p"),
 }
 MARGINS = {"matches": -MARGIN, "nearly": -MARGIN, "is_blind": SHARE_MARGIN}
 SCALE = {"points": 100.0}

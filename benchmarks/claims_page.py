@@ -56,8 +56,8 @@ both arms have, tables of arms the {seeds} common ones.
   of the held-out problems; *high* forward KL: only where the teacher's entropy is at least 0.8.
 * **KL kept**: share of the batch's reverse KL on the kept tokens, mean over steps. Where it is
   100 % at 50 %, rules differ only in which solved tokens they add.
-* **local_oracle** is a ratio of two numbers that both vanish on solved tokens; nothing keeps it
-  from ranking those first.
+* **local_oracle** is TIP's local weight computed exactly: a step length, which ranks solved tokens
+  first. **local_gain** is what that step gains ([equations](equations.md)).
 * **Q3**: entropy at most 0.5 and reverse KL above 0.5 nats; kept share at the first step.
 * **Intervals** are 95 %, bootstrapped over seeds and problems at once (for correlations: seeds and,
   within them, tokens), or t where a figure has one number a seed. Differences are paired by seed

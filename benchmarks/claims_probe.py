@@ -23,7 +23,7 @@ from tutelage.run.setup import Parts
 
 SCORES = (
     *("random", "entropy", "soft_or", "q3", "divergence", "forward_divergence"),
-    *("teachability", "gradient_norm", "local_oracle"),
+    *("teachability", "gradient_norm", "local_oracle", "local_gain"),
 )
 """Rules whose scores are correlated with the value of a token; `random` is the control."""
 PROBE_PROMPTS = 24
