@@ -166,7 +166,7 @@ def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
     rates = chosen_rates(tuning)
     work = [*tuning_cells(design), *cells(design, rates)]
     found = [records[cell.key] for cell in work if cell.key in records]
-    missing = {f"{c.setting}/{c.arm} seed {c.seed}" for c in work if c.key not in records}
+    missing = [c for c in work if c.key not in records]
     tables = {
         factor: Table(found, design.seeds, {name: factor * rate for name, rate in rates.items()})
         for factor in sorted({1.0, *SENSITIVITY_FACTORS})
@@ -178,7 +178,7 @@ def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
         "design": as_table(design),
         "learning_rate": tuning,
         "tuning_seeds": TUNING_SEEDS,
-        "not_run": sorted(missing),
+        "not_run": [f"{c.setting}/{c.arm} seed {c.seed} at {c.learning_rate:g}" for c in missing],
         "commits": sorted({str(record["commit"]) for record in found}),
         "source": source(),
         "core_minutes": core_minutes(found),

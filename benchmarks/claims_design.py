@@ -51,7 +51,7 @@ RULES = (
     "local_gain",
 )
 SAMPLING_RULES = ("random", "entropy_sample", "soft_or_sample")
-GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 """Learning rates tried on the all-token arm of every setting."""
 TUNING_SEEDS = (101, 102)
 """Not among the seeds of the comparison."""

@@ -133,7 +133,11 @@ def _introduction(results: dict[str, Any]) -> str:
             "`make claims` for the real one."
         )
     if results["not_run"]:
-        note += "\n\nNot run, or not with every seed: " + ", ".join(results["not_run"]) + "."
+        seeds = sorted({int(name.split(" seed ")[1].split()[0]) for name in results["not_run"]})
+        note += (
+            f"\n\n**Cut short**: {len(results['not_run'])} runs are missing, of seeds "
+            f"{', '.join(map(str, seeds))}; the JSON names them."
+        )
     return (
         "Claims of two papers, TIP (token selection, T1 to T6) and EOPD (entropy-gated forward KL, "
         "E1 to E5), tested with seeds, controls and intervals. This page is generated from "
@@ -255,11 +259,21 @@ def _learning_rates(results: dict[str, Any]) -> str:
     return (
         "## Learning rates\n\n"
         "The all-token arm of every setting, with two seeds of their own: reverse KL on held-out "
-        f"prompts, which decides, and mean@8. Chosen in bold.\n\n{_grid(results)}\n\n"
+        f"prompts, which decides, and mean@8. Chosen in bold.{_edges(results)}\n\n{_grid(results)}\n\n"
         "The claims' differences again at half, once and double the setting's rate, where that was "
         f"run ({len(results['design']['seeds'])} seeds; once: all seeds):\n\n"
         f"{_sensitivity(results)}"
     )
+
+
+def _edges(results: dict[str, Any]) -> str:
+    """Settings whose best rate may lie outside of what was tried."""
+    found = [
+        f" `{setting}` takes the last of the rates on one side: its best may lie beyond."
+        for setting, entry in results["learning_rate"].items()
+        if entry["chosen"] in (min(map(float, entry["grid"])), max(map(float, entry["grid"])))
+    ]
+    return "".join(found)
 
 
 def _grid(results: dict[str, Any]) -> str:
