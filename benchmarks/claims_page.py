@@ -259,7 +259,8 @@ def _learning_rates(results: dict[str, Any]) -> str:
     return (
         "## Learning rates\n\n"
         "The all-token arm of every setting, with two seeds of their own: reverse KL on held-out "
-        f"prompts, which decides, and mean@8. Chosen in bold.{_edges(results)}\n\n{_grid(results)}\n\n"
+        f"prompts, which decides, and mean@8. Chosen in bold.{_edges(results)}\n\n"
+        f"{_grid(results)}\n\n"
         "The claims' differences again at half, once and double the setting's rate, where that was "
         f"run ({len(results['design']['seeds'])} seeds; once: all seeds):\n\n"
         f"{_sensitivity(results)}"
