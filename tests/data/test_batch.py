@@ -164,4 +164,25 @@ def test_neighbours_in_length_waste_little_where_their_order_wastes_most() -> No
 
     in_order = [list(range(i, i + 8)) for i in range(0, 128, 8)]
     assert area(in_order) > 2.0 * sum(sizes)
-    assert area(length_groups(sizes, 1024, 128)) < 1.2 * sum(sizes)
+    assert area(length_groups(sizes, 1024, 128)) < 1.1 * sum(sizes)
+
+
+@given(
+    st.lists(st.integers(1, 30), max_size=7), st.sampled_from([0, 16, 32, 64]), st.integers(1, 4)
+)
+def test_no_other_cut_of_the_sorted_lengths_costs_less(
+    sizes: list[int], max_tokens: int, max_size: int
+) -> None:
+    def cost(groups: list[list[int]]) -> float:
+        each = (max_tokens or 4096) // 16
+        return sum(len(group) * max(group) + each for group in groups)
+
+    def every_way(rest: list[int]) -> list[list[list[int]]]:
+        ways = [[]] if not rest else []
+        for n in range(1, min(max_size, len(rest)) + 1):
+            if n == 1 or not max_tokens or n * rest[0] <= max_tokens:
+                ways += [[rest[:n], *way] for way in every_way(rest[n:])]
+        return ways
+
+    found = [[sizes[i] for i in group] for group in length_groups(sizes, max_tokens, max_size)]
+    assert cost(found) == min(map(cost, every_way(sorted(sizes, reverse=True))))

@@ -123,8 +123,9 @@ def length_groups(
 ) -> list[list[int]]:
     """Which sequences to pad to one rectangle: neighbours in length, so that little is padding.
 
-    Longest first, so that the largest need of memory is met at once. The order depends on nothing
-    but lengths and places.
+    Of all ways to cut the sequences, sorted by length, the one with the least padding is taken, a
+    further rectangle counting as much as a sixteenth of `max_tokens` of padding. Longest first, so
+    that the largest need of memory is met at once.
 
     Args:
         lengths: Tokens of each sequence.
@@ -137,20 +138,32 @@ def length_groups(
         Indices into `lengths`, each in exactly one group.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    groups: list[list[int]] = []
-    for i in order:
-        width = lengths[groups[-1][0]] if groups else 0
-        num_tokens = width * (len(groups[-1]) + 1) if groups else 0
-        fits = groups and len(groups[-1]) < max_size and num_tokens <= (max_tokens or num_tokens)
-        if fits:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    groups = [order[i:j] for i, j in _cuts([lengths[i] for i in order], max_tokens, max_size)]
     while len(groups) < min(at_least, len(lengths)):
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))
         group, middle = groups[largest], (len(groups[largest]) + 1) // 2
         groups[largest : largest + 1] = [group[:middle], group[middle:]]
     return groups
+
+
+def _cuts(widths: Sequence[int], max_tokens: int, max_size: int) -> list[tuple[int, int]]:
+    """Bounds of the groups of descending widths that cost least (shortest path over cuts)."""
+    each = (max_tokens or 4096) // 16
+    cost, start = [0], [0]  # of the best way to group the first j, and where its last group starts
+    for j in range(1, len(widths) + 1):
+        fitting = (
+            i
+            for i in range(max(0, j - max_size), j)
+            if i == j - 1 or not max_tokens or widths[i] * (j - i) <= max_tokens
+        )
+        best = min((cost[i] + widths[i] * (j - i) + each, i) for i in fitting)
+        cost.append(best[0])
+        start.append(best[1])
+    cuts, end = [], len(widths)
+    while end:
+        cuts.append((start[end], end))
+        end = start[end]
+    return cuts[::-1]
 
 
 def _concatenate(sequences: Sequence[Sequence[int]]) -> Tensor:
