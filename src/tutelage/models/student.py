@@ -32,27 +32,34 @@ class Student(nn.Module):
     def forward(
         self,
         batch: Batch,
-        teacher: LazyLogits,
+        teacher: LazyLogits | None,
         rows: Tensor | None = None,
         terms: Sequence[tuple[Term, Tensor | float]] = ((ReverseKL(), 1.0),),
         extras: Sequence[str] = (),
+        hidden: Tensor | None = None,
     ) -> Objective | TokenStats:
         """Scores every row (`rows` is None, no gradient) or learns from the given ones.
 
         Args:
             batch: B sequences with N completion tokens.
-            teacher: teacher logits of the N rows.
+            teacher: teacher logits of the N rows; None scores the student alone.
             rows: rows to learn from `[K]`; None to score all.
             terms: terms of the objective with their weights, `[K]` or one number each.
             extras: names of extra statistics to compute.
+            hidden: hidden states of the N rows that are known already `[N, D]`, for scoring.
 
         Returns:
             `TokenStats` of N rows, or the `Objective` of K rows, a sum.
+
+        Raises:
+            ValueError: rows to learn from, but no teacher.
         """
         if rows is None:
             with torch.no_grad():
-                return token_stats(self._logits(batch), teacher, batch.tokens, extras=extras)
-        return composite_objective(self._logits(batch)[rows], teacher[rows], terms, extras=extras)
-
-    def _logits(self, batch: Batch) -> LazyLogits:
-        return head(self.model, hidden_rows(self.model, batch), self.vocab_size)
+                known = hidden_rows(self.model, batch) if hidden is None else hidden
+                logits = head(self.model, known, self.vocab_size)
+                return token_stats(logits, teacher, batch.tokens, extras=extras)
+        if teacher is None:
+            raise ValueError("nothing can be learned without a teacher; give its logits.")
+        logits = head(self.model, hidden_rows(self.model, batch), self.vocab_size)
+        return composite_objective(logits[rows], teacher[rows], terms, extras=extras)

@@ -227,6 +227,9 @@ class Config:
     """Completions in one forward and backward pass, at most; changes memory, not the result."""
     sampling_batch_size: int = 64
     """Completions decoded at the same time."""
+    diagnostics: Literal["all", "kept"] = "all"
+    """Tokens that logged divergences and quadrants describe; with kept, rules that look at the
+    student alone never project the teacher's other tokens."""
     quadrant_thresholds: Literal["median"] | tuple[float, float] = "median"
     """Cuts of entropy and divergence for the quadrant table: medians, or two numbers in nats."""
     renormalise: bool = True

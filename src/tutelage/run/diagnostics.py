@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.core import TokenSelection, TokenStats, quadrant_table, quadrants
+from tutelage.core import TokenStats, quadrant_table, quadrants
 from tutelage.run.config import Config
 from tutelage.run.method import EOPDObjective, SampledObjective
 
@@ -16,13 +16,13 @@ HIGH_ENTROPY_NATS = 0.8
 
 
 def token_metrics(
-    stats: TokenStats, chosen: TokenSelection, gate: Tensor, config: Config
+    stats: TokenStats, is_kept: Tensor, gate: Tensor, config: Config
 ) -> dict[str, Any]:
-    """Counts, means over all rows of the global batch, and the quadrant table.
+    """Means over rows of the global batch, and the quadrant table.
 
     Args:
-        stats: statistics of all N rows, with the extra `teacher_top_mass`.
-        chosen: the rows that were kept.
+        stats: statistics of N rows, with the extra `teacher_top_mass`.
+        is_kept: whether each row was kept `[N]`.
         gate: EOPD's gate `[N]`.
         config: for the quadrant thresholds.
 
@@ -30,16 +30,13 @@ def token_metrics(
         Plain JSON values. Rows with a non-finite statistic are counted in `num_nonfinite` and left
         out of every mean and share; a mean over no tokens is None.
     """
-    num_rows = len(stats)
     is_finite = torch.isfinite(stats.stack()).all(0)
-    is_kept = chosen.mask[is_finite]
-    stats, gate = stats[is_finite], gate[is_finite]
+    num_nonfinite = int((~is_finite).sum())
+    stats, gate, is_kept = stats[is_finite], gate[is_finite], is_kept[is_finite]
     quadrant = quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds)
     names = ("reverse_kl", "forward_kl", "entropy", "teacher_entropy")
     return {
-        "num_rows": num_rows,
-        "num_kept": len(chosen.rows),
-        "num_nonfinite": num_rows - len(stats),
+        "num_nonfinite": num_nonfinite,
         "kept_kl_share": _share(stats.reverse_kl[is_kept], stats.reverse_kl),
         **{f"{name}_nats": _mean(stats.__dict__[name]) for name in names},
         "teacher_top16_mass": _mean(stats.extras["teacher_top_mass"]),

@@ -68,10 +68,13 @@ class Ranks:
         pairs = self.table(self._tensor([completions, codes], torch.long).t())
         return pairs[pairs[:, 0].argsort(), 1].tolist()
 
-    def rows(self, batches: Sequence[Batch], stats: TokenStats) -> Gathered:
-        """Statistics of all rows of the step, from those of this process."""
-        completion = torch.cat([batch.completion for batch in batches])
-        position = torch.cat([batch.position for batch in batches])
+    def rows(
+        self, batches: Sequence[Batch], stats: TokenStats, kept: Sequence[Tensor] | None = None
+    ) -> Gathered:
+        """Statistics of all rows of the step, or of each batch's kept ones, from this process's."""
+        kept = [torch.arange(len(b.tokens)) for b in batches] if kept is None else kept
+        completion = torch.cat([b.completion[k] for b, k in zip(batches, kept, strict=True)])
+        position = torch.cat([b.position[k] for b, k in zip(batches, kept, strict=True)])
         table = torch.cat([stats.stack(), completion[None].double(), position[None].double()])
         sizes = self.table(self._tensor([table.shape[1]], torch.long))
         padded = self.table(self.accelerator.pad_across_processes(table, dim=1)[None])
@@ -81,7 +84,7 @@ class Ranks:
         first = int(sizes[: self.index].sum())
         here = order.argsort()[first : first + len(completion)]
         table = table[:, order]
-        columns = TokenStats.unstack(table[:-2], tuple(stats.extras))
+        columns = TokenStats.unstack(table[:-2], tuple(stats.extras), stats.has_teacher)
         return Gathered(columns, table[-2].long(), table[-1].long(), here)
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:

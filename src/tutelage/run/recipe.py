@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tutelage.core import RULES, TokenStats
+from tutelage.core import RULES, STUDENT_RULES, TokenStats
 from tutelage.core.terms import (
     JSD,
     ForwardKL,
@@ -79,6 +79,20 @@ def _is_plain(objective: ObjectiveConfig) -> bool:
         is_exact = objective.estimator == "exact" and objective.fkl == "full"
         return is_exact and objective.gate != "percentile"
     return isinstance(objective, KLObjective | JSDObjective | SkewObjective | TopKObjective)
+
+
+def scores_teacher(config: Config) -> bool:
+    """Whether the pass over all tokens reads the teacher's head too.
+
+    Without, the statistics that need a teacher are known of the kept tokens only.
+    """
+    objective = config.objective
+    looks_at_student = (
+        config.selection.rule in STUDENT_RULES
+        and (_is_plain(objective) or isinstance(objective, SampledObjective))
+        and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
+    )
+    return config.diagnostics == "all" or not looks_at_student
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,7 @@ def guided_terms(objective: ObjectiveConfig, rows: Guidance) -> list[tuple[Term,
             return [(ForwardKL(), w * rows.head_share), (ReverseKL(), w * (1 - rows.head_share))]
         case SampledObjective(clip=clip):
             return [(SampledReverseKL(rows.tokens, rows.old_logprobs, clip), w)]
-        case EOPDObjective():
+        case EOPDObjective() if not _is_plain(objective):
             forward: Term = ForwardKL()
             if objective.fkl != "full":
                 forward = TopKForwardKL(objective.k, tail=objective.fkl == "topk_tail")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from tutelage.core import LazyLogits, Objective, TokenSelection, TokenStats
 from tutelage.data.batch import Batch, collate, length_groups
@@ -23,7 +24,7 @@ from tutelage.run.diagnostics import clip_share, token_metrics
 from tutelage.run.gather import Gathered, Ranks
 from tutelage.run.method import PacedWeighting, RewardWeighting
 from tutelage.run.plan import Lesson, Plan, choose, divisors, lessons_of
-from tutelage.run.recipe import gate_of, needed_extras, needs_scoring, row_weights
+from tutelage.run.recipe import gate_of, needed_extras, needs_scoring, row_weights, scores_teacher
 from tutelage.run.setup import Parts
 
 _DROPOUT_SEED = 2
@@ -56,7 +57,7 @@ class _Learned:
     """Sum of the updates' divisors."""
     grad_norm: float
     """The largest of the updates'."""
-    num_clipped: int
+    lessons: Sequence[Lesson]
     stats: TokenStats
     """Statistics of the rows as they were learned from."""
 
@@ -103,14 +104,14 @@ class Step:
             learned = self._learn(updates, views, plan, step)
         if plan is None:  # every token was learned from, so all statistics are known now
             plan = self._plan_of(self.ranks.rows(batches, learned.stats), rollouts, step)
-        num_clipped = self.ranks.sum(learned.num_clipped)
+        num_clipped = self.ranks.sum(sum(lesson.num_clipped for lesson in learned.lessons))
         return {
             "step": step,
             "loss": self.ranks.sum(learned.total) / max(learned.divisor, 1),
             "grad_norm": learned.grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "clip_share": clip_share(self.config, num_clipped, len(plan.chosen.rows)),
-            **self._metrics(plan, rollouts),
+            **self._metrics(plan, rollouts, self._described(batches, plan, learned)),
             "seconds": clock.seconds,
         }
 
@@ -169,11 +170,13 @@ class Step:
     def _plan(
         self, batches: list[Batch], views: list[LazyLogits], rollouts: list[Rollout], step: int
     ) -> Plan:
-        view, extras = self.parts.teacher.view, needed_extras(self.config)
-        with torch.no_grad():
-            stats = [
-                self.student(b, view(v), extras=extras) for b, v in zip(batches, views, strict=True)
-            ]
+        reads_teacher = scores_teacher(self.config)
+        extras = needed_extras(self.config) if reads_teacher else ()
+        stats = []
+        for batch, read in zip(batches, views, strict=True):
+            view = self.parts.teacher.view(read) if reads_teacher else None
+            with torch.no_grad():
+                stats.append(self.student(batch, view, extras=extras))
         return self._plan_of(self.ranks.rows(batches, TokenStats.cat(stats)), rollouts, step)
 
     def _plan_of(self, gathered: Gathered, rollouts: list[Rollout], step: int) -> Plan:
@@ -215,8 +218,7 @@ class Step:
             norms.append(self._update(step, number))
             total += sums
             stats += seen
-        num_clipped = sum(lesson.num_clipped for lesson in lessons)
-        return _Learned(total, sum(counts), max(norms), num_clipped, TokenStats.cat(stats))
+        return _Learned(total, sum(counts), max(norms), lessons, TokenStats.cat(stats))
 
     def _completions_per_update(self, batches: Sequence[Batch]) -> int:
         num_local = sum(len(batch.input_ids) for batch in batches)
@@ -231,7 +233,8 @@ class Step:
     ) -> tuple[float, list[TokenStats]]:
         """Back-propagate every micro-batch; the sum of the objective and what its rows were."""
         scale = self.ranks.count / max(divisor, 1)
-        extras = () if needs_scoring(self.config) else needed_extras(self.config)
+        is_scored = needs_scoring(self.config) and scores_teacher(self.config)
+        extras = () if is_scored else needed_extras(self.config)
         total, learned = 0.0, []
         for i, (batch, view, lesson) in enumerate(zip(batches, views, lessons, strict=True), 1):
             teacher = self.parts.teacher.view(view)
@@ -270,11 +273,32 @@ class Step:
         self.optimizer.zero_grad()
         return norm
 
-    def _metrics(self, plan: Plan, rollouts: list[Rollout]) -> dict[str, Any]:
+    def _described(
+        self, batches: Sequence[Batch], plan: Plan, learned: _Learned
+    ) -> tuple[TokenStats, Tensor, Tensor]:
+        """Statistics that the metrics describe, which of their rows were kept, and their gates.
+
+        Where scoring left the teacher out, the kept rows are known from learning.
+        """
+        stats, rows = plan.gathered.stats, plan.chosen.rows
+        if self.config.diagnostics == "all":
+            return stats, plan.chosen.mask, plan.gate
+        is_kept = torch.ones_like(rows, dtype=torch.bool)
+        if stats.has_teacher:
+            return stats[rows], is_kept, plan.gate[rows]
+        kept = [lesson.rows for lesson in learned.lessons]
+        stats = self.ranks.rows(batches, learned.stats, kept).stats
+        return stats, is_kept, gate_of(self.config.objective, stats)
+
+    def _metrics(
+        self, plan: Plan, rollouts: list[Rollout], described: tuple[TokenStats, Tensor, Tensor]
+    ) -> dict[str, Any]:
         count = max(self.ranks.sum(len(rollouts)), 1)
         distinct = len({(r.prompt.id, r.completion_ids) for r in rollouts})
         return {
-            **token_metrics(plan.gathered.stats, plan.chosen, plan.gate, self.config),
+            "num_rows": len(plan.gathered.stats),
+            "num_kept": len(plan.chosen.rows),
+            **token_metrics(*described, self.config),
             "completion_length_mean": len(plan.gathered.stats) / count,
             "truncated_share": self.ranks.sum(sum(r.is_truncated for r in rollouts)) / count,
             "duplicate_share": 1 - self.ranks.sum(distinct) / count,
