@@ -34,10 +34,11 @@ def token_metrics(
     num_nonfinite = int((~is_finite).sum())
     stats, gate, is_kept = stats[is_finite], gate[is_finite], is_kept[is_finite]
     quadrant = quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds)
+    share = _share(stats.reverse_kl[is_kept], stats.reverse_kl)
     names = ("reverse_kl", "forward_kl", "entropy", "teacher_entropy")
     return {
         "num_nonfinite": num_nonfinite,
-        "kept_kl_share": _share(stats.reverse_kl[is_kept], stats.reverse_kl),
+        "kept_kl_share": share if config.diagnostics == "all" else None,
         **{f"{name}_nats": _mean(stats.__dict__[name]) for name in names},
         "teacher_top16_mass": _mean(stats.extras["teacher_top_mass"]),
         "gate_share": _mean(gate) if isinstance(config.objective, EOPDObjective) else None,
