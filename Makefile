@@ -24,8 +24,9 @@ check: install  ## format, lint, strict types
 	$(BIN)/ruff check src tests benchmarks examples scripts
 	$(BIN)/mypy
 
-bench: .venv/bench  ## the objective against its peers, in one run
+bench: .venv/bench  ## measure against peers, then write docs/performance.md
 	.venv-bench/bin/python benchmarks/objective.py
+	$(BIN)/python benchmarks/performance_page.py
 
 .venv/bench: install
 	$(PYTHON) -m venv .venv-bench

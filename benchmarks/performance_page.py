@@ -1,0 +1,252 @@
+"""docs/performance.md and its plots, from the published JSON alone.
+
+    python benchmarks/performance_page.py
+
+Takes the newest `results/NAME-*.json` of every part; a part without results is left out. The
+objective has a section of its own. Of the others, every number is shown: a mapping of mappings
+becomes a table with a row for each entry, whatever its keys; `_s` are seconds, `_bytes` are shown
+in MiB, lists (single rounds) are left to the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+MIB = 1 << 20
+PARTS = {
+    "rollout": "Rollouts",
+    "step": "The whole step",
+    "packing": "Micro-batches by length",
+    "memory": "The memory plan against measured memory",
+}
+META = ("date", "commit", "arguments", "dtype", "versions", "machine", "load_average")
+LOOKS = {
+    "all_tokens": ("#0072B2", "o"),
+    "soft_or_50": ("#56B4E9", "s"),
+    "entropy_10": ("#009E73", "^"),
+    "materialised": ("#E69F00", "v"),
+    "trl": ("#D55E00", "X"),
+    "trl_tuned": ("#CC79A7", "P"),
+    "bare_products": ("#000000", "x"),
+}
+INTRO = """\
+# Performance
+
+This page is generated from `benchmarks/results` by `python benchmarks/performance_page.py`; do not
+edit it. `make bench` takes the measurements. Seconds are medians of runs in turns; a figure belongs
+to the machine and the versions beside it and to nothing else.
+"""
+OBJECTIVE = """\
+## The objective
+
+From hidden states and heads to the summed reverse KL and its gradients for hidden states and head.
+Ours computes both KLs and both entropies of every row besides. `bare_products` are the four matrix
+products that nobody can do without, in our chunks, and compute no loss; `trl_tuned` is TRL in the
+tile {tile} (tokens, ids), the fastest of those tried, where `trl` keeps its own; the memory of
+`liger_compiled` includes the compiler's. Extra memory is what one call adds to the process's peak,
+gradients included. *error* is the largest relative distance of value and gradients from float64.
+The selecting rows include their scoring pass over all rows, which projects the teacher only where
+the rule looks at it.
+"""
+PROFILE = """\
+### Where the time goes
+
+Seconds in matrix products and in everything else at the first size, one call under torch's
+profiler. The four products bound everybody from below: whoever computes them here takes at least
+**{floor:.2f}** of TRL's time, and ours takes {ours:.2f}. TRL projects both sides again in its
+backward, six products against four, and makes more passes over the logits.
+"""
+
+
+def number(key: str, value: Any) -> str:
+    """A cell: bytes in MiB, other numbers with three digits that matter."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if key.endswith("_bytes"):
+        return f"{value / MIB:,.0f} MiB"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def newest(folder: Path, part: str) -> list[dict[str, Any]]:
+    """The last result of a part; one for each pair of models where files name the pair."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"{part}-*.json")):
+        if "quick" not in path.stem:
+            found[path.stem.rstrip("0123456789-")] = path
+    return [json.loads(path.read_text()) for path in found.values()]
+
+
+def where(record: dict[str, Any]) -> str:
+    """Machine, versions and commit of a result in a line."""
+    machine, versions = record.get("machine", {}), record.get("versions", {})
+    told = (
+        {**machine, **versions} if isinstance(machine, dict) else {"machine": machine, **versions}
+    )
+    load = record.get("load_average")
+    told |= {"load average": load} if load else {}
+    words = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in told.items() if v is not None)
+    commit = str(record.get("commit") or "unknown")[:10]
+    return f"*{record.get('date', '')[:10]}, commit {commit}: {words}.*\n"
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a value fits into a cell."""
+    return value is None or isinstance(value, str | int | float)
+
+
+def everything(node: dict[str, Any], title: str = "") -> Iterator[str]:
+    """Every number below a node, as tables."""
+    plain = {k: v for k, v in node.items() if is_scalar(v)}
+    inner = {k: v for k, v in node.items() if isinstance(v, dict)}
+    name = f"**{title}**\n\n" if title else ""
+    if plain:
+        yield name + table(["", "value"], [[k, number(k, v)] for k, v in plain.items()])
+        name = ""
+    flat = {k: v for k, v in inner.items() if any(map(is_scalar, v.values()))}
+    if len(flat) > 1:
+        keys = dict.fromkeys(k for v in flat.values() for k, x in v.items() if is_scalar(x))
+        rows = [[k, *(number(key, v.get(key)) for key in keys)] for k, v in flat.items()]
+        yield name + table(["", *keys], rows)
+        inner = {k: {x: y for x, y in v.items() if not is_scalar(y)} for k, v in inner.items()}
+    for key, value in inner.items():
+        yield from everything(value, f"{title} · {key}".strip(" ·"))
+
+
+def ratio(case: dict[str, Any], mine: str, other: str, key: str = "seconds") -> float | None:
+    """One contestant's figure as a multiple of another's; None where either is unknown."""
+    a, b = (case["results"].get(name, {}).get(key) for name in (mine, other))
+    return a / b if a is not None and b else None
+
+
+def goals(cases: Sequence[dict[str, Any]]) -> list[tuple[str, float, float | None]]:
+    """What was aimed at: a line, its limit, and what was reached."""
+    first = cases[0]
+    found = [("all tokens / bare products, time", 1.2, ratio(first, "all_tokens", "bare_products"))]
+    limits = {"trl": (0.3, 0.16), "liger": (0.6, 0.16), "materialised": (0.8, 0.23)}
+    for other, (time, memory) in limits.items():
+        found.append((f"all tokens / {other}, time", time, ratio(first, "all_tokens", other)))
+        extra = ratio(first, "all_tokens", other, "extra_bytes")
+        found.append((f"all tokens / {other}, extra memory", memory, extra))
+    for mine, limit in (("soft_or_50", 1.1), ("soft_or_10", 0.85), ("entropy_10", 0.42)):
+        found.append((f"{mine} / all tokens, time", limit, ratio(first, mine, "all_tokens")))
+    return [*found, *growth(cases)]
+
+
+def growth(cases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float, float | None]]:
+    """Extra memory, gradients aside, at 4096 rows against 512, for each vocabulary."""
+    for vocab in dict.fromkeys(case["vocab_size"] for case in cases):
+        size = {
+            c["rows"]: c["results"]["all_tokens"]["extra_bytes"] - c["gradient_bytes"]
+            for c in cases
+            if c["vocab_size"] == vocab
+        }
+        if {512, 4096} <= size.keys():
+            line = f"extra memory without gradients, N = 4096 / 512, V = {vocab:,}"
+            yield line, 1.15, size[4096] / size[512]
+
+
+def case_table(case: dict[str, Any]) -> str:
+    """All figures of one size."""
+    rows = []
+    for name, r in case["results"].items():
+        multiples = [ratio(case, name, other) for other in ("all_tokens", "bare_products")]
+        error = "" if r["error"] is None else f"{r['error']:.0e}"
+        cells = [f"{r['seconds']:.2f}", *(number("", m) for m in multiples)]
+        rows.append([name, *cells, number("extra_bytes", r["extra_bytes"]), error])
+    title = f"### N = {case['rows']:,}, V = {case['vocab_size']:,}, D = {case['width']:,}\n\n"
+    header = ["", "seconds", "× all tokens", "× bare products", "extra memory", "error"]
+    return title + table(header, rows)
+
+
+def draw(cases: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds and extra memory against the number of rows, a column for each vocabulary."""
+    # The same JSON gives the same bytes: no date, no random names of elements.
+    matplotlib.rcParams.update({"svg.hashsalt": "tutelage", "svg.fonttype": "none", "font.size": 9})
+    vocabularies = list(dict.fromkeys(case["vocab_size"] for case in cases))
+    figure = Figure(figsize=(8.0, 6.0), layout="constrained")
+    panels = figure.subplots(2, len(vocabularies), squeeze=False)
+    units = {"seconds": ("seconds", 1), "extra_bytes": ("extra memory, MiB", MIB)}
+    for column, vocab in enumerate(vocabularies):
+        here = sorted((c for c in cases if c["vocab_size"] == vocab), key=lambda c: c["rows"])
+        for row, (key, (label, unit)) in enumerate(units.items()):
+            axes = panels[row][column]
+            for name, (color, marker) in LOOKS.items():
+                known = [(c["rows"], c["results"].get(name, {}).get(key)) for c in here]
+                points = [(n, y / unit) for n, y in known if y is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
+            axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel=label)
+            axes.set_xticks(
+                [c["rows"] for c in here], [f"{c['rows']:,}" for c in here], minor=False
+            )
+            axes.minorticks_off()
+            axes.set_title(f"V = {vocab:,}, D = {here[0]['width']:,}")
+            axes.grid(color="#e3e5e8")
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+
+
+def objective(record: dict[str, Any], images: Path) -> Iterator[str]:
+    """The objective's section."""
+    cases = record["cases"]
+    draw(cases, images / "performance-objective.svg")
+    yield OBJECTIVE.format(tile=record["trl_tile"]) + "\n" + where(record)
+    yield "![seconds and extra memory against rows](images/performance-objective.svg)\n"
+    rows = [
+        [line, f"≤ {limit}", f"{reached:.2f}", "yes" if reached <= limit else "**no**"]
+        for line, limit, reached in goals(cases)
+        if reached is not None
+    ]
+    yield "### What was aimed at\n\n" + table(["", "goal", "reached", "met"], rows)
+    floor, ours = (ratio(cases[0], name, "trl") for name in ("bare_products", "all_tokens"))
+    spent = {k: r["profile_s"] for k, r in cases[0]["results"].items() if r["profile_s"]}
+    if spent and floor and ours:
+        cells = [[k, f"{v['products']:.2f}", f"{v['passes']:.2f}"] for k, v in spent.items()]
+        yield PROFILE.format(floor=floor, ours=ours) + "\n" + table(["", "products", "rest"], cells)
+    yield from map(case_table, cases)
+
+
+def page(results: Path, images: Path) -> str:
+    """The whole page."""
+    parts = [INTRO]
+    for record in newest(results, "objective"):
+        if "cases" in record:
+            parts += objective(record, images)
+    for part, title in PARTS.items():
+        for i, record in enumerate(newest(results, part)):
+            parts += [f"## {title}\n"] * (i == 0) + [where(record)]
+            parts += everything({k: v for k, v in record.items() if k not in META})
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=DOCS / "performance.md")
+    arguments = parser.parse_args()
+    images = arguments.out.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page(arguments.results, images))
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The benchmark of the objective and the page of all results: exactness, goals, missing parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import performance_page
+from objective_contestants import (
+    CONTESTANTS,
+    NEEDS,
+    OURS,
+    Inputs,
+    all_tokens,
+    gradient_errors,
+    make_inputs,
+)
+from performance_page import everything, goals, page
+
+INPUTS = make_inputs(256, 96, 16)
+
+
+def doubled(x: Inputs) -> Tensor:
+    """A contestant whose gradient is wrong and whose value is right."""
+    total = all_tokens(x)
+    assert x.student.grad is not None
+    x.student.grad.mul_(2)
+    return total
+
+
+def test_contestants_that_need_nothing_else_compute_the_reverse_kl() -> None:
+    runs = {name: run for name, run in CONTESTANTS.items() if name not in NEEDS}
+    errors = gradient_errors(INPUTS, runs)
+    assert errors.keys() == runs.keys() - {"bare_products", "eopd"}
+    assert set(OURS) - {"eopd"} < errors.keys()
+    assert max(errors.values()) <= 1e-5
+
+
+def test_a_contestant_with_a_wrong_gradient_is_seen() -> None:
+    assert gradient_errors(INPUTS, {"doubled": doubled})["doubled"] == pytest.approx(1.0, rel=1e-3)
+
+
+def case(rows: int, **seconds: float) -> dict[str, Any]:
+    return {
+        "rows": rows,
+        "vocab_size": 96,
+        "width": 16,
+        "gradient_bytes": rows << 20,
+        "results": {
+            name: {
+                "seconds": value,
+                "extra_bytes": (rows << 20) + (100 << 20) * (2 if rows == 4096 else 1),
+                "error": 1e-6,
+                "profile_s": {"products": value, "passes": 0.0},
+            }
+            for name, value in seconds.items()
+        },
+    }
+
+
+RECORD = {
+    "date": "2026-01-02T00:00:00",
+    "commit": "abc",
+    "versions": {"torch": "2"},
+    "machine": {"cpu": "some"},
+    "trl_tile": [64, 128],
+    "cases": [
+        case(512, bare_products=1.0, all_tokens=1.3, soft_or_50=1.3, trl=5.2),
+        case(4096, bare_products=8.0, all_tokens=9.0),
+    ],
+}
+
+
+def test_goals_are_ratios_of_what_was_measured_and_unknown_where_nothing_was() -> None:
+    found = {line: (limit, reached) for line, limit, reached in goals(RECORD["cases"])}
+    assert found["all tokens / bare products, time"] == (1.2, 1.3)
+    assert found["all tokens / trl, time"] == (0.3, 0.25)
+    assert found["soft_or_50 / all tokens, time"] == (1.1, 1.0)
+    assert found["all tokens / liger, time"] == (0.6, None)
+    memory = found["extra memory without gradients, N = 4096 / 512, V = 96"]
+    assert memory == (1.15, 2.0)
+
+
+def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Path) -> None:
+    (tmp_path / "objective-2026-01-02.json").write_text(json.dumps(RECORD))
+    step = {"date": "2026-01-02", "pairs": {"small": {"arms": {"ours": {"peak_bytes": 3 << 20}}}}}
+    (tmp_path / "step-2026-01-01.json").write_text(json.dumps({"date": "", "old": {"x": 1}}))
+    (tmp_path / "step-2026-01-02.json").write_text(json.dumps(step))
+    (tmp_path / "step-quick-2026-01-03.json").write_text(json.dumps({"quick": 1}))
+    text = page(tmp_path, tmp_path)
+    assert "| all tokens / bare products, time | ≤ 1.2 | 1.30 | **no** |" in text
+    assert "| all tokens / trl, time | ≤ 0.3 | 0.25 | yes |" in text
+    assert "liger, time" not in text
+    assert "**pairs · small · arms · ours**" in text
+    assert "| peak_bytes | 3 MiB |" in text
+    assert "old" not in text
+    assert "quick" not in text
+    assert "## The whole step" in text
+    assert "## Rollouts" not in text
+    image = (tmp_path / "performance-objective.svg").read_bytes()
+    assert page(tmp_path, tmp_path) == text
+    assert (tmp_path / "performance-objective.svg").read_bytes() == image
+
+
+def test_every_number_of_a_part_is_shown_once() -> None:
+    node = {"a": 1, "arms": {"x": {"s": 0.5, "deep": {"n": 7, "m": 8}}, "y": {"s": 0.25}}}
+    text = "\n".join(everything(node))
+    for cell in ("| a | 1 |", "| x | 0.5 |", "| y | 0.25 |", "| n | 7 |", "| m | 8 |"):
+        assert text.count(cell) == 1
+
+
+def test_no_results_give_no_figures(tmp_path: Path) -> None:
+    assert page(tmp_path, tmp_path) == performance_page.INTRO
