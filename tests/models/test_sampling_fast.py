@@ -127,7 +127,7 @@ def test_a_wrong_step_is_seen(fault: str, dtype: torch.dtype, tokenizer: Any) ->
         case "sign":
             rows.sin = -rows.sin
         case "norm":
-            rows.layers[0] = first._replace(q_norm=None)
+            rows.layers[0] = first._replace(qk_scale=None)
         case "order":
             rows.layers.reverse()
     assert not rows.agrees((1, 7, 8))

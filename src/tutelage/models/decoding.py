@@ -8,17 +8,19 @@ another prompt at any time. `open_rows` tries a step against the model's own bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Ids = tuple[int, ...]
+Call = Callable[[Tensor], Tensor]
 
 _FAST_FAMILIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 """Pre-norm decoders with RMS norms, rotary positions and nothing between attention and MLP."""
@@ -123,17 +125,20 @@ class PlainRows:
 
 
 class _Layer(NamedTuple):
-    """The parts of one decoder layer that a step calls; linear ones may carry adapters."""
+    """The parts of one decoder layer: functions for the products, modules for the norms."""
 
     norm: Any
-    q: Any
-    k: Any
-    v: Any
-    q_norm: Any
-    k_norm: Any
-    o: Any
+    q: Call
+    k: Call
+    v: Call
+    qk_scale: Tensor | None
+    """Weights of the norms of queries and keys, a row for each of their heads."""
+    o: Call
     mlp_norm: Any
-    mlp: Any
+    gate: Call
+    act: Call
+    up: Call
+    down: Call
 
 
 class _Prefill(NamedTuple):
@@ -160,10 +165,12 @@ class FastRows:
         self.base: Any = model.base_model
         self.pad = pad
         self.max_length = max_length
-        self.layers = [_parts(layer) for layer in self.base.layers]
         config, attention = self.base.config, self.base.layers[0].self_attn
         self.num_heads: int = config.num_attention_heads
         self.num_groups: int = config.num_key_value_heads
+        heads = (self.num_heads, self.num_groups)
+        self.layers = [_parts(layer, *heads) for layer in self.base.layers]
+        self.eps: float = self.base.norm.variance_epsilon
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
         self.columns = torch.arange(max_length, device=model.device)
@@ -219,7 +226,7 @@ class FastRows:
         cos, sin = self.cos[position], self.sin[position]
         x = self.base.embed_tokens(tokens)
         for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
-            q, k, v = self._project(layer, _rms_norm(layer.norm, x), cos, sin)
+            q, k, v = self._project(layer, self._norm(x, layer.norm.weight), cos, sin)
             keys[rows, :, position], values[rows, :, position] = k, v
             past = slice(self.end + 1)
             # The heads that share a key are its queries, so keys are not repeated.
@@ -231,8 +238,9 @@ class FastRows:
                 scale=self.scale,
             )
             x = x + layer.o(y.view(len(x), -1))
-            x = x + layer.mlp(_rms_norm(layer.mlp_norm, x))
-        self.hidden = _rms_norm(self.base.norm, x)
+            y = self._norm(x, layer.mlp_norm.weight)
+            x = x + layer.down(layer.act(layer.gate(y)) * layer.up(y))
+        self.hidden = self._norm(x, self.base.norm.weight)
         # A row that has ended waits for its successor without running out of its cache.
         self.position = (position + 1).clamp_(max=self.max_length - 1)
         self.end = min(self.end + 1, self.max_length - 1)
@@ -248,11 +256,17 @@ class FastRows:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, heads, head width]`, keys and values `[B, groups, head width]`."""
         q, k, v = (part(x).view(len(x), -1, self.head_dim) for part in (layer.q, layer.k, layer.v))
-        if layer.q_norm is not None:
-            q, k = _rms_norm(layer.q_norm, q), _rms_norm(layer.k_norm, k)
         both = torch.cat((q, k), dim=1)
+        if layer.qk_scale is not None:
+            both = self._norm(both, layer.qk_scale)
         both = both * cos + both.roll(self.head_dim // 2, dims=-1) * sin
         return both[:, : self.num_heads], both[:, self.num_heads :], v
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the model's RMS norm computes, rounding included, without the cost of calling it."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return weight * wide.to(x.dtype)
 
     def _prefill(self, prompts: list[Ids]) -> _Prefill:
         device = self.columns.device
@@ -287,27 +301,33 @@ class FastRows:
             ]
 
 
-def _parts(layer: Any) -> _Layer:
-    attention, norms = layer.self_attn, dict(layer.self_attn.named_children())
+def _parts(layer: Any, num_heads: int, num_groups: int) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = dict(attention.named_children())
+    qk_scale = None
+    if "q_norm" in norms:
+        q, k = norms["q_norm"].weight, norms["k_norm"].weight
+        qk_scale = torch.cat((q.expand(num_heads, -1), k.expand(num_groups, -1)))
     return _Layer(
         norm=layer.input_layernorm,
-        q=attention.q_proj,
-        k=attention.k_proj,
-        v=attention.v_proj,
-        q_norm=norms.get("q_norm"),
-        k_norm=norms.get("k_norm"),
-        o=attention.o_proj,
+        q=_call(attention.q_proj),
+        k=_call(attention.k_proj),
+        v=_call(attention.v_proj),
+        qk_scale=qk_scale,
+        o=_call(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm,
-        mlp=layer.mlp,
+        gate=_call(mlp.gate_proj),
+        act=mlp.act_fn,
+        up=_call(mlp.up_proj),
+        down=_call(mlp.down_proj),
     )
 
 
-def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """What the module computes, rounding included, without the cost of calling it."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    scaled: Tensor = norm.weight * wide.to(x.dtype)
-    return scaled
+def _call(module: nn.Module) -> Call:
+    """A plain linear layer without the cost of calling a module; adapters and such as they are."""
+    if type(module) is nn.Linear:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    return module
 
 
 def _is_fast_family(model: PreTrainedModel) -> bool:
