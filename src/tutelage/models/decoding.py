@@ -190,15 +190,14 @@ class FastRows:
     @torch.no_grad()
     def agrees(self, prompt: Ids) -> bool:
         """Whether a step by hand gives the model's own hidden states, in two rows at once."""
-        ids = (prompt * _TRIAL)[:_TRIAL]
-        trial = self._prefill([ids])
+        ids, device = (prompt * _TRIAL)[:_TRIAL], self.columns.device
+        own, layers = self._read([ids])
         lengths = [_TRIAL - 1, _TRIAL // 2]
-        own = self.base(input_ids=torch.tensor([ids], device=self.columns.device), use_cache=False)
-        self._place([0, 1], trial, [0, 0])
-        self.position = torch.tensor(lengths, device=self.columns.device)
+        self._place([0, 1], _Prefill([ids], own[:, -1], layers), [0, 0])
+        self.position = torch.tensor(lengths, device=device)
         self.end = max(lengths)
-        self.advance(torch.tensor([ids[n] for n in lengths], device=self.columns.device))
-        expected = own.last_hidden_state[0, lengths].double()
+        self.advance(torch.tensor([ids[n] for n in lengths], device=device))
+        expected = own[0, lengths].double()
         error = (self.hidden.double() - expected).norm() / expected.norm()
         return bool(error <= torch.finfo(self.hidden.dtype).eps ** 0.5)
 
@@ -269,15 +268,20 @@ class FastRows:
         return weight * wide.to(x.dtype)
 
     def _prefill(self, prompts: list[Ids]) -> _Prefill:
-        device = self.columns.device
+        states, layers = self._read(prompts)
+        last = torch.tensor([len(ids) - 1 for ids in prompts], device=states.device)
+        rows = torch.arange(len(prompts), device=states.device)
+        return _Prefill(prompts, states[rows, last], layers)
+
+    def _read(self, prompts: list[Ids]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Hidden states `[P, width, D]`, and keys and values of each layer, by the model itself."""
         width = max(len(ids) for ids in prompts)
         # Padded on the right nothing needs a mask: a token never sees what comes after it.
         padded = [list(ids) + [self.pad] * (width - len(ids)) for ids in prompts]
-        output = self.base(input_ids=torch.tensor(padded, device=device), use_cache=True)
-        last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
-        hidden = output.last_hidden_state[torch.arange(len(prompts), device=device), last]
+        ids = torch.tensor(padded, device=self.columns.device)
+        output = self.base(input_ids=ids, use_cache=True)
         layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-        return _Prefill(prompts, hidden, layers)
+        return output.last_hidden_state, layers
 
     def _place(self, places: list[int], source: _Prefill, starts: list[int]) -> None:
         """Copy prompts that have been read into rows."""
