@@ -29,6 +29,7 @@ from accelerate import Accelerator
 
 from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Rollout
+from tutelage.models.sampling import Drawn
 from tutelage.run.parse import parse_config
 from tutelage.run.setup import Parts, build
 from tutelage.run.step import Step
@@ -51,8 +52,8 @@ class Given(Step):
 
     rollouts: list[Rollout]
 
-    def write(self, step: int) -> list[Rollout]:
-        return self.rollouts
+    def write(self, step: int) -> Drawn:
+        return Drawn(self.rollouts, None)
 
 
 class Padded(Given):

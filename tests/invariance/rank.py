@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from tiny import tiny_config
 from tutelage.core import TokenSelection
+from tutelage.data.types import Prompt
 from tutelage.run.config import Config
 from tutelage.run.gather import Gathered
 from tutelage.run.setup import build
@@ -39,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"kind": "sampled", "clip": 0.05},
         "selection": {"rule": "soft_or", "keep": 0.5, "scope": "batch"},
     },
+    "recorded": {"scoring": "recorded", "selection": {"rule": "soft_or", "keep": 0.4}},
+    # Both halves of a step have the same prompts.
+    "repeated": {"selection": {"rule": "entropy", "keep": 0.4}},
     # The student's head is 0 at first, so that all entropies are equal.
     "ties": {"selection": {"rule": "entropy", "keep": 0.3, "scope": "batch"}},
     # One row of the whole batch: one of two ranks keeps none, and so do most micro-batches.
@@ -49,7 +53,9 @@ CASES: dict[str, dict[str, Any]] = {
 def case_config(models: Path, case: str) -> Config:
     """Configuration of a case; completions are long enough to be ragged."""
     sampling = {"num_samples": 2, "max_new_tokens": 30}
-    return tiny_config(models, Path("unused"), sampling=sampling, **CASES[case])
+    # Recorded states are rounded with the batch they were drawn in; the rest is exact.
+    changes = {"scoring": "forward"} | CASES[case]
+    return tiny_config(models, Path("unused"), sampling=sampling, **changes)
 
 
 class Watched(Step):
@@ -63,10 +69,23 @@ class Watched(Step):
         return chosen
 
 
+class Repeated:
+    """A task that asks everything twice in a step."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+    def prompts(self, step: int, count: int, seed: int) -> list[Prompt]:
+        half: list[Prompt] = self.task.prompts(step, count // 2, seed)
+        return [*half, *half]
+
+
 def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Kept rows, metrics and final weights of two AdamW steps in float64."""
     config = case_config(models, case)
     parts = build(config)
+    if case == "repeated":
+        object.__setattr__(parts, "task", Repeated(parts.task))
     if case == "ties":
         torch.nn.init.zeros_(parts.student.model.get_output_embeddings().weight)
     parts.student.model.double()
@@ -78,11 +97,11 @@ def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, An
     metrics = [step.take(1), step.take(2)]
     for m in metrics:
         del m["seconds"]
-    rollouts = step.write(2)
+    rollouts = step.write(2).rollouts
     names = [str(i) for i in step.share(len(rollouts))]
-    share = {i: len(r.completion_ids) for i, r in zip(names, rollouts, strict=True)}
+    share = {i: r.completion_ids for i, r in zip(names, rollouts, strict=True)}
     weights = {name: p.detach().clone() for name, p in parts.student.model.named_parameters()}
-    return {"chosen": step.chosen, "metrics": metrics, "lengths": share, "weights": weights}
+    return {"chosen": step.chosen, "metrics": metrics, "completions": share, "weights": weights}
 
 
 def main(models: Path, out: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
+from tutelage.models.sampling import Drawn
 from tutelage.run.gather import Gathered
 from tutelage.run.setup import Parts, build
 from tutelage.run.step import Step
@@ -79,8 +80,8 @@ class Watched(Step):
     rollouts: list[Rollout]
     kept: set[tuple[int, int]]
 
-    def write(self, step: int) -> list[Rollout]:
-        return self.rollouts
+    def write(self, step: int) -> Drawn:
+        return Drawn(self.rollouts, None)
 
     def choose(self, gathered: Gathered, step: int) -> TokenSelection:
         chosen = super().choose(gathered, step)

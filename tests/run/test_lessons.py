@@ -33,9 +33,11 @@ def test_kept_rows_carry_their_inverse_probability(
     parts = build(config)
     optimizer = torch.optim.SGD(parts.student.parameters(), lr=0.0)
     step = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
-    rollouts = step.write(1)
+    drawn = step.write(1)
+    rollouts = drawn.rollouts
     batches = [batch for update in step.cut(rollouts) for batch in update]
-    plan = step._plan(batches, [parts.teacher.read(batch) for batch in batches], rollouts, 1)
+    views = [parts.teacher.read(batch) for batch in batches]
+    plan = step._plan(batches, views, step._known(batches, drawn), rollouts, 1)
     lessons = lessons_of(config, batches, plan)
     given = {}
     for batch, lesson in zip(batches, lessons, strict=True):

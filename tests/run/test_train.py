@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tiny import tiny_config
-from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.models.load import load_model
+from tutelage.models.sampling import Drawn
 from tutelage.run.checkpoint import list_checkpoints
 from tutelage.run.config import Config
 from tutelage.run.step import Step
@@ -109,12 +109,12 @@ def test_exactly_the_promised_rows_are_trained(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, rule: str, keep: str
 ) -> None:
     lengths: list[list[int]] = []
-    write: Callable[[Step, int], list[Rollout]] = Step.write
+    write: Callable[[Step, int], Drawn] = Step.write
 
-    def recorded(self: Step, step: int) -> list[Rollout]:
-        rollouts = write(self, step)
-        lengths.append([len(r.completion_ids) for r in rollouts])
-        return rollouts
+    def recorded(self: Step, step: int) -> Drawn:
+        drawn = write(self, step)
+        lengths.append([len(r.completion_ids) for r in drawn.rollouts])
+        return drawn
 
     monkeypatch.setattr(Step, "write", recorded)
     selection = {"rule": rule} | ({} if rule == "all" else {"keep": float(keep)})

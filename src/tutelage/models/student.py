@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_MAX_GAP = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Largest difference between two ways to the same hidden states, as a share of the largest."""
+
+
 class Student(nn.Module):
     """The student and its loss in one module.
 
@@ -63,3 +67,20 @@ class Student(nn.Module):
             raise ValueError("nothing can be learned without a teacher; give its logits.")
         logits = head(self.model, hidden_rows(self.model, batch), self.vocab_size)
         return composite_objective(logits[rows], teacher[rows], terms, extras=extras)
+
+    @torch.no_grad()
+    def hidden_gap(self, batch: Batch, hidden: Tensor) -> tuple[float, float]:
+        """Largest difference between known hidden states and those of a fresh forward pass.
+
+        Args:
+            batch: B sequences with N completion tokens.
+            hidden: their hidden states, known from drawing them `[N, D]`.
+
+        Returns:
+            The difference, and the one that rounding in the model's dtype may explain.
+        """
+        if not len(hidden):
+            return 0.0, 0.0
+        fresh = hidden_rows(self.model, batch).double()
+        largest = float(fresh.abs().max())
+        return float((fresh - hidden.double()).abs().max()), _MAX_GAP[hidden.dtype] * largest

@@ -227,6 +227,9 @@ class Config:
     """Completions in one forward and backward pass, at most; changes memory, not the result."""
     sampling_batch_size: int = 64
     """Completions decoded at the same time."""
+    scoring: Literal["recorded", "forward"] = "recorded"
+    """Student states that tokens are scored by: those they were drawn from, which cost nothing, or
+    those of a pass of their own. Equal up to rounding; the first step verifies it."""
     diagnostics: Literal["all", "kept"] = "all"
     """Tokens that logged divergences and quadrants describe; with kept, rules that look at the
     student alone never project the teacher's other tokens."""

@@ -52,11 +52,10 @@ class Ranks:
         total = self.table(self._tensor([value], torch.float64))
         return type(value)(total.sum().item())
 
-    def largest(self, counts: Sequence[int]) -> list[int]:
-        """The largest of each count over processes."""
-        if self.count == 1:
-            return list(counts)
-        return list(map(int, self.table(self._tensor([counts], torch.long)).amax(0)))
+    def max(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over processes."""
+        found: list[float] = self.table(self._tensor([values], torch.float64)).amax(0).tolist()
+        return found
 
     def table(self, rows: Tensor) -> Tensor:
         """Rows of all processes, one process after the other; as many from each."""

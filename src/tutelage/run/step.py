@@ -17,7 +17,7 @@ from tutelage.data.batch import Batch, collate, length_groups
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.models.adapter import learning
-from tutelage.models.sampling import earlier_samples, sample
+from tutelage.models.sampling import Drawn, draw_rollouts, earlier_samples
 from tutelage.models.tokenizers import pad_id
 from tutelage.run.config import Config
 from tutelage.run.diagnostics import clip_share, token_metrics
@@ -89,16 +89,19 @@ class Step:
         """
         clock = Clock()
         with clock.phase("rollout_s"):
-            rollouts = self.write(step)
+            drawn = self.write(step)
+        rollouts = drawn.rollouts
         updates = self.cut(rollouts)
         batches = [batch for update in updates for batch in update]
         teacher = self.parts.teacher
         with clock.phase("teacher_s"), teacher.awake():
             views = [teacher.read(batch) for batch in batches]
-        plan: Plan | None = None
+        plan, gap = None, None
         if needs_scoring(self.config):
             with clock.phase("score_s"):
-                plan = self._plan(batches, views, rollouts, step)
+                known = self._known(batches, drawn)
+                gap = self._verified_gap(batches, known, step)
+                plan = self._plan(batches, views, known, rollouts, step)
         seed = (self.config.seed, step, _DROPOUT_SEED)
         with clock.phase("learn_s"), learning(self.parts.student.model, seed):
             learned = self._learn(updates, views, plan, step)
@@ -111,17 +114,18 @@ class Step:
             "grad_norm": learned.grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "clip_share": clip_share(self.config, num_clipped, len(plan.chosen.rows)),
+            "max_abs_hidden_gap": gap,
             **self._metrics(plan, rollouts, self._described(batches, plan, learned)),
             "seconds": clock.seconds,
         }
 
-    def write(self, step: int) -> list[Rollout]:
+    def write(self, step: int) -> Drawn:
         """This process's share of the step's rollouts."""
         config = self.config
         prompts = self.parts.task.prompts(step - 1, config.prompts_per_step, config.seed)
         earlier = earlier_samples(prompts, config.sampling.num_samples)
         share = self.share(len(prompts) // self.ranks.count)
-        return sample(
+        return draw_rollouts(
             self.parts.student.model,
             self.parts.tokenizer,
             [prompts[i] for i in share],
@@ -129,6 +133,7 @@ class Step:
             (config.seed, step),
             config.sampling_batch_size,
             first_sample=[earlier[i] for i in share],
+            record=needs_scoring(config) and config.scoring == "recorded",
         )
 
     def cut(self, rollouts: Sequence[Rollout]) -> list[list[Batch]]:
@@ -143,13 +148,13 @@ class Step:
             found = length_groups(lengths[bounds[u] : bounds[u + 1]], *limits)
             return [[bounds[u] + i for i in group] for group in found]
 
-        counts = self.ranks.largest([len(groups(u, 1)) for u in range(num_updates)])
+        counts = self.ranks.max([len(groups(u, 1)) for u in range(num_updates)])
         return [
             [
                 collate(
                     [rollouts[i] for i in group], self.pad_id, completions=[names[i] for i in group]
                 ).to(self.accelerator.device)
-                for group in groups(u, count)
+                for group in groups(u, int(count))
             ]
             for u, count in enumerate(counts)
         ]
@@ -167,16 +172,51 @@ class Step:
         size = count // updates
         return [i + size * ((ranks - 1) * (i // size) + rank) for i in range(count)]
 
+    def _known(self, batches: Sequence[Batch], drawn: Drawn) -> list[Tensor | None]:
+        """Each batch's hidden states from when its tokens were drawn `[N, D]`, if recorded.
+
+        They are those of the weights about to be scored: nothing was updated since.
+        """
+        if drawn.hidden is None:
+            return [None] * len(batches)
+        of = dict(zip(self.share(len(drawn.rollouts)), drawn.hidden, strict=True))
+        empty = drawn.hidden[0][:0]
+        names = (torch.unique_consecutive(batch.completion).tolist() for batch in batches)
+        return [torch.cat([empty, *(of[name] for name in here)]) for here in names]
+
+    def _verified_gap(
+        self, batches: Sequence[Batch], known: Sequence[Tensor | None], step: int
+    ) -> float | None:
+        """Largest error of the first micro-batch's recorded states; the first step's only.
+
+        Raises:
+            RunError: rounding does not explain it.
+        """
+        if step != 1 or known[0] is None:
+            return None
+        gap, limit = self.ranks.max(self.parts.student.hidden_gap(batches[0], known[0]))
+        if not gap <= limit:
+            raise RunError(
+                f"hidden states recorded while sampling differ from a fresh forward pass by "
+                f"{gap:.3g}, more than rounding explains ({limit:.3g}). Use scoring = 'forward'."
+            )
+        return gap
+
     def _plan(
-        self, batches: list[Batch], views: list[LazyLogits], rollouts: list[Rollout], step: int
+        self,
+        batches: list[Batch],
+        views: list[LazyLogits],
+        known: Sequence[Tensor | None],
+        rollouts: list[Rollout],
+        step: int,
     ) -> Plan:
         reads_teacher = scores_teacher(self.config)
         extras = needed_extras(self.config) if reads_teacher else ()
         stats = []
-        for batch, read in zip(batches, views, strict=True):
+        for batch, read, hidden in zip(batches, views, known, strict=True):
             view = self.parts.teacher.view(read) if reads_teacher else None
             with torch.no_grad():
-                stats.append(self.student(batch, view, extras=extras))
+                stats.append(self.student(batch, view, extras=extras, hidden=hidden))
         return self._plan_of(self.ranks.rows(batches, TokenStats.cat(stats)), rollouts, step)
 
     def _plan_of(self, gathered: Gathered, rollouts: list[Rollout], step: int) -> Plan:
