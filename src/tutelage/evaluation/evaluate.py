@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from tutelage.data.batch import micro_batches
+from tutelage.data.grading import extract_answer
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
-from tutelage.evaluation.metrics import (
-    Interval,
-    clustered_interval,
-    problem_means,
-    problem_pass_rates,
-)
+from tutelage.evaluation.metrics import Interval
+from tutelage.evaluation.scores import Scores, score
 from tutelage.models.sampling import SamplingConfig, sample
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
@@ -40,20 +37,20 @@ class Evaluation:
     rollouts: list[Rollout]
     is_correct: list[bool | None]
     """Verdict on each rollout; a truncated completion is wrong."""
+    maj_at_k: Interval | None = None
+    pass_at: dict[int, Interval] = field(default_factory=dict)
+    """Unbiased pass@j for j = 1, 2, 4, … below k."""
 
     def summary(self) -> dict[str, Any]:
         """The figures as plain JSON values."""
-        record: dict[str, Any] = {
-            "k": self.num_samples,
-            "num_problems": self.num_problems,
-            "num_samples": self.num_samples,
-        }
-        for name in ("mean_at_k", "pass_at_k"):
-            interval: Interval | None = self.__dict__[name]
-            record[name] = None if interval is None else interval.value
-            record[f"{name}_low"] = None if interval is None else interval.low
-            record[f"{name}_high"] = None if interval is None else interval.high
-        return record
+        return Scores(
+            self.num_problems,
+            self.num_samples,
+            self.mean_at_k,
+            self.pass_at_k,
+            self.maj_at_k,
+            self.pass_at,
+        ).summary()
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain record a completion: prompt, sample, verdict."""
@@ -73,7 +70,7 @@ def evaluate(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """mean@k and pass@k over `prompts`, k = `sampling.num_samples`, with 95 % intervals.
+    """mean@k, pass@k and maj@k over `prompts`, k = `sampling.num_samples`, with 95 % intervals.
 
     Args:
         model: causal language model.
@@ -96,26 +93,29 @@ def evaluate(
     rollouts = sample(model, tokenizer, prompts, sampling, seed, batch_size, progress)
     verdicts = [_verdict(grade, rollout) for rollout in rollouts]
     k = sampling.num_samples
-    graded = _by_problem(verdicts, k)
+    scores = score(
+        [verdicts[start : start + k] for start in range(0, len(verdicts), k)],
+        [_answers(rollouts[start : start + k]) for start in range(0, len(rollouts), k)],
+    )
     return Evaluation(
-        clustered_interval(problem_means(graded)) if graded else None,
-        clustered_interval(problem_pass_rates(graded, k)) if graded else None,
+        scores.mean_at_k,
+        scores.pass_at_k,
         len(prompts),
         k,
         rollouts,
         verdicts,
+        scores.maj_at_k,
+        scores.pass_at,
     )
+
+
+def _answers(rollouts: Sequence[Rollout]) -> list[str | None]:
+    return [None if r.is_truncated else extract_answer(r.text) for r in rollouts]
 
 
 def _verdict(grade: Grade, rollout: Rollout) -> bool | None:
     verdict = grade(rollout.prompt, rollout.text)
     return False if verdict and rollout.is_truncated else verdict
-
-
-def _by_problem(verdicts: list[bool | None], k: int) -> list[list[bool]]:
-    """Verdicts of each problem that can be graded."""
-    groups = [verdicts[start : start + k] for start in range(0, len(verdicts), k)]
-    return [[bool(v) for v in group] for group in groups if None not in group]
 
 
 def held_out_reverse_kl(

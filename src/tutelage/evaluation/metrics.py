@@ -7,6 +7,7 @@ is computed from one score per problem, never from the pooled samples.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,28 @@ def problem_pass_rates(correct: Sequence[Sequence[bool]], k: int) -> list[float]
             f"Lower k or draw more samples."
         )
     return [_pass_rate(len(verdicts), sum(verdicts), k) for verdicts in correct]
+
+
+def problem_majorities(
+    votes: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]
+) -> list[float]:
+    """Whether the most frequent answer of each problem is right, in [0, 1].
+
+    Answers that tie for the first place share it: with two of them, one right, the problem
+    counts half. The order of the samples therefore does not matter.
+
+    Args:
+        votes: the answer of each sample, equal texts for equal answers; None abstains.
+        correct: the verdict on each sample.
+
+    Returns:
+        One score per problem, 0 where every sample abstains.
+
+    Raises:
+        DataError: there is no problem, or a problem without samples.
+    """
+    _require_samples(correct)
+    return [_majority(*pair) for pair in zip(votes, correct, strict=True)]
 
 
 def mean_at_k(correct: Sequence[Sequence[bool]]) -> float:
@@ -174,6 +197,15 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     variance = (math.fsum(d * d for d in differences) + reach * reach) / (n + 2) - centre * centre
     half_width = _t_quantile(level, n - 1) * math.sqrt(variance / (n + 2))
     return Interval(value, max(-1.0, centre - half_width), min(1.0, centre + half_width), level)
+
+
+def _majority(votes: Sequence[str | None], correct: Sequence[bool]) -> float:
+    counts = Counter(vote for vote in votes if vote is not None)
+    if not counts:
+        return 0.0
+    most = max(counts.values())
+    judged = [(v, c) for v, c in zip(votes, correct, strict=True) if v and counts[v] == most]
+    return sum(is_right for _, is_right in judged) / len(judged)
 
 
 def _pass_rate(num_samples: int, num_correct: int, k: int) -> float:

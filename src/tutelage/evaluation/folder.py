@@ -1,0 +1,139 @@
+"""An evaluation folder: the settings, one JSON line a sample, and the summary.
+
+Rows are kept in whole chunks of problems, so that an evaluation that was cut off continues with
+the same batches, hence the same numbers, as one that was not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from tutelage.errors import RunError
+
+Row: TypeAlias = dict[str, Any]
+SETTINGS, ROWS, SUMMARY, TABLE = "settings.json", "rows.jsonl", "summary.json", "summary.md"
+
+
+class EvaluationFolder:
+    """Saved samples of one evaluation; open it with `with`, which locks it."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.settings = settings
+        self._rows: dict[tuple[str, str], dict[int, Row]] = {}
+        self._places: dict[tuple[str, str], int] = {}
+        """Where in the file the first row of each problem starts."""
+        self._file: IO[bytes]
+
+    def __enter__(self) -> EvaluationFolder:
+        """Create or reopen the folder.
+
+        Raises:
+            RunError: it cannot be written, is in use, or holds another evaluation.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._file = (self.path / ROWS).open("a+b")
+        except OSError as error:
+            raise RunError(
+                f"evaluation folder {self.path} cannot be written: {error.strerror}. "
+                "Choose another with --out."
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_settings()
+            self._read_rows()
+        except OSError as error:
+            self._file.close()
+            raise RunError(
+                f"evaluation folder {self.path} is in use or cannot be read ({error.strerror}). "
+                "Wait for the other evaluation or choose another --out."
+            ) from None
+        except RunError:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _check_settings(self) -> None:
+        path = self.path / SETTINGS
+        if not path.exists():
+            write_text(path, json.dumps(self.settings, indent=2) + "\n")
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is not JSON ({error}). Choose another --out.") from None
+        wanted = json.loads(json.dumps(self.settings))
+        differing = sorted(
+            key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)
+        )
+        if differing:
+            key = differing[0]
+            raise RunError(
+                f"{self.path} holds another evaluation: {', '.join(differing)} differ "
+                f"({key} was {found.get(key)!r}, is {wanted.get(key)!r}). Choose another --out."
+            )
+
+    def _read_rows(self) -> None:
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")
+        end = 0
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last \n is torn
+            try:
+                row = json.loads(line)
+                key, _ = (row["benchmark"], row["prompt_id"]), row["sample"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    f"{self.path / ROWS}, line {number} is damaged ({error}). Choose another --out."
+                ) from None
+            self._rows.setdefault(key, {})[row["sample"]] = row
+            self._places.setdefault(key, end)
+            end += len(line) + 1
+        self._file.truncate(end)
+
+    def find(self, benchmark: str, prompt_ids: Sequence[str], num_samples: int) -> list[Row] | None:
+        """The rows of a chunk of problems, all of them in order, or None if any is missing.
+
+        A part of a chunk, written when the process died, is removed with all that follows.
+        """
+        keys = [(benchmark, prompt_id) for prompt_id in prompt_ids]
+        samples = set(range(num_samples))
+        if all(self._rows.get(key, {}).keys() == samples for key in keys):
+            return [self._rows[key][sample] for key in keys for sample in sorted(samples)]
+        partial = [self._places[key] for key in keys if key in self._places]
+        if partial:
+            cut = min(partial)
+            self._file.truncate(cut)
+            for key in [key for key, place in self._places.items() if place >= cut]:
+                del self._places[key], self._rows[key]
+        return None
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Save the rows of a chunk, on disk before it returns."""
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        self._file.write(text.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self, summary: dict[str, Any], table: str) -> None:
+        """Write the summary as JSON and as Markdown."""
+        write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_text(self.path / TABLE, table + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,103 @@
+"""From verdicts and answers of single samples to mean@k, pass@k and maj@k of a set of problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tutelage.data.grading import answers_equal
+from tutelage.evaluation.metrics import (
+    Interval,
+    clustered_interval,
+    problem_majorities,
+    problem_means,
+    problem_pass_rates,
+)
+
+_RIGHT = "the right answer"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies with 95 % intervals that treat problems as clusters; None without a grader."""
+
+    num_problems: int
+    num_samples: int
+    mean_at_k: Interval | None = None
+    pass_at_k: Interval | None = None
+    maj_at_k: Interval | None = None
+    pass_at: dict[int, Interval] = field(default_factory=dict)
+    """Unbiased pass@j for j = 1, 2, 4, … below k."""
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain JSON values."""
+        record: dict[str, Any] = {
+            "k": self.num_samples,
+            "num_problems": self.num_problems,
+            "num_samples": self.num_samples,
+        }
+        named = {"mean_at_k": self.mean_at_k, "pass_at_k": self.pass_at_k}
+        named |= {"maj_at_k": self.maj_at_k}
+        named |= {f"pass_at_{j}": interval for j, interval in self.pass_at.items()}
+        for name, interval in named.items():
+            record[name] = None if interval is None else interval.value
+            record[f"{name}_low"] = None if interval is None else interval.low
+            record[f"{name}_high"] = None if interval is None else interval.high
+        return record
+
+
+def score(
+    verdicts: Sequence[Sequence[bool | None]],
+    answers: Sequence[Sequence[str | None]],
+    equal: Callable[[str, str], bool] = answers_equal,
+) -> Scores:
+    """Scores of problems with k samples each; problems that cannot be graded do not count.
+
+    Args:
+        verdicts: one list of k verdicts a problem, None where a sample cannot be graded.
+        answers: the final answer of each sample, None where it has none.
+        equal: whether two answers are the same.
+
+    Returns:
+        The scores over the problems that can be graded.
+    """
+    k = len(verdicts[0])
+    kept = [i for i, group in enumerate(verdicts) if None not in group]
+    if not kept:
+        return Scores(len(verdicts), k)
+    correct = [[bool(verdict) for verdict in verdicts[i]] for i in kept]
+    votes = [votes_of(answers[i], group, equal) for i, group in zip(kept, correct, strict=True)]
+    smaller = [2**i for i in range(k.bit_length()) if 2**i < k]
+    return Scores(
+        len(verdicts),
+        k,
+        clustered_interval(problem_means(correct)),
+        clustered_interval(problem_pass_rates(correct, k)),
+        clustered_interval(problem_majorities(votes, correct)),
+        {j: clustered_interval(problem_pass_rates(correct, j)) for j in smaller},
+    )
+
+
+def votes_of(
+    answers: Sequence[str | None],
+    correct: Sequence[bool],
+    equal: Callable[[str, str], bool] = answers_equal,
+) -> list[str | None]:
+    """What each sample of one problem votes for: equal texts for equal answers, None abstains.
+
+    All right answers are one vote: the grader found each equal to the reference.
+    """
+    votes: list[str | None] = []
+    voted: list[str] = []
+    for answer, is_right in zip(answers, correct, strict=True):
+        if is_right:
+            votes.append(_RIGHT)
+        elif answer is None:
+            votes.append(None)
+        else:
+            same = (a for a in voted if a == answer or equal(answer, a))
+            vote = next(same, answer)
+            voted += [vote] if vote not in voted else []
+            votes.append(f"wrong: {vote}")
+    return votes
