@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
                        help="continue although this key of the configuration changed")  # fmt: skip
     train.add_argument("--json", action="store_true", help="print every step as a JSON line")
-    _model_arguments(command("eval", _eval, "Measure mean@k and pass@k, on the ledger or a file."))
+    _eval_arguments(command("eval", _eval, "Measure mean@k, pass@k and maj@k of a model."))
     _model_arguments(command("sample", _sample, "Print completions of ledger prompts or a file."))
     score = command("score", _score, "Write statistics of every token, without training.")
     _config_arguments(score)
@@ -134,8 +134,27 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
                         help="e.g. num_steps=10")  # fmt: skip
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    # None: a suite brings its own values; without one the defaults of `sample` hold.
+    values = ("num_samples", "max_new_tokens", "temperature", "top_p", "suffix", "chat")
+    parser.set_defaults(num_prompts=None, **dict.fromkeys(values))
+    parser.add_argument("--suite", metavar="NAME|FILE", help="tip, eopd, benchmarks such as "
+                        "gsm8k,math500, a .jsonl file, or held-out with a run folder")  # fmt: skip
+    parser.add_argument("--num-problems", dest="num_prompts", type=int, metavar="N",
+                        help="first N problems of each benchmark (default all)")  # fmt: skip
+    parser.add_argument("--model-name", default="", help="name of the model on a server")
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction,
+                        help="passed to the chat template as enable_thinking")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="dtype of the weights (default float32)")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="folder of a suite's samples and tables; the "
+                        "same command continues there (default evaluations/...)")  # fmt: skip
+
+
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder, .gguf file, package:NAME/folder, or hub id")
+    parser.add_argument("model", help="folder, run folder, .gguf file, package:NAME/folder, hub id;"
+                        " eval also takes a server, http://host:port/v1")  # fmt: skip
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -143,9 +162,11 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grader", choices=("none", "number", "exact"), default="number",
                         help="how answers of --prompts are compared (default number)")  # fmt: skip
-    parser.add_argument("--chat", action="store_true", help="use the model's chat template")
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=False,
+                        help="use the chat template (a suite does if there is one)")  # fmt: skip
     parser.add_argument("--suffix", default="", help="text appended to every prompt")
-    parser.add_argument("--num-prompts", type=int, default=64, help="prompts (default 64)")
+    parser.add_argument("--num-prompts", type=int, default=64, metavar="N",
+                        help="prompts (default 64)")  # fmt: skip
     parser.add_argument("--num-samples", type=int, default=8, help="completions of each, k")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
@@ -205,13 +226,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.suite:
+        return _eval_suite(arguments)
     from tutelage.run.inspect import evaluate_model
 
     result = evaluate_model(_inspection(arguments))
     if arguments.json:
         print(json.dumps(result.summary()))
         return 0
-    for title, interval in (("mean", result.mean_at_k), ("pass", result.pass_at_k)):
+    named = {"mean": result.mean_at_k, "pass": result.pass_at_k, "maj": result.maj_at_k}
+    for title, interval in named.items():
         if interval is not None:
             print(
                 f"{title}@{result.num_samples}  {100 * interval.value:.1f} %  "
@@ -219,6 +243,24 @@ def _eval(arguments: argparse.Namespace) -> int:
             )
     print(f"{result.num_problems} problems, {result.num_samples} samples each")
     return 0
+
+
+def _eval_suite(arguments: argparse.Namespace) -> int:
+    from tutelage.run.evaluation import SuiteRequest, evaluate_suite
+
+    given = vars(arguments) | {"num_problems": arguments.num_prompts}
+    names = [field.name for field in fields(SuiteRequest)]
+    progress = _show_progress if sys.stderr.isatty() else None
+    result = evaluate_suite(SuiteRequest(**{name: given[name] for name in names}), progress)
+    print(json.dumps(result.record) if arguments.json else result.table)
+    if not arguments.json:
+        print(f"\nsamples and tables: {result.folder}")
+    return 0
+
+
+def _show_progress(name: str, done: int, total: int) -> None:
+    print(f"{name}: {done} of {total} problems", end="\n" if done == total else "\r",
+          file=sys.stderr, flush=True)  # fmt: skip
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -238,7 +280,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _inspection(arguments: argparse.Namespace) -> Any:
     from tutelage.run.inspect import Inspection
 
-    return Inspection(**{f.name: getattr(arguments, f.name) for f in fields(Inspection)})
+    given = {f.name: getattr(arguments, f.name) for f in fields(Inspection)}
+    return Inspection(**{name: value for name, value in given.items() if value is not None})
 
 
 def _score(arguments: argparse.Namespace) -> int:

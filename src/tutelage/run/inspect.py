@@ -12,6 +12,7 @@ from tutelage.errors import ConfigError
 from tutelage.evaluation.evaluate import Evaluation, Grade, evaluate
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.sampling import SamplingConfig
+from tutelage.run.evaluation import is_url, student_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ def evaluate_model(request: Inspection) -> Evaluation:
     sampling = SamplingConfig(
         request.temperature, request.top_p, 0, request.max_new_tokens, request.num_samples
     )
+    if is_url(request.model):
+        raise ConfigError("a server is measured with --suite, got none. Try --suite gsm8k.")
     prompts, grade = _problems(request)
+    source = student_of(request.model)
     return evaluate(
-        load_model(request.model, device=request.device),
-        load_tokenizer(request.model),
+        load_model(source, device=request.device),
+        load_tokenizer(source),
         grade,
         prompts,
         sampling,

@@ -64,10 +64,18 @@ def prompt_format(data: LedgerData | FileData) -> PromptFormat:
     return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
 
 
-def _without_long_prompts(task: Task, limit: int, tokenizer: PreTrainedTokenizerBase) -> Task:
-    if not limit or not isinstance(task, FileTask):
+def without_long_prompts(
+    task: Task, data: LedgerData | FileData, tokenizer: PreTrainedTokenizerBase
+) -> Task:
+    """The task without prompts over `data.max_prompt_tokens`."""
+    if isinstance(data, LedgerData) or not isinstance(task, FileTask):
         return task
-    return task.without(lambda prompt: len(encode_prompt(tokenizer, prompt)) > limit)
+    limit = data.max_prompt_tokens
+    return (
+        task
+        if not limit
+        else task.without(lambda prompt: len(encode_prompt(tokenizer, prompt)) > limit)
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -195,8 +203,7 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
             "through 4-bit weights. Use 8bit or none."
         )
     tokenizer = load_tokenizer(config.student.model)
-    if isinstance(config.data, FileData):
-        task = _without_long_prompts(task, config.data.max_prompt_tokens, tokenizer)
+    task = without_long_prompts(task, config.data, tokenizer)
     teacher_tokenizer = load_tokenizer(config.teacher.model)
     load = _load_teacher(config, device)
     model = load()

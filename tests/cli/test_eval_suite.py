@@ -1,0 +1,126 @@
+"""`tutelage eval --suite` on files, benchmarks, a run's own held-out part and a server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from calling import TEACHER, Outcome, call, read_jsonl, succeed, write_jsonl
+
+from faults.server import EvilServer, good
+from tutelage.data.tasks import LedgerTask
+
+Trained = tuple[Path, Outcome]
+SHORT = ("--max-new-tokens", 64, "--num-samples", 4, "--batch-size", 16)
+
+
+@pytest.fixture
+def problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ledger problems with their answers, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUTELAGE_API_KEY", raising=False)
+    monkeypatch.setenv("TUTELAGE_DATA", str(tmp_path))
+    prompts = LedgerTask().held_out(6)
+    rows = [{"id": p.id, "prompt": p.content, "answer": p.answer} for p in prompts]
+    return write_jsonl(tmp_path / "sums.jsonl", *rows)
+
+
+def refused(*arguments: object) -> str:
+    outcome = call(*arguments)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1, outcome.err
+    return outcome.err
+
+
+def test_a_file_gives_scores_samples_and_tables(problems: Path) -> None:
+    command = ("eval", TEACHER, "--suite", problems, *SHORT, "--no-chat", "--out", "e")
+    (record,) = succeed(*command, "--json").records
+    rows = read_jsonl(Path("e/rows.jsonl"))
+    assert len(rows) == 24
+    by_problem = {row["prompt_id"]: [] for row in rows}
+    for row in rows:
+        by_problem[row["prompt_id"]].append(row["is_correct"])
+    for k in (1, 2, 4):
+        rates = [
+            sum(map(any, combinations(group, k))) / len(list(combinations(group, k)))
+            for group in by_problem.values()
+        ]
+        key = "pass_at_k" if k == 4 else f"pass_at_{k}"
+        assert record[key] == pytest.approx(sum(rates) / len(rates))
+    assert record["mean_at_k"] == pytest.approx(sum(r["is_correct"] for r in rows) / 24)
+    assert record["mean_at_k_low"] < record["mean_at_k"] <= record["mean_at_k_high"]
+    assert 0 <= record["maj_at_k_low"] <= record["maj_at_k"] <= record["maj_at_k_high"] <= 1
+    saved = json.loads(Path("e/summary.json").read_text())
+    assert {key: saved[key] for key in record} == record
+    text = succeed(*command).out
+    assert Path("e/summary.md").read_text().strip() in text
+    assert "| sums |" in text
+
+
+def test_a_cut_evaluation_continues_to_the_same_bytes(problems: Path) -> None:
+    command = ("eval", TEACHER, "--suite", problems, *SHORT, "--no-chat", "--out")
+    options = ("--batch-size", 2)
+    succeed(*command, "whole", *options)
+    whole = Path("whole/rows.jsonl").read_bytes()
+    shutil.copytree("whole", "cut")
+    Path("cut/rows.jsonl").write_bytes(whole[: len(whole) // 2])
+    (record,) = succeed(*command, "cut", *options, "--json").records
+    assert Path("cut/rows.jsonl").read_bytes() == whole
+    assert "seed differ" in refused(*command, "cut", *options, "--seed", 1)
+    assert record["num_problems"] == 6
+
+
+def test_the_held_out_part_of_a_run_scores_as_in_the_run(trained: Trained, problems: Path) -> None:
+    folder, _ = trained
+    (record,) = succeed("eval", folder, "--suite", "held-out", "--json").records
+    (line,) = (
+        row
+        for row in read_jsonl(folder / "evaluation.jsonl")
+        if (row["model"], row["step"]) == ("student", 3)
+    )
+    for key in ("mean_at_k", "pass_at_k", "maj_at_k", "num_problems", "num_samples"):
+        assert record[key] == line[key]
+    assert "needs a run folder" in refused("eval", TEACHER, "--suite", "held-out")
+
+
+def test_several_benchmarks_and_a_missing_one(
+    problems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for name in ("gsm8k_test", "math500"):
+        shutil.copy(problems, f"{name}.jsonl")
+    command = ("eval", TEACHER, *SHORT, "--no-chat", "--suffix", "", "--num-problems", 2)
+    (record,) = succeed(*command, "--suite", "gsm8k,math500", "--json").records
+    assert list(record["benchmarks"]) == ["gsm8k", "math500"]
+    assert record["benchmarks"]["gsm8k"]["num_problems"] == 2
+    assert record["benchmarks"]["gsm8k"]["maj_at_k_low"] is not None
+    assert Path(record["folder"]).parent.name == "evaluations"
+    assert "aime24 is not here" in refused(*command, "--suite", "tip")
+    assert "'gsm9k' is unknown" in refused(*command, "--suite", "gsm9k")
+    assert "--num-problems must be" in refused(*command, "--suite", "gsm8k", "--num-problems", 0)
+
+
+def test_a_server_is_a_model(problems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTELAGE_API_KEY", "key-in-the-environment")
+    server = EvilServer(lambda body: good)
+    with server.running() as url:
+        command = ("eval", url, "--suite", problems, "--model-name", "m", "--num-samples", 2)
+        (record,) = succeed(*command, "--out", "e", "--json").records
+        assert "--suite" in refused("eval", url)
+    assert record["num_problems"] == 6
+    asked = [(body["messages"][0]["content"], body["seed"]) for _, body, _ in server.seen]
+    assert len(set(asked)) == len(asked) == 12
+    prompts = {row["prompt"] for row in read_jsonl(problems)}
+    assert {text for text, _ in asked} == prompts
+    headers = [headers["authorization"] for _, _, headers in server.seen]
+    assert headers == ["Bearer key-in-the-environment"] * 12
+    for path in Path("e").iterdir():
+        assert "key-in-the-environment" not in path.read_text()
