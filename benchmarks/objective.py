@@ -106,6 +106,7 @@ def times(inputs: Inputs, runs: dict[str, Run], rounds: int) -> dict[str, list[f
 def best_tile(inputs: Inputs) -> tuple[int, int]:
     """The tile in which TRL is fastest here."""
     seconds = {}
+    trl(inputs.first(64))  # loads its code, or the first tile would pay for it
     for tile in TRL_TILES:
         inputs.student.grad = inputs.head.grad = None
         start = time.perf_counter()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from live_bytes import LiveBytes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tutelage.core import distillation_objective
+from tutelage.core import distillation_objective, token_stats
 
 Make = Callable[..., Any]
 
@@ -85,3 +88,46 @@ def test_refuses_sides_and_weights_that_do_not_fit(make_pair: Make) -> None:
         distillation_objective(pair.student, pair.teacher, one)
     with pytest.raises(ValueError, match=r"forward_weight must be \[K\] with K = 7, got \(1,\)"):
         distillation_objective(pair.student, pair.teacher, 1.0, one)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_frozen_head_costs_no_gradient_of_its_own(make_pair: Make, is_frozen: bool) -> None:
+    """LoRA: neither the buffer `[V, D]` nor the products that fill it; else both are seen."""
+    pair = make_pair(rows=32, vocab_size=50, width=40)
+    pair.student.weight.requires_grad_(not is_frozen)
+    known = (pair.student.hidden, pair.student.weight, pair.teacher.hidden, pair.teacher.weight)
+    with LiveBytes(known) as meter, Operations() as operations:
+        objective = distillation_objective(pair.student, pair.teacher, chunk_bytes=8 * 2 * 50 * 8)
+        objective.total.backward()
+    assert operations.count["mm"] == 3 * 4  # four chunks: both projections, the hidden gradient
+    assert operations.count["addmm_"] == (0 if is_frozen else 4)
+    assert (meter.largest >= 50 * 40 * 8) is not is_frozen
+    assert pair.student.hidden.grad is not None
+    assert (pair.student.weight.grad is None) is is_frozen
+
+
+def test_a_head_of_another_dtype_is_cast_once_a_pass(make_pair: Make) -> None:
+    pair = make_pair(rows=32, vocab_size=50, width=40, dtype=torch.bfloat16)
+    wide = pair.student.weight.detach().float()
+    student = replace(pair.student, weight=wide)
+    tokens = torch.zeros(32, dtype=torch.long)
+    found = token_stats(student, pair.teacher, tokens, chunk_bytes=2 * 50 * 4)
+    assert torch.equal(found.stack(), token_stats(pair.student, pair.teacher, tokens, 400).stack())
+    with Operations() as operations:
+        token_stats(student, None, tokens, chunk_bytes=50 * 4)
+    assert operations.count["mm"] == 32
+    with Operations() as plain:
+        token_stats(pair.student, None, tokens, chunk_bytes=50 * 4)
+    assert operations.count["_to_copy"] == plain.count["_to_copy"] + 1

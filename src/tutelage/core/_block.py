@@ -238,6 +238,7 @@ def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int | None) ->
     n = len(student)
     if n == 0:
         return
+    student, teacher = student.matched(), teacher.matched()
     rows, block = _plan(student, chunk_bytes, 2)
     student_buffer, teacher_buffer = (_buffer(student, rows) for _ in "st")
     scratch = (_buffer(student, block), _buffer(student, block), _buffer(student, block))
@@ -262,6 +263,7 @@ def student_numbers(
     n = len(student)
     if n == 0:
         return
+    student = student.matched()
     size, block = _plan(student, chunk_bytes, 1)
     buffer, p, product = (_buffer(student, rows) for rows in (size, block, block))
     has_inf = can_be_inf(student)

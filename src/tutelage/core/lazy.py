@@ -75,6 +75,15 @@ class LazyLogits:
         """The same logits with the hidden states on `device` (the head stays where it is)."""
         return replace(self, hidden=self.hidden.to(device))
 
+    def matched(self) -> LazyLogits:
+        """The same logits with the head cast to the dtype of the hidden states once, for a pass.
+
+        (`block` would cast it again for every chunk: float32 weights under bfloat16 arithmetic.)
+        """
+        if self.weight.dtype == self.hidden.dtype:
+            return self
+        return replace(self, weight=self.weight.detach().to(self.hidden.dtype))
+
     def block(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Logits of rows `start:stop`, `[stop − start, V]`, written into `out` when it is given."""
         hidden = self.hidden[start:stop]
