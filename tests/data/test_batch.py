@@ -109,11 +109,13 @@ def test_no_completion_tokens_give_no_rows(batch: list[Rollout], side: Side) -> 
     assert collated.flatten(torch.zeros(*collated.input_ids.shape, 4)).shape == (0, 4)
 
 
-@given(ragged, st.integers(1, 6), sides)
+@given(ragged, st.integers(1, 6), sides, st.integers(0, 30))
 def test_micro_batches_hold_the_same_rows_as_one_batch(
-    batch: list[Rollout], size: int, side: Side
+    batch: list[Rollout], size: int, side: Side, max_tokens: int
 ) -> None:
-    parts = micro_batches(batch, size, PAD, side)
+    parts = micro_batches(batch, size, PAD, side, max_tokens)
+    areas = [part.input_ids.numel() for part in parts if len(part.input_ids) > 1]
+    assert not max_tokens or all(area <= max_tokens for area in areas)
     whole = collate(batch, PAD, side)
     for name in ("tokens", "completion", "position"):
         joined = [value for part in parts for value in getattr(part, name).tolist()]

@@ -107,15 +107,34 @@ def collate(
 
 
 def micro_batches(
-    rollouts: Sequence[Rollout], size: int, pad_id: int, side: Side = "right"
+    rollouts: Sequence[Rollout],
+    size: int,
+    pad_id: int,
+    side: Side = "right",
+    max_tokens: int = 0,
 ) -> list[Batch]:
-    """Batches of at most `size` rollouts in their order, which completion indices number."""
+    """Batches of rollouts in their order, which completion indices number.
+
+    Each holds at most `size` rollouts and `max_tokens` tokens, padding included; 0 sets no limit,
+    and a longer rollout has a batch of its own.
+    """
     if size < 1:
         raise DataError(f"micro-batch size must be at least 1, got {size}. Use 1 or more.")
-    return [
-        collate(rollouts[i : i + size], pad_id, side, range(i, min(i + size, len(rollouts))))
-        for i in range(0, len(rollouts), size)
-    ]
+    batches, start = [], 0
+    while start < len(rollouts):
+        stop, width = start, 0
+        while stop < min(start + size, len(rollouts)):
+            width = max(width, _length(rollouts[stop]))
+            if stop > start and max_tokens and width * (stop + 1 - start) > max_tokens:
+                break
+            stop += 1
+        batches.append(collate(rollouts[start:stop], pad_id, side, range(start, stop)))
+        start = stop
+    return batches
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.completion_ids)
 
 
 def length_groups(

@@ -124,11 +124,13 @@ def held_out_reverse_kl(
     rollouts: Sequence[Rollout],
     pad_id: int,
     micro_batch_size: int,
+    max_tokens: int = 0,
 ) -> float | None:
     """Mean reverse KL in nats over all completion tokens; None without tokens or if infinite."""
+    by_length = sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
     total, count = 0.0, 0
     with teacher.awake(), torch.no_grad():
-        for batch in micro_batches(rollouts, micro_batch_size, pad_id):
+        for batch in micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens):
             here = batch.to(student.model.device)
             stats = student(here, teacher.view(teacher.read(here)))
             total += float(stats.reverse_kl.double().sum())

@@ -146,7 +146,8 @@ def score(config: Config, request: ScoreRequest) -> Scores:
     parts = build(config)
     rollouts = _rollouts(config, parts, request)
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
-    batches = micro_batches(rollouts, config.micro_batch_size, pad_id(parts.tokenizer))
+    pad, limit = pad_id(parts.tokenizer), config.micro_batch_tokens
+    batches = micro_batches(rollouts, config.micro_batch_size, pad, max_tokens=limit)
     tables = []
     with parts.teacher.awake(), torch.no_grad():
         for batch in batches:

@@ -221,6 +221,7 @@ class _Run:
             student.rollouts,
             pad_id(self.parts.tokenizer),
             self.config.micro_batch_size,
+            self.config.micro_batch_tokens,
         )
         self._record("student", step, student, kl)
         is_graded = student.mean_at_k is not None
