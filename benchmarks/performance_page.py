@@ -4,8 +4,8 @@
 
 Takes the newest `results/NAME-*.json` of every part; a part without results is left out. The
 objective has a section of its own. Of the others, every number is shown: a mapping of mappings
-becomes a table with a row for each entry, whatever its keys; `_s` are seconds, `_bytes` are shown
-in MiB, lists (single rounds) are left to the JSON.
+(or a list of them) becomes a table with a row for each entry, whatever its keys; `_s` are seconds,
+`_bytes` are shown in MiB, lists of numbers (single rounds) are left to the JSON.
 """
 
 from __future__ import annotations
@@ -111,10 +111,24 @@ def is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
+def entries(value: Any) -> dict[str, Any]:
+    """A mapping as it is; a list of mappings by what their first plain values say."""
+    if isinstance(value, dict):
+        return value
+    plain = [[f"{k} {x}" for k, x in entry.items() if is_scalar(x)][:2] for entry in value]
+    return {f"{i + 1}: {', '.join(words)}": value[i] for i, words in enumerate(plain)}
+
+
+def has_entries(value: Any) -> bool:
+    """Whether a value is a mapping or a list of them."""
+    is_list = isinstance(value, list) and len(value) > 0
+    return isinstance(value, dict) or (is_list and all(isinstance(x, dict) for x in value))
+
+
 def everything(node: dict[str, Any], title: str = "") -> Iterator[str]:
     """Every number below a node, as tables."""
     plain = {k: v for k, v in node.items() if is_scalar(v)}
-    inner = {k: v for k, v in node.items() if isinstance(v, dict)}
+    inner = {k: entries(v) for k, v in node.items() if has_entries(v)}
     name = f"**{title}**\n\n" if title else ""
     if plain:
         yield name + table(["", "value"], [[k, number(k, v)] for k, v in plain.items()])

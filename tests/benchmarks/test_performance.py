@@ -109,6 +109,10 @@ def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Pa
 def test_every_number_of_a_part_is_shown_once() -> None:
     node = {"a": 1, "arms": {"x": {"s": 0.5, "deep": {"n": 7, "m": 8}}, "y": {"s": 0.25}}}
     text = "\n".join(everything(node))
+    rounds = {"workloads": [{"batch": 8, "rate": {"ours": 5, "all": [5, 5]}}, {"batch": 64}]}
+    listed = "\n".join(everything(rounds))
+    for cell in ("| 1: batch 8 | 8 |", "| ours | 5 |", "| 2: batch 64 | 64 |"):
+        assert listed.count(cell) == 1
     for cell in ("| a | 1 |", "| x | 0.5 |", "| y | 0.25 |", "| n | 7 |", "| m | 8 |"):
         assert text.count(cell) == 1
 
