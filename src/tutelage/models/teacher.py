@@ -95,6 +95,10 @@ class Teacher:
         self._load = load
         self._model: PreTrainedModel | None = model.eval().requires_grad_(False)
         self._head: LazyLogits | None = None
+        weight = model.get_output_embeddings().weight
+        self.head_shape, self.itemsize = tuple(weight.shape), weight.dtype.itemsize
+        self.head_bytes = weight.nbytes
+        self.full_bytes = sum(parameter.nbytes for parameter in model.parameters())
         if mode == "resident":
             model.to(self.device)
         else:
@@ -106,6 +110,11 @@ class Teacher:
         if self._model is None:
             raise RuntimeError("the teacher is not loaded; use it inside `with teacher.awake()`.")
         return self._model
+
+    @property
+    def resting_bytes(self) -> int:
+        """Bytes of the weights that are loaded now."""
+        return 0 if self._model is None else self.full_bytes
 
     @contextmanager
     def awake(self) -> Iterator[None]:

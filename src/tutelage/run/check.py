@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tutelage.data.prompts import FileTask
 from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
+from tutelage.run.memory import plan_memory
 from tutelage.run.method import AllTokens, FirstTokens
 from tutelage.run.setup import build, warnings_of
 from tutelage.run.train import run_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check(config: Config, name: str) -> Iterator[str]:
@@ -19,10 +24,10 @@ def check(config: Config, name: str) -> Iterator[str]:
         TutelageError: something does not fit.
     """
     parts = build(config)
-    for who, model in (("student", parts.student.model), ("teacher", parts.teacher.model)):
-        size = sum(p.numel() for p in model.parameters())
-        kind = type(model).__name__
-        yield f"{who}: {kind}, {size:,} parameters, {model.dtype}".replace("torch.", "")
+    with parts.teacher.awake():
+        sides = [_model_line("student", parts.student.model)]
+        sides.append(_model_line("teacher", parts.teacher.model))
+    yield from sides
     yield f"vocabulary: {parts.student.vocab_size:,} ids shared; tokenizers agree"
     prompts = parts.task.prompts(0, config.prompts_per_step, config.seed)
     num_held_out = len(parts.task.held_out(config.evaluation.num_problems))
@@ -43,5 +48,14 @@ def check(config: Config, name: str) -> Iterator[str]:
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
+    yield from plan_memory(config, parts, max(lengths)).lines()
     yield from (f"warning: {line}" for line in warnings_of(config))
     yield f"folder: {run_folder(config, name)} on {parts.device}"
+
+
+def _model_line(who: str, model: PreTrainedModel) -> str:
+    size = sum(p.numel() for p in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = f", {trained:,} trained" if 0 < trained < size else ""
+    return f"{who}: {type(model).__name__}, {size:,} parameters, {dtype}{share}"

@@ -1,0 +1,247 @@
+"""What a run will need of memory in each phase, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tutelage.core._block import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
+from tutelage.run.config import Config
+from tutelage.run.setup import Parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBE_TOKENS = (32, 64)
+"""Two lengths, whose difference is what one more token costs."""
+_STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1}
+"""Bytes of optimizer state for each trained weight."""
+_KNOBS = {
+    "process": "a machine with more memory",
+    "student": 'student.dtype = "bfloat16" or a smaller student',
+    "masters": "optimizer.offload = true",
+    "optimizer": 'optimizer.kind = "adamw_8bit", optimizer.offload = true or [student.lora]',
+    "teacher": 'teacher.mode = "offload" or "reload", or teacher.quantization = "8bit"',
+    "hidden states": "teacher.hidden_budget_bytes or prompts_per_step",
+    "KV cache": "sampling_batch_size or sampling.max_new_tokens",
+    "sampled logits": "sampling_batch_size",
+    "activations": "micro_batch_tokens or student.activation_checkpointing = true",
+    "head": "[student.lora], whose head is frozen",
+    "gradients": "[student.lora]",
+    "read at once": "a model folder with safetensors in the configured dtype",
+}
+"""What to turn when a part is the largest of a phase that does not fit."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of everything that is alive at the peak of a phase, by name."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Their sum."""
+        return sum(self.parts.values())
+
+    def line(self) -> str:
+        """One line: the total, and the parts from large to small."""
+        large = sorted(self.parts.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {_mib(size)}" for name, size in large if size >= 1 << 20)
+        return f"{self.name:8} {_mib(self.total_bytes):>10}: {shown}"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Phases of a run on one device."""
+
+    phases: tuple[Phase, ...]
+    available_bytes: int
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total_bytes)
+
+    def lines(self) -> Iterator[str]:
+        """The plan as text, with a warning and what to turn if it does not fit."""
+        for phase in self.phases:
+            yield f"memory: {phase.line()}"
+        peak, available = self.peak, self.available_bytes
+        yield f"memory: peak {_mib(peak.total_bytes)} in {peak.name}, {_mib(available)} available"
+        if peak.total_bytes > available:
+            largest = max(
+                (name for name in peak.parts if name != "process"), key=peak.parts.__getitem__
+            )
+            yield (
+                f"warning: {peak.name} needs {_mib(peak.total_bytes - available)} more than there "
+                f"is; its largest part is {largest}. Turn to {_KNOBS[largest]}."
+            )
+
+
+def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
+    """What each phase of a step needs on the device of the run.
+
+    Weights are counted, what the backward pass keeps is measured on a short forward pass of this
+    very model, and the process itself is measured as it is now.
+
+    Args:
+        config: the run.
+        parts: its models, loaded and at rest.
+        prompt_tokens: length of the longest prompt.
+    """
+    sizes = _Sizes(config, prompt_tokens)
+    model, teacher = parts.student.model, parts.teacher
+    weights = list(model.parameters())
+    loaded = _bytes(weights) + _bytes(_own_masters(parts)) + teacher.resting_bytes
+    on_cpu = parts.device.type == "cpu"
+    base = {
+        "process": max(0, _status_bytes("VmRSS") - loaded) if on_cpu else 0,
+        "student": _bytes(weights),
+        "masters": 0 if config.optimizer.offload and not on_cpu else _bytes(_own_masters(parts)),
+    }
+    trained = sum(w.numel() for w in parts.masters.weights)
+    state = int(trained * _STATE_BYTES[config.optimizer.kind])
+    base["optimizer"] = 0 if config.optimizer.offload and not on_cpu else state
+    resting = teacher.full_bytes if teacher.mode == "resident" else teacher.head_bytes
+    if teacher.mode == "offload" and on_cpu:
+        resting = teacher.full_bytes
+    rest = base | {"teacher": resting}
+    hidden = sizes.rows * teacher.head_shape[1] * teacher.itemsize
+    kept = min(hidden, config.teacher.hidden_budget_bytes) if on_cpu else 0
+    phases = [
+        Phase("rollout", rest | _rollout(model, sizes)),
+        Phase("teacher", base | _teacher(parts, sizes) | {"hidden states": kept}),
+        Phase("learn", rest | _learn(config, parts, sizes) | {"hidden states": kept}),
+    ]
+    if on_cpu:
+        phases.insert(0, Phase("load", {"read at once": _status_bytes("VmHWM")}))
+    return MemoryPlan(tuple(phases), _available_bytes(parts.device))
+
+
+class _Sizes:
+    """Tokens and sequences at the peak of each phase."""
+
+    def __init__(self, config: Config, prompt_tokens: int) -> None:
+        completions = config.prompts_per_step * config.sampling.num_samples
+        self.length = prompt_tokens + config.sampling.max_new_tokens
+        self.rows = completions * config.sampling.max_new_tokens
+        self.decoded = min(config.sampling_batch_size, completions)
+        most = min(config.micro_batch_size, completions) * self.length
+        limit = config.micro_batch_tokens or most
+        self.micro_batch = max(self.length, min(most, limit // self.length * self.length))
+        share = config.sampling.max_new_tokens / self.length
+        self.micro_rows = int(self.micro_batch * share)
+
+
+def _rollout(model: PreTrainedModel, sizes: _Sizes) -> dict[str, int]:
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    return {
+        "KV cache": sizes.decoded * sizes.length * _cache_bytes(model),
+        # the logits in the model's dtype, then probabilities and their sums in float64
+        "sampled logits": sizes.decoded * vocab_size * (16 + model.dtype.itemsize),
+    }
+
+
+def _teacher(parts: Parts, sizes: _Sizes) -> dict[str, int]:
+    """The teacher and the widest tensors of a forward pass without gradient."""
+    teacher = parts.teacher
+    width = 8 * teacher.head_shape[1]
+    return {
+        "teacher": teacher.full_bytes,
+        "activations": sizes.micro_batch * width * teacher.itemsize,
+    }
+
+
+def _learn(config: Config, parts: Parts, sizes: _Sizes) -> dict[str, int]:
+    model, masters = parts.student.model, parts.masters
+    head = model.get_output_embeddings().weight
+    on_cpu = parts.device.type == "cpu"
+    per_token = _saved_bytes_per_token(model)
+    layers = model.config.get_text_config().num_hidden_layers
+    # while a layer is differentiated, its gradients are about as large as what it kept
+    activations = per_token + per_token // layers
+    if config.student.activation_checkpointing:
+        width = head.shape[1] * model.dtype.itemsize
+        activations = layers * width + 2 * per_token // layers
+    limit = CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES
+    chunk = min(limit, 8 * sizes.micro_rows * head.shape[0])
+    gradients = sum(4 * m.numel() for m in masters.masters)
+    gradients += sum(w.nbytes for w, _ in masters.pairs)
+    # the head's gradient is summed in float32 beside that of the backward pass
+    summed = 4 * head.numel() if head.requires_grad else 0
+    return {
+        "activations": sizes.micro_batch * activations,
+        "gradients": gradients,
+        "head": chunk + summed + 2 * 4 * sizes.micro_rows * head.shape[1],
+    }
+
+
+def _saved_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that autograd keeps for each token of a forward pass, measured on two short ones."""
+    kept = [_saved_bytes(model, num_tokens) for num_tokens in _PROBE_TOKENS]
+    return (kept[1] - kept[0]) // (_PROBE_TOKENS[1] - _PROBE_TOKENS[0])
+
+
+def _saved_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.base_model(input_ids=ids, use_cache=False)
+    total = sum(found.values())
+    del output  # until here it kept every tensor alive, so no address was counted twice
+    return total
+
+
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values of one token."""
+    settings = model.config.get_text_config().to_dict()
+    heads = settings.get("num_key_value_heads") or settings["num_attention_heads"]
+    width = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    size: int = 2 * settings["num_hidden_layers"] * heads * width * model.dtype.itemsize
+    return size
+
+
+def _own_masters(parts: Parts) -> list[Tensor]:
+    return [master.detach() for _, master in parts.masters.pairs]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _status_bytes(key: str) -> int:
+    """A line of this process's status: VmRSS, resident now, or VmHWM, its largest so far."""
+    file = Path("/proc/self/status")
+    if not file.exists():  # not Linux: the process itself stays out of the plan
+        return 0
+    line = next(line for line in file.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return 1 << 62
+    line = next(x for x in file.read_text().splitlines() if x.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024 + _status_bytes("VmRSS")
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.0f} MiB"
