@@ -164,6 +164,8 @@ class Wire:
                 method = "GET" if data is None else "POST"
                 connection.request(method, self._address.path + path, data, headers)
                 return self._read(connection.getresponse())
+            except ModelError:  # a ValueError too
+                raise
             except ssl.SSLCertVerificationError as error:
                 reason = error.verify_message
                 raise ModelError(f"the server's certificate is not valid: {reason}.") from None

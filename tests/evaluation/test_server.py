@@ -1,0 +1,240 @@
+"""A client that takes nothing but what it asked for, from a server that gives everything else."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from faults.server import (
+    JSON_MUTATIONS,
+    MODEL,
+    MUTATIONS,
+    TEXT,
+    EvilServer,
+    Exchange,
+    Mutation,
+    attack,
+    good,
+)
+from tutelage.data.types import Prompt
+from tutelage.errors import ConfigError, ModelError
+from tutelage.evaluation.server import Limits, Server
+from tutelage.evaluation.wire import resolve
+from tutelage.models.sampling import SamplingConfig
+
+CHAT = Prompt("chat", ({"role": "user", "content": "2+2"},))
+PLAIN = Prompt("plain", "2+2=")
+QUICK = Limits(deadline_s=5, num_tries=3, first_delay_s=0.01)
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUTELAGE_API_KEY", raising=False)
+
+
+def scripted(*steps: Mutation) -> Callable[[Any], Mutation]:
+    """Replies in this order, the last one for ever."""
+    left = list(steps)
+    return lambda body: left.pop(0) if len(left) > 1 else left[0]
+
+
+def test_no_malformed_reply_is_accepted_and_none_hangs() -> None:
+    assert len(MUTATIONS) >= 30
+    record = attack(300)
+    assert sum(record.asked.values()) == 300
+    assert len(record.asked) == len(MUTATIONS)
+    assert +record.accepted == {}
+    assert +record.hanging == {}
+    assert +record.ugly == {}
+    assert record.num_followed == 0
+    assert record.num_good > 30
+    assert record.num_good_refused == 0
+
+
+def test_a_careless_client_takes_malformed_replies() -> None:
+    """The negative control: many mutations are such that reading two keys does not see them."""
+    taken = []
+    server = EvilServer(lambda body: MUTATIONS[body["messages"][0]["content"]])
+    with server.running() as url:
+        for name in JSON_MUTATIONS:
+            body = {"model": MODEL, "messages": [{"content": name}]}
+            request = urllib.request.Request(url, json.dumps(body).encode())
+            try:
+                with urllib.request.urlopen(request, timeout=2) as reply:
+                    json.load(reply)["choices"][0]["message"]["content"].strip()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+            except IndexError:
+                continue
+            taken.append(name)
+    assert len(taken) >= 15
+
+
+def test_a_completion_in_chat_and_in_plain_text() -> None:
+    server = EvilServer(lambda body: good)
+    sampling = SamplingConfig(0.7, 0.8, num_samples=2)
+    with server.running() as url:
+        client = Server(url, sampling, MODEL, seed=3, enable_thinking=False)
+        drawn = client.complete([CHAT, PLAIN], 64)
+        again = Server(url, sampling, MODEL, seed=3, num_concurrent=1).complete([CHAT, PLAIN], 64)
+    assert [(c.prompt.id, c.sample, c.text, c.is_truncated, c.num_tokens) for c in drawn] == [
+        (name, sample, TEXT, False, 9) for name in ("chat", "plain") for sample in (0, 1)
+    ]
+    assert drawn == again
+    asked = {(path, body["seed"]): body for path, body, _ in server.seen[:4]}
+    assert (
+        sorted(path for path, _ in asked) == ["/v1/chat/completions"] * 2 + ["/v1/completions"] * 2
+    )
+    for (path, _), body in asked.items():
+        assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.7, 0.8, 64)
+        assert (body.get("prompt"), "messages" in body) == (
+            (None, True) if "chat" in path else ("2+2=", False)
+        )
+        wanted = {"enable_thinking": False} if "chat" in path else None
+        assert body.get("chat_template_kwargs") == wanted
+    assert len({seed for _, seed in asked}) == 4
+    assert {body["seed"] for _, body, _ in server.seen[4:]} == {seed for _, seed in asked}
+
+
+def test_a_thought_that_was_cut_off_is_kept_as_a_thought() -> None:
+    def cut(exchange: Exchange) -> None:
+        reply = exchange.good()
+        reply["choices"][0] |= {"finish_reason": "length"}
+        reply["choices"][0]["message"] |= {"content": None, "reasoning_content": "Let me"}
+        exchange.send_json(reply)
+
+    with EvilServer(lambda body: cut).running() as url:
+        (completion,) = Server(url, SamplingConfig(), MODEL).complete([CHAT], 64)
+    assert (completion.text, completion.is_truncated) == ("<think>Let me", True)
+
+
+def test_bad_replies_are_asked_for_again_and_then_an_error() -> None:
+    bad = [MUTATIONS[name] for name in ("status 503", "cut JSON")]
+    server = EvilServer(scripted(*bad, good))
+    with server.running() as url:
+        client = Server(url, SamplingConfig(), MODEL, limits=QUICK)
+        assert client.complete([CHAT], 64)[0].text == TEXT
+    assert len(server.seen) == 3
+    server = EvilServer(scripted(*bad, bad[0], good))
+    with server.running() as url:
+        client = Server(url, SamplingConfig(), MODEL, limits=QUICK)
+        with pytest.raises(ModelError, match=r"no usable reply in 3 tries: status 503"):
+            client.complete([CHAT], 64)
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("name", ["status 400", "status 401", "status 404", "redirect to itself"])
+def test_what_will_not_change_is_not_asked_again(name: str) -> None:
+    server = EvilServer(lambda body: MUTATIONS[name])
+    with server.running() as url, pytest.raises(ModelError):
+        Server(url, SamplingConfig(), MODEL, limits=QUICK).complete([CHAT], 64)
+    assert len(server.seen) == 1
+
+
+def test_one_bad_reply_rejects_the_batch_and_wakes_the_rest() -> None:
+    """Others would wait for ten seconds; the error does not."""
+    kinds = {"bad": MUTATIONS["status 404"], "slow": lambda x: time.sleep(10), "good": good}
+    server = EvilServer(lambda body: kinds[body["messages"][0]["content"]])
+    prompts = [
+        Prompt(kind, ({"role": "user", "content": kind},)) for kind in ("good", "bad", "slow")
+    ]
+    with server.running() as url:
+        client = Server(url, SamplingConfig(), MODEL)
+        began = time.monotonic()
+        with pytest.raises(ModelError, match="404"):
+            client.complete(prompts, 64)
+        assert time.monotonic() - began < 9
+
+
+def test_the_model_is_asked_for_when_there_is_one_only() -> None:
+    def models(*names: str) -> Mutation:
+        reply = {"object": "list", "data": [{"id": name} for name in names]}
+        return lambda exchange: exchange.send_json(reply)
+
+    with EvilServer(scripted(models("only"), good)).running() as url:
+        client = Server(url, SamplingConfig())
+        assert client.model_name == "only"
+        assert client.complete([CHAT], 64)[0].text == TEXT
+    with (
+        EvilServer(lambda body: models("a", "b")).running() as url,
+        pytest.raises(ConfigError, match=r"has 2 models, got a, b\. Choose one with --model-name"),
+    ):
+        Server(url, SamplingConfig())
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://host/v1", "must begin with http"),
+        ("file:///etc/passwd", "must begin with http"),
+        ("http://", "must begin with http"),
+        ("http://user:secret@host/v1", "holds a user or password"),
+        ("http://host:99999/v1", "malformed"),
+        ("http://host/v1?key=secret", "must end with its path"),
+        ("http://host/v 1", "must end with its path"),
+        ("http://169.254.169.254/v1", "leads to 169.254.169.254"),
+        ("http://169.254.170.2/v1", "leads to 169.254.170.2"),
+        ("http://2852039166/v1", "leads to 169.254.169.254"),
+        ("http://0251.0376.0251.0376/v1", "leads to 169.254.169.254"),
+        ("http://0xa9fea9fe/v1", "leads to 169.254.169.254"),
+        ("http://[::ffff:169.254.169.254]/v1", "cloud metadata"),
+        ("http://[::ffff:a9fe:a9fe]/v1", "cloud metadata"),
+        ("http://[64:ff9b::a9fe:a9fe]/v1", "leads to 169.254.169.254"),
+        ("http://[2002:a9fe:a9fe::1]/v1", "leads to 169.254.169.254"),
+        ("http://[fd00:ec2::254]/v1", "leads to fd00:ec2::254"),
+        ("http://[fe80::1]/v1", "leads to fe80::1"),
+        ("http://100.100.100.200/v1", "leads to 100.100.100.200"),
+        ("http://168.63.129.16/v1", "leads to 168.63.129.16"),
+        ("http://224.0.0.1/v1", "leads to 224.0.0.1"),
+    ],
+)
+def test_addresses_that_are_refused(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        resolve(url)
+    assert "secret" not in str(error.value)
+
+
+def test_a_name_that_leads_to_metadata_is_refused_and_others_are_pinned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book = {"innocent.example": ["93.184.216.34", "169.254.169.254"], "fine.example": ["127.0.0.1"]}
+    asked: list[str] = []
+
+    def look_up(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in book[host]]
+
+    with EvilServer(lambda body: good).running() as url:
+        port = url.rsplit(":", 1)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "getaddrinfo", look_up)
+            with pytest.raises(ConfigError, match=r"'innocent\.example' leads to 169"):
+                resolve(f"http://innocent.example:{port}")
+            client = Server(f"http://fine.example:{port}", SamplingConfig(), MODEL)
+        book["fine.example"] = ["169.254.169.254"]  # the name is not looked up again
+        assert client.complete([CHAT], 64)[0].text == TEXT
+    assert asked == ["innocent.example", "fine.example"]
+
+
+@pytest.mark.parametrize("key", ["two words", "line\nbreak", "schlüssel"])
+def test_a_key_that_is_none_is_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("TUTELAGE_API_KEY", key)
+    with pytest.raises(ConfigError, match="TUTELAGE_API_KEY holds spaces") as error:
+        Server("http://127.0.0.1:9/v1", SamplingConfig(), MODEL)
+    assert key not in str(error.value)
+
+
+def test_an_error_that_repeats_the_key_does_not_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUTELAGE_API_KEY", "key-77aa")
+    server = EvilServer(lambda body: lambda x: x.send("wrong key-77aa\n", status="400 Bad"))
+    with server.running() as url:
+        client = Server(url, SamplingConfig(), MODEL)
+        assert "key-77aa" not in repr(client)
+        with pytest.raises(ModelError, match=r"status 400: wrong \*\*\*"):
+            client.complete([CHAT], 64)
