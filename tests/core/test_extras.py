@@ -52,6 +52,16 @@ def test_extras_equal_their_definitions(
             assert float((weight * (found - values)).abs().max() / scale) <= limit, name
 
 
+def test_the_top_of_a_certain_teacher_is_found_among_underflowed_probabilities() -> None:
+    """All but one id have probability 0 in float32, yet some are likelier than others."""
+    ids = torch.arange(30)
+    teacher = -200.0 * ids.float()[None].expand(30, 30)  # the five likeliest are 0 to 4
+    student = 9.0 * torch.eye(30)  # each row prefers another id
+    pair = LazyLogits(student, torch.eye(30)), LazyLogits(teacher.clone(), torch.eye(30))
+    found = token_stats(*pair, ids, extras=["is_in_teacher_top5"]).extras["is_in_teacher_top5"]
+    assert found.tolist() == [1.0] * 5 + [0.0] * 25
+
+
 def test_the_order_of_names_is_kept_and_others_are_refused(make_pair: Make) -> None:
     pair = make_pair()
     names = ("head_share", "gradient_norm")

@@ -310,3 +310,18 @@ def test_a_gate_inside_equals_weights_from_a_scoring_pass(make_pair: Make) -> No
     ).total.backward()
     assert distance(pair.student.weight.grad, other.student.weight.grad) <= 1e-12
     assert distance(pair.student.hidden.grad, other.student.hidden.grad) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_top_of_a_certain_teacher_is_found_among_underflowed_probabilities(
+    dtype: torch.dtype,
+) -> None:
+    """Beyond 104 nats float32 gives every id probability 0, but the top k is still the top k."""
+    teacher = torch.tensor([[-900.0, 0.0, -150.0, -800.0, -120.0, -700.0]], dtype=dtype)
+    z = torch.tensor([[40.0, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    eye = torch.eye(6, dtype=dtype)
+    log_p, log_q = reference.log_softmax(z.double()), reference.log_softmax(teacher.double())
+    for term, is_forward in ((TopKForwardKL(3), True), (TopKReverseKL(3), False)):
+        found = composite_objective(LazyLogits(z, eye), LazyLogits(teacher, eye), [(term, 1.0)])
+        expected = float(reference.topk_kl(log_p, log_q, 3, is_forward)[0])
+        assert float(found.total) == pytest.approx(expected, rel=1e-5)

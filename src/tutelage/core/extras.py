@@ -68,7 +68,8 @@ def teacher_top_mass(block: Block) -> Tensor:
 def is_in_teacher_top5(block: Block) -> Tensor:
     """1 where the student's likeliest id is among the teacher's five likeliest, else 0."""
     best = block.p.argmax(-1, keepdim=True)
-    ids = block.q.topk(min(5, block.q.shape[-1]), -1).indices
+    # By logits: among probabilities that have underflowed to 0 any id would do.
+    ids = block.teacher_logits.topk(min(5, block.q.shape[-1]), -1).indices
     return (ids == best).any(-1).to(block.p.dtype)
 
 

@@ -219,12 +219,13 @@ class _Buckets:
 
     @staticmethod
     def of(block: Block, k: int) -> _Buckets:
-        q, ids = block.q.topk(min(k, block.q.shape[-1]), -1)
+        # By logits: among probabilities that have underflowed to 0 any id would do.
+        ids = block.teacher_logits.topk(min(k, block.q.shape[-1]), -1).indices
         log_p, log_q = block.log_probabilities()
         # The rest is summed, not 1 − mass: the difference would drown small tails in rounding.
         return _Buckets(
             ids,
-            q,
+            block.q.gather(-1, ids),
             block.p.gather(-1, ids),
             log_q.gather(-1, ids),
             log_p.gather(-1, ids),

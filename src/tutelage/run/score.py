@@ -201,7 +201,7 @@ def _given(parts: Parts, prompt: Prompt, completion: str | list[int]) -> Rollout
 
 def _quadrants(stats: TokenStats, thresholds: str | tuple[float, float]) -> Tensor:
     """Quadrant of every row, cut among the rows whose six statistics are finite; 0 elsewhere."""
-    here = torch.isfinite(stats.stack()[:6]).all(0)
+    here = stats.is_finite()
     quadrant = torch.zeros(len(stats), dtype=torch.int64)
     quadrant[here] = quadrants(stats.entropy[here], stats.reverse_kl[here], thresholds)
     return quadrant

@@ -1,0 +1,254 @@
+"""The mutants: by file (a pattern below src/tutelage), the guarding tests, and what is replaced.
+
+A text has to occur once in its file. One that no longer does is left out and counted.
+"""
+
+from __future__ import annotations
+
+Group = tuple[list[str], list[tuple[str, str]]]
+
+MUTANTS: dict[str, Group] = {
+    "core/_block.py": (
+        ["core/test_stats.py", "core/test_objective.py"],
+        [
+            ("log_z = torch.log1p(others / largest)", "log_z = torch.log1p(others)"),
+            ("entropy = log_z - _dot(", "entropy = log_z + _dot("),
+            ("forward_kl = offset - _dot(", "forward_kl = -offset - _dot("),
+            ("        mean_gap - offset,\n", "        mean_gap,\n"),
+            ("        gap.masked_fill_(p == 0, 0.0)", "        pass"),
+            ("gap.masked_fill(q == 0, 0.0) if has_inf else gap", "gap"),
+            ("logits.masked_fill(p == 0, 0.0) if has_inf else logits", "logits"),
+            ("return top, start + place", "return top, place"),
+            ("stop = min(start + rows, n)", "stop = min(start + rows, n - 1) or 1"),
+        ],
+    ),
+    "core/objective.py": (
+        ["core/test_objective.py", "core/test_objective_edges.py"],
+        [
+            (
+                "_weighted(a, block.reverse_kl) + _weighted(b, block.forward_kl)",
+                "_weighted(a, block.reverse_kl) - _weighted(b, block.forward_kl)",
+            ),
+            (
+                "block.gap.sub_(block.mean_gap).mul_(a[:, None])",
+                "block.gap.mul_(a[:, None])",
+            ),
+            ("gradient.sub_(block.q.mul_(b[:, None]))", "gradient.sub_(block.q)"),
+            (".square_().neg_().add_(1.0)", ".square_().neg_().add_(1.01)"),
+            ("            z.mul_(student.scale)\n", "            pass\n"),
+            ("        self.is_spent = True\n", "        self.is_spent = False\n"),
+            ("return weight * value.masked_fill(weight == 0, 0.0)", "return weight * value"),
+            ("self.bias.add_(z.sum(0))", "self.bias.add_(z.mean(0))"),
+            ("None if g is None else g.mul_(factor) for g", "None if g is None else g for g"),
+            ("        if torch.is_grad_enabled():  # create", "        if False:  # create"),
+            ("b = b * self.gate(block.teacher_entropy)", "b = b * self.gate(block.entropy)"),
+        ],
+    ),
+    "core/terms.py": (
+        ["core/test_terms.py"],
+        [
+            (
+                "value = (1 - w) * torch.linalg.vecdot(block.p, over_m)",
+                "value = w * over_m.sum(-1)",
+            ),
+            (
+                "torch.linalg.vecdot(block.q, over_m - log_ratio)",
+                "torch.linalg.vecdot(block.q, over_m)",
+            ),
+            ("g = over_m - self.alpha * over_m.exp()", "g = over_m - over_m.exp()"),
+            ("share = top.q / top.q.sum(-1, keepdim=True)", "share = top.q"),
+            ("value = value + _weighted_gap(top.log_q_rest, top.log_p_rest)", "value = value + 0"),
+            ("gradient = block.p - top.rest_of_q_shaped_as_p()", "gradient = block.p - block.q"),
+            ("value = -torch.minimum(", "value = -torch.maximum("),
+            (
+                "is_active = ratio * advantage <= clipped",
+                "is_active = ratio * advantage >= clipped",
+            ),
+            ("advantage = log_q - old", "advantage = log_q - log_p"),
+            ("return factor * block.forward_kl, gradient", "return block.forward_kl, gradient"),
+            ("ids = block.teacher_logits.topk(", "ids = block.q.topk("),
+            (
+                "gradient: Tensor = p * (g - torch.linalg.vecdot(p, g)[:, None])",
+                "gradient: Tensor = p * g",
+            ),
+        ],
+    ),
+    "core/rules.py": (
+        ["core/test_rules.py", "core/test_selection.py"],
+        [
+            ("quantile(x, 0.98) if is_clipped", "quantile(x, 0.95) if is_clipped"),
+            ('(method == "minmax_p98" and is_entropy)', 'method == "minmax_p98"'),
+            ("return _scale(x, finite.min(),", "return _scale(x, x.min(),"),
+            ("return h + d - h * d", "return h + d"),
+            (
+                "return stats.forward_kl.double() * (1 - ",
+                "return stats.reverse_kl.double() * (1 - ",
+            ),
+            ("return -(-uniform.log()).log()", "return (-uniform.log()).log()"),
+            ("lambda stats, context: -soft_or(", "lambda stats, context: soft_or("),
+            ("-context.position.double()", "context.position.double()"),
+        ],
+    ),
+    "core/selection.py": (
+        ["core/test_selection.py", "core/test_sampling_correction.py"],
+        [
+            ("    is_usable &= stats.is_finite()\n", ""),
+            ("max(1, math.floor(share * m))", "math.floor(share * m)"),
+            ("max(1, math.floor(share * m))", "max(1, math.ceil(share * m))"),
+            ("share = Fraction(str(keep))", "share = Fraction(keep)"),
+            (
+                "order = ranked.argsort(descending=True, stable=True)",
+                "order = len(ranked) - 1 - ranked.flip(0).argsort(descending=True, stable=True)",
+            ),
+            ("1 / -torch.expm1(-excess.exp())", "1 / excess.exp()"),
+            ("has_next = self.budget < self.size", "has_next = self.budget <= self.size"),
+            ("order = order[(~is_usable[order]).long().argsort(stable=True)]", "pass"),
+            (
+                'group = completion if scope == "completion"',
+                'group = completion if scope == "batch"',
+            ),
+        ],
+    ),
+    "core/weighting.py": (
+        ["core/test_weighting.py"],
+        [
+            ("return (teacher_entropy >= threshold)", "return (teacher_entropy > threshold)"),
+            ("(teacher_entropy - threshold) / width", "(threshold - teacher_entropy) / width"),
+            ("raw = (1 - _share_of_largest(teacher_h))", "raw = _share_of_largest(teacher_h)"),
+            ("return (rate * (1 - rate))", "return rate"),
+            (
+                "torch.softmax(reward.double() / beta, 0) * len(reward)",
+                "torch.softmax(reward.double(), 0)",
+            ),
+            ("masked_fill(is_in, 1.0)", "masked_fill(~is_in, 1.0)"),
+        ],
+    ),
+    "core/extras.py": (
+        ["core/test_extras.py"],
+        [
+            (
+                "quadratic = norm.square() / (2 * curvature)",
+                "quadratic = norm.square() / curvature",
+            ),
+            ("torch.minimum(quadratic, block.forward_kl.double())", "quadratic"),
+            ("is_head = q.cumsum(-1) - q < HEAD_MASS", "is_head = q.cumsum(-1) < HEAD_MASS"),
+            (
+                "return block.q.gather(-1, _top(block.p))",
+                "return block.p.gather(-1, _top(block.p))",
+            ),
+            ("(block.gap - block.mean_gap)).square()", "block.gap).square()"),
+        ],
+    ),
+    "core/lazy.py": (
+        ["core/test_lazy.py", "core/test_objective.py"],
+        [
+            ("            out.add_(self.bias)\n", "            pass\n"),
+            ("self.weight[:vocab_size]", "self.weight[-vocab_size:]"),
+            ("out.div_(self.softcap).tanh_()", "out.tanh_()"),
+        ],
+    ),
+    "core/divergence.py": (
+        ["core/test_divergence.py"],
+        [
+            ("return _kl(log_p, log_q)\n", "return _kl(log_q, log_p)\n"),
+            ("is_zero = log_a == -torch.inf", "is_zero = log_a != log_a"),
+            ("+ math.log(teacher_weight)", "+ math.log1p(-teacher_weight)"),
+        ],
+    ),
+    "core/counter.py": (
+        ["core/test_counter.py"],
+        [
+            ("x = (x ^ _shift_right(x, 30))", "x = (x ^ _shift_right(x, 31))"),
+            ("double() + 0.5) * 0.5**52", "double()) * 0.5**52"),
+            ("return (x >> bits) & ((1 << (64 - bits)) - 1)", "return x >> bits"),
+        ],
+    ),
+    "core/quadrants.py": (
+        ["core/test_selection.py"],
+        [
+            ("entropy > limits[0]", "entropy >= limits[0]"),
+            (
+                "return 4 - 2 * is_uncertain.long() - is_wrong.long()",
+                "return 4 - is_uncertain.long() - 2 * is_wrong.long()",
+            ),
+        ],
+    ),
+    "data/batch.py": (
+        ["data/test_batch.py", "invariance/test_step.py"],
+        [
+            ("+ position - 1\n", "+ position\n"),
+            ('offset = width - total if side == "left" else torch', "offset = torch"),
+            ("attention_mask=is_real.long()", "attention_mask=(input_ids != pad_id).long()"),
+            ("position_ids=place * is_real", "position_ids=torch.arange(width).expand_as(place)"),
+            ("torch.tensor(names, dtype=torch.long)[sequence]", "sequence"),
+            (
+                "torch.repeat_interleave(torch.arange(len(rollouts)), lengths)",
+                "torch.repeat_interleave(torch.arange(len(rollouts)), lengths.flip(0))",
+            ),
+        ],
+    ),
+    "run/gather.py": (
+        ["invariance/test_selection_ranks.py"],
+        [
+            ("first = int(sizes[: self.index].sum())", "first = 0"),
+            ("        order = order[table[-2][order].argsort(stable=True)]\n", ""),
+            ("part[:, : int(n)] for part", "part for part"),
+        ],
+    ),
+    "run/plan.py": (
+        ["invariance/test_step.py", "run/test_lessons.py", "invariance/test_updates.py"],
+        [
+            ("        completion = completion[plan.chosen.rows]\n", "        pass\n"),
+            (
+                "plan.gathered.here[start : start + batch.num_rows]",
+                "plan.gathered.here[: batch.num_rows]",
+            ),
+            (
+                "plan.weights[plan.chosen.rows] * plan.chosen.weights",
+                "plan.weights[plan.chosen.rows]",
+            ),
+        ],
+    ),
+    "run/step.py": (
+        ["invariance/test_step.py", "invariance/test_ranks.py"],
+        [
+            ("scale = self.ranks.count / max(divisor, 1)", "scale = 1 / max(divisor, 1)"),
+            (
+                "self.accelerator.backward(objective.total * scale)",
+                "self.accelerator.backward(objective.total)",
+            ),
+        ],
+    ),
+    "run/checkpoint.py": (
+        ["run/test_checkpoint.py", "run/test_train.py"],
+        [
+            ("[:-keep]", "[: -keep - 1]"),
+            ('number.isdigit() and (path / "state.json").exists()', "number.isdigit()"),
+            ("return sorted(found)", "return found[::-1]"),
+            (
+                "                state[index][entry] = tensor\n".replace(
+                    "                ", "            "
+                ),
+                "            state[index][entry] = tensor * 0\n",
+            ),
+            ('json.dumps({"step": step})', 'json.dumps({"step": step + 1})'),
+            ("        if name not in names:\n", "        if False:\n"),
+            ("        temporary.replace(final)\n", "        shutil.copytree(temporary, final)\n"),
+        ],
+    ),
+    "data/grading*.py": (
+        ["data/test_grading*.py"],
+        [
+            ("text = text[-MAX_TEXT:]", "text = text[:MAX_TEXT]"),
+            (
+                "above is not None and below else None",
+                "above is not None and below is not None else None",
+            ),
+            ('if not closed and "<think>" in answer:', "if False:"),
+            ('start = text.rindex("\\\\boxed{")', 'start = text.index("\\\\boxed{")'),
+            ('return -value if sign == "-" else value', "return value"),
+            ("    if abs(power) > MAX_EXPONENT:\n        return None\n", ""),
+            ("        if depth == 0:\n", "        if depth <= 1:\n"),
+        ],
+    ),
+}
