@@ -276,6 +276,8 @@ def config_of(cell: Cell) -> Config:
         num_steps=setting.num_steps,
         prompts_per_step=setting.prompts_per_step,
         micro_batch_size=setting.prompts_per_step,
+        # Recorded states round otherwise: arms that score would not start like arms that do not.
+        scoring="forward",
         sampling_batch_size=1024,
         quadrant_thresholds=Q3_CUTS_NATS,
         num_threads=1,
