@@ -206,11 +206,12 @@ def draw(cases: Sequence[dict[str, Any]], path: Path) -> None:
                 points = [(n, y / unit) for n, y in known if y is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
-            axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel=label)
+            axes.set(xscale="log", xlabel="rows N", ylabel=label)
+            axes.set(yscale="log") if key == "seconds" else axes.set_ylim(bottom=0)
             axes.set_xticks(
                 [c["rows"] for c in here], [f"{c['rows']:,}" for c in here], minor=False
             )
-            axes.minorticks_off()
+            axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axes.set_title(f"V = {vocab:,}, D = {here[0]['width']:,}")
             axes.grid(color="#e3e5e8")
     panels[0][0].legend(fontsize=8)
