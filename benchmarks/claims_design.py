@@ -142,11 +142,11 @@ def digest_of(files: Iterable[Path]) -> str:
 SETTINGS = {
     s.name: s
     for s in (
-        Setting("overconfident", "ledger-overconfident", prompts_per_step=12, num_steps=20),
+        Setting("overconfident", "ledger-overconfident", prompts_per_step=12, num_steps=16),
         # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
         Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
-        Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=20),
-        Setting("small", "ledger-small", prompts_per_step=12, num_steps=20),
+        Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=12),
+        Setting("small", "ledger-small", prompts_per_step=12, num_steps=12),
     )
 }
 
@@ -157,7 +157,7 @@ BASELINES = ("start", "teacher")
 def _selection(rule: str, percent: int) -> SelectionConfig:
     keep = percent / 100
     if rule == "random":
-        return RandomTokens(rule, keep)
+        return RandomTokens("random", keep)
     if rule in SAMPLING_RULES:
         return SampledTokens(rule, keep)  # type: ignore[arg-type]
     return SomeTokens(rule, keep)  # type: ignore[arg-type]
@@ -188,8 +188,8 @@ ARMS = {
 FULL = Design(
     name="full",
     seeds=(1, 2, 3, 4, 5),
-    more_seeds=(6, 7, 8, 9, 10),
-    num_problems=64,
+    more_seeds=(6, 7, 8),
+    num_problems=48,
     num_probe_tokens=150,
     arms=dict.fromkeys(SETTINGS, tuple(ARMS)),
     sensitivity_arms={
@@ -197,7 +197,6 @@ FULL = Design(
             *("all", "entropy_sample-50", "random-50", "bottom-50"),
             *("soft_or-10", "entropy-10", "q3-10", "divergence-10"),
         ),
-        "scarce": ("all", "entropy_sample-50"),
         "collapsed": ("all", "eopd", "opd_sampled", "eopd_sampled"),
         "small": ("all", "soft_or-50"),
     },
@@ -229,27 +228,29 @@ def tuning_cells(design: Design) -> list[Cell]:
 def cells(design: Design, rates: Mapping[str, float]) -> list[Cell]:
     """All work after tuning; the arms of one setting and seed differ in nothing but the arm.
 
-    What every arm has comes first and the further seeds of the claims' arms last, so that a run
-    which is cut off lacks those.
+    What verdicts rest on comes first, then arm after arm, then other learning rates, and the
+    further seeds last: a run that is cut off lacks whole arms, not a seed of every one.
     """
 
-    def arms(names: Mapping[str, Iterable[str]], seed: int, factor: float = 1.0) -> list[Cell]:
-        return [
-            Cell("arm", setting, arm, seed, factor * rates[setting], design.num_problems)
-            for setting, chosen in names.items()
-            for arm in chosen
-        ]
+    def arm(setting: str, name: str, seed: int, factor: float = 1.0) -> Cell:
+        return Cell("arm", setting, name, seed, factor * rates[setting], design.num_problems)
 
-    everything = {name: (*BASELINES, *chosen) for name, chosen in design.arms.items()}
-    made = _probes(design)
-    for seed in design.seeds:
-        made += arms(everything, seed)
-    for factor in SENSITIVITY_FACTORS:
-        for seed in design.seeds:
-            made += arms(design.sensitivity_arms, seed, factor)
-    for seed in design.more_seeds:
-        made += arms(arms_of_claims(), seed)
-    return made
+    claimed = [(setting, name) for setting, names in arms_of_claims().items() for name in names]
+    everything = [(s, name) for s, names in design.arms.items() for name in (*BASELINES, *names)]
+    first = dict.fromkeys([*claimed, *everything])
+    other_rates = [
+        arm(setting, name, seed, factor)
+        for setting, names in design.sensitivity_arms.items()
+        for name in names
+        for factor in SENSITIVITY_FACTORS
+        for seed in design.seeds
+    ]
+    return [
+        *_probes(design),
+        *(arm(*which, seed) for which in first for seed in design.seeds),
+        *other_rates,
+        *(arm(*which, seed) for seed in design.more_seeds for which in claimed),
+    ]
 
 
 def _probes(design: Design) -> list[Cell]:
@@ -271,7 +272,9 @@ def config_of(cell: Cell) -> Config:
         SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
         arm.selection,
         arm.objective,
-        optimizer=OptimizerConfig(cell.learning_rate or GRID[0], schedule="linear", warmup_steps=2),
+        optimizer=OptimizerConfig(
+            learning_rate=cell.learning_rate or GRID[0], schedule="linear", warmup_steps=2
+        ),
         seed=cell.seed,
         num_steps=setting.num_steps,
         prompts_per_step=setting.prompts_per_step,

@@ -156,6 +156,7 @@ def _budgets(axes: Axes, arms: dict[str, Any]) -> None:
         ]
         axes.errorbar(x, y, errors, color=color, marker=marker, linestyle="none", label=rule)
     axes.set_xticks(range(len(BUDGETS)), [f"{n} %" for n in BUDGETS])
+    axes.set_xlim(-0.5, len(BUDGETS) - 0.5)
     axes.set_xlabel("tokens kept of each completion")
     axes.set_ylabel("mean@8 (%)")
     axes.set_ylim(bottom=0)

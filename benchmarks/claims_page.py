@@ -25,7 +25,8 @@ CAVEATS = """\
   lowest reverse KL on held-out prompts), and shared by all arms of the setting. A rule with a rate
   of its own could do better; half and double are shown below. An earlier run shared one rate, tuned
   by accuracy on `overconfident`, with a half and a quarter of it, set by hand, for `collapsed` and
-  `small`; the rules of the verdicts have not changed since.
+  `small`, and took 20 steps everywhere but in `scarce`; the rules of the verdicts have not changed
+  since.
 * **"Not supported" is of two kinds**, told apart in the column *reading*. *A tie* and *not ahead*
   were measured: the interval leaves no room for a gain of {resolution}. *Too noisy to
   say* means that the interval is wider than the margin which decides: the seeds are too few. *At
