@@ -287,8 +287,10 @@ def test_arms_start_alike_and_the_same_cell_gives_the_same_numbers() -> None:
     cell = Cell("arm", "overconfident", "all", 7, RATE, 3)
     records = {arm: do(replace(cell, arm=arm)) for arm in ("all", "random-10", "eopd")}
     first = ("training_reverse_kl_first", "q3_share_first", "q3_kl_first")
-    for name in first:
-        assert len({r[name] for r in records.values()}) == 1
+    for name in first:  # `all` measures while it learns, the others before: rounding differs
+        assert [r[name] for r in records.values()] == pytest.approx(
+            [records["all"][name]] * 3, 1e-5
+        )
     assert len({r["weights"] for r in records.values()}) == 3
     assert records["random-10"]["tokens_trained"] < records["all"]["tokens_trained"] / 5
     assert do(cell) == records["all"]
