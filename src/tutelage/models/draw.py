@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tutelage.core.counter import GOLDEN, random_bits, splitmix64
 from tutelage.errors import ConfigError
@@ -80,13 +79,16 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     if num_ids <= 4 * _BLOCK:
         cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
         return _search(cumulative, uniform * cumulative[:, -1:])
-    blocks = F.pad(probs, (0, -num_ids % _BLOCK)).view(len(probs), -1, _BLOCK)
-    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    num_full = num_ids // _BLOCK
+    full, rest = probs[:, : num_full * _BLOCK], probs[:, num_full * _BLOCK :]  # views, no copy
+    sums = full.view(-1, num_full, _BLOCK).sum(dim=-1, dtype=torch.float64)
+    sums = torch.cat((sums, rest.sum(dim=-1, keepdim=True, dtype=torch.float64)), dim=-1)
     cumulative = sums.cumsum(dim=-1)
     threshold = uniform * cumulative[:, -1:]
     block = _search(cumulative, threshold)
     threshold = threshold - (cumulative - sums).gather(1, block)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
+    inside = probs.gather(1, ids.clamp(max=num_ids - 1)).masked_fill(ids >= num_ids, 0.0)
     inside = inside.cumsum(dim=-1, dtype=torch.float64)
     # The two ways of adding up may differ in the last bit; the block's last possible id ends it.
     last = torch.nextafter(inside[:, -1:], inside.new_zeros(()))

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -197,8 +197,12 @@ class _Writer:
             self.is_fast,
         )
         self._change_members()
-        num_ids = vocabulary_size(self.tokenizer)
+        embeddings: Any = self.model.get_input_embeddings()
+        num_ids = min(vocabulary_size(self.tokenizer), embeddings.num_embeddings)
         self.head = head(self.model, self.rows.hidden, num_ids)
+        self.logits = torch.empty(
+            len(self.open), num_ids, dtype=self.head.dtype, device=self.model.device
+        )
         while any(self.open):
             yield self._write_segment()
             self._change_members()
@@ -250,7 +254,8 @@ class _Writer:
         hidden: list[Tensor] = []
         ended: dict[int, int] = {}
         for step in range(count):
-            logits = replace(self.head, hidden=self.rows.hidden).block(0, len(self.open))
+            size = len(self.open)
+            logits = replace(self.head, hidden=self.rows.hidden).block(0, size, self.logits[:size])
             token, logprob = draw(logits, uniform[step], self.config)
             tokens.append(token.tolist())
             logprobs.append(logprob)
