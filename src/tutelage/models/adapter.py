@@ -95,6 +95,25 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
+def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights that a plain model would have: an adapter is added, layer after layer."""
+    if not model._hf_peft_config_loaded:
+        yield from ((name, weight.detach()) for name, weight in model.named_parameters())
+        return
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    for name, weight in model.named_parameters():
+        place, _, leaf = name.partition(".base_layer.")
+        if leaf == "weight" and place in adapted:
+            update = adapted[place].get_delta_weight(_NAME)
+            yield f"{place}.weight", (weight + update.to(weight)).detach()
+        elif leaf:
+            yield f"{place}.{leaf}", weight.detach()
+        elif ".lora_" not in name:
+            yield name, weight.detach()
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each layer's input inside `learning`; the backward pass computes the rest again."""
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -7,8 +7,7 @@ other prompts share its batch, on their order, or on how many tokens were drawn 
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,11 @@ from torch import Tensor
 
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.decoding import Ids, open_rows
+from tutelage.models.decoding import open_rows
 from tutelage.models.draw import SamplingConfig, draw, uniforms
 from tutelage.models.head import head
-from tutelage.models.tokenizers import decode, encode_prompt, pad_id, stop_ids, vocabulary_size
+from tutelage.models.jobs import Drawn, Job, earlier_samples, jobs_of, rollout_of
+from tutelage.models.tokenizers import pad_id, stop_ids, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,32 +33,11 @@ _SEGMENT = 64
 """Most steps between two looks at who has finished."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Rollouts, and the hidden states their tokens were drawn from."""
-
-    rollouts: list[Rollout]
-    hidden: list[Tensor] | None
-    """For each rollout `[num completion tokens, D]`: what the head multiplied when it drew them, in
-    the model's dtype and on its device. None unless recorded."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One completion to draw: a place in the output and what determines its tokens."""
-
-    place: int
-    prompt: Prompt
-    sample: int
-    ids: Ids
-    key: int
-
-
 @dataclass
 class _Open:
     """A completion under way."""
 
-    job: _Job
+    job: Job
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
@@ -125,13 +104,7 @@ def draw_rollouts(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}. Use 1 or more.")
-    first = earlier_samples(prompts, config.num_samples) if first_sample is None else first_sample
-    ids = [tuple(encode_prompt(tokenizer, prompt, enable_thinking)) for prompt in prompts]
-    numbers = [(i, s) for i in range(len(prompts)) for s in range(config.num_samples)]
-    jobs = [
-        _Job(place, prompts[i], s, ids[i], _key(seed, prompts[i].id, first[i] + s))
-        for place, (i, s) in enumerate(numbers)
-    ]
+    jobs = jobs_of(tokenizer, prompts, config.num_samples, seed, first_sample, enable_thinking)
     done: dict[int, tuple[Rollout, list[Tensor]]] = {}
     with _evaluating(model), torch.no_grad():
         writer = _Writer(model, tokenizer, config, batch_size, record, is_fast)
@@ -143,20 +116,6 @@ def draw_rollouts(
     order = [done[place] for place in range(len(jobs))]
     hidden = [torch.cat(parts) for _, parts in order] if record else None
     return Drawn([rollout for rollout, _ in order], hidden)
-
-
-def earlier_samples(prompts: Sequence[Prompt], num_samples: int) -> list[int]:
-    """For each prompt, how many samples of the same prompt the ones before it draw.
-
-    Several processes that share the prompts of a step compute this over all of them and pass their
-    part on as `first_sample`; they then draw what one process would.
-    """
-    seen: Counter[str] = Counter()
-    first = []
-    for prompt in prompts:
-        first.append(seen[prompt.id])
-        seen[prompt.id] += num_samples
-    return first
 
 
 class _Writer:
@@ -179,7 +138,7 @@ class _Writer:
         self.is_fast = is_fast
         self.stops = frozenset(stop_ids(model, tokenizer))
 
-    def write(self, jobs: Sequence[_Job]) -> Iterator[list[_Open]]:
+    def write(self, jobs: Sequence[Job]) -> Iterator[list[_Open]]:
         """Completions as they are finished."""
         # Neighbours in length are read together, so little of a prefill is padding.
         waiting = deque(sorted(jobs, key=lambda job: (len(job.ids), job.place)))
@@ -209,16 +168,7 @@ class _Writer:
 
     def rollout(self, row: _Open) -> Rollout:
         """A finished completion."""
-        ids = tuple(row.tokens)
-        return Rollout(
-            prompt=row.job.prompt,
-            sample=row.job.sample,
-            prompt_ids=row.job.ids,
-            completion_ids=ids,
-            is_truncated=ids[-1] not in self.stops,
-            logprobs=tuple(row.logprobs),
-            text=decode(self.tokenizer, ids),
-        )
+        return rollout_of(self.tokenizer, row.job, row.tokens, row.logprobs, self.stops)
 
     def _is_due(self, num_open: int) -> bool:
         """Whether so few rows are open that others should take the free places, or none."""
@@ -318,11 +268,6 @@ class _Writer:
                 finished.append(row)
                 self.open[i] = None
         return finished
-
-
-def _key(seed: tuple[int, ...], prompt_id: str, sample_index: int) -> int:
-    digest = hashlib.blake2b(repr((seed, prompt_id, sample_index)).encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 @contextmanager

@@ -1,0 +1,184 @@
+"""Completions from vLLM inside this process, which is given the student's weights each time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tutelage.data.types import Prompt
+from tutelage.errors import MissingExtraError, ModelError
+from tutelage.models.adapter import full_weights
+from tutelage.models.draw import SamplingConfig
+from tutelage.models.jobs import Drawn, Job, jobs_of, rollout_of
+from tutelage.models.tokenizers import stop_ids, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class VLLMSampler:
+    """vLLM in this process. Before every draw it takes over the student's weights.
+
+    Reported log-probabilities are those at temperature 1 before any filter. Seeds are those of
+    `draw_rollouts`, but vLLM turns them into other tokens, and its sums depend on the batch.
+
+    Args:
+        model: the student; what it is at the time of `draw` is what draws.
+        tokenizer: its tokenizer.
+        max_model_len: longest prompt and completion together; 0 takes the model's limit.
+        gpu_memory_utilization: share of the accelerator's memory vLLM may take while it draws.
+        enable_thinking: passed to the chat template when not None.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        ModelError: vLLM cannot run the model.
+    """
+
+    is_remote = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_model_len: int = 0,
+        gpu_memory_utilization: float = 0.4,
+        enable_thinking: bool | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.enable_thinking = enable_thinking
+        self.sleeps = model.device.type == "cuda"
+        self.llm = _load(model, max_model_len, gpu_memory_utilization, self.sleeps)
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        seed: tuple[int, ...],
+        first_sample: Sequence[int] | None = None,
+        record: bool = False,
+    ) -> Drawn:
+        """Completions of the prompts, from the student's present weights.
+
+        Raises:
+            ModelError: vLLM returned something else than was asked for.
+        """
+        jobs = jobs_of(
+            self.tokenizer, prompts, config.num_samples, seed, first_sample, self.enable_thinking
+        )
+        stops = stop_ids(self.model, self.tokenizer)
+        with self._awake():
+            self._push()
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(job.ids)} for job in jobs],
+                [self._params(job, config, stops) for job in jobs],
+                use_tqdm=False,
+            )
+        if len(outputs) != len(jobs):
+            raise ModelError(f"vLLM gave {len(outputs)} completions of {len(jobs)}.")
+        written = [_written(output.outputs[0]) for output in outputs]
+        return Drawn(
+            [
+                rollout_of(self.tokenizer, job, tokens, logprobs, stops)
+                for job, (tokens, logprobs) in zip(jobs, written, strict=True)
+            ],
+            None,
+        )
+
+    def _push(self) -> None:
+        """Copy the student's weights into vLLM's model, and forget what the old ones computed."""
+        weights = full_weights(self.model)
+
+        def load(target: Any) -> None:
+            target.load_weights(weights)
+
+        self.llm.apply_model(load)
+        self.llm.reset_prefix_cache()
+
+    def _params(self, job: Job, config: SamplingConfig, stops: frozenset[int]) -> Any:
+        from vllm import SamplingParams
+
+        num_ids = vocabulary_size(self.tokenizer)
+        num_rows = self.model.get_output_embeddings().weight.shape[0]
+        return SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_tokens=config.max_new_tokens,
+            seed=job.key % 2**63,
+            stop_token_ids=sorted(stops),
+            ignore_eos=True,  # the ids to stop at are all named
+            logprobs=0,
+            detokenize=False,
+            allowed_token_ids=list(range(num_ids)) if num_ids < num_rows else None,
+        )
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """On CUDA vLLM holds memory inside only; its weights need not survive, they are pushed."""
+        if self.sleeps:
+            self.llm.wake_up()
+        try:
+            yield
+        finally:
+            if self.sleeps:
+                self.llm.sleep(level=2)
+
+
+def _written(completion: Any) -> tuple[list[int], list[float]]:
+    tokens = list(completion.token_ids)
+    logprobs = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
+    return tokens, logprobs
+
+
+def _load(model: PreTrainedModel, max_model_len: int, memory: float, sleeps: bool) -> Any:
+    """vLLM with the student's architecture and weights that mean nothing yet."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError("vllm", "vllm", "engine.kind 'vllm'")
+    # In this process, so that weights are handed over in memory.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if model.device.type == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        _keep_weights_replaceable()
+    from vllm import LLM
+
+    limit = model.config.get_text_config().max_position_embeddings
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        try:
+            llm = LLM(
+                model=folder,
+                load_format="dummy",
+                dtype=str(model.dtype).removeprefix("torch."),
+                skip_tokenizer_init=True,
+                max_model_len=min(max_model_len or limit, limit),
+                gpu_memory_utilization=memory,
+                enable_sleep_mode=sleeps,
+                enforce_eager=model.device.type == "cpu",
+                logprobs_mode="raw_logprobs",
+                seed=0,
+            )
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f'vLLM cannot run the student: {reason}. Use engine.kind = "transformers".'
+            ) from None
+    if sleeps:
+        llm.sleep(level=2)
+    return llm
+
+
+def _keep_weights_replaceable() -> None:
+    """On a CPU let vLLM multiply by the weights it holds, not by a copy packed at load.
+
+    Its oneDNN kernels keep such copies, so weights that are loaded later would change nothing.
+    """
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
