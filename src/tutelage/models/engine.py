@@ -1,4 +1,4 @@
-"""Who writes the completions, and the proof that they come from the student's present weights."""
+"""Who writes the completions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Sampler(Protocol):
     """Draws completions from the student as it is at that moment."""
 
-    is_remote: bool
+    has_own_weights: bool
     """Whether it holds weights of its own, which have to be proven; without hidden states."""
 
     def draw(
@@ -43,7 +43,7 @@ class TransformersSampler:
     batch_size: int
     """Completions decoded at the same time."""
     enable_thinking: bool | None = None
-    is_remote: bool = False
+    has_own_weights: bool = False
 
     def draw(
         self,
@@ -65,12 +65,3 @@ class TransformersSampler:
             first_sample=first_sample,
             record=record,
         )
-
-
-def default_gap(dtype: torch.dtype) -> float:
-    """Mean gap in nats at which two engines no longer hold the same weights, for a model's dtype.
-
-    One model in two engines differs by 2e-7 in float32 on a CPU (measured); half precision rounds
-    a logit of 16 to within 1/16. A random model differs by whole nats.
-    """
-    return 1e-3 if dtype == torch.float32 else 5e-2

@@ -38,7 +38,7 @@ class VLLMSampler:
         ModelError: vLLM cannot run the model.
     """
 
-    is_remote = True
+    has_own_weights = True
 
     def __init__(
         self,

@@ -170,6 +170,47 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class TransformersEngine:
+    """The student itself draws."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["transformers"] = "transformers"
+
+
+@dataclass(frozen=True)
+class VLLMEngine:
+    """vLLM in this process, given the student's weights before every step; extra `vllm`."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["vllm"]
+    max_model_len: int = 0
+    """Longest prompt and completion together in tokens; 0 takes the model's limit."""
+    gpu_memory_utilization: float = 0.4
+    """Share of the accelerator's memory vLLM may hold while it draws."""
+    max_logprob_gap: float | None = None
+    """Mean gap in nats between its log-probabilities and the trainer's at which the run stops;
+    None takes 0.001 for float32 and 0.05 for half precision."""
+
+    def __post_init__(self) -> None:
+        share = self.gpu_memory_utilization
+        require(0 < share < 1, "engine.gpu_memory_utilization", "in (0, 1)", share, "0.4 is usual.")
+        _require_length(self.max_model_len)
+        _require_gap(self.max_logprob_gap)
+
+
+def _require_length(length: int) -> None:
+    require(length >= 0, "engine.max_model_len", "at least 0", length, "0 is the model's limit.")
+
+
+def _require_gap(gap: float | None) -> None:
+    is_good = gap is None or gap > 0
+    require(is_good, "engine.max_logprob_gap", "above 0", gap, "Leave it out for the default.")
+
+
+EngineConfig: TypeAlias = Annotated[TransformersEngine | VLLMEngine, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Measurements on held-out prompts, before, during and after training."""
 
@@ -206,6 +247,7 @@ class Config:
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=LedgerData)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=TransformersEngine)
     selection: SelectionConfig = field(default_factory=AllTokens)
     objective: ObjectiveConfig = field(default_factory=KLObjective)
     weighting: WeightingConfig = field(default_factory=NoWeighting)
@@ -251,6 +293,10 @@ class Config:
             samples = self.sampling.num_samples
             hint = "With one sample a pass rate is 0 or 1, and every weight s(1 - s) is 0."
             require(samples >= 2, "sampling.num_samples", "at least 2 for paced", samples, hint)
+        if not isinstance(self.engine, TransformersEngine):
+            temperature, hint = self.sampling.temperature, "Or use engine.kind = transformers."
+            is_one = temperature == 1
+            require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
         positive = ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size")
         for key in (*positive, "keep_checkpoints", "updates_per_step"):
             value = self.__dict__[key]

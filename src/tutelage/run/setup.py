@@ -22,6 +22,7 @@ from tutelage.models.adapter import (
     merge,
     set_adapter_weights,
 )
+from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer, resolve_model
 from tutelage.models.optimizer import MasterWeights
@@ -29,7 +30,8 @@ from tutelage.models.prune import prune_layers
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
-from tutelage.run.config import Config, FileData, LedgerData
+from tutelage.models.vllm_engine import VLLMSampler
+from tutelage.run.config import Config, FileData, LedgerData, VLLMEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +45,8 @@ class Parts:
     masters: MasterWeights
     """The tensors that the optimizer updates for the student."""
     teacher: Teacher
+    sampler: Sampler
+    """Draws the student's completions."""
     tokenizer: PreTrainedTokenizerBase
     task: Task
     device: torch.device
@@ -168,6 +172,16 @@ def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
         )
 
 
+def _sampler(
+    config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Sampler:
+    engine = config.engine
+    if isinstance(engine, VLLMEngine):
+        memory = engine.gpu_memory_utilization
+        return VLLMSampler(student, tokenizer, engine.max_model_len, memory)
+    return TransformersSampler(student, tokenizer, config.sampling_batch_size)
+
+
 def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
     """Reads the teacher to where it rests."""
     teacher = config.teacher
@@ -227,6 +241,7 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
             "cpu" if config.optimizer.offload else None,
         ),
         teacher,
+        _sampler(config, student, tokenizer),
         tokenizer,
         task,
         device,

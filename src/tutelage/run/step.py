@@ -17,13 +17,14 @@ from tutelage.data.batch import Batch, collate, length_groups
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.models.adapter import learning
-from tutelage.models.sampling import Drawn, draw_rollouts, earlier_samples
+from tutelage.models.jobs import Drawn, earlier_samples
 from tutelage.models.tokenizers import pad_id
 from tutelage.run.config import Config
 from tutelage.run.diagnostics import clip_share, token_metrics
 from tutelage.run.gather import Gathered, Ranks
 from tutelage.run.method import PacedWeighting, RewardWeighting
 from tutelage.run.plan import Lesson, Plan, choose, divisors, lessons_of
+from tutelage.run.proof import engine_gap
 from tutelage.run.recipe import gate_of, needed_extras, needs_scoring, row_weights, scores_teacher
 from tutelage.run.setup import Parts
 
@@ -93,6 +94,12 @@ class Step:
         rollouts = drawn.rollouts
         updates = self.cut(rollouts)
         batches = [batch for update in updates for batch in update]
+        engine: dict[str, float] = {}
+        if self.parts.sampler.has_own_weights:
+            with clock.phase("score_s"):
+                said = dict(zip(self.share(len(rollouts)), rollouts, strict=True))
+                gap = engine_gap(self.config, self.student, batches, said, step)
+                engine["engine_logprob_gap_nats"] = gap
         teacher = self.parts.teacher
         with clock.phase("teacher_s"), teacher.awake():
             views = [teacher.read(batch) for batch in batches]
@@ -115,6 +122,7 @@ class Step:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "clip_share": clip_share(self.config, num_clipped, len(plan.chosen.rows)),
             "max_abs_hidden_gap": gap,
+            **engine,
             **self._metrics(plan, rollouts, self._described(batches, plan, learned)),
             "seconds": clock.seconds,
         }
@@ -125,14 +133,11 @@ class Step:
         prompts = self.parts.task.prompts(step - 1, config.prompts_per_step, config.seed)
         earlier = earlier_samples(prompts, config.sampling.num_samples)
         share = self.share(len(prompts) // self.ranks.count)
-        return draw_rollouts(
-            self.parts.student.model,
-            self.parts.tokenizer,
+        return self.parts.sampler.draw(
             [prompts[i] for i in share],
             config.sampling,
             (config.seed, step),
-            config.sampling_batch_size,
-            first_sample=[earlier[i] for i in share],
+            [earlier[i] for i in share],
             record=needs_scoring(config) and config.scoring == "recorded",
         )
 

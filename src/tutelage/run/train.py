@@ -23,7 +23,7 @@ from tutelage.models.optimizer import MasterWeights, make_optimizer
 from tutelage.models.sampling import SamplingConfig
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.run.checkpoint import list_checkpoints, load_optimizer, save_checkpoint
-from tutelage.run.config import Config, OptimizerConfig
+from tutelage.run.config import Config, OptimizerConfig, TransformersEngine
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
 from tutelage.run.setup import Parts, build, pick_device, plain_student, warnings_of
@@ -108,6 +108,11 @@ class _Run:
             raise ConfigError(
                 f"prompts_per_step must be a multiple of {shares} (processes times "
                 f"updates_per_step), got {config.prompts_per_step}."
+            )
+        if accelerator.num_processes > 1 and not isinstance(config.engine, TransformersEngine):
+            raise ConfigError(
+                f"engine.kind {config.engine.kind!r} works with one process, got "
+                f'{accelerator.num_processes}. Use engine.kind = "transformers".'
             )
         self._refuse_another_run(allow_change)
         self.first_step, self.parts = self._start()

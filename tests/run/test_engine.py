@@ -1,0 +1,136 @@
+"""Engines that hold weights of their own: they draw the student's completions, or the run stops."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import tiny_config
+from tutelage.data.types import Prompt
+from tutelage.errors import ConfigError, MissingExtraError, RunError
+from tutelage.models.adapter import add_lora, full_weights, merge
+from tutelage.models.draw import SamplingConfig
+from tutelage.models.engine import TransformersSampler
+from tutelage.models.jobs import Drawn
+from tutelage.models.load import load_model
+from tutelage.run import setup, train
+
+
+class OwnWeights:
+    """An engine with a copy of the student, which it refreshes `num_syncs` times."""
+
+    has_own_weights = True
+
+    def __init__(self, sampler: TransformersSampler, num_syncs: int) -> None:
+        self.student = sampler.model
+        self.copy = replace(sampler, model=copy.deepcopy(sampler.model))
+        self.num_syncs = num_syncs
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        seed: tuple[int, ...],
+        first_sample: Sequence[int] | None = None,
+        record: bool = False,
+    ) -> Drawn:
+        if self.num_syncs:
+            self.num_syncs -= 1
+            self.copy.model.load_state_dict(self.student.state_dict())
+        drawn = self.copy.draw(prompts, config, seed, first_sample)
+        return Drawn(drawn.rollouts, None)
+
+
+def run(
+    models: Path, out: Path, monkeypatch: pytest.MonkeyPatch, num_syncs: int | None, **changes: Any
+) -> list[dict[str, Any]]:
+    """Metrics of a tiny run; with `num_syncs` its engine has weights of its own."""
+
+    def build(*args: Any, **options: Any) -> setup.Parts:
+        parts = setup.build(*args, **options)
+        assert isinstance(parts.sampler, TransformersSampler)
+        if num_syncs is None:
+            return parts
+        return replace(parts, sampler=OwnWeights(parts.sampler, num_syncs))
+
+    monkeypatch.setattr(train, "build", build)
+    steps: list[dict[str, Any]] = []
+    train.train(tiny_config(models, out, **changes), say=lambda _: None, on_step=steps.append)
+    return steps
+
+
+def test_an_engine_that_keeps_up_trains_the_same_student(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(tiny_models, tmp_path / "plain", monkeypatch, None)
+    engine = run(tiny_models, tmp_path / "engine", monkeypatch, 99)
+    assert [step["loss"] for step in engine] == [step["loss"] for step in plain]
+    assert all(step["engine_logprob_gap_nats"] < 1e-6 for step in engine)
+    assert not any("engine_logprob_gap_nats" in step for step in plain)
+
+
+def test_weights_that_are_not_replaced_stop_the_run(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = {"learning_rate": 1e-2, "schedule": "constant"}
+    with pytest.raises(RunError, match="step 2 are not the student's") as caught:
+        run(tiny_models, tmp_path / "run", monkeypatch, 1, optimizer=optimizer)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_the_tolerance_can_be_set(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loose(*args: Any) -> float:
+        return 10.0
+
+    monkeypatch.setattr("tutelage.run.step.largest_gap", loose)
+    steps = run(tiny_models, tmp_path / "run", monkeypatch, 1)
+    assert steps[-1]["engine_logprob_gap_nats"] > 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_vllm_that_is_missing_is_one_line(tiny_models: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingExtraError, match=r"tutelage\[vllm\]"):
+        train.train(tiny_config(tiny_models, tmp_path, engine={"kind": "vllm"}), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "sampling", "message"),
+    [
+        ({"kind": "vlm"}, {}, "engine"),
+        ({"kind": "vllm"}, {"temperature": 0.7}, "sampling.temperature must be 1"),
+        ({"kind": "vllm", "gpu_memory_utilization": 1.5}, {}, "engine.gpu_memory_utilization"),
+        ({"kind": "vllm", "max_model_len": -1}, {}, "engine.max_model_len"),
+        ({"kind": "vllm", "max_logprob_gap": 0.0}, {}, "engine.max_logprob_gap"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    engine: dict[str, Any], sampling: dict[str, Any], message: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tiny_models, tmp_path, engine=engine, sampling=sampling)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+def test_full_weights_of_an_adapter_are_those_of_the_merged_model(tiny_models: Path) -> None:
+    model = load_model(str(tiny_models / "student"), "float32")
+    names = [name for name, _ in full_weights(model)]
+    assert names == [name for name, _ in model.named_parameters()]
+    add_lora(model, rank=2, alpha=4.0)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(len(name)))
+    found = {name: weight.clone() for name, weight in full_weights(model)}
+    expected = dict(merge(model).named_parameters())
+    assert set(found) == set(expected) == set(names)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight.detach(), rtol=1e-6, atol=1e-6)
