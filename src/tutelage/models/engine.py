@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from tutelage.data.types import Prompt
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Drawn
@@ -32,6 +30,9 @@ class Sampler(Protocol):
         record: bool = False,
     ) -> Drawn:
         """Completions of the prompts; arguments and result as in `draw_rollouts`."""
+
+    def close(self) -> None:
+        """Give back what the engine holds; it draws no more."""
 
 
 @dataclass
@@ -65,3 +66,6 @@ class TransformersSampler:
             first_sample=first_sample,
             record=record,
         )
+
+    def close(self) -> None:
+        """Nothing to give back: the student is the trainer's."""

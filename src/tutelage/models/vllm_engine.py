@@ -89,6 +89,13 @@ class VLLMSampler:
             None,
         )
 
+    def close(self) -> None:
+        """Take vLLM down, so that another may start in this process."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        del self.llm
+        cleanup_dist_env_and_memory()
+
     def _push(self) -> None:
         """Copy the student's weights into vLLM's model, and forget what the old ones computed."""
         weights = full_weights(self.model)

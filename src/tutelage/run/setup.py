@@ -172,9 +172,10 @@ def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
         )
 
 
-def _sampler(
+def make_sampler(
     config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Sampler:
+    """Who draws the student's completions."""
     engine = config.engine
     if isinstance(engine, VLLMEngine):
         memory = engine.gpu_memory_utilization
@@ -241,7 +242,7 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
             "cpu" if config.optimizer.offload else None,
         ),
         teacher,
-        _sampler(config, student, tokenizer),
+        make_sampler(config, student, tokenizer),
         tokenizer,
         task,
         device,

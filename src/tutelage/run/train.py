@@ -85,7 +85,11 @@ def train(
     folder.open()
     try:
         with _stop_requested(say) as stop:
-            return _Run(config, folder, accelerator, allow_change, say, on_step).go(stop)
+            run = _Run(config, folder, accelerator, allow_change, say, on_step)
+            try:
+                return run.go(stop)
+            finally:
+                run.parts.sampler.close()
     finally:
         folder.close()
 

@@ -1,0 +1,128 @@
+"""vLLM really runs here; `make test-vllm` makes the environment for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vllm: make test-vllm")
+
+from tiny import tiny_config
+from tutelage.data.batch import collate
+from tutelage.data.tasks import LedgerTask
+from tutelage.errors import RunError
+from tutelage.models.adapter import add_lora
+from tutelage.models.draw import SamplingConfig
+from tutelage.models.head import head, hidden_rows
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.tokenizers import pad_id, vocabulary_size
+from tutelage.models.vllm_engine import VLLMSampler
+from tutelage.run.train import train
+
+# vLLM and what it imports warn about a CPU; what is tested is what it computes.
+pytestmark = pytest.mark.filterwarnings("ignore")
+STUDENT = "package:tutelage/assets/ledger-overconfident"
+PROMPTS = LedgerTask(5).prompts(0, 4, 0)
+CONFIG = SamplingConfig(max_new_tokens=48, num_samples=4)
+
+
+@pytest.fixture  # one at a time: vLLM has global state
+def sampler() -> Iterator[VLLMSampler]:
+    model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
+    sampler = VLLMSampler(model, tokenizer)
+    yield sampler
+    sampler.close()
+
+
+def disturb(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.data.add_(0.01 * torch.randn(weight.shape, generator=generator))
+
+
+def largest_gap(sampler: VLLMSampler, seed: int) -> float:
+    """Largest difference in nats between vLLM's log-probabilities and those of transformers."""
+    rollouts = sampler.draw(PROMPTS, CONFIG, (seed,)).rollouts
+    batch = collate(rollouts, pad_id(sampler.tokenizer))
+    with torch.no_grad():
+        rows = head(
+            sampler.model, hidden_rows(sampler.model, batch), vocabulary_size(sampler.tokenizer)
+        )
+        log_p = torch.log_softmax(rows.block(0, batch.num_rows).double(), dim=-1)
+    ours = log_p.gather(1, batch.tokens[:, None]).squeeze(1)
+    said = torch.tensor([x for rollout in rollouts for x in rollout.logprobs])
+    return float((ours - said).abs().max())
+
+
+def test_after_a_sync_vllm_computes_what_transformers_does(sampler: VLLMSampler) -> None:
+    assert largest_gap(sampler, 1) < 1e-4
+    disturb(sampler.model, 1)
+    assert largest_gap(sampler, 2) < 1e-4
+
+
+def test_without_the_sync_the_difference_is_seen(
+    sampler: VLLMSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler.draw(PROMPTS, CONFIG, (3,))
+    disturb(sampler.model, 2)
+    monkeypatch.setattr(sampler, "_push", lambda: None)
+    assert largest_gap(sampler, 4) > 1e-2
+    monkeypatch.undo()
+    assert largest_gap(sampler, 4) < 1e-4
+
+
+def test_completions_end_as_they_should_and_follow_the_seed(sampler: VLLMSampler) -> None:
+    config = SamplingConfig(max_new_tokens=12, num_samples=2)
+    first = sampler.draw(PROMPTS, config, (5,)).rollouts
+    again = sampler.draw(PROMPTS, config, (5,)).rollouts
+    other = sampler.draw(PROMPTS, config, (6,)).rollouts
+    assert [r.completion_ids for r in first] == [r.completion_ids for r in again]
+    assert [r.completion_ids for r in first] != [r.completion_ids for r in other]
+    assert [(r.prompt.id, r.sample) for r in first] == [(p.id, s) for p in PROMPTS for s in (0, 1)]
+    stop = sampler.tokenizer.eos_token_id
+    for rollout in sampler.draw(PROMPTS, CONFIG, (7,)).rollouts:
+        assert rollout.is_truncated == (rollout.completion_ids[-1] != stop)
+        assert stop not in rollout.completion_ids[:-1]
+        assert len(rollout.logprobs) == len(rollout.completion_ids) <= 48
+
+
+def test_an_adapter_is_merged_on_the_way(sampler: VLLMSampler) -> None:
+    pytest.importorskip("peft")
+    model = load_model(STUDENT, "float32")
+    add_lora(model, rank=4, alpha=8.0)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    plain, sampler.model = sampler.model, model
+    try:
+        assert largest_gap(sampler, 8) < 1e-4
+    finally:
+        sampler.model = plain
+
+
+def run(tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
+    teacher = "package:tutelage/assets/ledger-teacher"
+    tables = {"student": {"model": STUDENT}, "teacher": {"model": teacher}}
+    steps: list[dict[str, Any]] = []
+    config = tiny_config(tmp_path, tmp_path / "run", engine={"kind": "vllm"}, **tables, **changes)
+    train(config, say=lambda _: None, on_step=steps.append)
+    return steps
+
+
+def test_a_run_trains_on_what_vllm_writes(tmp_path: Path) -> None:
+    steps = run(tmp_path, num_steps=2)
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(0 < step["engine_logprob_gap_nats"] < 1e-5 for step in steps)
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+
+
+def test_a_run_stops_when_vllm_keeps_its_old_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VLLMSampler, "_push", lambda self: None)
+    with pytest.raises(RunError, match="step 1 are not the student's"):
+        run(tmp_path)
