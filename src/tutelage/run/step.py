@@ -98,8 +98,8 @@ class Step:
         if self.parts.sampler.has_own_weights:
             with clock.phase("score_s"):
                 said = dict(zip(self.share(len(rollouts)), rollouts, strict=True))
-                gap = engine_gap(self.config, self.student, batches, said, step)
-                engine["engine_logprob_gap_nats"] = gap
+                distance = engine_gap(self.config, self.student, batches, said, step)
+                engine["engine_logprob_gap_nats"] = distance
         teacher = self.parts.teacher
         with clock.phase("teacher_s"), teacher.awake():
             views = [teacher.read(batch) for batch in batches]
