@@ -146,7 +146,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             print(json.dumps(plan(table) if what == "plan" else measure(table, Path(scratch))))
         return
-    results = {}
+    date = datetime.datetime.now(datetime.UTC)
+    out = arguments.out or HERE.parent / "benchmarks" / "results" / f"memory-{date:%Y-%m-%d}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    record = {
+        "date": date.isoformat(timespec="seconds"),
+        "versions": {n: metadata.version(n) for n in ("torch", "transformers", "peft")},
+        "platform": platform.platform(),
+        "results": results,
+    }
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))
         for name in arguments.only or tables(Path(place)):
@@ -154,19 +163,13 @@ def main() -> None:
             planned = max(sum(parts.values()) for parts in phases.values())
             measured = elsewhere("measure", name, Path(place))
             ratio = planned / measured
-            print(f"{name:14} planned {planned >> 20} MiB, measured {measured >> 20}: {ratio:.2f}")
+            print(
+                f"{name:14} planned {planned >> 20} MiB, measured {measured >> 20}: {ratio:.2f}",
+                flush=True,
+            )
             results[name] = {"planned": planned, "measured": measured, "ratio": ratio}
             results[name]["phases"] = phases
-    date = datetime.datetime.now(datetime.UTC)
-    record = {
-        "date": date.isoformat(timespec="seconds"),
-        "versions": {n: metadata.version(n) for n in ("torch", "transformers", "peft")},
-        "platform": platform.platform(),
-        "results": results,
-    }
-    out = arguments.out or HERE.parent / "benchmarks" / "results" / f"memory-{date:%Y-%m-%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n")
+            out.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {out}")
     sys.exit(any(abs(found["ratio"] - 1) > TOLERANCE for found in results.values()))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 from tutelage.run.config import Config
+from tutelage.run.recipe import needs_scoring
 from tutelage.run.setup import Parts
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _KNOBS = {
     "optimizer": 'optimizer.kind = "adamw_8bit", optimizer.offload = true or [student.lora]',
     "teacher": 'teacher.mode = "offload" or "reload", or teacher.quantization = "8bit"',
     "hidden states": "teacher.hidden_budget_bytes or prompts_per_step",
+    "file": 'teacher.mode = "offload"',
+    "recorded states": 'scoring = "forward"',
     "KV cache": "sampling_batch_size or sampling.max_new_tokens",
     "sampled logits": "sampling_batch_size",
     "activations": "micro_batch_tokens or student.activation_checkpointing = true",
@@ -115,9 +118,15 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     rest = base | {"teacher": resting}
     hidden = sizes.rows * teacher.head_shape[1] * teacher.itemsize
     kept = min(hidden, config.teacher.hidden_budget_bytes) if on_cpu else 0
+    # a file's pages count as resident while the weights are copied from them
+    read = teacher.full_bytes if on_cpu and teacher.mode == "reload" else 0
+    recorded = 0
+    if needs_scoring(config) and config.scoring == "recorded":
+        recorded = sizes.rows * model.get_output_embeddings().weight.shape[1] * model.dtype.itemsize
+    base["recorded states"] = rest["recorded states"] = recorded
     phases = [
         Phase("rollout", rest | _rollout(model, sizes)),
-        Phase("teacher", base | _teacher(parts, sizes) | {"hidden states": kept}),
+        Phase("teacher", base | _teacher(parts, sizes) | {"hidden states": kept, "file": read}),
         Phase("learn", rest | _learn(config, parts, sizes) | {"hidden states": kept}),
     ]
     if on_cpu:
