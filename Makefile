@@ -10,7 +10,7 @@ install: .venv/installed  ## create .venv with all that demo, tests and checks n
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,gguf,lora,lowbit,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,gguf,math,lora,lowbit,dev]'
 	touch $@
 
 demo: install  ## the main job in minutes: train, evaluate, compare rules, report

@@ -44,8 +44,11 @@ FENCES = {
     "accelerate": ("run/",),
     "datasets": ("data/formats.py",),
     "pyarrow": ("data/formats.py",),
-    "math_verify": ("data/grading.py",),
     "vllm": ("models/vllm_engine.py",),
+    "math_verify": ("data/_grading_worker.py",),
+    "latex2sympy2_extended": ("data/_grading_worker.py",),
+    "antlr4": ("data/_grading_worker.py",),
+    "sympy": ("data/_grading_worker.py",),
     "matplotlib": ("report/",),
     # A chat template that refuses its messages raises an error of jinja2.
     "jinja2": ("report/", "models/tokenizers.py"),

@@ -1,16 +1,51 @@
-"""Final answers: what counts, what is equal, and hostile text."""
+"""The mathematics grader: what is equal, what is not, and what hostile answers can do to it."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
 import sys
-from decimal import Decimal
-from fractions import Fraction
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from grading_cases import DIFFERENT, EQUAL
 
-from tutelage.data.grading import answers_equal, extract_answer, grade_completion
+from tutelage.data import grading_pool
+from tutelage.data.grading import answers_equal, final_answer, grade_completion, grade_many
+from tutelage.data.grading_exact import exact
+from tutelage.errors import MissingExtraError
+
+pytest.importorskip("math_verify")
+DATA = Path(os.environ.get("TUTELAGE_DATA", "/nowhere"))
+needs_data = pytest.mark.skipif(
+    not (DATA / "grader_pairs.jsonl").is_file(), reason="needs grader_pairs.jsonl in TUTELAGE_DATA"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_workers_are_left() -> Iterator[None]:
+    yield
+    grading_pool.close_workers()
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").open(encoding="utf-8")]
+
+
+@pytest.mark.parametrize(("prediction", "gold"), EQUAL)
+def test_equal_answers(prediction: str, gold: str) -> None:
+    assert answers_equal(prediction, gold)
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_different_answers(one: str, other: str) -> None:
+    assert not answers_equal(one, other)
+    assert not answers_equal(other, one)
 
 
 @pytest.mark.parametrize(
@@ -19,174 +54,175 @@ from tutelage.data.grading import answers_equal, extract_answer, grade_completio
         (r"so \boxed{42}", "42"),
         (r"\boxed{1} then \boxed{2}", "2"),
         (r"\boxed{\frac{1}{\sqrt{2}}} and 7", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{\boxed{3}}", "3"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed 7", "7"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
         (r"<think>\boxed{1}</think> It is \boxed{2}.", "2"),
-        (r"\boxed{1}</think> It is 5", "5"),
-        ("<think> it may be 5", None),
+        (r"\boxed{1}</think> It is 5", None),
+        ("<think> The answer is 5", None),
         (r"\boxed{42", None),
         (r"\boxed{}", None),
         ("48/2 = 24\n#### 72", "72"),
-        ("#### 1\n#### 2\nbye 3", "2"),
-        ("####", None),
-        ("the answer is 1,234.50.", "1,234.50"),
-        ("10-3", "3"),
-        ("it is -3", "-3"),
-        ("x=−3", "−3"),
-        ("a half, 1/2", "1/2"),
-        ("about .5", ".5"),
-        ("no number at all", None),
+        ("The answer is 3.5. Then I checked.", "3.5"),
+        ("**Final Answer:** $x = 5$\n", "$x = 5$"),
+        ("so it is 42", None),
         ("", None),
     ],
 )
 def test_what_counts_as_the_final_answer(text: str, answer: str | None) -> None:
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        ("0.5", r"\frac{1}{2}"),
-        (r"-\dfrac{3}{4}", "-0.75"),
-        ("1,234", "1234.0"),
-        ("−5", "-5"),
-        ("$18", "18"),
-        (r"50\%", "50%"),
-        (r"\text{18}", "18"),
-        ("$ 3 / 4 $", ".75"),
-        ("1e5", "100000"),
-        ("007", "7"),
-        ("18.", "18"),
-        ("(1, 2)", "(1,2)"),
-        ("Blue", "blue"),
-        (r"90^\circ", "90"),
-    ],
-)
-def test_equal_answers(left: str, right: str) -> None:
-    assert answers_equal(left, right)
-    assert answers_equal(right, left)
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        ("0.33", "1/3"),
-        ("1 1/2", "11/2"),
-        ("12,34", "1234"),
-        ("1 2", "12"),
-        ("5", "-5"),
-        ("x", "5"),
-        ("", ""),
-        ("$", "%"),
-        ("1/0", "1/0.0"),
-        ("1/2/3", "6"),
-        ("٣", "3"),
-        ("²", "2"),
-        ("(1,2)", "(2,1)"),
-        ("5 apples", "5 pears"),
-        ("1e99999", "1e99998"),
-        ("{1,2,3,4}", "3"),
-    ],
-)
-def test_different_answers(left: str, right: str) -> None:
-    assert not answers_equal(left, right)
-    assert not answers_equal(right, left)
-
-
-@given(st.decimals(-(10**9), 10**9, places=4), st.decimals(-(10**9), 10**9, places=4))
-def test_decimals_compare_as_decimals(left: Decimal, right: Decimal) -> None:
-    assert answers_equal(f"{left:f}", f"{right:f}") == (left == right)
-    assert answers_equal(f"{left:,f}", f"{left:f}")
-
-
-@given(st.fractions(max_denominator=10**6), st.integers(1, 50))
-def test_rewritten_fractions_stay_equal_and_changed_ones_do_not(
-    value: Fraction, scale: int
-) -> None:
-    above, below = value.numerator * scale, value.denominator * scale
-    assert answers_equal(f"{above}/{below}", f"\\frac{{{value.numerator}}}{{{value.denominator}}}")
-    assert not answers_equal(f"{above}/{below}", f"{above + 1}/{below}")
-
-
-def test_grade_reads_worked_references() -> None:
-    assert grade_completion("so the answer is 72", "48+24=<<48+24=72>>72\n#### 72")
-    assert grade_completion(r"\boxed{0.5}", r"thus \boxed{\frac12}") is False  # not read yet
-    assert grade_completion(r"\boxed{0.5}", r"thus \boxed{\frac{1}{2}}")
-    assert not grade_completion("no idea", "72")
-    assert not grade_completion("no idea", "")
+    assert final_answer(text) == answer
 
 
 @pytest.mark.parametrize(
     "attack",
     [
-        r"\boxed{72, 71, 70}",
         r"\boxed{71} or \boxed{72} or \boxed{73}",
-        r"\boxed{72 or 71}",
+        r"\boxed{72, 71}",
+        r"\boxed{71=72}",
+        r"\boxed{1=2=72}",
         r"<think>\boxed{72}",
-        r"\boxed{72",
+        r"\boxed{72}</think>",
+        r"\boxed{\text{72 or so}}",
+        r"\boxed{\text{the correct answer}}",
         r"\boxed{x}",
-        r"\boxed{\text{the gold answer}}",
-        r"\boxed{__import__('os').getpid()}",
-        r"\boxed{{72}}",
-        "72 71",
-        "#### 72 #### 71",
-        "####\n72",
-        "７２",
+        "72",
+        "7272",
+        r"\boxed{７２}",
+        r"\boxed{72+0x}",
+        r"\boxed{[0,72]}",
+        r"\boxed{\{1,...,72\}}",
+        r"\boxed{72_8}",
+        r"\boxed{72\text{ more than the answer}}",
     ],
 )
 def test_attacks_earn_nothing(attack: str) -> None:
     assert not grade_completion(attack, "72")
 
 
-HOSTILE = [
-    "9" * 10**6,
-    "1," * 10**5,
-    "1,111" * 10**5,
-    "-" * 10**6,
-    "." * 10**6,
-    "1/" * 10**5,
-    r"\boxed{" * 10**5,
-    r"\boxed{" + "{" * 10**5,
-    r"\boxed{" + "{}" * 10**5 + "}",
-    "####" * 10**5,
-    "</think>" * 10**5,
-    r"\boxed{9**9**9}",
-    r"\boxed{1e999999999}",
-    r"\boxed{1e-100/1e100}",
-    r"\boxed{" + "9" * 999 + "}",
-    r"\boxed{" + " " * 900 + "}",
-    r"\boxed{\frac{" + "1" * 400 + "}{" + "0" * 400 + "}}",
-    "\ud800\x00\u202e",
-    r"\text{" * 10**5 + "5" + "}" * 10**5,
-]
+def test_references_may_be_worked_solutions() -> None:
+    assert grade_completion(r"\boxed{0.5}", r"thus \boxed{\frac12}")
+    assert grade_completion(r"\boxed{72}", "48+24=72\n#### 72")
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_graded_without_raising(text: str) -> None:
-    assert grade_completion(text, "72") is False
-    assert answers_equal(text, text) in (True, False)
+@pytest.mark.parametrize(
+    "text", ["9^9^9^9", "200!!", "1/0", "0^{-1}", "2^{99999}", "(" * 99, "5 7"]
+)
+def test_exact_arithmetic_refuses_what_it_cannot_bound(text: str) -> None:
+    assert exact(text) is None
 
 
-@settings(max_examples=500)
-@given(st.text(st.sampled_from(list("0123456789.,-+/\\{}$%^ eE#<>abox\n−")) | st.characters()))
-def test_no_text_raises_and_equality_is_symmetric(text: str) -> None:
-    assert grade_completion(text, text[::-1]) in (True, False)
-    assert answers_equal(text, "5") == answers_equal("5", text)
+# --- real data ------------------------------------------------------------------------------------
 
 
-def test_nothing_is_executed_or_imported() -> None:
-    events: list[str] = []
-    watched = {"exec", "compile", "import", "open", "os.system", "subprocess.Popen"}
-    active = True
+@needs_data
+def test_labelled_pairs() -> None:
+    pairs = rows("grader_pairs")
+    verdicts = [answers_equal(row["prediction"], row["gold"]) for row in pairs]
+    wrong = [row["id"] for row, v in zip(pairs, verdicts, strict=True) if v != row["equal"]]
+    assert wrong == []
 
-    def hook(event: str, arguments: object) -> None:
-        if active and event in watched:
-            events.append(event)
 
-    sys.addaudithook(hook)
-    for payload in ("__import__('os').system('true')", "open('x','w')", "().__class__.__bases__"):
-        grade_completion(rf"\boxed{{{payload}}}", payload)
-    seen = list(events)
-    compile("1", "control", "eval")  # the hook does see what it should
-    active = False
-    assert seen == []
-    assert events == ["compile"]
+@needs_data
+@pytest.mark.parametrize("name", ["math500", "aime2024", "amc23", "gsm8k_test", "math_train12k"])
+def test_every_reference_grades_itself_and_refuses_a_changed_digit(name: str) -> None:
+    golds = sorted({row["answer"] for row in rows(name)})
+    assert [g for g in golds if not grade_completion(rf"so \boxed{{{g}}}.", g)] == []
+    assert [g for g in golds if not answers_equal(f" ${g}$ ", g)] == []
+    # Every eighth: a changed digit in a formula costs a comparison by the library.
+    sample = golds if name != "math_train12k" else golds[::8]
+    changed = [
+        (f"{g[:place]}{(int(g[place]) + 1 + place % 8) % 10}{g[place + 1 :]}", g)
+        for g in sample
+        for place in [found.start() for found in re.finditer("[0-9]", g)][:4]
+    ]
+    assert len(changed) > 20
+    assert [pair for pair in changed if answers_equal(*pair)] == []
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+BOMB = (r"\binom{100000000}{50000000}", r"\binom{100000001}{50000000}")
+
+
+def test_a_comparison_that_never_ends_is_killed_off_the_main_thread_and_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grading_pool, "COMPARE_LIMIT_S", 1.0)
+    assert answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
+    before = grading_pool.undecided().get("killed", 0)
+    verdicts: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: verdicts.append(answers_equal(*BOMB))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert verdicts == [False, False]
+    assert grading_pool.undecided()["killed"] - before == 2
+    assert answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
+    grading_pool.close_workers()
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    programs = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children.read_text().split()]
+    assert not [program for program in programs if "_grading_worker" in program]
+
+
+def test_a_plain_script_needs_no_main_guard_and_ends_cleanly(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading\n"
+        "from tutelage.data.grading import answers_equal\n"
+        r"job = lambda: print(answers_equal(r'2\sqrt{3}', r'\sqrt{12}'))"
+        "\nthread = threading.Thread(target=job)\nthread.start()\nthread.join()\n"
+        "import sys\nprint('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
+    assert (done.stdout.split()[0], done.stderr, done.returncode) == ("True", "", 0)
+
+
+def test_many_answers_keep_their_order_and_report_progress() -> None:
+    pairs = [(rf"\boxed{{{n}\sqrt{{2}}}}", r"3\sqrt{2}") for n in range(6)]
+    seen: list[tuple[int, int]] = []
+    verdicts = grade_many(pairs, progress=lambda done, total: seen.append((done, total)))
+    assert verdicts == [n == 3 for n in range(6)]
+    assert seen == [(n, 6) for n in range(1, 7)]
+
+
+def test_without_math_verify_numbers_are_graded_and_formulas_name_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grading_pool, "find_spec", lambda name: None)
+    assert answers_equal(r"\frac{1}{2}", "0.5")
+    with pytest.raises(MissingExtraError, match=r"tutelage\[math\]"):
+        answers_equal(r"\sqrt{8}", r"2\sqrt{2}")
+
+
+WORKER = Path(grading_pool.__file__).with_name("_grading_worker.py")
+
+
+def test_the_worker_refuses_to_reach_outside_and_to_evaluate_text(tmp_path: Path) -> None:
+    """The detector sees what it should: the worker's own hook, on real attempts."""
+    canary = tmp_path / "canary"
+    program = (
+        f"import sys; sys.path.append({str(WORKER.parent)!r})\n"
+        "import os, subprocess, _grading_worker as worker\n"
+        "blocked = []\n"
+        "sys.addaudithook(lambda event, arguments: worker._audit(event, arguments, blocked))\n"
+        "attempts = [lambda: eval('1+1'), lambda: exec('x=1'), "
+        f"lambda: open({str(canary)!r}, 'w'), lambda: os.system('true'), "
+        "lambda: subprocess.Popen(['true']), lambda: __import__('socket').socket()]\n"
+        "for attempt in attempts:\n"
+        "    try:\n        attempt()\n    except PermissionError:\n        pass\n"
+        "sys.stdout.write(' '.join(blocked))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert set(done.stdout.split()) >= {"compile", "open", "os.system", "subprocess.Popen"}, done
+    assert not canary.exists()
+
+
+def test_a_huge_answer_is_refused_before_anything_is_parsed() -> None:
+    start = time.process_time()
+    for part in ("(", "{", "[", "9", "^", r"\frac{", r"\boxed{", "1,", "-", "</think>"):
+        assert not grade_completion(rf"\boxed{{{part * (1_000_000 // len(part))}}}", "72")
+        assert not answers_equal(part * 1_000_000, "72")
+    assert time.process_time() - start < 60  # quadratic work on 20 megabytes takes hours

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data.grading import grade_completion
+from tutelage.data.grading_number import grade_number
 from tutelage.data.prompts import FileTask, load_prompts
 from tutelage.data.types import Prompt
 
@@ -57,7 +57,7 @@ def test_every_gold_with_one_digit_changed_is_refused(gsm8k: list[Prompt]) -> No
         for place, digit in enumerate(gold):
             if digit.isdigit():
                 wrong = f"{gold[:place]}{(int(digit) + 1) % 10}{gold[place + 1 :]}"
-                accepted += [prompt.id] if grade_completion(f"#### {wrong}", gold) else []
+                accepted += [prompt.id] if grade_number(f"#### {wrong}", gold) else []
                 tried += 1
     assert tried > len(gsm8k)
     assert accepted == []

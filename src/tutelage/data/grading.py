@@ -1,143 +1,136 @@
-"""Final answers found in completions, and compared exactly.
+"""Whether a completion's final answer equals the reference answer, as mathematics.
 
-Completions are untrusted text: nothing here evaluates, every number is bounded in length before it
-is converted, and no input makes these functions raise.
+Completions are untrusted text. It is taken apart as strings; rational arithmetic is done here,
+exactly; what is left is compared by math-verify in a process with limits (`grading_pool`). Nothing
+is evaluated by Python, no input raises, and what cannot be decided is wrong.
 """
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from tutelage.data.grading_compare import texts_equal
+from tutelage.data.grading_latex import MAX_ANSWER, tidy
 
 MAX_TEXT = 200_000
 """Characters of a completion that are looked at, counted from its end."""
-MAX_ANSWER = 1_000
-"""Longest answer in characters; a longer one equals nothing."""
-MAX_EXPONENT = 100
-"""Largest power of ten, either way, that is read as a number."""
 
-# A minus after a digit, letter or bracket subtracts: "10-3" ends with 3.
-_NUMBER = re.compile(
-    r"(?:(?<![\w).])[-+−])?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?"
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{0-9A-Za-z\\])")
+_STATED = re.compile(
+    r"(?i)(?:final answer|answer)\s*(?:is|:|=)\s*:?\s*\**\s*(?P<rest>[^\n]{1,2000})"
 )
-_DECIMAL = re.compile(r"([-+]?)(?:([0-9]+)(?:\.([0-9]*))?|\.([0-9]+))(?:e([-+]?[0-9]{1,4}))?")
-_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-_LATEX_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-_WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}")
-_SPACED_SIGN = re.compile(r" ?([^\w ]) ?")
-_IGNORED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\%", "%", "^\\circ")
+_SENTENCE_END = re.compile(r"\.(?=\s|$)")
 
 
-def extract_answer(text: str) -> str | None:
-    """The final answer that a completion commits to.
+def final_answer(completion: str) -> str | None:
+    """The answer that a completion commits to, as written.
 
-    The reasoning before the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts,
-    else what follows the last ``####`` on its line, else the last number.
-
-    Args:
-        text: A completion, or a reference solution such as GSM8K's.
+    What precedes the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts, else the
+    line after the last ``####``, else what follows the last "the answer is" on its line. A bare
+    last number is no answer.
 
     Returns:
-        The answer as written, or None if there is none. An unfinished ``\\boxed{`` or a thought
-        that never ends is no answer.
+        None if there is none: an unfinished box, or a thought that never ends, is no answer.
     """
-    text = text[-MAX_TEXT:]
+    text = completion[-MAX_TEXT:]
     _, closed, answer = text.rpartition("</think>")
     if not closed and "<think>" in answer:
         return None
-    if "\\boxed{" in answer:
-        return _last_boxed(answer)
+    boxes = list(_BOX.finditer(answer))
+    if boxes:
+        return _boxed(answer[boxes[-1].end() :])
     _, marked, rest = answer.rpartition("####")
     if marked:
         return rest.split("\n", 1)[0].strip() or None
-    return _last_number(answer)
+    stated = list(_STATED.finditer(answer))
+    if not stated:
+        return None
+    return _SENTENCE_END.split(stated[-1]["rest"], maxsplit=1)[0].strip(" *") or None
 
 
 def answers_equal(prediction: str, gold: str) -> bool:
-    """Whether two answers are the same number, or the same text when neither is a number.
+    """Whether two answers are the same mathematics.
 
-    Numbers are compared as exact fractions: ``0.5``, ``1/2``, ``\\frac{1}{2}`` and ``.50`` are
-    equal, as are ``1,234`` and ``1234.0``; ``0.33`` and ``1/3`` are not.
+    Whole numbers, decimals and fractions are compared exactly; a decimal of at least eight
+    significant digits also equals a number that it rounds (relative tolerance 1e-8). Order counts
+    in tuples, not in lists and sets. Units, percent and degree signs may be left out by either
+    side, but not contradict each other. Formulas are equal when math-verify reads them and they
+    agree to 50 digits wherever both are defined among several points.
+
+    Args:
+        prediction: An answer without the text around it, usually LaTeX.
+        gold: The reference answer.
+
+    Returns:
+        False as well when the answers cannot be compared within the limits of `grading_pool`.
+
+    Raises:
+        MissingExtraError: Formulas have to be compared and math-verify is not installed.
     """
-    left, right = _number(prediction), _number(gold)
-    if left is not None or right is not None:
-        return left == right
-    return _plain(prediction) == _plain(gold) != ""
+    if not prediction.strip() or not gold.strip():
+        return False
+    if prediction.strip() == gold.strip():
+        return True
+    if max(len(prediction), len(gold)) > MAX_ANSWER:
+        return False
+    return texts_equal(tidy(_unboxed(prediction)), tidy(_unboxed(gold)))
 
 
-def grade_completion(text: str, gold: str) -> bool:
+def grade_completion(completion: str, gold: str) -> bool:
     """Whether the final answer of a completion equals the reference answer.
 
     Args:
-        text: The completion.
-        gold: The reference: an answer, or a worked solution ending with one.
+        completion: The text that a model wrote.
+        gold: The reference: an answer, or a worked solution that marks one with a box or ``####``.
 
     Returns:
         False as well when the completion has no final answer.
     """
-    prediction = extract_answer(text)
+    prediction = final_answer(completion)
     if prediction is None:
         return False
-    if "####" in gold or "\\boxed{" in gold:
-        gold = extract_answer(gold) or ""
+    if "####" in gold or _BOX.search(gold):
+        gold = final_answer(gold) or ""
     return answers_equal(prediction, gold)
 
 
-def _last_boxed(text: str) -> str | None:
-    start = text.rindex("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return text[start : start + brace.start()].strip() or None
+def grade_many(
+    pairs: Iterable[tuple[str, str]],
+    progress: Callable[[int, int], None] | None = None,
+    num_workers: int = 2,
+) -> list[bool]:
+    """`grade_completion` of many pairs, by several workers.
+
+    Args:
+        pairs: Completions with their reference answers.
+        progress: Called with the number of verdicts so far and in all, after each one.
+        num_workers: Comparisons at a time.
+
+    Returns:
+        The verdicts, in the order of the pairs.
+    """
+    with ThreadPoolExecutor(num_workers) as threads:
+        verdicts = [threads.submit(grade_completion, *pair) for pair in pairs]
+        for done, _ in enumerate(as_completed(verdicts), 1):
+            if progress is not None:
+                progress(done, len(verdicts))
+        return [verdict.result() for verdict in verdicts]
+
+
+def _unboxed(answer: str) -> str:
+    box = _BOX.match(answer.strip())
+    return (_boxed(answer.strip()[box.end() :]) or "") if box else answer
+
+
+def _boxed(text: str) -> str | None:
+    if not text.startswith("{"):
+        found = re.match(r"\\[a-zA-Z]+|[0-9A-Za-z]", text)
+        return found[0] if found else None
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return text[1 : brace.start()].strip() or None
     return None
-
-
-def _last_number(text: str) -> str | None:
-    found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007 - only the last one counts
-        pass
-    return found.group() if found else None
-
-
-def _plain(answer: str) -> str:
-    """The answer without LaTeX wrapping, signs of layout, needless spaces and case."""
-    if len(answer) > MAX_ANSWER:
-        return ""
-    text = _WRAPPER.sub(r"\1", answer.replace("−", "-"))
-    for ignored in _IGNORED:
-        text = text.replace(ignored, "")
-    # A space between two words or digits stays: "1 1/2" is not 11/2.
-    return _SPACED_SIGN.sub(r"\1", " ".join(text.split())).rstrip(".").lower()
-
-
-def _number(answer: str) -> Fraction | None:
-    """The answer as an exact number; None when it is not one."""
-    text = _plain(answer)
-    latex = _LATEX_FRACTION.fullmatch(text)
-    if latex:
-        sign, above, below = latex.groups()
-        return _quotient(_decimal(sign + above), _decimal(below))
-    above, slash, below = text.partition("/")
-    if slash:
-        return _quotient(_decimal(above), _decimal(below))
-    return _decimal(text)
-
-
-def _quotient(above: Fraction | None, below: Fraction | None) -> Fraction | None:
-    return above / below if above is not None and below else None
-
-
-def _decimal(text: str) -> Fraction | None:
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "")
-    found = _DECIMAL.fullmatch(text)
-    if found is None:
-        return None
-    sign, whole, part, bare_part, exponent = found.groups()
-    digits = part or bare_part or ""
-    power = int(exponent or 0)
-    if abs(power) > MAX_EXPONENT:
-        return None
-    value = Fraction(int((whole or "0") + digits), 10 ** len(digits)) * Fraction(10) ** power
-    return -value if sign == "-" else value

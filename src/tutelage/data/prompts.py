@@ -20,14 +20,15 @@ from tutelage.data.formats import (
     to_prompt,
 )
 from tutelage.data.grading import grade_completion
+from tutelage.data.grading_number import grade_number
 from tutelage.data.suites import SETS, NamedSet
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
 
 __all__ = ["GRADERS", "FileTask", "Grader", "PromptFormat", "find_file", "load_prompts"]
 
-Grader: TypeAlias = Literal["none", "number", "exact"]
-GRADERS: tuple[Grader, ...] = ("none", "number", "exact")
+Grader: TypeAlias = Literal["none", "number", "math", "exact"]
+GRADERS: tuple[Grader, ...] = ("none", "number", "math", "exact")
 
 
 def load_prompts(
@@ -229,7 +230,8 @@ class FileTask:
             return None
         if self.grader == "exact":
             return text.strip() == prompt.answer.strip()
-        return grade_completion(text, prompt.answer)
+        grade = grade_completion if self.grader == "math" else grade_number
+        return grade(text, prompt.answer)
 
     def without(self, is_too_long: Callable[[Prompt], bool]) -> FileTask:
         """The task without the prompts that are too long, which are counted."""

@@ -126,8 +126,8 @@ class FileData:
     """Text appended to every prompt, e.g. how to mark the answer; None takes a named set's own."""
     max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
     """Longer prompts are left out and counted; 0 keeps all."""
-    grader: Literal["none", "number", "exact"] = "none"
-    """How a completion is compared with the reference answer."""
+    grader: Literal["none", "number", "math", "exact"] = "none"
+    """How a completion is compared with the reference answer; `math` needs tutelage[math]."""
     num_held_out: int = 64
     """Prompts kept out of training for evaluation."""
 

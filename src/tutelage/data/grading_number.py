@@ -1,0 +1,145 @@
+"""Numbers found at the end of completions, and compared exactly: GSM8K and the like.
+
+Formulas are the business of `grading`; this needs no library.
+
+Completions are untrusted text: nothing here evaluates, every number is bounded in length before it
+is converted, and no input makes these functions raise.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+MAX_TEXT = 200_000
+"""Characters of a completion that are looked at, counted from its end."""
+MAX_ANSWER = 1_000
+"""Longest answer in characters; a longer one equals nothing."""
+MAX_EXPONENT = 100
+"""Largest power of ten, either way, that is read as a number."""
+
+# A minus after a digit, letter or bracket subtracts: "10-3" ends with 3.
+_NUMBER = re.compile(
+    r"(?:(?<![\w).])[-+−])?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?"
+)
+_DECIMAL = re.compile(r"([-+]?)(?:([0-9]+)(?:\.([0-9]*))?|\.([0-9]+))(?:e([-+]?[0-9]{1,4}))?")
+_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
+_LATEX_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}")
+_SPACED_SIGN = re.compile(r" ?([^\w ]) ?")
+_IGNORED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\%", "%", "^\\circ")
+
+
+def number_answer(text: str) -> str | None:
+    """The final answer that a completion commits to.
+
+    The reasoning before the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts,
+    else what follows the last ``####`` on its line, else the last number.
+
+    Args:
+        text: A completion, or a reference solution such as GSM8K's.
+
+    Returns:
+        The answer as written, or None if there is none. An unfinished ``\\boxed{`` or a thought
+        that never ends is no answer.
+    """
+    text = text[-MAX_TEXT:]
+    _, closed, answer = text.rpartition("</think>")
+    if not closed and "<think>" in answer:
+        return None
+    if "\\boxed{" in answer:
+        return _last_boxed(answer)
+    _, marked, rest = answer.rpartition("####")
+    if marked:
+        return rest.split("\n", 1)[0].strip() or None
+    return _last_number(answer)
+
+
+def numbers_equal(prediction: str, gold: str) -> bool:
+    """Whether two answers are the same number, or the same text when neither is a number.
+
+    Numbers are compared as exact fractions: ``0.5``, ``1/2``, ``\\frac{1}{2}`` and ``.50`` are
+    equal, as are ``1,234`` and ``1234.0``; ``0.33`` and ``1/3`` are not.
+    """
+    left, right = _number(prediction), _number(gold)
+    if left is not None or right is not None:
+        return left == right
+    return _plain(prediction) == _plain(gold) != ""
+
+
+def grade_number(text: str, gold: str) -> bool:
+    """Whether the final answer of a completion equals the reference answer.
+
+    Args:
+        text: The completion.
+        gold: The reference: an answer, or a worked solution ending with one.
+
+    Returns:
+        False as well when the completion has no final answer.
+    """
+    prediction = number_answer(text)
+    if prediction is None:
+        return False
+    if "####" in gold or "\\boxed{" in gold:
+        gold = number_answer(gold) or ""
+    return numbers_equal(prediction, gold)
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rindex("\\boxed{") + len("\\boxed{")
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[start : start + brace.start()].strip() or None
+    return None
+
+
+def _last_number(text: str) -> str | None:
+    found = None
+    for found in _NUMBER.finditer(text):  # noqa: B007 - only the last one counts
+        pass
+    return found.group() if found else None
+
+
+def _plain(answer: str) -> str:
+    """The answer without LaTeX wrapping, signs of layout, needless spaces and case."""
+    if len(answer) > MAX_ANSWER:
+        return ""
+    text = _WRAPPER.sub(r"\1", answer.replace("−", "-"))
+    for ignored in _IGNORED:
+        text = text.replace(ignored, "")
+    # A space between two words or digits stays: "1 1/2" is not 11/2.
+    return _SPACED_SIGN.sub(r"\1", " ".join(text.split())).rstrip(".").lower()
+
+
+def _number(answer: str) -> Fraction | None:
+    """The answer as an exact number; None when it is not one."""
+    text = _plain(answer)
+    latex = _LATEX_FRACTION.fullmatch(text)
+    if latex:
+        sign, above, below = latex.groups()
+        return _quotient(_decimal(sign + above), _decimal(below))
+    above, slash, below = text.partition("/")
+    if slash:
+        return _quotient(_decimal(above), _decimal(below))
+    return _decimal(text)
+
+
+def _quotient(above: Fraction | None, below: Fraction | None) -> Fraction | None:
+    return above / below if above is not None and below else None
+
+
+def _decimal(text: str) -> Fraction | None:
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    found = _DECIMAL.fullmatch(text)
+    if found is None:
+        return None
+    sign, whole, part, bare_part, exponent = found.groups()
+    digits = part or bare_part or ""
+    power = int(exponent or 0)
+    if abs(power) > MAX_EXPONENT:
+        return None
+    value = Fraction(int((whole or "0") + digits), 10 ** len(digits)) * Fraction(10) ** power
+    return -value if sign == "-" else value

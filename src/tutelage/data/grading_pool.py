@@ -1,0 +1,200 @@
+"""Processes that compare formulas, killed when they exceed their time or memory.
+
+A worker is a program of its own (`_grading_worker.py`) behind two pipes that carry JSON lines, so
+callers need no main guard, may be threads, and never wait for a library that hangs. Workers start
+when the first formula needs one, are reused, and end with the interpreter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import MissingExtraError, TutelageError
+
+TIME_LIMIT_S = 5.0
+"""Wall-clock seconds in which a comparison is decided or its worker is killed."""
+COMPARE_LIMIT_S = 3.0
+"""Seconds of it for the comparison itself, once a worker is ready."""
+START_LIMIT_S = 60.0
+"""Seconds a worker may take to start on a busy machine; normally it takes one."""
+MAX_WORKERS = max(2, min(16, 2 * (os.cpu_count() or 1)))
+"""Workers at once; further callers wait for one."""
+
+_PROGRAM = Path(__file__).with_name("_grading_worker.py")
+_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV", "PYTHONHOME")
+
+
+class GraderError(TutelageError, RuntimeError):
+    """The process that compares formulas does not start."""
+
+
+class Worker:
+    """One process; used by one thread at a time."""
+
+    def __init__(self) -> None:
+        kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**kept, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            bufsize=0,
+        )
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise GraderError("the grader's process has no pipes, got none. Report this as a bug.")
+        self._stdin, self._stdout = stdin, stdout
+        self._received = b""
+        self._is_ready = False
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def ask(self, request: dict[str, Any], called: float) -> dict[str, Any] | None:
+        """The reply to a request; None when the worker failed or ran out of time, and is dead."""
+        if not self._is_ready:
+            self._is_ready = self._receive(time.monotonic() + START_LIMIT_S) is not None
+            if not self._is_ready:
+                self.kill()
+                raise GraderError(
+                    "the grader's process did not start, got no sign of it. Check that "
+                    "`python -c 'import math_verify'` works and that memory is left."
+                )
+        left = min(COMPARE_LIMIT_S, called + TIME_LIMIT_S - time.monotonic())
+        deadline = time.monotonic() + max(left, 1.0)
+        line = json.dumps({**request, "alarm_s": int(TIME_LIMIT_S) + 2}).encode() + b"\n"
+        reply = self._receive(deadline) if self._send(line) else None
+        if reply is None:
+            self.kill()
+        return reply
+
+    def _send(self, line: bytes) -> bool:
+        try:
+            self._stdin.write(line)
+        except OSError:
+            return False
+        return True
+
+    def _receive(self, deadline: float) -> dict[str, Any] | None:
+        poll = select.poll()
+        poll.register(self._stdout, select.POLLIN | select.POLLHUP)
+        while b"\n" not in self._received:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                return None
+            chunk = self._stdout.read(65536)
+            if not chunk:
+                return None
+            self._received += chunk
+        line, _, self._received = self._received.partition(b"\n")
+        reply = json.loads(line)
+        return reply if isinstance(reply, dict) else None
+
+    def kill(self) -> None:
+        """End the process at once and collect it."""
+        self._process.kill()
+        self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+
+
+class Pool:
+    """Idle workers, and counts of what could not be decided."""
+
+    def __init__(self) -> None:
+        self._idle: list[Worker] = []
+        self._parents: list[Worker] = []
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(MAX_WORKERS)
+        self.undecided: Counter[str] = Counter()
+
+    def equal(self, kind: str, prediction: str, gold: str) -> bool:
+        """Whether two formulas are equal; what cannot be decided in time is not, and is counted."""
+        with self._slots:
+            called = time.monotonic()
+            worker = self._take()
+            reply = worker.ask({"kind": kind, "prediction": prediction, "gold": gold}, called)
+            # The next worker starts while this thread goes on.
+            with self._lock:
+                self._idle.append(worker if reply else Worker())
+        reason = reply["reason"] if reply else "killed"
+        if reason:
+            self.note(reason.split()[0])
+        return bool(reply and reply["equal"])
+
+    def note(self, reason: str) -> None:
+        """Count a comparison that could not be decided."""
+        with self._lock:
+            self.undecided[reason] += 1
+
+    def _take(self) -> Worker:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return Worker()
+
+    def close(self) -> None:
+        """End all idle workers."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.kill()
+
+    def forget(self) -> None:
+        """After a fork: the workers are the parent's, and are kept only not to be collected."""
+        self._parents = self._idle
+        self._idle = []
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(MAX_WORKERS)
+
+
+_pool = Pool()
+atexit.register(_pool.close)
+os.register_at_fork(after_in_child=_pool.forget)
+
+
+def formulas_equal(kind: str, prediction: str, gold: str) -> bool:
+    """Whether two formulas are equal by math-verify, in a worker.
+
+    Args:
+        kind: ``value`` for expressions, ``relation`` for equations and inequalities.
+        prediction: Tidy LaTeX.
+        gold: Tidy LaTeX.
+
+    Raises:
+        MissingExtraError: math-verify is not installed.
+        GraderError: No worker can be started.
+    """
+    if find_spec("math_verify") is None:
+        raise MissingExtraError("math-verify", "math", "Comparing formulas")
+    return _pool.equal(kind, prediction, gold)
+
+
+def note_undecided(reason: str) -> None:
+    """Count a comparison that was not even asked for, because a formula is hostile or unknown."""
+    _pool.note(reason)
+
+
+def undecided() -> dict[str, int]:
+    """Comparisons so far that could not be decided and counted as wrong, by reason."""
+    return dict(_pool.undecided)
+
+
+def close_workers() -> None:
+    """End the worker processes; the next comparison starts new ones."""
+    _pool.close()

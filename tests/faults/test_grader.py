@@ -1,0 +1,48 @@
+"""The short form of the grader's fuzz harness, and that the harness can see."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from grader import BOMBS, CANARY, PAYLOADS, Watch, fuzz, pairs
+
+from tutelage.data import grading_pool
+
+pytest.importorskip("math_verify")
+
+
+def test_five_thousand_hostile_inputs_neither_raise_nor_execute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grading_pool, "COMPARE_LIMIT_S", 0.5)
+    before = grading_pool.undecided()
+    watch = fuzz(5_000, minutes=10, formulas=0.01)
+    after = grading_pool.undecided()
+    grading_pool.close_workers()
+    assert watch.num_inputs == 5_000
+    assert watch.num_accepted > 100
+    assert not watch.exceptions
+    assert not watch.audit_events
+    assert after.get("blocked", 0) == before.get("blocked", 0)
+    assert not CANARY.exists()
+
+
+def evaluated(prediction: str, gold: str) -> bool:
+    return bool(eval(prediction))  # noqa: S307 - what the harness has to see
+
+
+def test_the_harness_sees_exceptions_and_executions() -> None:
+    watch = Watch()
+    watch.listen()
+    watch.run(evaluated, ("1 == 1", ""))
+    watch.run(evaluated, ("1 == ", ""))
+    assert watch.num_accepted == 1
+    assert watch.exceptions == {"SyntaxError": 1}
+    assert watch.audit_events["compile"] == 2
+
+
+def test_the_harness_sends_bombs_and_payloads() -> None:
+    sent = {prediction for prediction, _ in islice(pairs(0), 20_000)}
+    assert set(BOMBS) <= sent
+    assert set(PAYLOADS) <= sent
