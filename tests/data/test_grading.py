@@ -34,7 +34,8 @@ def _no_workers_are_left() -> Iterator[None]:
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").open(encoding="utf-8")]
+    text = (DATA / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.strip().split("\n")]
 
 
 @pytest.mark.parametrize(("prediction", "gold"), EQUAL)
@@ -128,8 +129,8 @@ def test_every_reference_grades_itself_and_refuses_a_changed_digit(name: str) ->
     golds = sorted({row["answer"] for row in rows(name)})
     assert [g for g in golds if not grade_completion(rf"so \boxed{{{g}}}.", g)] == []
     assert [g for g in golds if not answers_equal(f" ${g}$ ", g)] == []
-    # Every eighth: a changed digit in a formula costs a comparison by the library.
-    sample = golds if name != "math_train12k" else golds[::8]
+    # A part: a changed digit in a formula costs a comparison by the library.
+    sample = golds if name != "math_train12k" else golds[::16]
     changed = [
         (f"{g[:place]}{(int(g[place]) + 1 + place % 8) % 10}{g[place + 1 :]}", g)
         for g in sample
