@@ -16,7 +16,7 @@ import pytest
 from grading_cases import DIFFERENT, EQUAL
 
 from tutelage.data import grading_pool
-from tutelage.data.grading import answers_equal, final_answer, grade_completion, grade_many
+from tutelage.data.grading import answers_equal, extract_answer, grade_completion, grade_many
 from tutelage.data.grading_exact import exact
 from tutelage.errors import MissingExtraError
 
@@ -70,8 +70,8 @@ def test_different_answers(one: str, other: str) -> None:
         ("", None),
     ],
 )
-def test_what_counts_as_the_final_answer(text: str, answer: str | None) -> None:
-    assert final_answer(text) == answer
+def test_what_counts_as_the_extract_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ _STATED = re.compile(
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 
 
-def final_answer(completion: str) -> str | None:
+def extract_answer(completion: str) -> str | None:
     """The answer that a completion commits to, as written.
 
     What precedes the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts, else the
@@ -88,11 +88,11 @@ def grade_completion(completion: str, gold: str) -> bool:
     Returns:
         False as well when the completion has no final answer.
     """
-    prediction = final_answer(completion)
+    prediction = extract_answer(completion)
     if prediction is None:
         return False
     if "####" in gold or _BOX.search(gold):
-        gold = final_answer(gold) or ""
+        gold = extract_answer(gold) or ""
     return answers_equal(prediction, gold)
 
 

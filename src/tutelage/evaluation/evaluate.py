@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from tutelage.data.batch import micro_batches
-from tutelage.data.grading import extract_answer
+from tutelage.data.grading_number import number_answer
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 from tutelage.evaluation.metrics import Interval
@@ -110,7 +110,7 @@ def evaluate(
 
 
 def _answers(rollouts: Sequence[Rollout]) -> list[str | None]:
-    return [None if r.is_truncated else extract_answer(r.text) for r in rollouts]
+    return [None if r.is_truncated else number_answer(r.text) for r in rollouts]
 
 
 def _verdict(grade: Grade, rollout: Rollout) -> bool | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutelage.data.grading import answers_equal
+from tutelage.data.grading_number import numbers_equal
 from tutelage.evaluation.metrics import (
     Interval,
     clustered_interval,
@@ -50,7 +50,7 @@ class Scores:
 def score(
     verdicts: Sequence[Sequence[bool | None]],
     answers: Sequence[Sequence[str | None]],
-    equal: Callable[[str, str], bool] = answers_equal,
+    equal: Callable[[str, str], bool] = numbers_equal,
 ) -> Scores:
     """Scores of problems with k samples each; problems that cannot be graded do not count.
 
@@ -82,7 +82,7 @@ def score(
 def votes_of(
     answers: Sequence[str | None],
     correct: Sequence[bool],
-    equal: Callable[[str, str], bool] = answers_equal,
+    equal: Callable[[str, str], bool] = numbers_equal,
 ) -> list[str | None]:
     """What each sample of one problem votes for: equal texts for equal answers, None abstains.
 

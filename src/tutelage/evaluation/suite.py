@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from tutelage.data.grading import extract_answer
+from tutelage.data.grading_number import number_answer
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
 from tutelage.evaluation.folder import EvaluationFolder, Row
@@ -139,7 +139,7 @@ def _row(benchmark: Benchmark, completion: Completion) -> Row:
         "is_correct": is_correct,
         "is_truncated": completion.is_truncated,
         "num_tokens": completion.num_tokens,
-        "answer": extract_answer(completion.text),
+        "answer": number_answer(completion.text),
         "gold": completion.prompt.answer,
         "completion": completion.text,
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.data.formats import PromptFormat, is_file_name
 from tutelage.data.grading import grade_completion
+from tutelage.data.grading_number import grade_number
 from tutelage.data.prompts import FileTask, Grader, load_prompts
 from tutelage.data.suites import BENCHMARKS, Suite, find_suite
 from tutelage.data.types import Prompt
@@ -231,7 +232,7 @@ def _benchmarks(request: SuiteRequest, suite: Suite, chat: bool) -> list[Benchma
         Benchmark(
             name,
             tuple(load_prompts(name, columns, limit=limit)),
-            _grade,
+            _grade_number if name.startswith("gsm8k") else _grade,
             request.max_new_tokens or BENCHMARKS[name].max_new_tokens,
         )
         for name in suite.benchmarks
@@ -240,6 +241,11 @@ def _benchmarks(request: SuiteRequest, suite: Suite, chat: bool) -> list[Benchma
 
 def _grade(prompt: Prompt, text: str) -> bool | None:
     return None if prompt.answer is None else grade_completion(text, prompt.answer)
+
+
+def _grade_number(prompt: Prompt, text: str) -> bool | None:
+    """GSM8K's own rule: without a mark, the last number is the answer."""
+    return None if prompt.answer is None else grade_number(text, prompt.answer)
 
 
 def _run_config(request: SuiteRequest) -> Config:
