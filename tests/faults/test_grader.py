@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-from grader import BOMBS, CANARY, PAYLOADS, Watch, fuzz, pairs
 
 from tutelage.data import grading_pool
+
+from .grader import BOMBS, CANARY, PAYLOADS, Watch, fuzz, pairs
 
 pytest.importorskip("math_verify")
 
