@@ -122,8 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "Write a run's report as one HTML file.")
     report.add_argument("run_folder", metavar="RUN", type=Path)
     report.add_argument("--out", type=Path, help="HTML file (default RUN/report.html)")
-    compare = command("compare", _compare, "Compare runs side by side, in pairs where possible.")
-    compare.add_argument("run_folders", metavar="RUN", type=Path, nargs="+")
+    compare = command("compare", _compare, "Compare runs, or evaluations, side by side.")
+    compare.add_argument("run_folders", metavar="RUN", type=Path, nargs="+",
+                         help="folders of runs, or all of them of eval --suite")  # fmt: skip
     compare.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -315,7 +316,10 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from tutelage.report.compare import compare_runs
+    from tutelage.report.evaluations import compare_evaluations, is_evaluation
 
-    comparison = compare_runs(arguments.run_folders)
+    folders = arguments.run_folders
+    compare = compare_evaluations if any(map(is_evaluation, folders)) else compare_runs
+    comparison = compare(folders)
     print(json.dumps(comparison.as_dict()) if arguments.json else comparison.as_text())
     return 0

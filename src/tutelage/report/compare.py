@@ -61,9 +61,9 @@ class Comparison:
 
     def as_text(self) -> str:
         """The comparison as aligned tables for a terminal."""
-        parts = [_table(_summary_rows(self.runs))]
+        parts = [text.table(_summary_rows(self.runs))]
         if self.config:
-            parts.append("Set differently\n" + _table(_config_rows(self)))
+            parts.append("Set differently\n" + text.table(_config_rows(self)))
         if self.differences:
             parts.append("\n".join(map(_difference_line, self.differences)))
         return "\n\n".join([*parts, *self.notes])
@@ -215,14 +215,4 @@ def _difference_line(difference: Difference) -> str:
     return (
         f"{difference.run} − {difference.baseline}: {value:+.1f} points of mean@k "
         f"[{low:+.1f}, {high:+.1f}], paired over {difference.num_problems} problems"
-    )
-
-
-def _table(rows: Iterator[list[str]]) -> str:
-    """Cells on one line each, first column left-aligned, the others right-aligned."""
-    cells = [[cell.replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in cells
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MISSING = "–"
@@ -72,6 +72,16 @@ def visible_rows(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
 def toml(config: Mapping[str, Any]) -> str:
     """The configuration as TOML text that `tutelage train` reads; null values are left out."""
     return "\n".join(_toml_lines(config, ())).strip() + "\n"
+
+
+def table(rows: Iterable[list[str]]) -> str:
+    """Cells on one line each, first column left-aligned, the others right-aligned."""
+    cells = [[cell.replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in cells
+    )
 
 
 def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
