@@ -103,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    _config_arguments(command("check", _check, "Load everything a run needs and say if it fits."))
+    check = command("check", _check, "Load everything a run needs and say if it fits.")
+    _config_arguments(check)
+    check.add_argument("--decontaminate", nargs="?", const="", metavar="SUITES",
+                       help="name prompts that repeat benchmark problems (default all)")  # fmt: skip
     train = command("train", _train, "Train a student, or continue an interrupted run.")
     _config_arguments(train)
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
@@ -192,9 +195,14 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 def _check(arguments: argparse.Namespace) -> int:
     from tutelage.run.check import check
+    from tutelage.run.contamination import ALL, decontaminate
 
-    for line in check(_load(arguments), Path(arguments.config).stem):
+    config = _load(arguments)
+    for line in check(config, Path(arguments.config).stem):
         print(line)
+    if arguments.decontaminate is not None:
+        for line in decontaminate(config, arguments.decontaminate or ALL):
+            print(line)
     return 0
 
 

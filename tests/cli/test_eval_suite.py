@@ -124,3 +124,22 @@ def test_a_server_is_a_model(problems: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert headers == ["Bearer key-in-the-environment"] * 12
     for path in Path("e").iterdir():
         assert "key-in-the-environment" not in path.read_text()
+
+
+def test_check_names_prompts_that_repeat_a_benchmark(own: Path, problems: Path) -> None:
+    lines = own.with_name("own.jsonl").read_text().splitlines()
+    shutil.copy(own.with_name("own.jsonl"), "gsm8k_test.jsonl")
+    found = succeed("check", own, "--decontaminate", "gsm8k").out
+    assert f"decontamination: {len(lines)} of {len(lines)} prompts repeat" in found
+    assert "  five holds 100% of five" in found
+    write_jsonl(Path("gsm8k_test.jsonl"), {"problem": "Other words altogether.", "answer": "1"})
+    assert "decontamination: 0 of" in succeed("check", own, "--decontaminate", "gsm8k").out
+    assert "decontamination" not in succeed("check", own).out
+    assert "'gsm9k' is unknown" in refused("check", own, "--decontaminate", "gsm9k")
+
+
+def test_check_counts_prompts_that_are_too_long(own: Path) -> None:
+    limit = ("data.max_prompt_tokens=26", "data.num_held_out=1")
+    out = succeed("check", own, *limit).out
+    assert "data: 2 prompts over data.max_prompt_tokens left out" in out
+    assert "left out" not in succeed("check", own).out
