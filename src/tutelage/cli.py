@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "Load everything a run needs and say if it fits.")
     _config_arguments(check)
     check.add_argument("--decontaminate", nargs="?", const="", metavar="SUITES",
-                       help="name prompts that repeat benchmark problems (default all)")  # fmt: skip
+                       help="prompts that repeat benchmark problems (default all)")  # fmt: skip
     train = command("train", _train, "Train a student, or continue an interrupted run.")
     _config_arguments(train)
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
