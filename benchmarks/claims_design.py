@@ -266,12 +266,12 @@ def config_of(cell: Cell) -> Config:
     setting, arm = SETTINGS[cell.setting], ARMS.get(cell.arm, ARMS["all"])
     package = "package:tutelage/assets"
     return Config(
-        StudentConfig(f"{package}/{setting.student}"),
-        TeacherConfig(f"{package}/ledger-teacher"),
-        LedgerData(),
-        SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
-        arm.selection,
-        arm.objective,
+        student=StudentConfig(f"{package}/{setting.student}"),
+        teacher=TeacherConfig(f"{package}/ledger-teacher"),
+        data=LedgerData(),
+        sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
+        selection=arm.selection,
+        objective=arm.objective,
         optimizer=OptimizerConfig(
             learning_rate=cell.learning_rate or GRID[0], schedule="linear", warmup_steps=2
         ),
