@@ -147,6 +147,7 @@ def test_a_truncated_completion_is_wrong_only_where_the_benchmark_says_so() -> N
     )
     assert any(row["is_correct"] and row["is_truncated"] for row in lenient.rows)
     assert not any(row["is_correct"] and row["is_truncated"] for row in strict.rows)
+    assert {row["answer"] for row in strict.rows if row["is_truncated"]} == {None}
     assert strict.summary()["truncated_share"] == pytest.approx(1 / 3)
 
 

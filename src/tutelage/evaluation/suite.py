@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from tutelage.data.grading_number import number_answer
+from tutelage.data.grading_number import number_answer, numbers_equal
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
 from tutelage.evaluation.folder import EvaluationFolder, Row
@@ -43,6 +43,10 @@ class Benchmark:
     max_new_tokens: int
     is_truncated_wrong: bool = False
     """Whether a completion that was cut off is wrong even when it had given its answer."""
+    answer_of: Callable[[str], str | None] = field(default=number_answer, repr=False)
+    """The answer that a completion votes for."""
+    equal: Callable[[str, str], bool] = field(default=numbers_equal, repr=False)
+    """Whether two answers are one vote."""
 
     def fingerprint(self) -> str:
         """A hash of problems, reference answers and order."""
@@ -118,7 +122,8 @@ def run_benchmark(
     groups = [rows[prompt.id] for prompt in benchmark.prompts]
     verdicts = [[row["is_correct"] for row in group] for group in groups]
     answers = [[row["answer"] for row in group] for group in groups]
-    return Result(benchmark.name, score(verdicts, answers), [r for g in groups for r in g])
+    scores = score(verdicts, answers, benchmark.equal)
+    return Result(benchmark.name, scores, [r for g in groups for r in g])
 
 
 def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
@@ -130,8 +135,9 @@ def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
 
 def _row(benchmark: Benchmark, completion: Completion) -> Row:
     is_correct = benchmark.grade(completion.prompt, completion.text)
-    if is_correct and completion.is_truncated and benchmark.is_truncated_wrong:
-        is_correct = False
+    answer = benchmark.answer_of(completion.text)
+    if completion.is_truncated and benchmark.is_truncated_wrong:
+        is_correct, answer = (None if is_correct is None else False), None
     return {
         "benchmark": benchmark.name,
         "prompt_id": completion.prompt.id,
@@ -139,7 +145,7 @@ def _row(benchmark: Benchmark, completion: Completion) -> Row:
         "is_correct": is_correct,
         "is_truncated": completion.is_truncated,
         "num_tokens": completion.num_tokens,
-        "answer": number_answer(completion.text),
+        "answer": answer,
         "gold": completion.prompt.answer,
         "completion": completion.text,
     }

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.data.formats import PromptFormat, is_file_name
-from tutelage.data.grading import grade_completion
-from tutelage.data.grading_number import grade_number
+from tutelage.data.grading import answers_equal, extract_answer, grade_completion
+from tutelage.data.grading_number import grade_number, number_answer, numbers_equal
 from tutelage.data.prompts import FileTask, Grader, load_prompts
 from tutelage.data.suites import BENCHMARKS, Suite, find_suite
 from tutelage.data.types import Prompt
@@ -227,16 +227,22 @@ def _benchmarks(request: SuiteRequest, suite: Suite, chat: bool) -> list[Benchma
         name = Path(request.suite).stem
         grade = FileTask(name, prompts, request.grader).grade
         length = request.max_new_tokens or 1024
-        return [Benchmark(name, prompts, grade, length, is_truncated_wrong=True)]
-    return [
-        Benchmark(
-            name,
-            tuple(load_prompts(name, columns, limit=limit)),
-            _grade_number if name.startswith("gsm8k") else _grade,
-            request.max_new_tokens or BENCHMARKS[name].max_new_tokens,
-        )
-        for name in suite.benchmarks
-    ]
+        votes = _MATH_VOTES if request.grader == "math" else _NUMBER_VOTES
+        return [Benchmark(name, prompts, grade, length, True, *votes)]
+    return [_benchmark(name, columns, request) for name in suite.benchmarks]
+
+
+_MATH_VOTES = (extract_answer, answers_equal)
+_NUMBER_VOTES = (number_answer, numbers_equal)
+
+
+def _benchmark(name: str, columns: PromptFormat, request: SuiteRequest) -> Benchmark:
+    prompts = tuple(load_prompts(name, columns, limit=request.num_problems))
+    length = request.max_new_tokens or BENCHMARKS[name].max_new_tokens
+    if name == "gsm8k":
+        # Its rule takes the last number, which in a text that was cut off is any number.
+        return Benchmark(name, prompts, _grade_number, length, True, *_NUMBER_VOTES)
+    return Benchmark(name, prompts, _grade, length, False, *_MATH_VOTES)
 
 
 def _grade(prompt: Prompt, text: str) -> bool | None:
