@@ -149,6 +149,16 @@ def test_topk_would_have_kept_them_first() -> None:
     assert torch.tensor([0.5, NAN, 0.9]).topk(1).indices.tolist() == [1]
 
 
+def test_a_bad_row_does_not_take_the_place_of_one_of_probability_zero() -> None:
+    """Both rank at −inf; the budget goes to the row that can be drawn, though it comes later."""
+    nothing, one = [0.0, 0.0, 1.0], torch.rand(3, dtype=torch.float64)
+    stats = stats_of([[NAN, 0.0, 1.0], nothing, nothing, nothing])
+    for keep, rows in ((0.5, [2]), (0.67, [1, 2])):
+        found = select_tokens(stats, torch.zeros(3).long(), "entropy_sample", keep, uniform=one)
+        assert found.rows.tolist() == rows
+        assert found.num_nonfinite == 1
+
+
 def test_a_completion_without_a_usable_row_keeps_none() -> None:
     stats = TokenStats(*torch.tensor([[NAN, NAN, 1.0]]).expand(6, 3))
     found = select_tokens(stats, torch.tensor([0, 0, 1]), "entropy", 0.5)

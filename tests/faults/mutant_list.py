@@ -23,7 +23,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "core/objective.py": (
-        ["core/test_objective.py", "core/test_objective_edges.py"],
+        ["core/test_objective.py", "core/test_objective_edges.py", "core/test_terms.py"],
         [
             (
                 "_weighted(a, block.reverse_kl) + _weighted(b, block.forward_kl)",
