@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `reference` 
 HARNESSES: dict[str, tuple[int, int]] = {
     "numerics": (10_000, 1_000_000),
     "masks": (300, 5_000),
+    "grader": (5_000, 1_000_000),
+    "server": (300, 5_000),
     "mutants": (0, 0),
 }
 """Modules here with `run(size) -> Outcome`, and the sizes of the short and the long version.

@@ -25,6 +25,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .record import Outcome
 
 CANARY = Path(tempfile.gettempdir()) / f"tutelage-canary-{os.getuid()}"
 
@@ -247,6 +251,27 @@ def report(watch: Watch, contestant: str, limit_s: float) -> dict[str, object]:
     }
 
 
+def run(num_inputs: int) -> Outcome:
+    """For `python -m tests.faults grader`: as many inputs as fit into 15 minutes."""
+    from faults.record import Outcome
+    from tutelage.data.grading_pool import TIME_LIMIT_S
+
+    watch = fuzz(num_inputs, minutes=15)
+    details = report(watch, "tutelage", TIME_LIMIT_S)
+    failures = sum(watch.exceptions.values()) + sum(watch.audit_events.values())
+    failures += CANARY.exists() + (watch.worst_s > TIME_LIMIT_S + 0.5)
+    control = Watch()
+    control.listen()
+    control.run(lambda text, _: bool(compile(text, "answer", "eval")), ("1 == 1", ""))
+    return Outcome(
+        "hostile answers raise nothing, execute nothing and end in time",
+        trials=watch.num_inputs,
+        failures=failures,
+        control={"audit events of a grader that compiles": sum(control.audit_events.values())},
+        details=details,
+    )
+
+
 def main() -> None:
     """Run the harness and print, or write, its result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -261,8 +286,8 @@ def main() -> None:
         return
     from tutelage.data.grading_pool import TIME_LIMIT_S
 
-    run = fuzz if arguments.contestant == "tutelage" else fuzz_math_verify
-    watch = run(arguments.inputs, arguments.minutes, arguments.seed)
+    harness = fuzz if arguments.contestant == "tutelage" else fuzz_math_verify
+    watch = harness(arguments.inputs, arguments.minutes, arguments.seed)
     text = json.dumps(report(watch, arguments.contestant, TIME_LIMIT_S), indent=1)
     print(text)
     if arguments.out:

@@ -236,6 +236,13 @@ MUTANTS: dict[str, Group] = {
             ("        temporary.replace(final)\n", "        shutil.copytree(temporary, final)\n"),
         ],
     ),
+    "data/grading.py": (
+        ["data/test_grading*.py"],
+        [
+            ('if not closed and "<think>" in answer:', "if False:"),
+            ("text = completion[-MAX_TEXT:]", "text = completion"),
+        ],
+    ),
     "data/grading*.py": (
         ["data/test_grading*.py"],
         [
@@ -244,11 +251,12 @@ MUTANTS: dict[str, Group] = {
                 "above is not None and below else None",
                 "above is not None and below is not None else None",
             ),
-            ('if not closed and "<think>" in answer:', "if False:"),
             ('start = text.rindex("\\\\boxed{")', 'start = text.index("\\\\boxed{")'),
             ('return -value if sign == "-" else value', "return value"),
             ("    if abs(power) > MAX_EXPONENT:\n        return None\n", ""),
-            ("        if depth == 0:\n", "        if depth <= 1:\n"),
+            ('if depth == 0 and brace[0] == "}":', 'if depth <= 1 and brace[0] == "}":'),
+            ("answer[boxes[-1].end() :]", "answer[boxes[0].end() :]"),
+            ("split(stated[-1]", "split(stated[0]"),
         ],
     ),
 }

@@ -1,6 +1,6 @@
 """A server that answers in every wrong way, and how many of its answers the client takes.
 
-python tests/faults/server.py 5000      # the long version; writes benchmarks/results
+python -m tests.faults server      # the long version; writes benchmarks/results
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ import contextlib
 import gzip
 import json
 import os
-import platform
 import random
 import socket
 import struct
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
 from tutelage.evaluation.server import KEY_VARIABLE, Limits, Server
 from tutelage.models.sampling import SamplingConfig
+
+from .record import Outcome
 
 MODEL, TEXT, KEY = "a-model", "The answer is \\boxed{4}.", "key-4f1d9c"
 DEADLINE_S = 0.6
@@ -428,30 +427,21 @@ def _note(record: Record, name: str, text: str, problem: str, seconds: float) ->
     record.ugly[name] += "\n" in problem or KEY in problem or len(problem) > 500
 
 
-def main(num_replies: int) -> int:
-    """The long version: prints and saves what was counted; 1 if anything was taken or hung."""
+def run(num_replies: int) -> Outcome:
+    """Malformed replies, each asked for once or more: none may be taken, hang or end in noise."""
     record = attack(num_replies)
-    found: Json = {
-        "what": "malformed replies of a server to the evaluation client",
-        "num_mutations": len(MUTATIONS),
-        "num_replies": sum(record.asked.values()),
-        "num_accepted": sum(record.accepted.values()),
-        "num_hangs": sum(record.hanging.values()),
-        "num_ugly_errors": sum(record.ugly.values()),
-        "num_redirects_followed": record.num_followed,
-        "num_good_replies": record.num_good,
-        "num_good_refused": record.num_good_refused,
-        "accepted_upper_bound_95": 3 / sum(record.asked.values()),
-        "deadline_s": DEADLINE_S,
-        "slowest_s": round(record.slowest_s, 3),
-        "python": platform.python_version(),
+    failures = {
+        "accepted": sum(record.accepted.values()),
+        "hangs": sum(record.hanging.values()),
+        "ugly_errors": sum(record.ugly.values()),
+        "redirects_followed": record.num_followed,
     }
-    print(json.dumps(found, indent=2))
-    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-    (results / "faults-server.json").write_text(json.dumps(found, indent=2) + "\n")
-    bad = ("num_accepted", "num_hangs", "num_ugly_errors", "num_redirects_followed")
-    return int(any(found[key] for key in bad))
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 5000))
+    return Outcome(
+        "no malformed reply of a server is taken, and none hangs the client",
+        trials=sum(record.asked.values()),
+        failures=sum(failures.values()),
+        control={"good replies taken": record.num_good - record.num_good_refused},
+        details=failures
+        | {"good_refused": record.num_good_refused, "mutations": len(MUTATIONS)}
+        | {"deadline_s": DEADLINE_S, "slowest_s": round(record.slowest_s, 3)},
+    )
