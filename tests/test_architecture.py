@@ -52,7 +52,7 @@ FENCES = {
     "matplotlib": ("report/",),
     # A chat template that refuses its messages raises an error of jinja2.
     "jinja2": ("report/", "models/tokenizers.py"),
-    "pydantic": ("run/", "report/", "evaluation/server.py"),
+    "pydantic": ("run/", "report/", "evaluation/server.py", "models/"),
     "rich": ("run/progress.py", "cli.py"),
     "trl": ("integrations/trl.py",),
     "verl": ("integrations/verl.py",),

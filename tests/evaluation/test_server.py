@@ -24,9 +24,10 @@ from faults.server import (
 )
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
-from tutelage.evaluation.server import Limits, Server
-from tutelage.evaluation.wire import resolve
+from tutelage.evaluation.server import Server
+from tutelage.models.remote import Limits
 from tutelage.models.sampling import SamplingConfig
+from tutelage.models.wire import resolve
 
 CHAT = Prompt("chat", ({"role": "user", "content": "2+2"},))
 PLAIN = Prompt("plain", "2+2=")

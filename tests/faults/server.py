@@ -22,7 +22,8 @@ from typing import Any
 
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
-from tutelage.evaluation.server import KEY_VARIABLE, Limits, Server
+from tutelage.evaluation.server import Server
+from tutelage.models.remote import KEY_VARIABLE, Limits
 from tutelage.models.sampling import SamplingConfig
 
 from .record import Outcome

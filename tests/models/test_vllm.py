@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +26,10 @@ from tutelage.errors import RunError
 from tutelage.models.adapter import add_lora
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.tokenizers import pad_id, vocabulary_size
 from tutelage.models.vllm_engine import VLLMSampler
+from tutelage.models.vllm_server import VLLMServerSampler
 from tutelage.run.train import train
 
 # vLLM and what it imports warn about a CPU; what is tested is what it computes.
@@ -44,7 +53,7 @@ def disturb(model: Any, seed: int) -> None:
         weight.data.add_(0.01 * torch.randn(weight.shape, generator=generator))
 
 
-def largest_gap(sampler: VLLMSampler, seed: int) -> float:
+def largest_gap(sampler: VLLMSampler | VLLMServerSampler, seed: int) -> float:
     """Largest difference in nats between vLLM's log-probabilities and those of transformers."""
     rollouts = sampler.draw(PROMPTS, CONFIG, (seed,)).rollouts
     batch = collate(rollouts, pad_id(sampler.tokenizer))
@@ -102,6 +111,59 @@ def test_an_adapter_is_merged_on_the_way(sampler: VLLMSampler) -> None:
         assert largest_gap(sampler, 8) < 1e-4
     finally:
         sampler.model = plain
+
+
+LAUNCH = """
+import vllm._custom_ops
+from vllm.entrypoints.launchers.api_server.entry import main
+
+vllm._custom_ops._supports_onednn = False  # also in the worker, which imports this file again
+if __name__ == "__main__":
+    main()
+"""
+"""A CPU server whose weights can be replaced; on CUDA `vllm serve` is enough."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A vLLM server of the student, in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "served"
+    save_model(load_model(STUDENT, "float32"), load_tokenizer(STUDENT), folder)
+    url, options = f"http://127.0.0.1:{port}", "--dtype float32 --enforce-eager"
+    arguments = f"--model {folder} --port {port} --logprobs-mode raw_logprobs {options}".split()
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **os.environ,
+    }
+    launcher = tmp_path / "serve.py"
+    launcher.write_text(LAUNCH)
+    command = [sys.executable, str(launcher), "--host", "127.0.0.1", *arguments]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        try:
+            for _ in range(600):
+                with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1):
+                    break
+                assert process.poll() is None
+                time.sleep(0.5)
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> None:
+    model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
+    sampler = VLLMServerSampler(model, tokenizer, server, tmp_path / "weights")
+    assert largest_gap(sampler, 1) < 1e-4
+    disturb(model, 3)
+    assert largest_gap(sampler, 2) < 1e-4
+    sampler._push = lambda: None  # type: ignore[method-assign]
+    disturb(model, 4)
+    assert largest_gap(sampler, 3) > 1e-2
 
 
 def run(tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:

@@ -9,32 +9,22 @@ error: nothing is ever filled in.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import random
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeVar
+from functools import partial
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from tutelage.data.types import Prompt
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ConfigError
 from tutelage.evaluation.suite import Completion
-from tutelage.evaluation.wire import BadReply, Wire, resolve, seconds_left
-from tutelage.models.sampling import SamplingConfig
-
-KEY_VARIABLE = "TUTELAGE_API_KEY"
-"""Environment variable with the key of a server; there is no other way to give it."""
+from tutelage.models.draw import SamplingConfig
+from tutelage.models.remote import Client, Limits, Strict, parse
+from tutelage.models.wire import BadReply
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class _Message(_Strict):
+class _Message(Strict):
     role: Literal["assistant"]
     content: str | None
     reasoning_content: str | None = None
@@ -42,23 +32,23 @@ class _Message(_Strict):
     tool_calls: list[Any] | None = Field(default=None, max_length=0)
 
 
-class _ChatChoice(_Strict):
+class _ChatChoice(Strict):
     index: int = Field(ge=0, le=0)
     message: _Message
     finish_reason: Literal["stop", "length"]
 
 
-class _TextChoice(_Strict):
+class _TextChoice(Strict):
     index: int = Field(ge=0, le=0)
     text: str
     finish_reason: Literal["stop", "length"]
 
 
-class _Usage(_Strict):
+class _Usage(Strict):
     completion_tokens: int = Field(ge=0)
 
 
-class _ChatReply(_Strict):
+class _ChatReply(Strict):
     object: Literal["chat.completion"]
     model: str
     choices: list[_ChatChoice] = Field(min_length=1, max_length=1)
@@ -66,7 +56,7 @@ class _ChatReply(_Strict):
     error: None = None
 
 
-class _TextReply(_Strict):
+class _TextReply(Strict):
     object: Literal["text_completion"]
     model: str
     choices: list[_TextChoice] = Field(min_length=1, max_length=1)
@@ -74,33 +64,13 @@ class _TextReply(_Strict):
     error: None = None
 
 
-class _Model(_Strict):
+class _Model(Strict):
     id: str
 
 
-class _Models(_Strict):
+class _Models(Strict):
     object: Literal["list"]
     data: list[_Model] = Field(min_length=1)
-
-
-Schema = TypeVar("Schema", bound=_Strict)
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long and how often a server is asked."""
-
-    deadline_s: float = 900.0
-    """Seconds for one completion, all tries together."""
-    num_tries: int = 5
-    """Requests for one completion, at most."""
-    first_delay_s: float = 0.5
-    """Longest wait before the second try; it doubles with every further one."""
-    max_delay_s: float = 20.0
-    """Longest wait between two tries."""
-    max_reply_bytes: int = 8 * 2**20
-    """Size of a reply."""
 
 
 @dataclass
@@ -117,8 +87,8 @@ class Server:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        self._wire = Wire(resolve(self.url), read_key(), self.limits.max_reply_bytes)
-        self.model_name = self.model_name or self._ask("/models", None, self._only_model)
+        self._client = Client(self.url, self.limits, self.num_concurrent)
+        self.model_name = self.model_name or self._client.ask("/models", None, self._only_model)
 
     def complete(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
         """All samples of some problems, in order, or an error and none of them.
@@ -129,14 +99,7 @@ class Server:
             ModelError: a completion could not be had.
         """
         asked = [(p, s) for p in prompts for s in range(self.sampling.num_samples)]
-        with ThreadPoolExecutor(self.num_concurrent) as pool:
-            futures = [pool.submit(self._one, p, s, max_new_tokens) for p, s in asked]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                if not all(future.done() for future in futures):  # an error, or Ctrl-C
-                    self._wire.stop()
-                    pool.shutdown(wait=False, cancel_futures=True)
+        return self._client.each([partial(self._one, p, s, max_new_tokens) for p, s in asked])
 
     def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Completion:
         body: dict[str, Any] = {
@@ -154,43 +117,22 @@ class Server:
             return Completion(prompt, sample, text, reason == "length", num_tokens)
 
         if isinstance(prompt.content, str):
-            return self._ask("/completions", body | {"prompt": prompt.content}, accept)
+            return self._client.ask("/completions", body | {"prompt": prompt.content}, accept)
         body["messages"] = list(prompt.content)
         if self.enable_thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self.enable_thinking}
-        return self._ask("/chat/completions", body, accept)
-
-    def _ask(
-        self, path: str, body: dict[str, Any] | None, accept: Callable[[bytes], Value]
-    ) -> Value:
-        """Ask until a reply is accepted, with growing waits, within tries and deadline."""
-        end = time.monotonic() + self.limits.deadline_s
-        num_tries, delay = 0, self.limits.first_delay_s
-        while True:
-            num_tries += 1
-            try:
-                return accept(self._wire.send(path, body, seconds_left(end)))
-            except BadReply as error:
-                is_late = time.monotonic() + delay >= end
-                if num_tries >= self.limits.num_tries or is_late or self._wire.stopped.is_set():
-                    raise ModelError(
-                        f"the server gave no usable reply in {num_tries} tries: "
-                        f"{self._wire.clean(str(error))}. Nothing of this batch was kept; run the "
-                        "command again to continue."
-                    ) from None
-            self._wire.stopped.wait(delay * random.uniform(0.5, 1.0))
-            delay = min(2 * delay, self.limits.max_delay_s)
+        return self._client.ask("/chat/completions", body, accept)
 
     def _completion(
         self, content: bytes, prompt: Prompt, max_new_tokens: int
     ) -> tuple[str, str, int | None]:
         """Text, reason to stop and number of tokens of a reply."""
         if isinstance(prompt.content, str):
-            text = _parse(content, _TextReply)
+            text = parse(content, _TextReply)
             model, usage, said = text.model, text.usage, text.choices[0].text
             reason = text.choices[0].finish_reason
         else:
-            chat = _parse(content, _ChatReply)
+            chat = parse(content, _ChatReply)
             model, usage, said = chat.model, chat.usage, _spoken(chat.choices[0])
             reason = chat.choices[0].finish_reason
         if model != self.model_name:
@@ -202,7 +144,7 @@ class Server:
         return said, reason, None if usage is None else usage.completion_tokens
 
     def _only_model(self, content: bytes) -> str:
-        names = [model.id for model in _parse(content, _Models).data]
+        names = [model.id for model in parse(content, _Models).data]
         if len(names) > 1:
             raise ConfigError(
                 f"the server has {len(names)} models, got {', '.join(names[:5])}. "
@@ -221,45 +163,7 @@ def _spoken(choice: _ChatChoice) -> str:
     return f"<think>{message.reasoning_content}"
 
 
-def _parse(content: bytes, schema: type[Schema]) -> Schema:
-    """A reply as its schema wants it, from JSON without repeated keys or odd numbers."""
-    try:
-        value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse_constant
-        )
-        return schema.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the reply"
-        raise BadReply(f"a reply whose {place} does not fit: {first['msg']}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadReply(f"a reply that is not JSON: {str(error)[:100]}") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key is repeated")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _seed(seed: int, prompt_id: str, sample: int) -> int:
     """A number for the server's generator, of 31 bits, for each sample of each problem."""
     digest = hashlib.blake2b(repr((seed, prompt_id, sample)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def read_key() -> str | None:
-    """The key from the environment, None without one.
-
-    Raises:
-        ConfigError: it holds spaces or unprintable characters; it is not shown.
-    """
-    key = os.environ.get(KEY_VARIABLE)
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(f"{KEY_VARIABLE} holds spaces or unprintable characters. Set it anew.")
-    return key or None

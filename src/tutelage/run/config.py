@@ -198,6 +198,27 @@ class VLLMEngine:
         _require_gap(self.max_logprob_gap)
 
 
+@dataclass(frozen=True)
+class VLLMServer:
+    """A vLLM server in development mode, which reads the student's weights before every step."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["vllm_server"]
+    url: str
+    """Address without a path, such as http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
+    folder: str
+    """Where weights are handed over; the server must see it under the same name."""
+    num_concurrent: int = 64
+    """Completions asked for at the same time."""
+    max_logprob_gap: float | None = None
+    """As for the engine vllm."""
+
+    def __post_init__(self) -> None:
+        count = self.num_concurrent
+        require(count >= 1, "engine.num_concurrent", "at least 1", count, "64 is usual.")
+        _require_gap(self.max_logprob_gap)
+
+
 def _require_length(length: int) -> None:
     require(length >= 0, "engine.max_model_len", "at least 0", length, "0 is the model's limit.")
 
@@ -207,7 +228,9 @@ def _require_gap(gap: float | None) -> None:
     require(is_good, "engine.max_logprob_gap", "above 0", gap, "Leave it out for the default.")
 
 
-EngineConfig: TypeAlias = Annotated[TransformersEngine | VLLMEngine, Field(discriminator="kind")]
+EngineConfig: TypeAlias = Annotated[
+    TransformersEngine | VLLMEngine | VLLMServer, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
 from tutelage.models.vllm_engine import VLLMSampler
-from tutelage.run.config import Config, FileData, LedgerData, VLLMEngine
+from tutelage.models.vllm_server import VLLMServerSampler
+from tutelage.run.config import Config, FileData, LedgerData, VLLMEngine, VLLMServer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -180,6 +181,9 @@ def make_sampler(
     if isinstance(engine, VLLMEngine):
         memory = engine.gpu_memory_utilization
         return VLLMSampler(student, tokenizer, engine.max_model_len, memory)
+    if isinstance(engine, VLLMServer):
+        folder = Path(engine.folder)
+        return VLLMServerSampler(student, tokenizer, engine.url, folder, engine.num_concurrent)
     return TransformersSampler(student, tokenizer, config.sampling_batch_size)
 
 
