@@ -125,11 +125,10 @@ def run(size: int) -> Outcome:
                 flush=True,
             )
     killed = len(chosen) - len(survivors) - len(broken)
-    is_enough = killed >= 0.95 * len(chosen) and not failing
     return Outcome(
-        "95 % of the mutants are killed by the tests that guard their line",
+        "a small wrong change to the code is noticed by the tests that guard it (goal: 95 %)",
         trials=len(chosen),
-        failures=0 if is_enough else len(survivors) + len(broken) + len(failing),
+        failures=len(survivors) + len(broken) + len(failing),
         control={"test files that fail without a mutant": failing},
         details={
             "killed": killed,
@@ -138,4 +137,5 @@ def run(size: int) -> Outcome:
             "tests_could_not_run": broken,
             "stale_mutants_left_out": stale,
         },
+        is_sample=False,
     )

@@ -27,11 +27,13 @@ class Outcome:
     control: Mapping[str, Any]
     """What the same detector saw of code that is known to be wrong: it must not be nothing."""
     details: Mapping[str, Any] = field(default_factory=dict)
+    is_sample: bool = True
+    """Whether the trials are drawn at random, so that a bound can be given."""
 
     @property
     def bound(self) -> float | None:
         """Largest failure rate that 95 % confidence leaves, where there was no failure."""
-        if self.failures or not self.trials:
+        if self.failures or not self.trials or not self.is_sample:
             return None
         return float(1 - 0.05 ** (1 / self.trials))
 

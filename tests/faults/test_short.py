@@ -62,6 +62,7 @@ def test_a_result_says_how_sure_it_is(tmp_path: Path) -> None:
     good = record.Outcome("p", 300, 0, {"seen": 1})
     assert good.bound == pytest.approx(3 / 300, rel=0.01)  # the rule of three
     assert record.Outcome("p", 300, 1, {}).bound is None
+    assert record.Outcome("p", 300, 0, {}, is_sample=False).bound is None
     path = record.write("x", good, 1.25, tmp_path)
     table = json.loads(path.read_text())
     assert (table["trials"], table["failures"], table["bound_95"]) == (300, 0, good.bound)
