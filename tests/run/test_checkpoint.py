@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,10 @@ from tutelage.run.checkpoint import (
     checkpoint_path,
     list_checkpoints,
     load_optimizer,
+    newest_checkpoint,
     save_checkpoint,
 )
+from tutelage.run.manifest import DamagedError, seal, unseal
 
 
 def trained(models: Path, seed: int = 0) -> tuple[Any, torch.optim.Optimizer]:
@@ -66,7 +69,7 @@ def test_weights_and_moments_come_back_bit_by_bit(tmp_path: Path, tiny_models: P
     assert len(expected) == 3 * len(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert fresh.param_groups[0]["lr"] == 0.5  # the schedule sets it, not the checkpoint
-    assert json.loads((path / "state.json").read_text()) == {"step": 3}
+    assert unseal(path) == {"step": 3}
 
 
 def test_only_the_newest_are_kept_and_sorted_by_number(tmp_path: Path, tiny_models: Path) -> None:
@@ -77,17 +80,108 @@ def test_only_the_newest_are_kept_and_sorted_by_number(tmp_path: Path, tiny_mode
     assert list_checkpoints(tmp_path)[-1][1] == checkpoint_path(tmp_path, 11)
 
 
-def test_a_checkpoint_that_never_became_whole_is_invisible(
-    tmp_path: Path, tiny_models: Path
-) -> None:
+def test_what_is_no_checkpoint_is_invisible(tmp_path: Path, tiny_models: Path) -> None:
     good = save(tmp_path, 1, tiny_models)
     torn = tmp_path / f".checkpoint-000002.{os.getpid() + 1}.tmp"
     shutil.copytree(good, torn)
-    without_state = checkpoint_path(tmp_path, 3)
-    shutil.copytree(good, without_state)
-    (without_state / "state.json").unlink()
     (tmp_path / "checkpoint-old").mkdir()
     assert list_checkpoints(tmp_path) == [(1, good)]
+
+
+def damage_seal(path: Path) -> None:
+    (path / "state.json").write_text((path / "state.json").read_text().replace("  ", " ", 1))
+
+
+def flip(path: Path, place: int = 1000) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped bit": (
+        lambda p: flip(p / "optimizer.safetensors", -7),
+        r"optimizer\.safetensors was changed",
+    ),
+    "cut short": (
+        lambda p: os.truncate(p / "model" / "model.safetensors", 99),
+        r"model/model\.safetensors was changed or cut short",
+    ),
+    "file gone": (lambda p: (p / "model" / "config.json").unlink(), r"config\.json is missing"),
+    "file added": (lambda p: (p / "model" / "adapter_config.json").touch(), "does not belong"),
+    "no seal": (lambda p: (p / "state.json").unlink(), r"state\.json is missing"),
+    "a space in the seal": (damage_seal, r"state\.json was changed"),
+    "an empty seal": (lambda p: (p / "state.json").write_text("[]"), "lists no files"),
+    "another step": (lambda p: seal(p, {"step": 3}), "belongs to another step"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    tmp_path: Path, tiny_models: Path, name: str
+) -> None:
+    damage, why = DAMAGES[name]
+    good, bad = save(tmp_path, 1, tiny_models), save(tmp_path, 2, tiny_models)
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) == (2, bad)
+    damage(bad)
+    assert newest_checkpoint(tmp_path, said.append) == (1, good)
+    assert len(said) == 1
+    assert re.search(f"checkpoint-000002 is damaged.*{why}.*checkpoint-000001 is used", said[0])
+    assert not bad.exists()
+    assert (tmp_path / "checkpoint-000002.damaged").is_dir()
+    save(tmp_path, 2, tiny_models, keep=1)  # the damaged one counts for nothing
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    damage(bad)
+    with pytest.raises(RunError, match=rf"no checkpoint of .* is whole; .*{why}") as caught:
+        newest_checkpoint(tmp_path, said.append)
+    assert "\n" not in str(caught.value)
+    assert bad.is_dir()  # nothing is set aside where nothing takes its place
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path, print) is None
+
+
+def test_every_byte_of_the_seal_is_sealed(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    seal(tmp_path, {"step": 1})
+    assert unseal(tmp_path) == {"step": 1}
+    text = (tmp_path / "state.json").read_bytes()
+    for place in range(len(text)):
+        for bit in range(8):
+            changed = bytearray(text)
+            changed[place] ^= 1 << bit
+            (tmp_path / "state.json").write_bytes(changed)
+            with pytest.raises(DamagedError):
+                unseal(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path, tiny_models: Path) -> None:
+    good = save(tmp_path, 1, tiny_models, keep=1)
+    model, optimizer = trained(tiny_models)
+    weight = model.get_parameter("model.norm.weight")
+    weight.data[3] = torch.inf
+    with pytest.raises(RunError, match=r"model\.norm\.weight holds numbers that are not finite"):
+        save_checkpoint(tmp_path, 2, parts_of(tiny_models, model), optimizer, 1)
+    weight.data[3] = 1.0
+    optimizer.state[weight]["exp_avg"][0] = torch.nan
+    with pytest.raises(RunError, match=r"norm\.weight\|exp_avg holds numbers that are not finite"):
+        save_checkpoint(tmp_path, 2, parts_of(tiny_models, model), optimizer, 1)
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save(tmp_path, 1, tiny_models, keep=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12345))
+    with pytest.raises(
+        RunError, match=r"needs [\d,]+ bytes and the disk of .* has 12,345 left"
+    ) as e:
+        save(tmp_path, 2, tiny_models, keep=1)
+    assert "\n" not in str(e.value)
+    assert list(tmp_path.iterdir()) == [good]
 
 
 def test_saving_again_replaces_a_torn_attempt_and_leaves_nothing_temporary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.errors import RunError
-from tutelage.run.folder import RunFolder, write_atomically
+from tutelage.run.atomic import write_atomically
+from tutelage.run.folder import RunFolder
 
 
 @pytest.fixture
@@ -37,27 +39,53 @@ def test_a_second_writer_is_refused_until_the_first_closes(folder: RunFolder) ->
     second.close()
 
 
-def test_the_lock_of_a_dead_process_is_taken_over(folder: RunFolder) -> None:
+@pytest.fixture
+def unlocked(tmp_path: Path) -> Path:
+    """A run folder that no process has open."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("text", ["", '{"pid": 12', "12", "{}"])
+def test_a_lock_without_a_readable_owner_is_taken_over(unlocked: Path, text: str) -> None:
+    (unlocked / "lock").write_text(text)
+    RunFolder(unlocked).open()
+    assert json.loads((unlocked / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(unlocked: Path) -> None:
+    """Also where its number lives on in another process, as it does in containers."""
     child = os.fork()
     if child == 0:
-        os._exit(0)
+        RunFolder(unlocked).open()
+        os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    owner = {"pid": child, "host": platform.node()}
-    (folder.path / "lock").write_text(json.dumps(owner))
-    RunFolder(folder.path).open()
-    assert json.loads((folder.path / "lock").read_text())["pid"] == os.getpid()
+    assert json.loads((unlocked / "lock").read_text())["pid"] == child
+    owner = {"pid": os.getpid(), "host": platform.node()}
+    (unlocked / "lock").write_text(json.dumps(owner))
+    RunFolder(unlocked).open()
 
 
-def test_the_lock_of_another_machine_is_respected(folder: RunFolder) -> None:
-    (folder.path / "lock").write_text(json.dumps({"pid": 2**22 + 1, "host": "elsewhere"}))
+def test_the_lock_of_a_living_process_is_respected(unlocked: Path) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        RunFolder(unlocked).open()
+        os.write(write, b"1")
+        signal.pause()
+    os.read(read, 1)
+    try:
+        with pytest.raises(RunError, match=f"in use by process {child} on"):
+            RunFolder(unlocked).open()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_the_lock_of_another_machine_is_respected(unlocked: Path) -> None:
+    (unlocked / "lock").write_text(json.dumps({"pid": 2**22 + 1, "host": "elsewhere"}))
     with pytest.raises(RunError, match=r"on elsewhere\. Wait for it, or delete"):
-        RunFolder(folder.path).open()
-
-
-@pytest.mark.parametrize("torn", ["", '{"pid": 12'])
-def test_a_torn_lock_is_taken_over(folder: RunFolder, torn: str) -> None:
-    (folder.path / "lock").write_text(torn)
-    RunFolder(folder.path).open()
+        RunFolder(unlocked).open()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

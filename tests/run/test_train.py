@@ -24,6 +24,7 @@ from tutelage.models.load import load_model
 from tutelage.models.sampling import Drawn
 from tutelage.run.checkpoint import list_checkpoints
 from tutelage.run.config import Config
+from tutelage.run.manifest import seal
 from tutelage.run.step import Step
 from tutelage.run.train import RunResult, train
 
@@ -35,6 +36,8 @@ PROMISED = {
     "reverse_kl_nats",
     "entropy_nats",
     "grad_norm",
+    "num_skipped_updates",
+    "num_memory_splits",
     "learning_rate",
     "seconds",
 }
@@ -140,7 +143,7 @@ def test_metrics_hold_what_is_promised(unbroken: Path) -> None:
         assert metrics["grad_norm"] > 0
         assert sum(q["share"] for q in metrics["quadrants"].values()) == pytest.approx(1)
     evaluated = [(e["step"], e["model"]) for e in read(unbroken, "evaluation.jsonl")]
-    assert evaluated == [(0, "student"), (0, "teacher"), (2, "student"), (4, "student")]
+    assert evaluated == [(0, "teacher"), (0, "student"), (2, "student"), (4, "student")]
 
 
 def test_training_lowers_the_divergence_it_trains_on(tmp_path: Path, tiny_models: Path) -> None:
@@ -200,6 +203,7 @@ def test_another_seed_or_state_would_not_pass_for_the_same_run(
     shutil.rmtree(folder / "checkpoint-000004")
     moments = folder / "checkpoint-000002" / "optimizer.safetensors"
     save_file({name: torch.zeros_like(x) for name, x in load_file(moments).items()}, moments)
+    seal(moments.parent, {"step": 2})
     go(tiny_config(tiny_models, folder, selection=SOFT_OR, evaluation=EVALUATION))
     assert digest(folder / "checkpoint-000004") != digest(unbroken / "checkpoint-000004")
 

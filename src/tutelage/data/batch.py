@@ -7,7 +7,7 @@ end-of-sequence token, or an end-of-sequence token inside the prompt, cannot dro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -46,6 +46,25 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
         return Batch(**{f.name: self.__dict__[f.name].to(device) for f in fields(self)})
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first and the last sequences, at least one each, and their rows in the same order."""
+        middle, width = (len(self.input_ids) + 1) // 2, self.input_ids.shape[1]
+        num_first = int((self.row_index < middle * width).sum())
+        tables = ("input_ids", "attention_mask", "position_ids")
+        first, last = (
+            Batch(
+                **{
+                    f.name: self.__dict__[f.name][t if f.name in tables else r]
+                    for f in fields(self)
+                }
+            )
+            for t, r in (
+                (slice(middle), slice(num_first)),
+                (slice(middle, None), slice(num_first, None)),
+            )
+        )
+        return first, replace(last, row_index=last.row_index - middle * width)
 
     def flatten(self, hidden: Tensor) -> Tensor:
         """Rows of a padded tensor, at the positions that predict completion tokens.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,9 @@ from torch import Tensor
 
 from tutelage.errors import RunError
 from tutelage.models.load import save_model
+from tutelage.run.atomic import discard, new_folder, sync
+from tutelage.run.manifest import DamagedError, seal, unseal
+from tutelage.run.setup import trained_names
 
 if TYPE_CHECKING:
     from tutelage.run.setup import Parts
@@ -24,6 +26,8 @@ _MASTER = "master"
 """Name of a float32 master weight among its moments."""
 _NUMBER = "#"
 """Ends the name of an optimizer's entry that is a plain number."""
+_SPARE_BYTES = 16 << 20
+"""Room that a checkpoint needs beside its tensors: tokenizer, headers, logs."""
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -32,13 +36,50 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint, oldest first."""
+    """(step, folder) of every checkpoint, oldest first; `newest_checkpoint` looks into them."""
     found = []
     for path in run.glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
-        if number.isdigit() and (path / "state.json").exists():
+        if number.isdigit() and path.is_dir():
             found.append((int(number), path))
     return sorted(found)
+
+
+def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[int, Path] | None:
+    """(step, folder) of the newest checkpoint whose every byte is as it was written.
+
+    Damaged ones after it are named, and set aside as `checkpoint-….damaged`.
+
+    Raises:
+        RunError: there are checkpoints, and all are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for step, path in reversed(list_checkpoints(run)):
+        try:
+            if unseal(path) != {"step": step}:
+                raise DamagedError("it belongs to another step")
+        except (DamagedError, OSError) as error:
+            damaged.append((path, str(error)))
+            continue
+        _set_aside(damaged, path, say)
+        return step, path
+    if damaged:
+        path, why = damaged[0]
+        raise RunError(
+            f"no checkpoint of {run} is whole; of {path.name}, {why}. "
+            "Restore one, or delete them to start anew."
+        )
+    return None
+
+
+def _set_aside(damaged: Iterable[tuple[Path, str]], used: Path, say: Callable[[str], None]) -> None:
+    for path, why in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        if aside.exists():
+            discard(aside)
+        path.rename(aside)
+        sync(path.parent)
+        say(f"warning: {path.name} is damaged ({why}) and set aside; {used.name} is used")
 
 
 def save_checkpoint(
@@ -56,29 +97,63 @@ def save_checkpoint(
     are functions of (seed, step).
 
     Raises:
-        RunError: the disk is full or the folder cannot be written; older checkpoints stay.
+        RunError: the disk is full, the folder cannot be written, or a number to be saved is not
+            finite; older checkpoints stay.
     """
     final = checkpoint_path(run, step)
-    temporary = run / f".{final.name}.{os.getpid()}.tmp"
+    tensors = _optimizer_tensors(parts, optimizer)
+    weights = {name: p for name, p in parts.student.model.named_parameters() if p.requires_grad}
+    _refuse_nonfinite(step, weights | tensors)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
-        save_model(parts.student.model, parts.tokenizer, temporary / "model")
-        save_file(_optimizer_tensors(parts, optimizer), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n")
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        _sync_path(run)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
+        with new_folder(final) as temporary:
+            save_model(parts.student.model, parts.tokenizer, temporary / "model")
+            save_file(tensors, temporary / "optimizer.safetensors")
+            seal(temporary, {"step": step})  # reads every byte back
+    except (OSError, SafetensorError, RunError) as error:
         raise RunError(
-            f"checkpoint {final} cannot be written: {error}. Earlier checkpoints are untouched; "
-            "free some space and start the same command again."
+            f"checkpoint {final} cannot be written: {_sentence(error)} Earlier checkpoints are "
+            "untouched; free some space and start the same command again."
         ) from None
-    for _, old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    _rotate(run, keep)
     return final
+
+
+def require_space(run: Path, num_bytes: int) -> None:
+    """Refuse to fill a disk that has too little room for a checkpoint's tensors.
+
+    Raises:
+        RunError: the file system of `run` has fewer bytes left.
+    """
+    needed, free = num_bytes + _SPARE_BYTES, shutil.disk_usage(run).free
+    if free < needed:
+        raise RunError(
+            f"a checkpoint needs {needed:,} bytes and the disk of {run} has {free:,} left."
+        )
+
+
+def _rotate(run: Path, keep: int) -> None:
+    for _, old in list_checkpoints(run)[:-keep]:
+        try:
+            discard(old)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint {old} is no longer needed and cannot be removed: {error.strerror}. "
+                "Remove it, then start the same command again."
+            ) from None
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).removesuffix(".") + "."
+
+
+def _refuse_nonfinite(step: int, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"{name} holds numbers that are not finite after step {step}, so nothing was "
+                "saved. Lower optimizer.learning_rate and start the same command again."
+            )
 
 
 def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
@@ -94,7 +169,7 @@ def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -
         raise RunError(
             f"{file} cannot be read: {error}. Delete {path} to use an older one."
         ) from None
-    names = _parameter_names(parts)
+    names = trained_names(parts.student)
     state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(names))}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("|")
@@ -116,7 +191,7 @@ def _optimizer_tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[s
     tensors: dict[str, Tensor] = {}
     masters = parts.masters
     both = zip(masters.weights, masters.masters, strict=True)
-    for name, (weight, master) in zip(_parameter_names(parts), both, strict=True):
+    for name, (weight, master) in zip(trained_names(parts.student), both, strict=True):
         if weight is not master:
             tensors[f"{name}|{_MASTER}"] = master.detach()
         for entry, value in optimizer.state[master].items():
@@ -127,22 +202,3 @@ def _optimizer_tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[s
             elif value is not None:
                 tensors[f"{name}|{entry}{_NUMBER}"] = torch.tensor(value)
     return tensors
-
-
-def _parameter_names(parts: Parts) -> list[str]:
-    """Names in the order in which the optimizer numbers its parameters."""
-    named = parts.student.model.named_parameters()
-    return [name for name, parameter in named if parameter.requires_grad]
-
-
-def _sync(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        _sync_path(path)
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

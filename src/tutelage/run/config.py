@@ -306,6 +306,9 @@ class Config:
     """Steps between checkpoints; 0 for only the last."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk, at least 1."""
+    max_skipped_steps: int = 3
+    """Stop after so many steps in a row whose loss or gradient is infinite or NaN, at least 1.
+    Such an update is skipped: weights and optimizer stay as they are."""
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     device: str = "auto"
@@ -321,7 +324,7 @@ class Config:
             is_one = temperature == 1
             require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
         positive = ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size")
-        for key in (*positive, "keep_checkpoints", "updates_per_step"):
+        for key in (*positive, "keep_checkpoints", "max_skipped_steps", "updates_per_step"):
             value = self.__dict__[key]
             require(value >= 1, key, "at least 1", value, "Raise it.")
         for key in ("checkpoint_every", "num_threads", "micro_batch_tokens"):

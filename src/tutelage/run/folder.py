@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from tutelage.errors import RunError
+from tutelage.run.atomic import remove_remnants, sync, write_atomically
+from tutelage.run.lock import FolderLock
 
 LOGS = ("metrics.jsonl", "evaluation.jsonl", "evaluation_rows.jsonl", "samples.jsonl")
 """Files with one JSON object a line; every object has a `step`."""
@@ -31,7 +33,7 @@ class RunFolder:
     def __init__(self, path: Path, is_writer: bool = True) -> None:
         self.path = path
         self.is_writer = is_writer
-        self._lock = path / "lock"
+        self._lock = FolderLock(path / "lock")
 
     def open(self) -> None:
         """Create the folder and take its lock.
@@ -43,9 +45,8 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._take_lock()
-            for remnant in self.path.glob(".*.tmp"):  # of a process that died while it wrote
-                shutil.rmtree(remnant) if remnant.is_dir() else remnant.unlink()
+            self._lock.take()
+            remove_remnants(self.path)
         except OSError as error:
             raise RunError(
                 f"run folder {self.path} cannot be written: {error.strerror}. "
@@ -54,57 +55,47 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self.is_writer:
-            self._lock.unlink(missing_ok=True)
-
-    def _take_lock(self) -> None:
-        mine = {"pid": os.getpid(), "host": platform.node()}
-        try:
-            descriptor = os.open(self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            self._refuse_living_owner()
-            self._lock.unlink(missing_ok=True)
-            descriptor = os.open(self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(mine, file)
-
-    def _refuse_living_owner(self) -> None:
-        try:
-            owner = json.loads(self._lock.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return  # released, or torn while its owner died
-        is_here = owner["host"] == platform.node()
-        if is_here and not _is_alive(owner["pid"]):
-            return
-        raise RunError(
-            f"run folder {self.path} is in use by process {owner['pid']} on {owner['host']}. "
-            f"Wait for it, or delete {self._lock} if that process is gone."
-        )
+        self._lock.release()
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Add lines to a log, flushed to disk before it returns."""
+        """Add lines to a log, flushed to disk before it returns.
+
+        Raises:
+            RunError: the disk is full; the next start drops a line that is cut off.
+        """
         if not self.is_writer:
             return
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.path / name
+        with _explained(path):
+            is_new = not path.exists()
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            if is_new:
+                sync(self.path)
 
     def rewind(self, step: int, logs: Sequence[str] = LOGS) -> None:
         """Drop every logged line of a step after `step`, so that no step is logged twice."""
         for name in logs:
             path = self.path / name
             if self.is_writer and path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if _is_at_most(line, step)]
-                write_atomically(path, "".join(kept))
+                with _explained(path):
+                    lines = path.read_bytes().splitlines(keepends=True)
+                    kept = [text for text in map(_text, lines) if _is_at_most(text, step)]
+                    if len(kept) < len(lines):
+                        write_atomically(path, "".join(kept))
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a log; none if there is no such file."""
+        path = self.path / name
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the student's evaluation after `step` was logged."""
-        path = self.path / "evaluation.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        records = [json.loads(line) for line in lines]
+        records = self.read("evaluation.jsonl")
         return any((r["step"], r["model"]) == (step, "student") for r in records)
 
     def read_manifest(self) -> dict[str, Any] | None:
@@ -123,19 +114,35 @@ class RunFolder:
         return manifest
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Replace the manifest, whole or not at all."""
+        """Replace the manifest, whole or not at all.
+
+        Raises:
+            RunError: the disk is full; the old one stays.
+        """
         if self.is_writer:
-            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            path = self.path / "manifest.json"
+            with _explained(path):
+                write_atomically(path, json.dumps(manifest, indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what a full or broken disk raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}. Checkpoints are untouched; free some "
+            "space and start the same command again."
+        ) from None
+
+
+def _text(line: bytes) -> str:
+    """A line of a log; nothing if its bytes are no text."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _is_at_most(line: str, step: int) -> bool:
@@ -143,16 +150,6 @@ def _is_at_most(line: str, step: int) -> bool:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (json.JSONDecodeError, KeyError, TypeError):
         return False  # torn while the process died
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def environment() -> dict[str, Any]:

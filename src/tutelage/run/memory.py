@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS = (32, 64)
 """Two lengths, whose difference is what one more token costs."""
-_STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1}
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1}
 """Bytes of optimizer state for each trained weight."""
 _KNOBS = {
     "process": "a machine with more memory",
@@ -110,7 +110,7 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
         "masters": 0 if config.optimizer.offload and not on_cpu else _bytes(_own_masters(parts)),
     }
     trained = sum(w.numel() for w in parts.masters.weights)
-    state = int(trained * _STATE_BYTES[config.optimizer.kind])
+    state = int(trained * STATE_BYTES[config.optimizer.kind])
     base["optimizer"] = 0 if config.optimizer.offload and not on_cpu else state
     resting = teacher.full_bytes if teacher.mode == "resident" else teacher.head_bytes
     if teacher.mode == "offload" and on_cpu:

@@ -21,8 +21,10 @@ _ADAPTER = TypeAdapter(Config)
 
 _RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
 
-SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "num_threads", "device")
-"""Keys that may change when a run is continued: they cannot change its results."""
+SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps")
+"""Keys that may change when a run is continued: they change no number in it."""
+_UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device")
+"""Keys that do not name a run: the last two change no more than rounding."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -83,7 +85,7 @@ def to_table(config: Config) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits naming everything in the configuration that changes results."""
-    table = {key: value for key, value in to_table(config).items() if key not in SAFE_KEYS}
+    table = {key: value for key, value in to_table(config).items() if key not in _UNNAMED_KEYS}
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -15,7 +15,7 @@ from tutelage.data.batch import Batch
 from tutelage.run.config import Config
 from tutelage.run.gather import Gathered
 from tutelage.run.method import FirstTokens, RandomTokens, SampledTokens, SomeTokens
-from tutelage.run.recipe import guidance, guided_terms, plain_terms
+from tutelage.run.recipe import Guidance, guidance, guided_terms, plain_terms
 
 _SELECTION_SEED = 1
 """Keeps the random numbers of selection apart from those of sampling."""
@@ -39,6 +39,8 @@ class Lesson:
 
     rows: Tensor
     terms: Sequence[tuple[Term, Tensor | float]]
+    guide: Guidance | None = None
+    """What the terms were made of, for each row; None if they are the same for all rows."""
 
     @property
     def num_clipped(self) -> int:
@@ -76,7 +78,8 @@ def lessons_of(config: Config, batches: Sequence[Batch], plan: Plan | None) -> l
         here = plan.gathered.here[start : start + batch.num_rows]
         rows = is_kept[here].nonzero().squeeze(1)
         guide = guidance(plan.gathered.stats[here], batch.tokens, weights[here], plan.gate[here])
-        lessons.append(Lesson(rows, guided_terms(config.objective, guide[rows])))
+        guide = guide[rows]
+        lessons.append(Lesson(rows, guided_terms(config.objective, guide), guide))
         start += batch.num_rows
     return lessons
 

@@ -77,7 +77,7 @@ def _line(metrics: dict[str, Any]) -> str:
     seconds = sum(metrics["seconds"].values())
     kept = f"{metrics['num_kept']}/{metrics['num_rows']}"
     return (
-        f"loss {metrics['loss']:.4f}  KL {_nats(metrics['reverse_kl_nats'])}  "
+        f"loss {_nats(metrics['loss'])}  KL {_nats(metrics['reverse_kl_nats'])}  "
         f"entropy {_nats(metrics['entropy_nats'])}  kept {kept}  "
         f"{metrics['num_rows'] / max(seconds, 1e-9):.0f} tokens/s  {seconds:.2f} s"
     )

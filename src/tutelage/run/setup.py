@@ -53,6 +53,12 @@ class Parts:
     device: torch.device
 
 
+def trained_names(student: Student) -> list[str]:
+    """Names of the weights that learn, in the order of their masters."""
+    named = student.model.named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad]
+
+
 def build_task(data: LedgerData | FileData) -> Task:
     """The task of a `[data]` table."""
     if isinstance(data, LedgerData):

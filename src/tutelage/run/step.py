@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tutelage.core import LazyLogits, Objective, TokenSelection, TokenStats
+from tutelage.core import LazyLogits, TokenSelection, TokenStats
 from tutelage.data.batch import Batch, collate, length_groups
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
@@ -22,11 +22,13 @@ from tutelage.models.tokenizers import pad_id
 from tutelage.run.config import Config
 from tutelage.run.diagnostics import clip_share, token_metrics
 from tutelage.run.gather import Gathered, Ranks
+from tutelage.run.learn import Learned, Learner, Ready
 from tutelage.run.method import PacedWeighting, RewardWeighting
-from tutelage.run.plan import Lesson, Plan, choose, divisors, lessons_of
+from tutelage.run.plan import Plan, choose
 from tutelage.run.proof import engine_gap
 from tutelage.run.recipe import gate_of, needed_extras, needs_scoring, row_weights, scores_teacher
 from tutelage.run.setup import Parts
+from tutelage.run.stop import Stop
 
 _DROPOUT_SEED = 2
 """Keeps the random numbers of dropout apart from those of sampling and selection."""
@@ -48,21 +50,6 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-@dataclass(frozen=True)
-class _Learned:
-    """What the updates of a step did, summed over this process's micro-batches."""
-
-    total: float
-    """Sum of the objective, nats."""
-    divisor: int
-    """Sum of the updates' divisors."""
-    grad_norm: float
-    """The largest of the updates'."""
-    lessons: Sequence[Lesson]
-    stats: TokenStats
-    """Statistics of the rows as they were learned from."""
-
-
 class Step:
     """Takes steps with one set of models, optimizer and configuration."""
 
@@ -73,22 +60,54 @@ class Step:
         accelerator: Accelerator,
         student: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
+        stop: Stop | None = None,
     ) -> None:
+        self.stop = stop or Stop()
         self.config = config
         self.parts = parts
         self.accelerator = accelerator
         self.ranks = Ranks(accelerator)
         self.student = student
         self.optimizer = optimizer
+        self.learner = Learner(config, parts, self.ranks, student, optimizer, self.stop)
         self.pad_id = pad_id(parts.tokenizer)
 
     def take(self, step: int) -> dict[str, Any]:
         """Perform step `step` (from 1), one update or several, and return its metrics.
 
+        An update whose loss or gradient is not finite is left out: weights and moments stay.
+
         Raises:
-            RunError: a gradient is not finite; weights and moments are as before that update.
+            StoppedError: a signal came before the first update; nothing changed.
+            RunError: no token has finite statistics.
         """
         clock = Clock()
+        with self.stop.interruptible():
+            ready = self._prepare(step, clock)
+        seed = (self.config.seed, step, _DROPOUT_SEED)
+        with clock.phase("learn_s"), learning(self.parts.student.model, seed):
+            learned = self.learner.learn(ready, step)
+        plan, rollouts = ready.plan, ready.rollouts
+        if plan is None:  # every token was learned from, so all statistics are known now
+            plan = self._plan_of(self.ranks.rows(learned.batches, learned.stats), rollouts, step)
+        num_clipped = self.ranks.sum(sum(lesson.num_clipped for lesson in learned.lessons))
+        return {
+            "step": step,
+            "loss": learned.loss,
+            "grad_norm": learned.grad_norm,
+            "num_skipped_updates": learned.num_skipped,
+            **({"nonfinite": list(learned.nonfinite)} if learned.num_skipped else {}),
+            "num_memory_splits": learned.num_splits,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "clip_share": clip_share(self.config, num_clipped, len(plan.chosen.rows)),
+            "max_abs_hidden_gap": ready.hidden_gap,
+            **ready.engine,
+            **self._metrics(plan, rollouts, self._described(plan, learned)),
+            "seconds": clock.seconds,
+        }
+
+    def _prepare(self, step: int, clock: Clock) -> Ready:
+        """What comes before the first update: rollouts, the teacher's reading, the plan."""
         with clock.phase("rollout_s"):
             drawn = self.write(step)
         rollouts = drawn.rollouts
@@ -109,23 +128,7 @@ class Step:
                 known = self._known(batches, drawn)
                 gap = self._verified_gap(batches, known, step)
                 plan = self._plan(batches, views, known, rollouts, step)
-        seed = (self.config.seed, step, _DROPOUT_SEED)
-        with clock.phase("learn_s"), learning(self.parts.student.model, seed):
-            learned = self._learn(updates, views, plan, step)
-        if plan is None:  # every token was learned from, so all statistics are known now
-            plan = self._plan_of(self.ranks.rows(batches, learned.stats), rollouts, step)
-        num_clipped = self.ranks.sum(sum(lesson.num_clipped for lesson in learned.lessons))
-        return {
-            "step": step,
-            "loss": self.ranks.sum(learned.total) / max(learned.divisor, 1),
-            "grad_norm": learned.grad_norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "clip_share": clip_share(self.config, num_clipped, len(plan.chosen.rows)),
-            "max_abs_hidden_gap": gap,
-            **engine,
-            **self._metrics(plan, rollouts, self._described(batches, plan, learned)),
-            "seconds": clock.seconds,
-        }
+        return Ready(rollouts, updates, views, plan, engine, gap)
 
     def write(self, step: int) -> Drawn:
         """This process's share of the step's rollouts."""
@@ -244,83 +247,7 @@ class Step:
         table = self.ranks.by_completion(codes, self.share(len(rollouts)))
         return [None if code < 0 else bool(code) for code in table]
 
-    def _learn(
-        self, updates: list[list[Batch]], views: list[LazyLogits], plan: Plan | None, step: int
-    ) -> _Learned:
-        """The updates of a step, each from its own micro-batches and divided by its own number."""
-        batches = [batch for update in updates for batch in update]
-        lessons = lessons_of(self.config, batches, plan)
-        if plan is None:
-            counts = [self.ranks.sum(sum(b.num_rows for b in update)) for update in updates]
-        else:
-            counts = divisors(self.config, plan, self._completions_per_update(batches))
-        total, norms, start = 0.0, [], 0
-        stats: list[TokenStats] = []
-        for number, (update, divisor) in enumerate(zip(updates, counts, strict=True), 1):
-            here = slice(start, start + len(update))
-            start = here.stop
-            sums, seen = self._back_propagate(update, views[here], lessons[here], divisor)
-            norms.append(self._update(step, number))
-            total += sums
-            stats += seen
-        return _Learned(total, sum(counts), max(norms), lessons, TokenStats.cat(stats))
-
-    def _completions_per_update(self, batches: Sequence[Batch]) -> int:
-        num_local = sum(len(batch.input_ids) for batch in batches)
-        return num_local * self.ranks.count // self.config.updates_per_step
-
-    def _back_propagate(
-        self,
-        batches: Sequence[Batch],
-        views: Sequence[LazyLogits],
-        lessons: Sequence[Lesson],
-        divisor: int,
-    ) -> tuple[float, list[TokenStats]]:
-        """Back-propagate every micro-batch; the sum of the objective and what its rows were."""
-        scale = self.ranks.count / max(divisor, 1)
-        is_scored = needs_scoring(self.config) and scores_teacher(self.config)
-        extras = () if is_scored else needed_extras(self.config)
-        total, learned = 0.0, []
-        for i, (batch, view, lesson) in enumerate(zip(batches, views, lessons, strict=True), 1):
-            teacher = self.parts.teacher.view(view)
-            with self._synchronising(i == len(batches)):
-                objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
-                self.accelerator.backward(objective.total * scale)
-            self.parts.masters.collect()
-            total += float(objective.total.detach())
-            learned.append(_as_stats(objective))
-        return total, learned
-
-    def _synchronising(self, is_last: bool) -> Any:
-        """Gradients travel between processes once an update: with its last micro-batch.
-
-        Those of weights with masters travel at once, for they are summed in the masters.
-        """
-        is_now = is_last or bool(self.parts.masters.pairs)
-        return nullcontext() if is_now else self.accelerator.no_sync(self.student)
-
-    def _update(self, step: int, number: int) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = self.config.optimizer.max_grad_norm
-        norm = float(
-            torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        )
-        if not norm < float("inf"):
-            self.optimizer.zero_grad()
-            raise RunError(
-                f"the gradient of step {step} is not finite (norm {norm}, update {number} of "
-                f"{self.config.updates_per_step}). It was not applied; lower "
-                "optimizer.learning_rate or use float32, then start again."
-            )
-        if limit > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
-    def _described(
-        self, batches: Sequence[Batch], plan: Plan, learned: _Learned
-    ) -> tuple[TokenStats, Tensor, Tensor]:
+    def _described(self, plan: Plan, learned: Learned) -> tuple[TokenStats, Tensor, Tensor]:
         """Statistics that the metrics describe, which of their rows were kept, and their gates.
 
         Where scoring left the teacher out, the kept rows are known from learning.
@@ -332,7 +259,7 @@ class Step:
         if stats.has_teacher:
             return stats[rows], is_kept, plan.gate[rows]
         kept = [lesson.rows for lesson in learned.lessons]
-        stats = self.ranks.rows(batches, learned.stats, kept).stats
+        stats = self.ranks.rows(learned.batches, learned.stats, kept).stats
         return stats, is_kept, gate_of(self.config.objective, stats)
 
     def _metrics(
@@ -348,17 +275,3 @@ class Step:
             "truncated_share": self.ranks.sum(sum(r.is_truncated for r in rollouts)) / count,
             "duplicate_share": 1 - self.ranks.sum(distinct) / count,
         }
-
-
-def _as_stats(objective: Objective) -> TokenStats:
-    """Statistics of the rows an objective saw; the sampled token's log-probability is unknown."""
-    unknown = torch.zeros_like(objective.entropy)
-    return TokenStats(
-        objective.entropy,
-        objective.teacher_entropy,
-        objective.reverse_kl,
-        objective.forward_kl,
-        unknown,
-        unknown,
-        objective.extras,
-    )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,21 +15,23 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from tutelage.errors import ConfigError, RunError
-from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import MasterWeights, make_optimizer
-from tutelage.models.sampling import SamplingConfig
-from tutelage.models.tokenizers import decode, pad_id
-from tutelage.run.checkpoint import list_checkpoints, load_optimizer, save_checkpoint
+from tutelage.run.checkpoint import (
+    checkpoint_path,
+    load_optimizer,
+    newest_checkpoint,
+    require_space,
+    save_checkpoint,
+)
 from tutelage.run.config import Config, OptimizerConfig, TransformersEngine
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
+from tutelage.run.measure import describe, measure
+from tutelage.run.memory import STATE_BYTES
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
-from tutelage.run.setup import Parts, build, pick_device, plain_student, warnings_of
+from tutelage.run.setup import build, pick_device, plain_student, warnings_of
 from tutelage.run.step import Step
-
-_EVALUATION_SEED = 424242
-"""Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""
-_NUM_SAVED_SAMPLES = 8
+from tutelage.run.stop import Stop, StoppedError, listening
 
 Say = Callable[[str], None]
 OnStep = Callable[[dict[str, Any]], None]
@@ -83,11 +83,12 @@ def train(
     accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
     folder = RunFolder(run_folder(config, name), accelerator.is_main_process)
     folder.open()
+    stop = Stop(may_interrupt=accelerator.num_processes == 1)
     try:
-        with _stop_requested(say) as stop:
-            run = _Run(config, folder, accelerator, allow_change, say, on_step)
+        with listening(stop):
+            run = _Run(config, folder, accelerator, allow_change, say, on_step, stop)
             try:
-                return run.go(stop)
+                return run.go()
             finally:
                 run.parts.sampler.close()
     finally:
@@ -103,8 +104,10 @@ class _Run:
         allow_change: tuple[str, ...],
         say: Say,
         on_step: OnStep | None,
+        stop: Stop,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.stop = stop
         self.say = say if accelerator.is_main_process else _say_nothing
         self.on_step = on_step if accelerator.is_main_process else None
         shares = accelerator.num_processes * config.updates_per_step
@@ -119,44 +122,85 @@ class _Run:
                 f'{accelerator.num_processes}. Use engine.kind = "transformers".'
             )
         self._refuse_another_run(allow_change)
-        self.first_step, self.parts = self._start()
+        done, checkpoint = self._start()
+        self.first_step = done + 1
+        saved = None if checkpoint is None else str(checkpoint / "model")
+        self.parts = build(config, saved, folder.path)
+        self._require_space()
         self._write_manifest()
         optimizer = _optimizer(config.optimizer, self.parts.masters)
-        if self.first_step > 1:
-            load_optimizer(self._last_checkpoint(), self.parts, optimizer)
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.parts, optimizer)
         student, self.optimizer = accelerator.prepare(self.parts.student, optimizer)
-        self.step = Step(config, self.parts, accelerator, student, self.optimizer)
+        self.step = Step(config, self.parts, accelerator, student, self.optimizer, stop)
+        self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
 
-    def go(self, stop: _Stop) -> RunResult:
+    def go(self) -> RunResult:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
-        num_steps, done = self.config.num_steps, self.first_step - 1
+        num_steps = self.config.num_steps
+        self.done = saved = self.first_step - 1
         for line in warnings_of(self.config):
             self.say(f"warning: {line}")
-        if self._is_evaluation_due(done) and not self.folder.has_evaluation(done):
-            self._evaluate(done, stop)
-        while done < num_steps and not self._any_process(stop):
-            done += 1
-            self._set_learning_rate(done)
-            metrics = self.step.take(done)
-            self.folder.append("metrics.jsonl", [metrics])
-            if self.on_step is not None:
-                self.on_step(metrics)
-            if self._any_process(stop) or self._is_due(done, self.config.checkpoint_every):
-                self._save(done)
-            if self._is_evaluation_due(done) and not stop:
-                self._evaluate(done, stop)
-        if done < num_steps:
-            self.say(f"stopped after step {done}; the same command continues from there")
-            return RunResult(self.folder.path, done, False, self.folder.is_writer)
-        if done >= self.first_step or not (self.folder.path / "student").exists():
+        try:
+            if self._is_evaluation_due() and not self.folder.has_evaluation(self.done):
+                self._evaluate()
+            while self.done < num_steps and not self._any_process():
+                self._take()
+                if self._is_due(self.config.checkpoint_every):
+                    self._save()
+                    saved = self.done
+                if self._is_evaluation_due():
+                    self._evaluate()
+        except StoppedError:
+            pass  # whatever it was given up for did not count yet
+        if self.done < num_steps or self._any_process():
+            if self.done > saved:
+                self._save()
+            self.say(f"stopped after step {self.done}; the same command continues from there")
+            return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
+        if self.done >= self.first_step or not (self.folder.path / "student").exists():
             self._export()
-        return RunResult(self.folder.path, done, True, self.folder.is_writer)
+        return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
 
-    def _any_process(self, stop: _Stop) -> bool:
+    def _take(self) -> None:
+        """One step, which is logged as soon as it is done."""
+        step = self.done + 1
+        self._set_learning_rate(step)
+        try:
+            metrics = self.step.take(step)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"step {step} ran out of memory: {str(error).split('. ')[0]}. Lower "
+                "sampling_batch_size or micro_batch_tokens; `tutelage check` shows what memory "
+                "goes to."
+            ) from None
+        self.folder.append("metrics.jsonl", [metrics])
+        self.done = step
+        if self.on_step is not None:
+            self.on_step(metrics)
+        self._report_skipped(metrics)
+
+    def _report_skipped(self, metrics: dict[str, Any]) -> None:
+        if not metrics["num_skipped_updates"]:
+            self._num_skipped = 0
+            return
+        self._num_skipped += 1
+        names = metrics["nonfinite"]
+        what = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        self.say(f"warning: step {self.done} skipped {metrics['num_skipped_updates']} of "
+                 f"{self.config.updates_per_step} updates: not finite in {what}")  # fmt: skip
+        if self._num_skipped >= self.config.max_skipped_steps:
+            raise RunError(
+                f"{self._num_skipped} steps in a row had a loss or gradient that is not finite, "
+                f"the last in {what}. None of them was applied; lower optimizer.learning_rate, "
+                "use float32, or raise max_skipped_steps."
+            )
+
+    def _any_process(self) -> bool:
         """Whether a signal reached any process: all of them have to stop after the same step."""
         if self.accelerator.num_processes == 1:
-            return bool(stop)
-        flag = torch.tensor([int(bool(stop))], device=self.accelerator.device)
+            return bool(self.stop)
+        flag = torch.tensor([int(bool(self.stop))], device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
 
     def _refuse_another_run(self, allow_change: tuple[str, ...]) -> None:
@@ -179,106 +223,70 @@ class _Run:
         manifest = {"config": table, "fingerprint": fingerprint(self.config), **environment()}
         self.folder.write_manifest(manifest)
 
-    def _start(self) -> tuple[int, Parts]:
-        """The first step to take, and the models as they are before it."""
-        checkpoints = list_checkpoints(self.folder.path)
-        if not checkpoints:
+    def _start(self) -> tuple[int, Path | None]:
+        """Steps that are done, and the checkpoint after them; the logs end there too."""
+        found = newest_checkpoint(self.folder.path, self.say) if self.folder.is_writer else None
+        step = self._main_says(-1 if found is None else found[0])
+        if step < 0:
             self.folder.rewind(-1)
-            return 1, build(self.config, scratch=self.folder.path)
-        step, path = checkpoints[-1]
+            self.accelerator.wait_for_everyone()
+            return 0, None
+        path = checkpoint_path(self.folder.path, step)
         self.folder.rewind(step)
         if not self.folder.has_evaluation(step):  # it died while it evaluated
             self.folder.rewind(step - 1, EVALUATION_LOGS)
         self.accelerator.wait_for_everyone()
         what = "is finished" if step >= self.config.num_steps else "continues"
         self.say(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
-        return step + 1, build(self.config, str(path / "model"), self.folder.path)
+        return step, path
 
-    def _last_checkpoint(self) -> Path:
-        return list_checkpoints(self.folder.path)[-1][1]
+    def _main_says(self, number: int) -> int:
+        """A number known to the main process."""
+        if self.accelerator.num_processes == 1:
+            return number
+        mine = number if self.accelerator.is_main_process else -1
+        return int(
+            self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).max()
+        )
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return step == self.config.num_steps or (every > 0 and step % every == 0)
+    def _require_space(self) -> None:
+        """Better now than after the first hours."""
+        masters = self.parts.masters
+        state = STATE_BYTES[self.config.optimizer.kind] * sum(m.numel() for m in masters.masters)
+        weights = sum(weight.nbytes for weight in masters.weights)
+        if self.folder.is_writer and self.first_step <= self.config.num_steps:
+            require_space(self.folder.path, weights + int(state))
 
-    def _is_evaluation_due(self, step: int) -> bool:
-        return step == 0 or self._is_due(step, self.config.evaluation.every)
+    def _is_due(self, every: int) -> bool:
+        return self.done == self.config.num_steps or (every > 0 and self.done % every == 0)
+
+    def _is_evaluation_due(self) -> bool:
+        return self.done == 0 or self._is_due(self.config.evaluation.every)
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, step, self.config.num_steps)
 
-    def _save(self, step: int) -> None:
+    def _save(self) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.folder.path,
-                step,
-                self.parts,
-                self.optimizer,
-                self.config.keep_checkpoints,
-            )
+            keep = self.config.keep_checkpoints
+            save_checkpoint(self.folder.path, self.done, self.parts, self.optimizer, keep)
         self.accelerator.wait_for_everyone()
 
-    def _evaluate(self, step: int, stop: _Stop) -> None:
-        """The main process evaluates; the others wait for it at the next gradient."""
-        settings = self.config.evaluation
-        if not settings.num_problems or not self.accelerator.is_main_process:
+    def _evaluate(self) -> None:
+        """The main process evaluates; the others wait for it at the next gradient.
+
+        Raises:
+            StoppedError: a signal came meanwhile; the evaluation is repeated by the next start.
+        """
+        if not self.config.evaluation.num_problems or not self.accelerator.is_main_process:
             return
-        student = self._evaluate_model("student", self.parts.student.model, step)
-        kl = held_out_reverse_kl(
-            self.parts.student,
-            self.parts.teacher,
-            student.rollouts,
-            pad_id(self.parts.tokenizer),
-            self.config.micro_batch_size,
-            self.config.micro_batch_tokens,
-        )
-        self._record("student", step, student, kl)
-        is_graded = student.mean_at_k is not None
-        if step == 0 and settings.teacher and is_graded and not stop:
-            with self.parts.teacher.awake():
-                teacher = self._evaluate_model("teacher", self.parts.teacher.model, step)
-            self._record("teacher", step, teacher, None)
-
-    def _evaluate_model(self, who: str, model: Any, step: int) -> Evaluation:
-        settings, task = self.config.evaluation, self.parts.task
-        sampling = SamplingConfig(
-            settings.temperature,
-            settings.top_p,
-            0,
-            self.config.sampling.max_new_tokens,
-            settings.num_samples,
-        )
-        return evaluate(
-            model,
-            self.parts.tokenizer,
-            task.grade,
-            task.held_out(settings.num_problems),
-            sampling,
-            (_EVALUATION_SEED,),
-            max(self.config.sampling_batch_size, settings.num_samples),
-        )
-
-    def _record(self, who: str, step: int, result: Evaluation, kl: float | None) -> None:
-        head = {"step": step, "model": who}
-        summary = {**head, **result.summary(), "held_out_reverse_kl_nats": kl}
-        self.folder.append("evaluation_rows.jsonl", [{**head, **row} for row in result.rows()])
-        self.folder.append("evaluation.jsonl", [summary])
-        if who == "student":
-            self.folder.append("samples.jsonl", self._samples(step, result))
-        self.say(describe(summary))
-
-    def _samples(self, step: int, result: Evaluation) -> list[dict[str, Any]]:
-        chosen = range(0, len(result.rollouts), result.num_samples)
-        return [
-            {
-                "step": step,
-                "prompt_id": result.rollouts[i].prompt.id,
-                "prompt": decode(self.parts.tokenizer, result.rollouts[i].prompt_ids),
-                "completion": result.rollouts[i].text,
-                "is_correct": result.is_correct[i],
-            }
-            for i in list(chosen)[:_NUM_SAVED_SAMPLES]
-        ]
+        with self.stop.interruptible():
+            measured = measure(self.config, self.parts, self.done)
+        for name, rows in measured.logs().items():
+            self.folder.append(name, rows)
+        for summary in measured.summaries:
+            self.say(describe(summary))
 
     def _export(self) -> None:
         if not self.accelerator.is_main_process:
@@ -299,21 +307,13 @@ class _Run:
         )
 
 
+def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
+    """Steps at the end of the log with a skipped update."""
+    return len(list(takewhile(lambda m: m["num_skipped_updates"], reversed(metrics))))
+
+
 def _say_nothing(_: str) -> None:
     """The voice of every process but the main one."""
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """One line on an evaluation record."""
-    parts = [f"{summary['model']} at step {summary['step']}:"]
-    for name, title in (("mean_at_k", "mean"), ("pass_at_k", "pass")):
-        if summary[name] is not None:
-            low, high = summary[f"{name}_low"], summary[f"{name}_high"]
-            value = f"{title}@{summary['k']} {100 * summary[name]:.1f} %"
-            parts.append(f"{value} [{100 * low:.1f}, {100 * high:.1f}]")
-    if summary["held_out_reverse_kl_nats"] is not None:
-        parts.append(f"held-out reverse KL {summary['held_out_reverse_kl_nats']:.4f} nats")
-    return " ".join(parts)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -339,32 +339,3 @@ def _optimizer(config: OptimizerConfig, masters: MasterWeights) -> torch.optim.O
     optimizer = make_optimizer(config.kind, masters.masters, rate, betas, decay)
     masters.follow(optimizer)
     return optimizer
-
-
-class _Stop:
-    """Becomes true when a signal asks the run to stop."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def __bool__(self) -> bool:
-        return self.is_set
-
-
-@contextmanager
-def _stop_requested(say: Say) -> Iterator[_Stop]:
-    """The first SIGINT or SIGTERM asks to stop after the step; a second one interrupts at once."""
-    stop = _Stop()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set:
-            raise KeyboardInterrupt
-        stop.is_set = True
-        say("stopping after this step; once more to stop at once")
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

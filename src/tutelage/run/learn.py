@@ -1,0 +1,208 @@
+"""The updates of a step: backward passes over micro-batches, one division, one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tutelage.core import LazyLogits, Objective, TokenStats
+from tutelage.data.batch import Batch
+from tutelage.data.types import Rollout
+from tutelage.errors import RunError
+from tutelage.run.config import Config
+from tutelage.run.gather import Ranks
+from tutelage.run.plan import Lesson, Plan, divisors
+from tutelage.run.portion import Attempt, Portion, halves_of, portions_of
+from tutelage.run.recipe import needed_extras, needs_scoring, scores_teacher
+from tutelage.run.setup import Parts, trained_names
+from tutelage.run.stop import Stop
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that a step knows before its first update."""
+
+    rollouts: list[Rollout]
+    updates: list[list[Batch]]
+    """Micro-batches of each update."""
+    views: list[LazyLogits]
+    """The teacher's logits of every micro-batch."""
+    plan: Plan | None
+    """None where every token teaches and no pass of scoring is needed."""
+    engine: dict[str, float]
+    hidden_gap: float | None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the updates of a step did."""
+
+    loss: float | None
+    """Sum of the objective over all processes by the sum of divisors, of the updates that were
+    applied, nats; None if none was."""
+    grad_norm: float | None
+    """The largest of the updates'."""
+    batches: Sequence[Batch]
+    """Micro-batches as they were learned from, some cut in two."""
+    lessons: Sequence[Lesson]
+    stats: TokenStats
+    """Statistics of the rows as they were learned from."""
+    nonfinite: Sequence[str]
+    """What was infinite or NaN in the updates that were skipped."""
+    num_skipped: int
+    """Updates that were skipped."""
+    num_splits: int
+    """Micro-batches cut in two for want of memory."""
+
+
+class Learner:
+    """Turns what a step is ready to learn into new weights."""
+
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        ranks: Ranks,
+        student: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        stop: Stop,
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.ranks = ranks
+        self.student = student
+        self.optimizer = optimizer
+        self.stop = stop
+
+    def learn(self, ready: Ready, step: int) -> Learned:
+        """The updates of a step, each from its own micro-batches and divided by its own number."""
+        batches = [batch for update in ready.updates for batch in update]
+        if ready.plan is None:
+            counts = [self.ranks.sum(sum(b.num_rows for b in u)) for u in ready.updates]
+        else:
+            counts = divisors(self.config, ready.plan, self._completions_per_update(batches))
+        portions = portions_of(self.config, batches, ready.views, ready.plan)
+        attempts: list[Attempt] = []
+        applied: list[tuple[float, int, float]] = []
+        nonfinite: list[list[str]] = []
+        start = 0
+        for number, (update, divisor) in enumerate(zip(ready.updates, counts, strict=True)):
+            here = portions[start : start + len(update)]
+            start += len(update)
+            # Until the first update a signal may end the step; after it the step must be finished.
+            with nullcontext() if number else self.stop.interruptible():
+                attempts.append(self._back_propagate(here, divisor, step))
+            total = self.ranks.sum(attempts[-1].total)
+            norm, names = self._update(total)
+            if names:
+                nonfinite.append(names)
+            else:
+                applied.append((total, divisor, norm))
+        learned = [portion for attempt in attempts for portion in attempt.portions]
+        return Learned(
+            sum(a[0] for a in applied) / max(sum(a[1] for a in applied), 1) if applied else None,
+            max((a[2] for a in applied), default=None),
+            [portion.batch for portion in learned],
+            [portion.lesson for portion in learned],
+            TokenStats.cat([stats for attempt in attempts for stats in attempt.stats]),
+            sorted({name for names in nonfinite for name in names}),
+            len(nonfinite),
+            sum(attempt.num_splits for attempt in attempts),
+        )
+
+    def _completions_per_update(self, batches: Sequence[Batch]) -> int:
+        num_local = sum(len(batch.input_ids) for batch in batches)
+        return num_local * self.ranks.count // self.config.updates_per_step
+
+    def _back_propagate(self, portions: Sequence[Portion], divisor: int, step: int) -> Attempt:
+        """Back-propagate every micro-batch; those that memory does not hold are cut in two."""
+        portions, num_splits = list(portions), 0
+        while True:
+            attempt = self._attempt(portions, divisor, num_splits)
+            if attempt.too_large is None:
+                return attempt
+            # What was summed so far includes part of the one that failed.
+            self.optimizer.zero_grad()
+            self.parts.student.zero_grad()
+            if self.ranks.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            place = attempt.too_large
+            if self.ranks.count > 1 or len(portions[place].batch.input_ids) < 2:
+                raise RunError(
+                    f"step {step} ran out of memory while it learned from "
+                    f"{portions[place].batch.input_ids.numel()} tokens. Lower micro_batch_tokens; "
+                    "`tutelage check` shows what memory goes to."
+                )
+            portions[place : place + 1] = halves_of(self.config, portions[place])
+            num_splits += 1
+
+    def _attempt(self, portions: Sequence[Portion], divisor: int, num_splits: int) -> Attempt:
+        scale = self.ranks.count / max(divisor, 1)
+        is_scored = needs_scoring(self.config) and scores_teacher(self.config)
+        extras = () if is_scored else needed_extras(self.config)
+        total, stats = 0.0, list[TokenStats]()
+        for i, portion in enumerate(portions):
+            batch, lesson = portion.batch, portion.lesson
+            try:
+                teacher = self.parts.teacher.view(portion.view)
+                with self._synchronising(i == len(portions) - 1):
+                    objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
+                    self.ranks.accelerator.backward(objective.total * scale)
+                self.parts.masters.collect()
+            except torch.OutOfMemoryError:
+                return Attempt(portions, total, stats, num_splits, too_large=i)
+            total += float(objective.total.detach())
+            stats.append(_as_stats(objective))
+        return Attempt(portions, total, stats, num_splits)
+
+    def _synchronising(self, is_last: bool) -> Any:
+        """Gradients travel between processes once an update: with its last micro-batch.
+
+        Those of weights with masters travel at once, for they are summed in the masters.
+        """
+        is_now = is_last or bool(self.parts.masters.pairs)
+        return nullcontext() if is_now else self.ranks.accelerator.no_sync(self.student)
+
+    def _update(self, total: float) -> tuple[float, list[str]]:
+        """Apply the gradient and return its norm; or drop it, and say what was not finite.
+
+        Args:
+            total: sum of the objective over all processes.
+        """
+        masters = self.parts.masters.masters
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = self.config.optimizer.max_grad_norm
+        norm = float(
+            torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        )
+        if not (math.isfinite(norm) and math.isfinite(total)):
+            named = zip(
+                trained_names(self.parts.student), (master.grad for master in masters), strict=True
+            )
+            bad = [n for n, g in named if g is not None and not bool(torch.isfinite(g).all())]
+            self.optimizer.zero_grad()
+            return norm, bad or ["the loss" if math.isfinite(norm) else "the norm of the gradient"]
+        if limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, []
+
+
+def _as_stats(objective: Objective) -> TokenStats:
+    """Statistics of the rows an objective saw; the sampled token's log-probability is unknown."""
+    unknown = torch.zeros_like(objective.entropy)
+    return TokenStats(
+        objective.entropy,
+        objective.teacher_entropy,
+        objective.reverse_kl,
+        objective.forward_kl,
+        unknown,
+        unknown,
+        objective.extras,
+    )

@@ -1,0 +1,76 @@
+"""One run a folder: a lock that the system lets go of however its owner ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import RunError
+
+
+class FolderLock:
+    """A locked file that names its owner, so that others can say who is in the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Lock the file.
+
+        Raises:
+            RunError: a living process has it, or perhaps one on another machine.
+            OSError: the file cannot be written, or its file system has no locks.
+        """
+        while (descriptor := self._try()) is None:
+            pass  # its owner removed it between our opening and our locking it
+        host = self._owner().get("host", platform.node())
+        if host != platform.node():
+            os.close(descriptor)  # the system may not lock across machines
+            raise self._in_use()
+        self._descriptor = descriptor
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": host}).encode())
+
+    def release(self) -> None:
+        """Remove the file and let go of it."""
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _try(self) -> int | None:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(descriptor)
+            is_held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            raise (self._in_use() if is_held else error) from None
+        os.close(descriptor)
+        return None
+
+    def _owner(self) -> dict[str, Any]:
+        """Who the file names; nobody if its writer died before it could."""
+        try:
+            owner = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _in_use(self) -> RunError:
+        owner = self._owner()
+        return RunError(
+            f"run folder {self.path.parent} is in use by process {owner.get('pid', 'unknown')} on "
+            f"{owner.get('host', platform.node())}. Wait for it, or delete {self.path} if that "
+            "process is gone."
+        )

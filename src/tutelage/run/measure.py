@@ -1,0 +1,106 @@
+"""What a run measures on held-out prompts, before, during and after training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl
+from tutelage.models.sampling import SamplingConfig
+from tutelage.models.tokenizers import decode, pad_id
+from tutelage.run.config import Config
+from tutelage.run.setup import Parts
+
+_EVALUATION_SEED = 424242
+"""Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""
+_NUM_SAVED_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation of the student, and perhaps of the teacher."""
+
+    summaries: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    """A verdict on every completion."""
+    samples: list[dict[str, Any]]
+    """Some of the student's completions."""
+
+    def logs(self) -> dict[str, list[dict[str, Any]]]:
+        """Lines for each log; the one that tells that an evaluation is complete comes last."""
+        return {
+            "evaluation_rows.jsonl": self.rows,
+            "samples.jsonl": self.samples,
+            "evaluation.jsonl": self.summaries[::-1],
+        }
+
+
+def measure(config: Config, parts: Parts, step: int) -> Measured:
+    """Evaluate the student after `step`, and once, before the first step, the teacher."""
+    student = _evaluate(config, parts, parts.student.model)
+    kl = held_out_reverse_kl(
+        parts.student,
+        parts.teacher,
+        student.rollouts,
+        pad_id(parts.tokenizer),
+        config.micro_batch_size,
+        config.micro_batch_tokens,
+    )
+    found = [("student", student, kl)]
+    if step == 0 and config.evaluation.teacher and student.mean_at_k is not None:
+        with parts.teacher.awake():
+            found.append(("teacher", _evaluate(config, parts, parts.teacher.model), None))
+    heads = [{"step": step, "model": who} for who, _, _ in found]
+    pairs = list(zip(heads, found, strict=True))
+    return Measured(
+        [{**h, **result.summary(), "held_out_reverse_kl_nats": kl} for h, (_, result, kl) in pairs],
+        [{**h, **row} for h, (_, result, _) in pairs for row in result.rows()],
+        _samples(parts, step, student),
+    )
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """One line on an evaluation record."""
+    parts = [f"{summary['model']} at step {summary['step']}:"]
+    for name, title in (("mean_at_k", "mean"), ("pass_at_k", "pass")):
+        if summary[name] is not None:
+            low, high = summary[f"{name}_low"], summary[f"{name}_high"]
+            value = f"{title}@{summary['k']} {100 * summary[name]:.1f} %"
+            parts.append(f"{value} [{100 * low:.1f}, {100 * high:.1f}]")
+    if summary["held_out_reverse_kl_nats"] is not None:
+        parts.append(f"held-out reverse KL {summary['held_out_reverse_kl_nats']:.4f} nats")
+    return " ".join(parts)
+
+
+def _evaluate(config: Config, parts: Parts, model: Any) -> Evaluation:
+    settings, task = config.evaluation, parts.task
+    sampling = SamplingConfig(
+        settings.temperature,
+        settings.top_p,
+        0,
+        config.sampling.max_new_tokens,
+        settings.num_samples,
+    )
+    return evaluate(
+        model,
+        parts.tokenizer,
+        task.grade,
+        task.held_out(settings.num_problems),
+        sampling,
+        (_EVALUATION_SEED,),
+        max(config.sampling_batch_size, settings.num_samples),
+    )
+
+
+def _samples(parts: Parts, step: int, result: Evaluation) -> list[dict[str, Any]]:
+    chosen = range(0, len(result.rollouts), result.num_samples)
+    return [
+        {
+            "step": step,
+            "prompt_id": result.rollouts[i].prompt.id,
+            "prompt": decode(parts.tokenizer, result.rollouts[i].prompt_ids),
+            "completion": result.rollouts[i].text,
+            "is_correct": result.is_correct[i],
+        }
+        for i in list(chosen)[:_NUM_SAVED_SAMPLES]
+    ]

@@ -1,0 +1,74 @@
+"""Signals: the first asks a run to stop and save, the second ends it at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedError(Exception):
+    """Work that leaves no trace was given up because a signal asked to stop."""
+
+
+class Stop:
+    """Becomes true when a signal asks the run to stop.
+
+    Args:
+        may_interrupt: whether work may be given up half-way; several processes must instead finish
+            the step together.
+    """
+
+    def __init__(self, may_interrupt: bool = True) -> None:
+        self.is_set = False
+        self.may_interrupt = may_interrupt
+        self._is_inside = False
+
+    def __bool__(self) -> bool:
+        return self.is_set
+
+    def ask(self) -> None:
+        """Ask to stop.
+
+        Raises:
+            StoppedError: inside `interruptible`.
+            KeyboardInterrupt: it was asked before.
+        """
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+        if self._is_inside:
+            raise StoppedError
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around long work that changes nothing which is kept: a signal ends it at once.
+
+        Raises:
+            StoppedError: the run is to stop.
+        """
+        self._is_inside = self.may_interrupt
+        try:
+            if self.is_set and self.may_interrupt:
+                raise StoppedError
+            yield
+        finally:
+            self._is_inside = False
+
+
+@contextmanager
+def listening(stop: Stop) -> Iterator[None]:
+    """SIGINT and SIGTERM ask `stop`."""
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        stop.ask()  # nothing is printed here: the signal may have come while something was
+
+    old = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
