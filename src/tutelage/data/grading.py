@@ -120,8 +120,12 @@ def grade_many(
 
 
 def _unboxed(answer: str) -> str:
-    box = _BOX.match(answer.strip())
-    return (_boxed(answer.strip()[box.end() :]) or "") if box else answer
+    for _ in range(3):
+        box = _BOX.match(answer.strip())
+        if box is None:
+            break
+        answer = _boxed(answer.strip()[box.end() :]) or ""
+    return answer
 
 
 def _boxed(text: str) -> str | None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from tutelage.data.grading_exact import exact
 from tutelage.data.grading_latex import closing, split
-from tutelage.data.grading_units import number_and_unit
+from tutelage.data.grading_symbols import has_variables
+from tutelage.data.grading_units import NUMBER_WORDS, number_and_unit
 
 Kind = Literal[
     "value", "words", "list", "set", "tuple", "union", "matrix", "relation", "verbatim", "empty"
@@ -19,6 +21,8 @@ Kind = Literal[
 
 MAX_ITEMS = 100
 """Most elements of a list, set, tuple, union or matrix."""
+MAX_SIDES = 5
+"""Most sides of a chain of equations or inequalities."""
 MAX_NESTING = 8
 """Deepest nesting of lists, sets and tuples."""
 
@@ -36,6 +40,8 @@ class Form:
     unit: str = ""
     source: str = ""
     """The whole equation or inequality that this form was read from."""
+    others: tuple[Form, ...] = ()
+    """The other sides of a chain ``x = a = b``: all have to be the answer."""
 
 
 NOTHING = Form("words")
@@ -67,6 +73,7 @@ _EMPTY = re.compile(
 _REALS = re.compile(
     r"(?i)\\mathbb\{R\}|(?:\\text\{)?\s*(?:the set of )?(?:all )?real numbers\s*\}?"
 )
+_ALL_BUT = re.compile(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-)\s*\\\{(.*)\\\}")
 _WORDS = re.compile(r"(?:\\text\{[^{}]*\}|[A-Za-z0-9 .,'\"!?/:()-])+")
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|\\text\{")
 
@@ -135,6 +142,9 @@ def _element(text: str, depth: int) -> Form:
         return Form("empty")
     if _REALS.fullmatch(text):
         return Form("tuple", "()", (Form("value", r"-\infty"), Form("value", r"\infty")))
+    all_but = _ALL_BUT.fullmatch(text)
+    if all_but:
+        return _reals_without([piece for _, piece in split(all_but[1], _COMMA)]) or NOTHING
     if _VERBATIM.fullmatch(text) and not re.search("=|equiv", text):
         return Form("verbatim", _plain_verbatim(text))
     relation = split(text, _RELATION)
@@ -145,11 +155,31 @@ def _element(text: str, depth: int) -> Form:
         if form is not None:
             return form
     value, unit = number_and_unit(text)
+    count = NUMBER_WORDS.get(re.sub(r"^\\text\{|\}$", "", text).strip().casefold())
+    if count is not None:
+        return Form("value", str(count))
     if value != text:
-        return replace(parse(value, depth + 1), unit=unit)
+        form = parse(value, depth + 1)
+        return replace(form, unit=form.unit or unit)
     if _is_words(text):
         return Form("words", text)
     return Form("value", text)
+
+
+def _reals_without(points: list[str]) -> Form | None:
+    """The real numbers but some, as a union of intervals; None when a point is no exact number."""
+    places = {
+        value: Form("value", point) for point in points if (value := exact(point)) is not None
+    }
+    if len(places) != len(points):
+        return None
+    bounds = [
+        Form("value", r"-\infty"),
+        *(places[p] for p in sorted(places)),
+        Form("value", r"\infty"),
+    ]
+    intervals = tuple(Form("tuple", "()", pair) for pair in pairwise(bounds))
+    return Form("union", items=intervals)
 
 
 def _is_words(text: str) -> bool:
@@ -246,12 +276,15 @@ def _chain(pieces: list[tuple[str, str]], text: str, depth: int) -> Form:
         return parse(pieces[0][1], depth + 1)
     marks = {mark for mark, _ in pieces[1:]}
     sides = [side for _, side in pieces]
-    if not all(sides):
+    if not all(sides) or len(sides) > MAX_SIDES:
         return NOTHING
     if marks == {"="}:
         return _equation(sides, text, depth)
     if marks in ({r"\in"}, {r"\equiv"}) and len(sides) == 2 and is_name(sides[0]):
         return replace(parse(sides[1], depth + 1), name=_plain(sides[0]), source=text)
+    all_but = _reals_without(sides[1:]) if marks == {r"\neq"} and len(sides) == 2 else None
+    if all_but and is_name(sides[0]):
+        return replace(all_but, name=_plain(sides[0]), source=text)
     if marks <= set(_LESS) or marks <= set(_GREATER):
         return _inequality(pieces, text, depth)
     return Form("relation", text, source=text)
@@ -265,10 +298,11 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
         form = parse(value, depth + 1)
         if is_name(name) or form.kind == "value":
             is_loose = "" if is_name(name) else "?"
-            return replace(form, name=is_loose + _plain(name), source=text)
-    values = {exact(side) for side in sides}
-    if len(values) == 1 and None not in values:
-        return parse(value, depth + 1)
+            others = tuple(parse(side, depth + 1) for side in sides[1:-1] if not is_name(side))
+            return replace(form, name=is_loose + _plain(name), source=text, others=others)
+    if not any(has_variables(side) for side in sides):
+        others = tuple(parse(side, depth + 1) for side in sides[:-1])
+        return replace(parse(value, depth + 1), others=others)
     return Form("relation", text, source=text) if len(sides) == 2 else NOTHING
 
 

@@ -16,6 +16,9 @@ _CHARACTERS = {
     "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ",
     "∅": r"\emptyset ", "′": "'", "’": "'", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
     "ℝ": r"\mathbb{R}", "∘": r"\circ ", "º": "°", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "λ": r"\lambda ", "μ": r"\mu ", "γ": r"\gamma ", "δ": r"\delta ", "φ": r"\phi ",
+    "ω": r"\omega ", "σ": r"\sigma ", "ρ": r"\rho ",
+    "τ": r"\tau ", "Δ": r"\Delta ", "Ω": r"\Omega ", "¢": " cents",
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "％": "%", "。": ".", "\u00a0": " ",
 }  # fmt: skip
 _VULGAR = {
@@ -35,7 +38,11 @@ _REWRITES = tuple(
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|displaystyle|textstyle|limits)"
          r"(?![a-zA-Z])", ""),
-        (r"\\phantom\{[^{}]*\}", " "),
+        (r"\\(?:phantom|vspace|hspace|label|tag)\s*\*?\{[^{}]*\}", " "),
+        (r"\\(?:textcolor|color)\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
+        (r"\\mathbb\s*([A-Z])|\\([RZNQC])(?![a-zA-Z])", r"\\mathbb{\1\2}"),
+        (r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}", r"\\\1 "),
+        (r"\{:\}", ":"),
         (r"\{,\}|,\\!", ","),
         (r"(?<=[0-9])(?:\\[,;:]|\\ |~)(?=[0-9]{3}(?![0-9]))", ""),
         (r"\\!", ""),
@@ -46,7 +53,8 @@ _REWRITES = tuple(
         (r"\\ge(?![a-zA-Z])|\\geqslant(?![a-zA-Z])|>=|=>", r"\\geq "),
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\ne(?![a-zA-Z])|!=", r"\\neq "),
+        (r"\\ne(?![a-zA-Z])|(?<![0-9)])!=", r"\\neq "),
+        (r"\+/-", r"\\pm "),
         (r"\\(?:approxeq|simeq|thickapprox)(?![a-zA-Z])", r"\\approx "),
         (r"\\times(?![a-zA-Z])|\\ast(?![a-zA-Z])", r"\\cdot "),
         (r"\\div(?![a-zA-Z])", "/"),
@@ -60,7 +68,16 @@ _REWRITES = tuple(
         (r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", "°"),
         (r"\\prime(?![a-zA-Z])", "'"),
         (r"\^\s*\{\s*('+)\s*\}|\^\s*(?=')", r"\1"),
+        (r"(?<=[0-9])\^\s*(?:o(?![a-zA-Z])|\{\s*o\s*\})", "°"),
         (r"\^\s*(?:\{\s*)?\\text\s*\{\s*(?:th|st|nd|rd)\s*\}(?:\s*\})?", ""),
+        (r"(?<=[0-9])\^\s*(?:th|st|nd|rd)(?![a-zA-Z])|(?<=[0-9])\^\s*\{(?:th|st|nd|rd)\}", ""),
+        (r"^\s*([0-9]+)(?:th|st|nd|rd)\s*$", r"\1"),
+        (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
+        (r"^\s*\(?\s*([0-9A-F]+)\s*\)?\s*(?:_\s*\{?)?\s*(?:\\text\{)?[\s(]*base[\s-]*\}?\s*(\w+)[\s)}]*$",
+         r"\1_{\2}"),
+        (r"^\s*\(([0-9A-F]+)\)\s*_", r"\1_"),
+        (r"^\s*\\text\{([0-9A-F]+)\}\s*_", r"\1_"),
+        (r"^\s*(?:\\text\{\s*)?(?:USD|US\$)\s*\}?\s*(?=[0-9])", "$"),
         (r"(?<![a-zA-Z\\])[iI]nfinity(?![a-zA-Z])", r"\\infty "),
         (r"(\^\s*(?:\{[^{}]*\}|[0-9a-zA-Z]))\s*(_\s*(?:\{[^{}]*\}|[0-9a-zA-Z]))", r"\2\1"),
         (r"\\\$", "$"),
@@ -69,6 +86,7 @@ _REWRITES = tuple(
         (r"\\dots|\\ldots|\\cdots", "..."),
     )
 )  # fmt: skip
+_TRAILING = re.compile(r"(?:[.,;:\s]|(?<!\\)\\[,;:! ]|(?<!\\)\\$)+$")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _SCALES = {
     "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
@@ -91,7 +109,7 @@ _REPEATING = re.compile(r"([0-9]*)\.([0-9]{0,30})\\(?:overline|bar)\s*\{?([0-9]{
 
 def tidy(text: str) -> str:
     """One spelling of an answer: delimiters, spacing, fonts, synonyms and short forms resolved."""
-    text = " ".join(text.translate(_TABLE).split()).rstrip(".,;: ")
+    text = _TRAILING.sub("", " ".join(text.translate(_TABLE).split()))
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _undelimited(text)
     for pattern, replacement in _REWRITES:
@@ -99,7 +117,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"√\s*\(?(?=\d)", r"\\sqrt ", text) if "√(" not in text else text
     text = text.replace("√", "sqrt").replace("**", "^").replace("*", r"\cdot ")
     text = _SCALE.sub(_scaled, text)
-    text = _TEXT.sub(_unwrapped, text)
+    text = _TEXT.sub(_unwrapped, re.sub(r"\\text\s*(?=\{[^{}]*\\[a-zA-Z]+\s*\{)", "", text))
     text = re.sub(r"\^\s*\{\s*\}", "", text)
     text = _BARE_FUNCTION.sub(r"\\\1", text)
     text = _spelled_out(" ".join(text.split()))
@@ -108,7 +126,7 @@ def tidy(text: str) -> str:
     text = _MIXED.sub(_mixed, text)
     text = _MIXED_SLASH.sub(_mixed, text)
     text = _LEADS.sub("", text, count=1) if _LEADS.match(text) else text
-    text = _undelimited(text.strip().rstrip(".,;: ").strip())
+    text = _undelimited(_TRAILING.sub("", text.strip()).strip())
     return text.replace(" ", "") if _SPACED_GROUPS.fullmatch(text) else text
 
 

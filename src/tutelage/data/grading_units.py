@@ -24,7 +24,22 @@ _SAME = {
     "sec": "s", "newton": "n", "joule": "j", "watt": "w", "volt": "v", "dollar": "$", "buck": "$",
     "usd": "$", "degree": "°", "deg": "°", "mph": "mi/h", "cent": "cent", "unit": "unit",
 }  # fmt: skip
-_CURRENCY = "$€£¥"
+_CURRENCY = "$€£¥₹"
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_TEENS = (
+    *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"),
+    *("eighteen", "nineteen"),
+)
+NUMBER_WORDS = {
+    **{word: value for value, word in enumerate(("zero", *_ONES, *_TEENS))},
+    **{word: 10 * tens for tens, word in enumerate(_TENS, 2)},
+    **{f"{a}-{b}": 10 * i + j for i, a in enumerate(_TENS, 2) for j, b in enumerate(_ONES, 1)},
+}
+"""Numbers below a hundred as they are spelled."""
+_SCALES = re.compile(
+    "hundred|(?:thous|mill|bill|trill|doz|hal[fv]|third|quarter|fourth|fifth|six|sev|eigh|nin|ten)"
+)
 
 
 def number_and_unit(text: str) -> tuple[str, str]:
@@ -66,13 +81,18 @@ def _begins_unit(found: re.Match[str], before: str) -> bool:
     last = before.rstrip()[-1:]
     if found[1] is not None:
         return bool(re.search("[A-Za-z]", found[1]))
-    if not (last.isdigit() or last in (")", "}", "]", ".", "°")) and not (
-        last.isalpha() and before.endswith(" ")
-    ):
+    if last.isalpha():
+        word = re.findall(r"\\?[A-Za-z-]+", before)[-1]
+        is_count = word in NUMBER_WORDS and not (token in NUMBER_WORDS or _SCALES.match(token))
+        if not before.endswith(" ") or not (len(word) == 1 or word[0] == "\\" or is_count):
+            return False
+    elif not (last.isdigit() or last in (")", "}", "]", ".", "°")):
         return False
     if not token.isalpha() or token in _FUNCTIONS:
         return False
-    if token in _SHORT or (token in _LETTERS and last == "°"):
+    if token in _LETTERS and last == "°":
+        return True
+    if token in _SHORT:
         return last.isdigit() or last in (")", "}", ".") or before.endswith(" ")
     if not before.endswith(" "):
         return False
@@ -114,5 +134,4 @@ def _word(word: str) -> str:
 
 def same_unit(left: str, right: str) -> bool:
     """Whether two units do not contradict each other; one that is left out never does."""
-    left, right = (unit.replace("%", "").casefold() for unit in (left, right))
-    return not left or not right or left == right
+    return not left or not right or left.casefold() == right.casefold()
