@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -38,15 +39,33 @@ def rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.strip().split("\n")]
 
 
-@pytest.mark.parametrize(("prediction", "gold"), EQUAL)
-def test_equal_answers(prediction: str, gold: str) -> None:
-    assert answers_equal(prediction, gold)
+def pairs(*marks: str) -> list[list[str]]:
+    """Pairs of prediction and gold from `grading_pairs.tsv`, by what they are to be."""
+    text = Path(__file__).with_name("grading_pairs.tsv").read_text(encoding="utf-8")
+    found = [line.split("\t") for line in text.rstrip("\n").split("\n")]
+    return [pair for mark, *pair in found if mark in marks]
 
 
-@pytest.mark.parametrize(("one", "other"), DIFFERENT)
-def test_different_answers(one: str, other: str) -> None:
-    assert not answers_equal(one, other)
-    assert not answers_equal(other, one)
+def test_equal_answers_either_way() -> None:
+    cases = [list(pair) for pair in EQUAL] + pairs("=")
+    assert len(cases) > 500
+    assert [case for case in cases if not answers_equal(*case)] == []
+    assert [case for case in pairs("=") if not answers_equal(*reversed(case))] == []
+
+
+def test_different_answers_either_way() -> None:
+    cases = [list(pair) for pair in DIFFERENT] + pairs("!")
+    assert len(cases) > 450
+    assert [case for case in cases if answers_equal(*case)] == []
+    assert [case for case in cases if answers_equal(*reversed(case))] == []
+
+
+def test_whole_completions() -> None:
+    right, wrong = pairs("grade="), pairs("grade!")
+    assert len(right) > 50
+    assert len(wrong) > 130
+    assert [case for case in right if not grade_completion(*case)] == []
+    assert [case for case in wrong if grade_completion(*case)] == []
 
 
 @pytest.mark.parametrize(
@@ -74,30 +93,29 @@ def test_what_counts_as_the_extract_answer(text: str, answer: str | None) -> Non
     assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        r"\boxed{71} or \boxed{72} or \boxed{73}",
-        r"\boxed{72, 71}",
-        r"\boxed{71=72}",
-        r"\boxed{1=2=72}",
-        r"<think>\boxed{72}",
-        r"\boxed{72}</think>",
-        r"\boxed{\text{72 or so}}",
-        r"\boxed{\text{the correct answer}}",
-        r"\boxed{x}",
-        "72",
-        "7272",
-        r"\boxed{７２}",
-        r"\boxed{72+0x}",
-        r"\boxed{[0,72]}",
-        r"\boxed{\{1,...,72\}}",
-        r"\boxed{72_8}",
-        r"\boxed{72\text{ more than the answer}}",
-    ],
+ATTACKS = (
+    r"\boxed{71} or \boxed{72} or \boxed{73}",
+    r"\boxed{72, 71}",
+    r"\boxed{71=72}",
+    r"\boxed{1=2=72}",
+    r"<think>\boxed{72}",
+    r"\boxed{72}</think>",
+    r"\boxed{\text{72 or so}}",
+    r"\boxed{\text{the correct answer}}",
+    r"\boxed{x}",
+    "72",
+    "7272",
+    r"\boxed{７２}",
+    r"\boxed{72+0x}",
+    r"\boxed{[0,72]}",
+    r"\boxed{\{1,...,72\}}",
+    r"\boxed{72_8}",
+    r"\boxed{72\text{ more than the answer}}",
 )
-def test_attacks_earn_nothing(attack: str) -> None:
-    assert not grade_completion(attack, "72")
+
+
+def test_attacks_earn_nothing() -> None:
+    assert [attack for attack in ATTACKS if grade_completion(attack, "72")] == []
 
 
 def test_references_may_be_worked_solutions() -> None:
@@ -124,13 +142,12 @@ def test_labelled_pairs() -> None:
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["math500", "aime2024", "amc23", "gsm8k_test", "math_train12k"])
+@pytest.mark.parametrize("name", ["math500", "aime2024", "amc23", "math_train12k"])
 def test_every_reference_grades_itself_and_refuses_a_changed_digit(name: str) -> None:
     golds = sorted({row["answer"] for row in rows(name)})
     assert [g for g in golds if not grade_completion(rf"so \boxed{{{g}}}.", g)] == []
-    assert [g for g in golds if not answers_equal(f" ${g}$ ", g)] == []
     # A part: a changed digit in a formula costs a comparison by the library.
-    sample = golds if name != "math_train12k" else golds[::16]
+    sample = golds[:: {"math_train12k": 80, "math500": 5}.get(name, 1)]
     changed = [
         (f"{g[:place]}{(int(g[place]) + 1 + place % 8) % 10}{g[place + 1 :]}", g)
         for g in sample
@@ -196,6 +213,49 @@ def test_without_math_verify_numbers_are_graded_and_formulas_name_the_extra(
     assert answers_equal(r"\frac{1}{2}", "0.5")
     with pytest.raises(MissingExtraError, match=r"tutelage\[math\]"):
         answers_equal(r"\sqrt{8}", r"2\sqrt{2}")
+
+
+@pytest.mark.parametrize("fault", ["no such class", "another behaviour"])
+def test_an_unfit_version_of_the_parser_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A parser that is not the one that is built on is an error in one line, not wrong verdicts."""
+    fake = tmp_path / "latex2sympy2_extended"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("")
+    lines = "ConversionConfig = NormalizationConfig = dict\ndef normalize_latex(text, config):\n"
+    reader = "class _Latex2Sympy:\n    def __init__(self, config): raise TypeError\n"
+    code = f"{lines}    return text\n" + (reader if fault == "another behaviour" else "")
+    (fake / "latex2sympy2.py").write_text(code)
+    if fault == "another behaviour":
+        (tmp_path / "math_verify.py").write_text("verify = None\n")
+    grading_pool.close_workers()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(grading_pool.GraderError, match=r"got math-verify \S+, latex2sympy2_ext"):
+        answers_equal(r"\sqrt{8}", r"2\sqrt{2}")
+
+
+def test_workers_survive_an_interrupt_and_a_dead_one_is_replaced() -> None:
+    """Ctrl-C reaches the process group of the terminal; a worker is in a group of its own."""
+    assert answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
+    (worker,) = grading_pool._pool._idle
+    assert os.getpgid(worker.pid) != os.getpgid(0)
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    assert answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
+
+
+def test_an_interrupted_comparison_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[grading_pool.Worker] = []
+
+    def interrupted(worker: grading_pool.Worker, deadline: float) -> None:
+        asked.append(worker)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grading_pool.Worker, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
+    assert not asked[0].is_alive
 
 
 WORKER = Path(grading_pool.__file__).with_name("_grading_worker.py")

@@ -41,7 +41,7 @@ class Form:
     source: str = ""
     """The whole equation or inequality that this form was read from."""
     others: tuple[Form, ...] = ()
-    """The other sides of a chain ``x = a = b``: all have to be the answer."""
+    """The other sides of a chain ``a = b`` that names nothing: all have to be the answer."""
 
 
 NOTHING = Form("words")
@@ -298,8 +298,7 @@ def _equation(sides: list[str], text: str, depth: int) -> Form:
         form = parse(value, depth + 1)
         if is_name(name) or form.kind == "value":
             is_loose = "" if is_name(name) else "?"
-            others = tuple(parse(side, depth + 1) for side in sides[1:-1] if not is_name(side))
-            return replace(form, name=is_loose + _plain(name), source=text, others=others)
+            return replace(form, name=is_loose + _plain(name), source=text)
     if not any(has_variables(side) for side in sides):
         others = tuple(parse(side, depth + 1) for side in sides[:-1])
         return replace(parse(value, depth + 1), others=others)

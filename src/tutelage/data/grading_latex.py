@@ -42,7 +42,7 @@ _REWRITES = tuple(
         (r"\\(?:textcolor|color)\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
         (r"\\mathbb\s*([A-Z])|\\([RZNQC])(?![a-zA-Z])", r"\\mathbb{\1\2}"),
         (r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}", r"\\\1 "),
-        (r"\{:\}", ":"),
+        (r"(?<=[0-9])\{:\}", ":"),
         (r"\{,\}|,\\!", ","),
         (r"(?<=[0-9])(?:\\[,;:]|\\ |~)(?=[0-9]{3}(?![0-9]))", ""),
         (r"\\!", ""),
@@ -97,8 +97,8 @@ _SCALE = re.compile(
 _FUNCTIONS = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan|sinh|cosh|tanh|pi|infty"
 _BARE_FUNCTION = re.compile(rf"(?<![a-zA-Z\\])({_FUNCTIONS})(?![a-zA-Z])")
 _LEADS = re.compile(
-    r"(?i)(?:so |thus |therefore,? |hence )?(?:(?:the )?(?:final )?answer(?: is)?|approximately|"
-    r"about|approx\.?|roughly)(?![a-z])\s*[:=]?\s*"
+    r"(?i)(?:\\text\{\s*)?(?:so |thus |therefore,? |hence )?(?:(?:the )?(?:final )?answer(?: is)?|"
+    r"approximately|about|approx\.?|roughly)(?![a-z])\s*[:=]?\s*\}?\s*"
 )
 _MIXED = re.compile(r"(?<![\w.^}_,)])([0-9]{1,9})\s*\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}")
 _MIXED_SLASH = re.compile(r"(?<![\w.^}_/,)])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![\w.])")
@@ -107,11 +107,17 @@ _SPACED_GROUPS = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]{0,30})\\(?:overline|bar)\s*\{?([0-9]{1,30})(?(3)\}?)")
 
 
+_ALIGNED = re.compile(r"\\begin\{(align(?:ed)?\*?|equation\*?|gather(?:ed)?\*?)\}(.*)\\end\{\1\}")
+
+
 def tidy(text: str) -> str:
     """One spelling of an answer: delimiters, spacing, fonts, synonyms and short forms resolved."""
     text = _TRAILING.sub("", " ".join(text.translate(_TABLE).split()))
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _undelimited(text)
+    aligned = _ALIGNED.fullmatch(text)
+    if aligned:
+        text = aligned[2].replace("&", "")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = re.sub(r"√\s*\(?(?=\d)", r"\\sqrt ", text) if "√(" not in text else text

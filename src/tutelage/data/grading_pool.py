@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            # A Ctrl-C at the terminal is the caller's to handle: a verdict may still be asked for.
+            process_group=0,
             env={**kept, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
             bufsize=0,
         )
@@ -65,6 +69,11 @@ class Worker:
         """Process id."""
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
     def ask(self, request: dict[str, Any], called: float) -> dict[str, Any] | None:
         """The reply to a request; None when the worker failed or ran out of time, and is dead."""
         if not self._is_ready:
@@ -72,8 +81,8 @@ class Worker:
             if not self._is_ready:
                 self.kill()
                 raise GraderError(
-                    "the grader's process did not start, got no sign of it. Check that "
-                    "`python -c 'import math_verify'` works and that memory is left."
+                    f"the grader's process did not start, got {_installed()}. Install what "
+                    "`pip install 'tutelage[math]'` asks for and check that memory is left."
                 )
         left = min(COMPARE_LIMIT_S, called + TIME_LIMIT_S - time.monotonic())
         deadline = time.monotonic() + max(left, 1.0)
@@ -113,6 +122,14 @@ class Worker:
         self._stdout.close()
 
 
+def _installed() -> str:
+    found = []
+    for name in ("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
 class Pool:
     """Idle workers, and counts of what could not be decided."""
 
@@ -128,7 +145,11 @@ class Pool:
         with self._slots:
             called = time.monotonic()
             worker = self._take()
-            reply = worker.ask({"kind": kind, "prediction": prediction, "gold": gold}, called)
+            try:
+                reply = worker.ask({"kind": kind, "prediction": prediction, "gold": gold}, called)
+            except BaseException:
+                worker.kill()
+                raise
             # The next worker starts while this thread goes on.
             with self._lock:
                 self._idle.append(worker if reply else Worker())
@@ -144,8 +165,11 @@ class Pool:
 
     def _take(self) -> Worker:
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_alive:
+                    return worker
+                worker.kill()
         return Worker()
 
     def close(self) -> None:

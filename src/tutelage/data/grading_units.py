@@ -8,7 +8,9 @@ _TOKEN = re.compile(r"\\text\{([^{}]*)\}|\\[a-zA-Z]+|[A-Za-z]+|\S|\s")
 _FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "mod", "pi"))
 _NO_UNIT = re.compile(
     r"\b(?:and|or|to|than|not|no|more|less|fewer|remainder|base|mod|if|for|when|where|is|times|"
-    r"least|most|plus|minus|over|with|without|except|but|only|otherwise|any|all|solutions?)\b"
+    r"least|most|plus|minus|over|with|without|except|but|only|otherwise|any|all|solutions?|below|"
+    r"above|under|beyond|squared|cubed|factorial|k|hal(?:f|ves)|quarters?|\w*(?:hundred|thousand|ten|"
+    r"third|four|fif|six|seven|eigh|nin|elf)ths?|thirds?)\b"
 )
 _SHORT = frozenset(
     ("cm", "mm", "km", "nm", "dm", "kg", "mg", "ml", "mL", "dl", "cl", "ft", "in", "yd", "mi",
