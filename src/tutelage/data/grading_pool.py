@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -145,11 +145,10 @@ class Pool:
         with self._slots:
             called = time.monotonic()
             worker = self._take()
-            try:
+            with ExitStack() as on_error:
+                on_error.callback(worker.kill)
                 reply = worker.ask({"kind": kind, "prediction": prediction, "gold": gold}, called)
-            except BaseException:
-                worker.kill()
-                raise
+                on_error.pop_all()
             # The next worker starts while this thread goes on.
             with self._lock:
                 self._idle.append(worker if reply else Worker())
