@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(check)
     check.add_argument("--decontaminate", nargs="?", const="", metavar="SUITES",
                        help="prompts that repeat benchmark problems (default all)")  # fmt: skip
+    check.add_argument("--dry-run", action="store_true", help="run one step on tiny random models "
+                       "of the same architectures; nothing is downloaded")  # fmt: skip
     train = command("train", _train, "Train a student, or continue an interrupted run.")
     _config_arguments(train)
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
@@ -196,10 +198,12 @@ def _load(arguments: argparse.Namespace) -> Config:
 def _check(arguments: argparse.Namespace) -> int:
     from tutelage.run.check import check
     from tutelage.run.contamination import ALL, decontaminate
+    from tutelage.run.dryrun import dry_run
 
     config = _load(arguments)
-    for line in check(config, Path(arguments.config).stem):
-        print(line)
+    lines = dry_run(config) if arguments.dry_run else check(config, Path(arguments.config).stem)
+    for line in lines:
+        print(line, flush=True)
     if arguments.decontaminate is not None:
         for line in decontaminate(config, arguments.decontaminate or ALL):
             print(line)

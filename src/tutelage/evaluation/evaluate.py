@@ -69,6 +69,7 @@ def evaluate(
     seed: tuple[int, ...],
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
+    enable_thinking: bool | None = None,
 ) -> Evaluation:
     """mean@k, pass@k and maj@k over `prompts`, k = `sampling.num_samples`, with 95 % intervals.
 
@@ -81,6 +82,7 @@ def evaluate(
         seed: names the draw.
         batch_size: completions decoded at the same time.
         progress: called with the number of completions just finished.
+        enable_thinking: passed to the chat template when not None.
 
     Returns:
         `Evaluation`, whose intervals treat the problems as clusters.
@@ -90,7 +92,9 @@ def evaluate(
     """
     if not prompts:
         raise DataError("there are no held-out prompts, got 0. Raise data.num_held_out.")
-    rollouts = sample(model, tokenizer, prompts, sampling, seed, batch_size, progress)
+    rollouts = sample(
+        model, tokenizer, prompts, sampling, seed, batch_size, progress, enable_thinking
+    )
     verdicts = [_verdict(grade, rollout) for rollout in rollouts]
     k = sampling.num_samples
     scores = score(

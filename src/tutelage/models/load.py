@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {
     "float32": torch.float32,
@@ -128,6 +128,19 @@ def load_model(
         else:
             model = _load_gguf(found, DTYPES[dtype], attn)
     return model.to(target).eval()
+
+
+def load_model_config(found: ResolvedModel) -> PreTrainedConfig:
+    """The configuration of a resolved model, without its weights.
+
+    Raises:
+        ModelError: There is no usable configuration.
+        MissingExtraError: A GGUF file without the package `gguf`.
+    """
+    from transformers import AutoConfig
+
+    with _explained(found, "configuration"), _without_bars():
+        return AutoConfig.from_pretrained(found.source, **_options(found))
 
 
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:

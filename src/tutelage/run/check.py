@@ -31,7 +31,9 @@ def check(config: Config, name: str) -> Iterator[str]:
     yield f"vocabulary: {parts.student.vocab_size:,} ids shared; tokenizers agree"
     prompts = parts.task.prompts(0, config.prompts_per_step, config.seed)
     num_held_out = len(parts.task.held_out(config.evaluation.num_problems))
-    lengths = [len(encode_prompt(parts.tokenizer, prompt)) for prompt in prompts]
+    lengths = [
+        len(encode_prompt(parts.tokenizer, prompt, parts.enable_thinking)) for prompt in prompts
+    ]
     yield (
         f"data: task {parts.task.name}, first step's prompts {min(lengths)} to {max(lengths)} "
         f"tokens, {num_held_out} held out for evaluation"

@@ -124,6 +124,8 @@ class FileData:
     """Render a text prompt as one user message with the tokenizer's chat template."""
     suffix: str | None = None
     """Text appended to every prompt, e.g. how to mark the answer; None takes a named set's own."""
+    enable_thinking: bool | None = None
+    """Passed to the chat template (Qwen3 thinks unless False); None leaves it to the template."""
     max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
     """Longer prompts are left out and counted; 0 keeps all."""
     grader: Literal["none", "number", "math", "exact"] = "none"
@@ -313,6 +315,8 @@ class Config:
     """CPU threads; 0 leaves the choice to torch."""
     device: str = "auto"
     """auto (cuda where it is), cpu or cuda."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Services that receive every step's metrics besides the run folder, which always does."""
 
     def __post_init__(self) -> None:
         if isinstance(self.weighting, PacedWeighting):

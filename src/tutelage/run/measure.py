@@ -89,6 +89,7 @@ def _evaluate(config: Config, parts: Parts, model: Any) -> Evaluation:
         sampling,
         (_EVALUATION_SEED,),
         max(config.sampling_batch_size, settings.num_samples),
+        enable_thinking=parts.enable_thinking,
     )
 
 

@@ -21,7 +21,7 @@ _ADAPTER = TypeAdapter(Config)
 
 _RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
 
-SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps")
+SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "trackers")
 """Keys that may change when a run is continued: they change no number in it."""
 _UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device")
 """Keys that do not name a run: the last two change no more than rounding."""
@@ -100,6 +100,11 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def flat_keys(table: dict[str, Any]) -> list[str]:
     """Dotted names of all values of a nested table."""
     return [key for key, _ in _flat(table)]
+
+
+def flat_values(table: dict[str, Any]) -> dict[str, Any]:
+    """All values of a nested table by their dotted names."""
+    return dict(_flat(table))
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

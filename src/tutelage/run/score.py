@@ -183,6 +183,7 @@ def _rollouts(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollo
         config.sampling,
         (config.seed, 0),
         config.sampling_batch_size,
+        enable_thinking=parts.enable_thinking,
     )
 
 
@@ -196,7 +197,8 @@ def _given(parts: Parts, prompt: Prompt, completion: str | list[int]) -> Rollout
             f"completion of prompt {prompt.id!r} must have ids from 0 to "
             f"{parts.student.vocab_size - 1}, got {beyond[:1] or 'none'}."
         )
-    return Rollout(prompt, 0, tuple(encode_prompt(parts.tokenizer, prompt)), tuple(ids))
+    prompt_ids = encode_prompt(parts.tokenizer, prompt, parts.enable_thinking)
+    return Rollout(prompt, 0, tuple(prompt_ids), tuple(ids))
 
 
 def _quadrants(stats: TokenStats, thresholds: str | tuple[float, float]) -> Tensor:

@@ -51,6 +51,8 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     device: torch.device
+    enable_thinking: bool | None = None
+    """Passed to the chat template of every prompt when not None."""
 
 
 def trained_names(student: Student) -> list[str]:
@@ -81,12 +83,15 @@ def without_long_prompts(
     """The task without prompts over `data.max_prompt_tokens`."""
     if isinstance(data, LedgerData) or not isinstance(task, FileTask):
         return task
-    limit = data.max_prompt_tokens
-    return (
-        task
-        if not limit
-        else task.without(lambda prompt: len(encode_prompt(tokenizer, prompt)) > limit)
-    )
+    limit, thinks = data.max_prompt_tokens, data.enable_thinking
+    if not limit:
+        return task
+    return task.without(lambda prompt: len(encode_prompt(tokenizer, prompt, thinks)) > limit)
+
+
+def thinking(data: LedgerData | FileData) -> bool | None:
+    """What a `[data]` table passes to the chat template as `enable_thinking`."""
+    return data.enable_thinking if isinstance(data, FileData) else None
 
 
 def pick_device(name: str) -> torch.device:
@@ -183,14 +188,16 @@ def make_sampler(
     config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Sampler:
     """Who draws the student's completions."""
-    engine = config.engine
+    engine, thinks = config.engine, thinking(config.data)
     if isinstance(engine, VLLMEngine):
         memory = engine.gpu_memory_utilization
-        return VLLMSampler(student, tokenizer, engine.max_model_len, memory)
+        return VLLMSampler(student, tokenizer, engine.max_model_len, memory, thinks)
     if isinstance(engine, VLLMServer):
-        folder = Path(engine.folder)
-        return VLLMServerSampler(student, tokenizer, engine.url, folder, engine.num_concurrent)
-    return TransformersSampler(student, tokenizer, config.sampling_batch_size)
+        folder, at_once = Path(engine.folder), engine.num_concurrent
+        return VLLMServerSampler(
+            student, tokenizer, engine.url, folder, at_once, enable_thinking=thinks
+        )
+    return TransformersSampler(student, tokenizer, config.sampling_batch_size, thinks)
 
 
 def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
@@ -256,4 +263,5 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
         tokenizer,
         task,
         device,
+        thinking(config.data),
     )

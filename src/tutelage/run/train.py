@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import MasterWeights, make_optimizer
+from tutelage.run.card import model_card
 from tutelage.run.checkpoint import (
     checkpoint_path,
     load_optimizer,
@@ -32,6 +33,7 @@ from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
 from tutelage.run.setup import build, pick_device, plain_student, warnings_of
 from tutelage.run.step import Step
 from tutelage.run.stop import Stop, StoppedError, listening
+from tutelage.run.trackers import numbers, require_trackers, start_trackers
 
 Say = Callable[[str], None]
 OnStep = Callable[[dict[str, Any]], None]
@@ -80,8 +82,15 @@ def train(
     # The main process evaluates alone while the others wait for its next gradient.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     is_cpu = pick_device(config.device).type == "cpu"
-    accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
-    folder = RunFolder(run_folder(config, name), accelerator.is_main_process)
+    require_trackers(config)
+    path = run_folder(config, name)
+    accelerator = Accelerator(
+        cpu=is_cpu,
+        log_with=list(config.trackers) or None,
+        project_dir=path,
+        kwargs_handlers=[patience],
+    )
+    folder = RunFolder(path, accelerator.is_main_process)
     folder.open()
     stop = Stop(may_interrupt=accelerator.num_processes == 1)
     try:
@@ -91,6 +100,7 @@ def train(
                 return run.go()
             finally:
                 run.parts.sampler.close()
+                accelerator.end_training()
     finally:
         folder.close()
 
@@ -128,6 +138,7 @@ class _Run:
         self.parts = build(config, saved, folder.path)
         self._require_space()
         self._write_manifest()
+        start_trackers(accelerator, config, folder.path.name)
         optimizer = _optimizer(config.optimizer, self.parts.masters)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parts, optimizer)
@@ -175,6 +186,7 @@ class _Run:
                 "goes to."
             ) from None
         self.folder.append("metrics.jsonl", [metrics])
+        self.accelerator.log(numbers(metrics), step=step)
         self.done = step
         if self.on_step is not None:
             self.on_step(metrics)
@@ -286,6 +298,8 @@ class _Run:
         for name, rows in measured.logs().items():
             self.folder.append(name, rows)
         for summary in measured.summaries:
+            found = numbers(summary, f"evaluation.{summary['model']}.")
+            self.accelerator.log(found, step=self.done)
             self.say(describe(summary))
 
     def _export(self) -> None:
@@ -293,18 +307,9 @@ class _Run:
             return
         target = self.folder.path / "student"
         model = plain_student(self.config, self.parts.student.model)
-        save_model(model, self.parts.tokenizer, target, self._card())
+        card = model_card(self.config, self.folder.read("evaluation.jsonl"), environment())
+        save_model(model, self.parts.tokenizer, target, card)
         self.say(f"student exported to {target}")
-
-    def _card(self) -> str:
-        config = self.config
-        return (
-            "# Student of an on-policy distillation run\n\n"
-            f"Student `{config.student.model}`, teacher `{config.teacher.model}`, "
-            f"{config.num_steps} steps of {config.prompts_per_step} prompts, "
-            f"selection `{config.selection.rule}`, seed {config.seed}, "
-            f"configuration fingerprint `{fingerprint(config)}`.\n"
-        )
 
 
 def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
