@@ -26,6 +26,8 @@ _NUM_PROMPTS = 16
 _NUM_READ = 256
 _PADDING = (8, 136)
 """Rows of a tiny head that no token uses: of the smaller vocabulary, and of a larger one."""
+_LEAST_NORM = 1e-6
+"""A smaller gradient is rounding; those of the tiny models are about one."""
 _BUILT_IN = (
     Prompt("dry/1", "What is 17 + 25?", "42"),
     Prompt("dry/2", "A train has 6 cars with 48 seats each. How many seats are there?", "288"),
@@ -142,7 +144,7 @@ def _changes(before: Config, after: Config) -> Iterator[str]:
 
 def _outcome(steps: list[dict[str, Any]]) -> str:
     (metrics,) = steps
-    if not math.isfinite(metrics["loss"]) or not metrics["grad_norm"] > 0:
+    if not math.isfinite(metrics["loss"]) or not metrics["grad_norm"] > _LEAST_NORM:
         raise RunError(
             f"the dry run's step taught nothing: loss {metrics['loss']}, gradient norm "
             f"{metrics['grad_norm']}. Check the objective and the selection."
