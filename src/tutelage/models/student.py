@@ -69,6 +69,11 @@ class Student(nn.Module):
         return composite_objective(logits[rows], teacher[rows], terms, extras=extras)
 
     @torch.no_grad()
+    def logits(self, batch: Batch) -> LazyLogits:
+        """Student logits of the batch's N rows, no gradient."""
+        return head(self.model, hidden_rows(self.model, batch), self.vocab_size)
+
+    @torch.no_grad()
     def hidden_gap(self, batch: Batch, hidden: Tensor) -> tuple[float, float]:
         """Largest difference between known hidden states and those of a fresh forward pass.
 

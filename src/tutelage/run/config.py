@@ -264,6 +264,29 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class RecordingConfig:
+    """Tokens kept for the report's microscope; changes no number of the run."""
+
+    __pydantic_config__ = STRICT
+    every: int = 0
+    """Steps between snapshots, one before the first and one after the last; 0 records nothing."""
+    num_prompts: int = 4
+    """Held-out prompts, the same in every snapshot; the student completes each once."""
+    num_rollouts: int = 4
+    """Rollouts of the step that are scored too, by the weights after it."""
+    max_new_tokens: int = 128
+    """Longest completion of a held-out prompt, and the most tokens kept of any."""
+    max_bytes: int = 6_000_000
+    """Size at which tokens.jsonl stops to grow; the run says so."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("num_prompts", 0), ("num_rollouts", 0),
+                            ("max_new_tokens", 1), ("max_bytes", 1)):  # fmt: skip
+            value = self.__dict__[name]
+            require(value >= least, f"recording.{name}", f"at least {least}", value, "Raise it.")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. Everything that changes the weights is in here."""
 
@@ -278,6 +301,7 @@ class Config:
     weighting: WeightingConfig = field(default_factory=NoWeighting)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    recording: RecordingConfig = field(default_factory=RecordingConfig)
     out: str | None = None
     """Run folder; None names one after the config file and its fingerprint, under runs/."""
     seed: int = 0

@@ -19,9 +19,9 @@ from tutelage.errors import RunError
 from tutelage.run.atomic import remove_remnants, sync, write_atomically
 from tutelage.run.lock import FolderLock
 
-LOGS = ("metrics.jsonl", "evaluation.jsonl", "evaluation_rows.jsonl", "samples.jsonl")
+EVALUATION_LOGS = ("evaluation.jsonl", "evaluation_rows.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", *EVALUATION_LOGS, "tokens.jsonl")
 """Files with one JSON object a line; every object has a `step`."""
-EVALUATION_LOGS = LOGS[1:]
 
 
 class RunFolder:
@@ -63,9 +63,12 @@ class RunFolder:
         Raises:
             RunError: the disk is full; the next start drops a line that is cut off.
         """
+        self.append_text(name, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+    def append_text(self, name: str, text: str) -> None:
+        """`append` for lines that are JSON already."""
         if not self.is_writer:
             return
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         path = self.path / name
         with _explained(path):
             is_new = not path.exists()
@@ -92,6 +95,11 @@ class RunFolder:
         path = self.path / name
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
+
+    def size(self, name: str) -> int:
+        """Bytes of a log; 0 if there is no such file."""
+        path = self.path / name
+        return path.stat().st_size if path.exists() else 0
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the student's evaluation after `step` was logged."""

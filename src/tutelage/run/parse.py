@@ -23,8 +23,8 @@ _RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
 
 SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "trackers")
 """Keys that may change when a run is continued: they change no number in it."""
-_UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device")
-"""Keys that do not name a run: the last two change no more than rounding."""
+_UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device", "recording")
+"""Keys that do not name a run: they change no more than rounding, or nothing."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -94,7 +94,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ, safe keys aside, sorted."""
     before, after = dict(_flat(old)), dict(_flat(new))
     keys = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    return sorted(key for key in keys if key not in SAFE_KEYS)
+    is_safe = {key: key in SAFE_KEYS or key.startswith("recording.") for key in keys}
+    return sorted(key for key in keys if not is_safe[key])
 
 
 def flat_keys(table: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tutelage.core import (
     RULES,
+    LazyLogits,
     TokenSelection,
     TokenStats,
     counter_uniform,
@@ -42,6 +43,8 @@ class ScoreRequest:
     """Budget of the rules, in (0, 1]."""
     completions: str | None = None
     """JSONL file of prompts with completions to score instead of sampling."""
+    num_top: int = 0
+    """Likeliest tokens of student and teacher to return for every row."""
 
     def __post_init__(self) -> None:
         if self.num_prompts < 1:
@@ -54,6 +57,16 @@ class ScoreRequest:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             names = ", ".join(RULES)
             raise ConfigError(f"--rules must be among {names}, got {unknown[0]!r}.{hint}")
+
+
+@dataclass(frozen=True)
+class Top:
+    """The k likeliest ids of every row, most likely first, and their probabilities `[N, k]`."""
+
+    student_ids: Tensor
+    student: Tensor
+    teacher_ids: Tensor
+    teacher: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,8 @@ class Scores:
     tokens: list[str]
     """Text of each token `[N]`."""
     thresholds: str | tuple[float, float]
+    top: Top | None = None
+    """The likeliest tokens of both sides, if they were asked for."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One plain record a token."""
@@ -144,16 +159,32 @@ def score(config: Config, request: ScoreRequest) -> Scores:
         TutelageError: models, data or request cannot be used.
     """
     parts = build(config)
-    rollouts = _rollouts(config, parts, request)
+    return score_rollouts(config, parts, _rollouts(config, parts, request), request)
+
+
+def score_rollouts(
+    config: Config, parts: Parts, rollouts: list[Rollout], request: ScoreRequest
+) -> Scores:
+    """Score every token of some rollouts with loaded models.
+
+    Args:
+        config: names batch sizes, seed and quadrant thresholds.
+        parts: student and teacher.
+        rollouts: at least one, with at least one token.
+        request: rules to report, their budget, and how many of the likeliest tokens to return.
+    """
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
     pad, limit = pad_id(parts.tokenizer), config.micro_batch_tokens
     batches = micro_batches(rollouts, config.micro_batch_size, pad, max_tokens=limit)
-    tables = []
+    tables, tops = [], []
     with parts.teacher.awake(), torch.no_grad():
         for batch in batches:
             here = batch.to(parts.device)
             view = parts.teacher.view(parts.teacher.read(here))
-            tables.append(parts.student(here, view, extras=extras))
+            logits = parts.student.logits(here)
+            tables.append(parts.student(here, view, extras=extras, hidden=logits.hidden))
+            if request.num_top:
+                tops.append((*_top(logits, request.num_top), *_top(view, request.num_top)))
     stats = TokenStats.unstack(TokenStats.cat(tables).stack().cpu(), extras)
     completion = torch.cat([batch.completion for batch in batches])
     position = torch.cat([batch.position for batch in batches])
@@ -168,7 +199,18 @@ def score(config: Config, request: ScoreRequest) -> Scores:
         parts.student.vocab_size,
         [parts.tokenizer.decode([token]) for token in tokens],
         config.quadrant_thresholds,
+        Top(*map(torch.cat, zip(*tops, strict=True))) if tops else None,
     )
+
+
+def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tensor]:
+    """Ids and probabilities of the k likeliest tokens of every row, on the CPU."""
+    k, found = min(k, logits.vocab_size), []
+    for start in range(0, len(logits), num_rows):
+        block = logits.block(start, min(start + num_rows, len(logits)))
+        high, ids = block.topk(k)
+        found.append((ids.cpu(), (high - block.logsumexp(1, keepdim=True)).exp().cpu()))
+    return torch.cat([ids for ids, _ in found]), torch.cat([shares for _, shares in found])
 
 
 def _rollouts(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollout]:

@@ -71,6 +71,8 @@ class Step:
         self.optimizer = optimizer
         self.learner = Learner(config, parts, self.ranks, student, optimizer, self.stop)
         self.pad_id = pad_id(parts.tokenizer)
+        self.rollouts: list[Rollout] = []
+        """This process's rollouts of the last step."""
 
     def take(self, step: int) -> dict[str, Any]:
         """Perform step `step` (from 1), one update or several, and return its metrics.
@@ -88,6 +90,7 @@ class Step:
         with clock.phase("learn_s"), learning(self.parts.student.model, seed):
             learned = self.learner.learn(ready, step)
         plan, rollouts = ready.plan, ready.rollouts
+        self.rollouts = rollouts
         if plan is None:  # every token was learned from, so all statistics are known now
             plan = self._plan_of(self.ranks.rows(learned.batches, learned.stats), rollouts, step)
         num_clipped = self.ranks.sum(sum(lesson.num_clipped for lesson in learned.lessons))

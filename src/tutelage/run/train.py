@@ -30,6 +30,7 @@ from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
 from tutelage.run.measure import describe, measure
 from tutelage.run.memory import STATE_BYTES
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
+from tutelage.run.record import snapshot
 from tutelage.run.setup import build, pick_device, plain_student, warnings_of
 from tutelage.run.step import Step
 from tutelage.run.stop import Stop, StoppedError, listening
@@ -155,8 +156,11 @@ class _Run:
         try:
             if self._is_evaluation_due() and not self.folder.has_evaluation(self.done):
                 self._evaluate()
+            if self.done == 0 and not self.folder.read("tokens.jsonl"):
+                self._record()
             while self.done < num_steps and not self._any_process():
                 self._take()
+                self._record()
                 if self._is_due(self.config.checkpoint_every):
                     self._save()
                     saved = self.done
@@ -301,6 +305,21 @@ class _Run:
             found = numbers(summary, f"evaluation.{summary['model']}.")
             self.accelerator.log(found, step=self.done)
             self.say(describe(summary))
+
+    def _record(self) -> None:
+        """A snapshot of tokens for the report, on the main process alone."""
+        every = self.config.recording.every
+        if not every or not (self._is_due(every) or self.done == 0) or not self.folder.is_writer:
+            return
+        lines = snapshot(self.config, self.parts, self.step.rollouts, self.done)
+        if (
+            self.folder.size("tokens.jsonl") + sum(map(len, lines))
+            > self.config.recording.max_bytes
+        ):
+            limit = self.config.recording.max_bytes
+            self.say(f"no tokens recorded at step {self.done}: recording.max_bytes is {limit:,}")
+            return
+        self.folder.append_text("tokens.jsonl", "".join(lines))
 
     def _export(self) -> None:
         if not self.accelerator.is_main_process:
