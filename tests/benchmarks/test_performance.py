@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 import performance_page
+from objective import CASES, begun, write_case
 from objective_contestants import (
     CONTESTANTS,
     NEEDS,
@@ -19,7 +20,9 @@ from objective_contestants import (
     gradient_errors,
     make_inputs,
 )
-from performance_page import everything, goals, page
+from performance_page import everything, goal_table, goals, page, rollout_goals
+from rollout import check_lengths
+from step import check_alike
 
 INPUTS = make_inputs(256, 96, 16)
 
@@ -68,6 +71,7 @@ RECORD = {
     "versions": {"torch": "2"},
     "machine": {"cpu": "some"},
     "trl_tile": [64, 128],
+    "liger_chunk": 256,
     "cases": [
         case(512, bare_products=1.0, all_tokens=1.3, soft_or_50=1.3, trl=5.2),
         case(4096, bare_products=8.0, all_tokens=9.0),
@@ -87,16 +91,22 @@ def test_goals_are_ratios_of_what_was_measured_and_unknown_where_nothing_was() -
 
 def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Path) -> None:
     (tmp_path / "objective-2026-01-02.json").write_text(json.dumps(RECORD))
-    step = {"date": "2026-01-02", "pairs": {"small": {"arms": {"ours": {"peak_bytes": 3 << 20}}}}}
-    (tmp_path / "step-2026-01-01.json").write_text(json.dumps({"date": "", "old": {"x": 1}}))
-    (tmp_path / "step-2026-01-02.json").write_text(json.dumps(step))
+    arms = {
+        "tutelage": {"step_vs_trl": 0.7, "peak_bytes": 3 << 20},
+        "tutelage-offload": {"peak_vs_trl": 0.5},
+    }
+    step = {"date": "2026-01-02", "results": {"smollm2": {"arms": arms}}}
+    (tmp_path / "step-smollm2-2026-01-01.json").write_text(json.dumps({"old": {"x": 1}}))
+    (tmp_path / "step-smollm2-2026-01-02.json").write_text(json.dumps(step))
     (tmp_path / "step-quick-2026-01-03.json").write_text(json.dumps({"quick": 1}))
     text = page(tmp_path, tmp_path)
     assert "| all tokens / bare products, time | ≤ 1.2 | 1.30 | **no** |" in text
     assert "| all tokens / trl, time | ≤ 0.3 | 0.25 | yes |" in text
-    assert "liger, time" not in text
-    assert "**pairs · small · arms · ours**" in text
-    assert "| peak_bytes | 3 MiB |" in text
+    assert "| all tokens / liger, time | ≤ 0.6 | not measured |  |" in text
+    assert "in chunks of 256 rows" in text
+    assert "| smollm2: step / TRL, time | ≤ 0.8 | 0.70 | yes |" in text
+    assert "/ TRL, peak memory | ≤ 0.6 | 0.50 | yes |" in text
+    assert "| tutelage | 0.7 | 3 MiB |" in text
     assert "old" not in text
     assert "quick" not in text
     assert "## The whole step" in text
@@ -115,6 +125,43 @@ def test_every_number_of_a_part_is_shown_once() -> None:
         assert listed.count(cell) == 1
     for cell in ("| a | 1 |", "| x | 0.5 |", "| y | 0.25 |", "| n | 7 |", "| m | 8 |"):
         assert text.count(cell) == 1
+
+
+def test_goals_of_tokens_a_second_are_met_from_above() -> None:
+    works = [
+        {"batch_size": 8, "lengths": "natural", "times_generate": {"ours": 1.9}},
+        {"batch_size": 8, "lengths": "ragged", "times_generate": {"ours": 1.9}},
+    ]
+    record = {"arguments": {"model": "package:tutelage/x"}, "workloads": works}
+    text = goal_table(rollout_goals(record), is_more_better=True)
+    assert "natural lengths: tokens/s / generate | ≥ 2.0 | 1.90 | **no** |" in text
+    assert "ragged lengths: tokens/s / generate | ≥ 1.5 | 1.90 | yes |" in text
+
+
+def test_a_file_grows_by_cases_of_one_commit_and_is_begun_anew_for_another(tmp_path: Path) -> None:
+    out, record = tmp_path / "objective.json", RECORD | {"cases": []}
+    sizes = [(c.rows, c.vocab_size, c.width) for c in CASES[:2]]
+    for rows, vocab_size, width in (*sizes, sizes[0]):
+        write_case(out, record, {"rows": rows, "vocab_size": vocab_size, "width": width})
+        record |= begun(out, record)
+    assert [case["rows"] for case in json.loads(out.read_text())["cases"]] == [1024, 512]
+    assert begun(out, record | {"commit": "def"}) == {}
+    assert begun(tmp_path / "none.json", record) == {}
+
+
+@pytest.mark.parametrize(("key", "value"), [("tokens", 64.0), ("loss", 2.0)])
+def test_arms_that_do_not_do_the_same_work_are_not_compared(key: str, value: float) -> None:
+    trl = {"tokens": 100.0, "loss": 1.0}
+    check_alike({"tutelage": trl | {"tokens": 110.0, "loss": 0.9}, "trl": trl})
+    with pytest.raises(SystemExit, match=f"{key} of tutelage"):
+        check_alike({"tutelage": trl | {key: value}, "trl": trl})
+
+
+def test_contestants_with_other_lengths_are_not_compared() -> None:
+    lengths = [8, 12] * 50
+    check_lengths({"ours": lengths, "generate": [9, 12] * 50})
+    with pytest.raises(RuntimeError, match="longer than those of generate"):
+        check_lengths({"ours": lengths, "generate": [4, 8] * 50})
 
 
 def test_no_results_give_no_figures(tmp_path: Path) -> None:
