@@ -302,8 +302,11 @@ def _score(arguments: argparse.Namespace) -> int:
 
     rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
     request = ScoreRequest(arguments.num_prompts, rules, arguments.keep, arguments.completions)
-    if arguments.out != "-" and Path(arguments.out).exists():
-        raise ConfigError(f"--out {arguments.out} exists and stays as it is. Name a new file.")
+    out = Path(arguments.out)
+    if arguments.out != "-" and out.exists():
+        raise ConfigError(f"--out {out} exists and stays as it is. Name a new file.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out} cannot be written: {out.parent} is no folder. Make it.")
     scores = score(_load(arguments), request)
     if arguments.out == "-":
         for row in scores.rows():
@@ -311,11 +314,11 @@ def _score(arguments: argparse.Namespace) -> int:
         print(scores.table(), file=sys.stderr)
         return 0
     try:
-        with Path(arguments.out).open("w", encoding="utf-8") as file:
+        with out.open("x", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in scores.rows())
     except OSError as error:
-        raise ConfigError(f"--out {arguments.out} cannot be written: {error.strerror}.") from None
-    print(f"{scores.table()}\n{len(scores.tokens)} tokens written to {arguments.out}")
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from None
+    print(f"{scores.table()}\n{len(scores.tokens)} tokens written to {out}")
     return 0
 
 

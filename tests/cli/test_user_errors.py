@@ -368,5 +368,10 @@ def test_scores_are_never_written_over(tmp_path: Path) -> None:
     assert precious.read_text() == "precious"
 
 
+def test_scores_need_a_folder_before_anything_is_scored(tmp_path: Path) -> None:
+    out = tmp_path / "nowhere" / "tokens.jsonl"
+    refused("score", "no-such.toml", "--out", out)("nowhere is no folder. Make it.")
+
+
 def test_an_unknown_rule_to_score_is_refused_with_a_suggestion() -> None:
     refused("score", LEDGER, "--rules", "sof_or")("'sof_or'", "'soft_or'?")

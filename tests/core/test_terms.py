@@ -325,3 +325,34 @@ def test_the_top_of_a_certain_teacher_is_found_among_underflowed_probabilities(
         found = composite_objective(LazyLogits(z, eye), LazyLogits(teacher, eye), [(term, 1.0)])
         expected = float(reference.topk_kl(log_p, log_q, 3, is_forward)[0])
         assert float(found.total) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("term", "function"),
+    [
+        (TopKForwardKL(3, tail=False), lambda p, q: reference.topk_renormalised(p, q, 3)),
+        (SkewReverseKL(0.0), reference.reverse_kl),
+        (SkewReverseKL(), lambda p, q: reference.skew_reverse_kl(p, q, 0.1)),
+        (JSD(), lambda p, q: reference.jsd(p, q, 0.5)),
+    ],
+    ids=["renorm", "skew_0", "skew", "jsd"],
+)
+def test_ratios_beyond_the_range_of_float32_stay_numbers(
+    term: Term, function: reference.Function, dtype: torch.dtype
+) -> None:
+    """The teacher's second id has probability 0 in float32, and p/q overflows."""
+    teacher = torch.tensor([[0.0, -150.0, -160.0, -170.0, -180.0]], dtype=dtype)
+    z = torch.tensor([[0.0, 1.0, 0.5, -1.0, 2.0]], dtype=dtype).requires_grad_(True)
+    eye = torch.eye(5, dtype=dtype)
+    expected, gradients = reference.composite(
+        (
+            reference.Head(z.detach().double(), eye.double()),
+            reference.Head(teacher.double(), eye.double()),
+        ),
+        [(function, [1.0])],
+    )
+    found = composite_objective(LazyLogits(z, eye), LazyLogits(teacher, eye), [(term, 1.0)])
+    found.total.backward()
+    assert found.total.item() == pytest.approx(float(expected.sum()), rel=1e-5)
+    assert distance(z.grad, gradients[0]) <= 1e-5

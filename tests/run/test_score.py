@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny import tiny_table
-from tutelage.core import RULES
+from tutelage.core import RULES, importance
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, DataError
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.prune import prune_layers
 from tutelage.run.config import Config
+from tutelage.run.method import SomeTokens
 from tutelage.run.parse import load_config, parse_config
 from tutelage.run.score import ScoreRequest, Scores, score
 
@@ -173,6 +174,31 @@ def test_given_completions_are_scored_as_they_are(
     assert [row["token_id"] for row in rows if row["prompt_id"] == "ids"] == ids
     assert len({len(r.completion_ids) for r in found.rollouts}) == 2  # a padded batch
     assert largest_difference(found, ledger_models) <= 1e-4
+
+
+def test_completions_of_one_prompt_are_told_apart(tmp_path: Path, config: Config) -> None:
+    texts = [
+        {"id": name, "prompt": "e4+7;>", "completion": text}
+        for name, text in (("a", "e4=1;"), ("b", "e4=2;"), ("a", "e4=3;"))
+    ]
+    found = score(config, given(tmp_path, *texts))
+    assert [(r.prompt.id, r.sample) for r in found.rollouts] == [("a", 0), ("b", 0), ("a", 1)]
+
+
+def test_rules_read_the_batch_as_the_configuration_does(tmp_path: Path, config: Config) -> None:
+    """Normalization and scope of `[selection]`, for every rule asked for; the budget is --keep."""
+    texts = [
+        {"id": str(i), "prompt": "e4+7;j7-6;>", "completion": text}
+        for i, text in enumerate(("e4+7=1;j7-6=1;", "e9", "j6+6=2;"))
+    ]
+    request = replace(given(tmp_path, *texts), rules=("soft_or", "random"), keep=0.25)
+    options: dict[str, Any] = {"scope": "batch", "normalization": "quantile_05_95"}
+    found = score(replace(config, selection=SomeTokens("q3", **options)), request)
+    expected = importance(found.stats, "soft_or", "quantile_05_95")
+    assert torch.equal(found.selections["soft_or"].importance, expected)
+    assert not torch.equal(importance(found.stats, "soft_or"), expected)
+    for chosen in found.selections.values():
+        assert len(chosen.rows) == len(found.stats) // 4  # one budget over all completions
 
 
 def test_tokens_without_finite_statistics_are_counted_and_in_no_quadrant(

@@ -103,7 +103,8 @@ class SkewReverseKL:
         over_m = -torch.logaddexp(
             torch.full_like(log_ratio, log_alpha), math.log1p(-self.alpha) - log_ratio
         )
-        g = over_m - self.alpha * over_m.exp()
+        # p/m is at most 1/α; without a bound, at α = 0, it would overflow to 0·inf.
+        g = over_m - self.alpha * over_m.exp() if self.alpha else over_m
         return torch.linalg.vecdot(block.p, over_m), _through_softmax(block.p, g)
 
 
@@ -132,7 +133,8 @@ class TopKForwardKL:
         top = _Buckets.of(block, self.k)
         if not self.tail:
             share = top.q / top.q.sum(-1, keepdim=True)
-            value = (share * (share.log() - top.log_p)).sum(-1)
+            log_share = share.log().masked_fill(share == 0, 0.0)  # 0·log 0 = 0
+            value = (share * (log_share - top.log_p)).sum(-1)
             return value, block.p.scatter_add(-1, top.ids, -share)
         value = (top.q * (top.log_q - top.log_p)).sum(-1)
         value = value + _weighted_gap(top.log_q_rest, top.log_p_rest)

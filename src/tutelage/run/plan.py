@@ -14,7 +14,13 @@ from tutelage.core.terms import SampledReverseKL, Term
 from tutelage.data.batch import Batch
 from tutelage.run.config import Config
 from tutelage.run.gather import Gathered
-from tutelage.run.method import FirstTokens, RandomTokens, SampledTokens, SomeTokens
+from tutelage.run.method import (
+    FirstTokens,
+    RandomTokens,
+    SampledTokens,
+    SelectionConfig,
+    SomeTokens,
+)
 from tutelage.run.recipe import Guidance, guidance, guided_terms, plain_terms
 
 _SELECTION_SEED = 1
@@ -52,11 +58,9 @@ class Lesson:
 def choose(config: Config, gathered: Gathered, step: int) -> TokenSelection:
     """The rows to train on, of all processes; the same answer in every process."""
     selection = config.selection
-    options: dict[str, Any] = {"position": gathered.position}
+    options: dict[str, Any] = {"position": gathered.position, **reading(selection)}
     if isinstance(selection, SomeTokens | SampledTokens | RandomTokens):
-        options |= {"keep": selection.keep, "scope": selection.scope}
-    if isinstance(selection, SomeTokens | SampledTokens):
-        options["normalization"] = selection.normalization
+        options["keep"] = selection.keep
     if isinstance(selection, SampledTokens | RandomTokens):
         seed = (config.seed, step, _SELECTION_SEED)
         options["uniform"] = counter_uniform(seed, gathered.completion, gathered.position)
@@ -64,6 +68,12 @@ def choose(config: Config, gathered: Gathered, step: int) -> TokenSelection:
     if isinstance(selection, FirstTokens):
         options["num_tokens"] = selection.num_tokens
     return select_tokens(gathered.stats, gathered.completion, selection.rule, **options)
+
+
+def reading(selection: SelectionConfig) -> dict[str, Any]:
+    """Scope and normalization as `select_tokens` takes them; only what the selection names."""
+    named = vars(selection)
+    return {option: named[option] for option in ("scope", "normalization") if option in named}
 
 
 def lessons_of(config: Config, batches: Sequence[Batch], plan: Plan | None) -> list[Lesson]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from tutelage.errors import ConfigError, DataError
 from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
 from tutelage.run.config import Config
+from tutelage.run.plan import reading
 from tutelage.run.setup import Parts, build, prompt_format
 
 
@@ -190,12 +193,13 @@ def score_rollouts(
     position = torch.cat([batch.position for batch in batches])
     tokens = torch.cat([batch.tokens for batch in batches]).tolist()
     uniform = counter_uniform((config.seed,), completion, position)
-    options = {"keep": request.keep, "uniform": uniform, "position": position}
+    options: dict[str, Any] = {"keep": request.keep, "uniform": uniform, "position": position}
+    options |= reading(config.selection)
     return Scores(
         rollouts,
         stats,
         _quadrants(stats, config.quadrant_thresholds),
-        {r: select_tokens(stats, completion, r, **options) for r in request.rules},  # type: ignore[arg-type]
+        {r: select_tokens(stats, completion, r, **options) for r in request.rules},
         parts.student.vocab_size,
         [parts.tokenizer.decode([token]) for token in tokens],
         config.quadrant_thresholds,
@@ -216,7 +220,8 @@ def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tenso
 def _rollouts(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollout]:
     if request.completions is not None:
         pairs = load_completions(request.completions, prompt_format(config.data))
-        return [_given(parts, prompt, completion) for prompt, completion in pairs]
+        number: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        return [_given(parts, prompt, next(number[prompt.id]), text) for prompt, text in pairs]
     prompts = parts.task.held_out(request.num_prompts)
     return sample(
         parts.student.model,
@@ -229,7 +234,7 @@ def _rollouts(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollo
     )
 
 
-def _given(parts: Parts, prompt: Prompt, completion: str | list[int]) -> Rollout:
+def _given(parts: Parts, prompt: Prompt, sample: int, completion: str | list[int]) -> Rollout:
     ids = completion
     if isinstance(ids, str):
         ids = encode_completion(parts.tokenizer, ids)
@@ -240,7 +245,7 @@ def _given(parts: Parts, prompt: Prompt, completion: str | list[int]) -> Rollout
             f"{parts.student.vocab_size - 1}, got {beyond[:1] or 'none'}."
         )
     prompt_ids = encode_prompt(parts.tokenizer, prompt, parts.enable_thinking)
-    return Rollout(prompt, 0, tuple(prompt_ids), tuple(ids))
+    return Rollout(prompt, sample, tuple(prompt_ids), tuple(ids))
 
 
 def _quadrants(stats: TokenStats, thresholds: str | tuple[float, float]) -> Tensor:
