@@ -17,7 +17,13 @@ import pytest
 from grading_cases import DIFFERENT, EQUAL
 
 from tutelage.data import grading_pool
-from tutelage.data.grading import answers_equal, extract_answer, grade_completion, grade_many
+from tutelage.data.grading import (
+    MAX_TEXT,
+    answers_equal,
+    extract_answer,
+    grade_completion,
+    grade_many,
+)
 from tutelage.data.grading_exact import exact
 from tutelage.errors import MissingExtraError
 
@@ -287,3 +293,9 @@ def test_a_huge_answer_is_refused_before_anything_is_parsed() -> None:
         assert not grade_completion(rf"\boxed{{{part * (1_000_000 // len(part))}}}", "72")
         assert not answers_equal(part * 1_000_000, "72")
     assert time.process_time() - start < 60  # quadratic work on 20 megabytes takes hours
+
+
+def test_the_last_statement_near_the_end_of_the_text_counts() -> None:
+    assert extract_answer("The answer is 4.\nNo: the answer is 5.") == "5"
+    assert extract_answer(r"\boxed{4}" + " " * MAX_TEXT) is None
+    assert extract_answer(" " * MAX_TEXT + r"\boxed{4}") == "4"

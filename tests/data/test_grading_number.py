@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.grading_number import grade_number, number_answer, numbers_equal
+from tutelage.data.grading_number import MAX_TEXT, grade_number, number_answer, numbers_equal
 
 
 @pytest.mark.parametrize(
@@ -190,3 +190,10 @@ def test_nothing_is_executed_or_imported() -> None:
     active = False
     assert seen == []
     assert events == ["compile"]
+
+
+def test_only_the_end_of_a_long_text_counts_and_huge_powers_are_no_numbers() -> None:
+    assert number_answer("#### 5" + "x" * MAX_TEXT) is None
+    assert number_answer("x" * MAX_TEXT + "#### 5") == "5"
+    assert numbers_equal("1e99", "10e98")
+    assert not numbers_equal("1e999", "10e998")  # compared as texts, never computed
