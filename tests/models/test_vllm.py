@@ -188,3 +188,36 @@ def test_a_run_stops_when_vllm_keeps_its_old_weights(
     monkeypatch.setattr(VLLMSampler, "_push", lambda self: None)
     with pytest.raises(RunError, match="step 1 are not the student's"):
         run(tmp_path)
+
+
+def test_an_exported_student_is_read_by_vllm_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a finished run, given to vLLM by name, continues as transformers does."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+
+    table = {
+        "student": {"model": STUDENT},
+        "teacher": {"model": "package:tutelage/assets/ledger-teacher"},
+    }
+    train(tiny_config(tmp_path, tmp_path / "run", num_steps=1, **table), say=lambda _: None)
+    folder = str(tmp_path / "run" / "student")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = list(tokenizer(PROMPTS[0].content).input_ids)
+    llm = LLM(
+        folder, dtype="float32", enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.1
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=0)
+    (result,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    theirs = result.outputs[0]
+    start = torch.tensor([ids])
+    ours = model.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=12, do_sample=False
+    )
+    assert theirs.token_ids == ours[0, len(ids) :].tolist()
+    with torch.no_grad():
+        log_p = model(ours).logits[0].log_softmax(-1)
+    for place, (token, known) in enumerate(zip(theirs.token_ids, theirs.logprobs, strict=True)):
+        assert abs(known[token].logprob - float(log_p[len(ids) - 1 + place, token])) < 1e-4
