@@ -14,6 +14,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "numerics": (10_000, 1_000_000),
     "masks": (300, 5_000),
     "grader": (5_000, 1_000_000),
+    "grader_sweep": (60, 0),
     "server": (300, 5_000),
     "mutants": (0, 0),
 }

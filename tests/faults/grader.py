@@ -11,6 +11,7 @@ is restarted when an input takes longer than a minute.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import os
 import platform
@@ -24,12 +25,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .record import Outcome
 
+MINUTES = float(os.environ.get("GRADER_MINUTES", "15"))
+"""At most so long does a run of the harness take."""
+LIMIT_S = 5.5
+"""The grader's time limit and half a second for all around it."""
 CANARY = Path(tempfile.gettempdir()) / f"tutelage-canary-{os.getuid()}"
 
 PLAIN = (
@@ -115,6 +121,14 @@ class Watch:
     worst_s: float = 0.0
     worst_input: str = ""
     num_over_one_s: int = 0
+    num_late: int = 0
+    """Inputs that took longer than the grader's limit and half a second."""
+    p999_s: float = 0.0
+    """Seconds that one input in a thousand exceeds."""
+
+    def __post_init__(self) -> None:
+        self._slowest: list[float] = []
+
     num_restarts: int = 0
 
     def run(self, grade: Callable[[str, str], bool], pair: Pair) -> None:
@@ -130,6 +144,12 @@ class Watch:
         """Count one input and its time."""
         self.num_inputs += 1
         self.num_over_one_s += seconds > 1
+        self.num_late += seconds > LIMIT_S
+        # The slowest thousandth is all that has to be kept.
+        heapq.heappush(self._slowest, seconds)
+        while len(self._slowest) > 1 + self.num_inputs // 1000:
+            heapq.heappop(self._slowest)
+        self.p999_s = self._slowest[0]
         if seconds > self.worst_s:
             self.worst_s, self.worst_input = seconds, repr(pair)[:200]
 
@@ -254,21 +274,26 @@ def report(watch: Watch, contestant: str, limit_s: float) -> dict[str, object]:
 def run(num_inputs: int) -> Outcome:
     """For `python -m tests.faults grader`: as many inputs as fit into 15 minutes."""
     from faults.record import Outcome
-    from tutelage.data.grading_pool import TIME_LIMIT_S
+    from tutelage.data.grading_pool import TIME_LIMIT_S, undecided
 
-    watch = fuzz(num_inputs, minutes=15)
+    watch = fuzz(num_inputs, MINUTES)
     details = report(watch, "tutelage", TIME_LIMIT_S)
     failures = sum(watch.exceptions.values()) + sum(watch.audit_events.values())
-    failures += CANARY.exists() + (watch.worst_s > TIME_LIMIT_S + 0.5)
+    failures += CANARY.exists() + watch.num_late + undecided().get("blocked", 0)
     control = Watch()
     control.listen()
-    control.run(lambda text, _: bool(compile(text, "answer", "eval")), ("1 == 1", ""))
+    for pair in islice(pairs(0), 1000):
+        control.run(lambda text, _: bool(compile(text, "answer", "eval")), pair)
     return Outcome(
         "hostile answers raise nothing, execute nothing and end in time",
         trials=watch.num_inputs,
         failures=failures,
-        control={"audit events of a grader that compiles": sum(control.audit_events.values())},
-        details=details,
+        control={
+            "inputs given to a grader that compiles them": control.num_inputs,
+            "audit events seen of it": sum(control.audit_events.values()),
+            "exceptions seen of it": sum(control.exceptions.values()),
+        },
+        details=details | {"ended_by": "number" if watch.num_inputs == num_inputs else "time"},
     )
 
 

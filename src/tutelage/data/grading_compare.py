@@ -18,6 +18,9 @@ REL_TOL = 1e-8
 MIN_DIGITS = 8
 
 _CHOICE = re.compile(r"(?:\\text\{)?\s*(?:\(([A-J])\)|([A-J])[.):])\s*\}?\s*([^\s(].*)")
+_SECOND_CHOICE = re.compile(
+    r"[,;+/&|]|\\(?:text\{\s*)?(?:l?or|vee|l?and|wedge|cup)\b|(?:or|and|not)\b|.*\([A-J]\)"
+)
 _LETTER = re.compile(r"(?:\\text\{)?\s*(\(?)([A-Ja-j])[).]?\s*\}?")
 _DECIMAL = re.compile(r"-?[0-9]*\.[0-9]+")
 _COMMA_DECIMAL = re.compile(r"-?[0-9]+,[0-9]{1,2}")
@@ -30,7 +33,7 @@ def texts_equal(prediction: str, gold: str) -> bool:
     tails = [text.rpartition(r"\approx")[2] for text in (prediction, gold) if r"\approx" in text]
     if len(tails) == 2 and not texts_equal(*tails):
         return False
-    letter, choice = _LETTER.fullmatch(gold), _CHOICE.fullmatch(prediction)
+    letter, choice = _LETTER.fullmatch(gold), _choice(prediction)
     if letter:
         named = _LETTER.fullmatch(prediction)
         if choice:
@@ -38,7 +41,7 @@ def texts_equal(prediction: str, gold: str) -> bool:
         if named:
             same_case = named[2] == letter[2] or (letter[1] and named[2].upper() == letter[2])
             return bool(same_case)
-    gold_choice = _CHOICE.fullmatch(gold)
+    gold_choice = _choice(gold)
     if gold_choice:
         return _choices_equal(prediction, gold_choice)
     if choice and texts_equal(choice[3], gold):
@@ -48,9 +51,15 @@ def texts_equal(prediction: str, gold: str) -> bool:
     return forms_equal(parse(prediction), parse(gold))
 
 
+def _choice(text: str) -> re.Match[str] | None:
+    """``(C) 5``, a letter with what it stands for; None for anything else, two letters included."""
+    found = _CHOICE.fullmatch(text)
+    return None if found and _SECOND_CHOICE.match(found[3]) else found
+
+
 def _choices_equal(prediction: str, gold: re.Match[str]) -> bool:
     wanted, content = gold[1] or gold[2], gold[3]
-    letter, choice = _LETTER.fullmatch(prediction), _CHOICE.fullmatch(prediction)
+    letter, choice = _LETTER.fullmatch(prediction), _choice(prediction)
     if letter:
         return letter[2].upper() == wanted
     if choice:

@@ -190,7 +190,7 @@ def _plain_verbatim(text: str) -> str:
     """A number with its base, a time, a ratio or a residue, in one spelling."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\p?mod|\\bmod", "mod", text)
-    text = re.sub(r"[\s{}()]|\\cdot", "", text).casefold()
+    text = re.sub(r"[\s{}()]", "", text).casefold()
     text = re.sub(r"([ap])\.?m\.?$", r"\1m", text)
     for digit, word in enumerate(("two", "three", "four", "five", "six", "seven", "eight"), 2):
         text = re.sub(rf"_(?:base)?{word}$", f"_{digit}", text)
