@@ -21,9 +21,10 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -174,7 +175,9 @@ def _is_suspicious(event: str, arguments: tuple[object, ...]) -> bool:
     return event in ("os.system", "os.remove", "os.rename", "socket.connect")
 
 
-def fuzz(num_inputs: int, minutes: float, seed: int = 0, formulas: float = 0.1) -> Watch:
+def fuzz(
+    num_inputs: int, minutes: float, seed: int = 0, formulas: float = 0.1, bombs: float = 0.005
+) -> Watch:
     """Our grader: half of the inputs as answers, half as boxed completions."""
     from tutelage.data.grading import answers_equal, grade_completion
 
@@ -182,7 +185,7 @@ def fuzz(num_inputs: int, minutes: float, seed: int = 0, formulas: float = 0.1) 
     CANARY.unlink(missing_ok=True)
     watch.listen()
     end = time.monotonic() + 60 * minutes
-    for number, (prediction, gold) in enumerate(pairs(seed, formulas)):
+    for number, (prediction, gold) in enumerate(pairs(seed, formulas, bombs)):
         if number >= num_inputs or time.monotonic() > end:
             break
         if number % 2:
@@ -264,7 +267,11 @@ def report(watch: Watch, contestant: str, limit_s: float) -> dict[str, object]:
         "versions": {n: metadata.version(n) for n in ("math-verify", "sympy")},
         "python": platform.python_version(),
         "limit_s": limit_s,
-        **asdict(watch),
+        **{
+            name: dict(value) if isinstance(value, Counter) else value
+            for name, value in vars(watch).items()
+            if not name.startswith("_")
+        },
         "canary_created": CANARY.exists(),
         "undecided": undecided(),
         "load_average": os.getloadavg(),
@@ -282,6 +289,7 @@ def run(num_inputs: int) -> Outcome:
     failures += CANARY.exists() + watch.num_late + undecided().get("blocked", 0)
     control = Watch()
     control.listen()
+    warnings.simplefilter("ignore", SyntaxWarning)
     for pair in islice(pairs(0), 1000):
         control.run(lambda text, _: bool(compile(text, "answer", "eval")), pair)
     return Outcome(

@@ -27,7 +27,7 @@ Rule = Callable[[str], Iterator[str]]
 Grade = Callable[[str, str], bool]
 
 _SIGN = re.compile(r"(?:^|(?<=[(\[,&])|(?<=\\\\))\s*(-?)\s*(?=\\frac|\\sqrt|\\pi|[0-9])")
-_THOUSANDS = re.compile(r"[0-9],\\?!?[0-9]{3}|\{,\}")
+_THOUSANDS = re.compile(r"[0-9],\\?!?\s?[0-9]{3}|\{,\}|\\,")
 _LETTERED = re.compile(r"\\text|\\begin|\\mbox|\\mathrm|[a-zA-Z]{4,}")
 
 

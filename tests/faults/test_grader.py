@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 
 import pytest
 
 from tutelage.data import grading_pool
 
-from .grader import BOMBS, CANARY, PAYLOADS, Watch, fuzz, pairs
+from . import grader_sweep
+from .grader import BOMBS, CANARY, PAYLOADS, Watch, fuzz, pairs, report
 
 pytest.importorskip("math_verify")
 
@@ -18,7 +20,7 @@ def test_five_thousand_hostile_inputs_neither_raise_nor_execute(
 ) -> None:
     monkeypatch.setattr(grading_pool, "COMPARE_LIMIT_S", 0.5)
     before = grading_pool.undecided()
-    watch = fuzz(5_000, minutes=10, formulas=0.01)
+    watch = fuzz(5_000, minutes=10, formulas=0.004, bombs=0.0005)
     after = grading_pool.undecided()
     grading_pool.close_workers()
     assert watch.num_inputs == 5_000
@@ -41,9 +43,25 @@ def test_the_harness_sees_exceptions_and_executions() -> None:
     assert watch.num_accepted == 1
     assert watch.exceptions == {"SyntaxError": 1}
     assert watch.audit_events["compile"] == 2
+    assert json.loads(json.dumps(report(watch, "evaluated", 5.0)))["exceptions"] == {
+        "SyntaxError": 1
+    }
 
 
 def test_the_harness_sends_bombs_and_payloads() -> None:
     sent = {prediction for prediction, _ in islice(pairs(0), 20_000)}
     assert set(BOMBS) <= sent
     assert set(PAYLOADS) <= sent
+
+
+def test_rewritten_answers_keep_their_verdict_and_changed_ones_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TUTELAGE_DATA", raising=False)
+    outcome = grader_sweep.run(80)
+    grading_pool.close_workers()
+    assert outcome.failures == 0, outcome.details
+    assert outcome.trials > 500
+    assert set(outcome.details["same"]) == set(grader_sweep.SAME)
+    assert set(outcome.details["other"]) == set(grader_sweep.OTHER)
+    assert min(outcome.control.values()) > 100

@@ -10,7 +10,7 @@ import re
 from fractions import Fraction
 from math import factorial, isqrt
 
-MAX_BITS = 8_192
+MAX_BITS = 40_000
 """Largest numerator or denominator, in bits."""
 MAX_DEPTH = 40
 """Deepest nesting of brackets."""
