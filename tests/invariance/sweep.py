@@ -186,6 +186,7 @@ def leak_a_row(case: Case, shared: Shared) -> Shared:
         return shared
     more = replace(
         last,
+        tokens=torch.cat([last.tokens, last.tokens[-1:]]),
         completion=torch.cat([last.completion, last.completion[-1:]]),
         position=torch.cat([last.position, last.position[-1:] + 1]),
     )
