@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tutelage.errors import RunError
 
@@ -103,6 +103,49 @@ class VerdictRecord(_Line):
     is_correct: bool | None = None
 
 
+Numbers = list[float | None]
+
+
+class TokenRecord(_Line):
+    """One line of tokens.jsonl: a completion with a column for each number, in nats."""
+
+    step: Count
+    kind: str
+    prompt_id: str
+    sample: Count
+    prompt: str
+    num_tokens: Count
+    token: list[Count]
+    entropy: Numbers
+    reverse_kl: Numbers
+    forward_kl: Numbers
+    teacher_entropy: Numbers
+    log_p: Numbers
+    log_q: Numbers
+    gate: Numbers
+    rank: dict[str, list[Count]]
+    kept: dict[str, list[Count]]
+    student_top: list[list[Count]]
+    teacher_top: list[list[Count]]
+    student_share: list[Numbers]
+    teacher_share: list[Numbers]
+    texts: dict[str, str]
+    """Text of every id that the line names."""
+
+    @model_validator(mode="after")
+    def _one_entry_a_token(self) -> TokenRecord:
+        columns: list[Sequence[object]] = [
+            *(self.entropy, self.reverse_kl, self.forward_kl, self.teacher_entropy),
+            *(self.log_p, self.log_q, self.gate, self.student_top, self.teacher_top),
+            *(self.student_share, self.teacher_share, *self.rank.values()),
+        ]
+        if any(len(column) != len(self.token) for column in columns):
+            raise ValueError("every column must have one entry a token")
+        if self.rank.keys() != self.kept.keys():
+            raise ValueError("rank and kept must name the same rules")
+        return self
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run folder in memory."""
@@ -114,6 +157,7 @@ class RunRecord:
     evaluations: tuple[EvaluationRecord, ...] = ()
     samples: tuple[SampleRecord, ...] = ()
     verdicts: tuple[VerdictRecord, ...] = ()
+    tokens: tuple[TokenRecord, ...] = ()
     notes: tuple[str, ...] = field(default=())
     """What a reader must know about the files, for example that the last line was cut off."""
 
@@ -147,7 +191,7 @@ def read_run(run: Path) -> RunRecord:
 
     Args:
         run: folder with manifest.json and metrics.jsonl, and perhaps evaluation.jsonl,
-            samples.jsonl and evaluation_rows.jsonl.
+            samples.jsonl, evaluation_rows.jsonl and tokens.jsonl.
 
     Returns:
         The checked records.
@@ -171,6 +215,7 @@ def read_run(run: Path) -> RunRecord:
         evaluations=tuple(_read_lines(run / "evaluation.jsonl", EvaluationRecord, notes)),
         samples=tuple(_read_lines(run / "samples.jsonl", SampleRecord, notes)),
         verdicts=tuple(_read_lines(run / "evaluation_rows.jsonl", VerdictRecord, notes)),
+        tokens=tuple(_read_lines(run / "tokens.jsonl", TokenRecord, notes)),
         notes=tuple(notes),
     )
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from tutelage.errors import MissingExtraError, RunError
 from tutelage.evaluation.metrics import Interval, paired_difference
 from tutelage.report import plots, text
+from tutelage.report.microscope import csp_hash, microscope_context, template_text
 from tutelage.report.records import (
     EvaluationRecord,
     Quadrant,
@@ -59,8 +58,9 @@ class SampleView:
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write `report.html` and `curves.png` about a run folder.
 
-    The page is one file: no scripts, no network, everything the run wrote is escaped, and a
-    content security policy forbids the browser anything else.
+    The page is one file that fetches nothing. Everything the run wrote is escaped, and a content
+    security policy forbids the browser all but its own style and, where tokens were recorded, its
+    own script.
 
     Args:
         run: run folder with manifest.json and metrics.jsonl.
@@ -124,11 +124,14 @@ def _render(context: dict[str, Any]) -> str:
 
 
 def _context(record: RunRecord, panels: Sequence[plots.Panel]) -> dict[str, Any]:
-    style = (files("tutelage.report") / "templates" / "report.css").read_text("utf-8")
+    style = template_text("report.css")
     environment = {key: value for key, value in record.manifest.items() if key != "config"}
     return {
         "style": style,
-        "style_hash": _csp_hash(style),
+        "style_hash": csp_hash(style),
+        **microscope_context(record.tokens, record.config),
+        "has_overview": True,
+        "kicker": "On-policy distillation run",
         "name": text.visible(record.path.resolve().name, 120),
         "facts": _facts(record),
         "notes": [*record.notes, *_thinning_note(record)],
@@ -146,12 +149,6 @@ def _context(record: RunRecord, panels: Sequence[plots.Panel]) -> dict[str, Any]
         "environment": text.visible_rows(environment),
         "command": _command(record.manifest),
     }
-
-
-def _csp_hash(style: str) -> str:
-    """The source expression that allows exactly this style element."""
-    digest = hashlib.sha256(style.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
