@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import html5lib
 import pytest
+from token_lines import token_lines
 
 from tutelage.errors import MissingExtraError, RunError
 from tutelage.report import plots, text
@@ -101,13 +102,6 @@ def fill_strings(run: Path, value: str) -> None:
         "config": {value: value, "student": {"path": value, "more": [value, {value: value}]}},
     }
     (run / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.fixture
-def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing: these tests look at the page around the pictures."""
-    monkeypatch.setattr(plots, "render_svg", lambda _panel, _theme: b"<svg/>")
-    monkeypatch.setattr(plots, "render_png", lambda _panels: b"")
 
 
 @pytest.mark.usefixtures("quick_plots")
@@ -391,3 +385,29 @@ def test_a_missing_extra_is_named(
     with pytest.raises(MissingExtraError, match=rf"'{package}'.*tutelage\[report\]"):
         write_report(run)
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_recorded_tokens_bring_one_script_and_its_hash(make_run: MakeRun) -> None:
+    run = make_run(num_steps=3)
+    (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, token_lines(HOSTILE))))
+    source = page_of(run)
+    page = parsed(source)
+    data, script = page.iter("script")
+    assert data.attrib == {"type": "application/json", "id": "tokens"}
+    assert not set(data.text or "") & set("<>&")
+    assert json.loads(data.text or "")["texts"]["0"] == text.visible(HOSTILE[0], 40)
+    digest = base64.b64encode(hashlib.sha256((script.text or "").encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in source
+    assert not re.search(
+        "innerHTML|outerHTML|insertAdjacent|document.write|eval|Function", script.text or ""
+    )
+
+
+@pytest.mark.usefixtures("quick_plots")
+@pytest.mark.parametrize("change", [{"entropy": [1.0]}, {"kept": {}}, {"token": "x"}])
+def test_token_lines_that_do_not_fit_are_refused(make_run: MakeRun, change: Any) -> None:
+    run, (line, *_) = make_run(num_steps=3), token_lines(["a"])
+    (run / "tokens.jsonl").write_text(json.dumps(line | change) + "\n")
+    with pytest.raises(RunError, match=r"tokens.jsonl line 1 does not fit"):
+        write_report(run)

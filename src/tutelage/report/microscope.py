@@ -18,13 +18,7 @@ _MAX_TEXT = 40
 _MAX_PROMPT = 4000
 _LEFT_OUT = {"texts"}
 # With these escapes no text can end the script element or begin another.
-_ESCAPES = {
-    "<": "\\u003c",
-    ">": "\\u003e",
-    "&": "\\u0026",
-    "\u2028": "\\u2028",
-    "\u2029": "\\u2029",
-}
+_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
 def microscope_context(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, Any]:

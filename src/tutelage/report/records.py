@@ -134,12 +134,12 @@ class TokenRecord(_Line):
 
     @model_validator(mode="after")
     def _one_entry_a_token(self) -> TokenRecord:
-        columns: list[Sequence[object]] = [
-            *(self.entropy, self.reverse_kl, self.forward_kl, self.teacher_entropy),
-            *(self.log_p, self.log_q, self.gate, self.student_top, self.teacher_top),
-            *(self.student_share, self.teacher_share, *self.rank.values()),
-        ]
-        if any(len(column) != len(self.token) for column in columns):
+        numbers = [self.entropy, self.reverse_kl, self.forward_kl, self.teacher_entropy]
+        numbers += [self.log_p, self.log_q, self.gate]
+        tops = [self.student_top, self.teacher_top]
+        shares = [self.student_share, self.teacher_share]
+        lengths = {len(c) for part in (numbers, tops, shares, self.rank.values()) for c in part}
+        if lengths != {len(self.token)}:
             raise ValueError("every column must have one entry a token")
         if self.rank.keys() != self.kept.keys():
             raise ValueError("rank and kept must name the same rules")

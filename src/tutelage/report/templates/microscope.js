@@ -47,7 +47,7 @@ const table = (caption, head, rows) =>
   make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
     make("table", {}, make("caption", {}, caption),
       make("thead", {}, make("tr", {}, head.map((cell, i) =>
-        make("th", { scope: "col", class: i ? "num" : "" }, cell)))),
+        make("th", { scope: "col", class: i && cell !== "tokens kept" ? "num" : "" }, cell)))),
       make("tbody", {}, rows.map((row) => make("tr", {}, row.map((cell, i) => {
         if (cell instanceof Element && cell.localName === "td") return cell;
         return i ? make("td", { class: "num" }, cell) : make("th", { scope: "row" }, cell);
@@ -343,7 +343,7 @@ const rulesView = () => {
       ["quadrant", "tokens", ...rules],
       parts.map((p) => [`Q${p.quadrant} ${QUADRANTS[p.quadrant]}`, percent(p.share),
         ...rules.map((rule) => shaded(keptShare(p.rows, rule)))])),
-    table("Tokens a rule keeps most often: kept of all its occurrences", ["rule", "tokens"],
+    table("Tokens a rule keeps most often: kept of all its occurrences", ["rule", "tokens kept"],
       rules.map((rule) => [rule, make("td", { class: "favourites" },
         favourites(rows, rule).map((text) => make("span", {}, text)))])));
 };

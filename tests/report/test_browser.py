@@ -1,0 +1,280 @@
+"""The page in a browser: every control, the recorded numbers, hostile text, nothing fetched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+from test_report import HOSTILE
+from token_lines import NUM_TOKENS, RULES, token_lines
+
+from tutelage.report.report import write_report
+
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to open pages in")
+
+MakeRun = Callable[..., Path]
+BENIGN = ["a", "b", " c", "\n", "def", "9"]
+VIEWS = ("overview", "plane", "microscope", "rules", "gate")
+CUTS = (0.5, 0.5)
+
+
+class Opened:
+    """A page with what it said and asked for."""
+
+    def __init__(self, page: Any, lines: list[dict[str, Any]]) -> None:
+        self.page, self.lines = page, lines
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def cells(self, place: str) -> list[list[str]]:
+        rows = self.page.locator(f"{place} tbody tr").all()
+        return [row.locator("th,td").all_inner_texts() for row in rows]
+
+    def line(self, step: int, kind: str = "held-out", prompt: str = "a") -> dict[str, Any]:
+        found = [n for n in self.lines if (n["step"], n["kind"]) == (step, kind)]
+        return next(n for n in found if n["prompt_id"] == prompt)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        # tests may run as root in a container, where chromium's own sandbox cannot start
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def show(browser: Any, make_run: MakeRun, quick_plots: None) -> Iterator[Callable[..., Opened]]:
+    contexts = []
+
+    def opened(texts: list[str] = BENIGN, **options: Any) -> Opened:
+        run = make_run(f"run{len(contexts)}", num_steps=3)
+        lines = token_lines(texts)
+        (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        manifest = json.loads((run / "manifest.json").read_text())
+        manifest["config"]["quadrant_thresholds"] = list(CUTS)
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = Opened(context.new_page(), lines)
+        page.page.goto(write_report(run).as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def quadrant(line: dict[str, Any], index: int, cuts: tuple[float, float] = CUTS) -> int:
+    return 4 - 2 * (line["entropy"][index] > cuts[0]) - (line["reverse_kl"][index] > cuts[1])
+
+
+def test_every_control_works_without_complaint_and_nothing_is_fetched(show: Any) -> None:
+    opened = show()
+    for view in VIEWS:
+        opened.page.click(f"#tab-{view}")
+        assert opened.page.is_visible(f"#view-{view}")
+        assert sum(opened.page.is_visible(f"#view-{v}") for v in VIEWS) == 1
+        for select in opened.page.locator(f"#view-{view} select").all():
+            for value in [o.get_attribute("value") for o in select.locator("option").all()]:
+                select.select_option(value)
+            select.select_option(index=0)
+    assert opened.complaints == []
+    assert len(opened.requests) == 1
+    assert opened.requests[0].startswith("file:")
+
+
+def test_a_chosen_token_shows_what_was_recorded(show: Any) -> None:
+    opened = show()
+    opened.page.click("#tab-microscope")
+    opened.page.select_option("#text-step", "10")
+    line = opened.line(10)
+    for index in (0, 7):
+        opened.page.locator("button.token").nth(index).click()
+        for name in ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "log_p", "log_q"):
+            shown = opened.page.inner_text(f'#detail [data-name="{name}"]').removesuffix(" nats")
+            assert float(shown) == pytest.approx(line[name][index], rel=1e-3), name
+        tables = opened.page.locator("#detail table").all()
+        for table, who in zip(tables, ("student", "teacher"), strict=False):
+            rows = table.locator("tbody tr").all()
+            shares = [float(row.locator("td").first.inner_text()) for row in rows]
+            assert shares == line[f"{who}_share"][index]
+        ranks = [r.locator("th,td").all_inner_texts() for r in tables[2].locator("tbody tr").all()]
+        assert ranks == [
+            [rule, str(line["rank"][rule][index]), "yes" if index in line["kept"][rule] else "no"]
+            for rule in RULES
+        ]
+
+
+def test_tokens_are_coloured_filtered_and_walked_by_keyboard(show: Any) -> None:
+    opened = show()
+    opened.page.click("#tab-microscope")
+    line, tokens = opened.line(0), opened.page.locator("button.token")
+    for index in range(NUM_TOKENS):
+        classes = (tokens.nth(index).get_attribute("class") or "").split()
+        assert f"q{quadrant(line, index)}" in classes
+        assert ("kept" in classes) == (index in line["kept"]["soft_or"])
+    opened.page.select_option("#text-filter", "3")
+    shown = [i for i in range(NUM_TOKENS) if quadrant(line, i) == 3]
+    assert opened.page.locator("button.token:not(.off)").count() == len(shown)
+    opened.page.locator("button.token").nth(4).focus()
+    opened.page.keyboard.press("ArrowRight")
+    assert "position 5." in opened.page.inner_text("#detail")
+    opened.page.select_option("#text-other", "10")
+    assert opened.page.locator(".reading").count() == 2
+
+
+def test_the_jump_goes_to_the_most_overconfident_tokens_in_order(show: Any) -> None:
+    opened = show()
+    opened.page.click("#tab-microscope")
+    found = sorted(
+        (
+            n["reverse_kl"][i]
+            for n in opened.lines
+            for i in range(NUM_TOKENS)
+            if quadrant(n, i) == 3
+        ),
+        reverse=True,
+    )
+    for expected in found[:3]:
+        opened.page.click("#jump")
+        shown = opened.page.inner_text('#detail [data-name="reverse_kl"]')
+        assert float(shown.removesuffix(" nats")) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["fixed", "median"])
+def test_the_plane_counts_quadrants(show: Any, how: str) -> None:
+    opened = show()
+    opened.page.click("#tab-plane")
+    opened.page.select_option("#plane-cut", how)
+    opened.page.fill("#plane-step", "1")
+    lines = [n for n in opened.lines if (n["step"], n["kind"]) == (10, "held-out")]
+    cuts = CUTS
+    if how == "median":
+        cuts = tuple(median(x for n in lines for x in n[c]) for c in ("entropy", "reverse_kl"))
+    where = [(quadrant(n, i, cuts), n["reverse_kl"][i]) for n in lines for i in range(NUM_TOKENS)]
+    for row, q in zip(opened.cells("#plane-table"), (1, 2, 3, 4), strict=True):
+        here = [kl for number, kl in where if number == q]
+        mass = sum(here) / sum(kl for _, kl in where)
+        share = f"{100 * len(here) / len(where):.1f} %"
+        assert row[1:3] == [str(len(here)), share]
+        assert float(row[3].removesuffix(" %")) == pytest.approx(100 * mass, abs=0.06)
+
+
+def test_rules_and_gates_are_those_of_the_recording(show: Any) -> None:
+    opened = show()
+    opened.page.click("#tab-rules")
+    lines = [n for n in opened.lines if (n["step"], n["kind"]) == (0, "held-out")]
+    kept = {r: {(n["prompt_id"], i) for n in lines for i in n["kept"][r]} for r in RULES}
+    table = opened.cells("#rules-tables div:nth-child(1)")
+    for row, a in zip(table, RULES, strict=True):
+        expected = [len(kept[a] & kept[b]) / len(kept[a] | kept[b]) for b in RULES]
+        assert [float(cell) for cell in row[1:]] == pytest.approx(expected, abs=0.006)
+    opened.page.click("#tab-gate")
+    gates = [g for n in lines for g in n["gate"]]
+    assert opened.cells("#gate-table")[0][1] == f"{100 * sum(gates) / len(gates):.1f} %"
+
+
+SHAPE = """() => {
+  const walk = (e) => [e.localName, ...[...e.attributes].map((a) => a.name).sort(),
+    ...[...e.children].filter((c) => c.localName !== "br").map(walk)];
+  return JSON.stringify(walk(document.querySelector("main")));
+}"""
+
+
+def test_hostile_text_changes_nothing_but_text(show: Any) -> None:
+    texts = (HOSTILE * 4)[:100]
+    benign, hostile = show([f"t{i}" for i in range(100)]), show(texts)
+    for view in VIEWS:
+        for opened in (benign, hostile):
+            opened.page.click(f"#tab-{view}")
+        assert hostile.page.evaluate(SHAPE) == benign.page.evaluate(SHAPE)
+    assert hostile.complaints == []
+    assert len(hostile.requests) == 1
+
+
+def test_a_markup_element_would_be_noticed(show: Any) -> None:
+    """Negative control for the comparison above, and for the policy: a script does not run."""
+    opened = show()
+    before = opened.page.evaluate(SHAPE)
+    opened.page.evaluate(
+        "document.querySelector('h1').innerHTML += '<img src=\"//evil.example\" onerror=alert(1)>'"
+    )
+    assert opened.page.evaluate(SHAPE) != before
+    assert any("Content Security Policy" in line for line in opened.complaints)
+
+
+AUDIT = r"""() => {
+  const found = [], seen = (e) => e.checkVisibility();
+  const rgb = (c) => { const k = document.createElement("canvas").getContext("2d");
+    k.fillStyle = c; k.fillRect(0, 0, 1, 1); return [...k.getImageData(0, 0, 1, 1).data]; };
+  const light = (c) => c.slice(0, 3).map((v) => v / 255).map((v) =>
+    v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((a, v, i) => a + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => { for (; e; e = e.parentElement) {
+    const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] === 255) return c; }
+    return [255, 255, 255, 255]; };
+  for (const e of document.querySelectorAll("body *")) {
+    if (!seen(e) || e.closest("script, style")) continue;
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (own && !(e instanceof SVGElement)) {
+      const ink = light(rgb(getComputedStyle(e).color)), paper = light(behind(e));
+      const a = Math.max(ink, paper), b = Math.min(ink, paper);
+      const ratio = (a + 0.05) / (b + 0.05);
+      if (ratio < 4.5) found.push(`contrast ${ratio.toFixed(2)} ${e.localName}.${e.className}`);
+    }
+    if (e.matches("select, input") && !e.labels.length) found.push(`no label ${e.id}`);
+    if (e.matches("button") && !e.textContent.trim() && !e.ariaLabel) found.push("nameless button");
+    if (e.matches("svg") && !e.getAttribute("aria-label")) found.push("nameless picture");
+    if (e.matches("img") && !e.alt) found.push("picture without words");
+    if (e.matches("table") && !e.querySelector("th[scope]")) found.push(`no headers ${e.id}`);
+  }
+  const ids = [...document.querySelectorAll("[id]")].map((e) => e.id);
+  if (new Set(ids).size < ids.length) found.push("an id twice");
+  for (const name of ["aria-controls", "aria-labelledby"])
+    for (const e of document.querySelectorAll(`[${name}]`))
+      if (!document.getElementById(e.getAttribute(name))) found.push(`${name} leads nowhere`);
+  if (document.documentElement.scrollWidth > innerWidth + 1) found.push("wider than the screen");
+  if (!document.documentElement.lang || !document.title) found.push("no language or title");
+  return [...new Set(found)];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1100, 360])
+def test_accessibility_in_light_and_dark_wide_and_narrow(
+    show: Any, scheme: str, width: int
+) -> None:
+    opened = show(color_scheme=scheme, viewport={"width": width, "height": 800})
+    for view in VIEWS:
+        opened.page.click(f"#tab-{view}")
+        assert opened.page.evaluate(AUDIT) == [], view
+    opened.page.click("#tab-microscope")
+    for colour in ("entropy", "reverse_kl", "rank"):
+        opened.page.select_option("#text-colour", colour)
+        assert opened.page.evaluate(AUDIT) == [], colour
+
+
+def test_the_audit_notices_what_is_wrong(show: Any) -> None:
+    """Negative control: each fault is put on the page and has to be found."""
+    opened = show()
+    opened.page.evaluate("""() => {
+      const add = (tag) => document.querySelector("main").appendChild(document.createElement(tag));
+      const faint = add("p"); faint.textContent = "faint"; faint.style.color = "#bbb";
+      add("select"); add("button"); add("img"); add("table"); add("div").id = "tokens";
+    }""")
+    found = " ".join(opened.page.evaluate(AUDIT))
+    for fault in ("contrast", "no label", "nameless button", "picture without", "an id twice"):
+        assert fault in found
