@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--keep", type=float, default=0.2, help="budget of the rules (default 0.2)")
     score.add_argument("--completions", metavar="FILE",
                        help="score these prompts and completions instead of sampling")  # fmt: skip
+    score.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
     score.add_argument("--out", default="-", help="JSONL file, - for standard output (default)")
     report = command("report", _report, "Write a run's report as one HTML file.")
     report.add_argument("run_folder", metavar="RUN", type=Path)
@@ -298,6 +299,7 @@ def _inspection(arguments: argparse.Namespace) -> Any:
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    from tutelage.run.record import score_for_page
     from tutelage.run.score import ScoreRequest, score
 
     rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
@@ -307,7 +309,15 @@ def _score(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out} exists and stays as it is. Name a new file.")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out} cannot be written: {out.parent} is no folder. Make it.")
-    scores = score(_load(arguments), request)
+    if arguments.html is not None:
+        config = _load(arguments)
+        scores, lines = score_for_page(config, request)
+        _score_page(arguments, config, lines)
+        if arguments.out == "-":
+            print(scores.table())
+            return 0
+    else:
+        scores = score(_load(arguments), request)
     if arguments.out == "-":
         for row in scores.rows():
             print(json.dumps(row))
@@ -320,6 +330,14 @@ def _score(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from None
     print(f"{scores.table()}\n{len(scores.tokens)} tokens written to {out}")
     return 0
+
+
+def _score_page(arguments: argparse.Namespace, config: Config, lines: list[dict[str, Any]]) -> None:
+    from tutelage.report.report import write_score_page
+    from tutelage.run.parse import to_table
+
+    table = json.loads(json.dumps(to_table(config)))
+    print(f"page: {write_score_page(lines, table, arguments.keep, arguments.html)}")
 
 
 def _report(arguments: argparse.Namespace) -> int:

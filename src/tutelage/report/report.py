@@ -21,6 +21,7 @@ from tutelage.report.records import (
     RunRecord,
     SampleRecord,
     StepRecord,
+    TokenRecord,
     read_run,
 )
 
@@ -82,6 +83,39 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         _write(page.with_name("curves.png"), plots.render_png(panels))
     _write(page, html.encode("utf-8"))
     return page
+
+
+def write_score_page(
+    lines: Sequence[dict[str, Any]], config: dict[str, Any], keep: float, out: Path
+) -> Path:
+    """Write a page about scored completions without a run.
+
+    Args:
+        lines: records as in tokens.jsonl.
+        config: the configuration they were scored with, as a table.
+        keep: budget of the rules.
+        out: HTML file.
+
+    Raises:
+        RunError: the page cannot be written.
+        MissingExtraError: jinja2 is not installed.
+    """
+    tokens = [TokenRecord.model_validate(line) for line in lines]
+    style = template_text("report.css")
+    facts = [("completions", text.number(len(tokens))),
+             ("tokens", text.number(sum(len(record.token) for record in tokens)))]  # fmt: skip
+    context = {
+        "style": style,
+        "style_hash": csp_hash(style),
+        "has_overview": False,
+        "kicker": "Scored completions, nothing was trained",
+        "name": text.visible(out.stem, 120),
+        "facts": facts,
+        "notes": [],
+        **microscope_context(tokens, {**config, "selection": {"keep": keep}}),
+    }
+    _write(out, _render(context).encode("utf-8"))
+    return out
 
 
 def _page_path(run: Path, out: Path | None) -> Path:

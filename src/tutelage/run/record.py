@@ -23,8 +23,8 @@ from tutelage.models.tokenizers import decode
 from tutelage.run.config import Config
 from tutelage.run.method import EOPDObjective, RandomTokens, SampledTokens, SomeTokens
 from tutelage.run.recipe import gate_of
-from tutelage.run.score import ScoreRequest, Scores, score_rollouts
-from tutelage.run.setup import Parts
+from tutelage.run.score import ScoreRequest, Scores, rollouts_of, score_rollouts
+from tutelage.run.setup import Parts, build
 
 NUM_TOP = 5
 """Likeliest tokens kept of student and teacher."""
@@ -33,6 +33,8 @@ PANEL_RULES = ("soft_or", "q3", "entropy", "divergence", "random")
 _PANEL_SEED = 777
 """The panel draws the same numbers in every snapshot, so that only the weights differ."""
 _DIGITS = 4
+_MAX_PAGE_TOKENS = 1024
+"""Tokens of a completion that a page without a run shows."""
 
 
 def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: int) -> list[str]:
@@ -59,6 +61,24 @@ def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: in
             lines += token_lines(config, parts, scores, step, kind)
     seconds = round(time.perf_counter() - start, 4)
     return [_dump({**line, "seconds": seconds}) for line in lines]
+
+
+def score_for_page(config: Config, request: ScoreRequest) -> tuple[Scores, list[dict[str, Any]]]:
+    """`score`, and its completions as the lines that a page is made of.
+
+    Args:
+        config: names student, teacher, data and sampling.
+        request: which completions and rules; without rules those of a recording.
+
+    Raises:
+        TutelageError: models, data or request cannot be used.
+    """
+    request = replace(request, rules=request.rules or PANEL_RULES, num_top=NUM_TOP)
+    config = replace(config, recording=replace(config.recording, max_new_tokens=_MAX_PAGE_TOKENS))
+    parts = build(config)
+    scores = score_rollouts(config, parts, rollouts_of(config, parts, request), request)
+    kind = "sampled" if request.completions is None else "given"
+    return scores, list(token_lines(config, parts, scores, 0, kind))
 
 
 def request_of(config: Config) -> ScoreRequest:

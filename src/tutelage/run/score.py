@@ -162,7 +162,7 @@ def score(config: Config, request: ScoreRequest) -> Scores:
         TutelageError: models, data or request cannot be used.
     """
     parts = build(config)
-    return score_rollouts(config, parts, _rollouts(config, parts, request), request)
+    return score_rollouts(config, parts, rollouts_of(config, parts, request), request)
 
 
 def score_rollouts(
@@ -217,7 +217,8 @@ def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tenso
     return torch.cat([ids for ids, _ in found]), torch.cat([shares for _, shares in found])
 
 
-def _rollouts(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollout]:
+def rollouts_of(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollout]:
+    """The given completions, or the student's own of held-out prompts."""
     if request.completions is not None:
         pairs = load_completions(request.completions, prompt_format(config.data))
         number: dict[str, Iterator[int]] = defaultdict(itertools.count)
