@@ -70,8 +70,8 @@ def watch_points(event: Event) -> None:
     count = [0]
 
     def tell(name: str) -> None:
-        event(name, count[0])
-        count[0] += 1
+        count[0] += 1  # before the event, which may raise
+        event(name, count[0] - 1)
 
     def wrap(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -201,7 +201,7 @@ def trace(models: Path, out: Path, **changes: Any) -> list[str]:
 
 
 def portrait(out: Path) -> dict[str, Any]:
-    """All that must be equal in two runs: every logged number but times, weights, moments, files."""
+    """All that must be equal in two runs: logged numbers but times, weights, moments, files."""
     logs = {path.name: _lines(path) for path in sorted(out.glob("*.jsonl"))}
     tensors = {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
