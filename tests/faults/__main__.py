@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,10 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "grader": (5_000, 1_000_000),
     "grader_sweep": (60, 0),
     "server": (300, 5_000),
+    "kill": (6, 150),
+    "signals": (11, 66),
+    "crash": (500, 10_000),
+    "corruption": (100, 5_000),
     "mutants": (0, 0),
 }
 """Modules here with `run(size) -> Outcome`, and the sizes of the short and the long version.
@@ -28,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(HARNESSES))
     parser.add_argument("--short", action="store_true", help="small sizes, nothing is written")
+    parser.add_argument("--json", action="store_true", help="print each outcome as a JSON line")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in HARNESSES]
     if unknown:
@@ -40,6 +46,8 @@ def main() -> int:
         outcome = importlib.import_module(f"faults.{name}").run(size)
         failures += outcome.failures
         print(f"{name}: {outcome.failures} of {outcome.trials} failed; control {outcome.control}")
+        if arguments.json:
+            print(json.dumps(outcome.table()))
         if not arguments.short:
             print(f"  {record.write(name, outcome, time.perf_counter() - start)}")
     return 1 if failures else 0
