@@ -112,8 +112,14 @@ def models() -> Iterator[Path]:
         yield folder
 
 
-def start(models: Path, out: Path, event: Event | None = None, **changes: Any) -> int:
-    """Start or continue a run in a child; its process number."""
+def start(
+    models: Path,
+    out: Path,
+    event: Event | None = None,
+    prepare: Callable[[], None] | None = None,
+    **changes: Any,
+) -> int:
+    """Start or continue a run in a child, prepared at last; its process number."""
     pid = os.fork()
     if pid:
         return pid
@@ -123,6 +129,8 @@ def start(models: Path, out: Path, event: Event | None = None, **changes: Any) -
         os.dup2(log, 1)
         os.dup2(log, 2)
         torch.set_num_threads(1)
+        if prepare is not None:
+            prepare()
         code = run(models, out, event, **changes)
     except (SystemExit, RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError):
         traceback.print_exc()

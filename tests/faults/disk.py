@@ -1,0 +1,121 @@
+"""Disks that fail: the n-th call raises, once or from then on; or files may grow no further.
+
+Whatever happens, the run either goes on or ends in one line with exit code 2, and the same command
+afterwards reaches the same end as a run that had no trouble.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+from . import forked, progress
+from .record import Outcome
+
+CALLS = ("fsync", "rename", "rename model", "mkdir", "unlink", "rmdir", "save moments", "seal")
+ERRORS = (errno.EIO, errno.ENOSPC, errno.EMFILE)
+LAST = "checkpoint-000006"
+LARGEST_BYTES = 60_000
+"""No checkpoint of these runs does without a file larger than that."""
+
+
+def fail_at(place: int, number: int, is_once: bool) -> forked.Event:
+    """Raise an error instead of a call that may fail, at a point or from it on."""
+
+    def event(name: str, count: int) -> None:
+        is_call = name.startswith("before ") and name.removeprefix("before ") in CALLS
+        if is_call and (count == place or (count > place and not is_once)):
+            raise OSError(number, os.strerror(number))
+
+    return event
+
+
+class Trials:
+    """Trials against one untroubled run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.points = forked.trace(folder, folder / "unbroken")
+        self.expected = self._portrait(folder / "unbroken")
+        self.places = [
+            i for i, name in enumerate(self.points)
+            if name.startswith("before ") and name.removeprefix("before ") in CALLS
+        ]  # fmt: skip
+
+    def _portrait(self, out: Path) -> dict[str, object]:
+        found = forked.portrait(out)
+        tensors = {n: s for n, s in found["tensors"].items() if n.startswith((LAST, "student"))}
+        return {"logs": found["logs"], "tensors": tensors, "rollouts": found["rollouts"]}
+
+    def one(self, number: int) -> progress.Result:
+        """Fail, look at how it ended, continue, compare."""
+        rng = random.Random(number)
+        out = self.folder / f"run-{number}"
+        place, error = rng.choice(self.places), rng.choice(ERRORS)
+        event = fail_at(place, error, is_once=number % 2 == 0)
+        ended = forked.end(forked.start(self.folder, out, event), out)
+        problems = self._again(out, ending(ended))
+        call = self.points[place].removeprefix("before ")
+        return {"call": call, "code": ended.code, "problems": problems}
+
+    def full(self, number: int) -> progress.Result:
+        """No file may grow beyond a limit, which also holds where Python does not see the write."""
+        out = self.folder / f"full-{number}"
+        limit = int(LARGEST_BYTES * random.Random(number).random())
+
+        def prepare() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        ended = forked.end(forked.start(self.folder, out, prepare=prepare), out)
+        problems = ending(ended) if "tutelage: " in ended.text or ended.code != 2 else []
+        if ended.code == 0:
+            problems.append(f"a limit of {limit} bytes was never met")
+        out.with_suffix(".log").unlink()  # it may be cut off
+        return {"call": "file size", "code": ended.code, "problems": self._again(out, problems)}
+
+    def _again(self, out: Path, problems: list[str]) -> list[str]:
+        """The same command without trouble."""
+        ended = forked.end(forked.start(self.folder, out), out)
+        if ended.code:
+            return [*problems, f"continued: exit code {ended.code}: {ended.text[-300:]}"]
+        problems = problems + forked.differences(self._portrait(out), self.expected)
+        if not problems:
+            shutil.rmtree(out)
+        return problems
+
+
+def ending(ended: forked.Ended) -> list[str]:
+    """What is wrong with how a troubled run ended."""
+    if ended.code not in (0, 2) or "Traceback" in ended.text:
+        return [f"exit code {ended.code}: {ended.text[-400:]}"]
+    lines = [line for line in ended.text.splitlines() if line.startswith("tutelage: ")]
+    if ended.code == 2 and (len(lines) != 1 or not ended.text.rstrip().endswith(lines[0])):
+        return [f"not one line: {ended.text[-400:]}"]
+    return []
+
+
+def run(size: int) -> Outcome:
+    """`size` troubled runs, a fifth of them with a limit that the system itself enforces."""
+    num_full = -(-size // 5)
+    with forked.models() as folder:
+        trials = Trials(folder)
+
+        def one(number: int) -> progress.Result:
+            return trials.full(number) if number < num_full else trials.one(number)
+
+        results = progress.trials("disk", size, one)
+    return Outcome(
+        "a call that fails or a file that may not grow ends a run in one line at most, and the "
+        "same command reaches the same end",
+        trials=size,
+        failures=sum(bool(result["problems"]) for result in results),
+        control={"runs that the trouble ended": sum(result["code"] == 2 for result in results)},
+        details={
+            "calls": forked.tally([result["call"] for result in results]),
+            "problems": [result for result in results if result["problems"]][:10],
+        },
+    )
