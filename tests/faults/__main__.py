@@ -21,6 +21,8 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "signals": (11, 66),
     "crash": (500, 10_000),
     "corruption": (100, 5_000),
+    "disk": (10, 150),
+    "partition": (50, 1_000),
     "mutants": (0, 0),
 }
 """Modules here with `run(size) -> Outcome`, and the sizes of the short and the long version.

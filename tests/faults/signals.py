@@ -88,7 +88,7 @@ class Trials:
         ended = forked.end(
             forked.start(self.folder, out, signal_at(place, kind, second, note)), out
         )
-        latency = time.time() - float(note.read_text())
+        latency = time.time() - float(note.read_text())  # from the signal to the end
         problems = self._stopped(out, ended, second)
         ended = forked.end(forked.start(self.folder, out), out)
         if ended.code:
@@ -101,7 +101,8 @@ class Trials:
         return {"phase": phase, "twice": twice, "latency_s": latency, "problems": problems}
 
     def _stopped(self, out: Path, ended: forked.Ended, second: int | None) -> list[str]:
-        if ended.code != SAVED:
+        # A second signal may meet a process that has saved and no longer listens.
+        if ended.code != SAVED and not (second and ended.code == -signal.SIGTERM):
             return [f"exit code {ended.code}: {ended.text[-300:]}"]
         if second is not None:
             return []

@@ -16,7 +16,7 @@ import pytest
 from .__main__ import HARNESSES
 from .record import ROOT
 
-NAMES = ("kill", "signals", "crash", "corruption")
+NAMES = ("kill", "signals", "crash", "corruption", "disk", "partition")
 
 
 @pytest.fixture(scope="module")

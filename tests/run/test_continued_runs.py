@@ -14,6 +14,7 @@ from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.sampling import SamplingConfig, sample
+from tutelage.run.checkpoint import list_checkpoints
 from tutelage.run.setup import build
 from tutelage.run.train import train
 
@@ -101,3 +102,13 @@ def test_an_architecture_with_unknown_multipliers_is_refused(
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
     with pytest.raises(ModelError, match="the student's logits are not its head"):
         build(config)
+
+
+def test_checkpoints_that_a_killed_run_did_not_remove_go_at_the_next_start(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    out = tmp_path / "run"
+    train(tiny_config(tiny_models, out, keep_checkpoints=9), say=lambda _: None)
+    assert [step for step, _ in list_checkpoints(out)] == [2, 4]
+    train(tiny_config(tiny_models, out, keep_checkpoints=1), say=lambda _: None)
+    assert [step for step, _ in list_checkpoints(out)] == [4]

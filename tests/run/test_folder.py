@@ -149,3 +149,16 @@ def test_replacing_a_file_leaves_no_temporary_one(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a.json", "1")
     write_atomically(tmp_path / "a.json", "2")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "2")]
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_other_error(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", broken)
+        folder.close()
+    assert (folder.path / "lock").exists()
+    RunFolder(folder.path).open()  # nobody holds it

@@ -365,7 +365,8 @@ def _device(name: str) -> torch.device:
 @contextlib.contextmanager
 def _new_folder_beside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    # the ending is that of all unfinished folders, which the next start of a run removes
+    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield new
     finally:

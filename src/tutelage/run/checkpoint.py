@@ -115,7 +115,7 @@ def save_checkpoint(
             f"checkpoint {final} cannot be written: {_sentence(error)} Earlier checkpoints are "
             "untouched; free some space and start the same command again."
         ) from None
-    _rotate(run, keep)
+    rotate(run, keep)
     return final
 
 
@@ -132,7 +132,12 @@ def require_space(run: Path, num_bytes: int) -> None:
         )
 
 
-def _rotate(run: Path, keep: int) -> None:
+def rotate(run: Path, keep: int) -> None:
+    """Drop all but the `keep` newest checkpoints, the newest of which is known to be whole.
+
+    Raises:
+        RunError: one cannot be removed.
+    """
     for _, old in list_checkpoints(run)[:-keep]:
         try:
             discard(old)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class FolderLock:
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": host}).encode())
 
     def release(self) -> None:
-        """Remove the file and let go of it."""
+        """Remove the file, if the disk allows it, and let go of it."""
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a file that nobody has locked is in nobody's way
+                self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 

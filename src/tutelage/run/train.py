@@ -23,6 +23,7 @@ from tutelage.run.checkpoint import (
     load_optimizer,
     newest_checkpoint,
     require_space,
+    rotate,
     save_checkpoint,
 )
 from tutelage.run.config import Config, OptimizerConfig, TransformersEngine
@@ -248,6 +249,8 @@ class _Run:
             self.accelerator.wait_for_everyone()
             return 0, None
         path = checkpoint_path(self.folder.path, step)
+        if self.folder.is_writer:  # it may have died between a save and the removal of older ones
+            rotate(self.folder.path, self.config.keep_checkpoints)
         self.folder.rewind(step)
         if not self.folder.has_evaluation(step):  # it died while it evaluated
             self.folder.rewind(step - 1, EVALUATION_LOGS)
