@@ -18,7 +18,7 @@ SCHEDULES = st.sampled_from(["constant", "linear", "cosine"])
 def course(
     schedule: Literal["constant", "linear", "cosine"], warmup: int, steps: int
 ) -> list[float]:
-    config = OptimizerConfig(2.0, schedule, warmup)
+    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=warmup)
     return [learning_rate(config, step, steps) for step in range(1, steps + 1)]
 
 
