@@ -21,7 +21,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "signals": (11, 66),
     "crash": (500, 10_000),
     "corruption": (100, 5_000),
-    "disk": (10, 150),
+    "disk": (5, 150),
     "partition": (50, 1_000),
     "mutants": (0, 0),
 }
