@@ -70,12 +70,15 @@ class VLLMSampler:
         jobs = jobs_of(
             self.tokenizer, prompts, config.num_samples, seed, first_sample, self.enable_thinking
         )
+        from vllm import SamplingParams
+
         stops = stop_ids(self.model, self.tokenizer)
+        options = sampling_options(self.model, self.tokenizer, config)
         with self._awake():
             self._push()
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(job.ids)} for job in jobs],
-                [self._params(job, config, stops) for job in jobs],
+                [SamplingParams(**options, seed=seed_of(job), detokenize=False) for job in jobs],
                 use_tqdm=False,
             )
         if len(outputs) != len(jobs):
@@ -106,24 +109,6 @@ class VLLMSampler:
         self.llm.apply_model(load)
         self.llm.reset_prefix_cache()
 
-    def _params(self, job: Job, config: SamplingConfig, stops: frozenset[int]) -> Any:
-        from vllm import SamplingParams
-
-        num_ids = vocabulary_size(self.tokenizer)
-        num_rows = self.model.get_output_embeddings().weight.shape[0]
-        return SamplingParams(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            max_tokens=config.max_new_tokens,
-            seed=job.key % 2**63,
-            stop_token_ids=sorted(stops),
-            ignore_eos=True,  # the ids to stop at are all named
-            logprobs=0,
-            detokenize=False,
-            allowed_token_ids=list(range(num_ids)) if num_ids < num_rows else None,
-        )
-
     @contextmanager
     def _awake(self) -> Iterator[None]:
         """On CUDA vLLM holds memory inside only; its weights need not survive, they are pushed."""
@@ -134,6 +119,29 @@ class VLLMSampler:
         finally:
             if self.sleeps:
                 self.llm.sleep(level=2)
+
+
+def sampling_options(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig
+) -> dict[str, Any]:
+    """What vLLM is told of every completion of a draw, in this process or over HTTP."""
+    num_ids = vocabulary_size(tokenizer)
+    is_padded = num_ids < model.get_output_embeddings().weight.shape[0]
+    return {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "max_tokens": config.max_new_tokens,
+        "stop_token_ids": sorted(stop_ids(model, tokenizer)),
+        "ignore_eos": True,  # the ids to stop at are all named
+        "allowed_token_ids": list(range(num_ids)) if is_padded else None,
+        "logprobs": 0,
+    }
+
+
+def seed_of(job: Job) -> int:
+    """The number that vLLM draws a completion with."""
+    return job.key % 2**63
 
 
 def _written(completion: Any) -> tuple[list[int], list[float]]:

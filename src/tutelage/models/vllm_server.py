@@ -18,6 +18,7 @@ from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Drawn, Job, jobs_of, rollout_of
 from tutelage.models.remote import Client, Limits, Strict, parse
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
+from tutelage.models.vllm_engine import sampling_options, seed_of
 from tutelage.models.wire import BadReply
 
 if TYPE_CHECKING:
@@ -122,8 +123,9 @@ class VLLMServerSampler:
         jobs = jobs_of(
             self.tokenizer, prompts, config.num_samples, seed, first_sample, self.enable_thinking
         )
+        options = sampling_options(self.model, self.tokenizer, config)
         self._push()
-        return Drawn(self._client.each([partial(self._one, job, config) for job in jobs]), None)
+        return Drawn(self._client.each([partial(self._one, job, options) for job in jobs]), None)
 
     def close(self) -> None:
         """The server stays; the weights handed over last are removed."""
@@ -146,28 +148,19 @@ class VLLMServerSampler:
         self._client.ask("/collective_rpc", order, partial(parse, schema=_Results))
         self._client.ask("/reset_prefix_cache", {}, partial(parse, schema=_Done))
 
-    def _one(self, job: Job, config: SamplingConfig) -> Rollout:
-        num_ids = vocabulary_size(self.tokenizer)
-        is_padded = num_ids < self.model.get_output_embeddings().weight.shape[0]
-        body: dict[str, Any] = {
+    def _one(self, job: Job, options: dict[str, Any]) -> Rollout:
+        body = {
+            **options,
             "model": self._name,
             "prompt": list(job.ids),
-            "max_tokens": config.max_new_tokens,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "top_k": config.top_k,
-            "seed": job.key % 2**63,
-            "stop_token_ids": sorted(self._stops),
-            "ignore_eos": True,  # the ids to stop at are all named
-            "allowed_token_ids": list(range(num_ids)) if is_padded else None,
-            "logprobs": 0,
+            "seed": seed_of(job),
             "return_token_ids": True,
             "n": 1,
             "stream": False,
         }
-        return self._client.ask(
-            "/v1/completions", body, partial(self._rollout, job, config.max_new_tokens, num_ids)
-        )
+        num_ids = vocabulary_size(self.tokenizer)
+        accept = partial(self._rollout, job, options["max_tokens"], num_ids)
+        return self._client.ask("/v1/completions", body, accept)
 
     def _rollout(self, job: Job, max_new_tokens: int, num_ids: int, content: bytes) -> Rollout:
         choice = parse(content, _Completion).choices[0]
