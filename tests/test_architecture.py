@@ -50,8 +50,7 @@ FENCES = {
     "antlr4": ("data/_grading_worker.py",),
     "sympy": ("data/_grading_worker.py",),
     "matplotlib": ("report/",),
-    # A chat template that refuses its messages raises an error of jinja2.
-    "jinja2": ("report/", "models/tokenizers.py"),
+    "jinja2": ("report/", "models/_template_worker.py"),
     "pydantic": ("run/", "report/", "evaluation/server.py", "models/"),
     "rich": ("run/progress.py", "cli.py"),
     "trl": ("integrations/trl.py",),

@@ -8,11 +8,7 @@ when the first formula needs one, are reused, and end with the interpreter.
 from __future__ import annotations
 
 import atexit
-import json
 import os
-import select
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,104 +18,39 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tutelage.data.child import Child
 from tutelage.errors import MissingExtraError, TutelageError
 
 TIME_LIMIT_S = 5.0
 """Wall-clock seconds in which a comparison is decided or its worker is killed."""
 COMPARE_LIMIT_S = 3.0
 """Seconds of it for the comparison itself, once a worker is ready."""
-START_LIMIT_S = 60.0
-"""Seconds a worker may take to start on a busy machine; normally it takes one."""
 MAX_WORKERS = max(2, min(16, 2 * (os.cpu_count() or 1)))
 """Workers at once; further callers wait for one."""
 
 _PROGRAM = Path(__file__).with_name("_grading_worker.py")
-_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV", "PYTHONHOME")
 
 
 class GraderError(TutelageError, RuntimeError):
     """The process that compares formulas does not start."""
 
 
-class Worker:
-    """One process; used by one thread at a time."""
+class Worker(Child):
+    """A process that compares; used by one thread at a time."""
 
     def __init__(self) -> None:
-        kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # A Ctrl-C at the terminal is the caller's to handle: a verdict may still be asked for.
-            process_group=0,
-            env={**kept, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
-            bufsize=0,
-        )
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise GraderError("the grader's process has no pipes, got none. Report this as a bug.")
-        self._stdin, self._stdout = stdin, stdout
-        self._received = b""
-        self._is_ready = False
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
+        super().__init__(_PROGRAM)
 
     def ask(self, request: dict[str, Any], called: float) -> dict[str, Any] | None:
         """The reply to a request; None when the worker failed or ran out of time, and is dead."""
-        if not self._is_ready:
-            self._is_ready = self._receive(time.monotonic() + START_LIMIT_S) is not None
-            if not self._is_ready:
-                self.kill()
-                raise GraderError(
-                    f"the grader's process did not start, got {_installed()}. Install what "
-                    "`pip install 'tutelage[math]'` asks for and check that memory is left."
-                )
+        if not self.has_started():
+            raise GraderError(
+                f"the grader's process did not start, got {_installed()}. Install what "
+                "`pip install 'tutelage[math]'` asks for and check that memory is left."
+            )
         left = min(COMPARE_LIMIT_S, called + TIME_LIMIT_S - time.monotonic())
         deadline = time.monotonic() + max(left, 1.0)
-        line = json.dumps({**request, "alarm_s": int(TIME_LIMIT_S) + 2}).encode() + b"\n"
-        reply = self._receive(deadline) if self._send(line) else None
-        if reply is None:
-            self.kill()
-        return reply
-
-    def _send(self, line: bytes) -> bool:
-        try:
-            self._stdin.write(line)
-        except OSError:
-            return False
-        return True
-
-    def _receive(self, deadline: float) -> dict[str, Any] | None:
-        poll = select.poll()
-        poll.register(self._stdout, select.POLLIN | select.POLLHUP)
-        while b"\n" not in self._received:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                return None
-            chunk = self._stdout.read(65536)
-            if not chunk:
-                return None
-            self._received += chunk
-        line, _, self._received = self._received.partition(b"\n")
-        reply = json.loads(line)
-        return reply if isinstance(reply, dict) else None
-
-    def kill(self) -> None:
-        """End the process at once and collect it."""
-        self._process.kill()
-        self._process.wait()
-        self._stdin.close()
-        self._stdout.close()
+        return self.request({**request, "alarm_s": int(TIME_LIMIT_S) + 2}, deadline)
 
 
 def _installed() -> str:

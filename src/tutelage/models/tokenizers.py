@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import DataError, ModelError
+from tutelage.models.templates import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,25 +149,22 @@ def _encode_chat(
     prompt_id: str,
     enable_thinking: bool | None,
 ) -> list[int]:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise ModelError(
             f"prompt {prompt_id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
             "chat template. Use plain text prompts (chat = false)."
         )
-    options: dict[str, Any] = {}
+    variables = dict(tokenizer.special_tokens_map)
     if enable_thinking is not None:
-        options["enable_thinking"] = enable_thinking
+        variables["enable_thinking"] = enable_thinking
     try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **options
-        )
-    except TemplateError as error:
-        raise DataError(
-            f"prompt {prompt_id!r} does not fit the chat template: {_one_line(error)}. "
-            "Check the roles and the order of its messages."
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, none of them the default
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no default chat template, got "
+            f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (chat = false)."
         ) from error
+    rendered = render_chat(template, messages, variables, prompt_id, tokenizer.name_or_path)
     return list(tokenizer(rendered, add_special_tokens=False).input_ids)
 
 
@@ -231,7 +229,3 @@ def _warn_of_different_habits(
             "student and teacher have different chat templates; prompts use the student's.",
             stacklevel=3,
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,0 +1,114 @@
+"""Chat templates: programs that come with models, rendered in a process with limits.
+
+transformers renders them in jinja2's sandbox, which keeps them from everything but the time and
+the memory of this process. Here they get ten seconds, 256 MiB and a length, in a process that
+starts with the first chat prompt, is reused, and ends with the interpreter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tutelage.data.child import Child
+from tutelage.errors import DataError, ModelError, RunError
+
+TIME_LIMIT_S = 10.0
+"""Seconds for one conversation; it normally takes less than a thousandth of one."""
+MAX_CHARACTERS = 1 << 20
+"""Characters that a template may write besides four times those of its messages."""
+
+_PROGRAM = Path(__file__).with_name("_template_worker.py")
+
+
+class Renderer:
+    """One process, started when it is needed and replaced when it was killed."""
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+        self._parents: Child | None = None
+        self._lock = threading.Lock()
+
+    def reply(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the process answers; None if it ran out of time or died."""
+        with self._lock, ExitStack() as on_error:
+            child = self._child if self._child and self._child.is_alive else Child(_PROGRAM)
+            self._child = None
+            # After an interrupt its answer must not be taken for that to another request.
+            on_error.callback(child.kill)
+            if not child.has_started():
+                raise RunError("the process for chat templates did not start. Is memory left?")
+            alarm = {"alarm_s": int(TIME_LIMIT_S) + 2}
+            reply = child.request({**request, **alarm}, time.monotonic() + TIME_LIMIT_S)
+            on_error.pop_all()
+            self._child = child if reply else None
+        return reply
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+
+    def forget(self) -> None:
+        """After a fork: the process is the parent's, and is kept only not to be collected."""
+        self._parents, self._child = self._child, None
+        self._lock = threading.Lock()
+
+
+_renderer = Renderer()
+atexit.register(_renderer.close)
+os.register_at_fork(after_in_child=_renderer.forget)
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    variables: Mapping[str, Any],
+    prompt_id: str,
+    model: str,
+) -> str:
+    """The text of a conversation, ready for the model's next turn, under limits.
+
+    Args:
+        template: Chat template, not trusted.
+        messages: Turns of the conversation.
+        variables: What the template sees besides: special tokens, switches.
+        prompt_id: Named in errors.
+        model: Named in errors.
+
+    Raises:
+        DataError: the template refuses the messages.
+        ModelError: the template is no valid one, or exceeds a limit.
+    """
+    shown = {"tools": None, "documents": None, "add_generation_prompt": True}
+    length = sum(len(text) for message in messages for text in message.values())
+    request = {
+        "template": template,
+        "variables": {**shown, **variables, "messages": [dict(message) for message in messages]},
+        "max_characters": MAX_CHARACTERS + 4 * length,
+    }
+    stopped = {
+        "fault": "template",
+        "reason": f"stopped after {TIME_LIMIT_S:.0f} s or out of memory",
+    }
+    reply = _renderer.reply(request) or stopped
+    if "text" in reply:
+        return str(reply["text"])
+    reason = " ".join(str(reply["reason"]).split())[:200].rstrip(".")
+    if reply["fault"] == "template":
+        raise ModelError(
+            f"the chat template of {model!r} fails at prompt {prompt_id!r}: {reason}. Use another "
+            "model, or plain text prompts (chat = false)."
+        )
+    raise DataError(
+        f"prompt {prompt_id!r} does not fit the chat template: {reason}. "
+        "Check the roles and the order of its messages."
+    )
