@@ -13,6 +13,8 @@ from tutelage.run.config import Config
 from tutelage.run.parse import parse_config
 
 TOKENIZER = "package:tutelage/assets/ledger-teacher"
+MEASURED = {"seconds", "peak_rss_bytes", "peak_device_bytes"}
+"""What differs from one run to the same again: everything else in a step's metrics repeats."""
 
 
 def save_tiny_model(folder: Path, seed: int, is_tied: bool = False, **sizes: int) -> Path:

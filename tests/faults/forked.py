@@ -23,7 +23,7 @@ from typing import Any
 import accelerate
 import torch
 
-from tiny import save_tiny_model, tiny_config
+from tiny import MEASURED, save_tiny_model, tiny_config
 from tutelage.errors import TutelageError
 from tutelage.models.engine import TransformersSampler
 from tutelage.models.student import Student
@@ -222,7 +222,7 @@ def portrait(out: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: v for key, v in record.items() if key != "seconds"} for record in records]
+    return [{key: v for key, v in record.items() if key not in MEASURED} for record in records]
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

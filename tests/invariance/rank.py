@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from tiny import tiny_config
+from tiny import MEASURED, tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Prompt
 from tutelage.run.config import Config
@@ -95,8 +95,7 @@ def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, An
     step = Watched(config, parts, accelerator, student, optimizer)
     step.chosen = []
     metrics = [step.take(1), step.take(2)]
-    for m in metrics:
-        del m["seconds"]
+    metrics = [{k: v for k, v in m.items() if k not in MEASURED} for m in metrics]
     rollouts = step.write(2).rollouts
     names = [str(i) for i in step.share(len(rollouts))]
     share = {i: r.completion_ids for i, r in zip(names, rollouts, strict=True)}

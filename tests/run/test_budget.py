@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tiny import save_tiny_model, tiny_config
+from tiny import MEASURED, save_tiny_model, tiny_config
 from tutelage.data.batch import Batch, collate
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.models.adapter import add_lora, checkpoint_activations, learning
@@ -47,7 +47,7 @@ def run(models: Path, out: Path, **changes: Any) -> dict[str, Tensor]:
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def are_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

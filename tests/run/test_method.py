@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from tiny import tiny_config, tiny_table
+from tiny import MEASURED, tiny_config, tiny_table
 from tutelage.core import RULES, TokenStats
 from tutelage.core.terms import ReverseKL
 from tutelage.data.batch import Batch, collate
@@ -300,11 +300,10 @@ def test_paced_on_prompts_without_a_grader_is_refused_and_writes_nothing(
 
 
 def trained(models: Path, out: Path, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Metrics without times, and final weights, of two steps."""
+    """Metrics without times and memory, and final weights, of two steps."""
     train(tiny_config(models, out, num_steps=2, **changes), say=lambda _: None)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for step in steps:
-        del step["seconds"]
+    steps = [{k: v for k, v in step.items() if k not in MEASURED} for step in steps]
     return steps, load_file(out / "student" / "model.safetensors")
 
 

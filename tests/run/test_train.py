@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tiny import tiny_config
+from tiny import MEASURED, tiny_config
 from tutelage.errors import RunError
 from tutelage.models.load import load_model
 from tutelage.models.sampling import Drawn
@@ -40,6 +40,7 @@ PROMISED = {
     "num_memory_splits",
     "learning_rate",
     "seconds",
+    "peak_rss_bytes",
 }
 
 
@@ -63,9 +64,9 @@ def go(config: Config, events: Events | None = None, allow: tuple[str, ...] = ()
 
 
 def read(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Logged lines, without the times."""
+    """Logged lines, without times and memory."""
     lines = (folder / name).read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in MEASURED} for x in lines]
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -139,6 +140,7 @@ def test_metrics_hold_what_is_promised(unbroken: Path) -> None:
         metrics = json.loads(line)
         assert metrics.keys() >= PROMISED
         assert metrics["seconds"].keys() == {"rollout_s", "teacher_s", "score_s", "learn_s"}
+        assert metrics["peak_rss_bytes"].keys() == {"rollout", "teacher", "score", "learn"}
         assert metrics["num_nonfinite"] == 0
         assert metrics["grad_norm"] > 0
         assert sum(q["share"] for q in metrics["quadrants"].values()) == pytest.approx(1)

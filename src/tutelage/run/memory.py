@@ -105,7 +105,7 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     loaded = _bytes(weights) + _bytes(_own_masters(parts)) + teacher.resting_bytes
     on_cpu = parts.device.type == "cpu"
     base = {
-        "process": max(0, _status_bytes("VmRSS") - loaded) if on_cpu else 0,
+        "process": max(0, status_bytes("VmRSS") - loaded) if on_cpu else 0,
         "student": _bytes(weights),
         "masters": 0 if config.optimizer.offload and not on_cpu else _bytes(_own_masters(parts)),
     }
@@ -130,7 +130,7 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
         Phase("learn", rest | _learn(config, parts, sizes) | {"hidden states": kept}),
     ]
     if on_cpu:
-        phases.insert(0, Phase("load", {"read at once": _status_bytes("VmHWM")}))
+        phases.insert(0, Phase("load", {"read at once": status_bytes("VmHWM")}))
     return MemoryPlan(tuple(phases), _available_bytes(parts.device))
 
 
@@ -233,7 +233,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     """A line of this process's status: VmRSS, resident now, or VmHWM, its largest so far."""
     file = Path("/proc/self/status")
     if not file.exists():  # not Linux: the process itself stays out of the plan
@@ -249,7 +249,7 @@ def _available_bytes(device: torch.device) -> int:
     if not file.exists():
         return 1 << 62
     line = next(x for x in file.read_text().splitlines() if x.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024 + _status_bytes("VmRSS")
+    return int(line.split()[1]) * 1024 + status_bytes("VmRSS")
 
 
 def _mib(num_bytes: int) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from tutelage.errors import RunError
 from tutelage.models.adapter import learning
 from tutelage.models.jobs import Drawn, earlier_samples
 from tutelage.models.tokenizers import pad_id
+from tutelage.run.clock import Clock
 from tutelage.run.config import Config
 from tutelage.run.diagnostics import clip_share, token_metrics
 from tutelage.run.gather import Gathered, Ranks
@@ -32,22 +30,6 @@ from tutelage.run.stop import Stop
 
 _DROPOUT_SEED = 2
 """Keeps the random numbers of dropout apart from those of sampling and selection."""
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each phase of one step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Step:
@@ -83,11 +65,11 @@ class Step:
             StoppedError: a signal came before the first update; nothing changed.
             RunError: no token has finite statistics.
         """
-        clock = Clock()
+        clock = Clock(self.accelerator.device)
         with self.stop.interruptible():
             ready = self._prepare(step, clock)
         seed = (self.config.seed, step, _DROPOUT_SEED)
-        with clock.phase("learn_s"), learning(self.parts.student.model, seed):
+        with clock.phase("learn"), learning(self.parts.student.model, seed):
             learned = self.learner.learn(ready, step)
         plan, rollouts = ready.plan, ready.rollouts
         self.rollouts = rollouts
@@ -107,27 +89,28 @@ class Step:
             **ready.engine,
             **self._metrics(plan, rollouts, self._described(plan, learned)),
             "seconds": clock.seconds,
+            **clock.memory,
         }
 
     def _prepare(self, step: int, clock: Clock) -> Ready:
         """What comes before the first update: rollouts, the teacher's reading, the plan."""
-        with clock.phase("rollout_s"):
+        with clock.phase("rollout"):
             drawn = self.write(step)
         rollouts = drawn.rollouts
         updates = self.cut(rollouts)
         batches = [batch for update in updates for batch in update]
         engine: dict[str, float] = {}
         if self.parts.sampler.has_own_weights:
-            with clock.phase("score_s"):
+            with clock.phase("score"):
                 said = dict(zip(self.share(len(rollouts)), rollouts, strict=True))
                 distance = engine_gap(self.config, self.student, batches, said, step)
                 engine["engine_logprob_gap_nats"] = distance
         teacher = self.parts.teacher
-        with clock.phase("teacher_s"), teacher.awake():
+        with clock.phase("teacher"), teacher.awake():
             views = [teacher.read(batch) for batch in batches]
         plan, gap = None, None
         if needs_scoring(self.config):
-            with clock.phase("score_s"):
+            with clock.phase("score"):
                 known = self._known(batches, drawn)
                 gap = self._verified_gap(batches, known, step)
                 plan = self._plan(batches, views, known, rollouts, step)
