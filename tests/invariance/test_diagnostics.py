@@ -86,5 +86,11 @@ def test_the_gate_of_the_kept_is_logged(
     whole = take_step(tiny_models, rollouts, torch.float64, **changes).metrics
     found = take_step(tiny_models, rollouts, torch.float64, diagnostics="kept", **changes).metrics
     assert 0 < whole["gate_share"] < 1
-    for key in ("gate_share", "entropy_nats", "teacher_entropy_nats", "teacher_top16_mass"):
+    for key in (
+        "gate_share",
+        "gated_forward_kl_nats",
+        "entropy_nats",
+        "teacher_entropy_nats",
+        "teacher_top16_mass",
+    ):
         assert found[key] == pytest.approx(whole[key], rel=1e-9)

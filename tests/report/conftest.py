@@ -51,6 +51,13 @@ def _metrics_line(step: int, decay: float, rng: random.Random, keep: float) -> J
             "score_s": 0.05 + rng.random() / 50,
             "learn_s": 0.33 + rng.random() / 30,
         },
+        "peak_rss_bytes": {"rollout": (900 + step) << 20, "learn": (1000 + step) << 20},
+        "high_entropy": {
+            "teacher_share": 0.2,
+            "student_share": 0.1 + 0.05 * decay,
+            "reverse_kl_nats": 0.3 * decay,
+            "forward_kl_nats": 0.4 * decay,
+        },
     }
 
 

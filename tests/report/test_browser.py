@@ -13,7 +13,12 @@ import pytest
 from test_report import HOSTILE
 from token_lines import NUM_TOKENS, RULES, token_lines
 
+from tutelage.report.compare import compare_records
+from tutelage.report.comparison import write_comparison
+from tutelage.report.records import read_run
 from tutelage.report.report import write_report
+from tutelage.report.token_plots import highest, plane_bins
+from tutelage.report.tokens import rows_of, snapshots
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -132,7 +137,7 @@ def test_tokens_are_coloured_filtered_and_walked_by_keyboard(show: Any) -> None:
     opened.page.locator("button.token").nth(4).focus()
     opened.page.keyboard.press("ArrowRight")
     assert "position 5." in opened.page.inner_text("#detail")
-    opened.page.select_option("#text-other", "10")
+    opened.page.select_option("#text-other", label="step 10")
     assert opened.page.locator(".reading").count() == 2
 
 
@@ -185,6 +190,46 @@ def test_rules_and_gates_are_those_of_the_recording(show: Any) -> None:
     opened.page.click("#tab-gate")
     gates = [g for n in lines for g in n["gate"]]
     assert opened.cells("#gate-table")[0][1] == f"{100 * sum(gates) / len(gates):.1f} %"
+
+
+def test_figures_and_page_count_the_same_bins(show: Any, tmp_path: Path) -> None:
+    opened = show()
+    opened.page.click("#tab-plane")
+    counts = opened.page.locator("#plane-plot rect.bin title").all_text_contents()
+    tokens = read_run(tmp_path / "run0").tokens
+    rows = rows_of(snapshots(tokens)[0, "held-out"])
+    bins = plane_bins(rows, highest(rows_of(tokens)))
+    assert sorted(counts) == sorted(f"{count} tokens" for count in bins.values())
+
+
+def test_runs_side_by_side_in_one_microscope(show: Any, make_run: MakeRun, tmp_path: Path) -> None:
+    """A rule of its own in one run, and the other run's completion beside it."""
+    opened, runs = show(), [make_run("a", num_steps=3), make_run("b", num_steps=3, seed=1)]
+    for run, name in zip(runs, ("soft_or", "own"), strict=True):
+        lines = token_lines(BENIGN)
+        for line in lines:
+            line["rank"][name], line["kept"][name] = line["rank"]["q3"], line["kept"]["q3"]
+        (run / "tokens.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    records = [read_run(run) for run in runs]
+    write_comparison(compare_records(records), records, tmp_path / "compare.html")
+    page = opened.page
+    page.goto((tmp_path / "compare.html").as_uri())
+    for view in VIEWS:
+        page.click(f"#tab-{view}")
+        assert page.is_visible(f"#view-{view}")
+    page.click("#tab-microscope")
+    assert page.locator("#text option").count() == 2 * 4
+    page.select_option("#text-other", label="b · held-out, step 10")
+    titles = page.locator(".reading h3").all_inner_texts()
+    assert titles == ["a · held-out, step 0", "b · held-out, step 10"]
+    page.locator('button.token[data-side="1"]').nth(2).click()
+    assert len(page.locator("#detail table").nth(2).locator("tbody tr").all()) == len(RULES) + 1
+    page.click("#tab-rules")
+    page.select_option("#rules-kind", "b · held-out")
+    assert [row[0] for row in opened.cells("#rules-tables div:nth-child(1)")] == [*RULES, "own"]
+    page.select_option("#rules-kind", "a · held-out")
+    assert [row[0] for row in opened.cells("#rules-tables div:nth-child(1)")] == [*RULES]
+    assert opened.complaints == []
 
 
 SHAPE = """() => {

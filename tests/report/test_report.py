@@ -20,6 +20,7 @@ from token_lines import token_lines
 
 from tutelage.errors import MissingExtraError, RunError
 from tutelage.report import plots, text
+from tutelage.report.panels import MAX_POINTS, panels_of
 from tutelage.report.records import read_run
 from tutelage.report.report import write_report
 
@@ -163,7 +164,7 @@ def test_the_page_refers_to_nothing_outside_itself(make_run: MakeRun) -> None:
 
 
 def test_pictures_hold_no_scripts_and_fetch_nothing(make_run: MakeRun) -> None:
-    for panel in plots.panels_of(read_run(make_run())):
+    for panel in panels_of(read_run(make_run())):
         svg = ElementTree.fromstring(plots.render_svg(panel, plots.LIGHT))
         for element in svg.iter():
             assert not element.tag.endswith(("script", "image", "foreignObject"))
@@ -306,7 +307,7 @@ def test_panels_without_values_are_left_out(make_run: MakeRun) -> None:
     run = make_run(drop=("evaluation.jsonl",))
     lines = [{"step": 0, "loss": 2.0}, {"step": 1, "loss": None}, {"step": 2, "loss": 1.0}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (panel,) = plots.panels_of(read_run(run))
+    (panel,) = panels_of(read_run(run))
     assert panel.title == "Loss"
     assert panel.curves[0].points == [(0.0, 2.0), (2.0, 1.0)]
     assert panel.alt == "Loss (per kept token). loss: 2 at step 0, 1 at step 2."
@@ -314,7 +315,7 @@ def test_panels_without_values_are_left_out(make_run: MakeRun) -> None:
 
 def test_curves_draw_what_the_run_measured(make_run: MakeRun) -> None:
     record = read_run(make_run(num_steps=6))
-    panels = {panel.title: panel for panel in plots.panels_of(record)}
+    panels = {panel.title: panel for panel in panels_of(record)}
     assert list(panels)[:2] == ["Accuracy", "Divergence from the teacher"]
     reverse = panels["Divergence from the teacher"].curves[0]
     assert reverse.points == [(s.step, s.reverse_kl_nats) for s in record.steps]
@@ -330,8 +331,8 @@ def test_long_runs_are_averaged_in_groups_that_keep_the_mean(make_run: MakeRun) 
     run = make_run(num_steps=1600)
     record = read_run(run)
     page = write_report(run)
-    (loss,) = next(p for p in plots.panels_of(record) if p.title == "Loss").curves
-    assert len(loss.points) == plots.MAX_POINTS
+    (loss,) = next(p for p in panels_of(record) if p.title == "Loss").curves
+    assert len(loss.points) == MAX_POINTS
     mean = sum(step.loss or 0.0 for step in record.steps) / 1600
     assert sum(value for _, value in loss.points) / 400 == pytest.approx(mean)
     assert "Each point of a curve is the mean of 4 steps." in page.read_text("utf-8")
@@ -352,7 +353,7 @@ def test_the_same_run_gives_the_same_page(make_run: MakeRun) -> None:
 def test_every_picture_has_words_and_a_dark_twin(make_run: MakeRun) -> None:
     page = parsed(page_of(make_run(num_steps=5)))
     pictures = list(page.iter("picture"))
-    assert len(pictures) == 6
+    assert len(pictures) == 9
     for picture in pictures:
         source, image = picture
         assert len(image.get("alt", "")) > 20

@@ -163,6 +163,10 @@ def test_every_objective_trains(take: Callable[..., dict[str, Any]], objective: 
     assert_sound(metrics)
     if objective.startswith("eopd"):
         assert 0 <= metrics["gate_share"] <= 1
+        if objective in ("eopd", "eopd_sampled"):  # the gate is hard, at 0.8 nats
+            high = metrics["high_entropy"]
+            assert metrics["gate_share"] == pytest.approx(high["teacher_share"])
+            assert metrics["gated_forward_kl_nats"] == pytest.approx(high["forward_kl_nats"])
     else:
         assert metrics["gate_share"] is None
 

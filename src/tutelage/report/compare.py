@@ -61,12 +61,15 @@ class Comparison:
 
     def as_text(self) -> str:
         """The comparison as aligned tables for a terminal."""
-        parts = [text.table(_summary_rows(self.runs))]
+        return text.tables(self.tables(), self.notes)
+
+    def tables(self) -> list[text.Table]:
+        """What the runs reached with the differences, and what was set differently."""
+        lines = [_difference_line(difference) for difference in self.differences]
+        found = [text.Table("Where they ended", [*_summary_rows(self.runs)], lines)]
         if self.config:
-            parts.append("Set differently\n" + text.table(_config_rows(self)))
-        if self.differences:
-            parts.append("\n".join(map(_difference_line, self.differences)))
-        return "\n\n".join([*parts, *self.notes])
+            found.append(text.Table("Set differently", [*_config_rows(self)]))
+        return found
 
 
 def compare_runs(runs: Sequence[Path]) -> Comparison:
@@ -82,10 +85,14 @@ def compare_runs(runs: Sequence[Path]) -> Comparison:
     Raises:
         RunError: fewer than two runs, or a folder that `read_run` refuses.
     """
-    if len(runs) < 2:
-        raise RunError(f"A comparison needs at least two run folders, got {len(runs)}.")
-    records = [read_run(run) for run in runs]
-    names = _names(records)
+    return compare_records([read_run(run) for run in runs])
+
+
+def compare_records(records: Sequence[RunRecord]) -> Comparison:
+    """`compare_runs` of runs that were read."""
+    if len(records) < 2:
+        raise RunError(f"A comparison needs at least two run folders, got {len(records)}.")
+    names = names_of(records)
     notes = [
         f"{name}: {note}"
         for name, record in zip(names, records, strict=True)
@@ -109,7 +116,7 @@ def compare_runs(runs: Sequence[Path]) -> Comparison:
     )
 
 
-def _names(records: Sequence[RunRecord]) -> list[str]:
+def names_of(records: Sequence[RunRecord]) -> list[str]:
     """Folder names, or whole paths when two folders have the same name."""
     short = [record.path.resolve().name for record in records]
     is_unique = len(set(short)) == len(short)
@@ -181,7 +188,7 @@ def _summary_rows(runs: Sequence[RunSummary]) -> Iterator[list[str]]:
     yield ["tokens scored", *(text.number(run.num_rows) for run in runs)]
     yield ["tokens trained on", *(text.number(run.num_kept) for run in runs)]
     yield ["time", *(text.duration(run.seconds) for run in runs)]
-    yield ["mean@k", *(_interval_text(run.accuracy) for run in runs)]
+    yield ["mean@k", *(text.interval(run.accuracy) for run in runs)]
     yield ["pass@k", *(text.percent(run.pass_at_k) for run in runs)]
     yield ["held-out reverse KL", *(text.number(r.held_out_reverse_kl_nats) for r in runs)]
     yield ["last reverse KL", *(text.number(run.reverse_kl_nats) for run in runs)]
@@ -196,23 +203,8 @@ def _config_rows(comparison: Comparison) -> Iterator[list[str]]:
         yield [text.visible(key, 60), *(text.visible(cell, 60) for cell in cells)]
 
 
-def _interval_text(interval: Interval | None) -> str:
-    if interval is None:
-        return text.MISSING
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{text.percent(interval.value)} [{low:.1f}, {high:.1f}]"
-
-
 def _difference_line(difference: Difference) -> str:
-    value, low, high = (
-        100 * part
-        for part in (
-            difference.interval.value,
-            difference.interval.low,
-            difference.interval.high,
-        )
-    )
     return (
-        f"{difference.run} − {difference.baseline}: {value:+.1f} points of mean@k "
-        f"[{low:+.1f}, {high:+.1f}], paired over {difference.num_problems} problems"
+        f"{difference.run} − {difference.baseline}: {text.signed_interval(difference.interval)}, "
+        f"paired over {difference.num_problems} problems"
     )

@@ -19,6 +19,9 @@ _DECISIVE = ("temperature", "top_p", "chat", "thinking", "grader")
 """Settings that must agree before two evaluations can be compared."""
 
 
+_INTERVALS = "Intervals are 95 %, with the problems as the unit."
+
+
 class _Row(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
     benchmark: str
@@ -72,17 +75,21 @@ class EvaluationComparison:
 
     def as_text(self) -> str:
         """The comparison as tables for a terminal."""
+        return text.tables(self.tables(), self.notes)
+
+    def tables(self) -> list[text.Table]:
+        """mean@k with the differences, and what was set differently."""
         rows = [["mean@k", *self.names]]
-        rows += [[name, *map(_interval_text, values)] for name, values in self.means.items()]
-        parts = [text.table(rows)]
+        rows += [[name, *map(text.interval, values)] for name, values in self.means.items()]
+        lines = [_difference_line(difference) for difference in self.differences]
+        found = [text.Table("Accuracy", rows, lines, _INTERVALS)]
         if self.settings:
             cells = [
                 [key, *(text.MISSING if v is None else text.visible(v, 60) for v in values)]
                 for key, values in self.settings.items()
             ]
-            parts.append("Set differently\n" + text.table([["", *self.names], *cells]))
-        parts += ["\n".join(map(_difference_line, self.differences))] if self.differences else []
-        return "\n\n".join([*parts, *self.notes])
+            found.append(text.Table("Set differently", [["", *self.names], *cells]))
+        return found
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -182,16 +189,9 @@ def _parse_row(line: bytes, folder: Path, number: int) -> _Row:
         raise RunError(f"{folder / 'rows.jsonl'}, line {number} is damaged ({first}).") from None
 
 
-def _interval_text(interval: Interval | None) -> str:
-    if interval is None:
-        return text.MISSING
-    return f"{text.percent(interval.value)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
 def _difference_line(difference: BenchmarkDifference) -> str:
-    found = difference.interval
     return (
         f"{difference.benchmark}: {difference.evaluation} − {difference.baseline}: "
-        f"{100 * found.value:+.1f} points of mean@k [{100 * found.low:+.1f}, "
-        f"{100 * found.high:+.1f}], paired over {difference.num_problems} problems"
+        f"{text.signed_interval(difference.interval)}, paired over "
+        f"{difference.num_problems} problems"
     )

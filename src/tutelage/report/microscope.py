@@ -11,9 +11,8 @@ from typing import Any
 
 from tutelage.report import text
 from tutelage.report.records import TokenRecord
+from tutelage.report.tokens import DEFAULT_CUTS, fixed_cuts
 
-DEFAULT_CUTS = (0.5, 0.5)
-"""Cuts of entropy and divergence in nats that the page offers beside the medians."""
 _MAX_TEXT = 40
 _MAX_PROMPT = 4000
 _LEFT_OUT = {"texts"}
@@ -30,7 +29,7 @@ def microscope_context(tokens: Sequence[TokenRecord], config: dict[str, Any]) ->
         "tokens": embedded(_data(tokens, config)),
         "script": script,
         "script_hash": csp_hash(script),
-        "keep": _keep(config),
+        "keep": keep_of(config),
         "gate": _gate(config),
     }
 
@@ -56,12 +55,11 @@ def _data(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, An
     texts: dict[str, str] = {}
     for record in tokens:
         texts |= record.texts
-    cuts = config.get("quadrant_thresholds")
-    is_pair = isinstance(cuts, list) and len(cuts) == 2
+    cuts = fixed_cuts(config)
     return {
         "texts": {key: text.visible(value, _MAX_TEXT) for key, value in texts.items()},
-        "cuts": cuts if is_pair else DEFAULT_CUTS,
-        "is_median": not is_pair,
+        "cuts": cuts or DEFAULT_CUTS,
+        "is_median": cuts is None,
         "completions": [_completion(record) for record in tokens],
     }
 
@@ -75,7 +73,7 @@ def _completion(record: TokenRecord) -> dict[str, Any]:
     }
 
 
-def _keep(config: dict[str, Any]) -> float:
+def keep_of(config: dict[str, Any]) -> float:
     """The rules' budget: the run's own, or a fifth where it learns from every token."""
     match config.get("selection"):
         case {"keep": int() | float() as keep}:

@@ -1,26 +1,19 @@
-"""The curves of a run, drawn with matplotlib: one small SVG per panel, and one PNG of all."""
+"""Pictures drawn with matplotlib: one function for the page and for files."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutelage.errors import MissingExtraError
-from tutelage.report import text
-from tutelage.report.records import EvaluationRecord, RunRecord, StepRecord
+from tutelage.report.panels import ColorName, Curve, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MAX_POINTS = 400
-PHASES = {"rollout_s": "rollout", "teacher_s": "teacher", "score_s": "score", "learn_s": "learn"}
-
-Points: TypeAlias = list[tuple[float, float]]
-ColorName: TypeAlias = Literal["blue", "orange", "green", "purple"]
 
 
 @dataclass(frozen=True)
@@ -49,94 +42,30 @@ class Theme:
                 return self.green
             case "purple":
                 return self.purple
+            case "ink":
+                return self.ink
 
 
 LIGHT = Theme(ink="#3d4248", grid="#e3e5e8", background="#ffffff", blue="#0072B2")
 DARK = Theme(ink="#c3c8ce", grid="#353a40", background="#1b1e22", blue="#56B4E9")
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One line of a panel."""
-
-    label: str
-    points: Points
-    color: ColorName
-    band: Sequence[tuple[float, float, float]] = ()
-    """(step, low, high) of an interval around the line."""
-    is_reference: bool = False
-    """True for a level to compare with, drawn dashed across the panel."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One small plot: a title with its unit, its curves, and a sentence that describes them."""
-
-    title: str
-    unit: str
-    curves: tuple[Curve, ...]
-    is_stacked: bool = False
-    starts_at_zero: bool = True
-    is_share: bool = False
-
-    @property
-    def alt(self) -> str:
-        """What the panel shows, in words, for readers who do not see it."""
-        return f"{self.title} ({self.unit}). " + " ".join(map(self._sentence, self.curves))
-
-    def _sentence(self, curve: Curve) -> str:
-        (first_step, first), (last_step, last) = curve.points[0], curve.points[-1]
-        if curve.is_reference or len(curve.points) == 1:
-            return f"{curve.label}: {self._value(last)}."
-        return (
-            f"{curve.label}: {self._value(first)} at step {first_step:.0f}, "
-            f"{self._value(last)} at step {last_step:.0f}."
-        )
-
-    def _value(self, value: float) -> str:
-        return text.percent(value) if self.is_share else text.number(value)
-
-
-def panels_of(record: RunRecord) -> list[Panel]:
-    """The panels for which the run has values, in reading order.
+def render(
+    draw: Callable[[Axes, Theme], None],
+    theme: Theme,
+    kind: Literal["svg", "png"] = "svg",
+    size: tuple[float, float] = (4.6, 2.7),
+) -> bytes:
+    """One picture.
 
     Args:
-        record: the run.
-
-    Returns:
-        Between none and six panels: accuracy, divergence, loss, entropy, kept share, seconds.
-    """
-    steps = record.steps
-    divergence = [
-        _curve(steps, "reverse KL", "blue", lambda s: s.reverse_kl_nats),
-        _curve(steps, "forward KL", "orange", lambda s: s.forward_kl_nats),
-    ]
-    entropy = [
-        _curve(steps, "student", "blue", lambda s: s.entropy_nats),
-        _curve(steps, "teacher", "orange", lambda s: s.teacher_entropy_nats),
-    ]
-    loss = [_curve(steps, "loss", "blue", lambda s: s.loss)]
-    kept = [_curve(steps, "kept", "green", lambda s: s.keep)]
-    panels = [
-        Panel("Accuracy", "share of samples", _accuracy(record), is_share=True),
-        Panel("Divergence from the teacher", "nats per token", _present(divergence)),
-        Panel("Loss", "per kept token", _present(loss), starts_at_zero=False),
-        Panel("Entropy", "nats per token", _present(entropy)),
-        Panel("Kept tokens", "share of completion tokens", _present(kept), is_share=True),
-        Panel("Time", "seconds a step, stacked", _seconds(steps), is_stacked=True),
-    ]
-    return [panel for panel in panels if panel.curves]
-
-
-def render_svg(panel: Panel, theme: Theme) -> bytes:
-    """One panel as an SVG document.
-
-    Args:
-        panel: what to draw.
+        draw: puts the picture on empty axes.
         theme: colours for a light or dark page.
+        kind: an SVG is transparent, a PNG stands on the theme's background.
+        size: width and height in inches.
 
     Returns:
-        UTF-8 SVG, the same bytes for the same input.
+        UTF-8 SVG, the same bytes for the same input, or a PNG of 200 dots an inch.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -145,10 +74,18 @@ def render_svg(panel: Panel, theme: Theme) -> bytes:
     settings = {"svg.fonttype": "none", "svg.hashsalt": "tutelage", "font.family": "sans-serif"}
     buffer = io.BytesIO()
     with _matplotlib().rc_context(settings):
-        figure = _figure(4.6, 2.7)
-        _draw(figure.add_subplot(), panel, theme)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure = _figure(*size)
+        draw(figure.add_subplot(), theme)
+        if kind == "svg":
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        else:
+            figure.savefig(buffer, format="png", dpi=200, facecolor=theme.background)
     return buffer.getvalue()
+
+
+def render_svg(panel: Panel, theme: Theme) -> bytes:
+    """One panel as the page shows it; see `render`."""
+    return render(partial(draw_panel, panel), theme)
 
 
 def render_png(panels: Sequence[Panel]) -> bytes:
@@ -173,70 +110,9 @@ def render_png(panels: Sequence[Panel]) -> bytes:
         axes.set_title(
             f"{panel.title}, {panel.unit}", loc="left", fontsize=10, color=LIGHT.ink, pad=20
         )
-        _draw(axes, panel, LIGHT)
+        draw_panel(panel, axes, LIGHT)
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
-
-
-def points_per_mark(num_steps: int) -> int:
-    """How many steps each drawn point averages, so that long runs stay small on the page."""
-    return -(-num_steps // MAX_POINTS)
-
-
-def _curve(
-    steps: Sequence[StepRecord],
-    label: str,
-    color: ColorName,
-    value: Callable[[StepRecord], float | None],
-) -> Curve:
-    points = [(float(s.step), v) for s in steps if (v := value(s)) is not None]
-    return Curve(label, _thinned(points), color)
-
-
-def _thinned(points: Points) -> Points:
-    size = points_per_mark(len(points)) or 1
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
-
-
-def _present(curves: Sequence[Curve]) -> tuple[Curve, ...]:
-    return tuple(curve for curve in curves if curve.points)
-
-
-def _accuracy(record: RunRecord) -> tuple[Curve, ...]:
-    student, teacher = record.evaluations_of("student"), record.evaluations_of("teacher")
-    means: Points = [(float(e.step), e.mean_at_k) for e in student if e.mean_at_k is not None]
-    passes: Points = [(float(e.step), e.pass_at_k) for e in student if e.pass_at_k is not None]
-    levels: Points = [(float(e.step), e.mean_at_k) for e in teacher if e.mean_at_k is not None]
-    return _present(
-        [
-            Curve("mean@k", means, "blue", band=_mean_band(student)),
-            Curve("pass@k", passes, "green"),
-            Curve("teacher mean@k", levels[-1:], "orange", is_reference=True),
-        ]
-    )
-
-
-def _mean_band(evaluations: Sequence[EvaluationRecord]) -> list[tuple[float, float, float]]:
-    return [
-        (float(e.step), e.mean_at_k_low, e.mean_at_k_high)
-        for e in evaluations
-        if e.mean_at_k_low is not None and e.mean_at_k_high is not None
-    ]
-
-
-def _seconds(steps: Sequence[StepRecord]) -> tuple[Curve, ...]:
-    timed = [step for step in steps if step.seconds]
-    colors: tuple[ColorName, ...] = ("blue", "orange", "purple", "green")
-
-    def phase_seconds(step: StepRecord, phase: str) -> float:
-        return (step.seconds or {}).get(phase) or 0.0
-
-    return tuple(
-        Curve(label, _thinned([(float(s.step), phase_seconds(s, phase)) for s in timed]), color)
-        for (phase, label), color in zip(PHASES.items(), colors, strict=True)
-        if any(phase_seconds(step, phase) for step in timed)
-    )
 
 
 def _matplotlib() -> Any:
@@ -254,8 +130,10 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="none")
 
 
-def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
-    _style(axes, theme)
+def draw_panel(panel: Panel, axes: Axes, theme: Theme) -> None:
+    """Curves over steps."""
+    style(axes, theme)
+    axes.set_xlabel("step", fontsize=8, color=theme.ink)
     if panel.is_stacked:
         _draw_stack(axes, panel, theme)
     else:
@@ -266,16 +144,16 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
         axes.yaxis.set_major_formatter(lambda value, _position: f"{100 * value:.0f} %")
     elif panel.starts_at_zero:
         axes.set_ylim(bottom=0, top=1.06 * axes.get_ylim()[1])
-    if len(panel.curves) > 1:
-        _legend(axes, len(panel.curves), theme)
+    if panel.has_legend and len(panel.curves) > 1:
+        legend(axes, len(panel.curves), theme)
 
 
-def _legend(axes: Axes, num_curves: int, theme: Theme) -> None:
+def legend(axes: Axes, num_curves: int, theme: Theme) -> None:
     """Above the plot area, where it covers no data."""
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
-        ncols=num_curves,
+        ncols=min(num_curves, 4),
         frameon=False,
         fontsize=8,
         labelcolor=theme.ink,
@@ -291,7 +169,10 @@ def _draw_curve(axes: Axes, curve: Curve, color: str) -> None:
         return
     steps, values = zip(*curve.points, strict=True)
     marker = "o" if len(steps) <= 12 else ""
-    axes.plot(steps, values, color=color, lw=1.6, marker=marker, ms=4, label=curve.label)
+    axes.plot(
+        steps, values, color=color, ls=curve.line_style, lw=1.6, marker=marker, ms=4,
+        label=curve.label,
+    )  # fmt: skip
     if curve.band:
         band_steps, lows, highs = zip(*curve.band, strict=True)
         axes.fill_between(band_steps, lows, highs, color=color, alpha=0.18, linewidth=0)
@@ -305,10 +186,10 @@ def _draw_stack(axes: Axes, panel: Panel, theme: Theme) -> None:
     axes.stackplot(steps, heights, labels=labels, colors=colors, alpha=0.85, linewidth=0)
 
 
-def _style(axes: Axes, theme: Theme) -> None:
+def style(axes: Axes, theme: Theme) -> None:
+    """Quiet axes in the colours of the page."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(theme.grid)
     axes.tick_params(length=0, labelsize=8, colors=theme.ink)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel("step", fontsize=8, color=theme.ink)

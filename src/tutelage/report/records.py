@@ -40,6 +40,15 @@ class Quadrant(_Line):
     """Share of the quadrant's tokens that were trained on."""
 
 
+class HighEntropy(_Line):
+    """Tokens with an entropy of 0.8 nats or more, and the divergences where it is the teacher's."""
+
+    teacher_share: float | None = None
+    student_share: float | None = None
+    reverse_kl_nats: float | None = None
+    forward_kl_nats: float | None = None
+
+
 class StepRecord(_Line):
     """One line of metrics.jsonl. A value the run did not measure is None."""
 
@@ -57,6 +66,13 @@ class StepRecord(_Line):
     truncated_share: float | None = None
     quadrants: dict[str, Quadrant] | None = None
     seconds: dict[str, float | None] | None = None
+    gate_share: float | None = None
+    gated_forward_kl_nats: float | None = None
+    high_entropy: HighEntropy | None = None
+    peak_rss_bytes: dict[str, Count] | None = None
+    """By phase, the most main memory that the process had held by its end."""
+    peak_device_bytes: dict[str, Count] | None = None
+    """By phase, the most memory of the accelerator within it."""
 
     @property
     def keep(self) -> float | None:

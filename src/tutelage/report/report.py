@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import MissingExtraError, RunError
 from tutelage.evaluation.metrics import Interval, paired_difference
 from tutelage.report import plots, text
-from tutelage.report.microscope import csp_hash, microscope_context, template_text
+from tutelage.report.files import write
+from tutelage.report.microscope import microscope_context
+from tutelage.report.page import panel_views, render_page, write_page
+from tutelage.report.panels import Panel, panels_of, points_per_mark
 from tutelage.report.records import (
     EvaluationRecord,
     Quadrant,
@@ -34,17 +33,6 @@ _QUADRANTS = {
     "q3": ("low", "high", "overconfident and wrong"),
     "q4": ("low", "low", "solved"),
 }
-
-
-@dataclass(frozen=True)
-class PanelView:
-    """A panel as the page embeds it: two data URIs and the words for it."""
-
-    title: str
-    unit: str
-    alt: str
-    light: str
-    dark: str
 
 
 @dataclass(frozen=True)
@@ -77,11 +65,11 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     record = read_run(run)
     page = _page_path(run, out)
-    panels = plots.panels_of(record)
-    html = _render(_context(record, panels))
+    panels = panels_of(record)
+    html = render_page(_context(record, panels))
     if panels:
-        _write(page.with_name("curves.png"), plots.render_png(panels))
-    _write(page, html.encode("utf-8"))
+        write(page.with_name("curves.png"), plots.render_png(panels))
+    write(page, html.encode("utf-8"))
     return page
 
 
@@ -101,20 +89,17 @@ def write_score_page(
         MissingExtraError: jinja2 is not installed.
     """
     tokens = [TokenRecord.model_validate(line) for line in lines]
-    style = template_text("report.css")
     facts = [("completions", text.number(len(tokens))),
              ("tokens", text.number(sum(len(record.token) for record in tokens)))]  # fmt: skip
     context = {
-        "style": style,
-        "style_hash": csp_hash(style),
-        "has_overview": False,
+        "overview": None,
         "kicker": "Scored completions, nothing was trained",
         "name": text.visible(out.stem, 120),
         "facts": facts,
         "notes": [],
         **microscope_context(tokens, {**config, "selection": {"keep": keep}}),
     }
-    _write(out, _render(context).encode("utf-8"))
+    write_page(out, context)
     return out
 
 
@@ -124,47 +109,11 @@ def _page_path(run: Path, out: Path | None) -> Path:
     return out / "report.html" if out.is_dir() else out
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file in one move, so that an interrupted write leaves the old one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}. Choose another place with --out."
-        ) from error
-
-
-def _render(context: dict[str, Any]) -> str:
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report", "The report") from error
-    environment = Environment(
-        loader=PackageLoader("tutelage.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=text.number, percent=text.percent, visible=text.visible, interval=_interval
-    )
-    return environment.get_template("report.html").render(context)
-
-
-def _context(record: RunRecord, panels: Sequence[plots.Panel]) -> dict[str, Any]:
-    style = template_text("report.css")
+def _context(record: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     environment = {key: value for key, value in record.manifest.items() if key != "config"}
     return {
-        "style": style,
-        "style_hash": csp_hash(style),
         **microscope_context(record.tokens, record.config),
-        "has_overview": True,
+        "overview": "run.html",
         "kicker": "On-policy distillation run",
         "name": text.visible(record.path.resolve().name, 120),
         "facts": _facts(record),
@@ -173,7 +122,7 @@ def _context(record: RunRecord, panels: Sequence[plots.Panel]) -> dict[str, Any]
         "evaluation_set": _evaluation_set(record),
         "is_graded": any(e.mean_at_k is not None for e in record.evaluations),
         "change": _paired_change(record),
-        "panels": [_panel_view(panel) for panel in panels],
+        "panels": panel_views(panels),
         "quadrants": _quadrant_rows(record.steps),
         "quadrant_steps": _quadrant_steps(record.steps),
         "quadrant_cuts": _quadrant_cuts(record.config),
@@ -200,7 +149,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _thinning_note(record: RunRecord) -> list[str]:
-    size = plots.points_per_mark(len(record.steps))
+    size = points_per_mark(len(record.steps))
     return [f"Each point of a curve is the mean of {size} steps."] if size > 1 else []
 
 
@@ -232,21 +181,6 @@ def _paired_change(record: RunRecord) -> Interval | None:
     if not shared:
         return None
     return paired_difference([after[p] for p in shared], [before[p] for p in shared])
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return ""
-    return f"{100 * low:.1f} – {100 * high:.1f}"
-
-
-def _panel_view(panel: plots.Panel) -> PanelView:
-    light, dark = (_data_uri(plots.render_svg(panel, theme)) for theme in (plots.LIGHT, plots.DARK))
-    return PanelView(panel.title, panel.unit, panel.alt, light, dark)
-
-
-def _data_uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
 
 
 def _with_quadrants(steps: Sequence[StepRecord]) -> list[StepRecord]:

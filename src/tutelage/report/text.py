@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from tutelage.evaluation.metrics import Interval
 
 MISSING = "–"
 _MAX_CHARS = 2000
 _MAX_ROWS = 300
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first row and first column are headings, for a terminal and for a page."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str] = ()
+    """Sentences that belong to it."""
+    caption: str = ""
+    """What a reader of the page has to know."""
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -22,6 +37,19 @@ def number(value: float | None, digits: int = 4) -> str:
 def percent(share: float | None) -> str:
     """A share in [0, 1] as a percentage with one decimal."""
     return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def interval(found: Interval | None) -> str:
+    """`62.3 % [55.0, 69.1]`, or a dash."""
+    if found is None:
+        return MISSING
+    return f"{percent(found.value)} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def signed_interval(found: Interval) -> str:
+    """A difference as `+3.1 points of mean@k [-0.4, +6.6]`."""
+    value, low, high = (100 * part for part in (found.value, found.low, found.high))
+    return f"{value:+.1f} points of mean@k [{low:+.1f}, {high:+.1f}]"
 
 
 def duration(seconds: float) -> str:
@@ -74,7 +102,7 @@ def toml(config: Mapping[str, Any]) -> str:
     return "\n".join(_toml_lines(config, ())).strip() + "\n"
 
 
-def table(rows: Iterable[list[str]]) -> str:
+def table(rows: Iterable[Sequence[str]]) -> str:
     """Cells on one line each, first column left-aligned, the others right-aligned."""
     cells = [[cell.replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -82,6 +110,14 @@ def table(rows: Iterable[list[str]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in cells
     )
+
+
+def tables(found: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables for a terminal, the first without its title; sentences and notes follow."""
+    first, *others = found
+    parts = [table(first.rows), *(f"{other.title}\n{table(other.rows)}" for other in others)]
+    lines = [line for part in found for line in part.lines]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), *notes])
 
 
 def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:

@@ -41,7 +41,7 @@ def token_metrics(
         "kept_kl_share": share if config.diagnostics == "all" else None,
         **{f"{name}_nats": _mean(stats.__dict__[name]) for name in names},
         "teacher_top16_mass": _mean(stats.extras["teacher_top_mass"]),
-        "gate_share": _mean(gate) if isinstance(config.objective, EOPDObjective) else None,
+        **_gated(gate if isinstance(config.objective, EOPDObjective) else None, stats),
         "high_entropy": _high_entropy(stats),
         "quadrants": quadrant_table(quadrant, stats.reverse_kl, is_kept),
     }
@@ -65,6 +65,16 @@ def _high_entropy(stats: TokenStats) -> dict[str, float | None]:
         "reverse_kl_nats": _mean(stats.reverse_kl[is_high]),
         "forward_kl_nats": _mean(stats.forward_kl[is_high]),
     }
+
+
+def _gated(gate: Tensor | None, stats: TokenStats) -> dict[str, float | None]:
+    """Mean gate g, and Σ g KL(q‖p) / Σ g in nats; None without a gate, or where none is open."""
+    if gate is None:
+        return {"gate_share": None, "gated_forward_kl_nats": None}
+    weights = gate.double()
+    total = weights.sum()
+    mean = float(weights @ stats.forward_kl.double() / total) if total > 0 else None
+    return {"gate_share": _mean(gate), "gated_forward_kl_nats": mean}
 
 
 def _mean(x: Tensor) -> float | None:

@@ -46,8 +46,9 @@ const options = (select, pairs) => {
 const table = (caption, head, rows) =>
   make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
     make("table", {}, make("caption", {}, caption),
-      make("thead", {}, make("tr", {}, head.map((cell, i) =>
-        make("th", { scope: "col", class: i && cell !== "tokens kept" ? "num" : "" }, cell)))),
+      make("thead", {}, make("tr", {}, head.map((cell, i) => (cell
+        ? make("th", { scope: "col", class: i && cell !== "tokens kept" ? "num" : "" }, cell)
+        : make("td"))))),
       make("tbody", {}, rows.map((row) => make("tr", {}, row.map((cell, i) => {
         if (cell instanceof Element && cell.localName === "td") return cell;
         return i ? make("td", { class: "num" }, cell) : make("th", { scope: "row" }, cell);
@@ -57,7 +58,11 @@ const table = (caption, head, rows) =>
 
 const steps = unique(data.completions.map((c) => c.step)).sort((a, b) => a - b);
 const kinds = unique(data.completions.map((c) => c.kind));
-const rules = unique(data.completions.flatMap((c) => Object.keys(c.rank)));
+// Runs with rules of their own may stand on one page: what is compared is known of every completion.
+const rulesOf = (step, kind) => {
+  const here = data.completions.filter((c) => c.step === step && c.kind === kind);
+  return here.length ? Object.keys(here[0].rank).filter((rule) => here.every((c) => rule in c.rank)) : [];
+};
 for (const completion of data.completions) {
   completion.keptSets = Object.fromEntries(
     Object.entries(completion.kept).map(([rule, rows]) => [rule, new Set(rows)]));
@@ -183,14 +188,21 @@ let chosen = null;
 const stepsOf = (key) => data.completions.filter((c) => keyOf(c) === key).map((c) => c.step);
 const completionAt = (key, step) => data.completions.find((c) => keyOf(c) === key && c.step === step);
 
+// Beside a completion stand those of the same prompt: at other steps, and of other runs.
 const microscopeSteps = () => {
-  const here = stepsOf(texts[Number($("text").value)]);
+  const key = texts[Number($("text").value)], here = stepsOf(key);
   options($("text-step"), here.map((s) => [s, `step ${s}`]));
-  options($("text-other"), [["", "nothing"], ...here.map((s) => [s, `step ${s}`])]);
+  const main = completionAt(key, here[0]);
+  const others = [...data.completions.entries()].filter(([, c]) =>
+    c.prompt_id === main.prompt_id && c.sample === main.sample && c.prompt === main.prompt);
+  options($("text-other"), [["", "nothing"], ...others.map(([i, c]) =>
+    [i, c.kind === main.kind ? `step ${c.step}` : `${c.kind}, step ${c.step}`])]);
+  options($("text-rule"), Object.keys(main.rank).map((rule) => [rule, rule]));
 };
 
 const levelOf = (completion, index, colour, rule) => {
   if (colour === "gate") return completion.gate[index] ?? 0;
+  if (colour === "rank" && !(rule in completion.rank)) return 0;
   if (colour === "rank") return 1 - (completion.rank[rule][index] - 1) / Math.max(1, completion.num_tokens - 1);
   const max = colour.includes("entropy") ? entropyMax : Math.max(divergenceMax, 1e-3);
   return Math.min(1, Math.sqrt(Math.max(completion[colour][index] ?? 0, 0) / max));
@@ -202,7 +214,7 @@ const reading = (completion, side) => {
   const group = make("div", { class: "tokens", role: "group", "aria-label": `completion at step ${completion.step}` });
   completion.token.forEach((id, index) => {
     const q = quadrantOf(completion.entropy[index], completion.reverse_kl[index], cuts);
-    const kept = completion.keptSets[rule].has(index), text = textOf(id);
+    const kept = completion.keptSets[rule]?.has(index) ?? false, text = textOf(id);
     const isOff = wanted && (wanted === "kept" ? !kept : String(q) !== wanted);
     const names = ["token", kept ? "kept" : "", isOff ? "off" : colour === "quadrant" ? `q${q}` : "scaled"];
     const button = make("button", {
@@ -216,14 +228,15 @@ const reading = (completion, side) => {
     if (text.includes("\n")) group.append(make("br"));
   });
   const hidden = completion.num_tokens - completion.token.length;
-  return make("div", { class: "reading" }, make("h3", {}, `Step ${completion.step}`), group,
+  const title = kinds.length > 2 ? `${completion.kind}, step ${completion.step}` : `Step ${completion.step}`;
+  return make("div", { class: "reading" }, make("h3", {}, title), group,
     hidden > 0 ? make("p", { class: "caption" }, `${hidden} more tokens were not recorded.`) : "");
 };
 
 const microscope = () => {
   const key = texts[Number($("text").value)];
   const main = completionAt(key, Number($("text-step").value));
-  const other = $("text-other").value === "" ? null : completionAt(key, Number($("text-other").value));
+  const other = $("text-other").value === "" ? null : data.completions[Number($("text-other").value)];
   const shownNow = other && other !== main ? [main, other] : [main];
   $("prompt").textContent = main.prompt;
   $("readings").replaceChildren(...shownNow.map((c, side) => reading(c, side)));
@@ -331,7 +344,7 @@ const favourites = (rows, rule) => {
 const rulesView = () => {
   const step = Number($("rules-step").value), kind = $("rules-kind").value;
   const rows = rowsOf(step, kind), cuts = cutsOf(rows, $("rules-cut").value);
-  const parts = quadrantTable(rows, cuts);
+  const parts = quadrantTable(rows, cuts), rules = rulesOf(step, kind);
   if (!rows.length) {
     $("rules-tables").replaceChildren(make("p", {}, `No ${kind} tokens were recorded at step ${step}.`));
     return;
@@ -408,7 +421,6 @@ for (const id of ["plane-cut", "text-cut", "rules-cut"]) {
   $(id).value = data.is_median ? "median" : "fixed";
 }
 options($("text"), texts.map((key, i) => [i, key]));
-options($("text-rule"), rules.map((rule) => [rule, rule]));
 options($("text-colour"), [["quadrant", "quadrant"], ...Object.entries(COLUMNS), ["rank", "rank under the rule"], ["gate", "gate of EOPD"]]);
 options($("text-filter"), [["", "all tokens"], ["kept", "kept tokens"], ...[1, 2, 3, 4].map((q) => [q, `Q${q} ${QUADRANTS[q]}`])]);
 $("plane-step").max = steps.length - 1;
