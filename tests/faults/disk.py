@@ -1,19 +1,24 @@
-"""Disks that fail: the n-th call raises, once or from then on; or files may grow no further.
+"""Disks that fail: the n-th call raises, once or from then on; files may grow no further; a real
+file system, mounted for one trial, becomes full at some point and has room again later.
 
 Whatever happens, the run either goes on or ends in one line with exit code 2, and the same command
-afterwards reaches the same end as a run that had no trouble.
+afterwards reaches the same end as a run that had no trouble. A full disk costs no checkpoint.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
 import shutil
 from pathlib import Path
 
-from . import forked, progress
+from tutelage.run.checkpoint import list_checkpoints
+from tutelage.run.manifest import DamagedError, unseal
+
+from . import forked, mount, progress
 from .record import Outcome
 
 CALLS = ("fsync", "rename", "rename model", "mkdir", "unlink", "rmdir", "save moments", "seal")
@@ -21,6 +26,9 @@ ERRORS = (errno.EIO, errno.ENOSPC, errno.EMFILE)
 LAST = "checkpoint-000006"
 LARGEST_BYTES = 60_000
 """No checkpoint of these runs does without a file larger than that."""
+DISK_BYTES = 24 << 20
+"""Of a mounted disk: room for a run, and for what it wants to have left before a checkpoint."""
+BALLAST = "ballast"
 
 
 def fail_at(place: int, number: int, is_once: bool) -> forked.Event:
@@ -32,6 +40,30 @@ def fail_at(place: int, number: int, is_once: bool) -> forked.Event:
             raise OSError(number, os.strerror(number))
 
     return event
+
+
+def fill_at(place: int, spare: int, out: Path) -> forked.Event:
+    """Note what is saved at a point, and leave the disk of a run `spare` bytes from then on."""
+
+    def event(_name: str, count: int) -> None:
+        if count == place:
+            out.with_suffix(".saved").write_text(json.dumps(sorted(whole_steps(out))))
+            with (out / BALLAST).open("wb") as file:
+                free = shutil.disk_usage(out).free
+                os.posix_fallocate(file.fileno(), 0, max(free - spare, 1))
+
+    return event
+
+
+def whole_steps(out: Path) -> set[int]:
+    """Steps whose checkpoints are as they were written."""
+    found = set()
+    for step, path in list_checkpoints(out):
+        try:
+            found |= {step} if unseal(path) == {"step": step} else set()
+        except DamagedError:
+            continue
+    return found
 
 
 class Trials:
@@ -77,13 +109,33 @@ class Trials:
         out.with_suffix(".log").unlink()  # it may be cut off
         return {"call": "file size", "code": ended.code, "problems": self._again(out, problems)}
 
+    def filled(self, number: int) -> progress.Result:
+        """A disk becomes full; what was saved stays, and the run goes on when there is room."""
+        rng = random.Random(number)
+        place = rng.choice(self.places)
+        spare = rng.choice([0, rng.randrange(0, 1 << 18, 4096)])
+        out = self.folder / f"disk-{number}"
+        out.mkdir(mode=0o700)
+
+        def trial() -> progress.Result:
+            event = fill_at(place, spare, out)
+            ended = forked.end(forked.start(self.folder, out, event), out)
+            problems = ending(ended)
+            saved = json.loads(out.with_suffix(".saved").read_text())
+            if max(whole_steps(out), default=-1) < max(saved, default=-1):
+                problems.append(f"of the checkpoints {saved}, {whole_steps(out)} are left")
+            (out / BALLAST).unlink()
+            return {"code": ended.code, "problems": self._again(out, problems)}
+
+        return {"call": "full disk"} | mount.in_mount(out, DISK_BYTES, trial)
+
     def _again(self, out: Path, problems: list[str]) -> list[str]:
         """The same command without trouble."""
         ended = forked.end(forked.start(self.folder, out), out)
         if ended.code:
             return [*problems, f"continued: exit code {ended.code}: {ended.text[-300:]}"]
         problems = problems + forked.differences(self._portrait(out), self.expected)
-        if not problems:
+        if not problems and not out.is_mount():
             shutil.rmtree(out)
         return problems
 
@@ -99,23 +151,33 @@ def ending(ended: forked.Ended) -> list[str]:
 
 
 def run(size: int) -> Outcome:
-    """`size` troubled runs, a fifth of them with a limit that the system itself enforces."""
-    num_full = -(-size // 5)
+    """`size` troubled runs, a fifth with a limit on files and a fifth on a disk that is full."""
+    fifth = -(-size // 5)
     with forked.models() as folder:
         trials = Trials(folder)
+        (folder / "mount").mkdir()
+        refused = mount.refusal(folder / "mount")
 
         def one(number: int) -> progress.Result:
-            return trials.full(number) if number < num_full else trials.one(number)
+            if number < fifth:
+                return trials.full(number)
+            return (
+                trials.filled(number) if number < 2 * fifth and not refused else trials.one(number)
+            )
 
         results = progress.trials("disk", size, one)
     return Outcome(
-        "a call that fails or a file that may not grow ends a run in one line at most, and the "
-        "same command reaches the same end",
+        "a call that fails, a file that may not grow or a full disk ends a run in one line at "
+        "most, costs no checkpoint, and the same command reaches the same end",
         trials=size,
         failures=sum(bool(result["problems"]) for result in results),
         control={"runs that the trouble ended": sum(result["code"] == 2 for result in results)},
         details={
             "calls": forked.tally([result["call"] for result in results]),
+            "runs ended, by call": forked.tally(
+                [result["call"] for result in results if result["code"] == 2]
+            ),
+            "mounting refused": refused,
             "problems": [result for result in results if result["problems"]][:10],
         },
     )

@@ -2,17 +2,17 @@
 
 Random completions, some of them empty, go in any order to two gloo ranks, of which one may get
 nothing to learn from, and there into random micro-batches. One process, DDP and FSDP2 are compared
-with one pass over everything. In float64 nothing but the sharing out could show; in float32
-rounding shows too, most where a gradient is small, and is reported.
+with one pass over everything. In float64 nothing but the sharing out could show. In float32
+rounding shows too: each gradient, that of one pass as well, is also compared with the float64 one.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,9 +32,14 @@ from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 
 NUM_RANKS = 2
-LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+LIMIT = 1e-12
+"""Largest relative difference in float64."""
 ROUNDED = 1e-6
-"""Differences in float32 above this are counted, not failures."""
+"""Differences in float32 above this are counted."""
+EXCESS = 10.0
+"""In float32, sharing out may change the gradient by so many times what rounding does anyway."""
+NUM_CONTROLS = 100
+"""The first batches are also given to code that is known to be wrong."""
 VOCAB = 40
 MODES = ("one process", "ddp", "fsdp2")
 
@@ -97,25 +102,24 @@ class Case:
                 (objective.total * world / divisor).backward()
 
 
-def gradients(module: nn.Module) -> list[Tensor]:
-    """Whole gradients of all weights, which are taken away."""
+def gradients(module: nn.Module) -> Tensor:
+    """The whole gradient of all weights, flat; it is taken away."""
     found = []
     for parameter in module.parameters():
         gradient = parameter.grad
         if gradient is None:
-            found.append(torch.zeros(parameter.shape))
+            found.append(torch.zeros(parameter.numel(), dtype=parameter.dtype))
         else:
             whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-            found.append(whole.detach().clone())
+            found.append(whole.detach().flatten())
         parameter.grad = None
-    return found
+    return torch.cat(found)
 
 
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """‖found − expected‖ / ‖expected‖ over all weights together."""
-    pairs = list(zip(found, expected, strict=True))
-    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-    return math.sqrt(error / sum(float(b.double().square().sum()) for _, b in pairs))
+def distance(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    exact = expected.double()
+    return float((found.double() - exact).norm() / exact.norm())
 
 
 def modules(models: Path, dtype: torch.dtype) -> tuple[dict[str, nn.Module], Teacher]:
@@ -132,46 +136,71 @@ def modules(models: Path, dtype: torch.dtype) -> tuple[dict[str, nn.Module], Tea
     return {"one process": student, "ddp": ddp, "fsdp2": sharded}, teacher
 
 
-def compared(
+def shared_out(
     case: Case, made: dict[str, nn.Module], teacher: Teacher, index: int
-) -> tuple[dict[str, float], float]:
-    """Distance of each mode, and of a mean of each rank's mean, from one pass over everything."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradient of one pass over everything, and of each mode."""
     plain, divisor = made["one process"], len(case.kept)
-    case.backward(plain, teacher, [list(range(len(case.rollouts)))], 1, divisor)
-    expected = gradients(plain)
     both = [group for groups in case.cuts for group in groups]
-    found = {}
-    for mode, module in made.items():
-        groups, world = (both, 1) if module is plain else (case.cuts[index], NUM_RANKS)
-        case.backward(module, teacher, groups, world, divisor)
-        found[mode] = distance(gradients(module), expected)
-    mine = [p for p in case.kept if p[0] in case.shares[index]]
-    case.backward(made["ddp"], teacher, case.cuts[index], 1, max(len(mine), 1))
-    return found, distance(gradients(made["ddp"]), expected)
+    # Each rank computes one of the two that need no other rank, and is given the other.
+    groups = both if index else [list(range(len(case.rollouts)))]
+    case.backward(plain, teacher, groups, 1, divisor)
+    mine = gradients(plain)
+    expected, found = mine.clone(), {"one process": mine.clone()}
+    torch.distributed.broadcast(expected, 0)
+    torch.distributed.broadcast(found["one process"], 1)
+    for mode in MODES[1:]:
+        case.backward(made[mode], teacher, case.cuts[index], NUM_RANKS, divisor)
+        found[mode] = gradients(made[mode])
+    return expected, found
+
+
+def mean_of_means(case: Case, ddp: nn.Module, teacher: Teacher, index: int) -> Tensor:
+    """A gradient that is wrong: each rank divides by its own rows."""
+    num_rows = sum(c in case.shares[index] for c, _ in case.kept)
+    case.backward(ddp, teacher, case.cuts[index], 1, max(num_rows, 1))
+    return gradients(ddp)
 
 
 def rank(models: Path, size: int, out: Path) -> None:
-    """One rank: distances of every case, dtype and mode."""
+    """One rank: distances of every batch and mode."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     index = torch.distributed.get_rank()
+    exact, rounded = modules(models, torch.float64), modules(models, torch.float32)
     seen = []
-    for dtype in LIMITS:
-        made, teacher = modules(models, dtype)
-        for seed in range(size):
-            case = Case(seed)
-            found, wrong = compared(case, made, teacher, index)
-            is_empty = min(map(len, case.shares)) == 0
-            seen.append({"dtype": str(dtype), "by": found, "wrong": wrong, "is_empty": is_empty})
+    for seed in range(size):
+        case = Case(seed)
+        truth, by64 = shared_out(case, *exact, index)
+        one_pass, by32 = shared_out(case, *rounded, index)
+        entry = {
+            "float64": {mode: distance(found, truth) for mode, found in by64.items()},
+            "float32": {mode: distance(found, one_pass) for mode, found in by32.items()},
+            "float32 from float64": {mode: distance(found, truth) for mode, found in by32.items()}
+            | {"one pass": distance(one_pass, truth)},
+            "without completions": min(map(len, case.shares)) == 0,
+            "without rows": len({c in case.shares[0] for c, _ in case.kept}) == 1,
+        }
+        if seed < NUM_CONTROLS:
+            wrong = mean_of_means(case, exact[0]["ddp"], exact[1], index)
+            entry["wrong"] = distance(wrong, truth)
+        seen.append(entry)
     (out / f"rank{index}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
 
 
-def run(size: int) -> Any:
-    """`size` batches, each shared out in three ways."""
+def is_bad(entry: dict[str, Any]) -> bool:
+    """Whether sharing out changed a gradient by more than rounding."""
+    anyway = max(ROUNDED, entry["float32 from float64"]["one pass"])
+    limits = {"float64": LIMIT, "float32": EXCESS * anyway}
+    return any(not max(entry[dtype].values()) <= limit for dtype, limit in limits.items())
+
+
+def launch(size: int) -> list[list[dict[str, Any]]]:
+    """What each rank saw."""
     from tiny import save_tiny_model
 
-    from .record import ROOT, Outcome
+    from .record import ROOT
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -182,32 +211,53 @@ def run(size: int) -> Any:
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         subprocess.run(command, check=True, env=environment, timeout=3600)
-        ranks = [json.loads((folder / f"rank{i}.json").read_text()) for i in range(NUM_RANKS)]
-    limits = {str(dtype): limit for dtype, limit in LIMITS.items()}
-    cases = [case for found in ranks for case in found]
-    bad = {i % size for found in ranks for i, case in enumerate(found)
-           if not max(case["by"].values()) <= limits[case["dtype"]]}  # fmt: skip
-    exact = [case for case in ranks[0] if case["dtype"] == str(torch.float64)]
-    rounded = [case for case in ranks[0] if case["dtype"] == str(torch.float32)]
+        return [json.loads((folder / f"rank{i}.json").read_text()) for i in range(NUM_RANKS)]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "largest": max(values)}
+
+
+def run(size: int) -> Any:
+    """`size` batches, each shared out in three ways."""
+    from .record import Outcome
+
+    ranks = launch(size)
+    bad = {i for found in ranks for i, entry in enumerate(found) if is_bad(entry)}
+    cases = ranks[0]
+    controls = [entry["wrong"] for entry in cases if "wrong" in entry]
+    sources = (*MODES, "one pass")
     return Outcome(
         "the gradient does not depend on how a batch is shared out over ranks and micro-batches",
         trials=size,
         failures=len(bad),
         control={
-            f"of {size}, batches in which a mean of means is seen": sum(
-                case["wrong"] > limits[case["dtype"]] for case in exact
+            f"of {len(controls)}, batches in which a mean of means is seen": sum(
+                wrong > LIMIT for wrong in controls
             )
         },
         details={
-            "limits": limits,
-            "largest_relative_difference": {
-                dtype: {m: max(c["by"][m] for c in cases if c["dtype"] == dtype) for m in MODES}
-                for dtype in limits
+            "limit_float64": LIMIT,
+            "largest relative difference from one pass": {
+                dtype: {m: max(e[dtype][m] for found in ranks for e in found) for m in MODES}
+                for dtype in ("float64", "float32")
             },
-            f"batches above {ROUNDED} in float32": sum(
-                max(case["by"].values()) > ROUNDED for case in rounded
+            "relative distance of float32 from float64": {
+                m: _spread([e["float32 from float64"][m] for e in cases]) for m in sources
+            },
+            f"batches above {ROUNDED} in float32": {
+                "shared out, from one pass": sum(
+                    max(e["float32"].values()) > ROUNDED for e in cases
+                ),
+                "one pass, from float64": sum(
+                    e["float32 from float64"]["one pass"] > ROUNDED for e in cases
+                ),
+            },
+            "batches in each mode": dict.fromkeys(MODES, size),
+            "of them, with a rank without completions": sum(
+                e["without completions"] for e in cases
             ),
-            "with a rank that has nothing": sum(case["is_empty"] for case in exact),
+            "of them, with a rank without rows": sum(e["without rows"] for e in cases),
         },
     )
 

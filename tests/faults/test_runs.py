@@ -40,3 +40,13 @@ def test_the_promise_holds_and_the_detector_sees(outcomes: dict[str, Any], name:
     assert outcome["failures"] == 0, outcome["details"]
     assert outcome["trials"] == HARNESSES[name][0]
     assert all(seen > 0 for seen in outcome["control"].values())
+
+
+def test_a_disk_that_is_really_full_ends_a_run_that_goes_on_later(
+    outcomes: dict[str, Any],
+) -> None:
+    details = outcomes["disk"]["details"]
+    if details["mounting refused"]:
+        pytest.skip(f"no tmpfs may be mounted here: {details['mounting refused']}")
+    assert details["runs ended, by call"]["full disk"] == 1
+    assert not details["problems"]
