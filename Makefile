@@ -77,7 +77,7 @@ bench-page: install  ## docs/performance.md from the newest results
 	touch $@
 
 faults: install  ## how well the promises hold under faults, long; NAMES=masks for some
-	$(ONE_THREAD) $(BIN)/python -m tests.faults $(NAMES)
+	$(ONE_THREAD) $(BIN)/python -m tests.faults --jobs 2 $(NAMES)
 
 claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
 	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims.py

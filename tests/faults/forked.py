@@ -143,7 +143,7 @@ def start(
         if prepare is not None:
             prepare()
         code = run(models, out, event, **changes)
-    except (SystemExit, RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    except BaseException:  # whatever it is, the harness has to see it
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -2,26 +2,40 @@
 
 Each mutant replaces one text in a temporary copy of the repository and runs the narrow test files
 that should notice. It is killed if they fail. First the unchanged copy has to pass the same files.
+Tests run in forked children of a process that has imported the libraries, but nothing of ours.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import progress
 from .mutant_list import MUTANTS
 from .record import ROOT, Outcome
 
 PASSED, FAILED = 0, 1
 """Exit codes of pytest; others mean that it could not run."""
-TIMEOUT_S = 300.0
+TIMEOUT_S = 300
 """A mutant that makes the tests hang is seen, too."""
+LIBRARIES = (
+    "pytest",
+    "hypothesis",
+    "numpy",
+    "torch",
+    "scipy.special",
+    "accelerate",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,7 @@ def _test_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 def copy_of_the_code(folder: Path) -> Path:
     """The parts of the repository that tests read."""
+    folder.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", ".pytest_cache", ".hypothesis")
     for name in ("src", "tests", "configs", "docs", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -71,27 +86,57 @@ def copy_of_the_code(folder: Path) -> Path:
     return folder
 
 
+def warm_up() -> None:
+    """Import what the tests import, once."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: F401 (it loads lazily)
+
+    gc.collect()
+    gc.freeze()
+
+
 def run_tests(folder: Path, tests: tuple[str, ...]) -> int:
     """Exit code of pytest on some files of a copy; a hang counts as a failure."""
-    environment = os.environ | {
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            _move_to(folder)
+            import pytest
+
+            plugins = ["-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
+            ignored = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+            code = int(pytest.main(["-x", "-q", *plugins, *ignored, *tests]))
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what a test that hung has started
+    return FAILED if code == -signal.SIGALRM else code
+
+
+def _move_to(folder: Path) -> None:
+    """Make this process one that never saw the repository itself."""
+    os.setsid()
+    signal.alarm(TIMEOUT_S)
+    null = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.chdir(folder)
+    os.environ |= {
         "PYTHONPATH": str(folder / "src"),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
-        "TUTELAGE_SWEEP": "100",
+        "TUTELAGE_SWEEP": "200",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(
-            [*command, "-p", "no:randomly"],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return FAILED
-    return done.returncode
+    sys.dont_write_bytecode = True
+    ours = {"", str(ROOT), str(ROOT / "src"), str(ROOT / "tests")}
+    sys.path[:] = [str(folder / "src"), *(path for path in sys.path if path not in ours)]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith((str(ROOT / "src"), str(ROOT / "tests"))):
+            del sys.modules[name]
 
 
 def judge(folder: Path, mutant: Mutant) -> int:
@@ -109,21 +154,25 @@ def run(size: int) -> Outcome:
     """The first `size` mutants that apply, or all with 0."""
     chosen = applicable()[: size or None]
     stale = sum(1 for _ in mutants()) - len(applicable())
-    survivors, broken = [], []
+    groups = sorted({mutant.tests for mutant in chosen})
+    warm_up()
     with tempfile.TemporaryDirectory() as name:
-        folder = copy_of_the_code(Path(name))
-        unmutated = {tests: run_tests(folder, tests) for tests in {m.tests for m in chosen}}
-        failing = sorted({t for tests, code in unmutated.items() if code != PASSED for t in tests})
-        for number, mutant in enumerate(chosen, 1):
+        folder = copy_of_the_code(Path(name) / "copy")
+
+        def one(number: int) -> progress.Result:
+            if number < len(groups):
+                return {"code": run_tests(folder, groups[number])}
+            mutant = chosen[number - len(groups)]
             code = judge(folder, mutant)
-            if code == PASSED:
-                survivors.append(str(mutant))
-            elif code != FAILED:
-                broken.append(str(mutant))
-            print(
-                f"{number}/{len(chosen)} {'SURVIVED' if code == PASSED else code} {mutant}",
-                flush=True,
-            )
+            print(f"{'SURVIVED' if code == PASSED else code} {mutant}", flush=True)
+            return {"code": code}
+
+        codes = [r["code"] for r in progress.trials("mutants", len(groups) + len(chosen), one)]
+    unmutated = zip(groups, codes, strict=False)
+    failing = sorted({t for tests, code in unmutated if code != PASSED for t in tests})
+    judged = list(zip(map(str, chosen), codes[len(groups) :], strict=True))
+    survivors = [text for text, code in judged if code == PASSED]
+    broken = [text for text, code in judged if code not in (PASSED, FAILED)]
     killed = len(chosen) - len(survivors) - len(broken)
     return Outcome(
         "a small wrong change to the code is noticed by the tests that guard it (goal: 95 %)",

@@ -18,7 +18,7 @@ def trials(name: str, size: int, one: Callable[[int], Result], least: int = 100)
 
     They count only for the same code. Below `least` trials nothing is kept.
     """
-    path = ROOT / ".faults" / f"{name}-{_code(name)}.jsonl"
+    path = ROOT / ".faults" / f"{name}-{_code()}.jsonl"
     known: list[Result] = []
     if size >= least:
         path.parent.mkdir(exist_ok=True)
@@ -34,8 +34,7 @@ def trials(name: str, size: int, one: Callable[[int], Result], least: int = 100)
     return known
 
 
-def _code(name: str) -> str:
-    files = [*(ROOT / "src" / "tutelage").rglob("*.py")]
-    files += [ROOT / "tests" / "faults" / f"{part}.py" for part in (name, "forked")]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
-    return digest.hexdigest()[:12]
+def _code() -> str:
+    folders = (ROOT / "src" / "tutelage", ROOT / "tests")
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]

@@ -339,6 +339,20 @@ def test_a_failed_save_leaves_the_old_model(
     assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
 
 
+def test_a_tokenizer_that_cannot_be_written_is_told_in_one_line(
+    folder: Path, qwen3: Any, make_qwen3: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_qwen3(len(tokenizer), seed=1)
+
+    def in_the_way(path: Path) -> None:  # the Rust library then raises a bare Exception
+        (path / "tokenizer.json").mkdir()
+
+    monkeypatch.setattr(other, "save_pretrained", in_the_way)
+    with pytest.raises(RunError, match=r"cannot save .*Is a directory"):
+        save_model(other, tokenizer, folder)
+    assert torch.equal(logits(load_model(str(folder))), logits(qwen3))
+
+
 def test_saving_never_replaces_what_is_no_model(tmp_path: Path, qwen3: Any, tokenizer: Any) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunError, match="is not a model folder"):
