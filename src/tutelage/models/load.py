@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
+from tutelage.models.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -185,22 +186,13 @@ def save_model(
     try:
         with _new_folder_beside(target) as new, _without_bars():
             model.save_pretrained(new)
-            _save_tokenizer(tokenizer, new)
+            save_tokenizer(tokenizer, new)
             if card is not None:
                 (new / "README.md").write_text(card, encoding="utf-8")
             _flush(new)
             _replace_folder(new, target)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot save the model to {target}: {_one_line(error)}.") from error
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(str(error)) from error  # the Rust library's class for a failed write
 
 
 def _low_bits(found: ResolvedModel, quantization: str, dtype: str) -> dict[str, Any]:
