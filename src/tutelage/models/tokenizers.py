@@ -128,14 +128,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer's files into a folder.
 
     Raises:
-        OSError: They cannot be written; the Rust library says so with a bare `Exception`.
+        OSError: They cannot be written.
     """
-    try:
+    with _FailedWrites():
         tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(str(error)) from error
+
+
+class _FailedWrites:
+    """Names a failed write what it is: the Rust library raises a bare `Exception` for it."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is Exception:  # this very class; others are no failed writes
+            raise OSError(str(error))
 
 
 def _texts(content: str | tuple[Message, ...]) -> list[str]:
