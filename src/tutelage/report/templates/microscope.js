@@ -421,6 +421,10 @@ for (const id of ["plane-cut", "text-cut", "rules-cut"]) {
   $(id).value = data.is_median ? "median" : "fixed";
 }
 options($("text"), texts.map((key, i) => [i, key]));
+// A completion to look at: the longest of the first snapshot.
+const opening = data.completions.filter((c) => c.step === steps[0])
+  .reduce((a, b) => (b.token.length > a.token.length ? b : a));
+$("text").value = texts.indexOf(keyOf(opening));
 options($("text-colour"), [["quadrant", "quadrant"], ...Object.entries(COLUMNS), ["rank", "rank under the rule"], ["gate", "gate of EOPD"]]);
 options($("text-filter"), [["", "all tokens"], ["kept", "kept tokens"], ...[1, 2, 3, 4].map((q) => [q, `Q${q} ${QUADRANTS[q]}`])]);
 $("plane-step").max = steps.length - 1;
