@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 class Reporter:
@@ -25,12 +26,14 @@ class Reporter:
         self.num_steps = num_steps
         self.as_json = as_json
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        whole = Column(no_wrap=True)
+        # The bar is the first to go where a line is short: all numbers fit into 80 columns.
+        bar = [BarColumn(bar_width=16)] if self.console.width >= 100 else []
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[line]}"),
+            MofNCompleteColumn(table_column=whole),
+            *bar,
+            TimeRemainingColumn(compact=True, table_column=whole),
+            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -58,10 +61,12 @@ class Reporter:
         """Show one step's metrics."""
         if self.as_json:
             print(json.dumps(metrics, allow_nan=False), flush=True, file=sys.stdout)
-        line = _line(metrics)
+        line = _line(metrics, 3)
         self._progress.update(self._task, completed=metrics["step"], line=line)
         if not self.console.is_terminal and not self.as_json and self._is_due(metrics["step"]):
-            self.say(f"step {metrics['step']}/{self.num_steps} {line}")
+            seconds = sum(metrics["seconds"].values())
+            line = _line(metrics, 4)
+            self.say(f"step {metrics['step']}/{self.num_steps} {line} {seconds:.2f} s")
 
     def _is_due(self, step: int) -> bool:
         """Plain output: about twenty lines a run, and one at least every half minute."""
@@ -73,15 +78,14 @@ class Reporter:
         return True
 
 
-def _line(metrics: dict[str, Any]) -> str:
+def _line(metrics: dict[str, Any], digits: int) -> str:
+    def nats(name: str) -> str:
+        return "-" if metrics[name] is None else f"{metrics[name]:.{digits}f}"
+
     seconds = sum(metrics["seconds"].values())
-    kept = f"{metrics['num_kept']}/{metrics['num_rows']}"
+    num_rows = metrics["num_rows"]
     return (
-        f"loss {_nats(metrics['loss'])}  KL {_nats(metrics['reverse_kl_nats'])}  "
-        f"entropy {_nats(metrics['entropy_nats'])}  kept {kept}  "
-        f"{metrics['num_rows'] / max(seconds, 1e-9):.0f} tokens/s  {seconds:.2f} s"
+        f"loss {nats('loss')} KL {nats('reverse_kl_nats')} entropy {nats('entropy_nats')} "
+        f"kept {metrics['num_kept'] / max(num_rows, 1):.0%} "
+        f"{num_rows / max(seconds, 1e-9):.0f} tokens/s"
     )
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

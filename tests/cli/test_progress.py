@@ -1,0 +1,121 @@
+"""What `train` shows: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calling import LEDGER, TINY, read_jsonl, succeed
+
+from tutelage.cli import main
+from tutelage.report import report
+from tutelage.run.progress import Reporter
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+LINE = re.compile(
+    r"loss (?P<loss>\S+) KL (?P<kl>\S+) entropy (?P<entropy>\S+) kept (?P<kept>\d+)% "
+    r"(?P<speed>\d+) tokens/s"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report takes longer than these runs."""
+    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")
+
+
+def in_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int, action: Callable[[], Any]
+) -> list[str]:
+    """Frames that a terminal of this width got while the action ran."""
+    ours, theirs = pty.openpty()
+    got = bytearray()
+
+    def listen() -> None:
+        try:
+            while part := os.read(ours, 4096):
+                got.extend(part)
+        except OSError:  # how Linux says that the other side was closed
+            return
+
+    reader = threading.Thread(target=listen)
+    reader.start()
+    with monkeypatch.context() as patch, os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", str(columns))
+        for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            patch.delenv(name, raising=False)
+        action()
+    reader.join()
+    os.close(ours)
+    return [ANSI.sub("", frame).strip() for frame in re.split(r"[\r\n]+", got.decode())]
+
+
+def test_a_terminal_shows_every_number_of_the_last_step_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [
+        "train",
+        str(LEDGER),
+        *TINY,
+        f"out={folder}",
+        "num_steps=2",
+        "evaluation.num_problems=0",
+    ]
+    frames = in_terminal(monkeypatch, 80, lambda: main(command))
+    last = read_jsonl(folder / "metrics.jsonl")[-1]
+    live = [frame for frame in frames if frame.startswith("2/2")]
+    shown = LINE.search(live[-1])
+    assert shown, live
+    for name, key in {"loss": "loss", "kl": "reverse_kl_nats", "entropy": "entropy_nats"}.items():
+        assert float(shown[name]) == pytest.approx(last[key], abs=6e-4)
+    assert int(shown["kept"]) == round(100 * last["num_kept"] / last["num_rows"])
+    speed = last["num_rows"] / sum(last["seconds"].values())
+    assert int(shown["speed"]) == pytest.approx(speed, abs=1)
+    assert re.search(r" \d\d:\d\d ", live[-1]), "no time to go"
+    assert all(len(frame) <= 80 for frame in frames if frame.startswith("2/2"))
+    assert any(frame == f"report: {folder / 'report.html'}" for frame in frames)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_longest_line_fits(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    metrics = {
+        "step": 123, "loss": 12.3456, "reverse_kl_nats": 2.34567, "entropy_nats": 1.23456,
+        "num_rows": 98765, "num_kept": 98765, "seconds": {"learn_s": 60.0},
+    }  # fmt: skip
+
+    def show() -> None:
+        with Reporter(999) as reporter:
+            reporter.say("warning: [bold] stays as it is")
+            reporter.on_step(metrics)
+
+    frames = in_terminal(monkeypatch, columns, show)
+    assert "warning: [bold] stays as it is" in frames
+    (found, *_) = [frame for frame in frames if frame.startswith("123/999")]
+    assert ("━" in found) == (columns == 120)
+    assert found.endswith("loss 12.346 KL 2.346 entropy 1.235 kept 100% 1646 tokens/s")
+
+
+def test_elsewhere_steps_are_plain_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    out = succeed("train", LEDGER, *TINY, f"out={folder}", "num_steps=2",
+                  "evaluation.num_problems=0").out  # fmt: skip
+    assert "\x1b" not in out
+    assert "\r" not in out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    for line, step in zip(lines, metrics, strict=True):
+        shown = LINE.search(line)
+        assert shown
+        assert float(shown["loss"]) == pytest.approx(step["loss"], abs=6e-5)
+        assert line.endswith(f"{sum(step['seconds'].values()):.2f} s")
