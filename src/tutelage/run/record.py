@@ -105,6 +105,7 @@ def token_lines(
         kind: "held-out", "training" or "given".
     """
     gate = _gate(config, scores)
+    texts: dict[int, str] = {}
     start = 0
     for rollout in scores.rollouts:
         size = len(rollout.completion_ids)
@@ -126,7 +127,7 @@ def token_lines(
             "log_q": _rounded(scores.stats.log_q[shown]),
             "gate": _rounded(gate[shown]),
             **_ranks(scores, whole, shown),
-            **_candidates(parts, scores, rollout, shown),
+            **_candidates(parts, scores, rollout, shown, texts),
         }
 
 
@@ -164,8 +165,13 @@ def _ranks(scores: Scores, whole: slice, shown: slice) -> dict[str, Any]:
     return {"rank": ranks, "kept": kept}
 
 
-def _candidates(parts: Parts, scores: Scores, rollout: Rollout, shown: slice) -> dict[str, Any]:
-    """The likeliest tokens of both sides, and the text of every id that the line names."""
+def _candidates(
+    parts: Parts, scores: Scores, rollout: Rollout, shown: slice, texts: dict[int, str]
+) -> dict[str, Any]:
+    """The likeliest tokens of both sides, and the text of every id that the line names.
+
+    `texts` remembers what was decoded for other lines.
+    """
     if scores.top is None:
         raise ValueError("token_lines needs scores with num_top above 0.")
     top = scores.top
@@ -175,19 +181,28 @@ def _candidates(parts: Parts, scores: Scores, rollout: Rollout, shown: slice) ->
     }
     named = {i for rows in ids.values() for row in rows for i in row}
     named |= set(rollout.completion_ids[: shown.stop - shown.start])
+    texts |= {i: parts.tokenizer.decode([i]) for i in named - texts.keys()}
     return {
         **ids,
-        "student_share": [_rounded(row) for row in top.student[shown]],
-        "teacher_share": [_rounded(row) for row in top.teacher[shown]],
-        "texts": {str(i): parts.tokenizer.decode([i]) for i in sorted(named)},
+        "student_share": _rounded(top.student[shown]),
+        "teacher_share": _rounded(top.teacher[shown]),
+        "texts": {str(i): texts[i] for i in sorted(named)},
     }
 
 
-def _rounded(values: Tensor) -> list[float | None]:
-    """Four significant digits; None for what is not finite, which JSON does not know."""
-    return [
-        float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()
+def _rounded(values: Tensor) -> list[Any]:
+    """Four significant digits; None for what is not finite, which JSON does not know.
+
+    Args:
+        values: `[N]`, or `[N, k]` for lists of k.
+    """
+    flat = [
+        float(f"{x:.{_DIGITS}g}") if math.isfinite(x) else None for x in values.flatten().tolist()
     ]
+    if values.ndim == 1:
+        return flat
+    size = values.shape[1]
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
 
 
 def _dump(line: dict[str, Any]) -> str:

@@ -192,6 +192,7 @@ def score_rollouts(
     completion = torch.cat([batch.completion for batch in batches])
     position = torch.cat([batch.position for batch in batches])
     tokens = torch.cat([batch.tokens for batch in batches]).tolist()
+    texts = {token: parts.tokenizer.decode([token]) for token in set(tokens)}
     uniform = counter_uniform((config.seed,), completion, position)
     options: dict[str, Any] = {"keep": request.keep, "uniform": uniform, "position": position}
     options |= reading(config.selection)
@@ -201,7 +202,7 @@ def score_rollouts(
         _quadrants(stats, config.quadrant_thresholds),
         {r: select_tokens(stats, completion, r, **options) for r in request.rules},
         parts.student.vocab_size,
-        [parts.tokenizer.decode([token]) for token in tokens],
+        [texts[token] for token in tokens],
         config.quadrant_thresholds,
         Top(*map(torch.cat, zip(*tops, strict=True))) if tops else None,
     )
