@@ -1,7 +1,7 @@
 """What recording tokens costs: whole runs with and without it, in turns, from one process.
 
     python benchmarks/recording.py                                   # the demo's run
-    python benchmarks/recording.py configs/smollm2_gsm8k_200.toml --rounds 1 num_steps=50
+    python benchmarks/recording.py --config configs/smollm2_gsm8k_200.toml --rounds 1
 
 Both arms evaluate, checkpoint and export as the configuration says; only `recording.every` differs.
 A run's cost is given in three ways: wall clock, the process's CPU time, which other processes
@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Write and print one JSON object."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("config", nargs="?", default=str(HERE.parent / "configs" / "ledger.toml"))
+    options.add_argument("--config", default=str(HERE.parent / "configs" / "ledger.toml"))
     options.add_argument("overrides", nargs="*", help="e.g. num_steps=10")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--out", type=Path, default=HERE / "results" / "recording.json")
