@@ -9,6 +9,7 @@ another prompt at any time. `open_rows` tries a step against the model's own bef
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -28,6 +29,10 @@ _TABLE_ROPES = {"default", "linear", "llama3", "yarn"}
 """Rotary embeddings that depend on the position alone, not on the length of the sequence."""
 _TRIAL = 8
 """Tokens that a fast step is tried on."""
+_SMALL_BYTES = 1 << 20
+"""Weights up to this size are copied to save calls, which cost more than such products."""
+_READ_AHEAD = 1024
+"""Most tokens, padding included, up to which coming prompts are read with those due."""
 
 
 class Rows(Protocol):
@@ -40,8 +45,16 @@ class Rows(Protocol):
     def hidden(self) -> Tensor:
         """Hidden states after the final norm that predict the next tokens `[B, D]`."""
 
-    def admit(self, places: Sequence[int], prompts: Sequence[Ids]) -> None:
-        """Start the prompts in these rows; equal prompts share one prefill."""
+    def admit(
+        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    ) -> None:
+        """Start the prompts in these rows; equal prompts share one prefill.
+
+        Args:
+            places: Rows to fill.
+            prompts: One for each of them.
+            following: Prompts to be started next, which may be read in the same go.
+        """
 
     def advance(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
@@ -82,7 +95,9 @@ class PlainRows:
         self.model = model
         self.pad = pad
 
-    def admit(self, places: Sequence[int], prompts: Sequence[Ids]) -> None:
+    def admit(
+        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    ) -> None:
         """Start the prompts in all rows; those of before are gone."""
         from transformers import DynamicCache
 
@@ -128,16 +143,15 @@ class _Layer(NamedTuple):
     """The parts of one decoder layer: functions for the products, modules for the norms."""
 
     norm: Any
-    q: Call
-    k: Call
-    v: Call
+    qkv: Call
+    """Queries, keys and values of all heads, side by side."""
     qk_scale: Tensor | None
     """Weights of the norms of queries and keys, a row for each of their heads."""
     o: Call
     mlp_norm: Any
-    gate: Call
+    gate_up: Call
+    """The gate of the MLP and what it lets through, side by side."""
     act: Call
-    up: Call
     down: Call
 
 
@@ -150,10 +164,13 @@ class _Prefill(NamedTuple):
     layers: list[tuple[Tensor, Tensor]]
     """Keys and values of each layer `[P, groups, width, head width]`."""
 
-    def last(self) -> _Prefill:
-        """The last prompt alone."""
-        layers = [(k[-1:].clone(), v[-1:].clone()) for k, v in self.layers]
-        return _Prefill(self.prompts[-1:], self.hidden[-1:].clone(), layers)
+    def only(self, wanted: AbstractSet[Ids]) -> _Prefill:
+        """Some of the prompts, without the memory of the others."""
+        rows = [i for i, ids in enumerate(self.prompts) if ids in wanted]
+        if len(rows) == len(self.prompts):
+            return self
+        layers = [(k[rows], v[rows]) for k, v in self.layers]
+        return _Prefill([self.prompts[i] for i in rows], self.hidden[rows], layers)
 
 
 class FastRows:
@@ -185,7 +202,8 @@ class FastRows:
         """Column of the next token of each row."""
         self.end = 0
         """The furthest of these columns."""
-        self.read: _Prefill | None = None
+        self.reads: list[_Prefill] = []
+        """Prompts that have been read and are still to be started."""
 
     @torch.no_grad()
     def agrees(self, prompt: Ids) -> bool:
@@ -201,44 +219,55 @@ class FastRows:
         error = (self.hidden.double() - expected).norm() / expected.norm()
         return bool(error <= torch.finfo(self.hidden.dtype).eps ** 0.5)
 
-    def admit(self, places: Sequence[int], prompts: Sequence[Ids]) -> None:
+    def admit(
+        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    ) -> None:
         """Start the prompts in these rows; equal prompts share one prefill."""
-        # Samples of a prompt may be admitted one after the other, so the last prompt is kept.
-        sources = [self.read] if self.read else []
-        known = [ids for source in sources for ids in source.prompts]
-        unread = list(dict.fromkeys(ids for ids in prompts if ids not in known))
+        known = {ids for read in self.reads for ids in read.prompts}
+        unread = [ids for ids in dict.fromkeys(prompts) if ids not in known]
         if unread:
-            sources.append(self._prefill(unread))
-            self.read = sources[-1].last()
-        for source in sources:
-            row = {ids: i for i, ids in enumerate(source.prompts)}
+            self.reads.append(self._prefill(self._with_following(unread, known, following)))
+        for read in self.reads:
+            row = {ids: i for i, ids in enumerate(read.prompts)}
             pairs = zip(places, prompts, strict=True)
             found = [(place, row[ids]) for place, ids in pairs if ids in row]
-            self._place([place for place, _ in found], source, [start for _, start in found])
+            self._place([place for place, _ in found], read, [start for _, start in found])
         self.end = int(self.position.max())
+        wanted = set(following)
+        self.reads = [read.only(wanted) for read in self.reads if not wanted.isdisjoint(read.prompts)]
+
+    def _with_following(
+        self, unread: list[Ids], known: set[Ids], following: Sequence[Ids]
+    ) -> list[Ids]:
+        """Prompts to read now: those due, and of the next ones what is cheap to read with them."""
+        chosen = dict.fromkeys(unread)
+        width = max(map(len, unread))
+        for ids in following:
+            width = max(width, len(ids))
+            if (len(chosen) + 1) * width > _READ_AHEAD:
+                break
+            if ids not in known:
+                chosen[ids] = None
+        return list(chosen)
 
     def advance(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
         self._grow(self.end + 1)
-        rows, position = torch.arange(len(tokens), device=tokens.device), self.position
-        seen = (self.columns[: self.end + 1] <= position[:, None])[:, None, None]
+        position, room = self.position, self.caches[0][0].shape[2]
+        first = torch.arange(len(tokens) * self.num_groups, device=tokens.device) * room
+        slots = (first.view(-1, self.num_groups) + position[:, None]).flatten()
+        seen = self.columns[: self.end + 1] <= position[:, None]
+        bias = self.hidden.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         cos, sin = self.cos[position], self.sin[position]
         x = self.base.embed_tokens(tokens)
         for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
             q, k, v = self._project(layer, self._norm(x, layer.norm.weight), cos, sin)
-            keys[rows, :, position], values[rows, :, position] = k, v
-            past = slice(self.end + 1)
-            # The heads that share a key are its queries, so keys are not repeated.
-            y = F.scaled_dot_product_attention(
-                q.view(len(x), self.num_groups, -1, self.head_dim),
-                keys[:, :, past],
-                values[:, :, past],
-                attn_mask=seen,
-                scale=self.scale,
-            )
+            for cache, new in ((keys, k), (values, v)):
+                cache.view(-1, self.head_dim).index_copy_(0, slots, new.reshape(-1, self.head_dim))
+            y = self._attend(q, keys[:, :, : self.end + 1], values[:, :, : self.end + 1], bias)
             x = x + layer.o(y.view(len(x), -1))
-            y = self._norm(x, layer.mlp_norm.weight)
-            x = x + layer.down(layer.act(layer.gate(y)) * layer.up(y))
+            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm.weight)).chunk(2, dim=-1)
+            x = x + layer.down(layer.act(gate) * up)
         self.hidden = self._norm(x, self.base.norm.weight)
         # A row that has ended waits for its successor without running out of its cache.
         self.position = (position + 1).clamp_(max=self.max_length - 1)
@@ -254,15 +283,33 @@ class FastRows:
         self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, heads, head width]`, keys and values `[B, groups, head width]`."""
-        q, k, v = (part(x).view(len(x), -1, self.head_dim) for part in (layer.q, layer.k, layer.v))
-        both = torch.cat((q, k), dim=1)
+        every = layer.qkv(x).view(len(x), -1, self.head_dim)
+        both, v = every[:, : -self.num_groups], every[:, -self.num_groups :]
         if layer.qk_scale is not None:
             both = self._norm(both, layer.qk_scale)
         both = both * cos + both.roll(self.head_dim // 2, dims=-1) * sin
         return both[:, : self.num_heads], both[:, self.num_heads :], v
 
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attention of one query a head; heads that share a key are its queries."""
+        q = q.view(len(q), self.num_groups, -1, self.head_dim)
+        bias = bias[:, None, None]
+        if q.is_cuda or q.dtype != torch.float32:
+            return F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)
+        # On a CPU two batched products take two thirds of the time of the fused kernel.
+        shape = (*q.shape[:3], keys.shape[2])
+        scores = torch.baddbmm(
+            bias.expand(shape).flatten(0, 1),
+            q.flatten(0, 1),
+            keys.flatten(0, 1).transpose(1, 2),
+            alpha=self.scale,
+        )
+        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view_as(q)
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the model's RMS norm computes, rounding included, without the cost of calling it."""
+        if x.dtype == torch.float32 and weight.dim() == 1:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return weight * wide.to(x.dtype)
@@ -314,17 +361,27 @@ def _parts(layer: Any, num_heads: int, num_groups: int) -> _Layer:
         qk_scale = torch.cat((q.expand(num_heads, -1), k.expand(num_groups, -1)))
     return _Layer(
         norm=layer.input_layernorm,
-        q=_call(attention.q_proj),
-        k=_call(attention.k_proj),
-        v=_call(attention.v_proj),
+        qkv=_side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
         qk_scale=qk_scale,
         o=_call(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm,
-        gate=_call(mlp.gate_proj),
+        gate_up=_side_by_side(mlp.gate_proj, mlp.up_proj),
         act=mlp.act_fn,
-        up=_call(mlp.up_proj),
         down=_call(mlp.down_proj),
     )
+
+
+def _side_by_side(*modules: nn.Module) -> Call:
+    """Several linear layers of one input; small ones as one product, on a copy of their weights."""
+    calls = [_call(module) for module in modules]
+    plain = [module for module in modules if type(module) is nn.Linear]
+    if len(plain) < len(modules) or sum(m.weight.nbytes for m in plain) > _SMALL_BYTES:
+        return lambda x: torch.cat([call(x) for call in calls], dim=-1)
+    biases = [module.bias for module in plain if module.bias is not None]
+    bias = torch.cat(biases) if len(biases) == len(plain) else None
+    if biases and bias is None:
+        return lambda x: torch.cat([call(x) for call in calls], dim=-1)
+    return partial(F.linear, weight=torch.cat([m.weight for m in plain]), bias=bias)
 
 
 def _call(module: nn.Module) -> Call:

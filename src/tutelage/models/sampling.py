@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Drawn", "SamplingConfig", "draw_rollouts", "earlier_samples", "sample"]
 
 _SEGMENT = 64
+import os
+DUE=int(os.environ.get("DUE","4"))
 """Most steps between two looks at who has finished."""
 
 
@@ -174,7 +177,7 @@ class _Writer:
         """Whether so few rows are open that others should take the free places, or none."""
         num_rows = len(self.open)
         if self.waiting and self.rows.refills:
-            return num_rows - num_open >= max(1, num_rows // 4)
+            return num_rows - num_open >= max(1, num_rows // DUE)
         return num_open <= 3 * num_rows // 4 if num_open else bool(self.waiting)
 
     def _change_members(self) -> None:
@@ -192,7 +195,8 @@ class _Writer:
         jobs = [self.waiting.popleft() for _ in free]
         for place, job in zip(free, jobs, strict=True):
             self.open[place] = _Open(job)
-        self.rows.admit(free, [job.ids for job in jobs])
+        following = [job.ids for job in islice(self.waiting, len(self.open))]
+        self.rows.admit(free, [job.ids for job in jobs], following)
 
     def _write_segment(self) -> list[_Open]:
         """Steps until somebody should come or go; the completions that they finished."""

@@ -37,11 +37,15 @@ def encode_prompt(
         DataError: The text contains a control token, or the prompt gives no tokens.
         ModelError: Chat messages for a tokenizer without a chat template.
     """
-    for text in _texts(prompt.content):
-        _refuse_control_tokens(tokenizer, text, prompt.id)
     if isinstance(prompt.content, str):
-        ids = list(tokenizer(prompt.content).input_ids)
+        encoded = tokenizer(prompt.content, return_special_tokens_mask=True)
+        ids = list(encoded.input_ids)
+        own = [i for i, added in zip(ids, encoded.special_tokens_mask, strict=True) if not added]
+        _refuse_control_tokens(tokenizer, own, prompt.content, prompt.id)
     else:
+        for text in (text for message in prompt.content for text in message.values()):
+            own = tokenizer(text, add_special_tokens=False).input_ids
+            _refuse_control_tokens(tokenizer, own, text, prompt.id)
         ids = _encode_chat(tokenizer, prompt.content, prompt.id, enable_thinking)
     if not ids:
         raise DataError(f"prompt {prompt.id!r} has no tokens, got empty text. Remove it.")
@@ -145,15 +149,10 @@ class _FailedWrites:
             raise OSError(str(error))
 
 
-def _texts(content: str | tuple[Message, ...]) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    return [text for message in content for text in message.values()]
-
-
-def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str, prompt_id: str) -> None:
+def _refuse_control_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, prompt_id: str
+) -> None:
     # Encoding is the only sure detector: a tokenizer may normalise text before it looks for them.
-    ids = tokenizer(text, add_special_tokens=False).input_ids
     found = control_ids(tokenizer).intersection(ids)
     if tokenizer.unk_token is not None and tokenizer.unk_token not in text:
         found -= {tokenizer.unk_token_id}  # a character that the tokenizer does not know
