@@ -62,7 +62,12 @@ class Pair:
     """Further arms, for their memory: in the first round only."""
 
 
-_EXTRA = ("tutelage-reload", "trl-checkpointing")
+_EXTRA = (
+    "tutelage-reload",
+    "tutelage-offload-checkpointing",
+    "tutelage-reload-checkpointing",
+    "trl-checkpointing",
+)
 PAIRS = {
     "embedded": Pair(1, 32, 64, 0, ("tutelage", "trl")),
     "smollm2": Pair(2, 8, 64, 15, ("tutelage", "tutelage-offload", "trl"), _EXTRA),
@@ -103,7 +108,9 @@ def prompts_of(pair: str, num_steps: int) -> list[str]:
     ]
 
 
-def configuration(pair: str, folder: Path, num_steps: int, **changes: Any) -> Config:
+def configuration(
+    pair: str, folder: Path, num_steps: int, mode: str, is_checkpointed: bool
+) -> Config:
     """Our side of the comparison."""
     sizes = PAIRS[pair]
     data: dict[str, Any] = {"kind": "ledger", "num_items": 5}
@@ -115,8 +122,11 @@ def configuration(pair: str, folder: Path, num_steps: int, **changes: Any) -> Co
         data = {"kind": "file", "path": str(file), "chat": False, "num_held_out": 1}
     return parse_config(
         {
-            "student": {"model": str(folder / "student")},
-            "teacher": {"model": str(folder / "teacher"), **changes},
+            "student": {
+                "model": str(folder / "student"),
+                "activation_checkpointing": is_checkpointed,
+            },
+            "teacher": {"model": str(folder / "teacher"), "mode": mode},
             "data": data,
             "sampling": {"max_new_tokens": sizes.new_tokens},
             "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
@@ -134,7 +144,9 @@ def configuration(pair: str, folder: Path, num_steps: int, **changes: Any) -> Co
 # --- the arms, each in a process of its own -------------------------------------------------------
 
 
-def ours(pair: str, mode: str, folder: Path, num_steps: int) -> dict[str, Any]:
+def ours(
+    pair: str, mode: str, is_checkpointed: bool, folder: Path, num_steps: int
+) -> dict[str, Any]:
     """Seconds of each step, of its phases, and tokens trained on."""
     steps: list[dict[str, float]] = []
     last = time.perf_counter()
@@ -158,7 +170,7 @@ def ours(pair: str, mode: str, folder: Path, num_steps: int) -> dict[str, Any]:
         last = time.perf_counter()
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        config = configuration(pair, folder, num_steps, mode=mode)
+        config = configuration(pair, folder, num_steps, mode, is_checkpointed)
         train(_with_out(config, Path(out) / "run"), say=lambda _: None, on_step=on_step)
     return {"steps": steps[1:], "peak_bytes": steps[-1]["peak_bytes"]}
 
@@ -274,10 +286,12 @@ def trl(pair: str, is_checkpointed: bool, folder: Path, num_steps: int) -> dict[
 
 def run_arm(pair: str, arm: str, folder: Path, num_steps: int) -> dict[str, Any]:
     """One arm, in this process."""
-    if arm.startswith("trl"):
-        return trl(pair, arm.endswith("checkpointing"), folder, num_steps + 1)
-    mode = arm.partition("-")[2] or "resident"
-    return ours(pair, mode, folder, num_steps + 1)
+    is_checkpointed = arm.endswith("-checkpointing")
+    name = arm.removesuffix("-checkpointing")
+    if name == "trl":
+        return trl(pair, is_checkpointed, folder, num_steps + 1)
+    mode = name.partition("-")[2] or "resident"
+    return ours(pair, mode, is_checkpointed, folder, num_steps + 1)
 
 
 def elsewhere(

@@ -100,6 +100,38 @@ def test_fast_rows_draw_what_the_model_draws(family: str, batch_size: int, token
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
 
 
+def test_layers_too_large_to_be_joined_draw_the_same(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("qwen2", len(tokenizer), torch.float64)
+    joined = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
+    monkeypatch.setattr("tutelage.models.decoding._SMALL_BYTES", 0)
+    apart = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
+    assert outcome(apart) == outcome(joined)
+
+
+@pytest.mark.parametrize(("ahead", "num_reads"), [(0, 3), (1024, 1)])
+def test_every_prompt_is_read_once(
+    ahead: int, num_reads: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("qwen3", len(tokenizer), torch.float64)
+    expected = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 64).rollouts
+    read: list[list[Any]] = []
+    original = FastRows._prefill
+
+    def counting(rows: FastRows, prompts: list[Any]) -> Any:
+        read.append(prompts)
+        return original(rows, prompts)
+
+    monkeypatch.setattr(FastRows, "_prefill", counting)
+    monkeypatch.setattr("tutelage.models.decoding._READ_AHEAD", ahead)
+    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 8).rollouts
+    assert outcome(drawn) == outcome(expected)
+    prompts = [ids for each in read for ids in each]
+    assert len(prompts) == len(set(prompts)) == len(RAGGED)
+    assert len(read) == num_reads
+
+
 @pytest.mark.parametrize("family", PLAIN)
 def test_other_models_take_their_own_forward_pass(family: str, tokenizer: Any) -> None:
     model = make(family, len(tokenizer), torch.float32, **PLAIN[family])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tiny import MEASURED, save_tiny_model, tiny_config
 from tutelage.data.batch import Batch, collate
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.models.adapter import add_lora, checkpoint_activations, learning
 from tutelage.models.load import load_model
@@ -93,6 +94,21 @@ def test_a_reloaded_teacher_is_gone_between_phases(tiny_models: Path) -> None:
         assert (alive() is not None) == is_kept, mode
     with pytest.raises(RuntimeError, match="awake"):
         _ = teacher.model
+
+
+def test_a_reloaded_teacher_leaves_no_mapped_file_behind(tiny_models: Path) -> None:
+    def load() -> Any:
+        return load_model(str(tiny_models / "teacher"))
+
+    sequence = collate([Rollout(Prompt("p", ""), 0, (1, 3), (4, 5), False, (0.0, 0.0), "")], 0)
+    unused = {}
+    for mode in ("offload", "reload"):
+        teacher = Teacher(load(), 20, mode=mode, load=load)
+        with teacher.awake():
+            weight = teacher.read(sequence).weight
+        unused[mode] = weight.untyped_storage().nbytes() - weight.nbytes
+    assert unused["reload"] == 0
+    assert unused["offload"] > 0  # there the head is a part of the mapped file
 
 
 def test_hidden_states_beyond_the_budget_lie_in_a_file_without_a_name(tmp_path: Path) -> None:

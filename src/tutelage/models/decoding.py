@@ -234,7 +234,9 @@ class FastRows:
             self._place([place for place, _ in found], read, [start for _, start in found])
         self.end = int(self.position.max())
         wanted = set(following)
-        self.reads = [read.only(wanted) for read in self.reads if not wanted.isdisjoint(read.prompts)]
+        self.reads = [
+            read.only(wanted) for read in self.reads if not wanted.isdisjoint(read.prompts)
+        ]
 
     def _with_following(
         self, unread: list[Ids], known: set[Ids], following: Sequence[Ids]

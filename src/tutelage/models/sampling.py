@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Drawn", "SamplingConfig", "draw_rollouts", "earlier_samples", "sample"]
 
 _SEGMENT = 64
-import os
-DUE=int(os.environ.get("DUE","4"))
 """Most steps between two looks at who has finished."""
 
 
@@ -177,7 +175,7 @@ class _Writer:
         """Whether so few rows are open that others should take the free places, or none."""
         num_rows = len(self.open)
         if self.waiting and self.rows.refills:
-            return num_rows - num_open >= max(1, num_rows // DUE)
+            return num_rows - num_open >= max(1, num_rows // 8)
         return num_open <= 3 * num_rows // 4 if num_open else bool(self.waiting)
 
     def _change_members(self) -> None:

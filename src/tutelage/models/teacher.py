@@ -164,5 +164,8 @@ class Teacher:
 
     def _detached_head(self, hidden: Tensor) -> LazyLogits:
         logits = head(self.model, hidden[:0], self.vocab_size)
+        weight = logits.weight.detach()
         bias = None if logits.bias is None else logits.bias.detach()
-        return replace(logits, weight=logits.weight.detach(), bias=bias, swap=self.swap)
+        if self.mode == "reload" and weight.untyped_storage().nbytes() > weight.nbytes:
+            weight = weight.clone()  # a part of a mapped file would keep all of it in memory
+        return replace(logits, weight=weight, bias=bias, swap=self.swap)
