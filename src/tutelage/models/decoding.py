@@ -374,16 +374,16 @@ def _parts(layer: Any, num_heads: int, num_groups: int) -> _Layer:
 
 
 def _side_by_side(*modules: nn.Module) -> Call:
-    """Several linear layers of one input; small ones as one product, on a copy of their weights."""
-    calls = [_call(module) for module in modules]
+    """Several layers of one input; small plain ones as one product, on a copy of their weights."""
     plain = [module for module in modules if type(module) is nn.Linear]
-    if len(plain) < len(modules) or sum(m.weight.nbytes for m in plain) > _SMALL_BYTES:
-        return lambda x: torch.cat([call(x) for call in calls], dim=-1)
-    biases = [module.bias for module in plain if module.bias is not None]
-    bias = torch.cat(biases) if len(biases) == len(plain) else None
-    if biases and bias is None:
-        return lambda x: torch.cat([call(x) for call in calls], dim=-1)
-    return partial(F.linear, weight=torch.cat([m.weight for m in plain]), bias=bias)
+    biases: list[Tensor] = [module.bias for module in plain if module.bias is not None]
+    is_small = sum(module.weight.nbytes for module in plain) <= _SMALL_BYTES
+    if len(plain) == len(modules) and len(biases) in (0, len(plain)) and is_small:
+        weights: list[Tensor] = [module.weight for module in plain]
+        bias = torch.cat(biases) if biases else None
+        return partial(F.linear, weight=torch.cat(weights), bias=bias)
+    calls = [_call(module) for module in modules]
+    return lambda x: torch.cat([call(x) for call in calls], dim=-1)
 
 
 def _call(module: nn.Module) -> Call:
