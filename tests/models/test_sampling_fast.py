@@ -105,7 +105,7 @@ def test_layers_too_large_to_be_joined_draw_the_same(
 ) -> None:
     model = make("qwen2", len(tokenizer), torch.float64)
     joined = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
-    monkeypatch.setattr("tutelage.models.decoding._SMALL_BYTES", 0)
+    monkeypatch.setattr("tutelage.models.layers._SMALL_BYTES", 0)
     apart = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
     assert outcome(apart) == outcome(joined)
 
