@@ -41,7 +41,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from objective import HERE, environment
 from tutelage.data.tasks import LedgerTask
-from tutelage.models.load import resolve_model
+from tutelage.models.reference import resolve_model
 
 NUM_STEPS, SAVE_EVERY, NUM_PROMPTS = 8, 2, 8
 SAVING = ("save_model", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")

@@ -38,8 +38,9 @@ import torch
 
 from objective import HERE, MIB, environment, peak_rss
 from tutelage.data.tasks import LedgerTask
-from tutelage.models.load import load_model, load_tokenizer, resolve_model, save_model
+from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.prune import prune_layers
+from tutelage.models.reference import resolve_model
 from tutelage.run.config import Config
 from tutelage.run.parse import parse_config
 from tutelage.run.train import train

@@ -174,6 +174,7 @@ def broad_handlers(source: str, place: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
             is_broad = node.type is None or bool(names_in(node.type) & (BROAD | named))
+            is_broad = is_broad and not explains(node)
         else:
             is_broad = (
                 isinstance(node, ast.Call)
@@ -183,6 +184,13 @@ def broad_handlers(source: str, place: str) -> list[str]:
         if is_broad:
             found.append(f"{place}:{line(node)}")
     return found
+
+
+def explains(handler: ast.ExceptHandler) -> bool:
+    """Whether `except Exception` (which lets Ctrl-C pass) always ends in another error."""
+    is_exception = handler.type is not None and ast.unparse(handler.type) == "Exception"
+    last = handler.body[-1]
+    return is_exception and isinstance(last, ast.Raise) and last.cause is not None
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -306,6 +314,8 @@ def test_functions_are_short() -> None:
         (dangers, "x.py", "archive.extractall(path)"),
         (broad_handlers, "x.py", "try:\n    f()\nexcept:\n    pass"),
         (broad_handlers, "x.py", "try:\n    f()\nexcept Exception:\n    pass"),
+        (broad_handlers, "x.py", "try:\n    f()\nexcept Exception as e:\n    raise e"),
+        (broad_handlers, "x.py", "try:\n    f()\nexcept BaseException as e:\n    raise E from e"),
         (broad_handlers, "x.py", "try:\n    f()\nexcept (OSError, BaseException):\n    pass"),
         (broad_handlers, "x.py", "ALL = (OSError, Exception)\ntry:\n    f()\nexcept ALL:\n    0"),
         (broad_handlers, "x.py", "with contextlib.suppress(Exception):\n    f()"),
@@ -328,6 +338,7 @@ def test_each_detector_can_fail(detector: Detector, place: str, source: str) -> 
         (broken_fences, "models/load.py", "def f():\n    from transformers import X"),
         (dangers, "x.py", "re.compile('a'); model.eval(); json.load(file); load_file(path)"),
         (broad_handlers, "x.py", "try:\n    f()\nexcept (OSError, ValueError):\n    pass"),
+        (broad_handlers, "x.py", "try:\n    f()\nexcept Exception as e:\n    raise E() from e"),
         (asserts, "x.py", "assert isinstance(stats, TokenStats)"),
         (fallbacks, "x.py", "getattr(config, name)"),
         (too_long, "x.py", "def f():\n" + "    x = 1\n" * 59),

@@ -22,10 +22,10 @@ from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
 from tutelage.models.load import (
     load_model,
     load_tokenizer,
-    resolve_model,
     save_model,
 )
 from tutelage.models.prune import prune_layers
+from tutelage.models.reference import resolve_model
 from tutelage.models.sampling import SamplingConfig, sample
 
 IDS = torch.tensor([[1, 7, 8, 9, 10]])

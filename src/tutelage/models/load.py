@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
-import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
+from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
@@ -33,60 +32,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-# What transformers, safetensors and the GGUF reader raise about files they cannot use.
-_BAD_FILES = (
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    struct.error,
-)
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """Where a model reference leads: a folder, one GGUF file in a folder, or a hub id."""
-
-    ref: str
-    """The reference as the user wrote it."""
-    source: str
-    """Folder or hub id."""
-    gguf_file: str | None = None
-    """Name of the GGUF file inside `source`; None for a transformers folder."""
-    is_local: bool = True
-    """False for a hub id."""
-
-
-def resolve_model(ref: str) -> ResolvedModel:
-    """Find what a model reference points to, without loading it.
-
-    Args:
-        ref: A folder, a `.gguf` file, `package:NAME/sub/folder` (a folder or the only GGUF file of
-            an installed package, which is not imported), or a hub id.
-
-    Returns:
-        The place to load from.
-
-    Raises:
-        ModelError: Nothing usable is there.
-    """
-    if ref.startswith("package:"):
-        return _resolve_path(ref, _package_path(ref))
-    path = Path(ref).expanduser()
-    # os.path.exists: a name too long for the file system is absent, not an error
-    if ref and (os.path.exists(path) or ref.endswith(".gguf")):
-        return _resolve_path(ref, path)
-    if _HUB_ID.fullmatch(ref) and "/" in ref:
-        return ResolvedModel(ref, ref, is_local=False)
-    raise ModelError(
-        f"model {ref!r} does not exist. Give a folder, a .gguf file, package:NAME/folder or a "
-        "hub id such as Qwen/Qwen3-0.6B."
-    )
 
 
 def load_model(
@@ -120,6 +66,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one.")
     found = resolve_model(ref)
+    _refuse_unread_generation_config(found)
     with _without_bars() if found.is_local else contextlib.nullcontext():
         if quantization != "none":
             low_bits = _low_bits(found, quantization, dtype) | {"device_map": {"": str(target)}}
@@ -157,7 +104,9 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     options = _options(found)
     _refuse_missing_tokenizer(found)
     with _explained(found, "tokenizer"):
-        return AutoTokenizer.from_pretrained(found.source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
+        tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
+        return tokenizer
 
 
 def save_model(
@@ -233,13 +182,7 @@ def _load_plain(
             output_loading_info=True,
             **options,
         )
-    if report["missing_keys"]:
-        # transformers would go on with random numbers in their place.
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"model {found.ref!r} lacks {len(missing)} weights, first {missing[0]!r}. "
-            "Its files are incomplete or belong to another config.json."
-        )
+    _refuse_missing_weights(found, report)
     return model
 
 
@@ -248,22 +191,35 @@ def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTraine
 
     options = _options(found)
     with _explained(found, "model"):
-        unpacked = AutoModelForCausalLM.from_pretrained(
+        unpacked, report = AutoModelForCausalLM.from_pretrained(
             found.source,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
             **options,
         )
+    _refuse_missing_weights(found, report)
     config = type(unpacked.config).from_dict(
         {k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"}
     )
     # A model from GGUF counts as quantised and refuses to be saved, so its weights move to one
     # that was never anything but plain.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
-    model.load_state_dict(unpacked.state_dict(), assign=True)
+    with _explained(found, "model"):  # its settings may ask for other shapes
+        model.load_state_dict(unpacked.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = unpacked.generation_config
     return model
+
+
+def _refuse_missing_weights(found: ResolvedModel, report: Mapping[str, Any]) -> None:
+    """Some that the files lack: transformers would go on with random numbers in their place."""
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model {found.ref!r} lacks {len(missing)} weights, first {missing[0]!r}. "
+            "Its files are incomplete or belong to another config.json."
+        )
 
 
 @contextlib.contextmanager
@@ -292,6 +248,14 @@ def _refuse_missing_tokenizer(found: ResolvedModel) -> None:
         )
 
 
+def _refuse_unread_generation_config(found: ResolvedModel) -> None:
+    """One that cannot be read: transformers would go on without the stop tokens in it."""
+    path = Path(found.source) / "generation_config.json"
+    if found.is_local and found.gguf_file is None and path.exists():
+        with _explained(found, "generation_config.json of"):
+            json.loads(path.read_text(encoding="utf-8"))
+
+
 def _options(found: ResolvedModel) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": found.is_local}
     if found.gguf_file is not None:
@@ -306,49 +270,15 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
     """Turn what transformers and its readers raise about bad files into one line."""
     try:
         yield
-    except _BAD_FILES as error:
-        if not found.is_local:
-            hint = "It is no folder here; check the name and the network, or give a folder."
-        else:
-            hint = "Check that the files are complete."
+    except Exception as error:  # what readers raise is anyone's guess; tokenizers: Exception itself
+        away = "It is no folder here; check the name and the network, or give a folder."
+        hint = "Check that the files are complete." if found.is_local else away
+        reason = _one_line(error) or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other shapes than its config.json says"
         raise ModelError(
-            f"cannot load the {part} {found.ref!r}: {_one_line(error)} {hint}"
+            f"cannot load the {part} {found.ref!r}: {reason.rstrip('.')}. {hint}"
         ) from error
-
-
-def _resolve_path(ref: str, path: Path) -> ResolvedModel:
-    if path.is_file() and path.suffix == ".gguf":
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ModelError(
-                f"model {ref!r} is not a GGUF file, it starts with {magic!r}. Download it again."
-            )
-        return ResolvedModel(ref, str(path.parent), gguf_file=path.name)
-    if not path.is_dir():
-        raise ModelError(f"model {ref!r} does not exist: no folder or .gguf file {path}.")
-    if (path / "config.json").is_file():
-        return ResolvedModel(ref, str(path))
-    files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise ModelError(
-            f"model {ref!r} is not a model folder: {path} holds no config.json and "
-            f"{len(files)} .gguf files. Name the folder or file that holds the model."
-        )
-    return _resolve_path(ref, files[0])
-
-
-def _package_path(ref: str) -> Path:
-    name, _, inside = ref.removeprefix("package:").partition("/")
-    if not name.isidentifier() or ".." in Path(inside).parts:
-        raise ModelError(f"model {ref!r} is malformed. Write package:NAME/folder/in/it.")
-    # A top-level name: the package is located, none of its code runs.
-    spec = importlib.util.find_spec(name)
-    locations = [] if spec is None else list(spec.submodule_search_locations or [])
-    if not locations:
-        raise ModelError(f"model {ref!r} needs the package {name!r}. Install it with pip.")
-    candidates = [Path(location) / inside for location in locations]
-    return next((path for path in candidates if path.exists()), candidates[0])
 
 
 def _device(name: str) -> torch.device:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tutelage.errors import ModelError
-from tutelage.models.load import load_model_config, resolve_model, save_model
+from tutelage.models.load import load_model_config, save_model
+from tutelage.models.reference import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast

@@ -65,11 +65,22 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every id that ends a completion: those of the generation config and of the tokenizer."""
+    """Every id that ends a completion: those of the generation config and of the tokenizer.
+
+    Raises:
+        ModelError: The generation config declares something that is no id.
+    """
     config = model.generation_config
     declared = None if config is None else config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    found = [i for i in (*ids, tokenizer.eos_token_id) if i is not None]
+    for i in found:
+        if type(i) is not int or i < 0:
+            raise ModelError(
+                f"eos_token_id must be an id or a list of ids, got {i!r}. Correct the model's "
+                "generation_config.json."
+            )
+    return frozenset(found)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

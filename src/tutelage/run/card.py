@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tutelage.models.load import resolve_model
+from tutelage.models.reference import resolve_model
 from tutelage.run.config import Config, FileData
 from tutelage.run.parse import fingerprint, to_table
 

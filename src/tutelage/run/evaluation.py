@@ -20,7 +20,8 @@ from tutelage.errors import ConfigError
 from tutelage.evaluation.folder import EvaluationFolder
 from tutelage.evaluation.suite import Benchmark, Complete, Completion, Result, run_benchmark
 from tutelage.evaluation.tables import as_markdown, summarise
-from tutelage.models.load import load_model, load_tokenizer, resolve_model
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.reference import resolve_model
 from tutelage.models.sampling import SamplingConfig, sample
 from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config

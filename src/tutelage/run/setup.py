@@ -24,9 +24,10 @@ from tutelage.models.adapter import (
 )
 from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.load import load_model, load_tokenizer, resolve_model
+from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
+from tutelage.models.reference import resolve_model
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
