@@ -1,0 +1,301 @@
+"""Model folders and GGUF files with every kind of damage: one line, no traceback and no guess."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tutelage.errors import ModelError
+from tutelage.models.load import load_model, load_tokenizer, save_model
+from tutelage.models.tokenizers import stop_ids
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, qwen3: Any, tokenizer: Any) -> Path:
+    save_model(qwen3, tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refuse(load: Callable[[str], Any], path: Path) -> str:
+    """The one line with which loading fails."""
+    with pytest.raises(ModelError) as caught:
+        load(str(path))
+    text = str(caught.value)
+    assert repr(str(path)) in text
+    assert "\n" not in text
+    assert len(text) < 500
+    return text
+
+
+def edit(name: str, change: Callable[[Any], object]) -> Damage:
+    """Change a JSON file in place."""
+
+    def damage(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        change(value)
+        (folder / name).write_text(json.dumps(value))
+
+    return damage
+
+
+def config(**changes: Any) -> Damage:
+    return edit("config.json", lambda value: value.update(changes))
+
+
+def replace(name: str, content: bytes | str) -> Damage:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def half(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+def as_folder(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def as_loop(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(name)
+
+    return damage
+
+
+def header(change: Callable[[dict[str, Any]], object]) -> Damage:
+    """Change the header of the safetensors file and keep its bytes."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        end = 8 + int(struct.unpack("<Q", content[:8])[0])
+        value = json.loads(content[8:end])
+        change(value["model.norm.weight"])
+        text = json.dumps(value).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
+
+    return damage
+
+
+def header_of_exabytes(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
+
+
+def another_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors") | {"model.norm.weight": torch.ones(7)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def index_of(text: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
+DEEP = '{"a":' * 100_000
+WEIGHTS: dict[str, tuple[Damage, str]] = {
+    "empty": (replace("model.safetensors", b""), "header too small"),
+    "half": (half("model.safetensors"), "not fully covered"),
+    "half a header": (replace("model.safetensors", b"\xff\x02\0\0\0\0\0\0{"), "header"),
+    "header of exabytes": (header_of_exabytes, "header too large"),
+    "offsets": (header(lambda t: t.update(data_offsets=[0, 10**15])), "offset"),
+    "dtype": (header(lambda t: t.update(dtype="F99")), "F99"),
+    "huge shape": (header(lambda t: t.update(shape=[2**62, 2**62])), "cannot load"),
+    "another shape": (another_shape, "other shapes than its config.json says"),
+    "a folder": (as_folder("model.safetensors"), "no file named model.safetensors"),
+    "a loop": (as_loop("model.safetensors"), "no file named model.safetensors"),
+    "half an index": (index_of('{"weight_map": {'), "cannot load"),
+    "an index that is a list": (index_of("[]"), "cannot load"),
+    "an index of nothing": (index_of("{}"), "weight_map"),
+    "a missing part": (
+        index_of('{"metadata": {}, "weight_map": {"model.norm.weight": "b.safetensors"}}'),
+        "b.safetensors",
+    ),
+}
+CONFIGS: dict[str, tuple[Damage, str]] = {
+    "half": (half("config.json"), "not a valid JSON file"),
+    "list": (replace("config.json", "[1]"), "model_type"),
+    "null": (replace("config.json", "null"), "cannot load"),
+    "NUL bytes": (replace("config.json", b"\0" * 99), "not a valid JSON file"),
+    "UTF-16": (replace("config.json", "{}".encode("utf-16")), "not a valid JSON file"),
+    "byte order mark": (replace("config.json", b"\xef\xbb\xbf{}"), "not a valid JSON file"),
+    "deep": (replace("config.json", DEEP), "recursion"),
+    "folder": (as_folder("config.json"), "no config.json"),
+    "loop": (as_loop("config.json"), "no config.json"),
+    "unknown architecture": (config(model_type="no_such"), "no_such"),
+    "no architecture": (edit("config.json", lambda c: c.pop("model_type")), "model_type"),
+    "text for a number": (config(hidden_size="many"), "expected int, got str"),
+    "negative": (config(num_hidden_layers=-3), "num_hidden_layers"),
+    "no heads": (config(num_attention_heads=0), "zero"),
+    "huge vocabulary": (config(vocab_size=10**15), "other shapes"),
+    "stop tokens cut": (replace("generation_config.json", '{"eos'), "generation_config.json of"),
+    "stop tokens as list": (replace("generation_config.json", "[]"), "cannot load"),
+}
+SETTINGS = "tokenizer_config.json"
+
+
+def setting(**changes: Any) -> Damage:
+    return edit(SETTINGS, lambda value: value.update(changes))
+
+
+def tokens(change: Callable[[Any], object]) -> Damage:
+    return edit("tokenizer.json", change)
+
+
+TOKENIZERS: dict[str, tuple[Damage, str]] = {
+    "half": (half("tokenizer.json"), "cannot load the tokenizer"),
+    "empty": (replace("tokenizer.json", ""), "Expecting value"),
+    "nothing in it": (replace("tokenizer.json", "{}"), "cannot load the tokenizer"),
+    "list": (replace("tokenizer.json", "[]"), "cannot load the tokenizer"),
+    "deep": (replace("tokenizer.json", DEEP), "recursion"),
+    "NUL bytes": (replace("tokenizer.json", b"\0" * 99), "cannot load the tokenizer"),
+    "byte order mark": (replace("tokenizer.json", b"\xef\xbb\xbf{}"), "BOM"),
+    "folder": (as_folder("tokenizer.json"), "the folder has none of tokenizer.json"),
+    "loop": (as_loop("tokenizer.json"), "the folder has none of tokenizer.json"),
+    "unknown kind": (tokens(lambda t: t["model"].update(type="X")), "cannot load the tokenizer"),
+    "fractional id": (tokens(lambda t: t["model"]["vocab"].update(a=1.5)), "expected u32"),
+    "negative id": (tokens(lambda t: t["model"]["vocab"].update(a=-1)), "expected u32"),
+    "no tokens": (tokens(lambda t: t["model"].update(vocab={})), "UNK"),
+    "bad pattern": (
+        tokens(
+            lambda t: t.update(
+                pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("}}
+                | {"behavior": "Isolated", "invert": False}
+            )
+        ),
+        "parenthesis",
+    ),
+    "half of the settings": (half(SETTINGS), "cannot load the tokenizer"),
+    "settings as list": (replace(SETTINGS, "[]"), "cannot load the tokenizer"),
+    "deep settings": (replace(SETTINGS, DEEP), "recursion"),
+    "class as number": (setting(tokenizer_class=7), "cannot load the tokenizer"),
+    "stop token as number": (setting(eos_token=7), "eos_token"),
+    "stop token as table": (setting(eos_token={}), "eos_token"),
+    "length as text": (setting(model_max_length="x"), "cannot load the tokenizer"),
+    "template as list": (setting(chat_template=[1]), "cannot load the tokenizer"),
+    "template that is no text": (replace("chat_template.jinja", b"\xff\xfe"), "decode"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), (WEIGHTS | CONFIGS).values(), ids=WEIGHTS | CONFIGS)
+def test_damaged_weights_and_settings(folder: Path, damage: Damage, message: str) -> None:
+    assert load_model(str(folder)) is not None
+    damage(folder)
+    assert message in refuse(load_model, folder)
+
+
+@pytest.mark.parametrize(("damage", "message"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_damaged_tokenizers(folder: Path, damage: Damage, message: str) -> None:
+    if (folder / "chat_template.jinja").exists():  # which goes before the one in the settings
+        (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(str(folder)) is not None
+    damage(folder)
+    assert message in refuse(load_tokenizer, folder)
+
+
+def test_code_beside_a_tokenizer_is_not_run(folder: Path) -> None:
+    (folder / "evil.py").write_text("raise AssertionError('executed')\n")
+    setting(auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})(folder)
+    assert len(load_tokenizer(str(folder))) > 0
+
+
+@pytest.mark.parametrize("declared", ["x", [2, "x"], [2, -5], 2.5, [True]])
+def test_stop_tokens_that_are_no_ids(folder: Path, tokenizer: Any, declared: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}))
+    model = load_model(str(folder))
+    with pytest.raises(ModelError, match="eos_token_id must be an id or a list of ids, got"):
+        stop_ids(model, tokenizer)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A whole file: a Llama of one layer."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(16)
+    layer = {f"attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+    layer |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    shapes: dict[str, tuple[int, ...]] = {f"blk.0.{name}": shape for name, shape in layer.items()}
+    shapes |= {"blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,), "output_norm": (32,)}
+    shapes |= {"token_embd": (16, 32), "output": (16, 32)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def number(name: bytes, value: int) -> Callable[[bytes], bytes]:
+    """Another number in the settings."""
+
+    def change(content: bytes) -> bytes:
+        at = content.index(name) + len(name) + 4
+        return content[:at] + struct.pack("<I", value) + content[at + 4 :]
+
+    return change
+
+
+GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "half": (lambda b: b[: len(b) // 2], "cannot load"),
+    "a thousand bytes": (lambda b: b[:1000], "cannot load"),
+    "a hundred bytes": (lambda b: b[:100], "cannot load"),
+    "all but the end": (lambda b: b[:-50], "cannot load"),
+    "tensors without end": (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "cannot load"),
+    "settings without end": (lambda b: b[:16] + struct.pack("<Q", 1 << 60) + b[24:], "cannot"),
+    "text without end": (lambda b: b[:24] + struct.pack("<Q", 1 << 60) + b[32:], "cannot load"),
+    "another version": (lambda b: b[:4] + struct.pack("<I", 99) + b[8:], "cannot load"),
+    "zeros": (lambda b: b[:4] + bytes(len(b) - 4), "cannot load"),
+    "unknown architecture": (lambda b: b.replace(b"llama", b"zzzzz"), "zzzzz"),
+    "another width": (number(b"llama.embedding_length", 64), "size mismatch"),
+    "a layer more": (number(b"llama.block_count", 2), "lacks 9 weights, first 'model.layers.1."),
+    "a tensor less": (
+        lambda b: b.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"),
+        "lacks 1 weights, first 'model.layers.0.self_attn.q_proj.weight'",
+    ),
+}
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="package gguf not installed")
+@pytest.mark.filterwarnings("ignore")  # of numpy about sizes
+def test_damaged_gguf_files(gguf_file: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_file)
+    assert load_model(str(path)).num_parameters() > 0
+    for name, (change, message) in GGUF.items():
+        path.write_bytes(change(gguf_file))
+        assert message in refuse(load_model, path), name
