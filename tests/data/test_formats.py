@@ -118,6 +118,31 @@ def test_a_malformed_row_is_named(tmp_path: Path, row: dict[str, Any], message: 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": [1, 2]}, "row 1: 'prompt' must be text or a list of messages, got 1"),
+        ({"prompt": [b"x"]}, "row 1: 'prompt' must be text or a list of messages, got b'x'"),
+        ({"prompt": [[1, 2]]}, "row 1: 'prompt': a message must be"),
+        ({"prompt": [[{"role": 1, "content": "x"}]]}, "row 1: 'prompt': 'role' of a message"),
+        ({"prompt": pa.nulls(3)}, "row 1: needs one of the keys"),
+        ({"prompt": pa.array([], pa.string())}, "holds no prompts"),
+        ({"x": ["a"]}, "row 1: needs one of the keys .*got 'x'"),
+        ({"prompt": ["a"], "answer": [True]}, "row 1: 'answer' must be text or a number"),
+        ({"prompt": ["a"], "answer": [float("nan")]}, "row 1: 'answer' must be .*got nan"),
+        (
+            {"prompt": ["a"], "answer": pa.array([1], pa.decimal128(5, 2))},
+            "row 1: 'answer' must be text or a number",
+        ),
+    ],
+)
+def test_columns_of_other_types_are_named(tmp_path: Path, columns: Any, message: str) -> None:
+    parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=message) as raised:
+        load_prompts(tmp_path / "x.parquet")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
     """Each cut and each overwritten stretch is refused or leaves as many prompts."""
     path = write_parquet(tmp_path / "x.parquet", [verl(f"{i}?", str(i)) for i in range(300)])

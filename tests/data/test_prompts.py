@@ -82,7 +82,27 @@ def test_a_byte_order_mark_and_a_limit(tmp_path: Path) -> None:
         ({"prompt": [{"role": "user"}]}, "line 2: 'prompt': a message must be"),
         ({"prompt": [{"role": "user", "content": None}]}, "line 2: .*'content' of a message"),
         ('{"prompt": "\\ud800"}', "line 2: 'prompt' is not valid text"),
+        ('{"prompt": "b", "id": "\\ud800"}', "line 2: 'id' is not valid text"),
+        ('{"prompt": "b", "answer": "\\udfff"}', "line 2: 'answer' is not valid text"),
+        ('{"prompt": [{"role": "\\ud800", "content": "b"}]}', "line 2: 'prompt' is not valid"),
+        (
+            '{"prompt": [{"role": "user", "content": "b", "name": "\\ud800"}]}',
+            "line 2: 'prompt' is not valid text",
+        ),
         ({"prompt": "b", "answer": ["1"]}, "line 2: 'answer' must be text or a number"),
+        ({"prompt": "b", "answer": True}, "line 2: 'answer' must be text or a number"),
+        ('{"prompt": "b", "answer": NaN}', "line 2: 'answer' must be text or a number, got nan"),
+        ('{"prompt": "b", "answer": 1e999}', "line 2: 'answer' must be .* number, got inf"),
+        ('{"prompt": "b", "answer": ' + "9" * 5000 + "}", "line 2: not JSON"),
+        ('{"prompt": "b"} {"prompt": "c"}', "line 2: not JSON"),
+        ('{"prompt": "b\0"}', "line 2: not JSON"),
+        ("\0\0\0", "line 2: not JSON"),
+        ("\ufeff{}", "line 2: not JSON"),
+        ('{"prompt": "' + "b" * 10**6, "line 2: not JSON"),
+        ('{"a":' * 100_000, "line 2: not JSON"),
+        ({f"key{i}": i for i in range(9999)}, "line 2: .*got 'key0', .* and 9990 more"),
+        ({"k" * 10**6: 1}, "line 2: .*got 'kkk"),
+        ('[{"prompt": "b"}]', "line 2: must be a JSON object"),
         ({"prompt": "b", "id": {}}, "line 2: 'id' must be text or a number"),
         ({"prompt": "b", "id": "x"}, "line 2: id 'x' was used before"),
     ],
@@ -100,6 +120,26 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     with pytest.raises(DataError, match="line 2: not JSON"):
+        load_prompts(path)
+
+
+def test_a_line_of_ten_megabytes_and_characters_that_look_like_ends_of_lines(
+    tmp_path: Path,
+) -> None:
+    texts = ["b" * 10**7, "a\u2028b\x85c\x0bd", "a\0b", "a\rb"]
+    path = write(tmp_path, *({"prompt": text} for text in texts))
+    assert [p.content for p in load_prompts(path)] == texts
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_what_is_no_file_is_told_so(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    with pytest.raises(DataError, match="does not exist, looked for"):
+        load_prompts(path)
+    path.rmdir()
+    path.symlink_to(name)
+    with pytest.raises(DataError, match="does not exist, looked for"):
         load_prompts(path)
 
 

@@ -7,6 +7,7 @@ messages) and verl's parquet files (`prompt`, `reward_model.ground_truth`).
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,8 +173,13 @@ def _content_column(record: dict[str, Any], where: str, prompt_format: PromptFor
             return column
     raise DataError(
         f"{where}: needs one of the keys {', '.join(map(repr, wanted))}, "
-        f"got {', '.join(map(repr, record)) or 'no keys'}. Add it or name the prompt column."
+        f"got {_keys(record)}. Add it or name the prompt column."
     )
+
+
+def _keys(record: dict[str, Any]) -> str:
+    shown = ", ".join(excerpt(key) for key in list(record)[:9]) or "no keys"
+    return shown if len(record) <= 9 else f"{shown} and {len(record) - 9} more"
 
 
 def _content(value: Any, where: str, prompt_format: PromptFormat) -> str | tuple[Message, ...]:
@@ -205,6 +211,7 @@ def _message(value: Any, where: str) -> Message:
         if not isinstance(message.get(key), str):
             got = excerpt(message.get(key))
             raise DataError(f"{where}: {key!r} of a message must be text, got {got}.")
+        _refuse_half_pairs(message[key], where)
     _text(message["content"], where)
     return message
 
@@ -212,13 +219,17 @@ def _message(value: Any, where: str) -> Message:
 def _text(value: str, where: str) -> str:
     if not value.strip():
         raise DataError(f"{where} is empty, got {value!r}. Remove the record.")
+    _refuse_half_pairs(value, where)
+    return value
+
+
+def _refuse_half_pairs(value: str, where: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where} is not valid text, got half a surrogate pair at {error.start}. Remove it."
         ) from error
-    return value
 
 
 def _answer(record: dict[str, Any], prompt_format: PromptFormat, where: str) -> str | None:
@@ -255,9 +266,12 @@ def _boxed(solution: str) -> str | None:
 
 
 def _scalar(value: Any, key: str, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not is_finite:
         raise DataError(f"{where}: {key!r} must be text or a number, got {excerpt(value)}.")
-    return str(value)
+    text = str(value)
+    _refuse_half_pairs(text, f"{where}: {key!r}")
+    return text
 
 
 def excerpt(value: Any) -> str:
