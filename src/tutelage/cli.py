@@ -170,8 +170,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL prompts (default: ledger)",
     )
-    parser.add_argument("--grader", choices=("none", "number", "math", "exact"), default="number",
-                        help="how answers of --prompts are compared (default number)")  # fmt: skip
+    parser.add_argument("--grader", choices=("none", "number", "math", "exact"),
+                        help="how answers of a file are compared (default number where all of them "
+                        "are numbers, else math)")  # fmt: skip
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=False,
                         help="use the chat template (a suite does if there is one)")  # fmt: skip
     parser.add_argument("--suffix", default="", help="text appended to every prompt")

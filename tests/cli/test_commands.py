@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import signal
 from fractions import Fraction
 from pathlib import Path
@@ -319,6 +320,23 @@ def test_check_says_what_a_run_would_do(tmp_path: Path) -> None:
 
 def test_check_warns_of_another_sampling_distribution(own: Path) -> None:
     assert "warning: completions are not drawn from the distribution" in succeed("check", own).out
+
+
+def test_check_and_train_warn_of_different_chat_templates(own: Path, tmp_path: Path) -> None:
+    for who, template in (("a", "{{ messages[0].content }}"), ("b", "{{ messages[0].content }}>")):
+        shutil.copytree(ASSETS / "ledger-teacher", tmp_path / who)
+        (tmp_path / who / "chat_template.jinja").write_text(template)
+    said = "warning: student and teacher have different chat templates"
+
+    def command(name: str, student: str, chat: str = "true") -> Outcome:
+        pair = (f"student.model={tmp_path / student}", f"teacher.model={tmp_path / 'b'}")
+        out = f"out={tmp_path / student / chat}"
+        return succeed(name, own, *pair, out, f"data.chat={chat}", "num_steps=1")
+
+    assert said in command("check", "a").out
+    assert said in command("train", "a").out
+    assert "templates" not in command("check", "b").out
+    assert "templates" not in command("check", "a", chat="false").out
 
 
 def test_report_prints_where_the_page_is(tmp_path: Path, trained: Trained) -> None:

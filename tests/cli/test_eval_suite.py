@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import combinations
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from itertools import combinations, permutations
 from pathlib import Path
 
 import pytest
-from calling import TEACHER, Outcome, call, read_jsonl, succeed, write_jsonl
+from calling import STUDENT, TEACHER, Outcome, call, read_jsonl, succeed, write_jsonl
 
 from faults.server import EvilServer, good
 from tutelage.data.tasks import LedgerTask
@@ -40,17 +43,6 @@ def test_a_file_gives_scores_samples_and_tables(problems: Path) -> None:
     (record,) = succeed(*command, "--json").records
     rows = read_jsonl(Path("e/rows.jsonl"))
     assert len(rows) == 24
-    by_problem = {row["prompt_id"]: [] for row in rows}
-    for row in rows:
-        by_problem[row["prompt_id"]].append(row["is_correct"])
-    for k in (1, 2, 4):
-        rates = [
-            sum(map(any, combinations(group, k))) / len(list(combinations(group, k)))
-            for group in by_problem.values()
-        ]
-        key = "pass_at_k" if k == 4 else f"pass_at_{k}"
-        assert record[key] == pytest.approx(sum(rates) / len(rates))
-    assert record["mean_at_k"] == pytest.approx(sum(r["is_correct"] for r in rows) / 24)
     assert record["mean_at_k_low"] < record["mean_at_k"] <= record["mean_at_k_high"]
     assert 0 <= record["maj_at_k_low"] <= record["maj_at_k"] <= record["maj_at_k_high"] <= 1
     saved = json.loads(Path("e/summary.json").read_text())
@@ -58,6 +50,52 @@ def test_a_file_gives_scores_samples_and_tables(problems: Path) -> None:
     text = succeed(*command).out
     assert Path("e/summary.md").read_text().strip() in text
     assert "| sums |" in text
+
+
+def test_scores_equal_brute_force_over_the_saved_rows(problems: Path) -> None:
+    """Every subset of the samples for pass@k; every order of counting them for maj@k's ties."""
+    command = ("eval", STUDENT, "--suite", problems, *SHORT, "--no-chat", "--num-samples", 5)
+    (record,) = succeed(*command, "--out", "e", "--json").records
+    groups: dict[str, list[tuple[bool, Fraction | None]]] = {}
+    for row in read_jsonl(Path("e/rows.jsonl")):
+        answer = None if row["answer"] is None else Fraction(row["answer"])
+        assert row["is_correct"] == (answer == Fraction(row["gold"]))
+        groups.setdefault(row["prompt_id"], []).append((row["is_correct"], answer))
+    assert [len(group) for group in groups.values()] == [5] * 6
+    for k, key in ((1, "pass_at_1"), (2, "pass_at_2"), (4, "pass_at_4"), (5, "pass_at_k")):
+        subsets = [[*combinations(group, k)] for group in groups.values()]
+        rates = [mean(any(right for right, _ in some) for some in each) for each in subsets]
+        assert record[key] == pytest.approx(mean(rates), abs=1e-12)
+    majorities = [mean(map(winner_is_right, permutations(group))) for group in groups.values()]
+    assert record["maj_at_k"] == pytest.approx(mean(majorities), abs=1e-12)
+    assert record["mean_at_k"] == pytest.approx(record["pass_at_1"], abs=1e-12)
+    distinct = [record[key] for key in ("pass_at_1", "pass_at_2", "pass_at_4", "pass_at_k")]
+    assert distinct == sorted({*distinct})  # none, all or equal shares would prove little
+
+
+def test_the_grader_of_a_file_fits_its_reference_answers(problems: Path) -> None:
+    rows = read_jsonl(problems)
+    write_jsonl(Path("roots.jsonl"), *rows[1:], rows[0] | {"answer": r"\sqrt{2}"})
+    command = ("eval", TEACHER, *SHORT, "--no-chat", "--num-problems", 2, "--suite")
+    for path, options, grader in (
+        (problems, (), "number"),
+        ("roots.jsonl", ("--num-problems", 6), "math"),
+        (problems, ("--grader", "exact"), "exact"),
+    ):
+        (record,) = succeed(*command, path, *options, "--json").records
+        settings = json.loads((Path(record["folder"]) / "settings.json").read_text())
+        assert [b["grader"] for b in settings["benchmarks"].values()] == [grader]
+
+
+def winner_is_right(samples: Sequence[tuple[bool, Fraction | None]]) -> bool:
+    """Whether the answer given most often, of several the first to come, is right."""
+    votes = Counter(answer for _, answer in samples if answer is not None)
+    return bool(votes) and {a: right for right, a in samples}[votes.most_common(1)[0][0]]
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def test_a_cut_evaluation_continues_to_the_same_bytes(problems: Path) -> None:

@@ -59,6 +59,13 @@ def test_equal_answers_either_way() -> None:
     assert [case for case in pairs("=") if not answers_equal(*reversed(case))] == []
 
 
+def test_a_decimal_comma_has_two_decimals_and_stands_in_the_prediction() -> None:
+    assert answers_equal("1000,99", "1000.99")
+    assert answers_equal("-3,14", "-3.14")
+    for case in (("3,4", "3.4"), ("3, 14", "3.14"), ("3.14", "3,14"), ("1,2,34", "1.234")):
+        assert not answers_equal(*case), case
+
+
 def test_different_answers_either_way() -> None:
     cases = [list(pair) for pair in DIFFERENT] + pairs("!")
     assert len(cases) > 450

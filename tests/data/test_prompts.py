@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tutelage.data.formats as formats_module
-from tutelage.data.prompts import FileTask, PromptFormat, find_file, load_prompts
+from tutelage.data.prompts import (
+    FileTask,
+    PromptFormat,
+    find_file,
+    fitting_grader,
+    load_prompts,
+)
 from tutelage.data.tasks import Task
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError, MissingExtraError
@@ -256,19 +262,41 @@ def test_training_never_repeats_a_held_out_text_under_another_id() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grader", "text", "verdict"),
+    ("grader", "text", "verdict", "if_cut_off"),
     [
-        ("none", "7", None),
-        ("number", "it is 7.0", True),
-        ("number", "it is 8", False),
-        ("exact", " 7\n", True),
-        ("exact", "7.0", False),
+        ("none", "7", None, None),
+        ("number", "it is 7.0", True, False),
+        ("number", "it is 8", False, False),
+        ("number", r"\boxed{7} and so", True, True),
+        ("number", "#### 7\nand so", True, True),
+        ("number", "#### 7", True, False),  # it may go on: 72
+        ("math", r"\boxed{7} and so", True, True),
+        ("math", "The answer is 7.\nTo check", True, True),
+        ("math", "The answer is 7", True, False),
+        ("math", "so it is 7", False, False),
+        ("exact", " 7\n", True, False),
+        ("exact", "7.0", False, False),
     ],
 )
-def test_graders(grader: Any, text: str, verdict: bool | None) -> None:
+def test_graders(grader: Any, text: str, verdict: bool | None, if_cut_off: bool | None) -> None:
+    """One rule for all: a completion that was cut off counts if it had marked its answer."""
     task: Task = FileTask("t", POOL, grader=grader)
     assert task.grade(POOL[7], text) is verdict
+    assert task.grade(POOL[7], text, True) is if_cut_off
     assert task.grade(Prompt("x", "no answer"), text) is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "grader"),
+    [
+        (("7", "1,234.5", "-3/4", r"\frac{1}{2}", "48+24\n#### 72", None), "number"),
+        (("7", r"\sqrt{2}"), "math"),
+        (("(1,2)",), "math"),
+        (("yes",), "math"),
+    ],
+)
+def test_the_grader_that_fits_the_reference_answers(answers: Any, grader: str) -> None:
+    assert fitting_grader(Prompt("p", "q", answer) for answer in answers) == grader
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,9 @@ class Model:
         ]
 
 
-def benchmark(is_truncated_wrong: bool = False) -> Benchmark:
+def benchmark() -> Benchmark:
     prompts = tuple(Prompt("p" * (1 + i % 5) + str(i), "x" * (20 - i), "1") for i in range(11))
-    return Benchmark(
-        "b", prompts, lambda p, text: f"{{{p.answer}}}" in text, 50, is_truncated_wrong
-    )
+    return Benchmark("b", prompts, lambda p, text, _: f"{{{p.answer}}}" in text, 50)
 
 
 def run(folder: Path | None, model: Model, settings: dict[str, Any] | None = None) -> Result:
@@ -141,14 +140,18 @@ def test_no_gap_is_ever_filled(tmp_path: Path, fault: str) -> None:
     assert (tmp_path / "rows.jsonl").read_bytes() == b""
 
 
-def test_a_truncated_completion_is_wrong_only_where_the_benchmark_says_so() -> None:
-    lenient, strict = (
-        run_benchmark(benchmark(is_wrong), Model(), NUM_SAMPLES, 4) for is_wrong in (False, True)
+def test_the_grader_knows_which_completions_were_cut_off() -> None:
+    lenient = benchmark()
+    strict = replace(
+        lenient,
+        grade=lambda p, text, is_truncated: not is_truncated and lenient.grade(p, text, False),
+        answer_of=lambda text, is_truncated: None if is_truncated else text,
     )
-    assert any(row["is_correct"] and row["is_truncated"] for row in lenient.rows)
-    assert not any(row["is_correct"] and row["is_truncated"] for row in strict.rows)
-    assert {row["answer"] for row in strict.rows if row["is_truncated"]} == {None}
-    assert strict.summary()["truncated_share"] == pytest.approx(1 / 3)
+    of = {b: run_benchmark(b, Model(), NUM_SAMPLES, 4) for b in (lenient, strict)}
+    assert any(row["is_correct"] and row["is_truncated"] for row in of[lenient].rows)
+    assert not any(row["is_correct"] and row["is_truncated"] for row in of[strict].rows)
+    assert {row["answer"] for row in of[strict].rows if row["is_truncated"]} == {None}
+    assert of[strict].summary()["truncated_share"] == pytest.approx(1 / 3)
 
 
 def test_tables(whole: tuple[Result, bytes]) -> None:

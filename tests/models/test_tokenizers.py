@@ -165,12 +165,6 @@ def test_a_token_that_steers_only_one_of_them_is_refused(make_tokenizer: Any) ->
         shared_vocabulary(student, teacher, 64, 64)
 
 
-def test_other_templates_are_warned_about(make_tokenizer: Any) -> None:
-    student, teacher = make_tokenizer(), make_tokenizer(chat_template="other")
-    with pytest.warns(UserWarning, match="different chat templates"):
-        shared_vocabulary(student, teacher, 64, 64)
-
-
 def test_different_stop_tokens_trade_places_or_are_refused(make_tokenizer: Any) -> None:
     student, teacher = make_tokenizer(), make_tokenizer()
     assert stop_swap(student, teacher, "refuse") is None

@@ -124,7 +124,7 @@ class Graded:
         found: list[Prompt] = self.task.prompts(*arguments)
         return found
 
-    def grade(self, prompt: Prompt, text: str) -> bool:
+    def grade(self, prompt: Prompt, text: str, is_truncated: bool) -> bool:
         return bool(next(self.verdicts))
 
 

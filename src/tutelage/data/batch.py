@@ -43,6 +43,12 @@ class Batch:
         """Number of supervised completion tokens, N."""
         return self.tokens.numel()
 
+    @property
+    def names(self) -> list[int]:
+        """The completions that have rows, in order; a completion's rows lie side by side."""
+        names: list[int] = torch.unique_consecutive(self.completion).tolist()
+        return names
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
         return Batch(**{f.name: self.__dict__[f.name].to(device) for f in fields(self)})

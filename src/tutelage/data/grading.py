@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tutelage.data.grading_compare import texts_equal
 from tutelage.data.grading_latex import MAX_ANSWER, tidy
+from tutelage.data.grading_number import finished_lines
 
 MAX_TEXT = 200_000
 """Characters of a completion that are looked at, counted from its end."""
@@ -24,12 +25,16 @@ _STATED = re.compile(
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 
 
-def extract_answer(completion: str) -> str | None:
+def extract_answer(completion: str, is_truncated: bool = False) -> str | None:
     """The answer that a completion commits to, as written.
 
     What precedes the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts, else the
     line after the last ``####``, else what follows the last "the answer is" on its line. A bare
     last number is no answer.
+
+    Args:
+        completion: The text that a model wrote.
+        is_truncated: It was cut off, so that a mark without a box has to stand on a finished line.
 
     Returns:
         None if there is none: an unfinished box, or a thought that never ends, is no answer.
@@ -41,6 +46,7 @@ def extract_answer(completion: str) -> str | None:
     boxes = list(_BOX.finditer(answer))
     if boxes:
         return _boxed(answer[boxes[-1].end() :])
+    answer = finished_lines(answer, is_truncated)
     _, marked, rest = answer.rpartition("####")
     if marked:
         return rest.split("\n", 1)[0].strip() or None
@@ -78,17 +84,18 @@ def answers_equal(prediction: str, gold: str) -> bool:
     return texts_equal(tidy(_unboxed(prediction)), tidy(_unboxed(gold)))
 
 
-def grade_completion(completion: str, gold: str) -> bool:
+def grade_completion(completion: str, gold: str, is_truncated: bool = False) -> bool:
     """Whether the final answer of a completion equals the reference answer.
 
     Args:
         completion: The text that a model wrote.
         gold: The reference: an answer, or a worked solution that marks one with a box or ``####``.
+        is_truncated: The completion was cut off; it counts if it had marked its answer.
 
     Returns:
         False as well when the completion has no final answer.
     """
-    prediction = extract_answer(completion)
+    prediction = extract_answer(completion, is_truncated)
     if prediction is None:
         return False
     if "####" in gold or _BOX.search(gold):

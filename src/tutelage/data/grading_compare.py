@@ -23,7 +23,8 @@ _SECOND_CHOICE = re.compile(
 )
 _LETTER = re.compile(r"(?:\\text\{)?\s*(\(?)([A-Ja-j])[).]?\s*\}?")
 _DECIMAL = re.compile(r"-?[0-9]*\.[0-9]+")
-_COMMA_DECIMAL = re.compile(r"-?[0-9]+,[0-9]{1,2}")
+# Two decimals: 3,14 is seldom meant as a list, 3,4 mostly is.
+_COMMA_DECIMAL = re.compile(r"-?[0-9]+,[0-9]{2}")
 _NUMERAL = re.compile(r"-?[0-9]*\.?[0-9]+")
 _FUNCTION = re.compile(r"[a-zA-Z]\(.*\)")
 

@@ -30,7 +30,7 @@ _SPACED_SIGN = re.compile(r" ?([^\w ]) ?")
 _IGNORED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\%", "%", "^\\circ")
 
 
-def number_answer(text: str) -> str | None:
+def number_answer(text: str, is_truncated: bool = False) -> str | None:
     """The final answer that a completion commits to.
 
     The reasoning before the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts,
@@ -38,6 +38,8 @@ def number_answer(text: str) -> str | None:
 
     Args:
         text: A completion, or a reference solution such as GSM8K's.
+        is_truncated: It was cut off, so that its last number is any number: only a finished mark
+            counts.
 
     Returns:
         The answer as written, or None if there is none. An unfinished ``\\boxed{`` or a thought
@@ -49,10 +51,15 @@ def number_answer(text: str) -> str | None:
         return None
     if "\\boxed{" in answer:
         return _last_boxed(answer)
-    _, marked, rest = answer.rpartition("####")
+    _, marked, rest = finished_lines(answer, is_truncated).rpartition("####")
     if marked:
         return rest.split("\n", 1)[0].strip() or None
-    return _last_number(answer)
+    return None if is_truncated else _last_number(answer)
+
+
+def finished_lines(text: str, is_truncated: bool) -> str:
+    """The text; one that was cut off without its last line, which may lack digits."""
+    return text.rpartition("\n")[0] if is_truncated else text
 
 
 def numbers_equal(prediction: str, gold: str) -> bool:
@@ -67,22 +74,28 @@ def numbers_equal(prediction: str, gold: str) -> bool:
     return _plain(prediction) == _plain(gold) != ""
 
 
-def grade_number(text: str, gold: str) -> bool:
+def is_number(answer: str) -> bool:
+    """Whether a reference answer, or the one that a worked solution ends with, is a number."""
+    return _number(_reference(answer)) is not None
+
+
+def grade_number(text: str, gold: str, is_truncated: bool = False) -> bool:
     """Whether the final answer of a completion equals the reference answer.
 
     Args:
         text: The completion.
         gold: The reference: an answer, or a worked solution ending with one.
+        is_truncated: The completion was cut off; it counts if it had marked its answer.
 
     Returns:
         False as well when the completion has no final answer.
     """
-    prediction = number_answer(text)
-    if prediction is None:
-        return False
-    if "####" in gold or "\\boxed{" in gold:
-        gold = number_answer(gold) or ""
-    return numbers_equal(prediction, gold)
+    prediction = number_answer(text, is_truncated)
+    return prediction is not None and numbers_equal(prediction, _reference(gold))
+
+
+def _reference(gold: str) -> str:
+    return number_answer(gold) or "" if "####" in gold or "\\boxed{" in gold else gold
 
 
 def _last_boxed(text: str) -> str | None:

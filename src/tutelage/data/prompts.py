@@ -20,7 +20,7 @@ from tutelage.data.formats import (
     to_prompt,
 )
 from tutelage.data.grading import grade_completion
-from tutelage.data.grading_number import grade_number
+from tutelage.data.grading_number import grade_number, is_number
 from tutelage.data.suites import SETS, NamedSet
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
@@ -122,6 +122,12 @@ def _distinct(located: _Located) -> _Located:
             yield where, prompt
 
 
+def fitting_grader(prompts: Iterable[Prompt]) -> Grader:
+    """`number` when every reference answer is a number, else `math`."""
+    answers = (prompt.answer for prompt in prompts if prompt.answer is not None)
+    return "number" if all(map(is_number, answers)) else "math"
+
+
 def load_completions(
     path: str | Path, prompt_format: PromptFormat | None = None
 ) -> list[tuple[Prompt, str | list[int]]]:
@@ -175,7 +181,8 @@ class FileTask:
     pool: tuple[Prompt, ...] = field(repr=False)
     """Training prompts, and held-out prompts unless `held_out_prompts` gives them."""
     grader: Grader = "none"
-    """none: no grading; number: the final answer as a number; exact: the text itself."""
+    """none: no grading; number: the final answer as a number; math: as mathematics; exact: the
+    text itself."""
     num_held_out: int = 0
     """Prompts set apart for evaluation; 0 evaluates on `held_out_prompts` or not at all."""
     held_out_prompts: tuple[Prompt, ...] = field(default=(), repr=False)
@@ -224,14 +231,17 @@ class FileTask:
         order = _permutation(len(self._held_out), "held-out", seed)
         return [self._held_out[i] for i in order[:num_prompts]]
 
-    def grade(self, prompt: Prompt, text: str) -> bool | None:
-        """Whether a completion is right; None without a grader or without a reference answer."""
+    def grade(self, prompt: Prompt, text: str, is_truncated: bool = False) -> bool | None:
+        """Whether a completion is right; None without a grader or without a reference answer.
+
+        One that was cut off is right only if it had marked its answer.
+        """
         if prompt.answer is None or self.grader == "none":
             return None
         if self.grader == "exact":
-            return text.strip() == prompt.answer.strip()
+            return not is_truncated and text.strip() == prompt.answer.strip()
         grade = grade_completion if self.grader == "math" else grade_number
-        return grade(text, prompt.answer)
+        return grade(text, prompt.answer, is_truncated)
 
     def without(self, is_too_long: Callable[[Prompt], bool]) -> FileTask:
         """The task without the prompts that are too long, which are counted."""

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Grade: TypeAlias = Callable[[Prompt, str], bool | None]
+Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
+"""Verdict on a prompt's completion, given whether it was cut off; None if it can't be graded."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Evaluation:
     num_samples: int
     rollouts: list[Rollout]
     is_correct: list[bool | None]
-    """Verdict on each rollout; a truncated completion is wrong."""
+    """Verdict on each rollout; one that was cut off is right if it had marked its answer."""
     maj_at_k: Interval | None = None
     pass_at: dict[int, Interval] = field(default_factory=dict)
     """Unbiased pass@j for j = 1, 2, 4, … below k."""
@@ -76,7 +77,7 @@ def evaluate(
     Args:
         model: causal language model.
         tokenizer: its tokenizer.
-        grade: verdict on a decoded completion, None if it can't be graded, e.g. `Task.grade`.
+        grade: verdict on a decoded completion, such as `Task.grade`.
         prompts: held-out prompts, at least one.
         sampling: how completions are drawn.
         seed: names the draw.
@@ -95,7 +96,7 @@ def evaluate(
     rollouts = sample(
         model, tokenizer, prompts, sampling, seed, batch_size, progress, enable_thinking
     )
-    verdicts = [_verdict(grade, rollout) for rollout in rollouts]
+    verdicts = [grade(r.prompt, r.text, r.is_truncated) for r in rollouts]
     k = sampling.num_samples
     scores = score(
         [verdicts[start : start + k] for start in range(0, len(verdicts), k)],
@@ -114,12 +115,7 @@ def evaluate(
 
 
 def _answers(rollouts: Sequence[Rollout]) -> list[str | None]:
-    return [None if r.is_truncated else number_answer(r.text) for r in rollouts]
-
-
-def _verdict(grade: Grade, rollout: Rollout) -> bool | None:
-    verdict = grade(rollout.prompt, rollout.text)
-    return False if verdict and rollout.is_truncated else verdict
+    return [number_answer(r.text, r.is_truncated) for r in rollouts]
 
 
 def held_out_reverse_kl(

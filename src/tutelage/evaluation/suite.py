@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from tutelage.data.grading_number import number_answer, numbers_equal
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
+from tutelage.evaluation.evaluate import Grade
 from tutelage.evaluation.folder import EvaluationFolder, Row
 from tutelage.evaluation.scores import Scores, score
 
@@ -30,7 +31,6 @@ class Completion:
 
 Complete: TypeAlias = Callable[[Sequence[Prompt], int], list[Completion]]
 """Draws all samples of some problems, at most so many tokens each."""
-Grade: TypeAlias = Callable[[Prompt, str], bool | None]
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Benchmark:
     prompts: tuple[Prompt, ...] = field(repr=False)
     grade: Grade = field(repr=False)
     max_new_tokens: int
-    is_truncated_wrong: bool = False
-    """Whether a completion that was cut off is wrong even when it had given its answer."""
-    answer_of: Callable[[str], str | None] = field(default=number_answer, repr=False)
-    """The answer that a completion votes for."""
+    grader: str = ""
+    """What `grade` is called in the settings."""
+    answer_of: Callable[[str, bool], str | None] = field(default=number_answer, repr=False)
+    """The answer that a completion votes for, given whether it was cut off."""
     equal: Callable[[str, str], bool] = field(default=numbers_equal, repr=False)
     """Whether two answers are one vote."""
 
@@ -134,20 +134,17 @@ def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
 
 
 def _row(benchmark: Benchmark, completion: Completion) -> Row:
-    is_correct = benchmark.grade(completion.prompt, completion.text)
-    answer = benchmark.answer_of(completion.text)
-    if completion.is_truncated and benchmark.is_truncated_wrong:
-        is_correct, answer = (None if is_correct is None else False), None
+    text, is_truncated = completion.text, completion.is_truncated
     return {
         "benchmark": benchmark.name,
         "prompt_id": completion.prompt.id,
         "sample": completion.sample,
-        "is_correct": is_correct,
-        "is_truncated": completion.is_truncated,
+        "is_correct": benchmark.grade(completion.prompt, text, is_truncated),
+        "is_truncated": is_truncated,
         "num_tokens": completion.num_tokens,
-        "answer": answer,
+        "answer": benchmark.answer_of(text, is_truncated),
         "gold": completion.prompt.answer,
-        "completion": completion.text,
+        "completion": text,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +121,6 @@ def shared_vocabulary(
     """
     _refuse_different_tokens(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
     _refuse_different_control(student_tokenizer, teacher_tokenizer)
-    _warn_of_different_habits(student_tokenizer, teacher_tokenizer)
     size = vocabulary_size(student_tokenizer)
     for owner, rows in (("student", student_rows), ("teacher", teacher_rows)):
         if rows < size:
@@ -250,14 +248,4 @@ def _refuse_different_control(
         raise ModelError(
             f"token {student.convert_ids_to_tokens(token_id)!r} (id {token_id}) is a control token "
             f"for the {owner} only. Choose models that share a tokenizer."
-        )
-
-
-def _warn_of_different_habits(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> None:
-    if student.chat_template != teacher.chat_template:
-        warnings.warn(
-            "student and teacher have different chat templates; prompts use the student's.",
-            stacklevel=3,
         )

@@ -10,7 +10,7 @@ from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
 from tutelage.run.memory import plan_memory
 from tutelage.run.method import AllTokens, FirstTokens
-from tutelage.run.setup import build, warnings_of
+from tutelage.run.setup import build
 from tutelage.run.train import run_folder
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check(config: Config, name: str) -> Iterator[str]:
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
     yield from plan_memory(config, parts, max(lengths)).lines()
-    yield from (f"warning: {line}" for line in warnings_of(config))
+    yield from (f"warning: {line}" for line in parts.warnings)
     yield f"folder: {run_folder(config, name)} on {parts.device}"
 
 

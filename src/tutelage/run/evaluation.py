@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.data.formats import PromptFormat, is_file_name
-from tutelage.data.grading import answers_equal, extract_answer, grade_completion
-from tutelage.data.grading_number import grade_number, number_answer, numbers_equal
-from tutelage.data.prompts import FileTask, Grader, load_prompts
+from tutelage.data.grading import answers_equal, extract_answer
+from tutelage.data.grading_number import number_answer, numbers_equal
+from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts
 from tutelage.data.suites import BENCHMARKS, Suite, find_suite
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
@@ -49,8 +49,8 @@ class SuiteRequest:
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    grader: Grader = "number"
-    """How answers of a file are compared; benchmarks are graded as mathematics."""
+    grader: Grader | None = None
+    """How answers of a file are compared; None takes `fitting_grader`. Benchmarks have theirs."""
     chat: bool | None = None
     """Use the chat template; None does if the model has one."""
     thinking: bool | None = None
@@ -225,34 +225,23 @@ def _benchmarks(request: SuiteRequest, suite: Suite, chat: bool) -> list[Benchma
     limit = request.num_problems
     if is_file_name(request.suite):
         prompts = tuple(load_prompts(request.suite, columns, limit=limit))
-        name = Path(request.suite).stem
-        grade = FileTask(name, prompts, request.grader).grade
+        grader = request.grader or fitting_grader(prompts)
         length = request.max_new_tokens or 1024
-        votes = _MATH_VOTES if request.grader == "math" else _NUMBER_VOTES
-        return [Benchmark(name, prompts, grade, length, True, *votes)]
+        return [_graded(Path(request.suite).stem, prompts, grader, length)]
     return [_benchmark(name, columns, request) for name in suite.benchmarks]
-
-
-_MATH_VOTES = (extract_answer, answers_equal)
-_NUMBER_VOTES = (number_answer, numbers_equal)
 
 
 def _benchmark(name: str, columns: PromptFormat, request: SuiteRequest) -> Benchmark:
     prompts = tuple(load_prompts(name, columns, limit=request.num_problems))
     length = request.max_new_tokens or BENCHMARKS[name].max_new_tokens
-    if name == "gsm8k":
-        # Its rule takes the last number, which in a text that was cut off is any number.
-        return Benchmark(name, prompts, _grade_number, length, True, *_NUMBER_VOTES)
-    return Benchmark(name, prompts, _grade, length, False, *_MATH_VOTES)
+    # GSM8K's own rule: without a mark, the last number is the answer.
+    return _graded(name, prompts, "number" if name == "gsm8k" else "math", length)
 
 
-def _grade(prompt: Prompt, text: str) -> bool | None:
-    return None if prompt.answer is None else grade_completion(text, prompt.answer)
-
-
-def _grade_number(prompt: Prompt, text: str) -> bool | None:
-    """GSM8K's own rule: without a mark, the last number is the answer."""
-    return None if prompt.answer is None else grade_number(text, prompt.answer)
+def _graded(name: str, prompts: tuple[Prompt, ...], grader: Grader, length: int) -> Benchmark:
+    is_math = grader == "math"
+    votes = (extract_answer, answers_equal) if is_math else (number_answer, numbers_equal)
+    return Benchmark(name, prompts, FileTask(name, prompts, grader).grade, length, grader, *votes)
 
 
 def _run_config(request: SuiteRequest) -> Config:
@@ -270,7 +259,8 @@ def _held_out(request: SuiteRequest, run: Config, tokenizer: PreTrainedTokenizer
     count = request.num_problems or run.evaluation.num_problems or 64
     length = request.max_new_tokens or run.sampling.max_new_tokens
     prompts = tuple(task.held_out(count))
-    return Benchmark(HELD_OUT, prompts, task.grade, length, is_truncated_wrong=True)
+    grader = task.grader if isinstance(task, FileTask) else task.name
+    return Benchmark(HELD_OUT, prompts, task.grade, length, grader)
 
 
 def _within_context(
@@ -311,6 +301,7 @@ def _settings(
                 "num_problems": len(b.prompts),
                 "problems": b.fingerprint(),
                 "max_new_tokens": b.max_new_tokens,
+                "grader": b.grader,
             }
             for b in benchmarks
         },
@@ -319,7 +310,6 @@ def _settings(
         "top_p": sampling.top_p,
         "chat": chat,
         "thinking": request.thinking,
-        "grader": request.grader,
         "batch_size": request.batch_size,
         "seed": request.seed,
         "device": request.device,

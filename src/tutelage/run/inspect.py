@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tutelage.data.prompts import FileTask, Grader, PromptFormat, load_prompts
+from tutelage.data.prompts import FileTask, Grader, PromptFormat, fitting_grader, load_prompts
 from tutelage.data.tasks import LedgerTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
@@ -22,7 +22,8 @@ class Inspection:
     model: str
     prompts: str | None = None
     """JSONL file; None for the ledger task's held-out prompts."""
-    grader: Grader = "number"
+    grader: Grader | None = None
+    """How answers are compared; None takes `fitting_grader`."""
     chat: bool = False
     suffix: str = ""
     num_prompts: int = 64
@@ -67,4 +68,5 @@ def _problems(request: Inspection) -> tuple[Sequence[Prompt], Grade]:
         return ledger.held_out(request.num_prompts), ledger.grade
     columns = PromptFormat(chat=request.chat, suffix=request.suffix)
     prompts = load_prompts(request.prompts, columns, limit=request.num_prompts)
-    return prompts, FileTask("prompts", tuple(prompts), request.grader).grade
+    grader = request.grader or fitting_grader(prompts)
+    return prompts, FileTask("prompts", tuple(prompts), grader).grade

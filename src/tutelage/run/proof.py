@@ -41,8 +41,7 @@ def engine_gap(
     batch = next((batch for batch in batches if batch.num_rows), None)
     if batch is None:
         return 0.0
-    names = dict.fromkeys(batch.completion.tolist())  # a completion's rows lie side by side
-    reported = torch.tensor([x for name in names for x in rollouts[name].logprobs])
+    reported = torch.tensor([x for name in batch.names for x in rollouts[name].logprobs])
     with torch.no_grad():
         log_p = student(batch, None).log_p
     gap = float((log_p - reported.to(log_p)).abs().mean())

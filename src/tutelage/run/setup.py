@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ class Parts:
     device: torch.device
     enable_thinking: bool | None = None
     """Passed to the chat template of every prompt when not None."""
+    warnings: tuple[str, ...] = ()
+    """What a user should know before the run: legal settings that seldom do what is meant."""
 
 
 def trained_names(student: Student) -> list[str]:
@@ -158,15 +160,22 @@ def plain_student(config: Config, student: PreTrainedModel) -> PreTrainedModel:
     return merge(model)
 
 
-def warnings_of(config: Config) -> list[str]:
-    """What a user should know before the run: legal settings that seldom do what is meant."""
-    sampling, found = config.sampling, []
+def _warnings(
+    config: Config, task: Task, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    sampling = config.sampling
     if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
-        found.append(
+        yield (
             "completions are not drawn from the distribution that is trained "
             "(sampling.temperature, top_p or top_k differ from 1, 1, 0)"
         )
-    return found
+    if student.chat_template != teacher.chat_template:
+        prompts = task.prompts(0, config.prompts_per_step, config.seed)
+        if any(not isinstance(prompt.content, str) for prompt in prompts):
+            yield (
+                "student and teacher have different chat templates; prompts are rendered with the "
+                "student's, which the teacher may not know"
+            )
 
 
 def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
@@ -265,4 +274,5 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
         task,
         device,
         thinking(config.data),
+        tuple(_warnings(config, task, tokenizer, teacher_tokenizer)),
     )

@@ -175,8 +175,7 @@ class Step:
             return [None] * len(batches)
         of = dict(zip(self.share(len(drawn.rollouts)), drawn.hidden, strict=True))
         empty = drawn.hidden[0][:0]
-        names = (torch.unique_consecutive(batch.completion).tolist() for batch in batches)
-        return [torch.cat([empty, *(of[name] for name in here)]) for here in names]
+        return [torch.cat([empty, *(of[name] for name in batch.names)]) for batch in batches]
 
     def _verified_gap(
         self, batches: Sequence[Batch], known: Sequence[Tensor | None], step: int
@@ -228,7 +227,7 @@ class Step:
         """Verdict on every completion of the step; none where no weighting asks for them."""
         if not isinstance(self.config.weighting, PacedWeighting | RewardWeighting):
             return []
-        local = [self.parts.task.grade(r.prompt, r.text) for r in rollouts]
+        local = [self.parts.task.grade(r.prompt, r.text, r.is_truncated) for r in rollouts]
         codes = [-1 if verdict is None else int(verdict) for verdict in local]
         table = self.ranks.by_completion(codes, self.share(len(rollouts)))
         return [None if code < 0 else bool(code) for code in table]

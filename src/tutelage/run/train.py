@@ -32,7 +32,7 @@ from tutelage.run.measure import describe, measure
 from tutelage.run.memory import STATE_BYTES
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
 from tutelage.run.record import snapshot
-from tutelage.run.setup import build, pick_device, plain_student, warnings_of
+from tutelage.run.setup import build, pick_device, plain_student
 from tutelage.run.step import Step
 from tutelage.run.stop import Stop, StoppedError, listening
 from tutelage.run.trackers import numbers, require_trackers, start_trackers
@@ -152,7 +152,7 @@ class _Run:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
         num_steps = self.config.num_steps
         self.done = saved = self.first_step - 1
-        for line in warnings_of(self.config):
+        for line in self.parts.warnings:
             self.say(f"warning: {line}")
         try:
             if self._is_evaluation_due() and not self.folder.has_evaluation(self.done):

@@ -26,5 +26,8 @@ class Task(Protocol):
     def held_out(self, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """Evaluation prompts, which `prompts` never gives, whatever the seeds."""
 
-    def grade(self, prompt: Prompt, text: str) -> bool | None:
-        """Whether a decoded completion (no special tokens) is right; None if it can't be graded."""
+    def grade(self, prompt: Prompt, text: str, is_truncated: bool = False) -> bool | None:
+        """Whether a decoded completion (no special tokens) is right; None if it can't be graded.
+
+        One that was cut off (`is_truncated`) is right only if it had finished its answer.
+        """

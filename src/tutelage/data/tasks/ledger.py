@@ -182,12 +182,13 @@ class LedgerTask:
             for index in range(num_prompts)
         ]
 
-    def grade(self, prompt: Prompt, text: str) -> bool | None:
+    def grade(self, prompt: Prompt, text: str, is_truncated: bool = False) -> bool | None:
         """Whether every step of a completion is right, and nothing else was written.
 
         Args:
             prompt: a ledger prompt with its answer.
             text: the decoded completion without special tokens.
+            is_truncated: it was cut off before it ended, and is wrong.
 
         Returns:
             True or False; None when the prompt is not a ledger prompt or has no answer.
@@ -195,7 +196,7 @@ class LedgerTask:
         items = parse_items(prompt)
         if items is None or prompt.answer is None:
             return None
-        match = _COMPLETION.fullmatch(text)
+        match = None if is_truncated else _COMPLETION.fullmatch(text)
         if match is None or match["answer"] != prompt.answer:
             return False
         return _final_sum(_STEP.findall(match["steps"]), items) == prompt.answer
