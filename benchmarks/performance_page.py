@@ -180,14 +180,22 @@ def growth(cases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float, float 
             yield line, 1.15, size[4096] / size[512]
 
 
+LEAN_ARMS = {
+    "tutelage-offload": "an offloaded teacher",
+    "tutelage-reload": "a reloaded teacher",
+    "tutelage-reload-checkpointing": "a reloaded teacher and checkpointed activations",
+}
+
+
 def step_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
     """What was aimed at for a whole step, against TRL's fastest and its leanest arm."""
     for pair, found in record["results"].items():
         arms, limit = found["arms"], 0.6 if pair == "embedded" else 0.8
         yield f"{pair}: step / TRL, time", limit, arms["tutelage"]["step_vs_trl"]
-        if "tutelage-offload" in arms:
-            line = f"{pair}: step with an offloaded teacher / TRL, peak memory"
-            yield line, 0.6, arms["tutelage-offload"]["peak_vs_trl"]
+        for arm, words in LEAN_ARMS.items():
+            if arm in arms:
+                line = f"{pair}: step with {words} / TRL's leanest, peak memory"
+                yield line, 0.6, arms[arm]["peak_vs_trl"]
 
 
 def rollout_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:

