@@ -105,7 +105,7 @@ def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Pa
     assert "| all tokens / liger, time | ≤ 0.6 | not measured |  |" in text
     assert "in chunks of 256 rows" in text
     assert "| smollm2: step / TRL, time | ≤ 0.8 | 0.70 | yes |" in text
-    assert "/ TRL, peak memory | ≤ 0.6 | 0.50 | yes |" in text
+    assert "/ TRL's leanest, peak memory | ≤ 0.6 | 0.50 | yes |" in text
     assert "| tutelage | 0.7 | 3 MiB |" in text
     assert "old" not in text
     assert "quick" not in text
