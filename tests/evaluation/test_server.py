@@ -193,12 +193,48 @@ def test_the_model_is_asked_for_when_there_is_one_only() -> None:
         ("http://100.100.100.200/v1", "leads to 100.100.100.200"),
         ("http://168.63.129.16/v1", "leads to 168.63.129.16"),
         ("http://224.0.0.1/v1", "leads to 224.0.0.1"),
+        ("gopher://host/v1", "must begin with http"),
+        ("javascript:alert(1)", "must begin with http"),
+        ("//169.254.169.254/v1", "must begin with http"),
+        ("http://:secret@host/v1", "holds a user or password"),
+        ("http://secret@host/v1", "holds a user or password"),
+        ("http://host@169.254.169.254/v1", "holds a user or password"),
+        ("http://host#@169.254.169.254/", "must end with its path"),
+        ("http://host/\nv1", "must end with its path"),
+        ("http://[::1/v1", "malformed"),
+        ("http://host:secret/v1", "malformed"),
+        ("HTTP://169.254.169.254/v1", "leads to 169.254.169.254"),
+        ("http://169.254.43518/v1", "leads to 169.254.169.254"),
+        ("http://169.16689662/v1", "leads to 169.254.169.254"),
+        ("http://0xA9.0xFE.0xA9.0xFE/v1", "leads to 169.254.169.254"),
+        ("http://025177524776/v1", "leads to 169.254.169.254"),
+        ("http://192.0.0.192/v1", "leads to 192.0.0.192"),
+        ("http://[fd00:ec2:0:0::254]/v1", "leads to fd00:ec2::254"),
+        ("http://[fd20:ce::254]/v1", "leads to fd20:ce::254"),
+        ("http://[::a9fe:a9fe]/v1", "cloud metadata"),
+        ("http://[::ffff:0:a9fe:a9fe]/v1", "cloud metadata"),
+        ("http://[64:ff9b:1::a9fe:a9fe]/v1", "cloud metadata"),
+        ("http://user:secret/word@host/v1", "malformed"),
+        ("http://[ff02::1]/v1", "leads to ff02::1"),
     ],
 )
 def test_addresses_that_are_refused(url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         resolve(url)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["169．254．169．254", "１６９.254.169.254", "169。254。169。254"])
+def test_other_digits_and_dots_are_no_way_round(host: str) -> None:
+    """Whether the system's look-up takes them for an address or for no name at all."""
+    with pytest.raises((ConfigError, ModelError), match=r"leads to 169|is unknown|malformed"):
+        resolve(f"http://{host}/v1")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://[::1]:8000/v1/"])
+def test_addresses_that_are_accepted(url: str) -> None:
+    """The negative control."""
+    assert (resolve(url).port, resolve(url).path) == (8000, "/v1")
 
 
 def test_a_name_that_leads_to_metadata_is_refused_and_others_are_pinned(

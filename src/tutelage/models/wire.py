@@ -32,7 +32,11 @@ _METADATA = tuple(
         "192.0.0.192/32",
     )
 )
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Networks whose addresses end in an IPv4 address: compatible, translated (SIIT) and NAT64.
+_ENDS_IN_IPV4 = tuple(
+    ipaddress.ip_network(network)
+    for network in ("::/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
+)
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -61,8 +65,10 @@ def resolve(url: str) -> Address:
     try:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
-    except ValueError as error:
-        raise ConfigError(f"the server's URL is malformed: {error}.") from None
+    except ValueError:  # its reason may show a part of a password
+        raise ConfigError(
+            "the server's URL is malformed. Write it as http://host:8000/v1."
+        ) from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
             f"the server's URL must begin with http:// or https://, got {parts.scheme + '://'!r}."
@@ -98,7 +104,7 @@ def _meanings(ip: IPAddress) -> Iterator[IPAddress]:
     yield ip
     if isinstance(ip, ipaddress.IPv6Address):
         embedded = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64 or int(ip) >> 32 == 0:
+        if any(ip in network for network in _ENDS_IN_IPV4):
             embedded.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
         yield from (inner for inner in embedded if inner is not None)
 
