@@ -43,6 +43,7 @@ def main() -> None:
     config = load_config(given.config, given.overrides)
     if not config.recording.every:
         options.error("the configuration records nothing: set recording.every")
+    measure(replace(config, num_steps=1), True)  # imports and first calls are nobody's cost
     pairs = []
     for number in range(given.rounds):
         order = (True, False) if number % 2 == 0 else (False, True)

@@ -46,6 +46,8 @@ class Theme:
                 return self.ink
 
 
+_LOW_SHARE = 0.3
+"""Shares that stay below it get an axis of their own length."""
 LIGHT = Theme(ink="#3d4248", grid="#e3e5e8", background="#ffffff", blue="#0072B2")
 DARK = Theme(ink="#c3c8ce", grid="#353a40", background="#1b1e22", blue="#56B4E9")
 
@@ -134,18 +136,26 @@ def draw_panel(panel: Panel, axes: Axes, theme: Theme) -> None:
     """Curves over steps."""
     style(axes, theme)
     axes.set_xlabel("step", fontsize=8, color=theme.ink)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.is_stacked:
         _draw_stack(axes, panel, theme)
     else:
         for curve in panel.curves:
             _draw_curve(axes, curve, theme.color(curve.color))
     if panel.is_share:
-        axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(lambda value, _position: f"{100 * value:.0f} %")
+        _share_axis(axes)
     elif panel.starts_at_zero:
         axes.set_ylim(bottom=0, top=1.06 * axes.get_ylim()[1])
     if panel.has_legend and len(panel.curves) > 1:
         legend(axes, len(panel.curves), theme)
+
+
+def _share_axis(axes: Axes) -> None:
+    """From 0 to 100 %, unless that would press everything to the ground."""
+    top = axes.get_ylim()[1]
+    top = 1.06 * top if 0 < top < _LOW_SHARE else 1.02
+    axes.set_ylim(-0.02 * top, top)
+    axes.yaxis.set_major_formatter(lambda value, _position: f"{100 * value:.3g} %")
 
 
 def legend(axes: Axes, num_curves: int, theme: Theme) -> None:
