@@ -46,7 +46,7 @@ def test_only_differing_configuration_keys_are_listed(make_run: MakeRun) -> None
 def test_a_key_that_one_run_lacks_differs(make_run: MakeRun) -> None:
     a, b = make_run("a"), make_run("b")
     manifest = json.loads((b / "manifest.json").read_text())
-    manifest["config"]["extra"] = None
+    manifest["config"] |= {"extra": None, "out": "b"}
     (b / "manifest.json").write_text(json.dumps(manifest))
     assert compare_runs([a, b]).config == {"extra": (None, "null")}
 

@@ -155,7 +155,8 @@ def _differing_config(records: Sequence[RunRecord]) -> dict[str, tuple[str | Non
     configs = [dict(text.flatten(record.config)) for record in records]
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: tuple(config.get(key) for config in configs) for key in keys}
-    return {key: row for key, row in values.items() if len(set(row)) > 1}
+    # Runs always go to folders of their own.
+    return {key: row for key, row in values.items() if len(set(row)) > 1 and key != "out"}
 
 
 def _unlike_measurements(baseline: RunRecord, record: RunRecord) -> list[str]:
