@@ -144,7 +144,7 @@ def _favourites(arm: _Arm) -> str:
     """Token texts by how often the rule keeps them, with that count."""
     texts = {key: value for record in arm.records.values() for key, value in record.texts.items()}
     counts = Counter(row.record.token[row.index] for row in arm.rows if arm.keeps(row))
-    return ", ".join(
+    return " · ".join(
         f"{_shown(texts.get(str(token), f'id {token}'))} {count}"
         for token, count in counts.most_common(_NUM_FAVOURITES)
     )
