@@ -136,7 +136,7 @@ def draw_panel(panel: Panel, axes: Axes, theme: Theme) -> None:
     """Curves over steps."""
     style(axes, theme)
     axes.set_xlabel("step", fontsize=8, color=theme.ink)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if panel.is_stacked:
         _draw_stack(axes, panel, theme)
     else:
