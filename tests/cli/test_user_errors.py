@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.errors import TutelageError
+from tutelage.models import templates
 from tutelage.run.parse import load_config
 
 
@@ -84,11 +85,32 @@ def test_missing_configuration(tmp_path: Path) -> None:
     refused("train", tmp_path)("cannot be read")
 
 
-@pytest.mark.parametrize("content", [b"num_steps = = 3\n", b"[student\n", b"a = 1\na = 2\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"num_steps = = 3\n",
+        b"[student\n",
+        b"a = 1\na = 2\n",
+        b"[data]\n[data]\n",
+        b"a = 'x",
+        b"\xef\xbb\xbfa = ",
+        b"a = 1\0\n",
+        b"a = 2026-13-01\n",
+        b"a = " + b"[" * 9999,
+        b"a = " + b"{b=" * 9999,
+    ],
+    ids=range(10),
+)
 def test_bad_toml(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
-    refused("train", path)("bad.toml is not valid TOML", "line")
+    refused("train", path)("bad.toml is not valid TOML")
+
+
+def test_a_configuration_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + LEDGER.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(path, []) == load_config(LEDGER, [])
 
 
 def test_configuration_that_is_not_text(tmp_path: Path) -> None:
@@ -131,6 +153,7 @@ def test_keep_out_of_range(keep: str) -> None:
         ("=3", ("'=3'", "key=value")),
         ("num_steps.x=3", ("'num_steps'", "not a table")),
         ("num_steps=abc", ("num_steps:", "'abc'")),
+        ("num_steps=" + "[" * 9999, ("num_steps:",)),
         ("num_steps=0", ("num_steps must be at least 1, got 0",)),
         ("student=3", ("student:", "got 3")),
         ("student.dtype=float8", ("student.dtype:", "'float32'", "'float8'")),
@@ -297,6 +320,17 @@ def test_a_damaged_model(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refused("eval", folder)("cannot load the model", "files are complete")
+
+
+def test_a_chat_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "ledger-small", folder)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(loops)
+    monkeypatch.setattr(templates, "TIME_LIMIT_S", 0.3)
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": [{"role": "user", "content": "a"}]})
+    check = refused("eval", folder, "--prompts", path)
+    check(f"the chat template of '{folder}' fails at prompt 'p/1'", "stopped", "chat = false")
 
 
 @pytest.mark.parametrize(
