@@ -26,7 +26,7 @@ test: install .venv/axe  ## all tests
 # The browser tests check the pages with axe-core where npm can fetch it, and go without elsewhere.
 .venv/axe: install
 	@if [ ! -e $@ ] && command -v npm >/dev/null; then cd .venv && rm -rf package && \
-		npm pack --silent $(AXE) >/dev/null && tar xzf $(subst @,-,$(AXE)).tgz && mv package axe \
+		npm pack --silent --fetch-retries=0 --fetch-timeout=20000 $(AXE) >/dev/null && tar xzf $(subst @,-,$(AXE)).tgz && mv package axe \
 		|| echo "axe-core could not be fetched; its tests are skipped"; fi
 
 test-vllm: .venv/vllm  ## the tests that need vLLM, here its CPU build, in an environment of their own
