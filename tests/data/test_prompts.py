@@ -17,6 +17,7 @@ from tutelage.data.prompts import (
     PromptFormat,
     find_file,
     fitting_grader,
+    load_completions,
     load_prompts,
 )
 from tutelage.data.tasks import Task
@@ -147,6 +148,24 @@ def test_what_is_no_file_is_told_so(tmp_path: Path, name: str) -> None:
     path.symlink_to(name)
     with pytest.raises(DataError, match="does not exist, looked for"):
         load_prompts(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs Linux")
+def test_a_file_that_cannot_be_read() -> None:
+    """Its first byte is an input/output error, for root too."""
+    with pytest.raises(DataError, match="/proc/self/mem cannot be read: Input/output error"):
+        load_prompts("/proc/self/mem")
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        load_prompts("x" * 5000 + ".jsonl")
+
+
+def test_completions_that_are_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"prompt": "a", "completion": "\\ud800"}')
+    with pytest.raises(DataError, match="line 1: 'completion' is not valid text"):
+        load_completions(path)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

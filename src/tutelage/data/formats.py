@@ -52,7 +52,7 @@ def find_file(name: str | Path) -> Path:
         candidates += [Path(folder) / given] if folder else []
         candidates.append(Path("data") / given)
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # a name too long for the file system is absent, not an error
             return path
     looked = ", ".join(str(path.absolute()) for path in candidates)
     raise DataError(
@@ -66,7 +66,7 @@ def is_file_name(source: str | Path) -> bool:
     path = Path(source)
     return (
         path.suffix in _FILE_ENDINGS
-        or path.is_file()
+        or os.path.isfile(path)
         or path.is_absolute()
         or path.parts[:1] in (("..",), ("~",))
     )
@@ -82,20 +82,29 @@ def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{where}: not JSON ({error}), got {excerpt(line)}. "
-                    "Write one JSON object on each line."
-                ) from error
-            yield where, record
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if not text.strip():
+                continue
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: not JSON ({error}), got {excerpt(line)}. "
+                "Write one JSON object on each line."
+            ) from error
+        yield where, record
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Check its permissions."
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -211,7 +220,7 @@ def _message(value: Any, where: str) -> Message:
         if not isinstance(message.get(key), str):
             got = excerpt(message.get(key))
             raise DataError(f"{where}: {key!r} of a message must be text, got {got}.")
-        _refuse_half_pairs(message[key], where)
+        refuse_half_pairs(message[key], where)
     _text(message["content"], where)
     return message
 
@@ -219,11 +228,12 @@ def _message(value: Any, where: str) -> Message:
 def _text(value: str, where: str) -> str:
     if not value.strip():
         raise DataError(f"{where} is empty, got {value!r}. Remove the record.")
-    _refuse_half_pairs(value, where)
+    refuse_half_pairs(value, where)
     return value
 
 
-def _refuse_half_pairs(value: str, where: str) -> None:
+def refuse_half_pairs(value: str, where: str) -> None:
+    """Raise DataError for text that is no Unicode text, which JSON can write as escapes."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -270,7 +280,7 @@ def _scalar(value: Any, key: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not is_finite:
         raise DataError(f"{where}: {key!r} must be text or a number, got {excerpt(value)}.")
     text = str(value)
-    _refuse_half_pairs(text, f"{where}: {key!r}")
+    refuse_half_pairs(text, f"{where}: {key!r}")
     return text
 
 

@@ -17,6 +17,7 @@ from tutelage.data.formats import (
     file_rows,
     find_file,
     is_file_name,
+    refuse_half_pairs,
     to_prompt,
 )
 from tutelage.data.grading import grade_completion
@@ -161,6 +162,7 @@ def _completion(record: dict[str, Any], where: str) -> str | list[int]:
     if isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids):
         return ids
     if isinstance(text, str) and text and ids is None:
+        refuse_half_pairs(text, f"{where}: 'completion'")
         return text
     raise DataError(
         f"{where}: needs a completion with at least one token, got "
