@@ -209,13 +209,37 @@ MUTANTS: dict[str, Group] = {
             ),
         ],
     ),
-    "run/step.py": (
-        ["invariance/test_step.py", "invariance/test_ranks.py"],
+    "run/learn.py": (
+        ["run/test_skipped_steps.py", "invariance/test_step.py", "invariance/test_ranks.py"],
         [
             ("scale = self.ranks.count / max(divisor, 1)", "scale = 1 / max(divisor, 1)"),
             (
-                "self.accelerator.backward(objective.total * scale)",
-                "self.accelerator.backward(objective.total)",
+                "accelerator.backward(objective.total * scale)",
+                "accelerator.backward(objective.total)",
+            ),
+            ("if not (math.isfinite(norm) and math.isfinite(total)):", "if False:"),
+        ],
+    ),
+    "run/atomic.py": (
+        ["run/test_checkpoint.py"],
+        [
+            (
+                "        temporary.replace(target)\n",
+                "        shutil.copytree(temporary, target)\n",
+            ),
+            ("        sync_tree(temporary)\n", "        pass\n"),
+            ("        sync(target.parent)\n", "        pass\n"),
+            ("    temporary = temporary_beside(target)\n", "    temporary = target\n"),
+        ],
+    ),
+    "run/manifest.py": (
+        ["run/test_checkpoint.py"],
+        [
+            ("        if name not in expected:\n", "        if False:\n"),
+            ("        if found[name] != expected[name]:\n", "        if False:\n"),
+            (
+                'for key, value in table.items() if key != "digest"}) != text',
+                "for key, value in table.items()}) == ''",
             ),
         ],
     ),
@@ -223,7 +247,6 @@ MUTANTS: dict[str, Group] = {
         ["run/test_checkpoint.py", "run/test_train.py"],
         [
             ("[:-keep]", "[: -keep - 1]"),
-            ('number.isdigit() and (path / "state.json").exists()', "number.isdigit()"),
             ("return sorted(found)", "return found[::-1]"),
             (
                 "                state[index][entry] = tensor\n".replace(
@@ -231,9 +254,9 @@ MUTANTS: dict[str, Group] = {
                 ),
                 "            state[index][entry] = tensor * 0\n",
             ),
-            ('json.dumps({"step": step})', 'json.dumps({"step": step + 1})'),
+            ('seal(temporary, {"step": step})', 'seal(temporary, {"step": step + 1})'),
             ("        if name not in names:\n", "        if False:\n"),
-            ("        temporary.replace(final)\n", "        shutil.copytree(temporary, final)\n"),
+            ('if unseal(path) != {"step": step}:', "if unseal(path) is None:"),
         ],
     ),
     "data/grading.py": (

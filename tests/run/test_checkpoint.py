@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tutelage.errors import RunError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.optimizer import MasterWeights
+from tutelage.run.atomic import new_folder
 from tutelage.run.checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -233,3 +234,29 @@ def test_a_damaged_optimizer_file_is_one_line(
     with pytest.raises(RunError, match=message) as caught:
         load_optimizer(path, parts_of(tiny_models, model), torch.optim.AdamW(parameters))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_flushed_then_renamed_then_its_name_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    with new_folder(tmp_path / "target") as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").write_text("x")
+        inode = temporary.stat().st_ino
+    assert (tmp_path / "target").stat().st_ino == inode  # a copy would be there in part first
+    place = events.index("rename")
+    assert sorted(events[:place]) == sorted(["file", "below", temporary.name])
+    assert events[place + 1 :] == [tmp_path.name]
