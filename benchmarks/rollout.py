@@ -311,7 +311,8 @@ def main() -> None:
         print(f"vllm is left out: {skipped['vllm']}", file=sys.stderr)
     record = environment(arguments) | {"dtype": arguments.dtype, "left_out": skipped}
     if not skipped and "vllm" in arguments.contestants:
-        record["versions"]["vllm"] = metadata.version("vllm")
+        package = metadata.packages_distributions()["vllm"][0]  # vllm, or its build for CPUs
+        record["versions"]["vllm"] = metadata.version(package)
     model = load_model(arguments.model, dtype=arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
     workloads = [
