@@ -151,7 +151,7 @@ def start_engine(job: Job, folder: str, dtype: str) -> Any:
         model=str(Path(folder) / "model"),
         dtype=dtype,
         max_num_seqs=job.batch_size,
-        max_model_len=1024,
+        max_model_len=min(1024, job.model.config.max_position_embeddings),
     )
 
 

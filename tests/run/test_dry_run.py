@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 
 from tutelage.errors import ModelError, RunError
 from tutelage.run import dryrun
@@ -89,6 +90,13 @@ def test_heads_of_different_size_stay_different() -> None:
     assert "151,936" in student
     assert "head of 395 rows" in teacher
     assert "152,064" in teacher
+
+
+def test_a_model_of_one_layer_is_no_exception(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("one-layer")
+    Qwen3Config(num_hidden_layers=1).save_pretrained(folder)
+    lines = list(dry_run(parse_config(HUB | {"student": {"model": str(folder)}})))
+    assert lines[-1].startswith("one step ran: ")
 
 
 def test_own_prompts_are_used_where_they_are(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -157,7 +157,8 @@ def _shrunk(
         tiny["num_key_value_heads"] = 4 if groups == heads else 2
     layers = own.get("layer_types")
     if layers is not None:
-        tiny["layer_types"] = layers[-2:]  # Gemma mixes: the last two are of both kinds
+        # Gemma mixes: the last two are of both kinds; a model may have one layer only.
+        tiny["layer_types"] = [layers[0], *layers][-2:]
     tiny |= {
         "vocab_size": num_rows,
         "bos_token_id": None,
