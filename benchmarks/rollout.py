@@ -152,6 +152,7 @@ def start_engine(job: Job, folder: str, dtype: str) -> Any:
         dtype=dtype,
         max_num_seqs=job.batch_size,
         max_model_len=min(1024, job.model.config.max_position_embeddings),
+        gpu_memory_utilization=0.4,  # on a CPU too: the share of memory that must be free
     )
 
 
