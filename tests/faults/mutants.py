@@ -177,7 +177,7 @@ def run(size: int) -> Outcome:
     return Outcome(
         "a small wrong change to the code is noticed by the tests that guard it (goal: 95 %)",
         trials=len(chosen),
-        failures=len(survivors) + len(broken) + len(failing),
+        failures=len(survivors) + len(broken) + len(failing) + stale,
         control={"test files that fail without a mutant": failing},
         details={
             "killed": killed,

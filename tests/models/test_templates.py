@@ -131,6 +131,7 @@ def test_the_limits_are_what_refuses(make_tokenizer: Any, monkeypatch: pytest.Mo
         ("{{ 'x' | no_such_filter }}", "no_such_filter"),
         ("{% include 'secret' %}", "no loader"),
         ("{{ range(1000000) }}", "too big"),
+        ("{{ '\\ud800' }}", "half a surrogate pair"),
     ],
 )
 def test_messages_that_do_not_fit(template: str, message: str) -> None:

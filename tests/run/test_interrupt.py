@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from tiny import tiny_table
+from tutelage.errors import ModelError
+from tutelage.models.load import load_model
 from tutelage.run.checkpoint import list_checkpoints
 from tutelage.run.parse import load_config
+from tutelage.run.stop import Stop, StoppedError
 from tutelage.run.train import train
 
 
@@ -93,3 +96,19 @@ def test_a_second_signal_interrupts_at_once(tmp_path: Path, tiny_models: Path) -
     assert signal.getsignal(signal.SIGINT) is before
     assert not (tmp_path / "run" / "lock").exists()
     assert list_checkpoints(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("is_signal", [True, False])
+def test_a_stop_while_a_model_is_read_is_no_damaged_file(
+    is_signal: bool, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = Stop()
+
+    def reading(*_: object, **__: object) -> None:
+        if is_signal:
+            stop.ask()
+        raise RuntimeError("a file that is cut off")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", reading)
+    with stop.interruptible(), pytest.raises(StoppedError if is_signal else ModelError):
+        load_model(str(tiny_models / "teacher"))

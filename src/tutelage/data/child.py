@@ -42,7 +42,7 @@ class Child:
         )
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
-            raise RunError("a helper process has no pipes, got none. Report this as a bug.")
+            raise RunError("a child process has no pipes, got none. Report this as a bug.")
         self._stdin, self._stdout = stdin, stdout
         self._received = b""
         self._is_ready = False

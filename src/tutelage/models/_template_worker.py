@@ -3,7 +3,8 @@
 Run as a program by `templates`; it imports nothing of this package, so it starts quickly. It
 reads one JSON object a line, {"template", "variables", "max_characters", "alarm_s"}, and answers
 {"text"}, or {"fault", "reason"} where the fault is the template's or the messages'. The parent
-kills it at its deadline; the kernel refuses memory, files, sockets and processes.
+kills it at its deadline; the kernel refuses memory, files, hence sockets, and to all but root
+processes.
 
 A template sees what transformers shows it: the sandbox, its settings, filters and functions.
 """
@@ -28,7 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MEMORY_BYTES = 1 << 28
 """Address space of the process."""
 _TEMPLATES_OWN = (
-    TemplateSyntaxError, SyntaxError, SecurityError, MemoryError, RecursionError, OSError
+    TemplateSyntaxError, SyntaxError, SecurityError, MemoryError, RecursionError, OSError,
+    AssertionError,
 )  # fmt: skip
 _BY_MESSAGES = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,

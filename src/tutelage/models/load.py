@@ -273,6 +273,8 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
     except Exception as error:  # what readers raise is anyone's guess; tokenizers: Exception itself
         away = "It is no folder here; check the name and the network, or give a folder."
         hint = "Check that the files are complete." if found.is_local else away
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            hint = "Use a smaller model, dtype or quantization, or free memory."
         reason = _one_line(error) or type(error).__name__
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other shapes than its config.json says"

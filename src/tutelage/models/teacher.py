@@ -166,6 +166,6 @@ class Teacher:
         logits = head(self.model, hidden[:0], self.vocab_size)
         weight = logits.weight.detach()
         bias = None if logits.bias is None else logits.bias.detach()
-        if self.mode == "reload" and weight.untyped_storage().nbytes() > weight.nbytes:
+        if self.mode == "reload" and weight.device.type == "cpu":
             weight = weight.clone()  # a part of a mapped file would keep all of it in memory
         return replace(logits, weight=weight, bias=bias, swap=self.swap)

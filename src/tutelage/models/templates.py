@@ -101,7 +101,10 @@ def render_chat(
     }
     reply = _renderer.reply(request) or stopped
     if "text" in reply:
-        return str(reply["text"])
+        text = str(reply["text"])
+        if not any("\ud800" <= character <= "\udfff" for character in text):
+            return text
+        reply = {"fault": "template", "reason": "it writes half a surrogate pair"}
     reason = " ".join(str(reply["reason"]).split())[:200].rstrip(".")
     if reply["fault"] == "template":
         raise ModelError(

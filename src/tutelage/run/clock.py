@@ -40,7 +40,8 @@ class Clock:
         finally:
             key = f"{name}_s"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
-            self._peak_bytes[name] = max(self._peak_bytes.get(name, 0), self._peak())
+            if peak := self._peak():  # 0: this system does not tell
+                self._peak_bytes[name] = max(self._peak_bytes.get(name, 0), peak)
 
     def _peak(self) -> int:
         if self.device.type == "cuda":

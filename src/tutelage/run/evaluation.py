@@ -239,9 +239,13 @@ def _benchmark(name: str, columns: PromptFormat, request: SuiteRequest) -> Bench
 
 
 def _graded(name: str, prompts: tuple[Prompt, ...], grader: Grader, length: int) -> Benchmark:
-    is_math = grader == "math"
-    votes = (extract_answer, answers_equal) if is_math else (number_answer, numbers_equal)
-    return Benchmark(name, prompts, FileTask(name, prompts, grader).grade, length, grader, *votes)
+    grade = FileTask(name, prompts, grader).grade
+    return Benchmark(name, prompts, grade, length, grader, *_votes(grader))
+
+
+def _votes(grader: str) -> tuple[Any, Any]:
+    """What of a completion votes for maj@k, and when two votes are one."""
+    return (extract_answer, answers_equal) if grader == "math" else (number_answer, numbers_equal)
 
 
 def _run_config(request: SuiteRequest) -> Config:
@@ -260,7 +264,7 @@ def _held_out(request: SuiteRequest, run: Config, tokenizer: PreTrainedTokenizer
     length = request.max_new_tokens or run.sampling.max_new_tokens
     prompts = tuple(task.held_out(count))
     grader = task.grader if isinstance(task, FileTask) else task.name
-    return Benchmark(HELD_OUT, prompts, task.grade, length, grader)
+    return Benchmark(HELD_OUT, prompts, task.grade, length, grader, *_votes(grader))
 
 
 def _within_context(

@@ -238,8 +238,8 @@ def status_bytes(key: str) -> int:
     file = Path("/proc/self/status")
     if not file.exists():  # not Linux: the process itself stays out of the plan
         return 0
-    line = next(line for line in file.read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    found = [line for line in file.read_text().splitlines() if line.startswith(key)]
+    return int(found[0].split()[1]) * 1024 if found else 0
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -10,8 +10,11 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StoppedError(Exception):
-    """Work that leaves no trace was given up because a signal asked to stop."""
+class StoppedError(BaseException):
+    """Work that leaves no trace was given up because a signal asked to stop.
+
+    No `Exception`, like KeyboardInterrupt: who explains bad files must not take it for one.
+    """
 
 
 class Stop:
