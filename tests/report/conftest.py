@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,17 @@ def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing: these tests look at the page around the pictures."""
     monkeypatch.setattr(plots, "render_svg", lambda _panel, _theme: b"<svg/>")
     monkeypatch.setattr(plots, "render_png", lambda _panels: b"")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; tests that use it are skipped where it or its driver is missing."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium to open pages in")
+    with api.sync_playwright() as playwright:
+        # tests may run as root in a container, where chromium's own sandbox cannot start
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

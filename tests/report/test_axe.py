@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_browser import CHROMIUM, api
 from token_lines import token_lines
 
 from tutelage.report.compare import compare_records
@@ -25,10 +24,7 @@ from tutelage.report.records import read_run
 from tutelage.report.report import write_report, write_score_page
 
 AXE = Path(os.environ.get("TUTELAGE_AXE") or Path(sys.prefix) / "axe" / "axe.min.js")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to open pages in"),
-    pytest.mark.skipif(not AXE.is_file(), reason=f"axe-core is not at {AXE}"),
-]
+pytestmark = pytest.mark.skipif(not AXE.is_file(), reason=f"axe-core is not at {AXE}")
 MakeRun = Callable[..., Path]
 TEXTS = ["a", "b", " c", "\n", "def", "9"]
 FINDINGS = """async () => (await axe.run()).violations.flatMap((v) =>
@@ -66,14 +62,6 @@ def evaluations_page(make_run: MakeRun, folder: Path) -> Path:
         (folder / name / "rows.jsonl").write_text(f"{json.dumps(row)}\n")
     write_evaluations(compare_evaluations([folder / "a", folder / "b"]), folder / "evals.html")
     return folder / "evals.html"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.usefixtures("quick_plots")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -19,10 +18,6 @@ from tutelage.report.records import read_run
 from tutelage.report.report import write_report
 from tutelage.report.token_plots import highest, plane_bins
 from tutelage.report.tokens import rows_of, snapshots
-
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to open pages in")
 
 MakeRun = Callable[..., Path]
 BENIGN = ["a", "b", " c", "\n", "def", "9"]
@@ -49,15 +44,6 @@ class Opened:
     def line(self, step: int, kind: str = "held-out", prompt: str = "a") -> dict[str, Any]:
         found = [n for n in self.lines if (n["step"], n["kind"]) == (step, kind)]
         return next(n for n in found if n["prompt_id"] == prompt)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        # tests may run as root in a container, where chromium's own sandbox cannot start
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
