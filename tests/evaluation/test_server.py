@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPResponse
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from tutelage.errors import ConfigError, ModelError
 from tutelage.evaluation.server import Server
 from tutelage.models.remote import Limits
 from tutelage.models.sampling import SamplingConfig
-from tutelage.models.wire import resolve
+from tutelage.models.wire import BadReply, Wire, resolve
 
 CHAT = Prompt("chat", ({"role": "user", "content": "2+2"},))
 PLAIN = Prompt("plain", "2+2=")
@@ -128,6 +129,21 @@ def test_bad_replies_are_asked_for_again_and_then_an_error() -> None:
         with pytest.raises(ModelError, match=r"no usable reply in 3 tries: status 503"):
             client.complete([CHAT], 64)
     assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("name", ["shorter than stated", "too large", "status 503"])
+def test_a_refused_reply_leaves_no_socket_open(name: str) -> None:
+    with EvilServer(lambda body: MUTATIONS[name]).running() as url:
+        wire = Wire(resolve(url), None, 10_000)
+        # The error's traceback holds the reply: nothing but `send` can have closed it.
+        with pytest.raises(BadReply) as caught:
+            wire.send("/chat/completions", {"model": MODEL, "messages": []}, 5)
+    frames = [entry.frame.f_locals for entry in caught.traceback]
+    replies = [
+        value for names in frames for value in names.values() if isinstance(value, HTTPResponse)
+    ]
+    assert replies
+    assert all(reply.isclosed() for reply in replies)
 
 
 @pytest.mark.parametrize("name", ["status 400", "status 401", "status 404", "redirect to itself"])

@@ -30,8 +30,10 @@ from .record import Outcome
 
 MODEL, TEXT, KEY = "a-model", "The answer is \\boxed{4}.", "key-4f1d9c"
 DEADLINE_S = 0.6
-GRACE_S = 2.0
+GRACE_S = 8.0
 """What a loaded machine may add to the deadline before a request counts as hanging."""
+HANG_S = 20.0
+"""How long the slow replies go on: past deadline and grace."""
 MAX_REPLY_BYTES = 100_000
 
 Json = dict[str, Any]
@@ -199,7 +201,7 @@ def drip(data: bytes) -> Mutation:
     def mutation(exchange: Exchange) -> None:
         for place in range(len(data)):
             exchange.socket.sendall(data[place : place + 1])
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     return mutation
 
@@ -207,7 +209,8 @@ def drip(data: bytes) -> Mutation:
 def hang(data: bytes = b"") -> Mutation:
     def mutation(exchange: Exchange) -> None:
         exchange.socket.sendall(data)
-        time.sleep(4 * DEADLINE_S)
+        exchange.socket.settimeout(HANG_S)
+        exchange.socket.recv(1)  # until the client hangs up
 
     return mutation
 
@@ -215,7 +218,7 @@ def hang(data: bytes = b"") -> Mutation:
 def endless(head: bytes, piece: bytes) -> Mutation:
     def mutation(exchange: Exchange) -> None:
         exchange.socket.sendall(head)
-        end = time.monotonic() + 4 * DEADLINE_S
+        end = time.monotonic() + HANG_S
         while time.monotonic() < end:
             exchange.socket.sendall(piece)
 
@@ -322,8 +325,15 @@ class EvilServer:
     def running(self) -> Iterator[str]:
         """Serve until the block ends; gives the base URL."""
         with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
-            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
+            accepting.start()
+            try:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            finally:
+                # Woken and ended before the close: else it would go on with whatever listener
+                # gets the same descriptor next.
+                listener.shutdown(socket.SHUT_RDWR)
+                accepting.join()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -345,7 +355,9 @@ class EvilServer:
             first, *lines = head.decode().split("\r\n")
             headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)}
             while len(data) < int(headers.get("content-length", 0)):
-                data += connection.recv(65536)
+                if not (piece := connection.recv(65536)):
+                    return
+                data += piece
             body = json.loads(data) if data else {}
             self.seen.append((first.split()[1], body, headers))
             chance = random.Random(body.get("seed"))
@@ -376,14 +388,15 @@ def attack(num_replies: int, seed: int = 0, num_threads: int = 24) -> Record:
     record, lock = Record(), threading.Lock()
     server = EvilServer(lambda body: good if "#" not in (n := name_of(body)) else MUTATIONS[n[1:]])
     with server.running() as url:
-        client = _client(url)
+        client, patient = _client(url, DEADLINE_S), _client(url, 60.0)
 
         def ask(number: int, name: str) -> None:
             began = time.monotonic()
             problem = ""
             prompt = Prompt(f"{number}", ({"role": "user", "content": name},))
             try:
-                text = client._one(prompt, 0, 64).text
+                # A loaded machine may be late with a good reply; that is no refusal.
+                text = (client if name[0] == "#" else patient)._one(prompt, 0, 64).text
             except ModelError as error:
                 text, problem = "", str(error)
             seconds = time.monotonic() - began
@@ -404,10 +417,10 @@ def name_of(body: Json) -> str:
     return str(body["messages"][0]["content"])
 
 
-def _client(url: str) -> Server:
+def _client(url: str, deadline_s: float) -> Server:
     before = os.environ.get(KEY_VARIABLE)
     os.environ[KEY_VARIABLE] = KEY
-    limits = Limits(DEADLINE_S, num_tries=1, max_reply_bytes=MAX_REPLY_BYTES)
+    limits = Limits(deadline_s, num_tries=1, max_reply_bytes=MAX_REPLY_BYTES)
     try:
         return Server(url, SamplingConfig(), MODEL, limits=limits)
     finally:

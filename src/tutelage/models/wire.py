@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -169,7 +169,9 @@ class Wire:
             try:
                 method = "GET" if data is None else "POST"
                 connection.request(method, self._address.path + path, data, headers)
-                return self._read(connection.getresponse())
+                # Closed whatever it holds: a reply left half read keeps its socket open.
+                with closing(connection.getresponse()) as response:
+                    return self._read(response)
             except ModelError:  # a ValueError too
                 raise
             except ssl.SSLCertVerificationError as error:
