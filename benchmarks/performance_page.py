@@ -215,6 +215,46 @@ def packing_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | 
     yield f"{pair}: tokens/s by length / as they come", 1.8, record["summary"]["times"]
 
 
+def step_notes(record: dict[str, Any]) -> Iterator[str]:
+    """What bounds a whole step, in time and in memory."""
+    for pair, found in record["results"].items():
+        seen, least = found.get("profiled_step", {}), found.get("needed_memory", {}).get("bytes")
+        peers = [arm for name, arm in found["arms"].items() if name.startswith("trl")]
+        if "tutelage" in seen:
+            kernels = seen["tutelage"]["products_s"] + seen["tutelage"]["attention_s"]
+            share = kernels / min(peer["step_s"] for peer in peers)
+            yield (
+                f"On the pair {pair} our products of matrices and attention alone take "
+                f"**{share:.2f}** of the time of TRL's fastest step. Both sides have the same "
+                "kernels for them, so this is below what any step reaches here.\n"
+            )
+        if least and found["arms"]["tutelage"]["peak_bytes"] > 1 << 30:
+            phases = ("while_teacher_reads_bytes", "while_student_learns_bytes")
+            reads, learns = (least[name] for name in phases)
+            share = max(reads, learns) / min(peer["peak_bytes"] for peer in peers)
+            yield (
+                f"Weights, gradients, AdamW's moments and an idle process alone need "
+                f"{number('_bytes', reads)} while the teacher reads (all of it in memory) and "
+                f"{number('_bytes', learns)} while the student learns: **{share:.2f}** of TRL's "
+                "leanest, without a single activation.\n"
+            )
+
+
+def rollout_notes(record: dict[str, Any]) -> Iterator[str]:
+    """What bounds rollouts."""
+    for work in record["workloads"]:
+        seen = work.get("profiled_round", {}).get("ours")
+        if seen:
+            whole = 1e6 / work["results"]["ours"]["tokens_per_s"]
+            kernels = seen["products_us_per_token"] + seen["attention_us_per_token"]
+            yield (
+                f"Batch {work['batch_size']}, {work['lengths']} lengths: of our {whole:.0f} µs a "
+                f"token, {kernels:.0f} are products of matrices and attention; the rest is calls "
+                "of small operators.\n"
+            )
+
+
+NOTES = {"step": step_notes, "rollout": rollout_notes}
 GOALS = {"step": step_goals, "rollout": rollout_goals, "packing": packing_goals}
 
 
@@ -300,6 +340,8 @@ def page(results: Path, images: Path) -> str:
             parts += [f"## {title}\n"] * (i == 0) + [where(record)]
             if part in GOALS:
                 parts.append(goal_table(GOALS[part](record), is_more_better=part != "step"))
+            if part in NOTES:
+                parts += NOTES[part](record)
             parts += everything({k: v for k, v in record.items() if k not in META})
     return "\n".join(parts)
 

@@ -39,6 +39,7 @@ from typing import Any
 import torch
 
 from objective import HERE, environment
+from operators import Operators
 from tutelage.data.tasks.ledger import LedgerTask
 from tutelage.data.types import Prompt, Rollout
 from tutelage.models.decoding import FastRows, open_rows
@@ -219,6 +220,18 @@ def measure(job: Job, names: list[str], rounds: int) -> dict[str, dict[str, Any]
     }
 
 
+def profiled(job: Job, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Microseconds a token that each contestant spends in operators, in one more round."""
+    found = {}
+    for name in names:
+        operators = Operators()
+        operators.begin()
+        num_tokens = sum(CONTESTANTS[name](job, 0))
+        spent = operators.end()
+        found[name] = {f"{k[:-2]}_us_per_token": 1e6 * x / num_tokens for k, x in spent.items()}
+    return found
+
+
 def check_lengths(lengths: dict[str, list[int]]) -> None:
     """Refuse to compare contestants who do not write completions of the same mean length."""
     first, *others = lengths
@@ -254,6 +267,8 @@ def run_workload(
                 job.engine = start_engine(job, folder, arguments.dtype)
                 names.append("vllm")
             results = measure(job, names, arguments.rounds)
+            # vLLM computes in a process of its own, where the profiler does not look.
+            seen = profiled(job, [name for name in names if name != "vllm"])
     finally:
         model.generation_config.eos_token_id = original
     trial = encode_prompt(tokenizer, prompts[0])
@@ -265,6 +280,7 @@ def run_workload(
         "num_prompts": count,
         "has_fast_step": isinstance(rows, FastRows),
         "results": results,
+        "profiled_round": seen,
         "times_generate": {n: r["tokens_per_s"] / base for n, r in results.items()} if base else {},
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import performance_page
@@ -20,6 +21,7 @@ from objective_contestants import (
     gradient_errors,
     make_inputs,
 )
+from operators import Operators
 from performance_page import everything, goal_table, goals, page, rollout_goals
 from rollout import check_lengths
 from step import check_alike
@@ -92,10 +94,14 @@ def test_goals_are_ratios_of_what_was_measured_and_unknown_where_nothing_was() -
 def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Path) -> None:
     (tmp_path / "objective-2026-01-02.json").write_text(json.dumps(RECORD))
     arms = {
-        "tutelage": {"step_vs_trl": 0.7, "peak_bytes": 3 << 20},
+        "tutelage": {"step_vs_trl": 0.7, "peak_bytes": 3 << 30},
         "tutelage-offload": {"peak_vs_trl": 0.5},
+        "trl": {"step_s": 10.0, "peak_bytes": 4 << 30},
     }
-    step = {"date": "2026-01-02", "results": {"smollm2": {"arms": arms}}}
+    seen = {"tutelage": {"products_s": 3.0, "attention_s": 1.0, "other_operators_s": 9.0}}
+    least = {"while_teacher_reads_bytes": 2 << 30, "while_student_learns_bytes": 1 << 30}
+    found = {"arms": arms, "profiled_step": seen, "needed_memory": {"bytes": least}}
+    step = {"date": "2026-01-02", "results": {"smollm2": found}}
     (tmp_path / "step-smollm2-2026-01-01.json").write_text(json.dumps({"old": {"x": 1}}))
     (tmp_path / "step-smollm2-2026-01-02.json").write_text(json.dumps(step))
     (tmp_path / "step-quick-2026-01-03.json").write_text(json.dumps({"quick": 1}))
@@ -106,7 +112,10 @@ def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Pa
     assert "in chunks of 256 rows" in text
     assert "| smollm2: step / TRL, time | ≤ 0.8 | 0.70 | yes |" in text
     assert "/ TRL's leanest, peak memory | ≤ 0.6 | 0.50 | yes |" in text
-    assert "| tutelage | 0.7 | 3 MiB |" in text
+    assert "| tutelage | 0.7 | 3,072 MiB |" in text
+    assert "attention alone take **0.40** of the time of TRL's fastest step" in text
+    assert "need 2,048 MiB while the teacher reads (all of it in memory)" in text
+    assert "**0.50** of TRL's leanest" in text
     assert "old" not in text
     assert "quick" not in text
     assert "## The whole step" in text
@@ -166,3 +175,21 @@ def test_contestants_with_other_lengths_are_not_compared() -> None:
 
 def test_no_results_give_no_figures(tmp_path: Path) -> None:
     assert page(tmp_path, tmp_path) == performance_page.INTRO
+
+
+def test_operators_are_told_apart_and_only_those_after_the_beginning_count() -> None:
+    a, b = torch.ones(400, 400), torch.ones(8, 200, 200)
+    quiet = Operators()
+    quiet.begin()
+    assert quiet.end() == {"products_s": 0.0, "attention_s": 0.0, "other_operators_s": 0.0}
+    for name, work in (
+        ("products_s", lambda: a @ a),
+        ("attention_s", lambda: torch.bmm(b, b)),
+        ("other_operators_s", lambda: a.exp()),
+    ):
+        operators = Operators()
+        operators.begin()
+        for _ in range(5):
+            work()
+        spent = operators.end(times=2)
+        assert max(spent, key=spent.__getitem__) == name
