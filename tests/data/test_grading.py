@@ -240,8 +240,6 @@ def test_an_unfit_version_of_the_parser_is_named(
     reader = "class _Latex2Sympy:\n    def __init__(self, config): raise TypeError\n"
     code = f"{lines}    return text\n" + (reader if fault == "another behaviour" else "")
     (fake / "latex2sympy2.py").write_text(code)
-    if fault == "another behaviour":
-        (tmp_path / "math_verify.py").write_text("verify = None\n")
     grading_pool.close_workers()
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(grading_pool.GraderError, match=r"got math-verify \S+, latex2sympy2_ext"):
@@ -294,6 +292,34 @@ def test_the_worker_refuses_to_reach_outside_and_to_evaluate_text(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert set(done.stdout.split()) >= {"compile", "open", "os.system", "subprocess.Popen"}, done
     assert not canary.exists()
+
+
+SETS = [rf"'{{{inner}}}" for inner in (r"i\pi", "2", "x", "x+y", r"\frac{x}{y}", "x^2-y^3")]
+"""The parser makes sets of these; math-verify would simplify their elements."""
+
+
+def test_no_answer_makes_sympy_write_code() -> None:
+    """Simplifying compiles functions that sympy writes for the number of symbols, so nothing is."""
+    before = grading_pool.undecided()
+    for left in SETS:
+        for right in (*SETS, r"2\sqrt{3}", "x", r"\frac{x}{y+1}"):
+            assert answers_equal(left, right) == (left == right), (left, right)
+    seen = grading_pool.undecided()
+    assert {reason for reason in seen if reason.startswith("blocked")} <= set(before)
+
+
+def test_simplifying_in_the_worker_would_be_blocked() -> None:
+    """Control of the test above: the hook sees the code that sympy writes."""
+    program = (
+        f"import sys; sys.path.append({str(WORKER.parent)!r})\n"
+        "import sympy, _grading_worker as worker\n"
+        "blocked, (a, b, c) = [], sympy.symbols('a b c')\n"
+        "sys.addaudithook(lambda event, arguments: worker._audit(event, arguments, blocked))\n"
+        "try:\n    sympy.cancel((a * b + a * c) / (b**2 - c**2))\n"
+        "except PermissionError:\n    sys.stdout.write(' '.join(blocked))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "compile", done
 
 
 def test_a_huge_answer_is_refused_before_anything_is_parsed() -> None:

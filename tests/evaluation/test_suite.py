@@ -13,6 +13,7 @@ import pytest
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError, RunError
 from tutelage.evaluation.folder import EvaluationFolder
+from tutelage.evaluation.scores import Voting
 from tutelage.evaluation.suite import Benchmark, Completion, Result, run_benchmark
 from tutelage.evaluation.tables import as_markdown, summarise
 
@@ -145,7 +146,7 @@ def test_the_grader_knows_which_completions_were_cut_off() -> None:
     strict = replace(
         lenient,
         grade=lambda p, text, is_truncated: not is_truncated and lenient.grade(p, text, False),
-        answer_of=lambda text, is_truncated: None if is_truncated else text,
+        voting=Voting(lambda text, is_truncated: None if is_truncated else text),
     )
     of = {b: run_benchmark(b, Model(), NUM_SAMPLES, 4) for b in (lenient, strict)}
     assert any(row["is_correct"] and row["is_truncated"] for row in of[lenient].rows)

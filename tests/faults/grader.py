@@ -37,6 +37,9 @@ MINUTES = float(os.environ.get("GRADER_MINUTES", "15"))
 """At most so long does a run of the harness take."""
 LIMIT_S = 5.5
 """The grader's time limit and half a second for all around it."""
+BLOCKED = "blocked:"
+"""How the reason begins that counts an action refused in the worker; its audit event follows."""
+MAX_LISTED = 50
 CANARY = Path(tempfile.gettempdir()) / f"tutelage-canary-{os.getuid()}"
 
 PLAIN = (
@@ -126,20 +129,34 @@ class Watch:
     """Inputs that took longer than the grader's limit and half a second."""
     p999_s: float = 0.0
     """Seconds that one input in a thousand exceeds."""
+    num_restarts: int = 0
+    offences: list[tuple[str, str]] = field(default_factory=list)
+    """The first exceptions, audit events and blocked actions, each with its input."""
 
     def __post_init__(self) -> None:
         self._slowest: list[float] = []
-
-    num_restarts: int = 0
+        self._pair: Pair = ("", "")
 
     def run(self, grade: Callable[[str, str], bool], pair: Pair) -> None:
         """Grade one pair, by a caller that catches everything a grader must not let out."""
+        from tutelage.data.grading_pool import undecided
+
+        self._pair = pair
+        before = undecided()
         start = time.monotonic()
         try:
             self.num_accepted += bool(grade(*pair))
         except Exception as error:
             self.exceptions[type(error).__name__] += 1
+            self._accuse(type(error).__name__)
         self.note(pair, time.monotonic() - start)
+        for reason, number in undecided().items():
+            if reason.startswith(BLOCKED) and number > before.get(reason, 0):
+                self._accuse(reason)
+
+    def _accuse(self, what: str) -> None:
+        if len(self.offences) < MAX_LISTED:
+            self.offences.append((what, repr(self._pair)[:500]))
 
     def note(self, pair: Pair, seconds: float) -> None:
         """Count one input and its time."""
@@ -161,6 +178,7 @@ class Watch:
         def hook(event: str, arguments: tuple[object, ...]) -> None:
             if threading.get_ident() == here and _is_suspicious(event, arguments):
                 self.audit_events[event] += 1
+                self._accuse(event)
 
         sys.addaudithook(hook)
 
@@ -258,6 +276,11 @@ def _child() -> subprocess.Popen[str]:
     )
 
 
+def num_blocked(undecided: dict[str, int]) -> int:
+    """Actions of workers that were refused, of all audit events."""
+    return sum(number for reason, number in undecided.items() if reason.startswith(BLOCKED))
+
+
 def report(watch: Watch, contestant: str, limit_s: float) -> dict[str, object]:
     """The result as JSON, with the machine."""
     from tutelage.data.grading_pool import undecided
@@ -286,7 +309,7 @@ def run(num_inputs: int) -> Outcome:
     watch = fuzz(num_inputs, MINUTES)
     details = report(watch, "tutelage", TIME_LIMIT_S)
     failures = sum(watch.exceptions.values()) + sum(watch.audit_events.values())
-    failures += CANARY.exists() + watch.num_late + undecided().get("blocked", 0)
+    failures += CANARY.exists() + watch.num_late + num_blocked(undecided())
     control = Watch()
     control.listen()
     warnings.simplefilter("ignore", SyntaxWarning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tutelage.data import grading_pool
 
 from . import grader_sweep
-from .grader import BOMBS, CANARY, PAYLOADS, Watch, fuzz, pairs, report
+from .grader import BOMBS, CANARY, PAYLOADS, Watch, fuzz, num_blocked, pairs, report
 
 pytest.importorskip("math_verify")
 
@@ -27,7 +28,7 @@ def test_five_thousand_hostile_inputs_neither_raise_nor_execute(
     assert watch.num_accepted > 100
     assert not watch.exceptions
     assert not watch.audit_events
-    assert after.get("blocked", 0) == before.get("blocked", 0)
+    assert num_blocked(after) == num_blocked(before)
     assert not CANARY.exists()
 
 
@@ -43,9 +44,22 @@ def test_the_harness_sees_exceptions_and_executions() -> None:
     assert watch.num_accepted == 1
     assert watch.exceptions == {"SyntaxError": 1}
     assert watch.audit_events["compile"] == 2
+    assert ("compile", repr(("1 == 1", ""))) in watch.offences
+    assert ("SyntaxError", repr(("1 == ", ""))) in watch.offences
     assert json.loads(json.dumps(report(watch, "evaluated", 5.0)))["exceptions"] == {
         "SyntaxError": 1
     }
+
+
+def test_the_harness_names_the_input_and_the_event_of_a_blocked_action(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grading_pool._pool, "undecided", Counter(killed=1))
+    watch = Watch()
+    for reason, pair in (("killed", ("a", "b")), ("blocked:open", ("c", "d"))):
+        watch.run(lambda *_, reason=reason: bool(grading_pool.note_undecided(reason)), pair)
+    assert watch.offences == [("blocked:open", repr(("c", "d")))]
+    assert num_blocked(grading_pool.undecided()) == 1
 
 
 def test_the_harness_sends_bombs_and_payloads() -> None:

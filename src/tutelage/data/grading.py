@@ -1,8 +1,8 @@
 """Whether a completion's final answer equals the reference answer, as mathematics.
 
 Completions are untrusted text. It is taken apart as strings; rational arithmetic is done here,
-exactly; what is left is compared by math-verify in a process with limits (`grading_pool`). Nothing
-is evaluated by Python, no input raises, and what cannot be decided is wrong.
+exactly; what is left is read by math-verify's parser in a process with limits (`grading_pool`).
+Nothing is evaluated by Python, no input raises, and what cannot be decided is wrong.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def answers_equal(prediction: str, gold: str) -> bool:
     Whole numbers, decimals and fractions are compared exactly; a decimal of at least eight
     significant digits also equals a number that it rounds (relative tolerance 1e-8). Order counts
     in tuples, not in lists and sets. Units, percent and degree signs may be left out by either
-    side, but not contradict each other. Formulas are equal when math-verify reads them and they
-    agree to 50 digits wherever both are defined among several points.
+    side, but not contradict each other. Formulas are equal when math-verify's parser reads them and
+    they agree to 50 digits wherever both are defined among several points.
 
     Args:
         prediction: An answer without the text around it, usually LaTeX.

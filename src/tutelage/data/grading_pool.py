@@ -123,7 +123,7 @@ os.register_at_fork(after_in_child=_pool.forget)
 
 
 def formulas_equal(kind: str, prediction: str, gold: str) -> bool:
-    """Whether two formulas are equal by math-verify, in a worker.
+    """Whether two formulas, read by math-verify's parser, are equal; decided in a worker.
 
     Args:
         kind: ``value`` for expressions, ``relation`` for equations and inequalities.

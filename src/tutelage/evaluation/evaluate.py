@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from tutelage.data.batch import micro_batches
-from tutelage.data.grading_number import number_answer
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 from tutelage.evaluation.metrics import Interval
-from tutelage.evaluation.scores import Scores, score
+from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
 from tutelage.models.sampling import SamplingConfig, sample
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
@@ -71,6 +70,7 @@ def evaluate(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
     enable_thinking: bool | None = None,
+    voting: Voting = BY_NUMBER,
 ) -> Evaluation:
     """mean@k, pass@k and maj@k over `prompts`, k = `sampling.num_samples`, with 95 % intervals.
 
@@ -84,6 +84,7 @@ def evaluate(
         batch_size: completions decoded at the same time.
         progress: called with the number of completions just finished.
         enable_thinking: passed to the chat template when not None.
+        voting: what of a completion votes for maj@k, as `voting_of` the grader says.
 
     Returns:
         `Evaluation`, whose intervals treat the problems as clusters.
@@ -97,10 +98,13 @@ def evaluate(
         model, tokenizer, prompts, sampling, seed, batch_size, progress, enable_thinking
     )
     verdicts = [grade(r.prompt, r.text, r.is_truncated) for r in rollouts]
+    answers = [voting.answer_of(r.text, r.is_truncated) for r in rollouts]
     k = sampling.num_samples
+    starts = range(0, len(rollouts), k)
     scores = score(
-        [verdicts[start : start + k] for start in range(0, len(verdicts), k)],
-        [_answers(rollouts[start : start + k]) for start in range(0, len(rollouts), k)],
+        [verdicts[start : start + k] for start in starts],
+        [answers[start : start + k] for start in starts],
+        voting.equal,
     )
     return Evaluation(
         scores.mean_at_k,
@@ -112,10 +116,6 @@ def evaluate(
         scores.maj_at_k,
         scores.pass_at,
     )
-
-
-def _answers(rollouts: Sequence[Rollout]) -> list[str | None]:
-    return [number_answer(r.text, r.is_truncated) for r in rollouts]
 
 
 def held_out_reverse_kl(

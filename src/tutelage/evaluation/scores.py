@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutelage.data.grading_number import numbers_equal
+from tutelage.data.grading import answers_equal, extract_answer
+from tutelage.data.grading_number import number_answer, numbers_equal
 from tutelage.evaluation.metrics import (
     Interval,
     clustered_interval,
@@ -16,6 +17,24 @@ from tutelage.evaluation.metrics import (
 )
 
 _RIGHT = "the right answer"
+
+
+@dataclass(frozen=True)
+class Voting:
+    """What of a completion votes for maj@k."""
+
+    answer_of: Callable[[str, bool], str | None] = number_answer
+    """The answer that a completion votes for, given whether it was cut off; None abstains."""
+    equal: Callable[[str, str], bool] = numbers_equal
+    """Whether two answers are one vote."""
+
+
+BY_NUMBER = Voting()
+
+
+def voting_of(grader: str) -> Voting:
+    """The vote that fits a grader: `math` votes by formulas, every other by numbers."""
+    return Voting(extract_answer, answers_equal) if grader == "math" else BY_NUMBER
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from tutelage.data.grading_number import number_answer, numbers_equal
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
 from tutelage.evaluation.evaluate import Grade
 from tutelage.evaluation.folder import EvaluationFolder, Row
-from tutelage.evaluation.scores import Scores, score
+from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,7 @@ class Benchmark:
     max_new_tokens: int
     grader: str = ""
     """What `grade` is called in the settings."""
-    answer_of: Callable[[str, bool], str | None] = field(default=number_answer, repr=False)
-    """The answer that a completion votes for, given whether it was cut off."""
-    equal: Callable[[str, str], bool] = field(default=numbers_equal, repr=False)
-    """Whether two answers are one vote."""
+    voting: Voting = field(default=BY_NUMBER, repr=False)
 
     def fingerprint(self) -> str:
         """A hash of problems, reference answers and order."""
@@ -122,7 +118,7 @@ def run_benchmark(
     groups = [rows[prompt.id] for prompt in benchmark.prompts]
     verdicts = [[row["is_correct"] for row in group] for group in groups]
     answers = [[row["answer"] for row in group] for group in groups]
-    scores = score(verdicts, answers, benchmark.equal)
+    scores = score(verdicts, answers, benchmark.voting.equal)
     return Result(benchmark.name, scores, [r for g in groups for r in g])
 
 
@@ -142,7 +138,7 @@ def _row(benchmark: Benchmark, completion: Completion) -> Row:
         "is_correct": benchmark.grade(completion.prompt, text, is_truncated),
         "is_truncated": is_truncated,
         "num_tokens": completion.num_tokens,
-        "answer": benchmark.answer_of(text, is_truncated),
+        "answer": benchmark.voting.answer_of(text, is_truncated),
         "gold": completion.prompt.answer,
         "completion": text,
     }

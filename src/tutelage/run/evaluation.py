@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.data.formats import PromptFormat, is_file_name
-from tutelage.data.grading import answers_equal, extract_answer
-from tutelage.data.grading_number import number_answer, numbers_equal
 from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts
 from tutelage.data.suites import BENCHMARKS, Suite, find_suite
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.evaluation.folder import EvaluationFolder
+from tutelage.evaluation.scores import voting_of
 from tutelage.evaluation.suite import Benchmark, Complete, Completion, Result, run_benchmark
 from tutelage.evaluation.tables import as_markdown, summarise
 from tutelage.models.load import load_model, load_tokenizer
@@ -27,7 +26,7 @@ from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
 from tutelage.run.folder import RunFolder, environment
 from tutelage.run.parse import parse_config
-from tutelage.run.setup import build_task, without_long_prompts
+from tutelage.run.setup import build_task, grader_of, without_long_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -240,12 +239,7 @@ def _benchmark(name: str, columns: PromptFormat, request: SuiteRequest) -> Bench
 
 def _graded(name: str, prompts: tuple[Prompt, ...], grader: Grader, length: int) -> Benchmark:
     grade = FileTask(name, prompts, grader).grade
-    return Benchmark(name, prompts, grade, length, grader, *_votes(grader))
-
-
-def _votes(grader: str) -> tuple[Any, Any]:
-    """What of a completion votes for maj@k, and when two votes are one."""
-    return (extract_answer, answers_equal) if grader == "math" else (number_answer, numbers_equal)
+    return Benchmark(name, prompts, grade, length, grader, voting_of(grader))
 
 
 def _run_config(request: SuiteRequest) -> Config:
@@ -263,8 +257,8 @@ def _held_out(request: SuiteRequest, run: Config, tokenizer: PreTrainedTokenizer
     count = request.num_problems or run.evaluation.num_problems or 64
     length = request.max_new_tokens or run.sampling.max_new_tokens
     prompts = tuple(task.held_out(count))
-    grader = task.grader if isinstance(task, FileTask) else task.name
-    return Benchmark(HELD_OUT, prompts, task.grade, length, grader, *_votes(grader))
+    grader = grader_of(task)
+    return Benchmark(HELD_OUT, prompts, task.grade, length, grader, voting_of(grader))
 
 
 def _within_context(

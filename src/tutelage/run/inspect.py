@@ -10,6 +10,7 @@ from tutelage.data.tasks import LedgerTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.evaluation.evaluate import Evaluation, Grade, evaluate
+from tutelage.evaluation.scores import voting_of
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.sampling import SamplingConfig
 from tutelage.run.evaluation import is_url, student_of
@@ -49,7 +50,7 @@ def evaluate_model(request: Inspection) -> Evaluation:
     )
     if is_url(request.model):
         raise ConfigError("a server is measured with --suite, got none. Try --suite gsm8k.")
-    prompts, grade = _problems(request)
+    prompts, grade, grader = _problems(request)
     source = student_of(request.model)
     return evaluate(
         load_model(source, device=request.device),
@@ -59,14 +60,15 @@ def evaluate_model(request: Inspection) -> Evaluation:
         sampling,
         (request.seed,),
         request.batch_size,
+        voting=voting_of(grader),
     )
 
 
-def _problems(request: Inspection) -> tuple[Sequence[Prompt], Grade]:
+def _problems(request: Inspection) -> tuple[Sequence[Prompt], Grade, str]:
     if request.prompts is None:
         ledger = LedgerTask()
-        return ledger.held_out(request.num_prompts), ledger.grade
+        return ledger.held_out(request.num_prompts), ledger.grade, ledger.name
     columns = PromptFormat(chat=request.chat, suffix=request.suffix)
     prompts = load_prompts(request.prompts, columns, limit=request.num_prompts)
     grader = request.grader or fitting_grader(prompts)
-    return prompts, FileTask("prompts", tuple(prompts), grader).grade
+    return prompts, FileTask("prompts", tuple(prompts), grader).grade, grader

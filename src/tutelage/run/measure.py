@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl
+from tutelage.evaluation.scores import voting_of
 from tutelage.models.sampling import SamplingConfig
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.run.config import Config
-from tutelage.run.setup import Parts
+from tutelage.run.setup import Parts, grader_of
 
 _EVALUATION_SEED = 424242
 """Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""
@@ -90,6 +91,7 @@ def _evaluate(config: Config, parts: Parts, model: Any) -> Evaluation:
         (_EVALUATION_SEED,),
         max(config.sampling_batch_size, settings.num_samples),
         enable_thinking=parts.enable_thinking,
+        voting=voting_of(grader_of(task)),
     )
 
 

@@ -73,6 +73,11 @@ def build_task(data: LedgerData | FileData) -> Task:
     return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
 
 
+def grader_of(task: Task) -> str:
+    """What a task's `grade` is called: a file's grader, or the name of a task with its own."""
+    return task.grader if isinstance(task, FileTask) else task.name
+
+
 def prompt_format(data: LedgerData | FileData) -> PromptFormat:
     """How records of a file become prompts."""
     if isinstance(data, LedgerData):
