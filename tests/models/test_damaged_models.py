@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
+from tutelage.models.claims import no_panic
 from tutelage.models.load import load_model, load_tokenizer, save_model
-from tutelage.models.tokenizers import stop_ids
+from tutelage.models.tokenizers import encode_completion, encode_prompt, stop_ids
 
 Damage = Callable[[Path], object]
 
@@ -114,6 +118,10 @@ def index_of(text: str) -> Damage:
     return damage
 
 
+def part(name: str) -> Damage:
+    return index_of(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}}))
+
+
 DEEP = '{"a":' * 100_000
 WEIGHTS: dict[str, tuple[Damage, str]] = {
     "empty": (replace("model.safetensors", b""), "header too small"),
@@ -133,6 +141,9 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
         index_of('{"metadata": {}, "weight_map": {"model.norm.weight": "b.safetensors"}}'),
         "b.safetensors",
     ),
+    "a part beside the folder": (part("../b.safetensors"), "from '../b.safetensors', outside"),
+    "a part below, and out": (part("x/../../b.safetensors"), "b.safetensors', outside its folder"),
+    "a part anywhere": (part("/etc/b.safetensors"), "from '/etc/b.safetensors', outside"),
 }
 CONFIGS: dict[str, tuple[Damage, str]] = {
     "half": (half("config.json"), "not a valid JSON file"),
@@ -164,6 +175,11 @@ def tokens(change: Callable[[Any], object]) -> Damage:
     return edit("tokenizer.json", change)
 
 
+def split(pattern: str) -> dict[str, Any]:
+    behavior = {"behavior": "Isolated", "invert": False}
+    return {"type": "Split", "pattern": {"Regex": pattern}} | behavior
+
+
 TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "half": (half("tokenizer.json"), "cannot load the tokenizer"),
     "empty": (replace("tokenizer.json", ""), "Expecting value"),
@@ -178,15 +194,9 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "fractional id": (tokens(lambda t: t["model"]["vocab"].update(a=1.5)), "expected u32"),
     "negative id": (tokens(lambda t: t["model"]["vocab"].update(a=-1)), "expected u32"),
     "no tokens": (tokens(lambda t: t["model"].update(vocab={})), "UNK"),
-    "bad pattern": (
-        tokens(
-            lambda t: t.update(
-                pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("}}
-                | {"behavior": "Isolated", "invert": False}
-            )
-        ),
-        "parenthesis",
-    ),
+    "huge id": (tokens(lambda t: t["model"]["vocab"].update(a=2**31)), "has the id 2147483648"),
+    "huge id of all": (tokens(lambda t: t["model"]["vocab"].update(a=2**40)), "has the id 1099511"),
+    "bad pattern": (tokens(lambda t: t.update(pre_tokenizer=split("(("))), "parenthesis"),
     "half of the settings": (half(SETTINGS), "cannot load the tokenizer"),
     "settings as list": (replace(SETTINGS, "[]"), "cannot load the tokenizer"),
     "deep settings": (replace(SETTINGS, DEEP), "recursion"),
@@ -213,6 +223,33 @@ def test_damaged_tokenizers(folder: Path, damage: Damage, message: str) -> None:
     assert load_tokenizer(str(folder)) is not None
     damage(folder)
     assert message in refuse(load_tokenizer, folder)
+
+
+def test_a_pattern_without_end_is_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The Rust library panics, with a message of its own, once such a text comes."""
+    tokens(lambda t: t.update(pre_tokenizer=split("(a+)+$")))(folder)
+    tokenizer = load_tokenizer(str(folder))
+    text = "a" * 40 + "!"
+    with pytest.raises(BaseException, match="retry-limit") as panic:  # the negative control
+        tokenizer(text)
+    assert not isinstance(panic.value, Exception)
+    assert "panicked" in capfd.readouterr().err
+    line = refuse(lambda _: encode_prompt(tokenizer, Prompt("1", text)), folder)
+    assert line == refuse(lambda _: encode_completion(tokenizer, text), folder)
+    assert "cannot encode a text: Onig: Regex search error: retry-limit-in-match over." in line
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_say_while_a_text_is_encoded_is_kept(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with no_panic("x"):
+        os.write(2, b"a warning")
+    with suppress(KeyboardInterrupt), no_panic("x"):
+        os.write(2, b", another")
+        raise KeyboardInterrupt
+    os.write(2, b", the end")
+    assert capfd.readouterr().err == "a warning, another, the end"
 
 
 def test_code_beside_a_tokenizer_is_not_run(folder: Path) -> None:
@@ -283,6 +320,8 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "unknown architecture": (lambda b: b.replace(b"llama", b"zzzzz"), "zzzzz"),
     "another width": (number(b"llama.embedding_length", 64), "size mismatch"),
     "a layer more": (number(b"llama.block_count", 2), "lacks 9 weights, first 'model.layers.1."),
+    "a million layers": (number(b"llama.block_count", 10**6), "claims 1000000 layers but has 12"),
+    "a million dimensions": (number(b"llama.embedding_length", 10**6), "cannot load"),
     "a tensor less": (
         lambda b: b.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"),
         "lacks 1 weights, first 'model.layers.0.self_attn.q_proj.weight'",

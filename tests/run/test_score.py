@@ -20,12 +20,13 @@ from tiny import tiny_table
 from tutelage.core import RULES, importance
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, DataError
-from tutelage.models.load import load_model, load_tokenizer, save_model
+from tutelage.models.load import load_model
 from tutelage.models.prune import prune_layers
 from tutelage.run.config import Config
 from tutelage.run.method import SomeTokens
 from tutelage.run.parse import load_config, parse_config
-from tutelage.run.score import ScoreRequest, Scores, score
+from tutelage.run.score import ScoreRequest, Scores, rollouts_of, score, score_rollouts
+from tutelage.run.setup import build
 
 ASSETS = "package:tutelage/assets/"
 REAL = Path(__file__).resolve().parents[2] / "configs" / "smollm2_gsm8k.toml"
@@ -204,19 +205,18 @@ def test_rules_read_the_batch_as_the_configuration_does(tmp_path: Path, config: 
 def test_tokens_without_finite_statistics_are_counted_and_in_no_quadrant(
     tmp_path: Path, tiny_models: Path
 ) -> None:
-    """The teacher's embedding of one id is damaged: what it says about a text with it is NaN."""
-    damaged = load_model(str(tiny_models / "teacher"))
+    """What the teacher says about a text with one id is NaN, as after an overflow."""
+    config = parse_config(tiny_table(tiny_models, tmp_path))
+    parts = build(config)
     with torch.no_grad():
-        damaged.get_input_embeddings().weight[9] = torch.nan
-    save_model(damaged, load_tokenizer(str(tiny_models / "teacher")), tmp_path / "teacher")
-    table = tiny_table(tiny_models, tmp_path, teacher={"model": str(tmp_path / "teacher")})
+        parts.teacher.model.get_input_embeddings().weight[9] = torch.nan
     texts = [
         {"id": str(i), "prompt": "a1+7;>", "completion_ids": ids}
         for i, ids in enumerate(([5, 4, 6], [5, 9, 4]))
     ]
     request = given(tmp_path, *texts)
     request = replace(request, rules=("q3", "random", "local_gain", "local_oracle"))
-    found = score(parse_config(table), request)
+    found = score_rollouts(config, parts, rollouts_of(config, parts, request), request)
     rows = list(found.rows())
     assert [row["quadrant"] is None for row in rows] == [False] * 3 + [True] * 3
     assert [row["reverse_kl_nats"] is None for row in rows] == [False] * 3 + [True] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tiny import MEASURED, tiny_config
-from tutelage.errors import RunError
+from tutelage.errors import ModelError, RunError
 from tutelage.models.load import load_model
 from tutelage.models.sampling import Drawn
 from tutelage.run.checkpoint import list_checkpoints
 from tutelage.run.config import Config
 from tutelage.run.manifest import seal
+from tutelage.run.score import ScoreRequest, score
 from tutelage.run.step import Step
 from tutelage.run.train import RunResult, train
 
@@ -317,23 +319,41 @@ def test_dividing_by_all_rows_only_rescales(tmp_path: Path, tiny_models: Path) -
         assert first[False][key] * rows == pytest.approx(first[True][key] * kept, rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["all", "soft_or"])
-def test_a_teacher_that_gives_no_numbers_stops_the_run_in_one_line(
-    tmp_path: Path, tiny_models: Path, rule: str
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 3e38])
+def test_a_teacher_that_gives_no_numbers_is_named_before_anything_is_done(
+    tmp_path: Path, tiny_models: Path, value: float
 ) -> None:
+    """Weights that are no numbers, or numbers whose product overflows."""
     teacher = AutoModelForCausalLM.from_pretrained(tiny_models / "teacher")
-    teacher.model.norm.weight.data.fill_(math.nan)
+    teacher.model.norm.weight.data.fill_(value)
     shutil.copytree(tiny_models / "teacher", tmp_path / "teacher")
     teacher.save_pretrained(tmp_path / "teacher")
-    config = tiny_config(
-        tiny_models,
-        tmp_path / "run",
-        teacher={"model": str(tmp_path / "teacher")},
-        selection={"rule": rule},
-    )
-    with pytest.raises(RunError, match=r"step 1.*not finite") as caught:
+    folder = str(tmp_path / "teacher")
+    config = tiny_config(tiny_models, tmp_path / "run", teacher={"model": folder})
+    for command in (go, lambda c: score(c, ScoreRequest())):
+        with pytest.raises(ModelError, match=r"the teacher .* finite") as caught:
+            command(config)
+        assert repr(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not list_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rule", ["all", "soft_or"])
+def test_a_teacher_that_gives_no_numbers_any_more_is_named(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    config = tiny_config(tiny_models, tmp_path / "run", selection={"rule": rule})
+
+    def spoiled(step: Step, number: int) -> dict[str, Any]:
+        step.parts.teacher.model.model.norm.weight.data.fill_(math.nan)
+        return take(step, number)
+
+    take = Step.take
+    monkeypatch.setattr(Step, "take", spoiled)
+    name = re.escape(repr(str(tiny_models / "teacher")))
+    with pytest.raises(RunError, match=f"step 1 are not finite, so the teacher {name} gives"):
         go(config)
-    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

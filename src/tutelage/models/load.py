@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
+from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError, TutelageError
+from tutelage.models.claims import (
+    no_panic,
+    refuse_large_ids,
+    refuse_missing_layers,
+    refuse_parts_elsewhere,
+)
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.tokenizers import save_tokenizer
 
@@ -67,6 +73,9 @@ def load_model(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one.")
     found = resolve_model(ref)
     _refuse_unread_generation_config(found)
+    with _explained(found, "model"):
+        refuse_parts_elsewhere(found)
+        refuse_missing_layers(found)
     with _without_bars() if found.is_local else contextlib.nullcontext():
         if quantization != "none":
             low_bits = _low_bits(found, quantization, dtype) | {"device_map": {"": str(target)}}
@@ -104,8 +113,10 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     options = _options(found)
     _refuse_missing_tokenizer(found)
     with _explained(found, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
-        tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
+        refuse_large_ids(found)
+        with no_panic(ref) if found.is_local else contextlib.nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
+            tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
         return tokenizer
 
 
@@ -204,8 +215,8 @@ def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTraine
     )
     # A model from GGUF counts as quantised and refuses to be saved, so its weights move to one
     # that was never anything but plain.
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
     with _explained(found, "model"):  # its settings may ask for other shapes
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
         model.load_state_dict(unpacked.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = unpacked.generation_config
@@ -270,6 +281,8 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
     """Turn what transformers and its readers raise about bad files into one line."""
     try:
         yield
+    except TutelageError:
+        raise
     except Exception as error:  # what readers raise is anyone's guess; tokenizers: Exception itself
         away = "It is no folder here; check the name and the network, or give a folder."
         hint = "Check that the files are complete." if found.is_local else away

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import DataError, ModelError
+from tutelage.models.claims import no_panic
 from tutelage.models.templates import render_chat
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ def encode_prompt(
         ModelError: Chat messages for a tokenizer without a chat template.
     """
     if isinstance(prompt.content, str):
-        encoded = tokenizer(prompt.content, return_special_tokens_mask=True)
+        with no_panic(tokenizer.name_or_path):
+            encoded = tokenizer(prompt.content, return_special_tokens_mask=True)
         ids = list(encoded.input_ids)
         own = [i for i, added in zip(ids, encoded.special_tokens_mask, strict=True) if not added]
         _refuse_control_tokens(tokenizer, own, prompt.content, prompt.id)
     else:
         for text in (text for message in prompt.content for text in message.values()):
-            own = tokenizer(text, add_special_tokens=False).input_ids
+            own = encode_completion(tokenizer, text)
             _refuse_control_tokens(tokenizer, own, text, prompt.id)
         ids = _encode_chat(tokenizer, prompt.content, prompt.id, enable_thinking)
     if not ids:
@@ -60,7 +62,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a completion's text, nothing added; an end-of-sequence text stays one token."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    with no_panic(tokenizer.name_or_path):
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -195,7 +198,7 @@ def _encode_chat(
             f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (chat = false)."
         ) from error
     rendered = render_chat(template, messages, variables, prompt_id, tokenizer.name_or_path)
-    return list(tokenizer(rendered, add_special_tokens=False).input_ids)
+    return encode_completion(tokenizer, rendered)
 
 
 def _refuse_different_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:

@@ -204,3 +204,10 @@ def guided_terms(objective: ObjectiveConfig, rows: Guidance) -> list[tuple[Term,
                 base = SampledReverseKL(rows.tokens, rows.old_logprobs, objective.clip)
             return [(base, w), (forward, w * rows.gate * objective.forward_weight)]
     return [(term, w * scale) for term, scale in plain_terms(objective)]
+
+
+def culprit(config: Config, stats: TokenStats) -> str:
+    """Whose logits are to blame where no row has finite statistics."""
+    if not bool(torch.isfinite(stats.entropy).any()):
+        return f"the student {config.student.model!r}"
+    return f"the teacher {config.teacher.model!r}"

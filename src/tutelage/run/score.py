@@ -26,11 +26,12 @@ from tutelage.core import (
 from tutelage.data.batch import micro_batches
 from tutelage.data.prompts import load_completions
 from tutelage.data.types import Prompt, Rollout
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
 from tutelage.run.config import Config
 from tutelage.run.plan import reading
+from tutelage.run.recipe import culprit
 from tutelage.run.setup import Parts, build, prompt_format
 
 
@@ -175,6 +176,9 @@ def score_rollouts(
         parts: student and teacher.
         rollouts: at least one, with at least one token.
         request: rules to report, their budget, and how many of the likeliest tokens to return.
+
+    Raises:
+        ModelError: no token has finite statistics.
     """
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
     pad, limit = pad_id(parts.tokenizer), config.micro_batch_tokens
@@ -189,6 +193,12 @@ def score_rollouts(
             if request.num_top:
                 tops.append((*_top(logits, request.num_top), *_top(view, request.num_top)))
     stats = TokenStats.unstack(TokenStats.cat(tables).stack().cpu(), extras)
+    if not bool(stats.is_finite().any()):
+        raise ModelError(
+            f"the statistics of all {len(stats)} tokens are not finite, so "
+            f"{culprit(config, stats)} gives logits that are not numbers. Check its weights and "
+            "dtype."
+        )
     completion = torch.cat([batch.completion for batch in batches])
     position = torch.cat([batch.position for batch in batches])
     tokens = torch.cat([batch.tokens for batch in batches]).tolist()

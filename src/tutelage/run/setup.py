@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -183,6 +184,18 @@ def _warnings(
             )
 
 
+def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
+    """Weights that are no numbers would spoil every loss, and none could be learned from."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            low, high = torch.aminmax(weight.detach())  # one pass, no copy
+            if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+                raise ModelError(
+                    f"the {who} has numbers in {name} that are not finite, from {float(low)} to "
+                    f"{float(high)}. Copy or download it again."
+                )
+
+
 def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
     """Refuses an architecture whose logits are more than its head says (unknown multipliers)."""
     ids = torch.arange(4, device=model.device)[None] % vocab_size
@@ -191,11 +204,16 @@ def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
     with torch.no_grad():
         ours = head(model, hidden_rows(model, batch), vocab_size).block(0, 4)
         theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].to(ours)
+    if bool((theirs.isnan() | (theirs == math.inf)).any()):  # a bias may rule an id out: -inf
+        raise ModelError(
+            f"the {who} gives logits that are not finite. Use float32 or bfloat16, or a whole copy."
+        )
     gap, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if gap > 0.02 * max(size, 1e-6):
         raise ModelError(
-            f"the {who}'s logits are not its head times its hidden states: {type(model).__name__} "
-            f"differs by {gap:.3g} of {size:.3g}. This architecture is not supported yet."
+            f"the logits of the {who} are not its head times its hidden states: "
+            f"{type(model).__name__} differs by {gap:.3g} of {size:.3g}. This architecture is not "
+            "supported yet."
         )
 
 
@@ -264,9 +282,11 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
     swap = stop_swap(tokenizer, teacher_tokenizer, config.teacher.stop_token)
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     teacher = Teacher(model, vocab_size, device, config.teacher.mode, swap, load, store)
-    _check_head(student, "student", vocab_size)
+    _refuse_nonfinite(student, f"student {config.student.model!r}")
+    _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
+    _check_head(student, f"student {config.student.model!r}", vocab_size)
     with teacher.awake():
-        _check_head(model, "teacher", vocab_size)
+        _check_head(model, f"teacher {config.teacher.model!r}", vocab_size)
     return Parts(
         Student(student, vocab_size),
         MasterWeights(

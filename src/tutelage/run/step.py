@@ -24,7 +24,14 @@ from tutelage.run.learn import Learned, Learner, Ready
 from tutelage.run.method import PacedWeighting, RewardWeighting
 from tutelage.run.plan import Plan, choose
 from tutelage.run.proof import engine_gap
-from tutelage.run.recipe import gate_of, needed_extras, needs_scoring, row_weights, scores_teacher
+from tutelage.run.recipe import (
+    culprit,
+    gate_of,
+    needed_extras,
+    needs_scoring,
+    row_weights,
+    scores_teacher,
+)
 from tutelage.run.setup import Parts
 from tutelage.run.stop import Stop
 
@@ -218,8 +225,9 @@ class Step:
         chosen = self.choose(gathered, step)
         if len(stats) and chosen.num_nonfinite == len(stats):
             raise RunError(
-                f"the statistics of all {len(stats)} tokens of step {step} are not finite, so the "
-                "student or the teacher gives logits that are not numbers. Check weights and dtype."
+                f"the statistics of all {len(stats)} tokens of step {step} are not finite, so "
+                f"{culprit(self.config, stats)} gives logits that are not numbers. Check its "
+                "weights and dtype."
             )
         return Plan(gathered, chosen, weights, gate_of(self.config.objective, stats))
 
