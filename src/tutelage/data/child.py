@@ -43,6 +43,7 @@ class Child:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise RunError("a child process has no pipes, got none. Report this as a bug.")
+        os.set_blocking(stdin.fileno(), False)
         self._stdin, self._stdout = stdin, stdout
         self._received = b""
         self._is_ready = False
@@ -72,20 +73,23 @@ class Child:
             value: Request, as JSON.
             deadline: Moment of `time.monotonic` at which the process is killed.
         """
-        is_sent = self._send(json.dumps(value).encode() + b"\n")
+        is_sent = self._send(json.dumps(value).encode() + b"\n", deadline)
         reply = self._receive(deadline) if is_sent else None
         if reply is None:
             self.kill()
         return reply
 
-    def _send(self, line: bytes) -> bool:
+    def _send(self, line: bytes, deadline: float) -> bool:
+        """Whether the process took the line; one that is stopped leaves the pipe full."""
         left = memoryview(line)
+        poll = select.poll()
+        poll.register(self._stdin, select.POLLOUT)
         try:
-            while left:  # a signal may cut a write short
-                left = left[self._stdin.write(left) or 0 :]
+            while left and poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+                left = left[self._stdin.write(left) or 0 :]  # as much as the pipe holds
         except OSError:
             return False
-        return True
+        return not left
 
     def _receive(self, deadline: float) -> dict[str, Any] | None:
         poll = select.poll()
