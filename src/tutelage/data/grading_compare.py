@@ -228,7 +228,9 @@ def _squeezed(text: str) -> str:
 
 def _ask(kind: str, left: str, right: str) -> bool:
     renamed = common_symbols(left, right)
-    if renamed is None or is_unreadable(left) or is_unreadable(right):
+    # Symbols have taken their primes along. The parser would leave out what is left of them.
+    is_stray = renamed is not None and re.search("['$]", " ".join(renamed)) is not None
+    if renamed is None or is_stray or is_unreadable(left) or is_unreadable(right):
         note_undecided("unreadable")
         return False
     return formulas_equal(kind, *renamed)

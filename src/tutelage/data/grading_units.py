@@ -56,6 +56,8 @@ def number_and_unit(text: str) -> tuple[str, str]:
             value = text[: -len(mark)].strip()
             is_angle = mark == "°" and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value)
             return (text, "") if is_angle else (value, mark)
+    if re.fullmatch(r"-?[0-9][0-9.,]*'", text):  # feet or minutes
+        return text[:-1], "'"
     start = _unit_start(text)
     if start is None:
         return text, ""
