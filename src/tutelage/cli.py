@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.errors import ConfigError, MissingExtraError, TutelageError
+from tutelage.errors import ConfigError, MissingExtraError, TutelageError, is_full, remedy
 
 if TYPE_CHECKING:
     from tutelage.run.config import Config
@@ -48,10 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tutelage: interrupted; the same command continues the run", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader (head, less) has seen enough.
+        _close_output()
         return 0
+    except OSError as error:
+        if not is_full(error):
+            raise
+        place = error.filename or "the output"
+        print(f"tutelage: {place} cannot be written: {error.strerror}. {remedy(error, '')}",
+              file=sys.stderr)  # fmt: skip
+        if error.filename is None:
+            _close_output()
+        return USER_ERROR
     return code
+
+
+def _close_output() -> None:
+    """Nothing more can be printed; keep Python from trying at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -331,7 +345,12 @@ def _score(arguments: argparse.Namespace) -> int:
         with out.open("x", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in scores.rows())
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from None
+        if not isinstance(error, FileExistsError):
+            out.unlink(missing_ok=True)  # a part of it would be in the way of the next try
+        raise ConfigError(
+            f"--out {out} cannot be written: {error.strerror}. "
+            + remedy(error, "Name another file.")
+        ) from None
     print(f"{scores.table()}\n{len(scores.tokens)} tokens written to {out}")
     return 0
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class TutelageError(Exception):
     """Base of every error a user can cause: one line saying what, the value seen, what to do."""
@@ -31,3 +35,13 @@ class MissingExtraError(TutelageError, ImportError):
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'tutelage[{extra}]'."
         )
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room on the disk, or within a quota."""
+    return error.errno in _FULL
+
+
+def remedy(error: OSError, otherwise: str) -> str:
+    """What to do after a failed write: about a full disk, or `otherwise`."""
+    return "Free some space and start the same command again." if is_full(error) else otherwise

@@ -81,12 +81,24 @@ def test_every_spelling_is_seen(tmp_path: Path, number: int) -> None:
     assert leaks(tmp_path) == set()
 
 
-def test_no_command_leaks_a_secret(tmp_path: Path) -> None:
+TRACKERS = [
+    "",
+    pytest.param(
+        "tensorboard",
+        marks=pytest.mark.skipif(
+            find_spec("tensorboard") is None,
+            reason="tensorboard is an extra: grpc and protobuf are too large for every check",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_no_command_leaks_a_secret(tmp_path: Path, tracker: str) -> None:
     """Two steps with a tracker, an evaluation of a server that wants the key, and a crash."""
     problems = write_jsonl(tmp_path / "p.jsonl", {"prompt": "2+2=", "answer": "4"})
-    trackers = ["tensorboard"] if find_spec("tensorboard") else []
     runs = tmp_path / "runs"
-    common = ["train", str(LEDGER), *TINY, f"trackers={json.dumps(trackers)}"]
+    common = ["train", str(LEDGER), *TINY, f"trackers={json.dumps([tracker] if tracker else [])}"]
     server = EvilServer(lambda body: good)
     with server.running() as url:
         evaluation = ["eval", url, "--suite", str(problems), "--model-name", "m"]
@@ -107,5 +119,6 @@ def test_no_command_leaks_a_secret(tmp_path: Path) -> None:
     keys = {headers["authorization"] for _, _, headers in server.seen}
     assert keys == {f"Bearer {SECRETS['TUTELAGE_API_KEY']}"}
     assert len([path for path in runs.rglob("*") if path.is_file()]) > 15
+    assert bool(tracker) == bool(list(runs.rglob("events.out.tfevents.*")))
     assert b"tutelage.cli" in (tmp_path / "command-lines").read_bytes()
     assert leaks(tmp_path, done.stdout, done.stderr) == set()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from tutelage.errors import RunError
+from tutelage.errors import RunError, remedy
 
 Row: TypeAlias = dict[str, Any]
 SETTINGS, ROWS, SUMMARY, TABLE = "settings.json", "rows.jsonl", "summary.json", "summary.md"
@@ -42,7 +43,7 @@ class EvaluationFolder:
         except OSError as error:
             raise RunError(
                 f"evaluation folder {self.path} cannot be written: {error.strerror}. "
-                "Choose another with --out."
+                + remedy(error, "Choose another with --out.")
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,7 +53,7 @@ class EvaluationFolder:
             self._file.close()
             raise RunError(
                 f"evaluation folder {self.path} is in use or cannot be read ({error.strerror}). "
-                "Wait for the other evaluation or choose another --out."
+                + remedy(error, "Wait for the other evaluation or choose another --out.")
             ) from None
         except RunError:
             self._file.close()
@@ -117,16 +118,38 @@ class EvaluationFolder:
         return None
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Save the rows of a chunk, on disk before it returns."""
+        """Save the rows of a chunk, on disk before it returns.
+
+        Raises:
+            RunError: the disk is full; the next start drops a line that is cut off.
+        """
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        self._file.write(text.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _explained(self.path / ROWS):
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def finish(self, summary: dict[str, Any], table: str) -> None:
-        """Write the summary as JSON and as Markdown."""
-        write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        write_text(self.path / TABLE, table + "\n")
+        """Write the summary as JSON and as Markdown.
+
+        Raises:
+            RunError: the disk is full; the samples stay.
+        """
+        with _explained(self.path):
+            write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            write_text(self.path / TABLE, table + "\n")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what a full or broken disk raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}. What was saved before stays; "
+            "free some space and start the same command again."
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

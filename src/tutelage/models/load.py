@@ -152,7 +152,10 @@ def save_model(
             _flush(new)
             _replace_folder(new, target)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot save the model to {target}: {_one_line(error)}.") from error
+        raise RunError(
+            f"cannot save the model to {target}: {_one_line(error).rstrip('.')}. "
+            "What stood there stays; free some space and start the same command again."
+        ) from error
 
 
 def _low_bits(found: ResolvedModel, quantization: str, dtype: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from tutelage.data.types import Prompt, Rollout
-from tutelage.errors import RunError
+from tutelage.errors import RunError, remedy
 from tutelage.models.adapter import full_weights
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Drawn, Job, jobs_of, rollout_of
@@ -141,7 +141,8 @@ class VLLMServerSampler:
             os.replace(new, self.folder / _NAME)
         except OSError as error:
             raise RunError(
-                f"weights cannot be written to engine.folder {self.folder}: {error.strerror}."
+                f"weights cannot be written to engine.folder {self.folder}: {error.strerror}. "
+                + remedy(error, "Name a folder that the server reads, too.")
             ) from None
         path = {"weights_path": str(self.folder)}
         order = {"method": "reload_weights", "kwargs": path}

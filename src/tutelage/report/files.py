@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from tutelage.errors import RunError
+from tutelage.errors import RunError, remedy
 
 
 def write(path: Path, content: bytes, option: str = "--out") -> None:
@@ -24,5 +24,6 @@ def write(path: Path, content: bytes, option: str = "--out") -> None:
         with suppress(OSError):
             draft.unlink()
         raise RunError(
-            f"{path} cannot be written: {error.strerror}. Choose another place with {option}."
+            f"{path} cannot be written: {error.strerror}. "
+            + remedy(error, f"Choose another place with {option}.")
         ) from error

@@ -104,16 +104,16 @@ def save_checkpoint(
     tensors = _optimizer_tensors(parts, optimizer)
     weights = {name: p for name, p in parts.student.model.named_parameters() if p.requires_grad}
     _refuse_nonfinite(step, weights | tensors)
+    require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
     try:
-        require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
         with new_folder(final) as temporary:
             save_model(parts.student.model, parts.tokenizer, temporary / "model")
             save_file(tensors, temporary / "optimizer.safetensors")
             seal(temporary, {"step": step})  # reads every byte back
     except (OSError, SafetensorError, RunError) as error:
         raise RunError(
-            f"checkpoint {final} cannot be written: {_sentence(error)} Earlier checkpoints are "
-            "untouched; free some space and start the same command again."
+            f"checkpoint {final} cannot be written: {_sentence(error.__cause__ or error)} "
+            "Earlier checkpoints are untouched; free some space and start the same command again."
         ) from None
     rotate(run, keep)
     return final
@@ -128,7 +128,8 @@ def require_space(run: Path, num_bytes: int) -> None:
     needed, free = num_bytes + _SPARE_BYTES, shutil.disk_usage(run).free
     if free < needed:
         raise RunError(
-            f"a checkpoint needs {needed:,} bytes and the disk of {run} has {free:,} left."
+            f"a checkpoint needs {needed:,} bytes and the disk of {run} has {free:,} left. "
+            "Checkpoints there are untouched; free some space and start the same command again."
         )
 
 
@@ -148,7 +149,7 @@ def rotate(run: Path, keep: int) -> None:
             ) from None
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     return str(error).removesuffix(".") + "."
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tutelage.errors import RunError
+from tutelage.errors import RunError, remedy
 from tutelage.run.atomic import remove_remnants, sync, write_atomically
 from tutelage.run.lock import FolderLock
 
@@ -50,7 +50,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(
                 f"run folder {self.path} cannot be written: {error.strerror}. "
-                "Choose another with out=FOLDER."
+                + remedy(error, "Choose another with out=FOLDER.")
             ) from None
 
     def close(self) -> None:
