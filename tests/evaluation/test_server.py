@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from faults import server as server_harness
 from faults.server import (
     JSON_MUTATIONS,
     MODEL,
@@ -57,6 +58,15 @@ def test_no_malformed_reply_is_accepted_and_none_hangs() -> None:
     assert record.num_followed == 0
     assert record.num_good > 30
     assert record.num_good_refused == 0
+
+
+def test_a_client_without_a_deadline_is_seen_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of the counter, with silences of two seconds."""
+    monkeypatch.setattr(server_harness, "HANG_S", 2.0)
+    monkeypatch.setattr(server_harness, "GRACE_S", 0.5)
+    record = server_harness.attack_without_deadline()
+    assert sum(record.hanging.values()) == len(server_harness.SILENCES) == 3
+    assert +record.accepted == {}
 
 
 def test_a_careless_client_takes_malformed_replies() -> None:

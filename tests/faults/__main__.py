@@ -9,28 +9,44 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `reference` and `tiny`
 
 HARNESSES: dict[str, tuple[int, int]] = {
-    "numerics": (10_000, 1_000_000),
-    "masks": (300, 5_000),
-    "grader": (5_000, 1_000_000),
-    "grader_sweep": (60, 0),
-    "server": (300, 5_000),
-    "kill": (6, 150),
-    "signals": (11, 66),
-    "crash": (500, 10_000),
-    "corruption": (100, 5_000),
-    "disk": (5, 150),
-    "partition": (50, 1_000),
     "mutants": (0, 0),
+    "partition": (50, 1_000),
+    "grader": (5_000, 1_000_000),
+    "kill": (6, 150),
+    "disk": (5, 150),
+    "numerics": (10_000, 1_000_000),
+    "signals": (11, 66),
+    "masks": (300, 5_000),
+    "grader_sweep": (60, 0),
+    "crash": (500, 10_000),
+    "server": (300, 5_000),
+    "corruption": (100, 5_000),
 }
 """Modules here with `run(size) -> Outcome`, and the sizes of the short and the long version.
 
-0 is everything there is.
+0 is everything there is. The longest come first, so that no two jobs wait for a third at the end.
 """
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a harness in a process of its own ended."""
+
+    name: str
+    code: int
+    seconds: float
+    said: str
+    """Its first line."""
+
+    def __str__(self) -> str:
+        verdict = {0: "holds", 1: "BROKEN"}.get(self.code, f"ended with {self.code}")
+        return f"{self.name:13} {self.seconds:6.0f} s  {verdict:10}  {self.said}"
 
 
 def main() -> int:
@@ -46,31 +62,40 @@ def main() -> int:
     names = arguments.names or list(HARNESSES)
     if arguments.short or len(names) == 1:
         return max(one(name, arguments.short, arguments.json) for name in names)
-    options = ["--json"] * arguments.json
+    options, start = ["--json"] * arguments.json, time.perf_counter()
+    names.sort(key=list(HARNESSES).index)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        return max(pool.map(lambda name: alone(name, options), names))
+        endings = list(pool.map(lambda name: alone(name, options, start), names))
+    print("", *endings, f"{'all':13} {time.perf_counter() - start:6.0f} s", sep="\n")
+    return max(abs(ending.code) for ending in endings)
 
 
-def alone(name: str, options: list[str]) -> int:
-    """Exit code of a harness in a process of its own: some fork, and so must not have computed."""
+def alone(name: str, options: list[str], start: float) -> Ending:
+    """Run a harness in a process of its own: some fork, and so must not have computed."""
+    began = time.perf_counter()
+    print(f"[{began - start:5.0f} s] {name} begins", flush=True)
     command = [sys.executable, "-m", "tests.faults", *options, name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    print(done.stdout, end="", flush=True)
-    return abs(done.returncode)
+    now = time.perf_counter()
+    said = [line for line in done.stdout.splitlines() if line.startswith(f"{name}: ")]
+    print(f"{done.stdout}[{now - start:5.0f} s] {name} ended", flush=True)
+    return Ending(name, done.returncode, now - began, said[0] if said else "no result")
 
 
 def one(name: str, is_short: bool, is_json: bool) -> int:
-    """Run a harness here; 1 if a trial failed."""
+    """Run a harness here; 1 if a trial failed, or its control saw nothing."""
     start = time.perf_counter()
     size = HARNESSES[name][0 if is_short else 1]
     outcome = importlib.import_module(f"faults.{name}").run(size)
-    print(f"{name}: {outcome.failures} of {outcome.trials} failed; control {outcome.control}")
+    is_blind = any(type(seen) is int and seen == 0 for seen in outcome.control.values())
+    print(f"{name}: {outcome.failures} of {outcome.trials} failed; control {outcome.control}"
+          f"{', which sees nothing' * is_blind}")  # fmt: skip
     if is_json:
         print(json.dumps(outcome.table()))
     if not is_short:
         write = importlib.import_module("faults.record").write
         print(f"  {write(name, outcome, time.perf_counter() - start)}")
-    return 1 if outcome.failures else 0
+    return 1 if outcome.failures or is_blind else 0
 
 
 if __name__ == "__main__":

@@ -307,6 +307,7 @@ SLOW_MUTATIONS: dict[str, Mutation] = {
     ),
 }
 """Only the deadline ends these."""
+SILENCES = {name: m for name, m in SLOW_MUTATIONS.items() if name.startswith("silence")}
 MUTATIONS = JSON_MUTATIONS | HTTP_MUTATIONS | SLOW_MUTATIONS
 
 
@@ -380,15 +381,21 @@ class Record:
     slowest_s: float = 0.0
 
 
-def attack(num_replies: int, seed: int = 0, num_threads: int = 24) -> Record:
+def attack(
+    num_replies: int,
+    seed: int = 0,
+    num_threads: int = 24,
+    mutations: dict[str, Mutation] = MUTATIONS,
+    deadline_s: float = DEADLINE_S,
+) -> Record:
     """Ask for completions of which each gets one bad reply (one in eight a good one)."""
-    names = list(MUTATIONS)
+    names = list(mutations)
     random.Random(seed).shuffle(names)
     order = [names[i % len(names)] for i in range(num_replies)]
     record, lock = Record(), threading.Lock()
     server = EvilServer(lambda body: good if "#" not in (n := name_of(body)) else MUTATIONS[n[1:]])
     with server.running() as url:
-        client, patient = _client(url, DEADLINE_S), _client(url, 60.0)
+        client, patient = _client(url, deadline_s), _client(url, 60.0)
 
         def ask(number: int, name: str) -> None:
             began = time.monotonic()
@@ -410,6 +417,11 @@ def attack(num_replies: int, seed: int = 0, num_threads: int = 24) -> Record:
                 future.result()
     record.num_followed = sum(path.endswith("elsewhere") for path, _, _ in server.seen)
     return record
+
+
+def attack_without_deadline() -> Record:
+    """The negative control: slow replies to a client that waits for the end of each."""
+    return attack(len(SILENCES), mutations=SILENCES, deadline_s=4 * HANG_S)
 
 
 def name_of(body: Json) -> str:
@@ -443,7 +455,7 @@ def _note(record: Record, name: str, text: str, problem: str, seconds: float) ->
 
 def run(num_replies: int) -> Outcome:
     """Malformed replies, each asked for once or more: none may be taken, hang or end in noise."""
-    record = attack(num_replies)
+    record, endless = attack(num_replies), attack_without_deadline()
     failures = {
         "accepted": sum(record.accepted.values()),
         "hangs": sum(record.hanging.values()),
@@ -454,7 +466,10 @@ def run(num_replies: int) -> Outcome:
         "no malformed reply of a server is taken, and none hangs the client",
         trials=sum(record.asked.values()),
         failures=sum(failures.values()),
-        control={"good replies taken": record.num_good - record.num_good_refused},
+        control={
+            "good replies taken": record.num_good - record.num_good_refused,
+            "hangs of a client without a deadline": sum(endless.hanging.values()),
+        },
         details=failures
         | {"good_refused": record.num_good_refused, "mutations": len(MUTATIONS)}
         | {"deadline_s": DEADLINE_S, "slowest_s": round(record.slowest_s, 3)},
