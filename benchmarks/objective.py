@@ -329,7 +329,7 @@ def write_case(out: Path, record: dict[str, Any], found: dict[str, Any]) -> None
     def sizes(case: dict[str, Any]) -> tuple[int, ...]:
         return tuple(case[k] for k in ("rows", "vocab_size", "width"))
 
-    order = [(c.rows, c.vocab_size, c.width) for c in (*CASES, *QUICK)]
+    order: list[tuple[int, ...]] = [(c.rows, c.vocab_size, c.width) for c in (*CASES, *QUICK)]
     cases = [*(c for c in record["cases"] if sizes(c) != sizes(found)), found]
     record["cases"] = sorted(cases, key=lambda c: order.index(sizes(c)))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def killed(out: Path, number: int, seconds: float, expected: Table) -> Table:
     for _ in range(rng.choice((1, 2))):
         call, which = rng.choice(SAVING), rng.randint(1, NUM_STEPS // SAVE_EVERY)
         inside = number % 3 == 0
-        pid = start(out, (lambda c=call, w=which: kill_after(c, w)) if inside else None)
+        pid = start(out, partial(kill_after, call, which) if inside else None)
         if not inside:
             time.sleep(rng.uniform(0, seconds))
             os.kill(pid, signal.SIGKILL)

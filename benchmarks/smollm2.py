@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def run_all(
     for seed in seeds:
         for arm in arms:
             config = settings(arm, seed, folder, overrides)
-            if not train(config, say=lambda text, arm=arm: print(f"[{arm}] {text}")).is_finished:
+            if not train(config, say=partial(print, f"[{arm}]")).is_finished:
                 return
 
 

@@ -76,7 +76,9 @@ def prompts_of(pair: str, num_steps: int) -> list[str]:
     per_step = PAIRS[pair].prompts
     if pair == "embedded":
         task = LedgerTask(5)
-        return [p.content for step in range(num_steps) for p in task.prompts(step, per_step, 0)]
+        return [
+            str(p.content) for step in range(num_steps) for p in task.prompts(step, per_step, 0)
+        ]
     rng = random.Random(0)
     return [
         f"Question: A shop sells {rng.randint(12, 99)} boxes with {rng.randint(3, 9)} pens each on "

@@ -21,7 +21,7 @@ from tutelage.evaluation.metrics import Interval
 from tutelage.report.report import write_report
 from tutelage.run.config import Config
 from tutelage.run.inspect import Inspection, evaluate_model
-from tutelage.run.method import AllTokens, SampledTokens, SelectionConfig, SomeTokens
+from tutelage.run.method import AllTokens, RandomTokens, SelectionConfig, SomeTokens
 from tutelage.run.parse import load_config
 from tutelage.run.progress import Reporter
 from tutelage.run.train import RunResult, run_folder, train
@@ -33,7 +33,7 @@ RULES: tuple[SelectionConfig, ...] = (
     SomeTokens("soft_or", keep=0.1),
     SomeTokens("q3", keep=0.1),
     SomeTokens("entropy", keep=0.1),
-    SampledTokens("random", keep=0.1),
+    RandomTokens("random", keep=0.1),
 )
 CAVEAT = """\
 KL kept is the share of the divergence that lies on the kept tokens. One seed: the intervals
@@ -89,7 +89,8 @@ def arm(config: Config, rule: SelectionConfig) -> Arm | None:
     """Train under one rule and measure the student; None when it was stopped."""
     quiet = replace(config.evaluation, num_problems=0)
     config = replace(config, num_steps=RULES_STEPS, selection=rule, evaluation=quiet)
-    name = rule.rule if isinstance(rule, AllTokens) else f"{rule.rule} {rule.keep:.0%}"
+    keep = f" {rule.keep:.0%}" if isinstance(rule, SomeTokens | RandomTokens) else ""
+    name = f"{rule.rule}{keep}"
     with console.status(name):
         result = run(config, "demo-rule", is_quiet=True)
     if not result.is_finished:
