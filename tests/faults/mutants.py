@@ -87,9 +87,13 @@ def copy_of_the_code(folder: Path) -> Path:
 
 
 def warm_up() -> None:
-    """Import what the tests import, once."""
+    """Import what the tests import, once; a failure is enough, the smallest one is not wanted."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    from hypothesis import Phase, settings
+
+    settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate), database=None)
+    settings.load_profile("mutants")
     from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: F401 (it loads lazily)
 
     gc.collect()
