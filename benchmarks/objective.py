@@ -37,7 +37,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import tutelage
 from objective_contestants import (
@@ -52,6 +51,7 @@ from objective_contestants import (
     make_inputs,
     trl,
 )
+from operators import Operators
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
@@ -90,7 +90,7 @@ CASES = (
 """The first is the one that ratios are quoted from."""
 
 QUICK = (Case(64, *SMALL, EVERYONE, 1, ("all_tokens", "trl")),)
-PROFILED = ("all_tokens", *PEERS)
+PROFILED = ("all_tokens", "all_tokens_torch", *PEERS)
 
 
 def times(inputs: Inputs, runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -127,13 +127,12 @@ def fastest(run: Callable[[Inputs, T], Any], settings: Sequence[T], inputs: Inpu
 def where_time_goes(inputs: Inputs, run: Run) -> dict[str, float]:
     """Seconds in matrix products and in everything else, seen by torch's profiler."""
     inputs.student.grad = inputs.head.grad = None
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        run(inputs)
-    spent = {"products": 0.0, "passes": 0.0}
-    for event in found.key_averages():
-        is_product = event.key in ("aten::mm", "aten::addmm", "aten::addmm_")
-        spent["products" if is_product else "passes"] += event.self_cpu_time_total / 1e6
-    return spent
+    operators = Operators()
+    operators.begin()
+    run(inputs)
+    spent = operators.end()
+    products = spent.pop("products_s")
+    return {"products": products, "passes": sum(spent.values())}
 
 
 def peak_rss() -> int:

@@ -19,6 +19,7 @@ from tutelage.core import (
     token_stats,
 )
 from tutelage.core._block import CHUNK_BYTES, rows_per_chunk
+from tutelage.core.products import add_product_, product, product_
 from tutelage.core.terms import ForwardKL, ReverseKL
 from tutelage.core.weighting import entropy_gate
 
@@ -172,19 +173,43 @@ def liger_compiled(x: Inputs) -> Tensor:
     return _liger(x, compiled=True)
 
 
+@contextmanager
+def torch_library() -> Iterator[None]:
+    """Products by the library that torch takes, as everybody but us has them."""
+    before = bool(torch.backends.mkldnn.enabled)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
+
+
+def all_tokens_torch(x: Inputs) -> Tensor:
+    """Ours with torch's own products: what is left of it on other processors."""
+    with torch_library():
+        return all_tokens(x)
+
+
 @torch.no_grad()
 def bare_products(x: Inputs) -> None:
-    """The four matrix products nobody can do without, chunked as ours are; computes no loss."""
+    """The four matrix products nobody can do without, chunked and done as ours; no loss."""
     chunk = rows_per_chunk(len(x.student), len(x.head), x.head.dtype, CHUNK_BYTES)
     buffers = torch.empty(2, chunk, len(x.head))
     gradient, head_gradient = torch.empty_like(x.student), torch.zeros_like(x.head)
     for start in range(0, len(x.student), chunk):
         rows = slice(start, start + chunk)
         hidden = x.student[rows]
-        z = torch.mm(hidden, x.head.t(), out=buffers[0, : len(hidden)])
-        torch.mm(x.teacher[rows], x.teacher_head.t(), out=buffers[1, : len(hidden)])
-        torch.mm(z, x.head, out=gradient[rows])
-        head_gradient.addmm_(z.t(), hidden)
+        z = buffers[0, : len(hidden)]
+        product_(z, hidden, x.head)
+        product_(buffers[1, : len(hidden)], x.teacher[rows], x.teacher_head)
+        gradient[rows] = product(z, x.head.t())
+        add_product_(head_gradient, z.t(), hidden.t())
+
+
+def torch_products(x: Inputs) -> None:
+    """The same by the library that torch takes."""
+    with torch_library():
+        bare_products(x)
 
 
 SELECTIONS = {
@@ -198,7 +223,9 @@ OURS = ("all_tokens", *SELECTIONS, "eopd")
 
 CONTESTANTS: dict[str, Callable[[Inputs], Tensor | None]] = {
     "bare_products": bare_products,
+    "torch_products": torch_products,
     "all_tokens": all_tokens,
+    "all_tokens_torch": all_tokens_torch,
     **{k: partial(selected, rule=rule, keep=keep) for k, (rule, keep) in SELECTIONS.items()},
     "eopd": eopd,
     "materialised": materialised,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.profiler import ProfilerActivity, profile
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise")
 _ATTENTION = ("aten::bmm", "aten::baddbmm")
 _FUSED = "scaled_dot_product"
 

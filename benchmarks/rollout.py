@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from objective import HERE, environment
 from operators import Operators
@@ -60,6 +61,8 @@ class Job:
     batch_size: int
     max_new_tokens: int
     stops: list[int]
+    plain: Any
+    """The same model as transformers alone loads it, for `generate`."""
     engine: Any = None
 
     @property
@@ -101,7 +104,7 @@ def generate(job: Job, seed: int) -> list[int]:
         ids = torch.tensor([[pad] * (width - len(x)) + x for x in batch])
         mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in batch])
         with torch.no_grad():
-            output = job.model.generate(
+            output = job.plain.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=True,
@@ -248,7 +251,12 @@ def check_lengths(lengths: dict[str, list[int]]) -> None:
 
 
 def run_workload(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, batch_size: int, kind: str
+    arguments: argparse.Namespace,
+    model: Any,
+    plain: Any,
+    tokenizer: Any,
+    batch_size: int,
+    kind: str,
 ) -> dict[str, Any]:
     """All contestants on one batch size and kind of lengths."""
     count = batch_size * arguments.batches
@@ -256,7 +264,7 @@ def run_workload(
     prompts = LedgerTask().prompts(0, count, 0) if is_embedded else word_problems(count)
     original = model.generation_config.eos_token_id
     stops = sorted(stop_ids(model, tokenizer))
-    job = Job(model, tokenizer, prompts, batch_size, arguments.max_new_tokens, stops)
+    job = Job(model, tokenizer, prompts, batch_size, arguments.max_new_tokens, stops, plain)
     try:
         if kind == "ragged":
             job.stops = ragged_stops(job)
@@ -332,8 +340,12 @@ def main() -> None:
         record["versions"]["vllm"] = metadata.version(package)
     model = load_model(arguments.model, dtype=arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, tokenizer, Path(folder) / "model")
+        dtype = getattr(torch, arguments.dtype)
+        plain = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
     workloads = [
-        run_workload(arguments, model, tokenizer, size, kind)
+        run_workload(arguments, model, plain, tokenizer, size, kind)
         for size in arguments.batch_sizes
         for kind in arguments.lengths
     ]

@@ -44,6 +44,17 @@ MUTANTS: dict[str, Group] = {
             ("b = b * self.gate(block.teacher_entropy)", "b = b * self.gate(block.entropy)"),
         ],
     ),
+    "core/products.py": (
+        ["core/test_products.py"],
+        [
+            ("out[here].add_(_onednn(a[here], b))", "out[here] = _onednn(a[here], b)"),
+            ("for low in range(0, len(b), _PIECE)", "for low in range(0, len(b) - 1, _PIECE)"),
+            ("linear(grad, weight.t()) if needs_x", "linear(grad, weight.t()) if needs_weight"),
+            ("rows.sum(0) if needs_bias", "rows.mean(0) if needs_bias"),
+            ("if type(layer) is nn.Linear]", "if isinstance(layer, nn.Linear)]"),
+            ("a.dtype == b.dtype == torch.float32", "a.dtype == b.dtype"),
+        ],
+    ),
     "core/terms.py": (
         ["core/test_terms.py"],
         [

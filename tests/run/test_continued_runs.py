@@ -100,7 +100,7 @@ def test_an_architecture_with_unknown_multipliers_is_refused(
         return output
 
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
-    with pytest.raises(ModelError, match="the student's logits are not its head"):
+    with pytest.raises(ModelError, match="are not its head times its hidden states"):
         build(config)
 
 

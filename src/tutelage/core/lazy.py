@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tutelage.core.products import product_
+
 
 @dataclass(frozen=True)
 class LazyLogits:
@@ -94,7 +96,7 @@ class LazyLogits:
                 len(hidden), self.vocab_size, dtype=self.dtype, device=self.hidden.device
             )
         if self.weight.dtype == self.dtype == hidden.dtype:
-            torch.mm(hidden, self.weight.t(), out=out)
+            product_(out, hidden, self.weight)
         else:
             out.copy_(hidden @ self.weight.t().to(hidden.dtype))
         if self.bias is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tutelage.core._block import Block, Chunk, can_be_inf, check_pair, chunks
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
+from tutelage.core.products import add_product_, product
 from tutelage.core.terms import ForwardKL, ReverseKL, Term
 
 
@@ -300,11 +301,9 @@ class _Gradients:
             z.mul_(student.scale)
         hidden, weight = student.hidden[rows], student.weight
         if self.hidden is not None:
-            self.hidden[rows] = (
-                z @ weight if weight.dtype == z.dtype else z.to(weight.dtype) @ weight
-            )
+            self.hidden[rows] = product(z.to(weight.dtype), weight.t())
         if self.weight is not None:
-            self.weight.addmm_(z.t(), hidden.to(z.dtype))
+            add_product_(self.weight, z.t(), hidden.to(z.dtype).t())
         if self.bias is not None:
             self.bias.add_(z.sum(0))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from tutelage.core.products import Linear, linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,22 +62,26 @@ def parts_of(layer: Any, num_heads: int, num_groups: int) -> Layer:
 
 def _side_by_side(*modules: nn.Module) -> Call:
     """Several layers of one input; small plain ones as one product, on a copy of their weights."""
-    plain = [module for module in modules if type(module) is nn.Linear]
+    plain = [module for module in modules if _is_plain(module)]
     biases: list[Tensor] = [module.bias for module in plain if module.bias is not None]
     is_small = sum(module.weight.nbytes for module in plain) <= _SMALL_BYTES
     if len(plain) == len(modules) and len(biases) in (0, len(plain)) and is_small:
         weights: list[Tensor] = [module.weight for module in plain]
         bias = torch.cat(biases) if biases else None
-        return partial(F.linear, weight=torch.cat(weights), bias=bias)
+        return partial(linear, weight=torch.cat(weights), bias=bias)
     calls = [_call(module) for module in modules]
     return lambda x: torch.cat([call(x) for call in calls], dim=-1)
 
 
 def _call(module: nn.Module) -> Call:
     """A plain linear layer without the cost of calling a module; adapters and such as they are."""
-    if type(module) is nn.Linear:
-        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if _is_plain(module):
+        return partial(linear, weight=module.weight, bias=module.bias)
     return module
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) in (nn.Linear, Linear)
 
 
 def is_fast_family(model: PreTrainedModel) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from tutelage.core.products import use_fast_products
 from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError, TutelageError
 from tutelage.models.claims import (
     no_panic,
@@ -84,6 +85,8 @@ def load_model(
             model = _load_plain(found, DTYPES[dtype], attn)
         else:
             model = _load_gguf(found, DTYPES[dtype], attn)
+    if target.type == "cpu":
+        use_fast_products(model)
     return model.to(target).eval()
 
 
