@@ -249,7 +249,7 @@ def step_notes(record: dict[str, Any]) -> Iterator[str]:
 def rollout_notes(record: dict[str, Any]) -> Iterator[str]:
     """What bounds rollouts."""
     for work in record["workloads"]:
-        seen = work.get("profiled_round", {}).get("ours")
+        seen = work.get("profiled_batch", {}).get("ours")
         if seen:
             whole = 1e6 / work["results"]["ours"]["tokens_per_s"]
             kernels = seen["products_us_per_token"] + seen["attention_us_per_token"]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import re
 import struct
-import tempfile
-import threading
 from pathlib import Path, PurePosixPath
 
 from tutelage.errors import ModelError
@@ -19,7 +16,6 @@ LARGEST_ID = (1 << 24) - 1
 
 _LONG_NUMBER = re.compile(rb":\s*[0-9]{8}")
 _BLOCKS = re.compile(rb"\.block_count(?:[\4\5]\0\0\0(.{4})|[\12\13]\0\0\0(.{8}))", re.DOTALL)
-_STDERR = threading.RLock()
 
 
 def refuse_large_ids(found: ResolvedModel) -> None:
@@ -90,9 +86,10 @@ def refuse_missing_layers(found: ResolvedModel) -> None:
 
 
 class no_panic:
-    """Turn a panic of the Rust tokenizer library, and what it prints, into one line.
+    """Turn a panic of the Rust tokenizer library into one line.
 
-    A pattern that matches a text in too many ways is one: the tokenizer's file is to blame.
+    A pattern that matches a text in too many ways is one: the tokenizer's file is to blame. The
+    library has said its own on standard error by then.
 
     Raises:
         ModelError: the library panicked.
@@ -102,22 +99,11 @@ class no_panic:
         self._tokenizer = tokenizer
 
     def __enter__(self) -> None:
-        _STDERR.acquire()
-        self._said, self._usual = tempfile.TemporaryFile(), os.dup(2)
-        os.dup2(self._said.fileno(), 2)
+        pass
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        os.dup2(self._usual, 2)
-        os.close(self._usual)
         # no subclass of Exception, and no class that could be imported
-        is_panic = kind is not None and kind.__name__ == "PanicException"
-        with self._said as said:
-            if not is_panic and said.tell():  # others may have had something to say
-                said.seek(0)
-                with open(2, "wb", closefd=False) as stderr:
-                    stderr.write(said.read())
-        _STDERR.release()
-        if is_panic:
+        if kind is not None and kind.__name__ == "PanicException":
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise ModelError(
                 f"the tokenizer {self._tokenizer!r} cannot encode a text: {reason}. Its patterns "
