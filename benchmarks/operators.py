@@ -12,8 +12,8 @@ _FUSED = "scaled_dot_product"
 class Operators:
     """Seconds that a stretch of work spends in operators, by kind.
 
-    The profiler's own cost falls between operators, so their times can be compared with those of
-    a run without it, and the time between them cannot.
+    The profiler slows operators too, small ones most: compare shares, not seconds with those of a
+    run without it.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ fails where an arm trains on far more or fewer tokens than TRL does, or sees ano
 compares times with the fastest arm of TRL, and memory with the leanest.
 TRL names no phases: its rollout is the time in `generate`, its teacher the time in the teacher's
 backbone, and the rest of its step is called student. TRL checkpoints activations unless told
-otherwise; the arm `trl` is told (its fastest), `trl-checkpointing` has it as it comes.
+otherwise; the arm `trl` is told, `trl-checkpointing` has it as it comes.
 Times mean nothing on a busy machine: look at the load average in the result.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tutelage.core.products import (
     product_,
     use_fast_products,
 )
+from tutelage.models.load import load_model
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
@@ -86,6 +88,26 @@ def test_a_linear_layer_has_torchs_gradients(
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("kind", ["every other", "one for all", "a column"])
+def test_a_bias_may_lie_anywhere(library: str, kind: str) -> None:
+    x, weight = pair(64, 128, 256)
+    numbers = torch.randn(256, 3, generator=torch.Generator().manual_seed(2))
+    bias = {
+        "every other": numbers[:, 0].contiguous()[::2],
+        "one for all": numbers[:1, 0].expand(128),
+        "a column": numbers[:128, 1],
+    }[kind]
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert distance(linear(x, weight, bias), expected) < 1e-6
+    leaf = weight.clone().requires_grad_()
+    assert distance(linear(x, leaf, bias).detach(), expected) < 1e-6
+
+
+def test_sizes_that_do_not_fit_are_told_by_torch(library: str) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.ones(7, 4), torch.ones(6, 5))
+
+
 def test_a_linear_layer_has_second_derivatives(library: str) -> None:
     x, weight = (t.requires_grad_() for t in pair(5, 4, 3))
 
@@ -116,6 +138,48 @@ def test_autocast_is_heeded(library: str) -> None:
     a, b = pair(64, 128, 256)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(a, b).dtype == torch.bfloat16
+
+
+@needs_onednn
+@pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel", None])
+def test_the_processor_decides(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, **_: object) -> str:
+        if maker is None:
+            raise FileNotFoundError(path)
+        return f"vendor_id : {maker}"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    for capability in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        found = products._is_onednn_faster.__wrapped__()
+        assert found == (maker == "AuthenticAMD" and capability == "AVX512")
+
+
+@needs_onednn
+def test_a_loaded_model_multiplies_by_onednn(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, plain = [], products._onednn
+    monkeypatch.setattr(products, "_is_onednn_faster", lambda: True)
+    monkeypatch.setattr(products, "LEAST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(products, "_onednn", lambda *x: (calls.append(1), plain(*x))[1])
+    model = load_model(str(tiny_models / "student"))
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5]]))
+    num_linear = sum(isinstance(m, nn.Linear) for m in model.modules())
+    assert len(calls) == num_linear > 0
+
+
+def test_shared_layers_stay_shared_and_hooks_stay() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3)})
+    model["b"] = model["a"]
+    seen: list[int] = []
+    model["a"].register_forward_hook(lambda *_: seen.append(1))
+    use_fast_products(model)
+    assert model["a"] is model["b"]
+    assert type(model["b"]) is Linear
+    model["b"](torch.ones(1, 3))
+    assert seen == [1]
 
 
 def test_layers_are_replaced_under_their_names_on_the_same_weights(library: str) -> None:

@@ -120,6 +120,15 @@ def part(name: str) -> Damage:
     return index_of(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}}))
 
 
+def another_index(folder: Path) -> None:
+    """One that only the configuration names."""
+    table = {"metadata": {}, "weight_map": {"model.norm.weight": "../b.safetensors"}}
+    (folder / "evil.safetensors.index.json").write_text(json.dumps(table))
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_weights"] = "evil.safetensors.index.json"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 DEEP = '{"a":' * 100_000
 WEIGHTS: dict[str, tuple[Damage, str]] = {
     "empty": (replace("model.safetensors", b""), "header too small"),
@@ -141,6 +150,7 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
     ),
     "a part beside the folder": (part("../b.safetensors"), "from '../b.safetensors', outside"),
     "a part below, and out": (part("x/../../b.safetensors"), "b.safetensors', outside its folder"),
+    "another index": (another_index, "from '../b.safetensors', outside"),
     "a part anywhere": (part("/etc/b.safetensors"), "from '/etc/b.safetensors', outside"),
 }
 CONFIGS: dict[str, tuple[Damage, str]] = {

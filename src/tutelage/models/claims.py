@@ -49,17 +49,18 @@ def refuse_parts_elsewhere(found: ResolvedModel) -> None:
         ModelError: it names a file that does not lie beside it.
         OSError, ValueError: it cannot be read; so says the one who loads it.
     """
-    index = Path(found.source) / "model.safetensors.index.json"
-    if not found.is_local or found.gguf_file is not None or not index.is_file():
+    if not found.is_local or found.gguf_file is not None:
         return
-    table = json.loads(index.read_text(encoding="utf-8"))
-    parts = table.get("weight_map") if isinstance(table, dict) else None
-    for name in sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else ():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ModelError(
-                f"model {found.ref!r} takes weights from {name!r}, outside its folder. "
-                f"Correct {index.name}."
-            )
+    # A configuration may name any of them.
+    for index in sorted(Path(found.source).rglob("*.safetensors.index.json")):
+        table = json.loads(index.read_text(encoding="utf-8"))
+        parts = table.get("weight_map") if isinstance(table, dict) else None
+        for name in sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else ():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ModelError(
+                    f"model {found.ref!r} takes weights from {name!r}, outside its folder. "
+                    f"Correct {index.name}."
+                )
 
 
 def refuse_missing_layers(found: ResolvedModel) -> None:
