@@ -153,13 +153,13 @@ def test_a_wrong_step_is_seen(fault: str, dtype: torch.dtype, tokenizer: Any) ->
     first = rows.layers[0]
     match fault:
         case "position":  # every new token would sit one place too far to the right
-            rows.cos, rows.sin = rows.cos.roll(-1, 0), rows.sin.roll(-1, 0)
+            rows.turn = rows.turn.roll(-1, 0)
         case "scale":
             rows.scale *= 2
         case "sign":
-            rows.sin = -rows.sin
+            rows.turn = rows.turn.conj().resolve_conj()
         case "norm":
-            rows.layers[0] = first._replace(qk_scale=None)
+            rows.layers[0] = first._replace(qk_norm=None)
         case "order":
             rows.layers.reverse()
     assert not rows.agrees((1, 7, 8))

@@ -78,6 +78,11 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
         out[here].add_(_onednn(a[here], b))
 
 
+def add_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """x + y weightᵀ for `[m, n]`, `[m, k]` and `[n, k]`, without gradient."""
+    return x + _onednn(y, weight) if _suits(y, weight) else torch.addmm(x, y, weight.t())
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias, as `torch.nn.functional.linear`, with gradients.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tutelage.models.layers import Layer, is_fast_family, parts_of
+from tutelage.models.layers import Layer, Norm, interleaved, is_fast_family, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,6 +151,17 @@ class _Prefill(NamedTuple):
         return _Prefill([self.prompts[i] for i in rows], self.hidden[rows], layers)
 
 
+class _Index(NamedTuple):
+    """Where the rows of a cache begin, as if it had two dimensions, and what they have filled."""
+
+    rows: Tensor
+    """First column of the keys of each row and group `[B, groups]`."""
+    first: Tensor
+    """The same, followed by that of the values `[B, 2 · groups]`."""
+    bias: Tensor
+    """0 where a column is filled, -inf elsewhere `[B · groups, 1, columns]`."""
+
+
 class FastRows:
     """The Llama family. Row r keeps token i of its sequence in column i of every cache."""
 
@@ -165,21 +176,23 @@ class FastRows:
         self.num_groups: int = config.num_key_value_heads
         heads = (self.num_heads, self.num_groups)
         self.layers = [parts_of(layer, *heads) for layer in self.base.layers]
-        self.eps: float = self.base.norm.variance_epsilon
+        self.norm = Norm(self.base.norm.weight, self.base.norm.variance_epsilon)
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
         self.columns = torch.arange(max_length, device=model.device)
         self.hidden = self.base.norm.weight.new_zeros(num_rows, config.hidden_size)
-        cos, sin = self.base.rotary_emb(self.hidden, self.columns[None])
-        self.cos, self.sin = cos[0, :, None], sin[0, :, None].clone()
-        # rotate_half negates the first half of what it turns; here the table holds the sign.
-        self.sin[..., : self.head_dim // 2].neg_()
-        empty = self.hidden.new_zeros(num_rows, self.num_groups, 0, self.head_dim)
-        self.caches = [(empty, empty) for _ in self.layers]
+        cos, sin = (x[0, :, None, : self.head_dim // 2] for x in self._angles())
+        self.turn = torch.complex(cos, sin)
+        """What turns the pairs of a query or key at each position `[max_length, 1, width / 2]`."""
+        empty = self.hidden.new_zeros(2, num_rows, self.num_groups, 0, self.head_dim)
+        self.caches = [empty for _ in self.layers]
+        """Keys (interleaved) and values of each layer `[2, B, groups, columns, width]`."""
         self.position = self.columns.new_zeros(num_rows)
         """Column of the next token of each row."""
         self.end = 0
         """The furthest of these columns."""
+        self.index: _Index | None = None
+        """Where the rows are; None after they have changed."""
         self.reads: list[_Prefill] = []
         """Prompts that have been read and are still to be started."""
 
@@ -195,7 +208,9 @@ class FastRows:
         self.advance(torch.tensor([ids[n] for n in lengths], device=device))
         expected = own[0, lengths].double()
         error = (self.hidden.double() - expected).norm() / expected.norm()
-        return bool(error <= torch.finfo(self.hidden.dtype).eps ** 0.5)
+        # Transformers computes norms in float32 at most.
+        eps = max(torch.finfo(dtype).eps for dtype in (self.hidden.dtype, torch.float32))
+        return bool(error <= eps**0.5)
 
     def admit(
         self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
@@ -233,66 +248,71 @@ class FastRows:
     def advance(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
         self._grow(self.end + 1)
-        position, room = self.position, self.caches[0][0].shape[2]
-        first = torch.arange(len(tokens) * self.num_groups, device=tokens.device) * room
-        slots = (first.view(-1, self.num_groups) + position[:, None]).flatten()
-        seen = self.columns[: self.end + 1] <= position[:, None]
-        bias = self.hidden.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-        cos, sin = self.cos[position], self.sin[position]
+        index = self.index = self.index or self._locate()
+        slots = (index.first + self.position[:, None]).view(-1)
+        index.bias.view(-1).index_fill_(0, (index.rows + self.position[:, None]).view(-1), 0.0)
+        bias = index.bias[:, :, : self.end + 1]
+        turn = self.turn.index_select(0, self.position)
         x = self.base.embed_tokens(tokens)
-        for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
-            q, k, v = self._project(layer, self._norm(x, layer.norm.weight), cos, sin)
-            for cache, new in ((keys, k), (values, v)):
-                cache.view(-1, self.head_dim).index_copy_(0, slots, new.reshape(-1, self.head_dim))
-            y = self._attend(q, keys[:, :, : self.end + 1], values[:, :, : self.end + 1], bias)
-            x = x + layer.o(y.view(len(x), -1))
-            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm.weight)).chunk(2, dim=-1)
-            x = x + layer.down(layer.act(gate) * up)
-        self.hidden = self._norm(x, self.base.norm.weight)
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            q, kv = self._project(layer, x, turn)
+            cache.view(-1, self.head_dim).index_copy_(0, slots, kv)
+            x = layer.o(x, self._attend(q, cache, bias))
+            gate, up = layer.gate_up(x).chunk(2, dim=-1)
+            x = layer.down(x, layer.act(gate) * up)
+        self.hidden = self.norm(x)
         # A row that has ended waits for its successor without running out of its cache.
-        self.position = (position + 1).clamp_(max=self.max_length - 1)
+        self.position = (self.position + 1).clamp_(max=self.max_length - 1)
         self.end = min(self.end + 1, self.max_length - 1)
 
     def keep(self, index: Tensor) -> None:
         """Drop all rows but these."""
-        self.caches = [(k[index], v[index]) for k, v in self.caches]
+        self.caches = [cache[:, index] for cache in self.caches]
         self.hidden, self.position = self.hidden[index], self.position[index]
         self.end = int(self.position.max())
+        self.index = None
 
-    def _project(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, heads, head width]`, keys and values `[B, groups, head width]`."""
+    def _angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the model's own rotary embedding, as exact as it gives them."""
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        cos, sin = self.base.rotary_emb(self.hidden, self.columns[None])
+        return cos.to(wide), sin.to(wide)
+
+    def _locate(self) -> _Index:
+        """Where every row's columns begin, and which of them it has filled."""
+        room, num_rows = self.caches[0].shape[3], len(self.position)
+        rows = torch.arange(num_rows * self.num_groups, device=self.position.device) * room
+        rows = rows.view(num_rows, self.num_groups)
+        seen = self.columns[:room] < self.position[:, None]
+        bias = self.hidden.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        bias = bias.repeat_interleave(self.num_groups, 0)[:, None]
+        return _Index(rows, torch.cat((rows, rows + rows.numel() * room), dim=1), bias)
+
+    def _project(self, layer: Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, heads, width]`, then keys and values of each row `[B·2·groups, width]`."""
         every = layer.qkv(x).view(len(x), -1, self.head_dim)
-        both, v = every[:, : -self.num_groups], every[:, -self.num_groups :]
-        if layer.qk_scale is not None:
-            both = self._norm(both, layer.qk_scale)
-        both = both * cos + both.roll(self.head_dim // 2, dims=-1) * sin
-        return both[:, : self.num_heads], both[:, self.num_heads :], v
+        both = every[:, : -self.num_groups]
+        if layer.qk_norm is not None:
+            layer.qk_norm(both, out=both)
+        if turn.dtype.to_real() == x.dtype:
+            both.view(turn.dtype).mul_(turn)
+        else:
+            both.copy_((both.to(turn.dtype.to_real()).view(turn.dtype) * turn).view(turn.dtype.to_real()))
+        return every[:, : self.num_heads], every[:, self.num_heads :].reshape(-1, self.head_dim)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Attention of one query a head; heads that share a key are its queries."""
-        q = q.view(len(q), self.num_groups, -1, self.head_dim)
-        bias = bias[:, None, None]
+    def _attend(self, q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
+        """Attention of one query a head `[B, heads · width]`; heads that share a key are its
+        queries."""
+        keys, values = cache[:, :, :, : bias.shape[-1]].flatten(1, 2).unbind(0)
+        q = q.reshape(len(keys), -1, self.head_dim)
         if q.is_cuda or q.dtype != torch.float32:
-            return F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)
-        # On a CPU two batched products take two thirds of the time of the fused kernel.
-        shape = (*q.shape[:3], keys.shape[2])
-        scores = torch.baddbmm(
-            bias.expand(shape).flatten(0, 1),
-            q.flatten(0, 1),
-            keys.flatten(0, 1).transpose(1, 2),
-            alpha=self.scale,
-        )
-        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view_as(q)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the model's RMS norm computes, rounding included, without the cost of calling it."""
-        if x.dtype == torch.float32 and weight.dim() == 1:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return weight * wide.to(x.dtype)
+            y = F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)
+        else:
+            # On a CPU two batched products take two thirds of the time of the fused kernel.
+            bias = bias.expand(-1, q.shape[1], -1)
+            scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=self.scale)
+            y = torch.bmm(scores.softmax(-1), values)
+        return y.view(cache.shape[1], -1)
 
     def _prefill(self, prompts: list[Ids]) -> _Prefill:
         states, layers = self._read(prompts)
@@ -318,15 +338,15 @@ class FastRows:
         self._grow(width)
         self.hidden[to] = source.hidden[start]
         self.position[to] = torch.tensor(lengths, device=self.columns.device).long()
-        for cache, read in zip(self.caches, source.layers, strict=True):
-            for old, new in zip(cache, read, strict=True):
-                old[to, :, :width] = new[start, :, :width]
+        self.index = None
+        for cache, (keys, values) in zip(self.caches, source.layers, strict=True):
+            cache[0][to, :, :width] = interleaved(keys[start, :, :width])
+            cache[1][to, :, :width] = values[start, :, :width]
 
     def _grow(self, columns: int) -> None:
         """Room for so many columns; new ones are 0, since a masked NaN would still be a NaN."""
-        room = self.caches[0][0].shape[2]
+        room = self.caches[0].shape[3]
         if columns > room:
             added = min(self.max_length, max(columns, room + room // 2) + 32) - room
-            self.caches = [
-                (F.pad(k, (0, 0, 0, added)), F.pad(v, (0, 0, 0, added))) for k, v in self.caches
-            ]
+            self.caches = [F.pad(cache, (0, 0, 0, added)) for cache in self.caches]
+            self.index = None
