@@ -95,6 +95,10 @@ class LazyLogits:
             out = torch.empty(
                 len(hidden), self.vocab_size, dtype=self.dtype, device=self.hidden.device
             )
+        return self.project(hidden, out)
+
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Logits of other hidden states `[M, D]`, written into `out` `[M, V]`, without gradient."""
         if self.weight.dtype == self.dtype == hidden.dtype:
             product_(out, hidden, self.weight)
         else:

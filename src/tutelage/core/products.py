@@ -37,11 +37,11 @@ def _is_onednn_faster() -> bool:
 def _suits(a: Tensor, b: Tensor) -> bool:
     """Whether a bᵀ is for oneDNN; `torch.backends.mkldnn.flags(enabled=False)` forbids it."""
     return (
-        a.device.type == b.device.type == "cpu"
+        a.numel() * b.shape[0] >= LEAST_MULTIPLICATIONS  # first, for small products are many
+        and _is_onednn_faster()
+        and a.device.type == b.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
         and a.shape[-1] == b.shape[-1]  # torch says better what does not fit
-        and a.numel() * b.shape[0] >= LEAST_MULTIPLICATIONS
-        and _is_onednn_faster()
         and bool(torch.backends.mkldnn.enabled)
     )
 

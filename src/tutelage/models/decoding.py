@@ -160,6 +160,9 @@ class _Index(NamedTuple):
     """The same, followed by that of the values `[B, 2 · groups]`."""
     bias: Tensor
     """0 where a column is filled, -inf elsewhere `[B · groups, 1, columns]`."""
+    caches: list[tuple[Tensor, Tensor, Tensor]]
+    """Of each layer everything `[2 · B · groups · columns, width]`, its keys `[B · groups, width,
+    columns]` and its values `[B · groups, columns, width]`."""
 
 
 class FastRows:
@@ -251,13 +254,15 @@ class FastRows:
         index = self.index = self.index or self._locate()
         slots = (index.first + self.position[:, None]).view(-1)
         index.bias.view(-1).index_fill_(0, (index.rows + self.position[:, None]).view(-1), 0.0)
-        bias = index.bias[:, :, : self.end + 1]
+        width = self.end + 1
+        bias = index.bias[:, :, :width].expand(-1, self.num_heads // self.num_groups, -1)
         turn = self.turn.index_select(0, self.position)
         x = self.base.embed_tokens(tokens)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
+        for layer, (every, keys, values) in zip(self.layers, index.caches, strict=True):
             q, kv = self._project(layer, x, turn)
-            cache.view(-1, self.head_dim).index_copy_(0, slots, kv)
-            x = layer.o(x, self._attend(q, cache, bias))
+            every.index_copy_(0, slots, kv)
+            y = self._attend(q, keys[:, :, :width], values[:, :width], bias)
+            x = layer.o(x, y.view(len(x), -1))
             gate, up = layer.gate_up(x).chunk(2, dim=-1)
             x = layer.down(x, layer.act(gate) * up)
         self.hidden = self.norm(x)
@@ -286,7 +291,11 @@ class FastRows:
         seen = self.columns[:room] < self.position[:, None]
         bias = self.hidden.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         bias = bias.repeat_interleave(self.num_groups, 0)[:, None]
-        return _Index(rows, torch.cat((rows, rows + rows.numel() * room), dim=1), bias)
+        caches = []
+        for cache in self.caches:
+            keys, values = cache.flatten(1, 2)
+            caches.append((cache.view(-1, self.head_dim), keys.transpose(1, 2), values))
+        return _Index(rows, torch.cat((rows, rows + rows.numel() * room), dim=1), bias, caches)
 
     def _project(self, layer: Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[B, heads, width]`, then keys and values of each row `[B·2·groups, width]`."""
@@ -300,19 +309,15 @@ class FastRows:
             both.copy_((both.to(turn.dtype.to_real()).view(turn.dtype) * turn).view(turn.dtype.to_real()))
         return every[:, : self.num_heads], every[:, self.num_heads :].reshape(-1, self.head_dim)
 
-    def _attend(self, q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
-        """Attention of one query a head `[B, heads · width]`; heads that share a key are its
-        queries."""
-        keys, values = cache[:, :, :, : bias.shape[-1]].flatten(1, 2).unbind(0)
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attention of one query a head; heads that share a key are its queries."""
         q = q.reshape(len(keys), -1, self.head_dim)
         if q.is_cuda or q.dtype != torch.float32:
-            y = F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)
-        else:
-            # On a CPU two batched products take two thirds of the time of the fused kernel.
-            bias = bias.expand(-1, q.shape[1], -1)
-            scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=self.scale)
-            y = torch.bmm(scores.softmax(-1), values)
-        return y.view(cache.shape[1], -1)
+            keys = keys.transpose(1, 2)
+            return F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)
+        # On a CPU two batched products take two thirds of the time of the fused kernel.
+        scores = torch.baddbmm(bias, q, keys, alpha=self.scale)
+        return torch.bmm(scores.softmax(-1), values)
 
     def _prefill(self, prompts: list[Ids]) -> _Prefill:
         states, layers = self._read(prompts)

@@ -59,8 +59,8 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tenso
         config: Temperature and filters.
 
     Returns:
-        Tokens [B], -1 where the logits are not numbers, and their unfiltered log-probabilities in
-        nats [B].
+        Tokens [B] and their unfiltered log-probabilities in nats [B], which are not finite where
+        the logits are not numbers.
     """
     is_warm = config.temperature not in (0.0, 1.0)
     probs = torch.softmax(logits / config.temperature if is_warm else logits, dim=-1)
@@ -69,7 +69,6 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tenso
     else:
         token = _invert(filter_probs(probs, config), uniform[:, None])
     logprob = probs.gather(1, token).log()
-    token = token.masked_fill(~logprob.isfinite(), -1)
     return token.squeeze(1), logprob.squeeze(1)
 
 

@@ -7,10 +7,11 @@ other prompts share its batch, on their order, or on how many tokens were drawn 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -207,13 +208,13 @@ class _Writer:
         ended: dict[int, int] = {}
         for step in range(count):
             size = len(self.open)
-            logits = replace(self.head, hidden=self.rows.hidden).block(0, size, self.logits[:size])
+            logits = self.head.project(self.rows.hidden, self.logits[:size])
             token, logprob = draw(logits, uniform[step], self.config)
             tokens.append(token.tolist())
             logprobs.append(logprob)
             if self.record:
                 hidden.append(self.rows.hidden)
-            if not self.stops.isdisjoint(tokens[-1]) or min(tokens[-1]) < 0 or step + 1 == count:
+            if not self.stops.isdisjoint(tokens[-1]) or step + 1 == count:
                 self._note_ends(tokens[-1], step + 1, left, ended)
             if len(ended) == len(left):
                 break
@@ -236,13 +237,6 @@ class _Writer:
     ) -> None:
         """Rows that have drawn a stop token or their last one, and how many they drew."""
         for i, num_left in left.items():
-            if tokens[i] < 0:
-                row = self.open[i]
-                position = len(row.tokens) + step - 1 if row else step - 1
-                raise ModelError(
-                    f"the model gave logits that are not numbers, got them at token {position}. "
-                    "Check its weights and dtype; float16 overflows where bfloat16 does not."
-                )
             if i not in ended and (tokens[i] in self.stops or num_left == step):
                 ended[i] = step
 
@@ -262,6 +256,7 @@ class _Writer:
             if row is None:
                 continue
             stop = ended.get(i, len(tokens))
+            _check_finite(logprobs_by_row[i][:stop], len(row.tokens))
             row.tokens += by_row[i][:stop]
             row.logprobs += logprobs_by_row[i][:stop]
             if hidden_by_row is not None:
@@ -270,6 +265,15 @@ class _Writer:
                 finished.append(row)
                 self.open[i] = None
         return finished
+
+
+def _check_finite(logprobs: Sequence[float], first: int) -> None:
+    for place, logprob in enumerate(logprobs, first):
+        if not math.isfinite(logprob):
+            raise ModelError(
+                f"the model gave logits that are not numbers, got them at token {place}. "
+                "Check its weights and dtype; float16 overflows where bfloat16 does not."
+            )
 
 
 @contextmanager
