@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tutelage.core import products
 from tutelage.core.products import (
     Linear,
+    add_linear,
     add_product_,
     linear,
     product,
@@ -65,6 +66,7 @@ def test_products_are_those_of_float64(
     out = before.clone()
     add_product_(out, a, b)
     assert distance(out, before.double() + expected) < 1e-6
+    assert distance(add_linear(before, a, b), before.double() + expected) < 1e-6
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

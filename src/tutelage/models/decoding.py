@@ -1,9 +1,10 @@
 """Rows of open completions: the hidden state that predicts each row's next token.
 
 `PlainRows` runs any causal language model through its own forward pass. `FastRows` writes the
-one-token step of the Llama family out by hand over preallocated caches: the same products in the
-same order, without the bookkeeping around them, and a place that has become free can be taken by
-another prompt at any time. `open_rows` tries a step against the model's own before trusting it.
+one-token step of the Llama family out by hand over preallocated caches: the same arithmetic in as
+few calls as possible, without the bookkeeping around it, and a place that has become free can be
+taken by another prompt at any time. `open_rows` tries a step against the model's own before
+trusting it.
 """
 
 from __future__ import annotations
@@ -303,18 +304,20 @@ class FastRows:
         both = every[:, : -self.num_groups]
         if layer.qk_norm is not None:
             layer.qk_norm(both, out=both)
-        if turn.dtype.to_real() == x.dtype:
+        wide = turn.dtype.to_real()
+        if wide == x.dtype:
             both.view(turn.dtype).mul_(turn)
         else:
-            both.copy_((both.to(turn.dtype.to_real()).view(turn.dtype) * turn).view(turn.dtype.to_real()))
+            both.copy_((both.to(wide).view(turn.dtype) * turn).view(wide))
         return every[:, : self.num_heads], every[:, self.num_heads :].reshape(-1, self.head_dim)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Attention of one query a head; heads that share a key are its queries."""
         q = q.reshape(len(keys), -1, self.head_dim)
         if q.is_cuda or q.dtype != torch.float32:
-            keys = keys.transpose(1, 2)
-            return F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)
+            # Fused kernels want a batch; here it is one of many heads.
+            q, keys, values, bias = q[None], keys.mT[None], values[None], bias[None]
+            return F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)[0]
         # On a CPU two batched products take two thirds of the time of the fused kernel.
         scores = torch.baddbmm(bias, q, keys, alpha=self.scale)
         return torch.bmm(scores.softmax(-1), values)

@@ -94,7 +94,7 @@ def parts_of(layer: Any, num_heads: int, num_groups: int) -> Layer:
 
 def interleaved(x: Tensor) -> Tensor:
     """`[…, 2h]` with element i of the first half followed by element i of the second."""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return x.view(*x.shape[:-1], 2, -1).mT.flatten(-2)
 
 
 def _side_by_side(norm: Any, modules: Sequence[tuple[nn.Module, int]]) -> Call:
@@ -106,7 +106,7 @@ def _side_by_side(norm: Any, modules: Sequence[tuple[nn.Module, int]]) -> Call:
     """
     before = Norm(norm.weight, norm.variance_epsilon)
     plain = [module for module, _ in modules if _is_plain(module)]
-    biases = [module.bias for module in plain if module.bias is not None]
+    biases: list[Tensor] = [module.bias for module in plain if module.bias is not None]
     is_small = sum(module.weight.nbytes for module in plain) <= _SMALL_BYTES
     if len(plain) < len(modules) or len(biases) not in (0, len(plain)) or not is_small:
         calls = [(_call(module), width) for module, width in modules]
@@ -128,7 +128,7 @@ def _joined(calls: Sequence[tuple[Call, int]], x: Tensor) -> Tensor:
 
 def _by_head(x: Tensor, width: int) -> Tensor:
     """`[…, heads·width]` with every head interleaved; as it is for a width of 0."""
-    return interleaved(x.unflatten(-1, (-1, width))).flatten(-2) if width else x
+    return interleaved(x.view(*x.shape[:-1], -1, width)).flatten(-2) if width else x
 
 
 def _call(module: nn.Module) -> Call:
@@ -141,9 +141,10 @@ def _call(module: nn.Module) -> Call:
 
 def _update(module: nn.Module) -> Update:
     """A layer's product added to the residual stream."""
-    if _is_plain(module) and module.bias is None and module.weight.dtype == torch.float32:
+    if _is_plain(module) and "bias" not in dict(module.named_parameters()):
         weight = module.weight
-        return lambda x, y: add_linear(x, y, weight)
+        if weight.dtype == torch.float32:
+            return lambda x, y: add_linear(x, y, weight)
     call = _call(module)
     return lambda x, y: x + call(y)
 
