@@ -44,6 +44,11 @@ class Batch:
         return self.tokens.numel()
 
     @property
+    def is_padded_right(self) -> bool:
+        """Whether every sequence begins in the first column."""
+        return bool((self.attention_mask[:, :1] == 1).all())
+
+    @property
     def names(self) -> list[int]:
         """The completions that have rows, in order; a completion's rows lie side by side."""
         names: list[int] = torch.unique_consecutive(self.completion).tolist()

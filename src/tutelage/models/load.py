@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from tutelage.core.products import use_fast_products
 from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError, TutelageError
 from tutelage.models.claims import (
     no_panic,
@@ -27,6 +26,7 @@ from tutelage.models.claims import (
     refuse_missing_layers,
     refuse_parts_elsewhere,
 )
+from tutelage.models.fast import use_fast_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.tokenizers import save_tokenizer
 
@@ -86,7 +86,7 @@ def load_model(
         else:
             model = _load_gguf(found, DTYPES[dtype], attn)
     if target.type == "cpu":
-        use_fast_products(model)
+        use_fast_layers(model)
     return model.to(target).eval()
 
 

@@ -34,6 +34,7 @@ from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
 from tutelage.models.vllm_engine import VLLMSampler
 from tutelage.models.vllm_server import VLLMServerSampler
+from tutelage.run.allocator import keep_freed_memory
 from tutelage.run.config import Config, FileData, LedgerData, VLLMEngine, VLLMServer
 
 if TYPE_CHECKING:
@@ -262,6 +263,8 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
         torch.set_num_threads(config.num_threads)
     task = build_task(config.data)  # the cheapest thing that can be wrong comes first
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.student.quantization == "4bit" and device.type == "cpu":
         raise ConfigError(
             "student.quantization '4bit' needs CUDA: on a CPU, bitsandbytes gives no gradient "
