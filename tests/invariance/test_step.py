@@ -16,7 +16,7 @@ from tutelage.data.batch import Batch, Side, collate
 from tutelage.data.types import Rollout
 from tutelage.run.setup import Parts
 
-DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
 DETERMINISTIC = ["all", "soft_or", "entropy", "q3", "divergence", "bottom"]
 
 
