@@ -19,6 +19,7 @@ class Operators:
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU])
         self._has_begun = False
+        self._has_stopped = False
 
     def begin(self) -> None:
         """Look from here on; a second call changes nothing."""
@@ -26,9 +27,15 @@ class Operators:
             self._profile.start()
             self._has_begun = True
 
+    def stop(self) -> None:
+        """Look no further; a second call changes nothing."""
+        if not self._has_stopped:
+            self._profile.stop()
+            self._has_stopped = True
+
     def end(self, times: int = 1) -> dict[str, float]:
         """Seconds for each of `times` equal pieces: products of matrices, attention, the rest."""
-        self._profile.stop()
+        self.stop()
         spent = {"products_s": 0.0, "attention_s": 0.0, "other_operators_s": 0.0}
         for event in self._profile.key_averages():
             is_attention = event.key in _ATTENTION or _FUSED in event.key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import tempfile
@@ -278,10 +279,18 @@ def trl(
 def run_arm(
     pair: str, arm: str, folder: Path, num_steps: int, operators: Operators | None = None
 ) -> dict[str, Any]:
-    """One arm, in this process; operators are looked at from the second step on."""
+    """One arm, in this process; operators are looked at from the second step to the last."""
     is_checkpointed = arm.endswith("-checkpointing")
     name = arm.removesuffix("-checkpointing")
-    after_step = operators.begin if operators else lambda: None
+    done = itertools.count(1)
+
+    def after_step() -> None:
+        number = next(done)
+        if operators and number == 1:
+            operators.begin()
+        elif operators and number == num_steps + 1:
+            operators.stop()  # what follows, saving the student, is no part of a step
+
     if name == "trl":
         return trl(pair, is_checkpointed, folder, num_steps + 1, after_step)
     mode = name.partition("-")[2] or "resident"

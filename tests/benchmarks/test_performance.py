@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import performance_page
+import step_arms
 from objective import CASES, begun, write_case
 from objective_contestants import (
     CONTESTANTS,
@@ -193,3 +194,25 @@ def test_operators_are_told_apart_and_only_those_after_the_beginning_count() -> 
             work()
         spent = operators.end(times=2)
         assert max(spent, key=spent.__getitem__) == name
+
+
+@pytest.mark.parametrize("arm", ["tutelage", "trl"])
+def test_the_profiler_sees_the_timed_steps_and_no_more(
+    arm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = torch.ones(400, 400), torch.ones(8, 200, 200)
+
+    def steps(*arguments: Any) -> dict[str, Any]:
+        after_step = arguments[-1]
+        for number in range(3):
+            a.exp() if number == 0 else a @ a
+            after_step()
+        torch.bmm(b, b)  # as the student is saved
+        return {}
+
+    monkeypatch.setattr(step_arms, "ours" if arm == "tutelage" else arm, steps)
+    operators = Operators()
+    step_arms.run_arm("embedded", arm, Path("/"), 2, operators)
+    spent = operators.end()
+    assert spent["products_s"] > 0.0
+    assert spent["attention_s"] == 0.0

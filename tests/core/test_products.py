@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from tutelage.core import products
@@ -118,6 +120,36 @@ def test_a_linear_layer_has_second_derivatives(library: str) -> None:
         return torch.autograd.grad(first.pow(2).sum(), weight)[0]
 
     torch.testing.assert_close(second(linear(x, weight)), second(F.linear(x, weight)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_linear_layer_has_forward_derivatives(library: str, has_gradients: bool) -> None:
+    x, weight = pair(5, 4, 3)
+    weight.requires_grad_(has_gradients)
+    tangent = torch.ones_like(x)
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent), weight)).tangent
+    torch.testing.assert_close(y, F.linear(tangent, weight))
+    found = torch.func.jvp(lambda x: linear(x, weight), (x,), (tangent,))[1]
+    torch.testing.assert_close(found, F.linear(tangent, weight))
+
+
+@pytest.mark.parametrize("write", [product_, add_product_])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((6, 4), torch.float32), ((1, 6, 4), torch.float32), ((6, 1), torch.float64)],
+)
+def test_an_out_of_another_shape_or_dtype_is_refused(
+    library: str,
+    write: Callable[[Tensor, Tensor, Tensor], None],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    out = torch.ones(shape, dtype=dtype)
+    with pytest.raises(ValueError, match=r"but the product is \[6, 1\] of torch.float32"):
+        write(out, *pair(6, 1, 3))
+    assert bool((out == 1).all())
 
 
 @needs_onednn

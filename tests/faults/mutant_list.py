@@ -59,6 +59,20 @@ MUTANTS: dict[str, Group] = {
             ),
             ('return "AuthenticAMD" in', 'return "GenuineIntel" in'),
             ("a.dtype == b.dtype == torch.float32", "a.dtype == b.dtype"),
+            ("    if not has_operator or torch", "    if True or torch"),
+            ("if is_forward_mode or not _suits", "if not _suits"),
+            (" or out.dtype != a.dtype:", ":"),
+            ("if out.shape != (len(a), len(b)) or ", "if "),
+        ],
+    ),
+    "models/load.py": (
+        ["core/test_products.py"],
+        [("        use_fast_products(model)\n", "        pass\n")],
+    ),
+    "models/claims.py": (
+        ["models/test_damaged_models.py"],
+        [
+            ('rglob("*.safetensors.index.json")', 'glob("model.safetensors.index.json")'),
         ],
     ),
     "core/terms.py": (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 LEAST_MULTIPLICATIONS = 1 << 20
@@ -58,8 +59,22 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b) if _suits(a, b) else a @ b.t()
 
 
+def _check_out(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Refuse what a piece would be cast or broadcast into, and what torch would resize."""
+    if out.shape != (len(a), len(b)) or out.dtype != a.dtype:
+        raise ValueError(
+            f"out is {list(out.shape)} of {out.dtype}, but the product is "
+            f"{[len(a), len(b)]} of {a.dtype}. Give an out of that shape and dtype."
+        )
+
+
 def product_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out ← a bᵀ for `[m, k]` and `[n, k]`, without gradient."""
+    """out ← a bᵀ for `[m, k]` and `[n, k]`, without gradient.
+
+    Raises:
+        ValueError: out has another shape or dtype.
+    """
+    _check_out(out, a, b)
     if not _suits(a, b):
         torch.mm(a, b.t(), out=out)
         return
@@ -69,7 +84,12 @@ def product_(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out ← out + a bᵀ for `[m, k]` and `[n, k]`, without gradient."""
+    """out ← out + a bᵀ for `[m, k]` and `[n, k]`, without gradient.
+
+    Raises:
+        ValueError: out has another shape or dtype.
+    """
+    _check_out(out, a, b)
     if not _suits(a, b):
         out.addmm_(a, b.t())
         return
@@ -94,7 +114,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `[…, n]`.
     """
-    if not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
+    # oneDNN's operator knows no tangents: forward-mode derivatives would silently be zero.
+    is_forward_mode = forward_ad._current_level >= 0
+    if is_forward_mode or not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
