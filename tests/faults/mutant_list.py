@@ -73,6 +73,8 @@ MUTANTS: dict[str, Group] = {
         ["models/test_damaged_models.py"],
         [
             ('rglob("*.safetensors.index.json")', 'glob("model.safetensors.index.json")'),
+            ("if not 0 < claim <= num_tensors]", "if not claim <= num_tensors]"),
+            ("            yield from _layers_of(value)\n", "            pass\n"),
         ],
     ),
     "core/terms.py": (

@@ -54,6 +54,16 @@ def config(**changes: Any) -> Damage:
     return edit("config.json", lambda value: value.update(changes))
 
 
+def layers(number: int) -> Damage:
+    """Another number of layers, and no list of their kinds that would give it away."""
+
+    def change(value: dict[str, Any]) -> None:
+        value["num_hidden_layers"] = number
+        value.pop("layer_types", None)
+
+    return edit("config.json", change)
+
+
 def replace(name: str, content: bytes | str) -> Damage:
     data = content.encode() if isinstance(content, str) else content
     return lambda folder: (folder / name).write_bytes(data)
@@ -167,6 +177,11 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "no architecture": (edit("config.json", lambda c: c.pop("model_type")), "model_type"),
     "text for a number": (config(hidden_size="many"), "expected int, got str"),
     "negative": (config(num_hidden_layers=-3), "num_hidden_layers"),
+    "a million layers": (layers(10**6), "claims 1000000 layers (num_hidden_layers) but has "),
+    "no layers": (layers(0), "claims 0 layers"),
+    "layers within": (config(text_config={"n_layer": 10**6}), "claims 1000000 layers"),
+    "heads below zero": (config(num_attention_heads=-4), "negative dimension"),
+    "huge width": (config(hidden_size=10**12), "other shapes"),
     "no heads": (config(num_attention_heads=0), "zero"),
     "huge vocabulary": (config(vocab_size=10**15), "other shapes"),
     "stop tokens cut": (replace("generation_config.json", '{"eos'), "generation_config.json of"),
@@ -275,6 +290,10 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     gguf = pytest.importorskip("gguf")
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
+    # Looks like a setting of one layer to whom just searches for it.
+    writer.add_description("llama.block_count\4\0\0\0\1\0\0\0")
+    writer.add_array("test.numbers", [1, 2, 3])
+    writer.add_array("test.texts", ["a", "bc"])
     writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_block_count(1)
@@ -301,12 +320,13 @@ def number(name: bytes, value: int) -> Callable[[bytes], bytes]:
     """Another number in the settings."""
 
     def change(content: bytes) -> bytes:
-        at = content.index(name) + len(name) + 4
+        at = content.rindex(name) + len(name) + 4
         return content[:at] + struct.pack("<I", value) + content[at + 4 :]
 
     return change
 
 
+COUNT = b"llama.block_count"
 GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "half": (lambda b: b[: len(b) // 2], "cannot load"),
     "a thousand bytes": (lambda b: b[:1000], "cannot load"),
@@ -319,8 +339,11 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "zeros": (lambda b: b[:4] + bytes(len(b) - 4), "cannot load"),
     "unknown architecture": (lambda b: b.replace(b"llama", b"zzzzz"), "zzzzz"),
     "another width": (number(b"llama.embedding_length", 64), "size mismatch"),
-    "a layer more": (number(b"llama.block_count", 2), "lacks 9 weights, first 'model.layers.1."),
-    "a million layers": (number(b"llama.block_count", 10**6), "claims 1000000 layers but has 12"),
+    "a layer more": (number(COUNT, 2), "lacks 9 weights, first 'model.layers.1."),
+    "a million layers": (
+        number(COUNT, 10**6),
+        "claims 1000000 layers (num_hidden_layers) but has 12",
+    ),
     "a million dimensions": (number(b"llama.embedding_length", 10**6), "cannot load"),
     "a tensor less": (
         lambda b: b.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"),

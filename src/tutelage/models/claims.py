@@ -6,7 +6,10 @@ import json
 import mmap
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+from safetensors import safe_open
 
 from tutelage.errors import ModelError
 from tutelage.models.reference import ResolvedModel
@@ -15,7 +18,10 @@ LARGEST_ID = (1 << 24) - 1
 """The tokenizer library makes a table up to the largest id; 2³¹ takes it a minute and 50 GB."""
 
 _LONG_NUMBER = re.compile(rb":\s*[0-9]{8}")
-_BLOCKS = re.compile(rb"\.block_count(?:[\4\5]\0\0\0(.{4})|[\12\13]\0\0\0(.{8}))", re.DOTALL)
+_NUM_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
+_GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_TEXT, _ARRAY = 8, 9
+_LONGEST_KEY = 1 << 16
 
 
 def refuse_large_ids(found: ResolvedModel) -> None:
@@ -64,26 +70,99 @@ def refuse_parts_elsewhere(found: ResolvedModel) -> None:
 
 
 def refuse_missing_layers(found: ResolvedModel) -> None:
-    """A GGUF file that claims more layers than it has tensors: all of them would be built.
+    """More layers claimed than there are tensors, or none: all of them would be built first.
 
     Raises:
-        ModelError: it does.
-        OSError, ValueError: it cannot be read; so says the one who loads it.
+        ModelError: config.json or the settings of a GGUF file claim that.
+        OSError, SafetensorError: a file cannot be read.
     """
-    if found.gguf_file is None:
+    if not found.is_local:
         return
-    path = Path(found.source) / found.gguf_file
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-        (num_tensors,) = struct.unpack("<Q", content[8:16].ljust(8, b"\0"))
-        claim = _BLOCKS.search(content)
-        if claim is None:
-            return
-        num_layers = int.from_bytes(claim[1] or claim[2], "little")
-    if num_layers > num_tensors:
+    try:
+        num_tensors, claims = _gguf_claims(found) if found.gguf_file else _config_claims(found)
+    except (ValueError, struct.error):
+        return  # the settings cannot be read, which is said before anything is built
+    wrong = [claim for claim in claims if not 0 < claim <= num_tensors]
+    if wrong:
         raise ModelError(
-            f"model {found.ref!r} claims {num_layers} layers but has {num_tensors} tensors. "
-            "Download it again."
+            f"model {found.ref!r} claims {wrong[0]} layers (num_hidden_layers) but has "
+            f"{num_tensors} tensors. Correct its settings or download it again."
         )
+
+
+def _config_claims(found: ResolvedModel) -> tuple[int, list[int]]:
+    num_tensors, folder = 0, Path(found.source)
+    for path in filter(Path.is_file, folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            num_tensors += len(weights.keys())
+    if not num_tensors:
+        return 0, []  # no file of weights, which is said before anything is built
+    return num_tensors, list(_layers_of(json.loads((folder / "config.json").read_text("utf-8"))))
+
+
+def _gguf_claims(found: ResolvedModel) -> tuple[int, list[int]]:
+    path = Path(found.source) / str(found.gguf_file)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        settings = _GGUFSettings(content)
+        return settings.num_tensors, list(settings.block_counts())
+
+
+def _layers_of(config: object) -> Iterator[int]:
+    """Numbers of layers in a configuration and those that it is made of."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key in _NUM_LAYERS and isinstance(value, int):
+            yield value
+        elif key.endswith("_config"):
+            yield from _layers_of(value)
+
+
+class _GGUFSettings:
+    """Walks the settings at the head of a GGUF file; struct.error where it ends too early."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
+        self._order = "<" if any(content[4:6]) else ">"  # of the version, a small number
+        self._at = 8
+        self.num_tensors = self._number("Q")
+        self._num_settings = self._number("Q")
+
+    def block_counts(self) -> Iterator[int]:
+        """Every number of layers; a text that looks like one is none."""
+        for _ in range(self._num_settings):
+            key, kind = self._text(), self._number("I")
+            value = self._value(kind)
+            if key.endswith(b".block_count") and value is not None:
+                yield value
+
+    def _number(self, kind: str) -> int:
+        (value,) = struct.unpack_from(self._order + kind, self._content, self._at)
+        self._at += struct.calcsize("=" + kind)
+        return int(value)
+
+    def _text(self) -> bytes:
+        length = self._number("Q")
+        start, self._at = self._at, self._at + length
+        return self._content[start : self._at] if length < _LONGEST_KEY else b""
+
+    def _value(self, kind: int) -> int | None:
+        """A whole number; anything else is passed over."""
+        if kind == _TEXT:
+            self._text()
+        elif kind == _ARRAY:
+            inner, length = self._number("I"), self._number("Q")
+            if inner in _GGUF_NUMBERS:
+                self._at += length * struct.calcsize("=" + _GGUF_NUMBERS[inner])
+            else:
+                for _ in range(length):
+                    self._value(inner)
+        elif kind in _GGUF_NUMBERS:
+            code = _GGUF_NUMBERS[kind]
+            if code not in "fd":
+                return self._number(code)
+            self._at += struct.calcsize("=" + code)
+        else:
+            raise ValueError(f"settings of an unknown kind {kind}")
+        return None
 
 
 class no_panic:
