@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tutelage.core.decoder import rms_norm, rotate
+from tutelage.core.decoder import rms_norm, rotate, swiglu
 
 EPS = 1e-6
 
@@ -104,3 +104,20 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(rms_norm(x, weight, EPS).sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_a_gated_unit_and_its_gradients_are_those_of_its_formula() -> None:
+    gate, up = 3 * numbers(4, 5, 8), numbers(4, 5, 8, seed=1)
+    wanted = gradients(lambda gate, up: gate / (1 + (-gate).exp()) * up, gate, up)
+    torch.testing.assert_close(gradients(swiglu, gate, up), wanted, rtol=1e-12, atol=1e-13)
+    swapped = gradients(lambda gate, up: swiglu(up, gate), gate, up)
+    assert float((swapped[1] - wanted[1]).abs().max()) > 0.1  # negative control
+
+
+def test_a_gated_unit_keeps_its_inputs_and_nothing_else() -> None:
+    """A layer's widest activation is computed again in the backward pass."""
+    kept: list[int] = []
+    gate, up = (numbers(6, 8, seed=seed).requires_grad_() for seed in (0, 1))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], id):
+        swiglu(gate, up)
+    assert sorted(kept) == sorted((gate.data_ptr(), up.data_ptr()))

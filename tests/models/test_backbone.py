@@ -55,6 +55,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
     "qwen3, as many keys": Qwen3Config(**SIZES | {"num_key_value_heads": 4}),
+    "another activation": LlamaConfig(**SIZES, hidden_act="gelu"),
     "one layer": Qwen3Config(**SIZES | {"num_hidden_layers": 1}),
 }
 OTHERS = {

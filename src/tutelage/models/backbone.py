@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tutelage.core.decoder import rotate
+from tutelage.core.decoder import rotate, swiglu
 from tutelage.models.layers import is_fast_family
 
 if TYPE_CHECKING:
@@ -57,8 +57,16 @@ def _through(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, first: int) -> Ten
     """A decoder layer's output `[B, T − first, D]` for its input `[B, T, D]`."""
     read = _attended(layer.self_attn, layer.input_layernorm(x), cos, sin, first)
     x = x[:, first:] + read
-    after: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
-    return after
+    return x + _transformed(layer.mlp, layer.post_attention_layernorm(x))
+
+
+def _transformed(mlp: Any, x: Tensor) -> Tensor:
+    """What the MLP makes of each token, `[…, D]`."""
+    if mlp.config.hidden_act != "silu":
+        whole: Tensor = mlp(x)
+        return whole
+    out: Tensor = mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+    return out
 
 
 def _attended(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, first: int) -> Tensor:
