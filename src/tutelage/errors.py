@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -45,3 +48,15 @@ def is_full(error: OSError) -> bool:
 def remedy(error: OSError, otherwise: str) -> str:
     """What to do after a failed write: about a full disk, or `otherwise`."""
     return "Free some space and start the same command again." if is_full(error) else otherwise
+
+
+@contextmanager
+def explained_write(path: Path, kept: str) -> Iterator[None]:
+    """Turn what a full or broken disk raises into one line, which says what was kept."""
+    try:
+        yield
+    except OSError as error:
+        again = "Make it writable and start the same command again."
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}. {kept} {remedy(error, again)}"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.errors import RunError
+from tutelage.errors import RunError, explained_write
 from tutelage.run.atomic import write_atomically
 from tutelage.run.folder import RunFolder
 
@@ -162,3 +163,16 @@ def test_a_lock_that_cannot_be_removed_hides_no_other_error(
         folder.close()
     assert (folder.path / "lock").exists()
     RunFolder(folder.path).open()  # nobody holds it
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Free some space and start"), (errno.EACCES, "Make it writable and start")],
+)
+def test_a_failed_write_says_what_helps(tmp_path: Path, number: int, advice: str) -> None:
+    with (
+        pytest.raises(RunError, match=f"Kept. {advice} the same command again") as caught,
+        explained_write(tmp_path / "x", "Kept."),
+    ):
+        raise OSError(number, "reason")
+    assert str(caught.value).startswith(f"{tmp_path / 'x'} cannot be written: reason.")

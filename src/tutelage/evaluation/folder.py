@@ -9,12 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from tutelage.errors import RunError, remedy
+from tutelage.errors import RunError, explained_write, remedy
 
 Row: TypeAlias = dict[str, Any]
 SETTINGS, ROWS, SUMMARY, TABLE = "settings.json", "rows.jsonl", "summary.json", "summary.md"
@@ -124,7 +123,7 @@ class EvaluationFolder:
             RunError: the disk is full; the next start drops a line that is cut off.
         """
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        with _explained(self.path / ROWS):
+        with explained_write(self.path / ROWS, "What was saved before stays."):
             self._file.write(text.encode())
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -135,21 +134,9 @@ class EvaluationFolder:
         Raises:
             RunError: the disk is full; the samples stay.
         """
-        with _explained(self.path):
+        with explained_write(self.path, "What was saved before stays."):
             write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
             write_text(self.path / TABLE, table + "\n")
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what a full or broken disk raises into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}. What was saved before stays; "
-            "free some space and start the same command again."
-        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -117,7 +117,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     _refuse_missing_tokenizer(found)
     with _explained(found, "tokenizer"):
         refuse_large_ids(found)
-        with no_panic(ref) if found.is_local else contextlib.nullcontext():
+        with no_panic(ref):
             tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
             tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
         return tokenizer

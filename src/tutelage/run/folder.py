@@ -7,15 +7,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tutelage.errors import RunError, remedy
+from tutelage.errors import RunError, explained_write, remedy
 from tutelage.run.atomic import remove_remnants, sync, write_atomically
 from tutelage.run.lock import FolderLock
 
@@ -70,7 +69,7 @@ class RunFolder:
         if not self.is_writer:
             return
         path = self.path / name
-        with _explained(path):
+        with explained_write(path, "Checkpoints are untouched."):
             is_new = not path.exists()
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
@@ -84,7 +83,7 @@ class RunFolder:
         for name in logs:
             path = self.path / name
             if self.is_writer and path.exists():
-                with _explained(path):
+                with explained_write(path, "Checkpoints are untouched."):
                     lines = path.read_bytes().splitlines(keepends=True)
                     kept = [text for text in map(_text, lines) if _is_at_most(text, step)]
                     if len(kept) < len(lines):
@@ -129,20 +128,8 @@ class RunFolder:
         """
         if self.is_writer:
             path = self.path / "manifest.json"
-            with _explained(path):
+            with explained_write(path, "Checkpoints are untouched."):
                 write_atomically(path, json.dumps(manifest, indent=2) + "\n")
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what a full or broken disk raises into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}. Checkpoints are untouched; free some "
-            "space and start the same command again."
-        ) from None
 
 
 def _text(line: bytes) -> str:
