@@ -189,8 +189,9 @@ def growth(cases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float, float 
 
 LEAN_ARMS = {
     "tutelage-offload": "an offloaded teacher",
-    "tutelage-reload": "a reloaded teacher",
-    "tutelage-reload-checkpointing": "a reloaded teacher and checkpointed activations",
+    "tutelage-offload-disk": "an offloaded teacher and moments on disk",
+    "tutelage-offload-disk-checkpointing": "an offloaded teacher, moments on disk and checkpointed "
+    "activations",
 }
 
 
@@ -244,7 +245,9 @@ def step_notes(record: dict[str, Any]) -> Iterator[str]:
                 f"Weights, gradients, AdamW's moments and an idle process alone need "
                 f"{number('_bytes', reads)} while the teacher reads (all of it in memory) and "
                 f"{number('_bytes', learns)} while the student learns: **{share:.2f}** of TRL's "
-                "leanest, without a single activation.\n"
+                "leanest, without a single activation. With the moments on disk they are not "
+                "resident memory; the kernel may keep their file in its cache until somebody needs "
+                "the room.\n"
             )
 
 

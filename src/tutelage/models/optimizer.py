@@ -1,17 +1,26 @@
-"""What updates the student: optimizers of torch and bitsandbytes, and float32 master weights."""
+"""What updates the student: optimizers of torch and bitsandbytes, float32 master weights, and
+moments that lie on disk."""
 
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from tutelage.errors import ConfigError, MissingExtraError
+from tutelage.errors import ConfigError, MissingExtraError, RunError
+from tutelage.models.mapped import MappedFile, whole_pages
 
-OptimizerKind = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
+OptimizerKind = Literal["adamw", "adamw_on_disk", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
+
+
+_PIECE = 1 << 22
+"""Weights whose moments on disk are in memory at the same time; a whole number of pages."""
 
 
 class MasterWeights:
@@ -62,18 +71,139 @@ def _master(weight: nn.Parameter, device: torch.device | str | None) -> nn.Param
     return weight if is_same else nn.Parameter(copy)
 
 
+class DiskAdamW(torch.optim.AdamW):
+    """AdamW whose moments lie in a file without a name: the same numbers, bit for bit.
+
+    Weights are updated one after the other, and what their moments took of memory is given back at
+    once, so that the moments of one weight are there at a time. The kernel may keep the file in
+    its cache, which it empties when others need the room.
+    """
+
+    def __init__(
+        self, weights: Iterable[nn.Parameter], folder: Path | None = None, **options: Any
+    ) -> None:
+        """Reserve the room for all moments.
+
+        Args:
+            weights: In main memory.
+            folder: A folder of the file system to use; None for the system's temporary one.
+            options: Those of `torch.optim.AdamW`, of one group.
+
+        Raises:
+            ConfigError: a weight is not in main memory.
+            RunError: the disk has no room for the file.
+        """
+        chosen = list(weights)
+        device = next((w.device.type for w in chosen if w.device.type != "cpu"), None)
+        if device:
+            raise ConfigError(
+                f"optimizer.kind 'adamw_on_disk' updates weights in main memory, got some on "
+                f"{device}. Set optimizer.offload = true."
+            )
+        super().__init__(chosen, fused=True, **options)
+        sizes = [2 * whole_pages(weight.nbytes) for weight in chosen]
+        self._file = _room(sum(sizes), folder)
+        self._pages: dict[Tensor, tuple[int, int]] = {}
+        """First byte and number of bytes of a weight's two moments."""
+        start = 0
+        for weight, size in zip(chosen, sizes, strict=True):
+            self._pages[weight] = (start, size)
+            start += size
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, group)
+        self.release()  # with a page, the kernel maps some of its neighbours
+
+    def release(self) -> None:
+        """Give back the memory of moments that somebody has looked at, such as a checkpoint."""
+        for pages in self._pages.values():
+            self._file.release(*pages)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Copy a state, of this class or of `torch.optim.AdamW`, to the file."""
+        super().load_state_dict(state_dict)
+        for weight, state in self.state.items():
+            for name, mapped in self._moments(weight).items():
+                if state[name].data_ptr() != mapped.data_ptr():
+                    state[name] = mapped.copy_(state[name])
+            self._file.release(*self._pages[weight])
+        self.release()
+
+    def _moments(self, weight: Tensor) -> dict[str, Tensor]:
+        start, size = self._pages[weight]
+        places = {"exp_avg": start, "exp_avg_sq": start + size // 2}
+        return {
+            name: self._file.tensor(place, weight.numel(), weight.dtype).view_as(weight)
+            for name, place in places.items()
+        }
+
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+        """A piece of the weight at a time, and as many pages of its moments."""
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state |= self._moments(weight)
+        names = ("exp_avg", "exp_avg_sq")
+        grads: Any = weight.grad
+        columns = [weight.view(-1), grads.reshape(-1), *(state[n].view(-1) for n in names)]
+        start, size = self._pages[weight]
+        for low in range(0, weight.numel(), _PIECE):
+            piece, grad, mean, square = (x[low : low + _PIECE] for x in columns)
+            step = state["step"].clone()  # counts up with every call
+            adamw(
+                [piece],
+                [grad],
+                [mean],
+                [square],
+                [],
+                [step],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            num_bytes = whole_pages(mean.nbytes)
+            for first in (start, start + size // 2):
+                self._file.release(first + low * weight.itemsize, num_bytes)
+        state["step"] += 1
+
+
+def _room(num_bytes: int, folder: Path | None) -> MappedFile:
+    try:
+        return MappedFile(num_bytes, folder)
+    except OSError as error:
+        raise RunError(
+            f"{num_bytes:,} bytes of AdamW's moments do not fit on the disk of "
+            f"{folder or tempfile.gettempdir()}: {error.strerror}. Free some space, or use "
+            'optimizer.kind = "adamw".'
+        ) from None
+
+
 def make_optimizer(
     kind: OptimizerKind,
     masters: Iterable[nn.Parameter],
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
+    folder: Path | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW with 8 or 2 bytes of state a weight, or Adafactor with next to none.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        ConfigError: a paged optimizer without CUDA.
+        ConfigError: a paged optimizer without CUDA, or moments on disk of weights that are not in
+            main memory.
+        RunError: the disk of `folder` has no room for the moments.
     """
     weights = list(masters)
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
@@ -81,6 +211,8 @@ def make_optimizer(
         case "adamw":
             # fused: no temporaries as large as the weights, and the fastest on CPU and CUDA
             return torch.optim.AdamW(weights, betas=betas, fused=True, **options)
+        case "adamw_on_disk":
+            return DiskAdamW(weights, folder, betas=betas, **options)
         case "adafactor":
             return torch.optim.Adafactor(weights, **options)
         case "adamw_8bit" | "paged_adamw_8bit":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import mmap
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ from tutelage.core import LazyLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError
 from tutelage.models.head import head, hidden_rows
+from tutelage.models.mapped import MappedFile, give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,16 +53,14 @@ class HiddenStore:
 
     def _mapped(self, num_bytes: int, dtype: torch.dtype) -> Tensor:
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                # a sparse file on a full disk would end the process with a bus error
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-                return torch.frombuffer(mmap.mmap(file.fileno(), num_bytes), dtype=dtype)
+            file = MappedFile(num_bytes, self.folder)
         except OSError as error:
             raise RunError(
                 f"{num_bytes:,} bytes of teacher hidden states do not fit on the disk of "
                 f"{self.folder or tempfile.gettempdir()}: {error.strerror}. Free some space, "
                 "raise teacher.hidden_budget_bytes or take fewer prompts a step."
             ) from None
+        return file.tensor(0, num_bytes // dtype.itemsize, dtype)
 
 
 class Teacher:
@@ -135,7 +131,7 @@ class Teacher:
             self.model.to("cpu")
         elif self.mode == "reload":
             self._model = None
-            gc.collect()  # a model refers to itself, so counting references does not free it
+            give_back()
 
     @torch.no_grad()
     def read(self, batch: Batch) -> LazyLogits:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tutelage.errors import RunError
 from tutelage.models.load import save_model
+from tutelage.models.optimizer import DiskAdamW
 from tutelage.run.atomic import discard, new_folder, sync
 from tutelage.run.manifest import DamagedError, seal, unseal
 from tutelage.run.setup import trained_names
@@ -115,6 +116,9 @@ def save_checkpoint(
             f"checkpoint {final} cannot be written: {_sentence(error.__cause__ or error)} "
             "Earlier checkpoints are untouched; free some space and start the same command again."
         ) from None
+    finally:
+        if isinstance(optimizer, DiskAdamW):
+            optimizer.release()
     rotate(run, keep)
     return final
 

@@ -79,7 +79,8 @@ class TeacherConfig:
     """Dtype of the weights."""
     mode: TeacherMode = "resident"
     """Where it is while the student writes and learns: resident on the device, offload to main
-    memory, or reload, which reads it from its folder in every step."""
+    memory, or reload, which reads it from its folder in every step. On a CPU, whose memory is main
+    memory, offload leaves the teacher in its folder where it has one (safetensors), like reload."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Bits of the weights; needs the extra `lowbit`."""
     hidden_budget_bytes: int = 4 << 30
@@ -143,7 +144,8 @@ class OptimizerConfig:
 
     __pydantic_config__ = STRICT
     kind: OptimizerKind = "adamw"
-    """adamw; adamw_8bit or paged_adamw_8bit with the extra `lowbit`; adafactor without moments."""
+    """adamw; adamw_on_disk, the same with its moments in a file of the run folder; adamw_8bit or
+    paged_adamw_8bit with the extra `lowbit`; adafactor without moments."""
     offload: bool = False
     """Keep float32 weights and optimizer state in main memory and update there."""
     learning_rate: float = 1e-6
@@ -158,6 +160,11 @@ class OptimizerConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     """Norm the gradient is clipped to; 0 never clips."""
+
+    @property
+    def state_is_on_disk(self) -> bool:
+        """Whether moments take disk and no memory."""
+        return self.kind == "adamw_on_disk"
 
     def __post_init__(self) -> None:
         hint = "1e-6 is usual for large models, 1e-3 for the embedded ones."

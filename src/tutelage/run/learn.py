@@ -14,6 +14,7 @@ from tutelage.core import LazyLogits, Objective, TokenStats
 from tutelage.data.batch import Batch
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
+from tutelage.models.mapped import give_back
 from tutelage.run.config import Config
 from tutelage.run.gather import Ranks
 from tutelage.run.plan import Lesson, Plan, divisors
@@ -191,6 +192,8 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.parts.teacher.mode == "reload" or self.config.optimizer.state_is_on_disk:
+            give_back()  # to the teacher, which reads next
         return norm, []
 
 

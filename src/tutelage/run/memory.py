@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS = (32, 64)
 """Two lengths, whose difference is what one more token costs."""
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1}
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw_on_disk": 8.0,
+    "adamw_8bit": 2.1,
+    "paged_adamw_8bit": 2.1,
+    "adafactor": 0.1,
+}
 """Bytes of optimizer state for each trained weight."""
 _KNOBS = {
     "process": "a machine with more memory",
     "student": 'student.dtype = "bfloat16" or a smaller student',
     "masters": "optimizer.offload = true",
-    "optimizer": 'optimizer.kind = "adamw_8bit", optimizer.offload = true or [student.lora]',
+    "optimizer": 'optimizer.kind = "adamw_on_disk" or "adamw_8bit", optimizer.offload = true or '
+    "[student.lora]",
     "teacher": 'teacher.mode = "offload" or "reload", or teacher.quantization = "8bit"',
     "hidden states": "teacher.hidden_budget_bytes or prompts_per_step",
     "file": 'teacher.mode = "offload"',
@@ -111,7 +118,8 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     }
     trained = sum(w.numel() for w in parts.masters.weights)
     state = int(trained * STATE_BYTES[config.optimizer.kind])
-    base["optimizer"] = 0 if config.optimizer.offload and not on_cpu else state
+    is_elsewhere = config.optimizer.state_is_on_disk or (config.optimizer.offload and not on_cpu)
+    base["optimizer"] = 0 if is_elsewhere else state
     resting = teacher.full_bytes if teacher.mode == "resident" else teacher.head_bytes
     if teacher.mode == "offload" and on_cpu:
         resting = teacher.full_bytes

@@ -30,12 +30,19 @@ from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
 from tutelage.models.student import Student
-from tutelage.models.teacher import HiddenStore, Teacher
+from tutelage.models.teacher import HiddenStore, Teacher, TeacherMode
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
 from tutelage.models.vllm_engine import VLLMSampler
 from tutelage.models.vllm_server import VLLMServerSampler
 from tutelage.run.allocator import keep_freed_memory
-from tutelage.run.config import Config, FileData, LedgerData, VLLMEngine, VLLMServer
+from tutelage.run.config import (
+    Config,
+    FileData,
+    LedgerData,
+    TeacherConfig,
+    VLLMEngine,
+    VLLMServer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -248,6 +255,15 @@ def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrain
     )
 
 
+def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
+    """Where the teacher rests: a CPU has no other memory to offload to, but files can be mapped."""
+    found = resolve_model(config.model)
+    is_mapped = found.is_local and found.gguf_file is None and config.quantization == "none"
+    if config.mode == "offload" and device.type == "cpu" and is_mapped:
+        return "reload"
+    return config.mode
+
+
 def build(config: Config, student_model: str | None = None, scratch: Path | None = None) -> Parts:
     """Load both models, shake hands over their tokenizers and build the task.
 
@@ -284,7 +300,8 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
     )
     swap = stop_swap(tokenizer, teacher_tokenizer, config.teacher.stop_token)
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
-    teacher = Teacher(model, vocab_size, device, config.teacher.mode, swap, load, store)
+    mode = _resting_mode(config.teacher, device)
+    teacher = Teacher(model, vocab_size, device, mode, swap, load, store)
     _refuse_nonfinite(student, f"student {config.student.model!r}")
     _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
     _check_head(student, f"student {config.student.model!r}", vocab_size)

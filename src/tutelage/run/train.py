@@ -141,9 +141,10 @@ class _Run:
         self._require_space()
         self._write_manifest()
         start_trackers(accelerator, config, folder.path.name)
-        optimizer = _optimizer(config.optimizer, self.parts.masters)
+        optimizer = _optimizer(config.optimizer, self.parts.masters, folder.path)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parts, optimizer)
+        self.plain_optimizer = optimizer
         student, self.optimizer = accelerator.prepare(self.parts.student, optimizer)
         self.step = Step(config, self.parts, accelerator, student, self.optimizer, stop)
         self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
@@ -273,6 +274,8 @@ class _Run:
         masters = self.parts.masters
         state = STATE_BYTES[self.config.optimizer.kind] * sum(m.numel() for m in masters.masters)
         weights = sum(weight.nbytes for weight in masters.weights)
+        if self.config.optimizer.state_is_on_disk:
+            state *= 2  # in use and in the checkpoint
         if self.folder.is_writer and self.first_step <= self.config.num_steps:
             require_space(self.folder.path, weights + int(state))
 
@@ -289,7 +292,7 @@ class _Run:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             keep = self.config.keep_checkpoints
-            save_checkpoint(self.folder.path, self.done, self.parts, self.optimizer, keep)
+            save_checkpoint(self.folder.path, self.done, self.parts, self.plain_optimizer, keep)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> None:
@@ -360,9 +363,11 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _optimizer(config: OptimizerConfig, masters: MasterWeights) -> torch.optim.Optimizer:
+def _optimizer(
+    config: OptimizerConfig, masters: MasterWeights, folder: Path
+) -> torch.optim.Optimizer:
     betas = (config.beta1, config.beta2)
     rate, decay = config.learning_rate, config.weight_decay
-    optimizer = make_optimizer(config.kind, masters.masters, rate, betas, decay)
+    optimizer = make_optimizer(config.kind, masters.masters, rate, betas, decay, folder)
     masters.follow(optimizer)
     return optimizer

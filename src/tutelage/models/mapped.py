@@ -1,0 +1,65 @@
+"""Main memory that is given back: files without a name instead of it, and what has been freed."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class MappedFile:
+    """Zeros in a file without a name, mapped into memory.
+
+    The kernel keeps what is in use and writes the rest to the file whenever it needs the room;
+    `release` takes pages out of this process at once.
+    """
+
+    def __init__(self, num_bytes: int, folder: Path | None = None) -> None:
+        """Reserve the room.
+
+        Args:
+            num_bytes: Size, above 0.
+            folder: A folder of the file system to use; None for the system's temporary one.
+
+        Raises:
+            OSError: the disk has no room for the file.
+        """
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # a sparse file on a full disk would end the process with a bus error
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            self._map = mmap.mmap(file.fileno(), num_bytes)
+
+    def tensor(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` numbers from byte `start` on `[count]`; they live as long as the tensor."""
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
+
+    def release(self, start: int, num_bytes: int) -> None:
+        """Take pages out of this process's memory; `start` is the first byte of a page.
+
+        Their numbers stay: they are read from the file, or the kernel's copy of it, when needed.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED, start, num_bytes)
+
+
+def whole_pages(num_bytes: int) -> int:
+    """Bytes of the pages that hold so many bytes."""
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def give_back() -> None:
+    """Return memory that has been freed to the system, where the allocator would keep it (glibc).
+
+    Taking it again costs time, so this is for runs that were asked to save memory.
+    """
+    gc.collect()  # models refer to themselves, so counting references does not free them
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):  # not in musl
+            library.malloc_trim(0)
