@@ -21,8 +21,9 @@ from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.models.adapter import add_lora, checkpoint_activations, learning
+from tutelage.models.allocator import give_back
 from tutelage.models.load import load_model
-from tutelage.models.mapped import MappedFile, give_back
+from tutelage.models.mapped import MappedFile
 from tutelage.models.optimizer import DiskAdamW, MasterWeights, make_optimizer
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.run.memory import status_bytes

@@ -1,12 +1,9 @@
-"""Main memory that is given back: files without a name instead of it, and what has been freed."""
+"""Memory in files without a name: gone with the process, however that ends."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import mmap
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -51,15 +48,3 @@ class MappedFile:
 def whole_pages(num_bytes: int) -> int:
     """Bytes of the pages that hold so many bytes."""
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def give_back() -> None:
-    """Return memory that has been freed to the system, where the allocator would keep it (glibc).
-
-    Taking it again costs time, so this is for runs that were asked to save memory.
-    """
-    gc.collect()  # models refer to themselves, so counting references does not free them
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):  # not in musl
-            library.malloc_trim(0)

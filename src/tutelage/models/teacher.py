@@ -15,8 +15,9 @@ from torch import Tensor
 from tutelage.core import LazyLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError
+from tutelage.models.allocator import give_back
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.mapped import MappedFile, give_back
+from tutelage.models.mapped import MappedFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

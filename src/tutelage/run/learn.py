@@ -14,7 +14,7 @@ from tutelage.core import LazyLogits, Objective, TokenStats
 from tutelage.data.batch import Batch
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
-from tutelage.models.mapped import give_back
+from tutelage.models.allocator import give_back
 from tutelage.run.config import Config
 from tutelage.run.gather import Ranks
 from tutelage.run.plan import Lesson, Plan, divisors

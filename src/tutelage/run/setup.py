@@ -23,6 +23,7 @@ from tutelage.models.adapter import (
     merge,
     set_adapter_weights,
 )
+from tutelage.models.allocator import keep_freed_memory
 from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer
@@ -34,7 +35,6 @@ from tutelage.models.teacher import HiddenStore, Teacher, TeacherMode
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
 from tutelage.models.vllm_engine import VLLMSampler
 from tutelage.models.vllm_server import VLLMServerSampler
-from tutelage.run.allocator import keep_freed_memory
 from tutelage.run.config import (
     Config,
     FileData,

@@ -1,6 +1,10 @@
-"""What the process's allocator of main memory does between the steps of a run."""
+"""What the process's allocator of main memory does with memory that has been freed."""
 
 from __future__ import annotations
+
+import ctypes
+import gc
+import sys
 
 import torch
 
@@ -17,3 +21,15 @@ def keep_freed_memory() -> None:
     Elsewhere than on Linux with glibc nothing changes.
     """
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+
+
+def give_back() -> None:
+    """Return memory that has been freed to the system, where the allocator would keep it (glibc).
+
+    Taking it again costs time, so this is for runs that were asked to save memory.
+    """
+    gc.collect()  # models refer to themselves, so counting references does not free them
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):  # not in musl
+            library.malloc_trim(0)
