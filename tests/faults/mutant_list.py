@@ -67,7 +67,7 @@ MUTANTS: dict[str, Group] = {
     ),
     "models/load.py": (
         ["core/test_products.py"],
-        [("        use_fast_products(model)\n", "        pass\n")],
+        [("        use_fast_layers(model)\n", "        pass\n")],
     ),
     "models/claims.py": (
         ["models/test_damaged_models.py"],
