@@ -138,7 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=["embedded", "smollm2"])
     parser.add_argument("--rounds", type=int, default=2, help="processes of each arm")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of each process")
+    parser.add_argument("--steps", type=int, help="timed steps of each process")
     parser.add_argument("--threads", type=int, help="default: 1 embedded, 2 smollm2")
     parser.add_argument("--quick", action="store_true", help="one round of one step")
     parser.add_argument("--out", type=Path, help="folder (default: results); step-PAIR-DATE.json")
@@ -159,7 +159,9 @@ def main() -> None:
     for pair in arguments.pairs:
         record = environment(arguments)
         record["machine"]["threads"] = arguments.threads or PAIRS[pair].threads
-        rounds, num_steps = (1, 1) if arguments.quick else (arguments.rounds, arguments.steps)
+        rounds, num_steps = arguments.rounds, arguments.steps or PAIRS[pair].steps
+        if arguments.quick:
+            rounds, num_steps = 1, 1
         found = compare(pair, rounds, num_steps, arguments.threads)
         print(table(pair, found["arms"]))
         out = folder / f"step-{quick}{pair}-{record['date'][:10]}.json"

@@ -37,6 +37,8 @@ class Pair:
     """Longest completion."""
     layers: int
     """The student is the teacher cut to these layers; 0: a student of its own."""
+    steps: int
+    """Timed steps of each process."""
     arms: tuple[str, ...]
     profiled: tuple[str, ...] = ("tutelage", "trl")
 
@@ -50,9 +52,9 @@ _LEAN = (
     "trl-checkpointing",
 )
 PAIRS = {
-    "embedded": Pair(1, 32, 64, 0, ("tutelage", "trl")),
-    "smollm2": Pair(2, 8, 64, 15, _LEAN),
-    "smollm2-long": Pair(2, 8, 128, 15, ("tutelage", "trl"), ()),
+    "embedded": Pair(1, 32, 64, 0, 8, ("tutelage", "trl")),
+    "smollm2": Pair(2, 8, 64, 15, 2, _LEAN),
+    "smollm2-long": Pair(2, 8, 128, 15, 2, ("tutelage", "trl"), ()),
 }
 
 

@@ -1,4 +1,4 @@
-"""The memory plan of `tutelage check` against what runs really take, on three configurations.
+"""The memory plan of `tutelage check` against what runs really take, on four configurations.
 
 Plan and run are processes of their own: the first loads the models and prints its plan, the second
 takes two steps and reads its largest resident memory after the second.
@@ -65,7 +65,7 @@ def prepare(folder: Path) -> None:
 
 
 def tables(folder: Path) -> dict[str, dict[str, Any]]:
-    """The three configurations."""
+    """The four configurations."""
     common: dict[str, Any] = {
         "evaluation": {"num_problems": 0},
         "num_steps": 2,
@@ -96,7 +96,17 @@ def tables(folder: Path) -> dict[str, dict[str, Any]]:
         "teacher": {"model": str(folder / "smollm2"), "mode": "reload"},
         "sampling": {"max_new_tokens": 64},
     }
-    return {"wide": wide, "smollm2": smollm2, "smollm2-lora": smollm2 | lora}
+    lean = {
+        "student": smollm2["student"] | {"activation_checkpointing": True},
+        "teacher": smollm2["teacher"] | {"mode": "offload"},
+        "optimizer": {"kind": "adamw_on_disk"},
+    }
+    return {
+        "wide": wide,
+        "smollm2": smollm2,
+        "smollm2-lora": smollm2 | lora,
+        "smollm2-lean": smollm2 | lean,
+    }
 
 
 def plan(table: dict[str, Any]) -> dict[str, Any]:

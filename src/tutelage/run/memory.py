@@ -18,6 +18,8 @@ from tutelage.run.setup import Parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tutelage.models.teacher import Teacher
+
 _PROBE_TOKENS = (32, 64)
 """Two lengths, whose difference is what one more token costs."""
 STATE_BYTES = {
@@ -126,8 +128,7 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     rest = base | {"teacher": resting}
     hidden = sizes.rows * teacher.head_shape[1] * teacher.itemsize
     kept = min(hidden, config.teacher.hidden_budget_bytes) if on_cpu else 0
-    # a file's pages count as resident while the weights are copied from them
-    read = teacher.full_bytes if on_cpu and teacher.mode == "reload" else 0
+    read = _copied_bytes(config, teacher) if on_cpu and teacher.mode == "reload" else 0
     recorded = 0
     if needs_scoring(config) and config.scoring == "recorded":
         recorded = sizes.rows * model.get_output_embeddings().weight.shape[1] * model.dtype.itemsize
@@ -140,6 +141,16 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     if on_cpu:
         phases.insert(0, Phase("load", {"read at once": status_bytes("VmHWM")}))
     return MemoryPlan(tuple(phases), _available_bytes(parts.device))
+
+
+def _copied_bytes(config: Config, teacher: Teacher) -> int:
+    """Pages of weight files that are resident while another dtype is made of them.
+
+    Weights of the same dtype stay in their files, which are mapped, and are counted as the teacher.
+    """
+    files = Path(config.teacher.model).glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files)
+    return 0 if abs(size - teacher.full_bytes) < 0.01 * size else size
 
 
 class _Sizes:
