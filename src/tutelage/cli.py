@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.errors import ConfigError, MissingExtraError, TutelageError, is_full, remedy
+from tutelage.errors import ConfigError, MissingExtraError, TutelageError, explained, remedy
 
 if TYPE_CHECKING:
     from tutelage.run.config import Config
@@ -52,15 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _close_output()
         return 0
     except OSError as error:
-        if not is_full(error):
-            raise
-        place = error.filename or "the output"
-        print(f"tutelage: {place} cannot be written: {error.strerror}. {remedy(error, '')}",
-              file=sys.stderr)  # fmt: skip
-        if error.filename is None:
-            _close_output()
+        print(f"tutelage: {explained(error, _has_output_failed())}", file=sys.stderr)
         return USER_ERROR
     return code
+
+
+def _has_output_failed() -> bool:
+    """What could not be written is still there and fails again; then it is given up."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _close_output()
+        return True
+    return False
 
 
 def _close_output() -> None:
@@ -179,11 +184,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, run folder, .gguf file, package:NAME/folder, hub id;"
                         " eval also takes a server, http://host:port/v1")  # fmt: skip
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="JSONL prompts (default: ledger)",
-    )
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL prompts (default: ledger)")
     parser.add_argument("--grader", choices=("none", "number", "math", "exact"),
                         help="how answers of a file are compared (default number where all of them "
                         "are numbers, else math)")  # fmt: skip
@@ -346,7 +347,8 @@ def _score(arguments: argparse.Namespace) -> int:
             file.writelines(json.dumps(row) + "\n" for row in scores.rows())
     except OSError as error:
         if not isinstance(error, FileExistsError):
-            out.unlink(missing_ok=True)  # a part of it would be in the way of the next try
+            with suppress(OSError):
+                out.unlink()  # a part of it would be in the way of the next try
         raise ConfigError(
             f"--out {out} cannot be written: {error.strerror}. "
             + remedy(error, "Name another file.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,14 +41,31 @@ class MissingExtraError(TutelageError, ImportError):
         )
 
 
-def is_full(error: OSError) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether a write failed for want of room on the disk, or within a quota."""
-    return error.errno in _FULL
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # Libraries in Rust write the number into their text.
+    return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
-def remedy(error: OSError, otherwise: str) -> str:
+def remedy(
+    error: BaseException, otherwise: str = "Make it writable and start the same command again."
+) -> str:
     """What to do after a failed write: about a full disk, or `otherwise`."""
     return "Free some space and start the same command again." if is_full(error) else otherwise
+
+
+def explained(error: OSError, is_output: bool) -> str:
+    """One line about a name that is too long or a full disk; any other error is a defect."""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename} is too long for a name. Give a shorter one."
+    if not is_full(error):
+        raise error
+    # A failed write, other than a failed open, does not name its file.
+    unnamed = f"a file, perhaps a temporary one in {tempfile.gettempdir()},"
+    place = "the output" if is_output else error.filename or unnamed
+    return f"{place} cannot be written: {error.strerror}. {remedy(error)}"
 
 
 @contextmanager
@@ -56,7 +74,6 @@ def explained_write(path: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        again = "Make it writable and start the same command again."
         raise RunError(
-            f"{path} cannot be written: {error.strerror}. {kept} {remedy(error, again)}"
+            f"{path} cannot be written: {error.strerror}. {kept} {remedy(error)}"
         ) from None

@@ -127,6 +127,14 @@ def test_standard_output(
     )
 
 
+def test_a_file_without_a_name_is_not_called_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed write does not say of which file."""
+    monkeypatch.setattr("tutelage.run.dryrun.dry_run", fail)
+    line = refused("check", "--dry-run", LEDGER)
+    assert line.startswith("tutelage: a file, perhaps a temporary one in ")
+    assert "output" not in line
+
+
 def test_other_failures_are_still_seen(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     """The negative control: an error that no disk explains is a defect and not one line."""
 

@@ -18,6 +18,9 @@ from tutelage.errors import TutelageError
 from tutelage.models import templates
 from tutelage.run.parse import load_config
 
+LONG = "x" * 300
+"""Longer than any file system lets a name be."""
+
 
 def assert_one_line(outcome: Outcome, *parts: str) -> None:
     """Exit code 2, nothing on standard output, and one line that contains every part."""
@@ -360,6 +363,20 @@ def test_output_folders_that_cannot_be_written(tmp_path: Path) -> None:
         refused("train", LEDGER, *TINY, f"out={out}")(f"{out} cannot be written", "out=FOLDER")
     score = refused("score", LEDGER, "--num-prompts", 1, "--out", file / "x.jsonl")
     score("cannot be written")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("score", LEDGER, "--num-prompts", 1, "--out", LONG),
+        ("sample", LONG),
+        ("report", LONG),
+        ("compare", LONG),
+    ],
+    ids=lambda command: command[0],
+)
+def test_names_that_are_too_long(command: tuple[object, ...]) -> None:
+    refused(*command)(LONG, "is too long for a name. Give a shorter one.")
 
 
 def test_another_run_lives_in_the_folder(trained: tuple[Path, Outcome]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -337,6 +338,31 @@ def test_a_failed_save_leaves_the_old_model(
         save_model(make_qwen3(len(tokenizer), seed=1), tokenizer, folder)
     assert torch.equal(logits(load_model(str(folder))), logits(qwen3))
     assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(28, "No space left on device"), "Free some space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "Free some space"),
+        (OSError(13, "Permission denied"), "Make it writable"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "Make it writable"),
+    ],
+)
+def test_only_a_full_disk_wants_space(
+    tmp_path: Path,
+    qwen3: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    advice: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(load_module, "_flush", fail)
+    with pytest.raises(RunError, match=f"What stood there stays. {advice} and start the same com"):
+        save_model(qwen3, tokenizer, tmp_path / "model")
 
 
 def test_a_tokenizer_that_cannot_be_written_is_told_in_one_line(

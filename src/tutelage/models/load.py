@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError, TutelageError
+from tutelage.errors import (
+    ConfigError,
+    MissingExtraError,
+    ModelError,
+    RunError,
+    TutelageError,
+    remedy,
+)
 from tutelage.models.claims import (
     no_panic,
     refuse_large_ids,
@@ -157,7 +164,7 @@ def save_model(
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot save the model to {target}: {_one_line(error).rstrip('.')}. "
-            "What stood there stays; free some space and start the same command again."
+            f"What stood there stays. {remedy(error)}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tutelage.errors import RunError
+from tutelage.errors import RunError, remedy
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import DiskAdamW
 from tutelage.run.atomic import discard, new_folder, sync
@@ -112,9 +112,10 @@ def save_checkpoint(
             save_file(tensors, temporary / "optimizer.safetensors")
             seal(temporary, {"step": step})  # reads every byte back
     except (OSError, SafetensorError, RunError) as error:
+        cause = error.__cause__ or error
         raise RunError(
-            f"checkpoint {final} cannot be written: {_sentence(error.__cause__ or error)} "
-            "Earlier checkpoints are untouched; free some space and start the same command again."
+            f"checkpoint {final} cannot be written: {_sentence(cause)} "
+            f"Earlier checkpoints are untouched. {remedy(cause)}"
         ) from None
     finally:
         if isinstance(optimizer, DiskAdamW):
