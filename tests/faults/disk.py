@@ -23,7 +23,6 @@ from .record import Outcome
 
 CALLS = ("fsync", "rename", "rename model", "mkdir", "unlink", "rmdir", "save moments", "seal")
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EMFILE)
-LAST = "checkpoint-000006"
 LARGEST_BYTES = 60_000
 """No checkpoint of these runs does without a file larger than that."""
 DISK_BYTES = 24 << 20
@@ -66,22 +65,15 @@ def whole_steps(out: Path) -> set[int]:
     return found
 
 
-class Trials:
-    """Trials against one untroubled run."""
+class Trials(forked.Trials):
+    """Trials with a disk that fails."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.points = forked.trace(folder, folder / "unbroken")
-        self.expected = self._portrait(folder / "unbroken")
+        super().__init__(folder)
         self.places = [
             i for i, name in enumerate(self.points)
             if name.startswith("before ") and name.removeprefix("before ") in CALLS
         ]  # fmt: skip
-
-    def _portrait(self, out: Path) -> dict[str, object]:
-        found = forked.portrait(out)
-        tensors = {n: s for n, s in found["tensors"].items() if n.startswith((LAST, "student"))}
-        return {"logs": found["logs"], "tensors": tensors, "rollouts": found["rollouts"]}
 
     def one(self, number: int) -> progress.Result:
         """Fail, look at how it ended, continue, compare."""
@@ -90,7 +82,7 @@ class Trials:
         place, error = rng.choice(self.places), rng.choice(ERRORS)
         event = fail_at(place, error, is_once=number % 2 == 0)
         ended = forked.end(forked.start(self.folder, out, event), out)
-        problems = self._again(out, ending(ended))
+        problems = self.again(out, ending(ended))
         call = self.points[place].removeprefix("before ")
         return {"call": call, "code": ended.code, "problems": problems}
 
@@ -107,7 +99,7 @@ class Trials:
         if ended.code == 0:
             problems.append(f"a limit of {limit} bytes was never met")
         out.with_suffix(".log").unlink()  # it may be cut off
-        return {"call": "file size", "code": ended.code, "problems": self._again(out, problems)}
+        return {"call": "file size", "code": ended.code, "problems": self.again(out, problems)}
 
     def filled(self, number: int) -> progress.Result:
         """A disk becomes full; what was saved stays, and the run goes on when there is room."""
@@ -125,19 +117,9 @@ class Trials:
             if max(whole_steps(out), default=-1) < max(saved, default=-1):
                 problems.append(f"of the checkpoints {saved}, {whole_steps(out)} are left")
             (out / BALLAST).unlink()
-            return {"code": ended.code, "problems": self._again(out, problems)}
+            return {"code": ended.code, "problems": self.again(out, problems)}
 
         return {"call": "full disk"} | mount.in_mount(out, DISK_BYTES, trial)
-
-    def _again(self, out: Path, problems: list[str]) -> list[str]:
-        """The same command without trouble."""
-        ended = forked.end(forked.start(self.folder, out), out)
-        if ended.code:
-            return [*problems, f"continued: exit code {ended.code}: {ended.text[-300:]}"]
-        problems = problems + forked.differences(self._portrait(out), self.expected)
-        if not problems and not out.is_mount():
-            shutil.rmtree(out)
-        return problems
 
 
 def ending(ended: forked.Ended) -> list[str]:

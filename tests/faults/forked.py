@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -244,3 +245,29 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 def tally(names: list[str]) -> dict[str, int]:
     """How often each name came."""
     return dict(sorted(Counter(names).items()))
+
+
+class Trials:
+    """Trials against one untroubled run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.points = trace(folder, folder / "unbroken")
+        self.expected = self.portrait(folder / "unbroken")
+
+    def portrait(self, out: Path) -> dict[str, object]:
+        """What is compared: a stop saves a checkpoint more, so that others than the last differ."""
+        found = portrait(out)
+        kept = ("checkpoint-000006", "student")
+        tensors = {name: s for name, s in found["tensors"].items() if name.startswith(kept)}
+        return {"logs": found["logs"], "tensors": tensors, "rollouts": found["rollouts"]}
+
+    def again(self, out: Path, problems: list[str]) -> list[str]:
+        """The problems, and those of the same command without trouble; a good run is removed."""
+        ended = end(start(self.folder, out), out)
+        if ended.code:
+            return [*problems, f"continued: exit code {ended.code}: {ended.text[-300:]}"]
+        problems = problems + differences(self.portrait(out), self.expected)
+        if not problems and not out.is_mount():
+            shutil.rmtree(out)
+        return problems

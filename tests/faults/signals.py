@@ -35,7 +35,6 @@ PHASES = (
 )
 """Points at which a signal comes; `load moments` is that of a continued run."""
 SAVED = 130
-LAST = "checkpoint-000006"
 
 
 def signal_at(place: int, number: int, second: int | None, note: Path) -> forked.Event:
@@ -50,26 +49,16 @@ def signal_at(place: int, number: int, second: int | None, note: Path) -> forked
     return event
 
 
-class Trials:
-    """Trials against one unbroken run."""
+class Trials(forked.Trials):
+    """Trials with a run that is asked to stop."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.points = forked.trace(folder, folder / "unbroken")
-        self.expected = self._portrait(folder / "unbroken")
+        super().__init__(folder)
         out = folder / "half"
-        forked.end(forked.start(folder, out, forked.kill_at(self._middle())), out)
+        middle = self.points.index("after save") + 40
+        forked.end(forked.start(folder, out, forked.kill_at(middle)), out)
         shutil.copytree(out, folder / "half-copy")
         self.resumed = forked.trace(folder, out)
-
-    def _middle(self) -> int:
-        return self.points.index("after save") + 40
-
-    def _portrait(self, out: Path) -> dict[str, object]:
-        found = forked.portrait(out)
-        # A stop saves a checkpoint more, so that others than the last may differ.
-        tensors = {n: s for n, s in found["tensors"].items() if n.startswith((LAST, "student"))}
-        return {"logs": found["logs"], "tensors": tensors, "rollouts": found["rollouts"]}
 
     def one(self, number: int) -> progress.Result:
         """Signal, look, continue, compare."""
@@ -89,14 +78,7 @@ class Trials:
             forked.start(self.folder, out, signal_at(place, kind, second, note)), out
         )
         latency = time.time() - float(note.read_text())  # from the signal to the end
-        problems = self._stopped(out, ended, second)
-        ended = forked.end(forked.start(self.folder, out), out)
-        if ended.code:
-            problems.append(f"continued: exit code {ended.code}: {ended.text[-300:]}")
-        else:
-            problems += forked.differences(self._portrait(out), self.expected)
-        if not problems:
-            shutil.rmtree(out)
+        problems = self.again(out, self._stopped(out, ended, second))
         twice = second is not None
         return {"phase": phase, "twice": twice, "latency_s": latency, "problems": problems}
 
