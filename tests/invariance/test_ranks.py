@@ -108,8 +108,11 @@ def test_both_ranks_report_the_numbers_of_the_whole_batch(
     limit = 1e-5 if case == "recorded" else 1e-9
     for rank in (0, 1):
         seen = seen_by(two_ranks, rank, case)["metrics"]
-        for found, expected in zip(seen, one["metrics"], strict=True):
-            assert flat(found) == pytest.approx(flat(expected), rel=limit)
+        for row, row_of_one in zip(seen, one["metrics"], strict=True):
+            found, expected = flat(row), flat(row_of_one)
+            for numbers in (found, expected):  # rounding itself, which depends on the batch's shape
+                assert numbers.pop("max_abs_hidden_gap", 0.0) < 1e-5
+            assert found == pytest.approx(expected, rel=limit)
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, float]:

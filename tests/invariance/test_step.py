@@ -163,9 +163,15 @@ def test_another_rollout_or_a_shifted_mask_would_be_seen(
 
 
 def test_a_tied_student_and_an_offloaded_teacher_give_the_plain_gradient(
-    tmp_path: Path, tiny_models: Path, rollouts: list[Rollout]
+    tmp_path: Path,
+    tiny_models: Path,
+    rollouts: list[Rollout],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tiny import save_tiny_model
+
+    # As on an accelerator; on a CPU the teacher would be read again, in float32.
+    monkeypatch.setattr("tutelage.run.setup._resting_mode", lambda config, _: config.mode)
 
     tied = save_tiny_model(tmp_path / "tied", seed=3, is_tied=True)
     teacher = {"model": str(tiny_models / "teacher"), "mode": "offload"}

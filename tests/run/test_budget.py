@@ -22,6 +22,7 @@ from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.models.adapter import add_lora, checkpoint_activations, learning
 from tutelage.models.allocator import give_back
+from tutelage.models.layers import is_fast_family
 from tutelage.models.load import load_model
 from tutelage.models.mapped import MappedFile
 from tutelage.models.optimizer import DiskAdamW, MasterWeights, make_optimizer
@@ -355,6 +356,13 @@ def test_master_weights_add_up_what_bfloat16_rounds_away() -> None:
     assert torch.equal(mastered, exact.bfloat16())
     assert mastered[0] < 0.99
     assert plain[0] == 1  # the control: each update alone is below half a unit
+
+
+def test_checkpointed_activations_leave_rollouts_as_they_are(tiny_models: Path) -> None:
+    model = load_model(str(tiny_models / "student"))
+    assert is_fast_family(model)
+    checkpoint_activations(model)
+    assert is_fast_family(model)
 
 
 def test_activations_computed_twice_give_the_same_gradient(tiny_models: Path) -> None:

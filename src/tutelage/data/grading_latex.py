@@ -81,6 +81,7 @@ _REWRITES = tuple(
         (r"(?<![a-zA-Z\\])[iI]nfinity(?![a-zA-Z])", r"\\infty "),
         (r"(\^\s*(?:\{[^{}]*\}|[0-9a-zA-Z]))\s*(_\s*(?:\{[^{}]*\}|[0-9a-zA-Z]))", r"\2\1"),
         (r"\\\$", "$"),
+        (r"^\s*-\s+(?=\$[0-9.])", "-"),
         (r"\\%", "%"),
         (r"\bpct\b|\bpercent\b|\\text\s*\{\s*(?:percent|pct)\s*\}", "%"),
         (r"\\dots|\\ldots|\\cdots", "..."),

@@ -19,6 +19,10 @@ LARGEST_ID = (1 << 24) - 1
 
 _LONG_NUMBER = re.compile(rb":\s*[0-9]{8}")
 _NUM_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
+_SIZES = {"vocab_size", "hidden_size", "intermediate_size", "head_dim"}
+_SIZES |= {"num_attention_heads", "num_key_value_heads"}
+_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts"}
+"""Sizes that may be 0."""
 _GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _TEXT, _ARRAY = 8, 9
 _LONGEST_KEY = 1 << 16
@@ -90,11 +94,43 @@ def refuse_missing_layers(found: ResolvedModel) -> None:
         )
 
 
-def _config_claims(found: ResolvedModel) -> tuple[int, list[int]]:
-    num_tensors, folder = 0, Path(found.source)
-    for path in filter(Path.is_file, folder.glob("*.safetensors")):
+def refuse_large_sizes(found: ResolvedModel) -> None:
+    """A width, a vocabulary or a number of heads beyond any tensor: all would be built first.
+
+    Raises:
+        ModelError: config.json claims that, or nothing at all where there has to be something.
+        OSError, SafetensorError: a file cannot be read.
+    """
+    if not found.is_local or found.gguf_file is not None:
+        return
+    shapes = list(_shapes(Path(found.source)))
+    largest = max((size for shape in shapes for size in shape), default=0)
+    largest = max(largest, len(shapes))
+    try:
+        config = json.loads((Path(found.source) / "config.json").read_text("utf-8"))
+    except ValueError:
+        return  # which is said before anything is built
+    for table in (config, config.get("text_config")) if shapes and isinstance(config, dict) else ():
+        for name, value in table.items() if isinstance(table, dict) else ():
+            least = 1 if name in _SIZES else 0
+            known = name in _SIZES or name in _COUNTS
+            if known and isinstance(value, int) and not least <= value <= largest:
+                raise ModelError(
+                    f"model {found.ref!r} claims {name} = {value}, but the largest size of its "
+                    f"tensors is {largest}. Correct config.json or download it again."
+                )
+
+
+def _shapes(folder: Path) -> Iterator[list[int]]:
+    for path in filter(Path.is_file, sorted(folder.glob("*.safetensors"))):
         with safe_open(path, framework="pt") as weights:
-            num_tensors += len(weights.keys())
+            for name in weights.keys():  # noqa: SIM118 -- not a dictionary
+                yield weights.get_slice(name).get_shape()
+
+
+def _config_claims(found: ResolvedModel) -> tuple[int, list[int]]:
+    folder = Path(found.source)
+    num_tensors = sum(1 for _ in _shapes(folder))
     if not num_tensors:
         return 0, []  # no file of weights, which is said before anything is built
     return num_tensors, list(_layers_of(json.loads((folder / "config.json").read_text("utf-8"))))

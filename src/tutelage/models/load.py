@@ -30,6 +30,7 @@ from tutelage.errors import (
 from tutelage.models.claims import (
     no_panic,
     refuse_large_ids,
+    refuse_large_sizes,
     refuse_missing_layers,
     refuse_parts_elsewhere,
 )
@@ -84,6 +85,7 @@ def load_model(
     with _explained(found, "model"):
         refuse_parts_elsewhere(found)
         refuse_missing_layers(found)
+        refuse_large_sizes(found)
     with _without_bars() if found.is_local else contextlib.nullcontext():
         if quantization != "none":
             low_bits = _low_bits(found, quantization, dtype) | {"device_map": {"": str(target)}}

@@ -74,8 +74,8 @@ def _master(weight: nn.Parameter, device: torch.device | str | None) -> nn.Param
 class DiskAdamW(torch.optim.AdamW):
     """AdamW whose moments lie in a file without a name: the same numbers, bit for bit.
 
-    Weights are updated one after the other, and what their moments took of memory is given back at
-    once, so that the moments of one weight are there at a time. The kernel may keep the file in
+    Weights are updated piece by piece, and what a piece's moments took of memory is given back at
+    once. The kernel may keep the file in
     its cache, which it empties when others need the room.
     """
 
