@@ -2,10 +2,8 @@
 
     python benchmarks/performance_page.py
 
-Takes the newest `results/NAME-*.json` of every part; a part without results is left out. The
-objective has a section of its own. Of the others, every number is shown: a mapping of mappings
-(or a list of them) becomes a table with a row for each entry, whatever its keys; `_s` are seconds,
-`_bytes` are shown in MiB, lists of numbers (single rounds) are left to the JSON.
+Takes the newest `results/NAME-*.json` of every part; a part without results is left out. Single
+rounds and single operators are left to the JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 MIB = 1 << 20
-PARTS = {
-    "rollout": "Rollouts",
-    "step": "The whole step",
-    "packing": "Micro-batches by length",
-    "memory": "The memory plan against measured memory",
-}
-META = ("date", "commit", "arguments", "dtype", "versions", "machine", "load_average")
 LOOKS = {
     "all_tokens": ("#0072B2", "o"),
     "soft_or_50": ("#56B4E9", "s"),
@@ -39,6 +31,8 @@ LOOKS = {
     "trl_tuned": ("#CC79A7", "P"),
     "bare_products": ("#000000", "x"),
 }
+Goal = tuple[str, float, float | None]
+"""What was aimed at, its limit, and what was reached; None where it was not measured."""
 INTRO = """\
 # Performance
 
@@ -110,46 +104,10 @@ def where(record: dict[str, Any]) -> str:
     )
     load = record.get("load_average")
     told |= {"load average": load} if load else {}
+    told = {k: [round(x, 1) for x in v] if "load" in k else v for k, v in told.items()}
     words = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in told.items() if v is not None)
     commit = str(record.get("commit") or "unknown")[:10]
     return f"*{record.get('date', '')[:10]}, commit {commit}: {words}.*\n"
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether a value fits into a cell."""
-    return value is None or isinstance(value, str | int | float)
-
-
-def entries(value: Any) -> dict[str, Any]:
-    """A mapping as it is; a list of mappings by what their first plain values say."""
-    if isinstance(value, dict):
-        return value
-    plain = [[f"{k} {x}" for k, x in entry.items() if is_scalar(x)][:2] for entry in value]
-    return {f"{i + 1}: {', '.join(words)}": value[i] for i, words in enumerate(plain)}
-
-
-def has_entries(value: Any) -> bool:
-    """Whether a value is a mapping or a list of them."""
-    is_list = isinstance(value, list) and len(value) > 0
-    return isinstance(value, dict) or (is_list and all(isinstance(x, dict) for x in value))
-
-
-def everything(node: dict[str, Any], title: str = "") -> Iterator[str]:
-    """Every number below a node, as tables."""
-    plain = {k: v for k, v in node.items() if is_scalar(v)}
-    inner = {k: entries(v) for k, v in node.items() if has_entries(v)}
-    name = f"**{title}**\n\n" if title else ""
-    if plain:
-        yield name + table(["", "value"], [[k, number(k, v)] for k, v in plain.items()])
-        name = ""
-    flat = {k: v for k, v in inner.items() if any(map(is_scalar, v.values()))}
-    if len(flat) > 1:
-        keys = dict.fromkeys(k for v in flat.values() for k, x in v.items() if is_scalar(x))
-        rows = [[k, *(number(key, v.get(key)) for key in keys)] for k, v in flat.items()]
-        yield name + table(["", *keys], rows)
-        inner = {k: {x: y for x, y in v.items() if not is_scalar(y)} for k, v in inner.items()}
-    for key, value in inner.items():
-        yield from everything(value, f"{title} · {key}".strip(" ·"))
 
 
 def ratio(case: dict[str, Any], mine: str, other: str, key: str = "seconds") -> float | None:
@@ -158,7 +116,7 @@ def ratio(case: dict[str, Any], mine: str, other: str, key: str = "seconds") -> 
     return a / b if a is not None and b else None
 
 
-def goals(cases: Sequence[dict[str, Any]]) -> list[tuple[str, float, float | None]]:
+def goals(cases: Sequence[dict[str, Any]]) -> list[Goal]:
     """What was aimed at: a line, its limit, and what was reached."""
     first = cases[0]
     found = [("all tokens / bare products, time", 1.2, ratio(first, "all_tokens", "bare_products"))]
@@ -174,7 +132,7 @@ def goals(cases: Sequence[dict[str, Any]]) -> list[tuple[str, float, float | Non
     return [*found, *growth(cases)]
 
 
-def growth(cases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float, float | None]]:
+def growth(cases: Sequence[dict[str, Any]]) -> Iterator[Goal]:
     """Extra memory, gradients aside, at 4096 rows against 512, for each vocabulary."""
     for vocab in dict.fromkeys(case["vocab_size"] for case in cases):
         size = {
@@ -195,7 +153,7 @@ LEAN_ARMS = {
 }
 
 
-def step_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+def step_goals(record: dict[str, Any]) -> Iterator[Goal]:
     """What was aimed at for a whole step, against TRL's fastest and its leanest arm."""
     for pair, found in record["results"].items():
         arms, limit = found["arms"], 0.6 if pair == "embedded" else 0.8
@@ -206,7 +164,7 @@ def step_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | Non
                 yield line, 0.6, arms[arm]["peak_vs_trl"]
 
 
-def rollout_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+def rollout_goals(record: dict[str, Any]) -> Iterator[Goal]:
     """What was aimed at for rollouts; tokens a second, so more is better."""
     is_embedded = record["arguments"]["model"].startswith("package:tutelage")
     for work in record["workloads"]:
@@ -217,7 +175,7 @@ def rollout_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | 
         yield f"{line}: tokens/s / generate", limit, work["times_generate"].get("ours")
 
 
-def packing_goals(record: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+def packing_goals(record: dict[str, Any]) -> Iterator[Goal]:
     """What was aimed at for ragged micro-batches; more is better."""
     pair = record["arguments"]["pair"]
     yield f"{pair}: tokens/s by length / as they come", 1.8, record["summary"]["times"]
@@ -251,25 +209,84 @@ def step_notes(record: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def rollout_notes(record: dict[str, Any]) -> Iterator[str]:
-    """What bounds rollouts."""
+def rollout_table(record: dict[str, Any]) -> str:
+    """A row for each workload and contestant."""
+    header = ["batch", "lengths", "", "tokens/s", "× generate", "mean length"]
+    header += ["products", "attention", "other operators"]
+    rows = []
     for work in record["workloads"]:
-        seen = work.get("profiled_batch", {}).get("ours")
-        if seen:
-            whole = 1e6 / work["results"]["ours"]["tokens_per_s"]
-            kernels = seen["products_us_per_token"] + seen["attention_us_per_token"]
-            yield (
-                f"Batch {work['batch_size']}, {work['lengths']} lengths: of our {whole:.0f} µs a "
-                f"token, {kernels:.0f} are products of matrices and attention (seen by the "
-                "profiler, which slows them).\n"
-            )
+        for name, r in work["results"].items():
+            row = [str(work["batch_size"]), work["lengths"], name, f"{r['tokens_per_s']:,.0f}"]
+            row += [f"{work['times_generate'].get(name, 1):.2f}", f"{r['mean_length']:.1f}"]
+            seen = work.get("profiled_batch", {}).get(name, {})
+            kinds = ("products", "attention", "other_operators")
+            spent = [seen.get(f"{kind}_us_per_token") for kind in kinds]
+            rows.append(row + ["" if us is None else f"{us:,.0f}" for us in spent])
+    note = "The last three columns are µs a token under torch's profiler.\n\n"
+    return note + table(header, rows)
 
 
-NOTES = {"step": step_notes, "rollout": rollout_notes}
-GOALS = {"step": step_goals, "rollout": rollout_goals, "packing": packing_goals}
+def step_table(record: dict[str, Any]) -> str:
+    """A row for each arm of each pair: medians of a step, and the largest memory."""
+    header = ["pair", "", "step, s", "rollout", "teacher", "student", "tokens", "loss", "peak"]
+    header += ["time / TRL", "s a token / TRL", "peak / TRL"]
+    rows = []
+    for pair, found in record["results"].items():
+        for arm, r in found["arms"].items():
+            seconds = [
+                number("", r[f"{phase}_s"]) for phase in ("step", "rollout", "teacher", "student")
+            ]
+            sizes = [f"{r['tokens']:,.0f}", f"{r['loss']:.2f}", number("_bytes", r["peak_bytes"])]
+            ratios = [f"{r[f'{key}_vs_trl']:.2f}" for key in ("step", "per_token", "peak")]
+            rows.append([pair, arm, *seconds, *sizes, *ratios])
+    return table(header, rows)
 
 
-def goal_table(lines: Iterable[tuple[str, float, float | None]], is_more_better: bool) -> str:
+def packing_table(record: dict[str, Any]) -> str:
+    """A row for micro-batches as they come and one for those by length."""
+    rows = []
+    for words, key in (("as they come", "padded"), ("by length", "neighbours")):
+        speed, loss = record["summary"][f"{key}_tokens_per_s"], record["losses"][key]
+        padded = f"{record['tokens_with_padding'][key]:,}"
+        rows.append([words, f"{speed:,.0f}", f"{record['tokens']:,}", padded, f"{loss:.6f}"])
+    return table(["", "tokens/s", "tokens", "with padding", "loss"], rows)
+
+
+def memory_table(record: dict[str, Any]) -> str:
+    """A row for each configuration: planned and measured peaks, and the phase with the peak."""
+    rows = []
+    for name, r in record["results"].items():
+        phase = max(r["phases"], key=lambda phase: sum(r["phases"][phase].values()))
+        sizes = [number("_bytes", r[key]) for key in ("planned", "measured")]
+        rows.append([name, *sizes, f"{r['ratio']:.2f}", phase])
+    return table(["configuration", "planned", "measured", "planned / measured", "in phase"], rows)
+
+
+def nothing(record: dict[str, Any]) -> Iterator[Any]:
+    """A part without goals or notes."""
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page from the results of one benchmark."""
+
+    title: str
+    table: Callable[[dict[str, Any]], str]
+    goals: Callable[[dict[str, Any]], Iterable[Goal]] = nothing
+    notes: Callable[[dict[str, Any]], Iterable[str]] = nothing
+    is_more_better: bool = True
+
+
+PARTS = {
+    "rollout": Part("Rollouts", rollout_table, rollout_goals),
+    "step": Part("The whole step", step_table, step_goals, step_notes, is_more_better=False),
+    "packing": Part("Micro-batches by length", packing_table, packing_goals),
+    "memory": Part("The memory plan against measured memory", memory_table),
+}
+
+
+def goal_table(lines: Iterable[Goal], is_more_better: bool) -> str:
     """What was aimed at, and whether it was reached; a line that was not measured says so."""
     sign, rows = "≥" if is_more_better else "≤", []
     for line, limit, reached in lines:
@@ -353,14 +370,12 @@ def page(results: Path, images: Path) -> str:
     for record in newest(results, "objective"):
         if "cases" in record:
             parts += objective(record, images)
-    for part, title in PARTS.items():
-        for i, record in enumerate(newest(results, part)):
-            parts += [f"## {title}\n"] * (i == 0) + [where(record)]
-            if part in GOALS:
-                parts.append(goal_table(GOALS[part](record), is_more_better=part != "step"))
-            if part in NOTES:
-                parts += NOTES[part](record)
-            parts += everything({k: v for k, v in record.items() if k not in META})
+    for name, part in PARTS.items():
+        for i, record in enumerate(newest(results, name)):
+            parts += [f"## {part.title}\n"] * (i == 0) + [where(record)]
+            lines = list(part.goals(record))
+            parts += [goal_table(lines, part.is_more_better)] * bool(lines)
+            parts += [*part.notes(record), part.table(record)]
     return "\n".join(parts)
 
 

@@ -23,7 +23,15 @@ from objective_contestants import (
     make_inputs,
 )
 from operators import Operators
-from performance_page import everything, goal_table, goals, page, rollout_goals
+from performance_page import (
+    goal_table,
+    goals,
+    memory_table,
+    packing_table,
+    page,
+    rollout_goals,
+    rollout_table,
+)
 from rollout import check_lengths
 from step import check_alike
 
@@ -94,10 +102,12 @@ def test_goals_are_ratios_of_what_was_measured_and_unknown_where_nothing_was() -
 
 def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Path) -> None:
     (tmp_path / "objective-2026-01-02.json").write_text(json.dumps(RECORD))
+    plain = dict.fromkeys(("step_s", "rollout_s", "teacher_s", "student_s", "tokens", "loss"), 10.0)
+    plain |= {"step_vs_trl": 1.0, "per_token_vs_trl": 1.0, "peak_vs_trl": 1.0}
     arms = {
-        "tutelage": {"step_vs_trl": 0.7, "peak_bytes": 3 << 30},
-        "tutelage-offload": {"peak_vs_trl": 0.5},
-        "trl": {"step_s": 10.0, "peak_bytes": 4 << 30},
+        "tutelage": plain | {"step_vs_trl": 0.7, "peak_bytes": 3 << 30},
+        "tutelage-offload": plain | {"peak_vs_trl": 0.5, "peak_bytes": 2 << 30},
+        "trl": plain | {"peak_bytes": 4 << 30},
     }
     seen = {"tutelage": {"products_s": 3.0, "attention_s": 1.0, "other_operators_s": 9.0}}
     least = {"while_teacher_reads_bytes": 2 << 30, "while_student_learns_bytes": 1 << 30}
@@ -113,7 +123,7 @@ def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Pa
     assert "in chunks of 256 rows" in text
     assert "| smollm2: step / TRL, time | ≤ 0.8 | 0.70 | yes |" in text
     assert "/ TRL's leanest, peak memory | ≤ 0.6 | 0.50 | yes |" in text
-    assert "| tutelage | 0.7 | 3,072 MiB |" in text
+    assert "| 10 | 10.00 | 3,072 MiB | 0.70 | 1.00 | 1.00 |" in text
     assert "attention alone take **0.40** of the time of TRL's fastest step" in text
     assert "need 2,048 MiB while the teacher reads (all of it in memory)" in text
     assert "**0.50** of TRL's leanest" in text
@@ -126,15 +136,34 @@ def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Pa
     assert (tmp_path / "performance-objective.svg").read_bytes() == image
 
 
-def test_every_number_of_a_part_is_shown_once() -> None:
-    node = {"a": 1, "arms": {"x": {"s": 0.5, "deep": {"n": 7, "m": 8}}, "y": {"s": 0.25}}}
-    text = "\n".join(everything(node))
-    rounds = {"workloads": [{"batch": 8, "rate": {"ours": 5, "all": [5, 5]}}, {"batch": 64}]}
-    listed = "\n".join(everything(rounds))
-    for cell in ("| 1: batch 8 | 8 |", "| ours | 5 |", "| 2: batch 64 | 64 |"):
-        assert listed.count(cell) == 1
-    for cell in ("| a | 1 |", "| x | 0.5 |", "| y | 0.25 |", "| n | 7 |", "| m | 8 |"):
-        assert text.count(cell) == 1
+def test_rollouts_have_a_row_for_each_workload_and_contestant() -> None:
+    results = {
+        name: {"tokens_per_s": 1234.5, "mean_length": 48.04} for name in ("ours", "generate")
+    }
+    seen = {"products_us_per_token": 7.0, "attention_us_per_token": 2.0}
+    work = {
+        "batch_size": 8,
+        "lengths": "ragged",
+        "results": results,
+        "times_generate": {"ours": 2.0},
+        "profiled_batch": {"ours": seen | {"other_operators_us_per_token": 12.4}},
+    }
+    text = rollout_table({"workloads": [work]})
+    assert "| 8 | ragged | ours | 1,234 | 2.00 | 48.0 | 7 | 2 | 12 |" in text
+    assert "| 8 | ragged | generate | 1,234 | 1.00 | 48.0 |  |  |  |" in text
+
+
+def test_packing_and_memory_have_a_row_for_each_way_and_configuration() -> None:
+    packing = {
+        "summary": {"padded_tokens_per_s": 100.0, "neighbours_tokens_per_s": 250.0},
+        "losses": {"padded": 1.5, "neighbours": 1.5},
+        "tokens_with_padding": {"padded": 40, "neighbours": 20},
+        "tokens": 18,
+    }
+    assert "| by length | 250 | 18 | 20 | 1.500000 |" in packing_table(packing)
+    phases = {"load": {"x": 5}, "learn": {"x": 3, "y": 4}}
+    found = {"planned": 3 << 20, "measured": 4 << 20, "ratio": 0.75, "phases": phases}
+    assert "| wide | 3 MiB | 4 MiB | 0.75 | learn |" in memory_table({"results": {"wide": found}})
 
 
 def test_goals_of_tokens_a_second_are_met_from_above() -> None:

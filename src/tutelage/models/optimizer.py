@@ -75,8 +75,7 @@ class DiskAdamW(torch.optim.AdamW):
     """AdamW whose moments lie in a file without a name: the same numbers, bit for bit.
 
     Weights are updated piece by piece, and what a piece's moments took of memory is given back at
-    once. The kernel may keep the file in
-    its cache, which it empties when others need the room.
+    once. The kernel may keep the file in its cache, which it empties when others need the room.
     """
 
     def __init__(
