@@ -80,9 +80,9 @@ class Case:
 
 
 CASES = (
-    Case(1024, *SMALL, EVERYONE, 3, EVERYONE),
+    Case(1024, *SMALL, EVERYONE, 3, (*FEW, "soft_or_10", *PEERS, "liger_compiled")),
     Case(512, *SMALL, (*FEW, *PEERS), 3, ("all_tokens", "soft_or_50", "entropy_10", *PEERS)),
-    Case(4096, *SMALL, (*FEW, "materialised", "trl"), 1, ("all_tokens", "entropy_10", "trl")),
+    Case(4096, *SMALL, (*FEW, "trl"), 1, ("all_tokens", "entropy_10", "trl")),
     Case(512, *LARGE, (*FEW, "eopd", "materialised", *TUNED), 2, ("all_tokens", *TUNED)),
     Case(1024, *LARGE, FEW, 1, ("all_tokens",)),
     Case(4096, *LARGE, ("all_tokens",), 1, ("all_tokens",)),
