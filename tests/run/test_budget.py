@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import weakref
@@ -99,6 +100,26 @@ def test_a_reloaded_teacher_is_gone_between_phases(tiny_models: Path) -> None:
         assert (alive() is not None) == is_kept, mode
     with pytest.raises(RuntimeError, match="awake"):
         _ = teacher.model
+
+
+@pytest.mark.parametrize("change", ["touched", "gone"])
+def test_a_teacher_whose_files_changed_is_not_loaded_again(
+    change: str, tmp_path: Path, tiny_models: Path
+) -> None:
+    folder = shutil.copytree(tiny_models / "teacher", tmp_path / "teacher")
+    teacher = {"model": str(folder), "mode": "offload"}
+    parts = build(tiny_config(tiny_models, tmp_path / "out", teacher=teacher))
+    with parts.teacher.awake():
+        pass  # unchanged files are read again
+    if change == "touched":
+        os.utime(folder / "model.safetensors", (1, 1))
+    else:
+        shutil.rmtree(folder)
+    with (
+        pytest.raises(RunError, match=r"teacher '.*' have changed.*Restore them and start"),
+        parts.teacher.awake(),
+    ):
+        pass
 
 
 def test_a_reloaded_teacher_leaves_no_mapped_file_behind(tiny_models: Path) -> None:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import torch
 from tutelage.data.batch import Batch
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.adapter import (
     add_lora,
     checkpoint_activations,
@@ -29,7 +28,7 @@ from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
-from tutelage.models.reference import resolve_model
+from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher, TeacherMode
 from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
@@ -242,17 +241,36 @@ def make_sampler(
 
 
 def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
-    """Reads the teacher to where it rests."""
+    """Reads the teacher to where it rests, again if need be, but never another one."""
     teacher = config.teacher
-    if teacher.mode == "reload" and resolve_model(teacher.model).gguf_file is not None:
+    found = resolve_model(teacher.model)
+    if teacher.mode == "reload" and found.gguf_file is not None:
         raise ConfigError(
             f"teacher.mode 'reload' would unpack {teacher.model!r} in every step: it is a GGUF "
             "file. Use offload, or a folder with safetensors."
         )
     place = "cpu" if teacher.mode == "offload" else str(device)
-    return partial(
-        load_model, teacher.model, teacher.dtype, place, quantization=teacher.quantization
-    )
+    known = _versions(found)
+
+    def load() -> PreTrainedModel:
+        if _versions(found) != known:
+            raise RunError(
+                f"the files of teacher {teacher.model!r} have changed since the run began. "
+                "Restore them and start the same command again."
+            )
+        return load_model(teacher.model, teacher.dtype, place, quantization=teacher.quantization)
+
+    return load
+
+
+def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of each file of a folder; a hub's cache does not change."""
+    try:
+        folder = list(Path(found.source).iterdir()) if found.is_local else []
+        files = {path: path.stat() for path in folder}
+    except OSError:
+        return {}  # gone, or not to be read
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
 
 
 def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
