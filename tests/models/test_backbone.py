@@ -142,6 +142,14 @@ def test_a_forgotten_part_would_be_seen(name: str, monkeypatch: pytest.MonkeyPat
     assert float((found - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())
 
 
+def test_every_layer_keeps_its_own_scale() -> None:
+    model, batch = model_of(CONFIGS["qwen3"]), batch_of()
+    model.model.layers[1].self_attn.scaling *= 3
+    assert is_written_out(model)
+    with torch.no_grad():
+        assert_close(hidden_rows(model, batch), own_rows(model, batch))
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_any_padding_and_any_family_gives_the_models_rows(name: str, side: Side) -> None:

@@ -47,6 +47,8 @@ FAMILIES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     ),
     "gemma-2-softcap": ("gemma2", True, {"sliding_window": 8}),
     "gemma-3": ("gemma3_text", True, {"sliding_window": 8}),
+    "granite-scaled": ("granite", True, {"logits_scaling": 4.0}),
+    "cohere-scaled": ("cohere", True, {"logit_scale": 0.25}),
 }
 PROMPTS = [Prompt("a", "12+7="), Prompt("b", "What is left of nine if four leave?")]
 

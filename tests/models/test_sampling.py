@@ -219,14 +219,19 @@ def test_filters_keep_what_a_loop_keeps(numbers: list[int], top_k: int, top_p: f
     assert all(p in (0.0, original) for p, original in zip(kept.tolist(), probs, strict=True))
 
 
-@given(weights, st.floats(0, 1, exclude_max=True))
-def test_draw_inverts_the_cumulative_distribution(numbers: list[int], uniform: float) -> None:
+@given(weights, st.floats(0, 1, exclude_max=True), st.integers(0, 4))
+def test_draw_inverts_the_cumulative_distribution(
+    numbers: list[int], uniform: float, top_k: int
+) -> None:
     logits = torch.tensor([numbers], dtype=torch.float64).log()
-    token, logprob = draw(logits, torch.tensor([uniform], dtype=torch.float64), SamplingConfig())
+    config = SamplingConfig(top_k=top_k)
+    token, logprob = draw(logits, torch.tensor([uniform], dtype=torch.float64), config)
     probs = [n / sum(numbers) for n in numbers]
-    below = math.fsum(probs[: token.item()])
-    assert probs[token.item()] > 0
-    assert below - 1e-12 <= uniform < below + probs[token.item()] + 1e-12
+    kept = filter_probs(torch.tensor([probs], dtype=torch.float64), config)[0].tolist()
+    shares = [p / math.fsum(kept) for p in kept]
+    below = math.fsum(shares[: token.item()])
+    assert shares[token.item()] > 0
+    assert below - 1e-12 <= uniform < below + shares[token.item()] + 1e-12
     assert logprob.item() == pytest.approx(math.log(probs[token.item()]))
 
 

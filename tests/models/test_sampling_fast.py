@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tutelage.data.types import Prompt, Rollout
@@ -130,6 +132,82 @@ def test_every_prompt_is_read_once(
     prompts = [ids for each in read for ids in each]
     assert len(prompts) == len(set(prompts)) == len(RAGGED)
     assert len(read) == num_reads
+
+
+POOL = [Prompt(f"p{i}", text) for i, text in enumerate(("ab", "cd", "efgh", "ijkl", "mnopqrstuv"))]
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    prompts=st.lists(st.sampled_from(POOL), min_size=1, max_size=9), batch_size=st.integers(1, 9)
+)
+def test_any_prompts_in_any_order_and_batch_are_read_once_and_drawn_alike(
+    prompts: list[Prompt], batch_size: int, qwen3: Any, tokenizer: Any
+) -> None:
+    config = SamplingConfig(temperature=1.5, max_new_tokens=6)
+    read: list[Any] = []
+    original = FastRows._prefill
+
+    def counting(rows: FastRows, distinct: list[Any]) -> Any:
+        read.extend(distinct)
+        return original(rows, distinct)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FastRows, "_prefill", counting)
+        fast = draw_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size)
+    plain = draw_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size, is_fast=False)
+    assert outcome(fast.rollouts) == outcome(plain.rollouts)
+    assert len(read) == len(set(read)) == len(set(prompts))
+
+
+@torch.no_grad()
+def test_what_was_read_ahead_may_wait(tokenizer: Any) -> None:
+    model = make("qwen3", len(tokenizer), torch.float64)
+    rows, apart = rows_of(model), rows_of(model)
+    assert isinstance(rows, FastRows)
+    early, late = (1, 7, 8), (1, 9)
+    rows.admit([0], [early], [late])
+    rows.admit([1], [(1, 4)], [late])
+    assert [ids for read in rows.reads for ids in read.prompts] == [late]
+    rows.admit([2, 3], [late, early])
+    apart.admit(range(4), [early, (1, 4), late, early])
+    torch.testing.assert_close(rows.hidden, apart.hidden)
+
+
+@torch.no_grad()
+def test_a_row_that_has_ended_waits_beyond_the_longest_completion(tokenizer: Any) -> None:
+    """Others start late beside a row at the end of its cache, which must not leave it."""
+    rows = rows_of(make("qwen3", len(tokenizer), torch.float64))
+    prompts = [(1, 7, 8), (1, 9), (1, 6, 5, 4), (1, 7)]
+    rows.admit(range(4), prompts)
+    token = torch.tensor([3, 4, 5, 6])
+    for _ in range(44):  # to the end of what 48 columns hold
+        rows.advance(token)
+    rows.admit([1], [(1, 9)])
+    expected = rows_of(make("qwen3", len(tokenizer), torch.float64), is_fast=False)
+    expected.admit([0], [(1, 9)])
+    for _ in range(20):
+        assert torch.allclose(rows.hidden[1], expected.hidden[0], atol=1e-6)
+        rows.advance(token)
+        expected.advance(token[1:2])
+
+
+@pytest.mark.parametrize("change", ["a bias less", "a layer of another kind"])
+def test_layers_that_do_not_fit_together_are_called_one_by_one(change: str, tokenizer: Any) -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    model = make("qwen2", len(tokenizer), torch.float64)
+    layer = model.base_model.layers[0]
+    if change == "a bias less":
+        layer.self_attn.k_proj.bias = None
+    else:
+        layer.mlp.up_proj.__class__ = layer.mlp.down_proj.__class__ = Doubled
+    assert isinstance(rows_of(model), FastRows)
+    check_hidden(model, draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record=True), 1e-6)
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -267,6 +345,18 @@ def test_blocks_draw_what_one_long_sum_draws(num_ids: int) -> None:
     assert (token == expected).sum() >= 299  # the last bit may decide at an edge
     assert logits.gather(1, token[:, None]).isfinite().all()
     torch.testing.assert_close(logprob, logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+
+
+def test_the_ends_of_blocks_draw_possible_tokens() -> None:
+    """A number just below a block's end, which two ways of adding up place differently."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 16, 256, generator=generator, dtype=torch.float64)
+    logits[..., 200:] = -torch.inf
+    edge = logits.flatten(1).softmax(-1).view(400, 16, 256).sum(-1).cumsum(-1)
+    below = torch.nextafter(edge[:, 7] / edge[:, -1], torch.zeros(400, dtype=torch.float64))
+    token, _ = draw(logits.flatten(1), below, SamplingConfig())
+    assert logits.flatten(1).gather(1, token[:, None]).isfinite().all()
+    assert (token // 256).unique().tolist() == [7]
 
 
 def test_numbers_gone_wrong_are_reported_in_a_large_vocabulary() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 from transformers import AutoModelForCausalLM
 
 from tiny import MEASURED, save_tiny_model, tiny_config
@@ -240,7 +241,15 @@ def test_only_a_piece_of_the_moments_is_in_memory(
     monkeypatch.setattr("tutelage.models.optimizer._PIECE", 1024)
     weights = some_weights()
     optimizer = DiskAdamW(weights, tmp_path, lr=1e-2)
+    during: list[int] = []
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        adamw(*arguments, **options)
+        during.append(resident_bytes(tmp_path))
+
+    monkeypatch.setattr("tutelage.models.optimizer.adamw", watched)
     two_updates(optimizer, weights)
+    assert max(during) < sum(weight.nbytes for weight in weights)  # half of all moments
     assert resident_bytes(tmp_path) == 0
     total = sum(float(state["exp_avg"].abs().sum()) for state in optimizer.state.values())
     assert total > 0

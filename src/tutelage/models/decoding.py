@@ -228,7 +228,8 @@ class FastRows:
             row = {ids: i for i, ids in enumerate(read.prompts)}
             pairs = zip(places, prompts, strict=True)
             found = [(place, row[ids]) for place, ids in pairs if ids in row]
-            self._place([place for place, _ in found], read, [start for _, start in found])
+            if found:  # what was read ahead may be for later
+                self._place([place for place, _ in found], read, [start for _, start in found])
         self.end = int(self.position.max())
         wanted = set(following)
         self.reads = [
@@ -340,12 +341,12 @@ class FastRows:
 
     def _place(self, places: list[int], source: _Prefill, starts: list[int]) -> None:
         """Copy prompts that have been read into rows."""
-        to, start = (torch.tensor(i, device=self.columns.device).long() for i in (places, starts))
+        to, start = (torch.tensor(i, device=self.columns.device) for i in (places, starts))
         lengths = [len(source.prompts[i]) for i in starts]
-        width = max(lengths, default=0)
+        width = max(lengths)
         self._grow(width)
         self.hidden[to] = source.hidden[start]
-        self.position[to] = torch.tensor(lengths, device=self.columns.device).long()
+        self.position[to] = torch.tensor(lengths, device=self.columns.device)
         self.index = None
         for cache, (keys, values) in zip(self.caches, source.layers, strict=True):
             cache[0][to, :, :width] = interleaved(keys[start, :, :width])

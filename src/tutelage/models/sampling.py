@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.decoding import open_rows
+from tutelage.models.decoding import Ids, open_rows
 from tutelage.models.draw import SamplingConfig, draw, uniforms
 from tutelage.models.head import head
 from tutelage.models.jobs import Drawn, Job, earlier_samples, jobs_of, rollout_of
@@ -142,8 +142,13 @@ class _Writer:
 
     def write(self, jobs: Sequence[Job]) -> Iterator[list[_Open]]:
         """Completions as they are finished."""
-        # Neighbours in length are read together, so little of a prefill is padding.
-        waiting = deque(sorted(jobs, key=lambda job: (len(job.ids), job.place)))
+        # Neighbours in length are read together, so little of a prefill is padding; equal prompts
+        # follow one another, so each is read once.
+        first: dict[Ids, int] = {}
+        for job in jobs:
+            first.setdefault(job.ids, job.place)
+        order = sorted(jobs, key=lambda job: (len(job.ids), first[job.ids], job.place))
+        waiting = deque(order)
         if not waiting:
             return
         self.open: list[_Open | None] = [None] * min(self.batch_size, len(waiting))

@@ -147,7 +147,6 @@ def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> Pr
     same = (start.model, start.dtype, start.quantization)
     if same == (other.model, other.dtype, other.quantization) and start.quantization == "none":
         model = copy.deepcopy(teacher)  # reading a GGUF file twice takes many seconds
-        model.requires_grad_(True)
         model.to(device)
     else:
         model = load_model(start.model, start.dtype, str(device), quantization=start.quantization)
