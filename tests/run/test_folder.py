@@ -96,6 +96,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_a_run_that_could_not_begin_leaves_no_folder(tmp_path: Path) -> None:
+    empty, used, there = (RunFolder(tmp_path / name) for name in ("empty", "used", "there"))
+    there.path.mkdir()  # somebody else's
+    for folder in (empty, used, there):
+        folder.open()
+    (used.path / "note").touch()
+    for folder in (empty, used, there):
+        folder.close()
+    assert [folder.path.exists() for folder in (empty, used, there)] == [False, True, True]
+
+
 def test_run_folders_are_private(folder: RunFolder) -> None:
     assert folder.path.stat().st_mode & 0o077 == 0
     assert (folder.path / "lock").stat().st_mode & 0o077 == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ class RunFolder:
         self.path = path
         self.is_writer = is_writer
         self._lock = FolderLock(path / "lock")
+        self._is_new = False
 
     def open(self) -> None:
         """Create the folder and take its lock.
@@ -43,6 +45,7 @@ class RunFolder:
         if not self.is_writer:
             return
         try:
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock.take()
             remove_remnants(self.path)
@@ -53,8 +56,11 @@ class RunFolder:
             ) from None
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, and take away a folder that a run could not begin in."""
         self._lock.release()
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                self.path.rmdir()
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to a log, flushed to disk before it returns.

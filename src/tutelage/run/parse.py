@@ -46,7 +46,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             "such as configs/ledger.toml."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration {path} cannot be read: {error}.") from None
+        raise ConfigError(
+            f"configuration {path} cannot be read: {error}. Give the path of a TOML file."
+        ) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from None
     for override in overrides:
