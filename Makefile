@@ -55,7 +55,7 @@ bench-step: .venv-bench/installed
 
 bench-rollout: .venv-bench/installed
 	$(BENCH) benchmarks/rollout.py --rounds 5 --contestants ours generate
-	$(BENCH) benchmarks/rollout.py $(SMOLLM2) --batch-sizes 8 --batches 2 --rounds 2 \
+	$(BENCH) benchmarks/rollout.py $(SMOLLM2) --batch-sizes 8 --rounds 2 \
 		--contestants ours generate
 
 # Not part of bench: vLLM has an environment of its own.
