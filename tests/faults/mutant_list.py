@@ -107,7 +107,6 @@ MUTANTS: dict[str, Group] = {
             ('base.config._attn_implementation != "sdpa"', "False"),
             (" and weight.dtype == torch.float32", ""),
             (" and not base.layers[0].training", ""),
-            (' and not torch.is_autocast_enabled("cpu")', ""),
             (
                 "x = _through(layer, x, cos, sin, 0)",
                 "x = _through(layer, x, cos, sin, first)[:, :]",
@@ -171,12 +170,20 @@ MUTANTS: dict[str, Group] = {
             ("    return lambda x, y: x + call(y)", "    return lambda x, y: call(y)"),
             ("return type(module) in (nn.Linear, Linear)", "return isinstance(module, nn.Linear)"),
             ("return is_full and window is None", "return is_full"),
-            (" and not hooked", ""),
+            ("not (hooked or is_cast)", "not is_cast"),
+            ("not (hooked or is_cast)", "not hooked"),
+            ("m._forward_hooks or m._forward_pre_hooks", "m._forward_hooks"),
+            ('"llama3", "yarn"}', '"llama3"}'),
+            ('"llama3", "yarn"}', '"llama3", "yarn", "longrope"}'),
+            (' and rope.get("partial_rotary_factor", 1) == 1', ""),
         ],
     ),
     "models/decoding.py": (
         ["models/test_sampling_fast.py", "models/test_sampling.py"],
         [
+            ("(tuple(dict.fromkeys((*prompt, *others))) * _TRIAL)", "(prompt * _TRIAL)"),
+            ("return bool(error <= eps**0.5)", "return not error > eps**0.5"),
+            ("            cache[:, to] = 0  # a masked", "            pass  # a masked"),
             (".agrees(prompt)", ".refills"),
             ("self.keep(torch.tensor([row[ids] for ids in prompts], device=device))", "pass"),
             (
@@ -221,6 +228,11 @@ MUTANTS: dict[str, Group] = {
             ("row.tokens += by_row[i][:stop]", "row.tokens += by_row[i]"),
             ("hidden_by_row[i, :stop]", "hidden_by_row[i]"),
             ("_check_finite(logprobs_by_row[i][:stop], len(row.tokens))", "pass"),
+            (
+                "_check_finite(logprobs_by_row[i][:stop], len(row.tokens))",
+                "_check_finite(logprobs_by_row[i][:stop], 0)",
+            ),
+            ("_check_finite(logprobs_by_row[i][:stop],", "_check_finite(logprobs_by_row[i],"),
             ("    model.eval()\n    try", "    try"),
             ("            module.training = True", "            pass"),
             (

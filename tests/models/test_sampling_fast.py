@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tutelage.data.types import Prompt, Rollout
+from tutelage.errors import ModelError
 from tutelage.models.decoding import FastRows, PlainRows, open_rows
 from tutelage.models.draw import SamplingConfig, draw
 from tutelage.models.sampling import Drawn, draw_rollouts, earlier_samples, sample
@@ -25,10 +26,23 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 16,
+}
 FAST: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": None, "num_key_value_heads": 4},
-    "qwen2": {"num_key_value_heads": 1},
+    "qwen2": {"num_key_value_heads": 1, "rope_parameters": YARN_ROPE},
     "qwen3": {},
 }
 PLAIN: dict[str, dict[str, Any]] = {
@@ -218,6 +232,61 @@ def test_other_models_take_their_own_forward_pass(family: str, tokenizer: Any) -
     check_hidden(model, drawn, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "rope", [LONG_ROPE, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}]
+)
+def test_other_rotary_embeddings_are_left_to_the_model(rope: Any, tokenizer: Any) -> None:
+    assert isinstance(rows_of(make("llama", len(tokenizer), torch.float32)), FastRows)
+    model = make("llama", len(tokenizer), torch.float32, rope_parameters=rope)
+    assert isinstance(rows_of(model), PlainRows)
+
+
+def test_a_trial_on_one_repeated_token_still_sees_a_wrong_step(tokenizer: Any) -> None:
+    model = make("qwen3", len(tokenizer), torch.float32)
+    assert FastRows(model, 0, 2, 8).agrees((7,))
+    model.base_model.layers[1].self_attn.scaling *= 2
+    assert not FastRows(model, 0, 2, 8).agrees((7, 7))
+
+
+def test_numbers_gone_wrong_are_not_trusted(tokenizer: Any) -> None:
+    model = make("qwen3", len(tokenizer), torch.float32)
+    with torch.no_grad():
+        model.base_model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    assert isinstance(rows_of(model), PlainRows)
+
+
+def test_numbers_gone_wrong_are_placed(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN comes with the embedding of a token that was drawn, in the second segment or later."""
+    monkeypatch.setattr("tutelage.models.sampling._SEGMENT", 4)
+    model = make("qwen3", len(tokenizer), torch.float64)
+    model.generation_config.eos_token_id = [2]
+    config = SamplingConfig(temperature=1.5, max_new_tokens=40)
+    (rollout,) = sample(model, tokenizer, RAGGED[:1], config, (0,))
+    fine, early = rollout.completion_ids, {0, 1, 2, *rollout.prompt_ids}
+    place = next(i for i, t in enumerate(fine) if i > 4 and t not in early | {*fine[:i]})
+    with torch.no_grad():
+        model.get_input_embeddings().weight[fine[place]] = torch.nan
+    with pytest.raises(ModelError, match=f"got them at token {place + 1}"):
+        sample(model, tokenizer, RAGGED[:1], config, (0,))
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_what_comes_after_the_end_harms_nobody(is_fast: bool, tokenizer: Any) -> None:
+    """A stop token whose embedding overflows is read only by the row that it ended."""
+    model = make("llama", len(tokenizer), torch.float32)
+    prompts = [Prompt(f"p{i}", "a" if i % 2 else "ba") for i in range(12)]
+    config = SamplingConfig(max_new_tokens=20, num_samples=3)
+    first = draw_rollouts(model, tokenizer, prompts, config, (1,), 16).rollouts
+    read = {token for rollout in first for token in rollout.prompt_ids}
+    stops = [token for token in range(9, len(tokenizer)) if token not in read][::2]
+    model.generation_config.eos_token_id = stops
+    with torch.no_grad():
+        model.get_input_embeddings().weight[stops] = torch.nan
+    assert isinstance(rows_of(model), FastRows)
+    drawn = draw_rollouts(model, tokenizer, prompts, config, (1,), 16, is_fast=is_fast).rollouts
+    assert {len(rollout.completion_ids) for rollout in drawn} > {1}
+
+
 @pytest.mark.parametrize("family", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_right_step_is_trusted(family: str, dtype: torch.dtype, tokenizer: Any) -> None:
@@ -270,6 +339,11 @@ def test_hooks_are_not_passed_by(tokenizer: Any) -> None:
     assert len(calls) == len(rollout.completion_ids)
     handle.remove()
     assert isinstance(rows_of(model), FastRows)
+    handle = model.base_model.layers[1].register_forward_pre_hook(lambda *_: None)
+    assert isinstance(rows_of(model), PlainRows)
+    handle.remove()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert isinstance(rows_of(model), PlainRows)
 
 
 # --- recorded hidden states -----------------------------------------------------------------------

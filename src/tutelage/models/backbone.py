@@ -28,7 +28,7 @@ def is_written_out(model: PreTrainedModel) -> bool:
     weight = base.embed_tokens.weight
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     # A layer that trains checkpoints its activations or drops some.
-    return is_plain and not torch.is_autocast_enabled("cpu") and not base.layers[0].training
+    return is_plain and not base.layers[0].training
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Tensor, first: int) -> Tensor:

@@ -203,7 +203,10 @@ class FastRows:
     @torch.no_grad()
     def agrees(self, prompt: Ids) -> bool:
         """Whether a step by hand gives the model's own hidden states, in two rows at once."""
-        ids, device = (prompt * _TRIAL)[:_TRIAL], self.columns.device
+        # Different ones: among equal tokens, wrong positions and scales cancel out.
+        others = range(min(_TRIAL, self.base.embed_tokens.num_embeddings))
+        ids = (tuple(dict.fromkeys((*prompt, *others))) * _TRIAL)[:_TRIAL]
+        device = self.columns.device
         own, layers = self._read([ids])
         lengths = [_TRIAL - 1, _TRIAL // 2]
         self._place([0, 1], _Prefill([ids], own[:, -1], layers), [0, 0])
@@ -349,6 +352,7 @@ class FastRows:
         self.position[to] = torch.tensor(lengths, device=self.columns.device)
         self.index = None
         for cache, (keys, values) in zip(self.caches, source.layers, strict=True):
+            cache[:, to] = 0  # a masked NaN of the row before would still be a NaN
             cache[0][to, :, :width] = interleaved(keys[start, :, :width])
             cache[1][to, :, :width] = values[start, :, :width]
 

@@ -85,7 +85,7 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = sums.cumsum(dim=-1)
     threshold = uniform * cumulative[:, -1:]
     block = _search(cumulative, threshold)
-    threshold = threshold - (cumulative - sums).gather(1, block)
+    threshold = (threshold - (cumulative - sums).gather(1, block)).clamp_(min=0.0)
     ids = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
     inside = probs.gather(1, ids.clamp(max=num_ids - 1)).masked_fill(ids >= num_ids, 0.0)
     inside = inside.cumsum(dim=-1, dtype=torch.float64)

@@ -166,4 +166,6 @@ def is_fast_family(model: PreTrainedModel) -> bool:
     same_dtype = base.norm.weight.dtype == base.embed_tokens.weight.dtype
     # Hooks (sharding, offloading) belong to the modules' own calls, some of which a step skips.
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
-    return is_full and window is None and is_table and same_dtype and not hooked
+    # So does the choice of dtypes.
+    is_cast = torch.is_autocast_enabled(model.device.type)
+    return is_full and window is None and is_table and same_dtype and not (hooked or is_cast)
