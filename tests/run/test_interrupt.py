@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -96,6 +97,41 @@ def test_a_second_signal_interrupts_at_once(tmp_path: Path, tiny_models: Path) -
     assert signal.getsignal(signal.SIGINT) is before
     assert not (tmp_path / "run" / "lock").exists()
     assert list_checkpoints(tmp_path / "run") == []
+
+
+PHASES = {
+    "writing": "tutelage.run.step.Step.write",
+    "reading": "tutelage.models.teacher.Teacher.read",
+    "learning": "tutelage.run.learn.Learner._back_propagate",
+    "updating": "tutelage.run.learn.Learner._update",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_a_phase_at_once_until_the_first_update(
+    phase: str, tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(as_toml(tiny_table(tiny_models, tmp_path / "run", num_steps=4)))
+    module, owner, name = PHASES[phase].rsplit(".", 2)
+    kind = getattr(importlib.import_module(module), owner)
+    original, went_on = getattr(kind, name), []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if logged and not went_on:
+            signal.raise_signal(signal.SIGTERM)
+            went_on.append(phase)
+        return original(*arguments, **options)
+
+    logged: list[dict[str, Any]] = []
+    monkeypatch.setattr(kind, name, interrupted)
+    result = train(load_config(path), "tiny", say=lambda _: None, on_step=logged.append)
+    # After an update the step has to be finished, or half of it would be saved.
+    is_finished_first = phase == "updating"
+    assert bool(went_on) == is_finished_first
+    assert logged_steps(tmp_path / "run") == ([1, 2] if is_finished_first else [1])
+    assert not result.is_finished
+    assert list_checkpoints(tmp_path / "run")[-1][0] == len(logged)
 
 
 @pytest.mark.parametrize("is_signal", [True, False])

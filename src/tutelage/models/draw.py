@@ -12,6 +12,8 @@ from torch import Tensor
 from tutelage.core.counter import GOLDEN, random_bits, splitmix64
 from tutelage.errors import ConfigError
 
+LARGEST_COUNT = 1 << 20
+"""More prompts, samples or tokens than that are a slip of the pen, and would fill the memory."""
 _BLOCK = 256
 """Ids whose probabilities are first summed together; only one block a row is searched id by id."""
 
@@ -47,6 +49,10 @@ class SamplingConfig:
             if value < least:
                 raise ConfigError(
                     f"sampling.{name} must be at least {least}, got {value}. Raise it."
+                )
+            if name != "top_k" and value > LARGEST_COUNT:
+                raise ConfigError(
+                    f"sampling.{name} must be at most {LARGEST_COUNT}, got {value}. Lower it."
                 )
 
 

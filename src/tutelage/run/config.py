@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from tutelage.models.draw import LARGEST_COUNT
 from tutelage.models.optimizer import OptimizerKind
 from tutelage.models.sampling import SamplingConfig
 from tutelage.models.teacher import TeacherMode
@@ -362,10 +363,12 @@ class Config:
         for key in (*positive, "keep_checkpoints", "max_skipped_steps", "updates_per_step"):
             value = self.__dict__[key]
             require(value >= 1, key, "at least 1", value, "Raise it.")
+        most, prompts = LARGEST_COUNT, self.prompts_per_step
+        require(prompts <= most, "prompts_per_step", f"at most {most}", prompts, "Lower it.")
         for key in ("checkpoint_every", "num_threads", "micro_batch_tokens"):
             value = self.__dict__[key]
             require(value >= 0, key, "at least 0", value, "0 leaves it to the program.")
-        prompts, updates = self.prompts_per_step, self.updates_per_step
+        updates = self.updates_per_step
         hint = "Every update learns from the same number of prompts."
         is_even = prompts % updates == 0
         require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)

@@ -51,7 +51,7 @@ class Step:
         optimizer: torch.optim.Optimizer,
         stop: Stop | None = None,
     ) -> None:
-        self.stop = stop or Stop()
+        self.stop = Stop() if stop is None else stop  # one that is not set yet counts as false
         self.config = config
         self.parts = parts
         self.accelerator = accelerator
