@@ -30,9 +30,9 @@ from tutelage import __version__
 from tutelage.data.tasks import LedgerTask
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.sampling import sample
+from tutelage.run.inputs import build_task
 from tutelage.run.parse import load_config
 from tutelage.run.progress import Reporter
-from tutelage.run.setup import build_task
 
 COMMANDS = ("check", "train", "eval", "sample", "score", "report", "compare")
 Trained = tuple[Path, Outcome]

@@ -99,6 +99,18 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(ids.values())
 
 
+def refuse_different_vocabularies(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    """Tokenizers that give one id two meanings; no weights are needed to see that.
+
+    Raises:
+        ModelError: A token has different ids, or is a control token for one side only.
+    """
+    _refuse_different_tokens(student.get_vocab(), teacher.get_vocab())
+    _refuse_different_control(student, teacher)
+
+
 def shared_vocabulary(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
@@ -122,8 +134,7 @@ def shared_vocabulary(
     Raises:
         ModelError: An id means different things to both, or lies beyond a head.
     """
-    _refuse_different_tokens(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
-    _refuse_different_control(student_tokenizer, teacher_tokenizer)
+    refuse_different_vocabularies(student_tokenizer, teacher_tokenizer)
     size = vocabulary_size(student_tokenizer)
     for owner, rows in (("student", student_rows), ("teacher", teacher_rows)):
         if rows < size:

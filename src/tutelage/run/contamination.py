@@ -10,7 +10,7 @@ from tutelage.data.prompts import PromptFormat, load_prompts
 from tutelage.data.suites import SUITES, find_suite
 from tutelage.errors import DataError
 from tutelage.run.config import Config, FileData
-from tutelage.run.setup import prompt_format
+from tutelage.run.inputs import prompt_format
 
 _MAX_LINES = 200
 

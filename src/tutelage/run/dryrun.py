@@ -18,8 +18,8 @@ from tutelage.errors import DataError, RunError
 from tutelage.models.tiny import architecture, save_tiny_model, tiny_tokenizer
 from tutelage.models.tokenizers import vocabulary_size
 from tutelage.run.config import Config, FileData, TransformersEngine
+from tutelage.run.inputs import pick_device, prompt_format
 from tutelage.run.parse import flat_values, to_table
-from tutelage.run.setup import pick_device, prompt_format
 from tutelage.run.train import train
 
 _NUM_PROMPTS = 16

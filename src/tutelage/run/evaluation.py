@@ -25,8 +25,8 @@ from tutelage.models.sampling import SamplingConfig, sample
 from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
 from tutelage.run.folder import RunFolder, environment
+from tutelage.run.inputs import build_task, grader_of, without_long_prompts
 from tutelage.run.parse import parse_config
-from tutelage.run.setup import build_task, grader_of, without_long_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

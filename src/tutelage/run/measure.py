@@ -10,7 +10,8 @@ from tutelage.evaluation.scores import voting_of
 from tutelage.models.sampling import SamplingConfig
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.run.config import Config
-from tutelage.run.setup import Parts, grader_of
+from tutelage.run.inputs import grader_of
+from tutelage.run.setup import Parts
 
 _EVALUATION_SEED = 424242
 """Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""

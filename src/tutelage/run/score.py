@@ -30,9 +30,10 @@ from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
 from tutelage.run.config import Config
+from tutelage.run.inputs import prompt_format
 from tutelage.run.plan import reading
 from tutelage.run.recipe import culprit
-from tutelage.run.setup import Parts, build, prompt_format
+from tutelage.run.setup import Parts, build
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.data.batch import Batch
-from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
-from tutelage.data.tasks import LedgerTask, Task
+from tutelage.data.tasks import Task
 from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.adapter import (
     add_lora,
@@ -25,23 +24,22 @@ from tutelage.models.adapter import (
 from tutelage.models.allocator import keep_freed_memory
 from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher, TeacherMode
-from tutelage.models.tokenizers import encode_prompt, shared_vocabulary, stop_swap
+from tutelage.models.tokenizers import shared_vocabulary
 from tutelage.models.vllm_engine import VLLMSampler
 from tutelage.models.vllm_server import VLLMServerSampler
 from tutelage.run.config import (
     Config,
-    FileData,
-    LedgerData,
     TeacherConfig,
     VLLMEngine,
     VLLMServer,
 )
+from tutelage.run.inputs import Inputs, load_inputs, thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,57 +68,6 @@ def trained_names(student: Student) -> list[str]:
     """Names of the weights that learn, in the order of their masters."""
     named = student.model.named_parameters()
     return [name for name, parameter in named if parameter.requires_grad]
-
-
-def build_task(data: LedgerData | FileData) -> Task:
-    """The task of a `[data]` table."""
-    if isinstance(data, LedgerData):
-        return LedgerTask(data.num_items)
-    prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
-    name = Path(data.path).stem
-    return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
-
-
-def grader_of(task: Task) -> str:
-    """What a task's `grade` is called: a file's grader, or the name of a task with its own."""
-    return task.grader if isinstance(task, FileTask) else task.name
-
-
-def prompt_format(data: LedgerData | FileData) -> PromptFormat:
-    """How records of a file become prompts."""
-    if isinstance(data, LedgerData):
-        return PromptFormat()
-    return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
-
-
-def without_long_prompts(
-    task: Task, data: LedgerData | FileData, tokenizer: PreTrainedTokenizerBase
-) -> Task:
-    """The task without prompts over `data.max_prompt_tokens`."""
-    if isinstance(data, LedgerData) or not isinstance(task, FileTask):
-        return task
-    limit, thinks = data.max_prompt_tokens, data.enable_thinking
-    if not limit:
-        return task
-    return task.without(lambda prompt: len(encode_prompt(tokenizer, prompt, thinks)) > limit)
-
-
-def thinking(data: LedgerData | FileData) -> bool | None:
-    """What a `[data]` table passes to the chat template as `enable_thinking`."""
-    return data.enable_thinking if isinstance(data, FileData) else None
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a configuration: `auto` takes CUDA where it is, else the CPU.
-
-    Raises:
-        ConfigError: the device is unknown or not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
-        raise ConfigError(f"device must be auto, cpu or cuda and be present, got {name!r}.")
-    return torch.device(name)
 
 
 def _student(
@@ -281,44 +228,41 @@ def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
     return config.mode
 
 
-def build(config: Config, student_model: str | None = None, scratch: Path | None = None) -> Parts:
-    """Load both models, shake hands over their tokenizers and build the task.
+def build(
+    config: Config,
+    student_model: str | None = None,
+    scratch: Path | None = None,
+    inputs: Inputs | None = None,
+) -> Parts:
+    """Load both models and check that they fit the task, the tokenizers and each other.
 
     Args:
         config: the run's configuration.
         student_model: folder of the student's weights or adapter; None for the configured start.
         scratch: folder for what does not fit in memory; None for the system's temporary one.
+        inputs: what was read before, by `validate` or `load_inputs`; None reads it now.
 
     Raises:
         TutelageError: a model, a tokenizer or the data cannot be used together.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    task = build_task(config.data)  # the cheapest thing that can be wrong comes first
-    device = pick_device(config.device)
+    found = load_inputs(config) if inputs is None else inputs
+    device, task, tokenizer = found.device, found.task, found.tokenizer
     if device.type == "cpu":
         keep_freed_memory()
-    if config.student.quantization == "4bit" and device.type == "cpu":
-        raise ConfigError(
-            "student.quantization '4bit' needs CUDA: on a CPU, bitsandbytes gives no gradient "
-            "through 4-bit weights. Use 8bit or none."
-        )
-    tokenizer = load_tokenizer(config.student.model)
-    task = without_long_prompts(task, config.data, tokenizer)
-    teacher_tokenizer = load_tokenizer(config.teacher.model)
     load = _load_teacher(config, device)
     model = load()
     student = _student(config, student_model, model, device)
     vocab_size = shared_vocabulary(
         tokenizer,
-        teacher_tokenizer,
+        found.teacher_tokenizer,
         student.get_output_embeddings().weight.shape[0],
         model.get_output_embeddings().weight.shape[0],
     )
-    swap = stop_swap(tokenizer, teacher_tokenizer, config.teacher.stop_token)
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     mode = _resting_mode(config.teacher, device)
-    teacher = Teacher(model, vocab_size, device, mode, swap, load, store)
+    teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
     _refuse_nonfinite(student, f"student {config.student.model!r}")
     _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
     _check_head(student, f"student {config.student.model!r}", vocab_size)
@@ -336,5 +280,5 @@ def build(config: Config, student_model: str | None = None, scratch: Path | None
         task,
         device,
         thinking(config.data),
-        tuple(_warnings(config, task, tokenizer, teacher_tokenizer)),
+        tuple(_warnings(config, task, tokenizer, found.teacher_tokenizer)),
     )

@@ -28,11 +28,12 @@ from tutelage.run.checkpoint import (
 )
 from tutelage.run.config import Config, OptimizerConfig, TransformersEngine
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
+from tutelage.run.inputs import pick_device
 from tutelage.run.measure import describe, measure
 from tutelage.run.memory import STATE_BYTES
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
 from tutelage.run.record import snapshot
-from tutelage.run.setup import build, pick_device, plain_student
+from tutelage.run.setup import build, plain_student
 from tutelage.run.step import Step
 from tutelage.run.stop import Stop, StoppedError, listening
 from tutelage.run.trackers import numbers, require_trackers, start_trackers

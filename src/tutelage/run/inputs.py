@@ -1,0 +1,104 @@
+"""What a run is made of besides weights: device, task, tokenizers, and how they fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
+from tutelage.data.tasks import LedgerTask, Task
+from tutelage.errors import ConfigError
+from tutelage.models.load import load_tokenizer
+from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
+from tutelage.run.config import Config, FileData, LedgerData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run needs that is read before any weights."""
+
+    device: torch.device
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    teacher_tokenizer: PreTrainedTokenizerBase
+    swap: tuple[int, int] | None
+    """End-of-sequence ids of student and teacher where they differ."""
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Device, task and tokenizers of a run.
+
+    Raises:
+        TutelageError: one of them cannot be used, or the tokenizers differ.
+    """
+    task = build_task(config.data)  # the cheapest thing that can be wrong comes first
+    device = pick_device(config.device)
+    if config.student.quantization == "4bit" and device.type == "cpu":
+        raise ConfigError(
+            "student.quantization '4bit' needs CUDA: on a CPU, bitsandbytes gives no gradient "
+            "through 4-bit weights. Use 8bit or none."
+        )
+    tokenizer = load_tokenizer(config.student.model)
+    teacher = load_tokenizer(config.teacher.model)
+    refuse_different_vocabularies(tokenizer, teacher)
+    swap = stop_swap(tokenizer, teacher, config.teacher.stop_token)
+    task = without_long_prompts(task, config.data, tokenizer)
+    return Inputs(device, task, tokenizer, teacher, swap)
+
+
+def build_task(data: LedgerData | FileData) -> Task:
+    """The task of a `[data]` table."""
+    if isinstance(data, LedgerData):
+        return LedgerTask(data.num_items)
+    prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
+    name = Path(data.path).stem
+    return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
+
+
+def grader_of(task: Task) -> str:
+    """What a task's `grade` is called: a file's grader, or the name of a task with its own."""
+    return task.grader if isinstance(task, FileTask) else task.name
+
+
+def prompt_format(data: LedgerData | FileData) -> PromptFormat:
+    """How records of a file become prompts."""
+    if isinstance(data, LedgerData):
+        return PromptFormat()
+    return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
+
+
+def without_long_prompts(
+    task: Task, data: LedgerData | FileData, tokenizer: PreTrainedTokenizerBase
+) -> Task:
+    """The task without prompts over `data.max_prompt_tokens`."""
+    if isinstance(data, LedgerData) or not isinstance(task, FileTask):
+        return task
+    limit, thinks = data.max_prompt_tokens, data.enable_thinking
+    if not limit:
+        return task
+    return task.without(lambda prompt: len(encode_prompt(tokenizer, prompt, thinks)) > limit)
+
+
+def thinking(data: LedgerData | FileData) -> bool | None:
+    """What a `[data]` table passes to the chat template as `enable_thinking`."""
+    return data.enable_thinking if isinstance(data, FileData) else None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a configuration: `auto` takes CUDA where it is, else the CPU.
+
+    Raises:
+        ConfigError: the device is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
+        raise ConfigError(f"device must be auto, cpu or cuda and be present, got {name!r}.")
+    return torch.device(name)
