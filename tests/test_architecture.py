@@ -34,6 +34,7 @@ MAY_IMPORT = {
 """Parts of the package that each part may import; "" is the package itself."""
 
 FENCES = {
+    "triton": ("core/kernels/",),
     "torch": ("core/", "data/batch.py", "models/", "evaluation/evaluate.py", "run/"),
     "transformers": ("models/",),
     "tokenizers": ("models/",),
