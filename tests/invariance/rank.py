@@ -19,7 +19,7 @@ from tutelage.core import TokenSelection
 from tutelage.data.types import Prompt
 from tutelage.run.config import Config
 from tutelage.run.gather import Gathered
-from tutelage.run.setup import build
+from tutelage.run.setup import build, trained_names
 from tutelage.run.step import Step
 
 CASES: dict[str, dict[str, Any]] = {
@@ -47,7 +47,11 @@ CASES: dict[str, dict[str, Any]] = {
     "ties": {"selection": {"rule": "entropy", "keep": 0.3, "scope": "batch"}},
     # One row of the whole batch: one of two ranks keeps none, and so do most micro-batches.
     "one": {"selection": {"rule": "divergence", "keep": 0.001, "scope": "batch"}},
+    # One completion at a time, so that rounding of the half precision is the same everywhere.
+    "bfloat16": {"micro_batch_size": 1, "sampling_batch_size": 1},
 }
+HALF = ("bfloat16",)
+"""Cases that keep their own dtype; in all others float64 leaves next to no rounding."""
 
 
 def case_config(models: Path, case: str) -> Config:
@@ -55,6 +59,8 @@ def case_config(models: Path, case: str) -> Config:
     sampling = {"num_samples": 2, "max_new_tokens": 30}
     # Recorded states are rounded with the batch they were drawn in; the rest is exact.
     changes = {"scoring": "forward"} | CASES[case]
+    if case in HALF:
+        changes["student"] = {"model": str(models / "student"), "dtype": case}
     return tiny_config(models, Path("unused"), sampling=sampling, **changes)
 
 
@@ -81,25 +87,27 @@ class Repeated:
 
 
 def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, Any]:
-    """Kept rows, metrics and final weights of two AdamW steps in float64."""
+    """Kept rows, metrics and final weights of two AdamW steps, in float64 unless `HALF`."""
     config = case_config(models, case)
     parts = build(config)
     if case == "repeated":
         object.__setattr__(parts, "task", Repeated(parts.task))
     if case == "ties":
         torch.nn.init.zeros_(parts.student.model.get_output_embeddings().weight)
-    parts.student.model.double()
-    parts.teacher.model.double()
-    optimizer = torch.optim.AdamW(parts.student.parameters(), lr=1e-2)
-    student, optimizer = accelerator.prepare(parts.student, optimizer)
-    step = Watched(config, parts, accelerator, student, optimizer)
+    if case not in HALF:
+        parts.student.model.double()
+        parts.teacher.model.double()
+    optimizer = torch.optim.AdamW(parts.masters.masters, lr=1e-2)
+    parts.masters.follow(optimizer)
+    step = Watched(config, parts, accelerator, parts.student, optimizer)
     step.chosen = []
     metrics = [step.take(1), step.take(2)]
     metrics = [{k: v for k, v in m.items() if k not in MEASURED} for m in metrics]
     rollouts = step.write(2).rollouts
     names = [str(i) for i in step.share(len(rollouts))]
     share = {i: r.completion_ids for i, r in zip(names, rollouts, strict=True)}
-    weights = {name: p.detach().clone() for name, p in parts.student.model.named_parameters()}
+    pairs = zip(trained_names(parts.student), parts.masters.masters, strict=True)
+    weights = {name: master.detach().clone() for name, master in pairs}
     return {"chosen": step.chosen, "metrics": metrics, "completions": share, "weights": weights}
 
 

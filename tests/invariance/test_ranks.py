@@ -111,7 +111,7 @@ def test_both_ranks_report_the_numbers_of_the_whole_batch(
         for row, row_of_one in zip(seen, one["metrics"], strict=True):
             found, expected = flat(row), flat(row_of_one)
             for numbers in (found, expected):  # rounding itself, which depends on the batch's shape
-                assert numbers.pop("max_abs_hidden_gap", 0.0) < 1e-5
+                assert numbers.pop("max_relative_hidden_gap", 0.0) < 1e-5
             assert found == pytest.approx(expected, rel=limit)
 
 

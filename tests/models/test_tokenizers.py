@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError, ModelError
@@ -40,6 +41,21 @@ def test_exactly_one_bos_where_one_is_wanted(
     wanted = template_bos if is_chat else auto_bos
     assert ids.count(BOS) == int(wanted)
     assert (ids[0] == BOS) == wanted
+
+
+@pytest.mark.parametrize(
+    "single", ["$A <eos>", "<bos> $A <eos>", "<bos> $A <eos> <eos>", "$A <|end|>"]
+)
+def test_no_prompt_ends_in_what_the_tokenizer_appends(make_tokenizer: Any, single: str) -> None:
+    tokenizer = make_tokenizer()
+    added = [("<bos>", BOS), ("<eos>", EOS), ("<|end|>", END)]
+    processor = processors.TemplateProcessing(single=single, special_tokens=added)
+    tokenizer.backend_tokenizer.post_processor = processor
+    text = tokenizer.convert_tokens_to_ids([*"hello"])
+    before = [BOS] if single.startswith("<bos>") else []
+    assert tokenizer("hello").input_ids[-1] in (EOS, END)  # it does append
+    assert encode_prompt(tokenizer, Prompt("p", "hello")) == [*before, *text]
+    assert encode_prompt(tokenizer, chat("hello"))[-1] == tokenizer.convert_tokens_to_ids("\n")
 
 
 def test_chat_is_the_template_with_a_generation_prompt(tokenizer: Any) -> None:

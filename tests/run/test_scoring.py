@@ -89,9 +89,9 @@ def test_recorded_states_choose_as_a_pass_of_their_own(
             assert found[key] == pytest.approx(other[key], rel=1e-4)
     gap = max(float((weights[name] - plain[name]).abs().max()) for name in plain)
     assert gap <= 1e-5
-    assert 0 <= metrics[0]["max_abs_hidden_gap"] < 1e-4
-    assert metrics[1]["max_abs_hidden_gap"] is None  # one step is enough, and the cheapest
-    assert others[0]["max_abs_hidden_gap"] is None
+    assert 0 <= metrics[0]["max_relative_hidden_gap"] < 1e-4
+    assert metrics[1]["max_relative_hidden_gap"] is None  # one step is enough, and the cheapest
+    assert others[0]["max_relative_hidden_gap"] is None
 
 
 def test_states_that_are_not_the_tokens_own_stop_the_run(tiny_models: Path) -> None:
@@ -104,13 +104,29 @@ def test_states_that_are_not_the_tokens_own_stop_the_run(tiny_models: Path) -> N
     assert all(map(torch.equal, before, step.parts.student.parameters()))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1000.0])
+def test_a_massive_activation_hides_no_other_row(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """Half precision: one row is far larger than the others, of which one is wrong by a half."""
+    student = build(tiny_config(tiny_models, Path("unused"))).student
+    fresh = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fresh[0] *= factor
+    known = fresh.clone()
+    known[3] *= 1.5
+    monkeypatch.setattr(tutelage.models.student, "hidden_rows", lambda *_: fresh)
+    gap, limit = student.hidden_gap(None, known)  # type: ignore[arg-type]
+    assert gap == pytest.approx(0.5, rel=0.01)
+    assert gap > limit
+
+
 def test_dropout_is_off_while_tokens_are_scored(tiny_models: Path) -> None:
     """An adapter with dropout: recorded states still are those that scoring would compute."""
     lora = {"rank": 4, "dropout": 0.5}
     student = {"model": str(tiny_models / "student"), "lora": lora}
     taken = [stepper(tiny_models, scoring=s, student=student) for s in ("recorded", "forward")]
     first, second = (step.take(1) for step in taken)
-    assert first["max_abs_hidden_gap"] < 1e-4
+    assert first["max_relative_hidden_gap"] < 1e-4
     assert taken[0].chosen == taken[1].chosen
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
 

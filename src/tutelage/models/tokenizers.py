@@ -20,7 +20,8 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt, ready for the model to continue.
 
-    Plain text gets the tokenizer's own special tokens, once. Chat messages go through the chat
+    Plain text gets the special tokens that the tokenizer puts before it, once, and none of those
+    that it puts behind: what is to be continued has not ended. Chat messages go through the chat
     template with a generation prompt; the template writes its own special tokens, so none are
     added. Text that would itself become a control token (a forged end of turn, say) is refused.
 
@@ -40,9 +41,11 @@ def encode_prompt(
     if isinstance(prompt.content, str):
         with no_panic(tokenizer.name_or_path):
             encoded = tokenizer(prompt.content, return_special_tokens_mask=True)
-        ids = list(encoded.input_ids)
-        own = [i for i, added in zip(ids, encoded.special_tokens_mask, strict=True) if not added]
+        ids, is_added = list(encoded.input_ids), encoded.special_tokens_mask
+        own = [i for i, added in zip(ids, is_added, strict=True) if not added]
         _refuse_control_tokens(tokenizer, own, prompt.content, prompt.id)
+        end = max((place for place, added in enumerate(is_added, 1) if not added), default=0)
+        ids = ids[:end] if own else [i for i in ids if i == tokenizer.bos_token_id]
     else:
         for text in (text for message in prompt.content for text in message.values()):
             own = encode_completion(tokenizer, text)

@@ -31,17 +31,27 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to a phase, and looks at its memory."""
+        """Adds the time spent inside to a phase, and looks at its memory.
+
+        An accelerator works on after the calls have returned, so its queue is waited for on both
+        sides: what a phase has started belongs to that phase.
+        """
+        self._finish()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._finish()
             key = f"{name}_s"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
             if peak := self._peak():  # 0: this system does not tell
                 self._peak_bytes[name] = max(self._peak_bytes.get(name, 0), peak)
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _peak(self) -> int:
         if self.device.type == "cuda":

@@ -26,6 +26,7 @@ from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
 from tutelage.run.folder import RunFolder, environment
 from tutelage.run.inputs import build_task, grader_of, without_long_prompts
+from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.parse import parse_config
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class _Plan:
     """Sampling settings as they were used in the end, by their names in requests."""
 
 
+@plain_arithmetic()
 def evaluate_suite(
     request: SuiteRequest,
     progress: Callable[[str, int, int], None] | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,24 @@ class Ranks:
         found: list[float] = self.table(self._tensor([values], torch.float64)).amax(0).tolist()
         return found
 
+    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum the gradients of parameters over processes, in at least float32.
+
+        A parameter that has none in some processes counts there as zero; one that has none in any
+        keeps none.
+        """
+        if self.count == 1:
+            return
+        has_any = self.max([float(p.grad is not None) for p in parameters])
+        present = [p for p, has in zip(parameters, has_any, strict=True) if has]
+        for piece in _pieces(present):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in piece]
+            flat = torch.cat([g.flatten().to(_sum_dtype(g)) for g in grads])
+            total = self.accelerator.reduce(flat.to(self.accelerator.device), "sum")
+            sizes = [p.numel() for p in piece]
+            for p, grad, part in zip(piece, grads, total.split(sizes), strict=True):
+                p.grad = grad.copy_(part.view_as(grad))
+
     def table(self, rows: Tensor) -> Tensor:
         """Rows of all processes, one process after the other; as many from each."""
         gathered: Tensor = self.accelerator.gather(rows.contiguous())
@@ -88,3 +106,25 @@ class Ranks:
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.accelerator.device)
+
+
+_PIECE_BYTES = 64 << 20
+"""Gradients that travel together: few messages, and little memory beside the gradients."""
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _pieces(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Neighbours of one dtype, up to so many bytes or one larger parameter alone."""
+    piece: list[torch.nn.Parameter] = []
+    size = 0
+    for p in parameters:
+        if piece and (size + p.nbytes > _PIECE_BYTES or p.dtype != piece[0].dtype):
+            yield piece
+            piece, size = [], 0
+        piece.append(p)
+        size += p.nbytes
+    if piece:
+        yield piece

@@ -14,6 +14,7 @@ from tutelage.evaluation.scores import voting_of
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.sampling import SamplingConfig
 from tutelage.run.evaluation import is_url, student_of
+from tutelage.run.numerics import plain_arithmetic
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Inspection:
     device: str = "cpu"
 
 
+@plain_arithmetic()
 def evaluate_model(request: Inspection) -> Evaluation:
     """Sample and grade a model on held-out prompts.
 

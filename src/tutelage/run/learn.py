@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -143,7 +142,7 @@ class Learner:
             num_splits += 1
 
     def _attempt(self, portions: Sequence[Portion], divisor: int, num_splits: int) -> Attempt:
-        scale = self.ranks.count / max(divisor, 1)
+        scale = 1 / max(divisor, 1)
         is_scored = needs_scoring(self.config) and scores_teacher(self.config)
         extras = () if is_scored else needed_extras(self.config)
         total, stats = 0.0, list[TokenStats]()
@@ -151,9 +150,8 @@ class Learner:
             batch, lesson = portion.batch, portion.lesson
             try:
                 teacher = self.parts.teacher.view(portion.view)
-                with self._synchronising(i == len(portions) - 1):
-                    objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
-                    self.ranks.accelerator.backward(objective.total * scale)
+                objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
+                (objective.total * scale).backward()
                 self.parts.masters.collect()
             except torch.OutOfMemoryError:
                 return Attempt(portions, total, stats, num_splits, too_large=i)
@@ -161,21 +159,15 @@ class Learner:
             stats.append(_as_stats(objective))
         return Attempt(portions, total, stats, num_splits)
 
-    def _synchronising(self, is_last: bool) -> Any:
-        """Gradients travel between processes once an update: with its last micro-batch.
-
-        Those of weights with masters travel at once, for they are summed in the masters.
-        """
-        is_now = is_last or bool(self.parts.masters.pairs)
-        return nullcontext() if is_now else self.ranks.accelerator.no_sync(self.student)
-
     def _update(self, total: float) -> tuple[float, list[str]]:
-        """Apply the gradient and return its norm; or drop it, and say what was not finite.
+        """Sum the gradient over processes, apply it and return its norm; or drop it, and say what
+        was not finite.
 
         Args:
             total: sum of the objective over all processes.
         """
         masters = self.parts.masters.masters
+        self.ranks.add_gradients(masters)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.config.optimizer.max_grad_norm
         norm = float(

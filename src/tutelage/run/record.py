@@ -22,6 +22,7 @@ from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import decode
 from tutelage.run.config import Config
 from tutelage.run.method import EOPDObjective, RandomTokens, SampledTokens, SomeTokens
+from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.recipe import gate_of
 from tutelage.run.score import ScoreRequest, Scores, rollouts_of, score_rollouts
 from tutelage.run.setup import Parts, build
@@ -63,6 +64,7 @@ def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: in
     return [_dump({**line, "seconds": seconds}) for line in lines]
 
 
+@plain_arithmetic()
 def score_for_page(config: Config, request: ScoreRequest) -> tuple[Scores, list[dict[str, Any]]]:
     """`score`, and its completions as the lines that a page is made of.
 
@@ -139,7 +141,15 @@ def _panel(config: Config, parts: Parts) -> list[Rollout]:
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
     prompts = parts.task.held_out(settings.num_prompts)
     seed, size = (config.seed, _PANEL_SEED), config.sampling_batch_size
-    return sample(parts.student.model, parts.tokenizer, prompts, once, seed, size)
+    return sample(
+        parts.student.model,
+        parts.tokenizer,
+        prompts,
+        once,
+        seed,
+        size,
+        enable_thinking=parts.enable_thinking,
+    )
 
 
 def _gate(config: Config, scores: Scores) -> Tensor:

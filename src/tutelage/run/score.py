@@ -31,6 +31,7 @@ from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
 from tutelage.run.config import Config
 from tutelage.run.inputs import prompt_format
+from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.plan import reading
 from tutelage.run.recipe import culprit
 from tutelage.run.setup import Parts, build
@@ -153,6 +154,7 @@ class Scores:
                 yield f"{num} of {total} tokens have no finite score under {rule}: never kept"
 
 
+@plain_arithmetic()
 def score(config: Config, request: ScoreRequest) -> Scores:
     """Score the student's own completions of held-out prompts, or given ones.
 

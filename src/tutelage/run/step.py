@@ -92,7 +92,7 @@ class Step:
             "num_memory_splits": learned.num_splits,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "clip_share": clip_share(self.config, num_clipped, len(plan.chosen.rows)),
-            "max_abs_hidden_gap": ready.hidden_gap,
+            "max_relative_hidden_gap": ready.hidden_gap,
             **ready.engine,
             **self._metrics(plan, rollouts, self._described(plan, learned)),
             "seconds": clock.seconds,

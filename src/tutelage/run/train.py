@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.load import save_model
@@ -31,6 +29,7 @@ from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
 from tutelage.run.inputs import pick_device
 from tutelage.run.measure import describe, measure
 from tutelage.run.memory import STATE_BYTES
+from tutelage.run.numerics import open_accelerator, plain_arithmetic
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
 from tutelage.run.record import snapshot
 from tutelage.run.setup import build, plain_student
@@ -60,6 +59,7 @@ def run_folder(config: Config, name: str = "run") -> Path:
     return Path(config.out) if config.out else Path("runs") / f"{name}-{fingerprint(config)}"
 
 
+@plain_arithmetic()
 def train(
     config: Config,
     name: str = "run",
@@ -82,17 +82,9 @@ def train(
     Raises:
         TutelageError: whatever a user can mend.
     """
-    # The main process evaluates alone while the others wait for its next gradient.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    is_cpu = pick_device(config.device).type == "cpu"
     require_trackers(config)
     path = run_folder(config, name)
-    accelerator = Accelerator(
-        cpu=is_cpu,
-        log_with=list(config.trackers) or None,
-        project_dir=path,
-        kwargs_handlers=[patience],
-    )
+    accelerator = open_accelerator(config, path, pick_device(config.device))
     folder = RunFolder(path, accelerator.is_main_process)
     folder.open()
     stop = Stop(may_interrupt=accelerator.num_processes == 1)
@@ -145,9 +137,8 @@ class _Run:
         optimizer = _optimizer(config.optimizer, self.parts.masters, folder.path)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parts, optimizer)
-        self.plain_optimizer = optimizer
-        student, self.optimizer = accelerator.prepare(self.parts.student, optimizer)
-        self.step = Step(config, self.parts, accelerator, student, self.optimizer, stop)
+        self.optimizer = optimizer
+        self.step = Step(config, self.parts, accelerator, self.parts.student, optimizer, stop)
         self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
 
     def go(self) -> RunResult:
@@ -293,7 +284,7 @@ class _Run:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             keep = self.config.keep_checkpoints
-            save_checkpoint(self.folder.path, self.done, self.parts, self.plain_optimizer, keep)
+            save_checkpoint(self.folder.path, self.done, self.parts, self.optimizer, keep)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> None:
