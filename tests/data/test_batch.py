@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.batch import Batch, Side, collate, length_groups, micro_batches
+from tutelage.data.batch import Batch, Side, _cuts, collate, length_groups, micro_batches
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 
@@ -167,6 +169,27 @@ def test_neighbours_in_length_waste_little_where_their_order_wastes_most() -> No
     in_order = [list(range(i, i + 8)) for i in range(0, 128, 8)]
     assert area(in_order) > 2.0 * sum(sizes)
     assert area(length_groups(sizes, 1024, 128)) < 1.1 * sum(sizes)
+
+
+class Counting(list[int]):
+    """A list that counts how often it is read."""
+
+    num_reads = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        self.num_reads += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 64, 65536])
+def test_grouping_reads_each_length_a_few_times_however_large_a_group_may_be(
+    max_tokens: int,
+) -> None:
+    widths = Counting(sorted((20 + 7919 * i % 997 for i in range(4000)), reverse=True))
+    cuts = _cuts(widths, max_tokens, max_size=2000)
+    assert cuts[0][0] == 0
+    assert cuts[-1][1] == len(widths)
+    assert widths.num_reads < 20 * len(widths)
 
 
 @given(

@@ -18,13 +18,13 @@ from grading_cases import DIFFERENT, EQUAL
 
 from tutelage.data import grading_pool
 from tutelage.data.grading import (
-    MAX_TEXT,
     answers_equal,
     extract_answer,
     grade_completion,
     grade_many,
 )
 from tutelage.data.grading_exact import exact
+from tutelage.data.grading_text import MAX_TEXT
 from tutelage.errors import MissingExtraError
 
 pytest.importorskip("math_verify")

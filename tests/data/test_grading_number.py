@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.grading_number import MAX_TEXT, grade_number, number_answer, numbers_equal
+from tutelage.data.grading_number import grade_number, number_answer, numbers_equal
+from tutelage.data.grading_text import MAX_TEXT
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,54 @@ def test_rewritten_fractions_stay_equal_and_changed_ones_do_not(
 
 def test_grade_reads_worked_references() -> None:
     assert grade_number("so the answer is 72", "48+24=<<48+24=72>>72\n#### 72")
-    assert grade_number(r"\boxed{0.5}", r"thus \boxed{\frac12}") is False  # not read yet
+    assert grade_number(r"\boxed{0.5}", r"thus \boxed{\frac12}")
     assert grade_number(r"\boxed{0.5}", r"thus \boxed{\frac{1}{2}}")
     assert not grade_number("no idea", "72")
     assert not grade_number("no idea", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{18 \text{ dollars}}",
+        r"\boxed{18\text{ dollars per day}.}",
+        r"\boxed{18 dollars}",
+        r"\boxed{\$18 \text{ per day}}",
+        r"\boxed{\text{18 dollars}}",
+        r"\boxed{\mathbf{18}\text{ eggs}}",
+        r"\boxed{18 \, \mathrm{km/h}}",
+        r"\boxed{18~\text{apples}}",
+        r"\boxed{18 \text{ cm}^3}",
+        r"\boxed{x = 18}",
+        r"\boxed{\text{Total cost} = \$18}",
+        r"\boxed{20 - 2 = 18}",
+        r"\boxed {18}. I checked it 3 times.",
+        r"\fbox{18} in 3 steps",
+        "#### 18 dollars",
+    ],
+)
+def test_a_name_or_unit_beside_the_number_changes_nothing(text: str) -> None:
+    assert grade_number(text, "18")
+    assert not grade_number(text, "19")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"18 \text{ or } 19", r"18 \text{ more}", "18, 19", "18x", r"18 \text{ thousand}", "18=19",
+        "18_8", r"18 \text{ to } 20", "18:00", r"18 \text{ halves}", r"\text{18 or so}",
+        r"18 \pm 1", "x>18", "18!", r"18\text{ dozen}", r"18 \text{ dollars}, 19 \text{ dollars}",
+        "20 - 1 = 18",
+    ],
+)  # fmt: skip
+def test_what_is_more_than_a_number_with_a_unit_is_not_the_number(answer: str) -> None:
+    assert not grade_number(rf"\boxed{{{answer}}}", "18")
+
+
+def test_units_of_both_sides_must_agree() -> None:
+    assert numbers_equal(r"18\text{ m}", "18 meters")
+    assert not numbers_equal(r"18\text{ m}", r"18\text{ cm}")
+    assert numbers_equal(r"1{,}800 \text{ m}", "1800")
 
 
 @pytest.mark.parametrize(

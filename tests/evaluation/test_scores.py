@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import combinations, permutations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tutelage.data.grading import answer_key
+from tutelage.data.grading_number import numbers_equal
 from tutelage.evaluation.metrics import problem_majorities, problem_pass_rates
-from tutelage.evaluation.scores import score, votes_of
+from tutelage.evaluation.scores import Voting, score, votes_of
 
 verdict_lists = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=5)
 
@@ -43,6 +46,58 @@ def test_majorities(answers: list[str | None], correct: list[bool], expected: fl
         verdicts = [correct[i] for i in order]
         votes = votes_of(shuffled, verdicts)
         assert problem_majorities([votes], [verdicts]) == [pytest.approx(expected)]
+
+
+def pairwise(answers: list[str]) -> list[str]:
+    """The votes by definition: an answer votes as the first vote that equals it."""
+    voted: list[str] = []
+    votes = []
+    for answer in answers:
+        same = (a for a in voted if a == answer or numbers_equal(answer, a))
+        votes.append(next(same, answer))
+        voted += [] if votes[-1] in voted else [votes[-1]]
+    return votes
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["1", "1.0", "2", "2/2", r"1\text{ m}", r"1\text{ cm}", "x", "X", "", "1 m"]
+        ),
+        max_size=8,
+    )
+)
+def test_votes_are_those_of_comparing_all_pairs(answers: list[str]) -> None:
+    expected = [f"wrong: {vote}" for vote in pairwise(answers)]
+    assert votes_of(answers, [False] * len(answers)) == expected
+
+
+def test_numbers_are_votes_without_comparing_pairs() -> None:
+    """Only what has no canonical form is compared: the formula with each number once."""
+    compared: list[tuple[str, str]] = []
+
+    def equal(left: str, right: str) -> bool:
+        compared.append((left, right))
+        return False
+
+    voting = Voting(equal=equal, key=answer_key)
+    answers = [rf"\frac{{{i % 20}}}{{1}}" for i in range(100)] + [r"\sqrt{5}", r"\sqrt{5}", "3.0"]
+    votes = votes_of(answers, [False] * len(answers), voting)
+    assert len(set(votes)) == 21
+    assert votes[-1] == votes[3]
+    assert len(compared) == 20
+
+
+def test_formulas_of_several_problems_are_compared_at_the_same_time() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+
+    def equal(left: str, right: str) -> bool:
+        meeting.wait()
+        return False
+
+    voting = Voting(equal=equal, key=lambda answer: None)
+    scores = score([[False, False]] * 2, [["a", "b"], ["c", "d"]], voting)
+    assert scores.maj_at_k is not None
 
 
 def test_problems_without_reference_answer_do_not_count() -> None:

@@ -514,26 +514,20 @@ MUTANTS: dict[str, Group] = {
             ('if unseal(path) != {"step": step}:', "if unseal(path) is None:"),
         ],
     ),
-    "data/grading.py": (
-        ["data/test_grading*.py"],
-        [
-            ('if not closed and "<think>" in answer:', "if False:"),
-            ("text = completion[-MAX_TEXT:]", "text = completion"),
-        ],
-    ),
     "data/grading*.py": (
         ["data/test_grading*.py"],
         [
-            ("text = text[-MAX_TEXT:]", "text = text[:MAX_TEXT]"),
+            ("text = completion[-MAX_TEXT:]", "text = completion[:MAX_TEXT]"),
+            ("if any(marks[-1].groups()) else None", "if True else None"),
+            ("if not any(found.groups()) and", "if"),
             (
                 "above is not None and below else None",
                 "above is not None and below is not None else None",
             ),
-            ('start = text.rindex("\\\\boxed{")', 'start = text.index("\\\\boxed{")'),
             ('return -value if sign == "-" else value', "return value"),
             ("    if abs(power) > MAX_EXPONENT:\n        return None\n", ""),
             ('if depth == 0 and brace[0] == "}":', 'if depth <= 1 and brace[0] == "}":'),
-            ("answer[boxes[-1].end() :]", "answer[boxes[0].end() :]"),
+            ("text[boxes[-1].end() :]", "text[boxes[0].end() :]"),
             ("split(stated[-1]", "split(stated[0]"),
         ],
     ),

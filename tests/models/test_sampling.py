@@ -298,3 +298,15 @@ def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> No
 def test_batch_size_zero_is_refused(qwen3: Any, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         sample(qwen3, tokenizer, RAGGED, SamplingConfig(), seed=(0,), batch_size=0)
+
+
+@pytest.mark.parametrize(("end", "thought"), [("<think>", "<think>"), ("", "")])
+def test_a_thought_that_the_template_opened_goes_with_the_completion(
+    qwen3: Any, make_tokenizer: Any, end: str, thought: str
+) -> None:
+    template = "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=f"{template}<|start|>assistant\n{end}")
+    prompt = Prompt("p", ({"role": "user", "content": "a <think>"},))
+    drawn = sample(qwen3, tokenizer, [prompt], SamplingConfig(max_new_tokens=3), seed=(0,))
+    assert drawn[0].thought == thought
+    assert drawn[0].graded_text == thought + drawn[0].text

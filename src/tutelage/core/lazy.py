@@ -110,10 +110,7 @@ class LazyLogits:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.swap is not None:
-            first, second = self.swap
-            kept = out[:, first].clone()
-            out[:, first] = out[:, second]
-            out[:, second] = kept
+            out[:, list(self.swap)] = out[:, list(reversed(self.swap))]
         return out
 
     def _differentiable(self, hidden: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ end-of-sequence token, or an end-of-sequence token inside the prompt, cannot dro
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -196,23 +197,47 @@ def length_groups(
 
 
 def _cuts(widths: Sequence[int], max_tokens: int, max_size: int) -> list[tuple[int, int]]:
-    """Bounds of the groups of descending widths that cost least (shortest path over cuts)."""
+    """Bounds of the groups of descending widths that cost least (shortest path over cuts).
+
+    The best grouping that ends at j with a group from i to j costs lines[i] + widths[i] · j. Later
+    lines are flatter and later groups reach further, so one that is ahead stays ahead: each start
+    is best for one range of ends, and all ranges are found in one pass.
+    """
     each = (max_tokens or 4096) // 16
-    cost, start = [0], [0]  # of the best way to group the first j, and where its last group starts
-    for j in range(1, len(widths) + 1):
-        fitting = (
-            i
-            for i in range(max(0, j - max_size), j)
-            if i == j - 1 or not max_tokens or widths[i] * (j - i) <= max_tokens
-        )
-        best = min((cost[i] + widths[i] * (j - i) + each, i) for i in fitting)
-        cost.append(best[0])
-        start.append(best[1])
+    lines: list[int] = []
+    starts: list[int] = []  # where the last group starts, if the first 1, 2, ... sequences are all
+    ranges: deque[tuple[int, int]] = deque()  # starts, each with the first end it is best for
+    cost = 0
+    for end in range(1, len(widths) + 1):
+        new = end - 1
+        lines.append(cost + each - widths[new] * new)
+        taken = end
+        while ranges:
+            old, first = ranges[-1]
+            taken = _first_end_ahead(old, new, widths, lines)
+            reach = min(max_size, max_tokens // max(widths[old], 1) if max_tokens else max_size)
+            taken = min(taken, old + max(reach, 1) + 1)
+            if taken > max(first, end):
+                break
+            ranges.pop()
+        ranges.append((new, taken if ranges else end))
+        while len(ranges) > 1 and ranges[1][1] <= end:
+            ranges.popleft()
+        starts.append(ranges[0][0])
+        cost = lines[starts[-1]] + widths[starts[-1]] * end
     cuts, end = [], len(widths)
     while end:
-        cuts.append((start[end], end))
-        end = start[end]
+        cuts.append((starts[end - 1], end))
+        end = starts[end - 1]
     return cuts[::-1]
+
+
+def _first_end_ahead(old: int, new: int, widths: Sequence[int], lines: Sequence[int]) -> int:
+    """The first end for which the later start costs less, whatever the limits of a group."""
+    flatter, above = widths[old] - widths[new], lines[new] - lines[old]
+    if flatter:
+        return above // flatter + 1
+    return 0 if above < 0 else len(widths) + 1
 
 
 def _concatenate(sequences: Sequence[Sequence[int]]) -> Tensor:

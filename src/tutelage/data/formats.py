@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tutelage.data.grading_text import last_box
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import DataError, MissingExtraError
 
@@ -250,7 +251,7 @@ def _answer(record: dict[str, Any], prompt_format: PromptFormat, where: str) -> 
         return None
     text = _scalar(value, key, where)
     if key == "solution":
-        return _boxed(text)
+        return last_box(text) or None
     return text.rpartition("####")[2].strip() if "####" in text else text
 
 
@@ -263,16 +264,6 @@ def _answer_field(record: dict[str, Any], column: str) -> tuple[str, Any]:
     if isinstance(reward, dict) and reward.get("ground_truth") is not None:
         return "reward_model.ground_truth", reward["ground_truth"]
     return ("solution", solution) if isinstance(solution, str) else (column, None)
-
-
-def _boxed(solution: str) -> str | None:
-    """Content of the last complete \\boxed{...} of a worked solution; None without one."""
-    start, depth = solution.rfind("\\boxed{"), 0
-    for place in range(start, len(solution)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(solution[place], 0)
-        if depth == 0 and solution[place] == "}":
-            return solution[start + len("\\boxed{") : place].strip() or None
-    return None
 
 
 def _scalar(value: Any, key: str, where: str) -> str:

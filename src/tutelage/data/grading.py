@@ -10,15 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from fractions import Fraction
 
-from tutelage.data.grading_compare import texts_equal
+from tutelage.data.grading_compare import is_long_decimal, texts_equal
+from tutelage.data.grading_exact import exact
+from tutelage.data.grading_forms import parse
 from tutelage.data.grading_latex import MAX_ANSWER, tidy
-from tutelage.data.grading_number import finished_lines
+from tutelage.data.grading_text import after_thoughts, finished_lines, has_box, last_box, unboxed
 
-MAX_TEXT = 200_000
-"""Characters of a completion that are looked at, counted from its end."""
-
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{0-9A-Za-z\\])")
 _STATED = re.compile(
     r"(?i)(?:final answer|answer)\s*(?:is|:|=)\s*:?\s*\**\s*(?P<rest>[^\n]{1,2000})"
 )
@@ -28,9 +27,9 @@ _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 def extract_answer(completion: str, is_truncated: bool = False) -> str | None:
     """The answer that a completion commits to, as written.
 
-    What precedes the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts, else the
-    line after the last ``####``, else what follows the last "the answer is" on its line. A bare
-    last number is no answer.
+    Thoughts such as ``<think>...</think>`` are ignored. Then the last ``\\boxed{...}`` counts,
+    else the line after the last ``####``, else what follows the last "the answer is" on its line. A
+    bare last number is no answer.
 
     Args:
         completion: The text that a model wrote.
@@ -39,13 +38,12 @@ def extract_answer(completion: str, is_truncated: bool = False) -> str | None:
     Returns:
         None if there is none: an unfinished box, or a thought that never ends, is no answer.
     """
-    text = completion[-MAX_TEXT:]
-    _, closed, answer = text.rpartition("</think>")
-    if not closed and "<think>" in answer:
+    answer = after_thoughts(completion)
+    if answer is None:
         return None
-    boxes = list(_BOX.finditer(answer))
-    if boxes:
-        return _boxed(answer[boxes[-1].end() :])
+    box = last_box(answer)
+    if box is not None:
+        return box or None
     answer = finished_lines(answer, is_truncated)
     _, marked, rest = answer.rpartition("####")
     if marked:
@@ -81,7 +79,19 @@ def answers_equal(prediction: str, gold: str) -> bool:
         return True
     if max(len(prediction), len(gold)) > MAX_ANSWER:
         return False
-    return texts_equal(tidy(_unboxed(prediction)), tidy(_unboxed(gold)))
+    return texts_equal(tidy(unboxed(prediction)), tidy(unboxed(gold)))
+
+
+def answer_key(answer: str) -> Fraction | None:
+    """The value of an answer that is a bare number: two are equal exactly if their values are.
+
+    None for all else, and for decimals long enough to stand for a number that they round.
+    """
+    if len(answer) > MAX_ANSWER:
+        return None
+    form = parse(tidy(unboxed(answer)))
+    is_bare = form.kind == "value" and not (form.name or form.unit or form.source or form.others)
+    return exact(form.text) if is_bare and not is_long_decimal(form.text) else None
 
 
 def grade_completion(completion: str, gold: str, is_truncated: bool = False) -> bool:
@@ -98,7 +108,7 @@ def grade_completion(completion: str, gold: str, is_truncated: bool = False) -> 
     prediction = extract_answer(completion, is_truncated)
     if prediction is None:
         return False
-    if "####" in gold or _BOX.search(gold):
+    if "####" in gold or has_box(gold):
         gold = extract_answer(gold) or ""
     return answers_equal(prediction, gold)
 
@@ -124,24 +134,3 @@ def grade_many(
             if progress is not None:
                 progress(done, len(verdicts))
         return [verdict.result() for verdict in verdicts]
-
-
-def _unboxed(answer: str) -> str:
-    for _ in range(3):
-        box = _BOX.match(answer.strip())
-        if box is None:
-            break
-        answer = _boxed(answer.strip()[box.end() :]) or ""
-    return answer
-
-
-def _boxed(text: str) -> str | None:
-    if not text.startswith("{"):
-        found = re.match(r"\\[a-zA-Z]+|[0-9A-Za-z]", text)
-        return found[0] if found else None
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0 and brace[0] == "}":
-            return text[1 : brace.start()].strip() or None
-    return None

@@ -195,7 +195,7 @@ def _same_value(left: Form, right: Form) -> bool:
         b is not None and has_variables(left.text)
     ):
         return False
-    is_rounded = any(_is_long_decimal(text) for text in texts) and (a is None) != (b is None)
+    is_rounded = any(is_long_decimal(text) for text in texts) and (a is None) != (b is None)
     return _ask("rounded" if is_rounded else "value", *texts)
 
 
@@ -205,7 +205,7 @@ def _same_number(left: Form, right: Form, a: Fraction, b: Fraction) -> bool:
         return percent / 100 == plain or (percent == plain and abs(percent) >= 1)
     if a == b:
         return True
-    is_rounded = _is_long_decimal(left.text) != _is_long_decimal(right.text)
+    is_rounded = is_long_decimal(left.text) != is_long_decimal(right.text)
     if not is_rounded or 1 in (a.denominator, b.denominator):
         return False
     if _NUMERAL.fullmatch(left.text) and _NUMERAL.fullmatch(right.text):
@@ -213,7 +213,8 @@ def _same_number(left: Form, right: Form, a: Fraction, b: Fraction) -> bool:
     return abs(a - b) <= Fraction(REL_TOL) * max(abs(a), abs(b))
 
 
-def _is_long_decimal(text: str) -> bool:
+def is_long_decimal(text: str) -> bool:
+    """Whether a decimal has so many digits that it may round another number."""
     digits = text.lstrip("-0.").replace(".", "")
     return bool(_DECIMAL.fullmatch(text)) and len(digits) >= MIN_DIGITS
 

@@ -76,6 +76,8 @@ _REALS = re.compile(
 _ALL_BUT = re.compile(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-)\s*\\\{(.*)\\\}")
 _WORDS = re.compile(r"(?:\\text\{[^{}]*\}|[A-Za-z0-9 .,'\"!?/:()-])+")
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|\\text\{")
+_SHORT_WORD = re.compile(r"(?i)no|ok|up|on|in|at|by|of|to|go|is|it|he|we|me|us|ne|nw|se|sw")
+"""Words that would otherwise be products of letters; a longer one is always a word."""
 
 _ATOM = (
     r"(?:\\(?!frac|sqrt|sin|cos|tan|log|ln|text|pm|mp|cdot|infty|pi(?![a-z])|begin|emptyset|in\b)"
@@ -98,7 +100,8 @@ def parse(text: str, depth: int = 0) -> Form:
     if depth > MAX_NESTING or not text:
         return NOTHING
     text = text.strip()
-    if not _GROUPED.fullmatch(text):
+    name, _, value = text.rpartition("=")
+    if not (_GROUPED.fullmatch(value.strip()) and (not name or is_name(name))):
         whole = _whole_list(text, depth)
         if whole is not None:
             return whole
@@ -111,7 +114,7 @@ def parse(text: str, depth: int = 0) -> Form:
 def _whole_list(text: str, depth: int) -> Form | None:
     pieces = [piece for _, piece in split(text, _COMMA)]
     marks = {mark for mark, _ in split(text, _COMMA)}
-    if len(pieces) == 1 or (_VERBATIM.fullmatch(text) and "mod" in text):
+    if len(pieces) == 1 or text.isalpha() or (_VERBATIM.fullmatch(text) and "mod" in text):
         return None
     if len(pieces) > MAX_ITEMS or not all(pieces) or _named_tuple(text):
         return NOTHING if not _named_tuple(text) else None
@@ -183,7 +186,8 @@ def _reals_without(points: list[str]) -> Form | None:
 
 
 def _is_words(text: str) -> bool:
-    return bool(_WORDS.fullmatch(text) and _LONG_WORD.search(text))
+    is_short = _SHORT_WORD.fullmatch(text.strip(".!\"' "))
+    return bool(_WORDS.fullmatch(text) and (is_short or _LONG_WORD.search(text)))
 
 
 def _plain_verbatim(text: str) -> str:

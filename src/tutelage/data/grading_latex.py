@@ -43,8 +43,11 @@ _REWRITES = tuple(
         (r"\\mathbb\s*([A-Z])|\\([RZNQC])(?![a-zA-Z])", r"\\mathbb{\1\2}"),
         (r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}", r"\\\1 "),
         (r"(?<=[0-9])\{:\}", ":"),
-        (r"\{,\}|,\\!", ","),
-        (r"(?<=[0-9])(?:\\[,;:]|\\ |~)(?=[0-9]{3}(?![0-9]))", ""),
+        (r"\\(?:thin|med|thick)space(?![a-zA-Z])", r"\\,"),
+        (r"\{\s*(\\[,;:! ]|~)\s*\}", r"\1"),
+        (r"(?:\\math(?:ord|punct))?\{\s*,\s*\}|(?:\\!\s*)+,|,\s*(?:\\!\s*)+", "{,}"),
+        (r"(?<=[0-9])\s*(?:\{,\}|(?:(?:\\[,;: ]|~)\s*)+)\s*(?=[0-9]{3}(?![0-9]))", ""),
+        (r"\{,\}", ","),
         (r"\\!", ""),
         (r"\\(?:[,;:> ]|quad(?![a-zA-Z])|qquad(?![a-zA-Z]))|~", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -99,7 +102,8 @@ _FUNCTIONS = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan|sinh|
 _BARE_FUNCTION = re.compile(rf"(?<![a-zA-Z\\])({_FUNCTIONS})(?![a-zA-Z])")
 _LEADS = re.compile(
     r"(?i)(?:\\text\{\s*)?(?:so |thus |therefore,? |hence )?(?:(?:the )?(?:final )?answer(?: is)?|"
-    r"approximately|about|approx\.?|roughly)(?![a-z])\s*[:=]?\s*\}?\s*"
+    r"approximately|about|approx\.?|roughly|(?:option|choice)(?=[\s:}]*\(?[A-J]\)?[\s}]*$))"
+    r"(?![a-z])\s*[:=]?\s*\}?\s*"
 )
 _MIXED = re.compile(r"(?<![\w.^}_,)])([0-9]{1,9})\s*\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}")
 _MIXED_SLASH = re.compile(r"(?<![\w.^}_/,)])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![\w.])")

@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-MAX_TEXT = 200_000
-"""Characters of a completion that are looked at, counted from its end."""
-MAX_ANSWER = 1_000
-"""Longest answer in characters; a longer one equals nothing."""
+from tutelage.data.grading_exact import exact
+from tutelage.data.grading_forms import parse
+from tutelage.data.grading_latex import MAX_ANSWER, tidy
+from tutelage.data.grading_text import after_thoughts, finished_lines, has_box, last_box
+from tutelage.data.grading_units import same_unit
+
 MAX_EXPONENT = 100
 """Largest power of ten, either way, that is read as a number."""
 
@@ -33,7 +35,7 @@ _IGNORED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\%", 
 def number_answer(text: str, is_truncated: bool = False) -> str | None:
     """The final answer that a completion commits to.
 
-    The reasoning before the last ``</think>`` is ignored. Then the last ``\\boxed{...}`` counts,
+    Thoughts such as ``<think>...</think>`` are ignored. Then the last ``\\boxed{...}`` counts,
     else what follows the last ``####`` on its line, else the last number.
 
     Args:
@@ -45,33 +47,38 @@ def number_answer(text: str, is_truncated: bool = False) -> str | None:
         The answer as written, or None if there is none. An unfinished ``\\boxed{`` or a thought
         that never ends is no answer.
     """
-    text = text[-MAX_TEXT:]
-    _, closed, answer = text.rpartition("</think>")
-    if not closed and "<think>" in answer:
+    answer = after_thoughts(text)
+    if answer is None:
         return None
-    if "\\boxed{" in answer:
-        return _last_boxed(answer)
+    box = last_box(answer)
+    if box is not None:
+        return box or None
     _, marked, rest = finished_lines(answer, is_truncated).rpartition("####")
     if marked:
         return rest.split("\n", 1)[0].strip() or None
     return None if is_truncated else _last_number(answer)
 
 
-def finished_lines(text: str, is_truncated: bool) -> str:
-    """The text; one that was cut off without its last line, which may lack digits."""
-    return text.rpartition("\n")[0] if is_truncated else text
-
-
 def numbers_equal(prediction: str, gold: str) -> bool:
     """Whether two answers are the same number, or the same text when neither is a number.
 
     Numbers are compared as exact fractions: ``0.5``, ``1/2``, ``\\frac{1}{2}`` and ``.50`` are
-    equal, as are ``1,234`` and ``1234.0``; ``0.33`` and ``1/3`` are not.
+    equal, as are ``1,234`` and ``1234.0``; ``0.33`` and ``1/3`` are not. A name before a number
+    (``x = 18``) and a unit behind it (``18 \\text{ dollars}``) may be left out by either side; two
+    units must not contradict each other.
     """
-    left, right = _number(prediction), _number(gold)
-    if left is not None or right is not None:
-        return left == right
-    return _plain(prediction) == _plain(gold) != ""
+    left, right = _amount(prediction), _amount(gold)
+    if left is not None and right is not None:
+        return left[0] == right[0] and same_unit(left[1], right[1])
+    return left is right and _plain(prediction) == _plain(gold) != ""
+
+
+def number_key(answer: str) -> Fraction | str | None:
+    """Equal for two answers exactly if `numbers_equal`; None where that depends on the other."""
+    amount = _amount(answer)
+    if amount is None:
+        return _plain(answer) or None
+    return None if amount[1] else amount[0]
 
 
 def is_number(answer: str) -> bool:
@@ -95,17 +102,7 @@ def grade_number(text: str, gold: str, is_truncated: bool = False) -> bool:
 
 
 def _reference(gold: str) -> str:
-    return number_answer(gold) or "" if "####" in gold or "\\boxed{" in gold else gold
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rindex("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return text[start : start + brace.start()].strip() or None
-    return None
+    return number_answer(gold) or "" if "####" in gold or has_box(gold) else gold
 
 
 def _last_number(text: str) -> str | None:
@@ -124,6 +121,21 @@ def _plain(answer: str) -> str:
         text = text.replace(ignored, "")
     # A space between two words or digits stays: "1 1/2" is not 11/2.
     return _SPACED_SIGN.sub(r"\1", " ".join(text.split())).rstrip(".").lower()
+
+
+def _amount(answer: str) -> tuple[Fraction, str] | None:
+    """The answer as an exact number with its unit ("" for none); None when it is not one."""
+    value = _number(answer)
+    if value is not None or len(answer) > MAX_ANSWER:
+        return None if value is None else (value, "")
+    text = tidy(answer)
+    if text[:1] in ("(", "[", "{"):  # a group of something, not a number
+        return None
+    form = parse(text)
+    value = _number(form.text) if form.kind == "value" else None
+    if value is None or any(exact(side.text) != value for side in form.others):
+        return None
+    return value, form.unit
 
 
 def _number(answer: str) -> Fraction | None:

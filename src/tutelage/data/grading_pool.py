@@ -12,14 +12,18 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tutelage.data.child import Child
 from tutelage.errors import MissingExtraError, TutelageError
+
+T = TypeVar("T")
 
 TIME_LIMIT_S = 5.0
 """Wall-clock seconds in which a comparison is decided or its worker is killed."""
@@ -27,6 +31,9 @@ COMPARE_LIMIT_S = 3.0
 """Seconds of it for the comparison itself, once a worker is ready."""
 MAX_WORKERS = max(2, min(16, 2 * (os.cpu_count() or 1)))
 """Workers at once; further callers wait for one."""
+
+AT_ONCE = max(2, min(16, os.cpu_count() or 1))
+"""Comparisons that `in_parallel` makes at the same time."""
 
 _PROGRAM = Path(__file__).with_name("_grading_worker.py")
 
@@ -137,6 +144,12 @@ def formulas_equal(kind: str, prediction: str, gold: str) -> bool:
     if find_spec("math_verify") is None:
         raise MissingExtraError("math-verify", "math", "Comparing formulas")
     return _pool.equal(kind, prediction, gold)
+
+
+def in_parallel(work: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+    """`map` by several threads, for work that mostly waits for the processes that compare."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return list(threads.map(work, *arguments))
 
 
 def note_undecided(reason: str) -> None:

@@ -85,7 +85,7 @@ def _begins_unit(found: re.Match[str], before: str) -> bool:
     last = before.rstrip()[-1:]
     if found[1] is not None:
         return bool(re.search("[A-Za-z]", found[1]))
-    if last.isalpha():
+    if last.isascii() and last.isalpha():
         word = re.findall(r"\\?[A-Za-z-]+", before)[-1]
         is_count = word in NUMBER_WORDS and not (token in NUMBER_WORDS or _SCALES.match(token))
         if not before.endswith(" ") or not (len(word) == 1 or word[0] == "\\" or is_count):

@@ -22,6 +22,7 @@ from tutelage.data.formats import (
 )
 from tutelage.data.grading import grade_completion
 from tutelage.data.grading_number import grade_number, is_number
+from tutelage.data.grading_text import after_thoughts
 from tutelage.data.suites import SETS, NamedSet
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
@@ -241,7 +242,8 @@ class FileTask:
         if prompt.answer is None or self.grader == "none":
             return None
         if self.grader == "exact":
-            return not is_truncated and text.strip() == prompt.answer.strip()
+            answer = None if is_truncated else after_thoughts(text)
+            return answer is not None and answer.strip() == prompt.answer.strip()
         grade = grade_completion if self.grader == "math" else grade_number
         return grade(text, prompt.answer, is_truncated)
 

@@ -37,3 +37,10 @@ class Rollout:
     """Log-probability in nats, under the sampler, of each completion id."""
     text: str = ""
     """Decoded completion without special tokens."""
+    thought: str = ""
+    """The mark of a thought that the prompt ends with, such as ``<think>``; "" without one."""
+
+    @property
+    def graded_text(self) -> str:
+        """What a grader reads: a thought that the prompt opened is a thought until it is closed."""
+        return self.thought + self.text

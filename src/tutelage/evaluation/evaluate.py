@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from tutelage.data.batch import micro_batches
+from tutelage.data.grading_pool import in_parallel
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 from tutelage.evaluation.metrics import Interval
@@ -97,14 +98,14 @@ def evaluate(
     rollouts = sample(
         model, tokenizer, prompts, sampling, seed, batch_size, progress, enable_thinking
     )
-    verdicts = [grade(r.prompt, r.text, r.is_truncated) for r in rollouts]
-    answers = [voting.answer_of(r.text, r.is_truncated) for r in rollouts]
+    verdicts = grade_rollouts(grade, rollouts)
+    answers = [voting.answer_of(r.graded_text, r.is_truncated) for r in rollouts]
     k = sampling.num_samples
     starts = range(0, len(rollouts), k)
     scores = score(
         [verdicts[start : start + k] for start in starts],
         [answers[start : start + k] for start in starts],
-        voting.equal,
+        voting,
     )
     return Evaluation(
         scores.mean_at_k,
@@ -116,6 +117,11 @@ def evaluate(
         scores.maj_at_k,
         scores.pass_at,
     )
+
+
+def grade_rollouts(grade: Grade, rollouts: Sequence[Rollout]) -> list[bool | None]:
+    """Verdicts on completions, in their order; formulas are compared several at a time."""
+    return in_parallel(lambda r: grade(r.prompt, r.graded_text, r.is_truncated), rollouts)
 
 
 def held_out_reverse_kl(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from tutelage.data.grading import answers_equal, extract_answer
-from tutelage.data.grading_number import number_answer, numbers_equal
+from tutelage.data.grading import answer_key, answers_equal, extract_answer
+from tutelage.data.grading_number import number_answer, number_key, numbers_equal
+from tutelage.data.grading_pool import in_parallel
 from tutelage.evaluation.metrics import (
     Interval,
     clustered_interval,
@@ -27,14 +29,17 @@ class Voting:
     """The answer that a completion votes for, given whether it was cut off; None abstains."""
     equal: Callable[[str, str], bool] = numbers_equal
     """Whether two answers are one vote."""
+    key: Callable[[str], Hashable | None] = number_key
+    """An answer's canonical form, by which `equal` decides between two that have one."""
 
 
 BY_NUMBER = Voting()
+BY_FORMULA = Voting(extract_answer, answers_equal, answer_key)
 
 
 def voting_of(grader: str) -> Voting:
     """The vote that fits a grader: `math` votes by formulas, every other by numbers."""
-    return Voting(extract_answer, answers_equal) if grader == "math" else BY_NUMBER
+    return BY_FORMULA if grader == "math" else BY_NUMBER
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,14 @@ class Scores:
 def score(
     verdicts: Sequence[Sequence[bool | None]],
     answers: Sequence[Sequence[str | None]],
-    equal: Callable[[str, str], bool] = numbers_equal,
+    voting: Voting = BY_NUMBER,
 ) -> Scores:
     """Scores of problems with k samples each; problems that cannot be graded do not count.
 
     Args:
         verdicts: one list of k verdicts a problem, None where a sample cannot be graded.
         answers: the final answer of each sample, None where it has none.
-        equal: whether two answers are the same.
+        voting: which answers are one vote.
 
     Returns:
         The scores over the problems that can be graded.
@@ -86,7 +91,7 @@ def score(
     if not kept:
         return Scores(len(verdicts), k)
     correct = [[bool(verdict) for verdict in verdicts[i]] for i in kept]
-    votes = [votes_of(answers[i], group, equal) for i, group in zip(kept, correct, strict=True)]
+    votes = in_parallel(partial(votes_of, voting=voting), [answers[i] for i in kept], correct)
     smaller = [2**i for i in range(k.bit_length()) if 2**i < k]
     return Scores(
         len(verdicts),
@@ -99,24 +104,45 @@ def score(
 
 
 def votes_of(
-    answers: Sequence[str | None],
-    correct: Sequence[bool],
-    equal: Callable[[str, str], bool] = numbers_equal,
+    answers: Sequence[str | None], correct: Sequence[bool], voting: Voting = BY_NUMBER
 ) -> list[str | None]:
     """What each sample of one problem votes for: equal texts for equal answers, None abstains.
 
     All right answers are one vote: the grader found each equal to the reference.
     """
-    votes: list[str | None] = []
-    voted: list[str] = []
-    for answer, is_right in zip(answers, correct, strict=True):
-        if is_right:
-            votes.append(_RIGHT)
-        elif answer is None:
-            votes.append(None)
-        else:
-            same = (a for a in voted if a == answer or equal(answer, a))
-            vote = next(same, answer)
-            voted += [vote] if vote not in voted else []
-            votes.append(f"wrong: {vote}")
-    return votes
+    wrong = _WrongVotes(voting)
+    return [
+        _RIGHT if is_right else None if answer is None else f"wrong: {wrong.vote(answer)}"
+        for answer, is_right in zip(answers, correct, strict=True)
+    ]
+
+
+class _WrongVotes:
+    """The wrong answers to one problem; only what has no canonical form is compared in pairs."""
+
+    def __init__(self, voting: Voting) -> None:
+        self._voting = voting
+        self._votes: dict[str, str] = {}
+        """The vote of each answer."""
+        self._by_key: dict[Hashable, str] = {}
+        self._without_key: list[str] = []
+        """Votes that were new when an answer without canonical form came up."""
+
+    def vote(self, answer: str) -> str:
+        """The first answer that this one equals, or itself."""
+        if answer not in self._votes:
+            self._votes[answer] = self._found(answer)
+        return self._votes[answer]
+
+    def _found(self, answer: str) -> str:
+        key = self._voting.key(answer)
+        if key in self._by_key:
+            return self._by_key[key]
+        voted = dict.fromkeys(self._votes.values())
+        rivals = self._without_key if key is not None else voted
+        found = next((vote for vote in rivals if self._voting.equal(answer, vote)), answer)
+        if key is not None:
+            self._by_key[key] = found
+        elif found == answer:
+            self._without_key.append(answer)
+        return found

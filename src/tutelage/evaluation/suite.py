@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
+from tutelage.data.grading_pool import in_parallel
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
 from tutelage.evaluation.evaluate import Grade
@@ -26,6 +28,8 @@ class Completion:
     """True when it was cut off at the length limit."""
     num_tokens: int | None = None
     """Length in tokens, the end included; None when a server does not say."""
+    thought: str = ""
+    """The mark of a thought that the prompt ends with; see `Rollout.thought`."""
 
 
 Complete: TypeAlias = Callable[[Sequence[Prompt], int], list[Completion]]
@@ -107,7 +111,7 @@ def run_benchmark(
         found = folder.find(benchmark.name, ids, num_samples) if folder else None
         if found is None:
             completions = complete(chunk, benchmark.max_new_tokens)
-            found = [_row(benchmark, completion) for completion in completions]
+            found = in_parallel(partial(_row, benchmark), completions)
             _refuse_gaps(found, ids, num_samples)
             if folder:
                 folder.append(found)
@@ -118,7 +122,7 @@ def run_benchmark(
     groups = [rows[prompt.id] for prompt in benchmark.prompts]
     verdicts = [[row["is_correct"] for row in group] for group in groups]
     answers = [[row["answer"] for row in group] for group in groups]
-    scores = score(verdicts, answers, benchmark.voting.equal)
+    scores = score(verdicts, answers, benchmark.voting)
     return Result(benchmark.name, scores, [r for g in groups for r in g])
 
 
@@ -130,7 +134,7 @@ def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
 
 
 def _row(benchmark: Benchmark, completion: Completion) -> Row:
-    text, is_truncated = completion.text, completion.is_truncated
+    text, is_truncated = completion.thought + completion.text, completion.is_truncated
     return {
         "benchmark": benchmark.name,
         "prompt_id": completion.prompt.id,
@@ -140,7 +144,7 @@ def _row(benchmark: Benchmark, completion: Completion) -> Row:
         "num_tokens": completion.num_tokens,
         "answer": benchmark.voting.answer_of(text, is_truncated),
         "gold": completion.prompt.answer,
-        "completion": text,
+        "completion": completion.text,
     }
 
 

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from tutelage.data.grading_text import opened_thought
 from tutelage.data.types import Prompt, Rollout
 from tutelage.models.decoding import Ids
 from tutelage.models.tokenizers import decode, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LONGEST_MARK = 32
+"""Tokens of a prompt's end in which the mark of a thought and the spaces behind it fit."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Job:
     ids: Ids
     key: int
     """Names its random numbers: a signed 64-bit hash of seed, prompt and sample."""
+    thought: str = ""
+    """The mark of a thought that the prompt ends with."""
 
 
 def jobs_of(
@@ -56,9 +62,10 @@ def jobs_of(
     """
     first = earlier_samples(prompts, num_samples) if first_sample is None else first_sample
     ids = [tuple(encode_prompt(tokenizer, prompt, enable_thinking)) for prompt in prompts]
+    thoughts = [opened_thought(decode(tokenizer, i[-_LONGEST_MARK:])) for i in ids]
     numbers = [(i, s) for i in range(len(prompts)) for s in range(num_samples)]
     return [
-        Job(place, prompts[i], s, ids[i], _key(seed, prompts[i].id, first[i] + s))
+        Job(place, prompts[i], s, ids[i], _key(seed, prompts[i].id, first[i] + s), thoughts[i])
         for place, (i, s) in enumerate(numbers)
     ]
 
@@ -79,6 +86,7 @@ def rollout_of(
         is_truncated=tokens[-1] not in stops,
         logprobs=tuple(logprobs),
         text=decode(tokenizer, tokens),
+        thought=job.thought,
     )
 
 

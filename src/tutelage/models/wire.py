@@ -44,16 +44,6 @@ class BadReply(Exception):
     """The server did not answer, or not with what it was asked for; worth another try."""
 
 
-class RefusedRequest(ModelError):
-    """The server says that the request itself is wrong: the same one will be refused again."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        self.status = status
-        self.reason = reason
-        """What the server said, of up to 2,000 characters, printable and without the key."""
-        super().__init__(f"the server refuses the request: status {status}: {reason[:200]}.")
-
-
 @dataclass(frozen=True)
 class Address:
     """A server's base URL, taken apart, with the one address that is connected to."""
@@ -238,9 +228,9 @@ class Wire:
         return content
 
     def _refuse(self, status: int, content: bytes) -> NoReturn:
-        said = self.clean(content[:2000].decode("utf-8", "replace"), 2000)
+        said = self.clean(content[:2000].decode("utf-8", "replace"))
         if status in _RETRIED:
-            raise BadReply(f"status {status}: {said[:200]}")
+            raise BadReply(f"status {status}: {said}")
         if 300 <= status < 400:
             raise ModelError(f"the server redirects (status {status}), which is not followed.")
         if status in (401, 403):
@@ -248,14 +238,14 @@ class Wire:
                 f"the server refuses the key (status {status}). Set TUTELAGE_API_KEY in the "
                 "environment."
             )
-        raise RefusedRequest(status, said)
+        raise ModelError(f"the server refuses the request: status {status}: {said}.")
 
-    def clean(self, text: str, length: int = 200) -> str:
+    def clean(self, text: str) -> str:
         """Foreign text for one line of an error: short, printable, without the key."""
         if self._api_key is not None:
             text = text.replace(self._api_key, "***")
         shown = "".join(char if char.isprintable() else " " for char in text)
-        return " ".join(shown.split())[:length]
+        return " ".join(shown.split())[:200]
 
 
 def seconds_left(end: float) -> float:

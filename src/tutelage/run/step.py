@@ -13,6 +13,7 @@ from tutelage.core import LazyLogits, TokenSelection, TokenStats
 from tutelage.data.batch import Batch, collate, length_groups
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
+from tutelage.evaluation.evaluate import grade_rollouts
 from tutelage.models.adapter import learning
 from tutelage.models.jobs import Drawn, earlier_samples
 from tutelage.models.tokenizers import pad_id
@@ -235,7 +236,7 @@ class Step:
         """Verdict on every completion of the step; none where no weighting asks for them."""
         if not isinstance(self.config.weighting, PacedWeighting | RewardWeighting):
             return []
-        local = [self.parts.task.grade(r.prompt, r.text, r.is_truncated) for r in rollouts]
+        local = grade_rollouts(self.parts.task.grade, rollouts)
         codes = [-1 if verdict is None else int(verdict) for verdict in local]
         table = self.ranks.by_completion(codes, self.share(len(rollouts)))
         return [None if code < 0 else bool(code) for code in table]

@@ -1,0 +1,92 @@
+"""A thought that the chat template opened: what is cut off inside of it is no answer, anywhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tutelage.data.grading_text import opened_thought
+from tutelage.data.prompts import FileTask, Grader
+from tutelage.data.types import Prompt, Rollout
+from tutelage.evaluation import evaluate as evaluation
+from tutelage.evaluation.scores import voting_of
+from tutelage.evaluation.suite import Benchmark, Completion, run_benchmark
+from tutelage.models.sampling import SamplingConfig
+from tutelage.run.method import RewardWeighting
+from tutelage.run.step import Step
+
+GUESS = r"First guess: \boxed{5}. No wait,"
+DONE = "so five</think>\n\n" + r"\boxed{5}"
+PROMPT = Prompt("p", "2+3", "5")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mark"),
+    [
+        ("<|im_start|>assistant\n<think>\n", "<think>\n"),
+        ("Assistant: <think>", "<think>"),
+        ("<seed:think>", "<seed:think>"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
+        ("Write your reasoning between <think> and </think>.", ""),
+        ("Write your reasoning after <think>.\nAssistant:", ""),
+        ("<think>" + "x" * 200, ""),
+        ("", ""),
+    ],
+)
+def test_only_a_mark_at_the_end_of_the_prompt_opens_a_thought(prompt: str, mark: str) -> None:
+    assert opened_thought(prompt) == mark
+
+
+def rollouts(*texts: str, thought: str = "<think>\n") -> list[Rollout]:
+    return [
+        Rollout(PROMPT, i, (1,), (2,), text is GUESS, text=text, thought=thought)
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("grader", ["number", "math"])
+def test_in_evaluations_and_weightings(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = rollouts(GUESS, DONE)
+    monkeypatch.setattr(evaluation, "sample", lambda *_, **__: drawn)
+    task = FileTask("t", (PROMPT,), grader)
+    model: Any = None
+    found = evaluation.evaluate(
+        model, model, task.grade, [PROMPT], SamplingConfig(num_samples=2), (0,),
+        voting=voting_of(grader),
+    )  # fmt: skip
+    assert found.is_correct == [False, True]
+    step: Any = SimpleNamespace(
+        config=SimpleNamespace(weighting=RewardWeighting("reward")),
+        parts=SimpleNamespace(task=task),
+        ranks=SimpleNamespace(by_completion=lambda codes, share: codes),
+        share=lambda count: count,
+    )
+    assert Step._verdicts(step, drawn) == [False, True]
+    # Control: without the mark the guess would count.
+    assert evaluation.grade_rollouts(task.grade, rollouts(GUESS, thought="")) == [True]
+
+
+@pytest.mark.parametrize("grader", ["number", "math"])
+def test_in_benchmarks_the_guess_does_not_vote_and_the_text_is_kept_as_written(
+    grader: Grader,
+) -> None:
+    def complete(prompts: Any, max_new_tokens: int) -> list[Completion]:
+        return [
+            Completion(r.prompt, r.sample, r.text, r.is_truncated, 1, r.thought)
+            for r in rollouts(GUESS, DONE)
+        ]
+
+    task = FileTask("t", (PROMPT,), grader)
+    benchmark = Benchmark("b", (PROMPT,), task.grade, 8, grader, voting_of(grader))
+    rows = run_benchmark(benchmark, complete, 2, 1).rows
+    assert [row["is_correct"] for row in rows] == [False, True]
+    assert [row["answer"] for row in rows] == [None, "5"]
+    assert [row["completion"] for row in rows] == [GUESS, DONE]
+
+
+def test_the_exact_grader_compares_what_follows_the_thought() -> None:
+    grade = FileTask("t", (PROMPT,), "exact").grade
+    assert grade(PROMPT, "<think>\nhm</think>\n\n5", False)
+    assert not grade(PROMPT, "<think>\n5", False)
