@@ -130,7 +130,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/head.py": (
-        ["models/test_backbone.py", "models/test_families.py"],
+        ["models/test_backbone.py", "models/test_families.py", "models/test_trial.py"],
         [
             (
                 "skipped = (batch.row_index // width + 1) * first",
@@ -138,7 +138,9 @@ MUTANTS: dict[str, Group] = {
             ),
             ("int((batch.row_index % width).min())", "int((batch.row_index % width).max())"),
             (" and batch.num_rows and is_written_out(model)", " and is_written_out(model)"),
-            ('scale /= float(settings.get("logits_scaling") or 1.0)', "scale /= 1.0"),
+            ("HeadForm(scale * before, form.softcap)", "HeadForm(scale, form.softcap)"),
+            ("HeadForm(scale * before, form.softcap)", "HeadForm(before, form.softcap)"),
+            ("HeadForm(scale * before, form.softcap)", "HeadForm(scale * before, None)"),
             ("    if batch.is_padded_right:\n        masks = {}\n", "    masks = {}\n"),
         ],
     ),
@@ -178,6 +180,24 @@ MUTANTS: dict[str, Group] = {
             (' and rope.get("partial_rotary_factor", 1) == 1', ""),
         ],
     ),
+    "models/rows.py": (
+        ["models/test_trial.py", "models/test_sampling.py"],
+        [
+            ("self.keep(torch.tensor([row[ids] for ids in prompts], device=device))", "pass"),
+            (
+                "position = (self.mask.cumsum(1) - 1).clamp(min=0)",
+                "position = self.mask.cumsum(1).clamp(min=0)",
+            ),
+            ("self.cache.reorder_cache(index)", "pass"),
+            ("self.cache.reorder_cache(index)", "self.cache.batch_select_indices(index)"),
+            (
+                "if gap <= ROUNDING[model.dtype]:\n            return form",
+                "if True:\n            return form",
+            ),
+            ("[places.argsort()]", ""),
+            ("groups.append((rows, new))", "groups.append((rows, places))"),
+        ],
+    ),
     "models/decoding.py": (
         ["models/test_sampling_fast.py", "models/test_sampling.py"],
         [
@@ -185,12 +205,6 @@ MUTANTS: dict[str, Group] = {
             ("return bool(error <= eps**0.5)", "return not error > eps**0.5"),
             ("            cache[:, to] = 0  # a masked", "            pass  # a masked"),
             (".agrees(prompt)", ".refills"),
-            ("self.keep(torch.tensor([row[ids] for ids in prompts], device=device))", "pass"),
-            (
-                "position = (self.mask.cumsum(1) - 1).clamp(min=0)",
-                "position = self.mask.cumsum(1).clamp(min=0)",
-            ),
-            ("self.cache.batch_select_indices(index)", "pass"),
             ("layers = [(k[rows], v[rows]) for k, v in self.layers]", "layers = self.layers"),
             ("self.hidden[rows], layers)", "self.hidden, layers)"),
             ("if ids not in known:\n                chosen", "if True:\n                chosen"),

@@ -12,8 +12,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ModelError
-from tutelage.models.decoding import FastRows, PlainRows, open_rows
+from tutelage.models.decoding import FastRows, open_rows
 from tutelage.models.draw import SamplingConfig, draw
+from tutelage.models.rows import PlainRows
 from tutelage.models.sampling import Drawn, draw_rollouts, earlier_samples, sample
 
 RAGGED = [Prompt(f"p{i}", "abc defghij klm"[: 1 + 3 * i]) for i in range(5)]
@@ -335,6 +336,8 @@ def test_hooks_are_not_passed_by(tokenizer: Any) -> None:
     model = make("qwen3", len(tokenizer), torch.float32)
     calls: list[int] = []
     handle = model.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    sample(model, tokenizer, RAGGED[:1], SamplingConfig(max_new_tokens=1), (0,))  # and a trial
+    calls.clear()
     (rollout,) = sample(model, tokenizer, RAGGED[:1], SamplingConfig(max_new_tokens=9), (0,))
     assert len(calls) == len(rollout.completion_ids)
     handle.remove()

@@ -87,20 +87,20 @@ def test_a_repeated_prompt_draws_new_samples(tiny_models: Path) -> None:
     assert len({r.completion_ids for r in rollouts}) == 8
 
 
-def test_an_architecture_with_unknown_multipliers_is_refused(
+def test_an_architecture_whose_logits_are_more_than_scaled_and_capped_is_refused(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tiny_models, tmp_path / "run")
     build(config)  # as it is, head and hidden states give the logits
     plain = Qwen3ForCausalLM.forward
 
-    def scaled(self: Qwen3ForCausalLM, *args: object, **kwargs: object) -> object:
+    def shifted(self: Qwen3ForCausalLM, *args: object, **kwargs: object) -> object:
         output = plain(self, *args, **kwargs)
-        output.logits = output.logits * 1.5
+        output.logits = output.logits + 0.01 * output.logits.abs()
         return output
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
-    with pytest.raises(ModelError, match="are not its head times its hidden states"):
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", shifted)
+    with pytest.raises(ModelError, match="more than its head times its hidden states"):
         build(config)
 
 

@@ -1,6 +1,6 @@
 """Rows of open completions: the hidden state that predicts each row's next token.
 
-`PlainRows` runs any causal language model through its own forward pass. `FastRows` writes the
+`rows_for` runs any causal language model through its own forward pass. `FastRows` writes the
 one-token step of the Llama family out by hand over preallocated caches: the same arithmetic in as
 few calls as possible, without the bookkeeping around it, and a place that has become free can be
 taken by another prompt at any time. `open_rows` tries a step against the model's own before
@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.models.layers import Layer, Norm, interleaved, is_fast_family, parts_of
+from tutelage.models.rows import Ids, rows_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Ids = tuple[int, ...]
 
 _TRIAL = 8
 """Tokens that a fast step is tried on."""
@@ -78,60 +77,7 @@ def open_rows(
     """
     if is_fast and is_fast_family(model) and FastRows(model, pad, 2, _TRIAL).agrees(prompt):
         return FastRows(model, pad, num_rows, max_length)
-    return PlainRows(model, pad)
-
-
-class PlainRows:
-    """Any causal language model; a batch is padded on the left and starts as a whole."""
-
-    refills = False
-
-    def __init__(self, model: PreTrainedModel, pad: int) -> None:
-        self.model = model
-        self.pad = pad
-
-    def admit(
-        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
-    ) -> None:
-        """Start the prompts in all rows; those of before are gone."""
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=self.model.config)
-        distinct = list(dict.fromkeys(prompts))
-        width = max(len(ids) for ids in distinct)
-        padded = [[self.pad] * (width - len(ids)) + list(ids) for ids in distinct]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in distinct]
-        device = self.model.device
-        self.mask = torch.tensor(mask, device=device)
-        self.position = self.mask.sum(1)
-        position = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.hidden = self._forward(torch.tensor(padded, device=device), position)
-        if len(distinct) < len(prompts):
-            row = {ids: i for i, ids in enumerate(distinct)}
-            self.keep(torch.tensor([row[ids] for ids in prompts], device=device))
-
-    def advance(self, tokens: Tensor) -> None:
-        """Feed one token to every row."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.hidden = self._forward(tokens[:, None], self.position[:, None])
-        self.position = self.position + 1
-
-    def keep(self, index: Tensor) -> None:
-        """Drop all rows but these."""
-        self.cache.batch_select_indices(index)
-        self.mask, self.position = self.mask[index], self.position[index]
-        self.hidden = self.hidden[index]
-
-    def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
-        output = self.model.base_model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state[:, -1]
-        return hidden
+    return rows_for(model, pad)
 
 
 class _Prefill(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tutelage.data.grading_text import opened_thought
 from tutelage.data.types import Prompt, Rollout
-from tutelage.models.decoding import Ids
+from tutelage.models.rows import Ids
 from tutelage.models.tokenizers import decode, encode_prompt
 
 if TYPE_CHECKING:

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.decoding import Ids, open_rows
+from tutelage.models.decoding import open_rows
 from tutelage.models.draw import SamplingConfig, draw, uniforms
-from tutelage.models.head import head
+from tutelage.models.head import head, output_embeddings
 from tutelage.models.jobs import Drawn, Job, earlier_samples, jobs_of, rollout_of
-from tutelage.models.tokenizers import pad_id, stop_ids, vocabulary_size
+from tutelage.models.limits import refuse_beyond_table
+from tutelage.models.rows import Ids
+from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,6 +156,15 @@ class _Writer:
         self.open: list[_Open | None] = [None] * min(self.batch_size, len(waiting))
         self.waiting = waiting
         longest = len(waiting[-1].ids) + self.config.max_new_tokens
+        refuse_beyond_table(self.model, longest)
+        embeddings: Any = self.model.get_input_embeddings()
+        num_ids = min(
+            vocabulary_size(self.tokenizer),
+            embeddings.weight.shape[0],
+            output_embeddings(self.model).weight.shape[0],
+        )
+        for job in waiting:
+            refuse_ids_beyond(self.tokenizer, job.ids, embeddings.weight.shape[0], job.prompt.id)
         self.rows = open_rows(
             self.model,
             waiting[0].ids,
@@ -163,8 +174,6 @@ class _Writer:
             self.is_fast,
         )
         self._change_members()
-        embeddings: Any = self.model.get_input_embeddings()
-        num_ids = min(vocabulary_size(self.tokenizer), embeddings.num_embeddings)
         self.head = head(self.model, self.rows.hidden, num_ids)
         self.logits = torch.empty(
             len(self.open), num_ids, dtype=self.head.dtype, device=self.model.device

@@ -6,7 +6,6 @@ padded heads, other sizes.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tutelage.errors import ModelError
+from tutelage.models.foreign import foreign
 from tutelage.models.load import load_model_config, save_model
 from tutelage.models.reference import resolve_model
 
@@ -28,17 +28,55 @@ _CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
     "{% endif %}{% endif %}"
 )
-_SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_experts": 4,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 16,
-    "initializer_range": 0.2,  # spreads the logits, so that tokens differ
+_SIZES: tuple[tuple[str, int], ...] = (
+    (r"hidden_size_per_layer_input|.*(_|^)rank|.*lora_rank", 16),
+    (
+        r"(.*_)?hidden_size|d_model|n_embd|emb(edding)?_dim|.*embedding_size|.*_embed(_proj)?_dim",
+        64,
+    ),
+    (r"lru_width|mamba_d_ssm", 64),
+    (r"moe_intermediate_size|.*expert_(intermediate|ffn_hidden)_size", 64),
+    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|_mlp)|n_inner|dim_ff|dff|d_inner", 128),
+    (r"feed_forward_size", 128),
+    (r".*rope_head_dim|rotary_dim", 8),
+    (r".*(head_dim|_headdim|dim_head|d_head|head_size)|kv_channels|query_pre_attn_scalar", 16),
+    (r"(.*_)?(num_)?(key_value|kv|key|value)_heads|num_query_groups", 2),
+    (r"(.*_)?heads?", 4),
+    (r"first_k_dense_replace|n_group|topk_group|n_groups|.*_n_groups|o_groups", 1),
+    (r"(num_|n_|moe_num_)?(routed_|local_)?experts|zero_expert_num|router_hidden_size", 4),
+    (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts", 2),
+    (r".*window(_size)?|attention_chunk_size|local_attention|rel_extent", 8),
+    (r"(mamba_)?d_state|(ssm_)?state_size|(mamba_)?chunk_size", 8),
+    (r"index_topk", 4),
+    (r"index_block_size|index_topk_blocks", 2),
+    (r".*vocab_size(_base|_per_layer_input)?|.*_group_vocab|num_centroids|split_ngram_parts", 64),
+    (r"(.*_)?(num_|n_)?(hidden_|encoder_|decoder_)?layers?|num_layers_per_stack|num_blocks", 2),
+    (r"num_kv_shared_layers", 0),
+)
+"""Sizes of tiny models: the first pattern that a setting's whole name matches, where it is larger.
+
+Windows, chunks and selections of keys are shorter than the sequences of a trial, so that they act.
+"""
+_NO_SETTINGS = {"_name_or_path", "output_attentions", "architectures"}
+"""What a configuration says of itself beside the model."""
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xlnet": {"d_head": 16},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_headdim": 32,
+        "hybrid_layer_ids": [0],
+        "num_mem_blocks": 1,
+    },
 }
+"""Sizes that have to fit one another, by model type."""
 _KNOWN: tuple[tuple[str, str, bool, int], ...] = (
     (r"Qwen3-(0\.6B|1\.7B|4B)", "qwen3", True, 151936),
     (r"Qwen3-(8B|14B|32B)", "qwen3", False, 151936),
@@ -105,7 +143,7 @@ def save_tiny_model(found: Architecture, num_rows: int, seed: int, folder: Path)
     from transformers import AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer(found.is_base)
-    config = type(found.config).from_dict(_shrunk(found.config, num_rows, tokenizer))
+    config = tiny_config(found.config, num_rows, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -118,6 +156,19 @@ def save_tiny_model(found: Architecture, num_rows: int, seed: int, folder: Path)
             ) from error
     save_model(model.eval(), tokenizer, folder)
     return type(model).__name__
+
+
+def tiny_config(
+    config: PreTrainedConfig, num_rows: int, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedConfig:
+    """A configuration of the same type with tiny sizes and so many rows of its head.
+
+    Raises:
+        ModelError: the tiny sizes do not fit one another.
+    """
+    with foreign("cannot be made tiny", config):
+        tiny: PreTrainedConfig = type(config).from_dict(_shrunk(config, num_rows, tokenizer))
+        return tiny
 
 
 def tiny_tokenizer(is_base: bool = False) -> PreTrainedTokenizerFast:
@@ -148,21 +199,58 @@ def _shrunk(
     config: PreTrainedConfig, num_rows: int, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Any]:
     """The configuration with tiny sizes, wherever it has such a size."""
-    own: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    tiny: dict[str, Any] = {
-        name: size for name, size in _SIZES.items() if own.get(name) is not None
-    }
+    own: dict[str, Any] = config.to_dict()
+    tiny = {name: _small(name, value) for name, value in own.items()}
     heads, groups = own.get("num_attention_heads"), own.get("num_key_value_heads")
     if groups is not None:
-        tiny["num_key_value_heads"] = 4 if groups == heads else 2
-    layers = own.get("layer_types")
-    if layers is not None:
-        # Gemma mixes: the last two are of both kinds; a model may have one layer only.
-        tiny["layer_types"] = [layers[0], *layers][-2:]
-    tiny |= {
-        "vocab_size": num_rows,
-        "bos_token_id": None,
+        tiny["num_key_value_heads"] = tiny["num_attention_heads"] if groups == heads else 2
+    if own.get("qk_head_dim") is not None:  # latent attention
+        tiny["qk_head_dim"] = tiny["qk_nope_head_dim"] + tiny["qk_rope_head_dim"]
+        if own.get("head_dim") == own["qk_rope_head_dim"]:
+            tiny["head_dim"] = tiny["qk_rope_head_dim"]
+    tiny |= _few_layers(own)
+    tiny |= _OF_TYPE.get(config.model_type, {})
+    for name in ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"):
+        if name in own:
+            tiny[name] = num_rows
+    for name in _NO_SETTINGS & tiny.keys():
+        del tiny[name]
+    return tiny | {
+        "initializer_range": 0.2,  # spreads the logits, so that tokens differ
+        "bos_token_id": None if own.get("bos_token_id") is None else tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return own | tiny
+
+
+def _small(name: str, value: Any) -> Any:
+    if isinstance(value, dict) and name.endswith("_config"):
+        inner = value.keys() - _NO_SETTINGS
+        return {key: _small(str(key), value[key]) for key in value if key in inner}
+    if type(value) is int:
+        for pattern, size in _SIZES:
+            if re.fullmatch(pattern, name):
+                return min(value, size)
+    return value
+
+
+def _few_layers(own: dict[str, Any]) -> dict[str, Any]:
+    """Two to four layers, one of every kind that the lists of a configuration name."""
+    count = next((own[name] for name in _LAYER_COUNTS if type(own.get(name)) is int), 0)
+    lists = {name: value for name, value in own.items() if _is_per_layer(value, count)}
+    if not lists or count < 2:
+        return {}
+    kinds = {repr([value[i] for value in lists.values()]): i for i in range(count)}
+    kept = sorted({0, *kinds.values()} if len(kinds) == 1 else kinds.values())[-4:]
+    few: dict[str, Any] = {name: len(kept) for name in _LAYER_COUNTS if name in own}
+    for name, values in lists.items():
+        few[name] = [_small(name, values[i]) for i in kept]
+    each = own.get("per_layer_config")
+    if each:
+        every = {int(i): _small("layer_config", values) for i, values in each.items()}
+        few["per_layer_config"] = {new: every[i] for new, i in enumerate(kept) if i in every}
+    return few
+
+
+def _is_per_layer(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count

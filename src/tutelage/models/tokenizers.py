@@ -123,7 +123,9 @@ def shared_vocabulary(
     """Number of token ids on which student and teacher can be compared, V.
 
     Output heads are often padded to a round number of rows, differently for each model. Rows that
-    no token uses are cut: V counts the ids of the tokenizer, all of which both heads must have.
+    no token uses are cut. So are tokens that were added to the tokenizer beyond the student's head
+    (placeholders of images, say): the student cannot draw them, and `refuse_ids_beyond` refuses
+    prompts that hold them. All other ids both heads must have.
 
     Args:
         student_tokenizer: The student's tokenizer.
@@ -139,13 +141,36 @@ def shared_vocabulary(
     """
     refuse_different_vocabularies(student_tokenizer, teacher_tokenizer)
     size = vocabulary_size(student_tokenizer)
-    for owner, rows in (("student", student_rows), ("teacher", teacher_rows)):
-        if rows < size:
-            raise ModelError(
-                f"the {owner}'s output head has {rows} rows but its tokenizer has ids up to "
-                f"{size - 1}. Use the tokenizer that belongs to the model."
-            )
+    added = student_tokenizer.added_tokens_decoder.keys()
+    if any(i not in added for i in range(student_rows, size)):
+        raise _short_head("student", student_rows, size)
+    size = min(size, student_rows)
+    if teacher_rows < size:
+        raise _short_head("teacher", teacher_rows, size)
     return size
+
+
+def _short_head(owner: str, rows: int, size: int) -> ModelError:
+    return ModelError(
+        f"the {owner}'s output head has {rows} rows but the tokenizer has ids up to {size - 1}. "
+        "Use the tokenizer that belongs to the model."
+    )
+
+
+def refuse_ids_beyond(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], num_ids: int, prompt_id: str
+) -> None:
+    """A prompt with tokens that a model has no embedding for.
+
+    Raises:
+        DataError: it holds an id of `num_ids` or above.
+    """
+    if max(ids) >= num_ids:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise DataError(
+            f"prompt {prompt_id!r} has the token {token!r} (id {max(ids)}), but the model has ids "
+            f"up to {num_ids - 1} only. Remove it from the prompt or its template."
+        )
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

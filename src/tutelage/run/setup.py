@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.data.batch import Batch
 from tutelage.data.tasks import Task
 from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.adapter import (
@@ -23,7 +22,7 @@ from tutelage.models.adapter import (
 )
 from tutelage.models.allocator import keep_freed_memory
 from tutelage.models.engine import Sampler, TransformersSampler
-from tutelage.models.head import head, hidden_rows
+from tutelage.models.head import output_embeddings
 from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
@@ -31,11 +30,13 @@ from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher, TeacherMode
 from tutelage.models.tokenizers import shared_vocabulary
+from tutelage.models.trial import try_model
 from tutelage.models.vllm_engine import VLLMSampler
 from tutelage.models.vllm_server import VLLMServerSampler
 from tutelage.run.config import (
     Config,
     TeacherConfig,
+    TransformersEngine,
     VLLMEngine,
     VLLMServer,
 )
@@ -149,27 +150,6 @@ def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
                 )
 
 
-def _check_head(model: PreTrainedModel, who: str, vocab_size: int) -> None:
-    """Refuses an architecture whose logits are more than its head says (unknown multipliers)."""
-    ids = torch.arange(4, device=model.device)[None] % vocab_size
-    place = torch.arange(4, device=model.device)
-    batch = Batch(ids, torch.ones_like(ids), place[None], place, ids[0], ids[0] * 0, place)
-    with torch.no_grad():
-        ours = head(model, hidden_rows(model, batch), vocab_size).block(0, 4)
-        theirs = model(input_ids=ids, use_cache=False).logits[0, :, :vocab_size].to(ours)
-    if bool((theirs.isnan() | (theirs == math.inf)).any()):  # a bias may rule an id out: -inf
-        raise ModelError(
-            f"the {who} gives logits that are not finite. Use float32 or bfloat16, or a whole copy."
-        )
-    gap, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
-    if gap > 0.02 * max(size, 1e-6):
-        raise ModelError(
-            f"the logits of the {who} are not its head times its hidden states: "
-            f"{type(model).__name__} differs by {gap:.3g} of {size:.3g}. This architecture is not "
-            "supported yet."
-        )
-
-
 def make_sampler(
     config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Sampler:
@@ -257,17 +237,18 @@ def build(
     vocab_size = shared_vocabulary(
         tokenizer,
         found.teacher_tokenizer,
-        student.get_output_embeddings().weight.shape[0],
-        model.get_output_embeddings().weight.shape[0],
+        output_embeddings(student).weight.shape[0],
+        output_embeddings(model).weight.shape[0],
     )
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     mode = _resting_mode(config.teacher, device)
     teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
     _refuse_nonfinite(student, f"student {config.student.model!r}")
     _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
-    _check_head(student, f"student {config.student.model!r}", vocab_size)
+    decodes = isinstance(config.engine, TransformersEngine)
+    notes = try_model(student, f"student {config.student.model!r}", vocab_size, decodes)
     with teacher.awake():
-        _check_head(model, f"teacher {config.teacher.model!r}", vocab_size)
+        try_model(model, f"teacher {config.teacher.model!r}", vocab_size, decodes=False)
     return Parts(
         Student(student, vocab_size),
         MasterWeights(
@@ -280,5 +261,5 @@ def build(
         task,
         device,
         thinking(config.data),
-        tuple(_warnings(config, task, tokenizer, found.teacher_tokenizer)),
+        (*_warnings(config, task, tokenizer, found.teacher_tokenizer), *notes),
     )
