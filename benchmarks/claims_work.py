@@ -22,9 +22,9 @@ from tutelage.evaluation.evaluate import Evaluation, evaluate
 from tutelage.models.sampling import SamplingConfig
 from tutelage.run.config import Config
 from tutelage.run.diagnostics import HIGH_ENTROPY_NATS
+from tutelage.run.schedule import learning_rate
 from tutelage.run.setup import Parts, build
 from tutelage.run.step import Step
-from tutelage.run.train import learning_rate
 
 _EVALUATION_SEED = 424242
 _SAMPLES_SCORED = 2

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tutelage.errors import RunError
-from tutelage.run import checkpoint, train
+from tutelage.run import checkpoint, checkpoint_thread, train
 from tutelage.run.checkpoint import newest_checkpoint
 from tutelage.run.folder import RunFolder
 
@@ -125,13 +126,39 @@ class Recorder:
             return path
 
         train.save_checkpoint = noted  # type: ignore[attr-defined]
+        CheckpointThread = checkpoint_thread.CheckpointThread
+        begin, wait = CheckpointThread.save, CheckpointThread.wait
+        begun = [-1]
+
+        def waited(thread: CheckpointThread) -> None:
+            wait(thread)
+            with _LOCK:
+                self.look()
+                self.operations.append(["commit", begun[0]])
+
+        def noted_begin(thread: CheckpointThread, step: int) -> None:
+            begin(thread, step)
+            begun[0] = step
+
+        CheckpointThread.save = noted_begin  # type: ignore[method-assign]
+        CheckpointThread.wait = waited  # type: ignore[method-assign]
+
+
+_LOCK = threading.RLock()
+"""One operation at a time, whichever thread it comes from."""
 
 
 def _through(method: Callable[..., None], plain: Callable[..., Any]) -> Callable[..., None]:
-    return lambda *args, **options: method(plain, *args, **options)
+    def call(*args: Any, **options: Any) -> None:
+        with _LOCK:
+            method(plain, *args, **options)
+
+    return call
 
 
-def record(models: Path, prepare: Callable[[], None] | None = None) -> list[Operation]:
+def record(
+    models: Path, prepare: Callable[[], None] | None = None, writer: str = "inline"
+) -> list[Operation]:
     """What a run does to its folder; contents lie in `blobs` beside it."""
     out, blobs = models / "recorded", models / "blobs"
     blobs.mkdir(exist_ok=True)
@@ -147,7 +174,7 @@ def record(models: Path, prepare: Callable[[], None] | None = None) -> list[Oper
                 prepare()
             recorder = Recorder(out, blobs)
             recorder.install()
-            code = forked.run(models, out, None)
+            code = forked.run(models, out, None, checkpoint_writer=writer)
             recorder.look()
             log.write_text(json.dumps(recorder.operations))
         finally:
@@ -347,11 +374,14 @@ def without_rename() -> None:
 
 
 def run(size: int) -> Outcome:
-    """`size` different crash states of one run."""
+    """`size` different crash states of two runs, one with checkpoints written by a thread."""
     few = max(100, size // 20)
     with forked.models() as folder:
+        beside = record(folder, writer="thread")
+        num_beside, bad_beside = replay(beside, folder, size // 2, seed=3)
         operations = record(folder)
-        num_states, bad = replay(operations, folder, size, seed=0)
+        num_inline, bad_inline = replay(operations, folder, size - num_beside, seed=0)
+        num_states, bad = num_inline + num_beside, bad_inline + bad_beside
         unsynced = [operation for operation in operations if operation[0] != "fsync"]
         _, seen_unsynced = replay(unsynced, folder, few, seed=1)
         _, seen_in_place = replay(record(folder, without_rename), folder, few, seed=2)

@@ -2,7 +2,7 @@
 
 A trial kills a run once to three times, at a named point or at a random moment, often while it is
 being continued, lets it finish, and compares weights, moments, every logged number, every rollout
-and the files that are left.
+and the files that are left. Every third start writes its checkpoints in a thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Trials:
                 kill = self._kill(out, rng, rng.choice(self.names), 0)
             if kill is not None:
                 kills.append(kill)
-        ended = forked.end(forked.start(self.folder, out), out)
+        writer = _writer(number)
+        ended = forked.end(forked.start(self.folder, out, checkpoint_writer=writer), out)
         problems = [f"exit code {ended.code}: {ended.text[-300:]}"] if ended.code else []
         if not problems:
             problems = forked.differences(forked.portrait(out), self.expected)
@@ -71,7 +72,8 @@ class Trials:
         else:
             aim = None
         event = None if aim is None else forked.kill_at(aim)
-        pid = forked.start(self.folder, out, event)
+        writer = _writer(rng.randrange(3))
+        pid = forked.start(self.folder, out, event, checkpoint_writer=writer)
         if aim is None:
             time.sleep(rng.uniform(0, self.seconds))
             os.kill(pid, signal.SIGKILL)
@@ -82,6 +84,10 @@ class Trials:
             "point": "random moment" if aim is None else (name or "random point"),
             "during_resume": had_progress and before == after,
         }
+
+
+def _writer(number: int) -> str:
+    return "inline" if number % 3 else "thread"
 
 
 def without_moments(trials: Trials, count: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tiny import tiny_config
 from tutelage.errors import RunError
-from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.optimizer import MasterWeights
+from tutelage.run import checkpoint
 from tutelage.run.atomic import new_folder
 from tutelage.run.checkpoint import (
     checkpoint_path,
@@ -25,7 +28,9 @@ from tutelage.run.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from tutelage.run.checkpoint_thread import CheckpointThread
 from tutelage.run.manifest import DamagedError, seal, unseal
+from tutelage.run.train import train
 
 
 def trained(models: Path, seed: int = 0) -> tuple[Any, torch.optim.Optimizer]:
@@ -260,3 +265,88 @@ def test_a_folder_is_flushed_then_renamed_then_its_name_is_flushed(
     place = events.index("rename")
     assert sorted(events[:place]) == sorted(["file", "below", temporary.name])
     assert events[place + 1 :] == [tmp_path.name]
+
+
+def beside(models: Path, run: Path, seed: int = 3) -> tuple[Any, torch.optim.Optimizer, Any]:
+    model, optimizer = trained(models, seed)
+    parts = parts_of(models, model)
+    parts.device = torch.device("cpu")
+    return model, optimizer, CheckpointThread(run, parts, optimizer, keep=2)
+
+
+def test_a_thread_writes_the_files_that_are_written_inline(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    (tmp_path / "beside").mkdir()
+    inline = save(tmp_path, 3, tiny_models)
+    _, _, thread = beside(tiny_models, tmp_path / "beside")
+    thread.save(3)
+    thread.wait()
+    thread.close()
+    found = tmp_path / "beside" / inline.name
+    files = sorted(p.relative_to(inline) for p in inline.rglob("*") if p.is_file())
+    assert [p.relative_to(found) for p in sorted(found.rglob("*")) if p.is_file()] == files
+    assert len(files) > 4
+    assert all((found / f).read_bytes() == (inline / f).read_bytes() for f in files)
+
+
+def test_what_changes_while_the_thread_writes_is_not_in_its_checkpoint(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, thread = beside(tiny_models, tmp_path)
+    go = threading.Event()
+    monkeypatch.setattr(
+        checkpoint, "save_model", lambda *args, **kw: go.wait() and save_model(*args, **kw)
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [t.clone() for t in state_of(optimizer)]
+    thread.save(1)
+    optimizer.step()  # weights, moments and counts change while nothing is written yet
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    go.set()
+    thread.wait()
+    path = checkpoint_path(tmp_path, 1)
+    again = load_model(str(path / "model"))
+    assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
+    fresh = torch.optim.AdamW(again.parameters())
+    load_optimizer(path, parts_of(tiny_models, again), fresh)
+    assert all(torch.equal(a, b) for a, b in zip(moments, state_of(fresh), strict=True))
+    thread.close()
+
+
+def test_a_thread_that_cannot_write_says_so_at_the_next_checkpoint(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, thread = beside(tiny_models, tmp_path)
+    monkeypatch.setattr(checkpoint, "seal", raising(OSError(28, "No space left on device")))
+    thread.save(1)
+    with pytest.raises(RunError, match=r"checkpoint-000001 cannot be written: .*No space left"):
+        thread.save(2)
+    assert list_checkpoints(tmp_path) == []
+    thread.close()
+
+
+def test_a_run_whose_thread_writes_equals_one_that_writes_inline(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    for writer in ("thread", "inline"):
+        config = tiny_config(
+            tiny_models,
+            tmp_path / writer,
+            num_steps=3,
+            checkpoint_every=1,
+            checkpoint_writer=writer,
+            evaluation={"num_problems": 0},
+        )
+        assert train(config, say=lambda _: None).is_finished
+    one, other = (tmp_path / w / "checkpoint-000003" for w in ("thread", "inline"))
+    assert unseal(one) == unseal(other)
+    for name in ("optimizer.safetensors", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail

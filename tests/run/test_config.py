@@ -201,7 +201,7 @@ def test_fingerprints_differ_exactly_when_a_key_that_matters_does(
 
 @pytest.mark.parametrize("key", SAFE_KEYS)
 def test_safe_keys_change_neither_fingerprint_nor_run(key: str) -> None:
-    values = {"out": "elsewhere", "device": "cpu", "trackers": ["wandb"]}
+    values = {"out": "elsewhere", "checkpoint_writer": "inline", "trackers": ["wandb"]}
     other = parse_config(BASE | {key: values.get(key, 9)})
     plain = parse_config(BASE)
     assert other != plain

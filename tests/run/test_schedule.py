@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.run.config import OptimizerConfig
-from tutelage.run.train import learning_rate
+from tutelage.run.schedule import learning_rate
 
 SCHEDULES = st.sampled_from(["constant", "linear", "cosine"])
 

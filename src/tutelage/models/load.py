@@ -137,6 +137,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     card: str | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a transformers folder, whole or not at all.
 
@@ -148,6 +149,7 @@ def save_model(
         tokenizer: Its tokenizer.
         folder: Target folder; its parents are created.
         card: Text of README.md, or None for no such file.
+        tensors: Weights by name instead of those that the model holds now.
 
     Raises:
         RunError: The folder cannot be written, or holds something that is not a model.
@@ -157,7 +159,7 @@ def save_model(
         raise RunError(f"{target} exists and is not a model folder. Choose another folder.")
     try:
         with _new_folder_beside(target) as new, _without_bars():
-            model.save_pretrained(new)
+            model.save_pretrained(new, state_dict=tensors)
             save_tokenizer(tokenizer, new)
             if card is not None:
                 (new / "README.md").write_text(card, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,17 @@ def _set_aside(damaged: Iterable[tuple[Path, str]], used: Path, say: Callable[[s
         say(f"warning: {path.name} is damaged ({why}) and set aside; {used.name} is used")
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The numbers of one moment, which a checkpoint is written from."""
+
+    step: int
+    model: dict[str, Tensor] | None
+    """Weights by name; None for those that the model holds while it is written."""
+    optimizer: dict[str, Tensor]
+    """Moments and master weights by name."""
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -101,27 +113,46 @@ def save_checkpoint(
         RunError: the disk is full, the folder cannot be written, or a number to be saved is not
             finite; older checkpoints stay.
     """
-    final = checkpoint_path(run, step)
-    tensors = _optimizer_tensors(parts, optimizer)
-    weights = {name: p for name, p in parts.student.model.named_parameters() if p.requires_grad}
-    _refuse_nonfinite(step, weights | tensors)
-    require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
+    tensors = savable_tensors(run, step, parts, optimizer)
+    try:
+        return write_snapshot(run, Snapshot(step, None, tensors), parts, keep)
+    finally:
+        if isinstance(optimizer, DiskAdamW):
+            optimizer.release()
+
+
+def write_snapshot(run: Path, snapshot: Snapshot, parts: Parts, keep: int) -> Path:
+    """The part of `save_checkpoint` that needs no number but the snapshot's."""
+    final = checkpoint_path(run, snapshot.step)
     try:
         with new_folder(final) as temporary:
-            save_model(parts.student.model, parts.tokenizer, temporary / "model")
-            save_file(tensors, temporary / "optimizer.safetensors")
-            seal(temporary, {"step": step})  # reads every byte back
+            model, folder = parts.student.model, temporary / "model"
+            save_model(model, parts.tokenizer, folder, tensors=snapshot.model)
+            save_file(snapshot.optimizer, temporary / "optimizer.safetensors")
+            seal(temporary, {"step": snapshot.step})  # reads every byte back
     except (OSError, SafetensorError, RunError) as error:
         cause = error.__cause__ or error
         raise RunError(
             f"checkpoint {final} cannot be written: {_sentence(cause)} "
             f"Earlier checkpoints are untouched. {remedy(cause)}"
         ) from None
-    finally:
-        if isinstance(optimizer, DiskAdamW):
-            optimizer.release()
     rotate(run, keep)
     return final
+
+
+def savable_tensors(
+    run: Path, step: int, parts: Parts, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Moments and master weights, once all of a checkpoint is known to be finite and to fit.
+
+    Raises:
+        RunError: it is not.
+    """
+    tensors = _optimizer_tensors(parts, optimizer)
+    weights = {name: p for name, p in parts.student.model.named_parameters() if p.requires_grad}
+    _refuse_nonfinite(step, weights | tensors)
+    require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
+    return tensors
 
 
 def require_space(run: Path, num_bytes: int) -> None:

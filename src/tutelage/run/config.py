@@ -338,6 +338,10 @@ class Config:
     """Divide by the kept tokens; False divides by all, so a token weighs as without selection."""
     checkpoint_every: int = 50
     """Steps between checkpoints; 0 for only the last."""
+    checkpoint_writer: Literal["auto", "thread", "inline"] = "auto"
+    """Who writes a checkpoint: a thread beside training, from a copy in main memory, which holds
+    weights and optimizer state once more; inline, while training waits; auto takes the thread where
+    the device has memory of its own and the copy is possible. The files are the same."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk, at least 1."""
     max_skipped_steps: int = 3
@@ -349,6 +353,14 @@ class Config:
     """auto (cuda where it is), cpu or cuda."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Services that receive every step's metrics besides the run folder, which always does."""
+
+    @property
+    def can_copy_checkpoints(self) -> bool:
+        """Whether all that a checkpoint holds has a copy in main memory that can be written later.
+
+        Moments on disk are there to be nowhere else; weights of few bits save a state of their own.
+        """
+        return not self.optimizer.state_is_on_disk and self.student.quantization == "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.weighting, PacedWeighting):
@@ -368,6 +380,10 @@ class Config:
         for key in ("checkpoint_every", "num_threads", "micro_batch_tokens"):
             value = self.__dict__[key]
             require(value >= 0, key, "at least 0", value, "0 leaves it to the program.")
+        is_possible = self.can_copy_checkpoints or self.checkpoint_writer != "thread"
+        what = "auto or inline with adamw_on_disk or quantized weights"
+        hint = "A thread writes from a copy in memory."
+        require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
         updates = self.updates_per_step
         hint = "Every update learns from the same number of prompts."
         is_even = prompts % updates == 0

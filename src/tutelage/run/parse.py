@@ -21,7 +21,14 @@ _ADAPTER = TypeAdapter(Config)
 
 _RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
 
-SAFE_KEYS = ("out", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "trackers")
+SAFE_KEYS = (
+    "out",
+    "checkpoint_every",
+    "checkpoint_writer",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "trackers",
+)
 """Keys that may change when a run is continued: they change no number in it."""
 _UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device", "recording")
 """Keys that do not name a run: they change no more than rounding, or nothing."""

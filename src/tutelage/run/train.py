@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
@@ -24,6 +23,7 @@ from tutelage.run.checkpoint import (
     rotate,
     save_checkpoint,
 )
+from tutelage.run.checkpoint_thread import CheckpointThread, is_written_beside
 from tutelage.run.config import Config, OptimizerConfig, TransformersEngine
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
 from tutelage.run.inputs import pick_device
@@ -32,6 +32,7 @@ from tutelage.run.memory import STATE_BYTES
 from tutelage.run.numerics import open_accelerator, plain_arithmetic
 from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
 from tutelage.run.record import snapshot
+from tutelage.run.schedule import learning_rate
 from tutelage.run.setup import build, plain_student
 from tutelage.run.step import Step
 from tutelage.run.stop import Stop, StoppedError, listening
@@ -94,7 +95,7 @@ def train(
             try:
                 return run.go()
             finally:
-                run.parts.sampler.close()
+                run.close()
                 accelerator.end_training()
     finally:
         folder.close()
@@ -137,6 +138,10 @@ class _Run:
         optimizer = _optimizer(config.optimizer, self.parts.masters, folder.path)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parts, optimizer)
+        self.checkpoint_thread = None
+        if self.folder.is_writer and is_written_beside(config, self.parts.device):
+            keep = config.keep_checkpoints
+            self.checkpoint_thread = CheckpointThread(folder.path, self.parts, optimizer, keep)
         self.optimizer = optimizer
         self.step = Step(config, self.parts, accelerator, self.parts.student, optimizer, stop)
         self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
@@ -165,10 +170,12 @@ class _Run:
         if self.done < num_steps or self._any_process():
             if self.done > saved:
                 self._save()
+            self._wait_for_checkpoint()
             self.say(f"stopped after step {self.done}; the same command continues from there")
             return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
         if self.done >= self.first_step or not (self.folder.path / "student").exists():
             self._export()
+        self._wait_for_checkpoint()
         return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
 
     def _take(self) -> None:
@@ -283,9 +290,23 @@ class _Run:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            keep = self.config.keep_checkpoints
-            save_checkpoint(self.folder.path, self.done, self.parts, self.optimizer, keep)
+            if self.checkpoint_thread is not None:
+                self.checkpoint_thread.save(self.done)
+            else:
+                keep = self.config.keep_checkpoints
+                save_checkpoint(self.folder.path, self.done, self.parts, self.optimizer, keep)
         self.accelerator.wait_for_everyone()
+
+    def _wait_for_checkpoint(self) -> None:
+        if self.checkpoint_thread is not None:
+            self.checkpoint_thread.wait()
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End what works beside the run."""
+        if self.checkpoint_thread is not None:
+            self.checkpoint_thread.close()
+        self.parts.sampler.close()
 
     def _evaluate(self) -> None:
         """The main process evaluates; the others wait for it at the next gradient.
@@ -336,23 +357,6 @@ def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
 
 def _say_nothing(_: str) -> None:
     """The voice of every process but the main one."""
-
-
-def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Learning rate of update `step` (from 1): linear warm-up, then the schedule.
-
-    The last update of `linear` and `cosine` still learns: they reach 0 one step later.
-    """
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    done = (step - 1 - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    match config.schedule:
-        case "constant":
-            return config.learning_rate
-        case "linear":
-            return config.learning_rate * (1 - done)
-        case "cosine":
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _optimizer(
