@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -104,16 +102,28 @@ class Case:
 
 def gradients(module: nn.Module) -> Tensor:
     """The whole gradient of all weights, flat; it is taken away."""
+    from torch.distributed.tensor import DTensor
+
     found = []
     for parameter in module.parameters():
         gradient = parameter.grad
         if gradient is None:
             found.append(torch.zeros(parameter.numel(), dtype=parameter.dtype))
         else:
-            whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            whole = gathered(gradient.to_local()) if isinstance(gradient, DTensor) else gradient
             found.append(whole.detach().flatten())
         parameter.grad = None
     return torch.cat(found)
+
+
+def gathered(shard: Tensor) -> Tensor:
+    """All ranks' shards of a tensor, which is cut along its first dimension.
+
+    `full_tensor` would do the same, and keep the process group in caches that nothing clears.
+    """
+    shards: list[Any] = [None] * NUM_RANKS
+    torch.distributed.all_gather_object(shards, shard)
+    return torch.cat(shards)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -164,9 +174,16 @@ def mean_of_means(case: Case, ddp: nn.Module, teacher: Teacher, index: int) -> T
 
 def rank(models: Path, size: int, out: Path) -> None:
     """One rank: distances of every batch and mode."""
+    from ranks import process_group
+
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    index = torch.distributed.get_rank()
+    with process_group() as index:
+        seen = compared(models, size, index)
+        (out / f"rank{index}.json").write_text(json.dumps(seen))
+
+
+def compared(models: Path, size: int, index: int) -> list[dict[str, Any]]:
+    """Every batch in every mode, as rank `index` sees it."""
     exact, rounded = modules(models, torch.float64), modules(models, torch.float32)
     seen = []
     for seed in range(size):
@@ -185,8 +202,7 @@ def rank(models: Path, size: int, out: Path) -> None:
             wrong = mean_of_means(case, exact[0]["ddp"], exact[1], index)
             entry["wrong"] = distance(wrong, truth)
         seen.append(entry)
-    (out / f"rank{index}.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
+    return seen
 
 
 def is_bad(entry: dict[str, Any]) -> bool:
@@ -198,19 +214,14 @@ def is_bad(entry: dict[str, Any]) -> bool:
 
 def launch(size: int) -> list[list[dict[str, Any]]]:
     """What each rank saw."""
+    from ranks import run_script
     from tiny import save_tiny_model
-
-    from .record import ROOT
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for who, seed in (("student", 1), ("teacher", 2)):
             save_tiny_model(folder / who, seed=seed)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc-per-node={NUM_RANKS}", __file__, name, str(size), name]  # fmt: skip
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        subprocess.run(command, check=True, env=environment, timeout=3600)
+        run_script(Path(__file__), (folder, size, folder), NUM_RANKS)
         return [json.loads((folder / f"rank{i}.json").read_text()) for i in range(NUM_RANKS)]
 
 

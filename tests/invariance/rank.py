@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from ranks import process_group
 from tiny import MEASURED, tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Prompt
@@ -113,16 +114,15 @@ def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, An
 
 def main(models: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    out = out / f"rank{accelerator.process_index}"
-    out.mkdir()
-    for name in CASES:
-        seen = two_steps(name, models, accelerator)
-        save_file(seen.pop("weights"), out / f"{name}.safetensors")
-        (out / f"{name}.json").write_text(json.dumps(seen))
-    accelerator.end_training()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    with process_group() as index:
+        accelerator = Accelerator(cpu=True)
+        out = out / f"rank{index}"
+        out.mkdir()
+        for name in CASES:
+            seen = two_steps(name, models, accelerator)
+            accelerator.free_memory()  # it would hold every student it wrapped
+            save_file(seen.pop("weights"), out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 import reference
+from ranks import process_group
 from tutelage.core import (
     EXTRAS,
     NORMALIZATIONS,
@@ -299,12 +300,11 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def main(num_batches: int, out: Path) -> None:
     torch.set_num_threads(1)
-    ranks = Ranks(Accelerator(cpu=True))
-    reports = [sweep(f, ranks, num_batches if f == "none" else CONTROLS) for f in FAULTS]
-    text = json.dumps([report.__dict__ for report in reports])
-    (out / f"rank{ranks.index}.json").write_text(text)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    with process_group():
+        ranks = Ranks(Accelerator(cpu=True))
+        reports = [sweep(f, ranks, num_batches if f == "none" else CONTROLS) for f in FAULTS]
+        text = json.dumps([report.__dict__ for report in reports])
+        (out / f"rank{ranks.index}.json").write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import sweep
 from sweep import KEEPS, NUM_RANKS, Report, random_case
-from test_ranks import free_port
 
+from ranks import run_script
 from tutelage.core import NORMALIZATIONS, RULES
 
 HERE = Path(__file__).parent
@@ -29,25 +27,7 @@ NUM_BATCHES = int(os.environ.get("TUTELAGE_SWEEP", "1000"))
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
     """What both ranks saw, by fault."""
     out = tmp_path_factory.mktemp("sweep")
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    common |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "sweep.py"), str(NUM_BATCHES), str(out)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(NUM_RANKS)
-    ]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
+    run_script(HERE / "sweep.py", (NUM_BATCHES, out), NUM_RANKS)
     found: dict[str, list[Report]] = {}
     for rank in range(NUM_RANKS):
         for table in json.loads((out / f"rank{rank}.json").read_text()):
