@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+if find_spec("triton") is not None:
+    # Triton decides at its import whether kernels are interpreted, which needs no GPU.
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import tutelage.core.kernels.rows  # noqa: F401
+
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
 
 torch.set_num_threads(1)
 settings.register_profile("shared", deadline=None)

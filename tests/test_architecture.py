@@ -34,6 +34,7 @@ MAY_IMPORT = {
 """Parts of the package that each part may import; "" is the package itself."""
 
 FENCES = {
+    "triton": ("core/kernels/",),
     "torch": ("core/", "data/batch.py", "models/", "evaluation/evaluate.py", "run/"),
     "transformers": ("models/",),
     "tokenizers": ("models/",),
@@ -231,10 +232,11 @@ def lengths(source: str) -> dict[str, int]:
 
 
 def too_long(source: str, place: str) -> list[str]:
-    """Files over 400 lines and functions over 60."""
+    """Files over 400 lines and functions over 60, kernels (one argument a line) over 150."""
+    limit = 150 if place == "core/kernels/rows.py" else 60
     num_lines = len(source.splitlines())
     found = [f"{place} has {num_lines} lines"] if num_lines > 400 else []
-    return found + [f"{place} {name} has {n}" for name, n in lengths(source).items() if n > 60]
+    return found + [f"{place} {name} has {n}" for name, n in lengths(source).items() if n > limit]
 
 
 # --- the package ----------------------------------------------------------------------------------
@@ -323,6 +325,7 @@ def test_functions_are_short() -> None:
         (fallbacks, "x.py", "getattr(config, 'softcap', None)"),
         (too_long, "x.py", "x = 1\n" * 401),
         (too_long, "x.py", "def f():\n" + "    x = 1\n" * 60),
+        (too_long, "core/kernels/rows.py", "def f():\n" + "    x = 1\n" * 150),
     ],
 )
 def test_each_detector_can_fail(detector: Detector, place: str, source: str) -> None:
@@ -342,6 +345,7 @@ def test_each_detector_can_fail(detector: Detector, place: str, source: str) -> 
         (asserts, "x.py", "assert isinstance(stats, TokenStats)"),
         (fallbacks, "x.py", "getattr(config, name)"),
         (too_long, "x.py", "def f():\n" + "    x = 1\n" * 59),
+        (too_long, "core/kernels/rows.py", "def f():\n" + "    x = 1\n" * 149),
         (too_long, "x.py", "def f():\n    '''a\n\n\n\n    b'''\n" + "    x = 1\n" * 59),
     ],
 )

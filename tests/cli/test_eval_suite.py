@@ -160,6 +160,8 @@ def test_a_server_is_a_model(problems: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {text for text, _ in asked} == prompts
     headers = [headers["authorization"] for _, _, headers in server.seen]
     assert headers == ["Bearer key-in-the-environment"] * 12
+    assert record["sampling"]["repetition_penalty"] == 1.0
+    assert "top_k -1" in Path("e/summary.md").read_text().splitlines()[0]
     for path in Path("e").iterdir():
         assert "key-in-the-environment" not in path.read_text()
 

@@ -24,6 +24,7 @@ from faults.server import (
     attack,
     good,
 )
+from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
 from tutelage.evaluation.server import Server
@@ -301,3 +302,108 @@ def test_an_error_that_repeats_the_key_does_not_show_it(monkeypatch: pytest.Monk
         assert "key-77aa" not in repr(client)
         with pytest.raises(ModelError, match=r"status 400: wrong \*\*\*"):
             client.complete([CHAT], 64)
+
+
+# --- nothing is left to the server's own defaults -------------------------------------------------
+
+STATED = {
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "stop": None,
+    "n": 1,
+}
+
+
+def test_a_request_states_every_sampling_setting() -> None:
+    server = EvilServer(lambda body: good)
+    with server.running() as url:
+        client = Server(url, SamplingConfig(0.7, 0.8), MODEL)
+        client.complete([CHAT, PLAIN], 64)
+    for _, body, _ in server.seen:
+        assert {**body, **STATED} == body
+        assert body["seed"] >= 0
+    assert client.sent == {key: value for key, value in STATED.items() if key != "n"}
+
+
+UNKNOWN_FIELD = {
+    "openai": ("400 Bad", '{"error": {"message": "Unrecognized request arguments: %s"}}'),
+    "pydantic": ("422 No", '{"detail": [{"type": "extra_forbidden", "loc": ["body", "%s"]}]}'),
+    "plain": ("400 Bad", "unknown field `%s`, expected one of `model`, `messages`, `top_p`"),
+}
+
+
+@pytest.mark.parametrize(("status", "text"), UNKNOWN_FIELD.values(), ids=UNKNOWN_FIELD)
+def test_a_field_that_the_server_does_not_know_is_left_out_and_told_once(
+    status: str, text: str
+) -> None:
+    def reply(exchange: Exchange) -> None:
+        found = [name for name in ("top_k", "min_p") if name in exchange.body]
+        if found:
+            exchange.send(text % found[0], status=status)
+        else:
+            good(exchange)
+
+    said: list[str] = []
+    server = EvilServer(lambda body: reply)
+    with server.running() as url:
+        client = Server(url, SamplingConfig(num_samples=6), MODEL, say=said.append)
+        assert len(client.complete([CHAT], 64)) == 6
+        before = len(server.seen)
+        client.complete([CHAT], 64)
+    assert len(server.seen) == before + 6
+    assert said == [
+        f"the server does not know {name}: requests go without" for name in ("top_k", "min_p")
+    ]
+    assert not client.sent.keys() & {"top_k", "min_p"}
+    assert client.sent["repetition_penalty"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["min_p must be in [0, 1], got 0.0", "Unknown parameter: 'seed'", "Unsupported: temperature"],
+)
+def test_other_refusals_stay_refusals(text: str) -> None:
+    """A value that is wrong is no unknown field, and what decides the result is never dropped."""
+    server = EvilServer(lambda body: lambda exchange: exchange.send(text, status="400 Bad"))
+    with server.running() as url, pytest.raises(ModelError, match="refuses the request"):
+        Server(url, SamplingConfig(), MODEL).complete([CHAT], 64)
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("reason", ["length", "stop"])
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_a_thought_without_an_answer_is_a_wrong_answer_under_either_name(
+    name: str, reason: str
+) -> None:
+    def thinking(exchange: Exchange) -> None:
+        reply = exchange.good()
+        reply["choices"][0] |= {"finish_reason": reason}
+        reply["choices"][0]["message"] |= {"content": None, name: r"First \boxed{5}."}
+        exchange.send_json(reply)
+
+    with EvilServer(lambda body: thinking).running() as url:
+        (completion,) = Server(url, SamplingConfig(), MODEL).complete([CHAT], 64)
+    assert completion.text == r"<think>First \boxed{5}."
+    assert completion.is_truncated == (reason == "length")
+    prompt = Prompt("chat", CHAT.content, "5")
+    for grader in ("number", "math"):
+        task = FileTask("x", (prompt,), grader)  # type: ignore[arg-type]
+        assert task.grade(prompt, completion.text, completion.is_truncated) is False
+
+
+def test_a_message_cut_off_before_its_first_word_is_an_empty_thought() -> None:
+    def silent(exchange: Exchange) -> None:
+        reply = exchange.good()
+        reply["choices"][0] |= {"finish_reason": "length"}
+        del reply["choices"][0]["message"]["content"]
+        exchange.send_json(reply)
+
+    with EvilServer(lambda body: silent).running() as url:
+        (completion,) = Server(url, SamplingConfig(), MODEL).complete([CHAT], 64)
+    assert (completion.text, completion.is_truncated) == ("<think>", True)

@@ -30,6 +30,20 @@ QUICK = Limits(deadline_s=20, num_tries=2, first_delay_s=0.01)
 PROMPTS = LedgerTask(1).prompts(0, 3, 0)
 CONFIG = SamplingConfig(max_new_tokens=6, num_samples=2)
 Change = Callable[[dict[str, Any]], None]
+STATED = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "stop": None,
+    "ignore_eos": True,
+    "n": 1,
+}
+"""What no server may fill in from its own defaults."""
 
 
 class FakeVLLM(ThreadingHTTPServer):
@@ -151,6 +165,9 @@ def test_weights_are_read_before_completions_are_asked_for(
     assert paths[:3] == ["/v1/models", "/collective_rpc", "/reset_prefix_cache"]
     assert set(paths[3:]) == {"/v1/completions"}
     assert len({body["seed"] for path, body in server.asked if path == "/v1/completions"}) == 6
+    for path, body in server.asked:
+        if path == "/v1/completions":
+            assert {**body, **STATED} == body
     for rollout in rollouts:
         assert rollout.is_truncated == (rollout.completion_ids[-1] not in server.stops)
     sampler.close()

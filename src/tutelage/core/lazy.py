@@ -110,7 +110,10 @@ class LazyLogits:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.swap is not None:
-            out[:, list(self.swap)] = out[:, list(reversed(self.swap))]
+            first, second = self.swap
+            kept = out[:, first].clone()
+            out[:, first] = out[:, second]
+            out[:, second] = kept
         return out
 
     def _differentiable(self, hidden: Tensor) -> Tensor:

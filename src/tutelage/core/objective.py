@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tutelage.core import kernels
 from tutelage.core._block import Block, Chunk, can_be_inf, check_pair, chunks
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
@@ -73,7 +74,8 @@ def distillation_objective(
     check_pair(student, teacher)
     a = _row_weights(reverse_weight, student, "reverse_weight")
     b = _row_weights(forward_weight, student, "forward_weight")
-    return _run(student, teacher, _Mixture(a, b), chunk_bytes)
+    has_forward = isinstance(forward_weight, Tensor) or forward_weight != 0.0
+    return _run(student, teacher, _Mixture(a, b, has_forward=has_forward), chunk_bytes)
 
 
 def composite_objective(
@@ -141,7 +143,8 @@ def _kernel(terms: Sequence[tuple[Term, Tensor]]) -> _Kernel:
     for term, weight in terms:
         weights[isinstance(term, ForwardKL)] += weight
         gate = term.gate if isinstance(term, ForwardKL) else gate
-    return _Mixture(weights[0], weights[1], gate)
+    has_forward = any(isinstance(term, ForwardKL) for term, _ in terms)
+    return _Mixture(weights[0], weights[1], gate, has_forward)
 
 
 def _is_mixture(terms: Sequence[tuple[Term, Any]]) -> bool:
@@ -174,19 +177,14 @@ class _FusedObjective(torch.autograd.Function):
         chunk_bytes: int | None,
         extras: Sequence[str],
     ) -> tuple[Tensor, ...]:
-        gradients = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad, student.dtype)
-        shape = (5 + len(extras), len(student))
-        rows = torch.empty(shape, dtype=torch.float64, device=hidden.device)
-        for chunk in chunks(student, teacher, chunk_bytes):
-            for here, block in chunk.blocks():
-                rows[:4, here] = torch.stack(
-                    (block.reverse_kl, block.forward_kl, block.entropy, block.teacher_entropy)
-                )
-                for i, name in enumerate(extras):
-                    rows[5 + i, here] = EXTRAS[name](block).double()
-                rows[4, here] = kernel(block, here, gradients.needed)
-            if gradients.needed:
-                gradients.add(student, chunk)
+        is_fused = isinstance(kernel, _Mixture) and not extras and kernels.suits(student, teacher)
+        needs = ctx.needs_input_grad
+        gradients = _Gradients.like(hidden, weight, bias, needs, student.dtype, is_fused)
+        if is_fused:
+            assert isinstance(kernel, _Mixture)
+            rows = _by_kernels(student, teacher, kernel, chunk_bytes, gradients)
+        else:
+            rows = _by_blocks(student, teacher, kernel, chunk_bytes, extras, gradients)
         ctx.gradients = gradients
         outputs = [rows[4].sum().to(student.dtype), *rows.to(student.dtype).unbind(0)]
         ctx.mark_non_differentiable(*outputs[1:])
@@ -200,6 +198,56 @@ class _FusedObjective(torch.autograd.Function):
                 "Use the functions of tutelage.core.divergence for second derivatives."
             )
         return (*ctx.gradients.scaled(grad_total), None, None, None, None, None)
+
+
+def _by_blocks(
+    student: LazyLogits,
+    teacher: LazyLogits,
+    kernel: _Kernel,
+    chunk_bytes: int | None,
+    extras: Sequence[str],
+    gradients: _Gradients,
+) -> Tensor:
+    """The fields of `Objective` a row, then extras, `[5 + E, K]`: plain torch, on any device."""
+    shape = (5 + len(extras), len(student))
+    rows = torch.empty(shape, dtype=torch.float64, device=student.hidden.device)
+    for chunk in chunks(student, teacher, chunk_bytes):
+        for here, block in chunk.blocks():
+            rows[:4, here] = torch.stack(
+                (block.reverse_kl, block.forward_kl, block.entropy, block.teacher_entropy)
+            )
+            for i, name in enumerate(extras):
+                rows[5 + i, here] = EXTRAS[name](block).double()
+            rows[4, here] = kernel(block, here, gradients.needed)
+        if gradients.needed:
+            gradients.add(student, chunk)
+    return rows
+
+
+def _by_kernels(
+    student: LazyLogits,
+    teacher: LazyLogits,
+    kernel: _Mixture,
+    chunk_bytes: int | None,
+    gradients: _Gradients,
+) -> Tensor:
+    """The same by fused kernels, which read and write logits once a pass."""
+    from tutelage.core.kernels import passes  # needs Triton
+
+    work = passes.Passes(student, teacher, chunk_bytes, gradients.needed)
+    table = work.table
+    a, b = kernel.a, kernel.b.clone()
+    slopes = passes.Slopes(a, b if kernel.has_forward else None)
+    for chunk in work.chunks():
+        if kernel.gate is not None:
+            gate = kernel.gate(table[passes.TEACHER_ENTROPY, chunk.rows])
+            b[chunk.rows] *= gate.to(b.dtype)
+        if gradients.needed:
+            gradients.add_products(work.student, chunk.rows, work.gradient(chunk, slopes))
+    reverse, forward = table[passes.REVERSE_KL], table[passes.FORWARD_KL]
+    value = _weighted(a, reverse) + _weighted(b, forward)
+    entropies = table[passes.ENTROPY], table[passes.TEACHER_ENTROPY]
+    return torch.stack((reverse, forward, *entropies, value))
 
 
 class _Kernel(Protocol):
@@ -216,6 +264,8 @@ class _Mixture:
     a: Tensor
     b: Tensor
     gate: Callable[[Tensor], Tensor] | None = None
+    has_forward: bool = True
+    """False if b is known to be 0 everywhere."""
 
     def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
         a, b = self.a[rows], self.b[rows]
@@ -279,10 +329,13 @@ class _Gradients:
         bias: Tensor | None,
         needs: tuple[bool, ...],
         dtype: torch.dtype,
+        is_fused: bool,
     ) -> _Gradients:
+        # Kernels leave float32 sums, so that scaling rounds once, and fill empty memory.
+        new = torch.empty_like if is_fused and len(hidden) else torch.zeros_like
         return _Gradients(
-            torch.empty_like(hidden) if needs[0] else None,
-            torch.zeros_like(weight, dtype=dtype) if needs[1] else None,
+            torch.empty_like(hidden, dtype=dtype if is_fused else None) if needs[0] else None,
+            new(weight, dtype=dtype) if needs[1] else None,
             torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None,
             (hidden.dtype, weight.dtype),
         )
@@ -307,6 +360,18 @@ class _Gradients:
         if self.bias is not None:
             self.bias.add_(z.sum(0))
 
+    def add_products(self, student: LazyLogits, rows: slice, gradient: Tensor) -> None:
+        """Carries the gradient `[n, V]` of raw logits of `rows` to hidden states and head."""
+        from tutelage.core.kernels.passes import multiply, multiply_add  # needs Triton
+
+        if self.hidden is not None:
+            multiply(gradient, student.weight, self.hidden[rows])
+        if self.weight is not None:
+            add = multiply if rows.start == 0 else multiply_add  # the first fills empty memory
+            add(gradient.t(), student.hidden[rows], self.weight)
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients times `factor`, in the dtypes of their inputs; gives them away."""
         if self.is_spent:
@@ -317,8 +382,18 @@ class _Gradients:
         self.is_spent = True
         found = (self.hidden, self.weight, self.bias)
         self.hidden = self.weight = self.bias = None
+        dtypes = (self.dtypes[0], self.dtypes[1], self.dtypes[1])
+        if factor.device.type != "cpu":  # asking what the factor is would wait for the device
+            h, w, b = (_times(g, factor, d) for g, d in zip(found, dtypes, strict=True))
+            return h, w, b
         if factor.item() != 1.0:
             found = tuple(None if g is None else g.mul_(factor) for g in found)  # type: ignore[assignment]
-        dtypes = (self.dtypes[0], self.dtypes[1], self.dtypes[1])
         h, w, b = (None if g is None else g.to(d) for g, d in zip(found, dtypes, strict=True))
         return h, w, b
+
+
+def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The product in `dtype`, rounded once; in place where that is what `gradient` has."""
+    if gradient is None or gradient.dtype == dtype:
+        return None if gradient is None else gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tutelage.core import kernels
 from tutelage.core._block import check_pair, chunks, student_numbers
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
@@ -104,6 +105,10 @@ def token_stats(
         raise ValueError(f"extras must be among {tuple(EXTRAS)}, got {unknown[0]!r}.")
     if teacher is None and extras:
         raise ValueError(f"extras need a teacher, got {tuple(extras)} and none.")
+    sides = [student] if teacher is None else [student, teacher]
+    if not extras and kernels.suits(*sides):
+        with torch.no_grad():
+            return _by_kernels(student, teacher, tokens, chunk_bytes)
     shape = (6 + len(extras), len(student))
     table = torch.full(shape, torch.nan, dtype=student.dtype, device=student.hidden.device)
     with torch.no_grad():
@@ -116,3 +121,14 @@ def token_stats(
                 more = (EXTRAS[name](block) for name in extras)
                 table[:, rows] = torch.stack([x.to(table) for x in (*block.statistics(), *more)])
     return TokenStats.unstack(table, extras)
+
+
+def _by_kernels(
+    student: LazyLogits, teacher: LazyLogits | None, tokens: Tensor, chunk_bytes: int | None
+) -> TokenStats:
+    from tutelage.core.kernels.passes import Passes  # needs Triton
+
+    work = Passes(student, teacher, chunk_bytes, wants_gradient=False)
+    for _ in work.chunks(tokens.contiguous()):
+        pass
+    return TokenStats.unstack(work.table.to(student.dtype), has_teacher=teacher is not None)

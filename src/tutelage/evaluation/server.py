@@ -3,16 +3,19 @@
 The address is resolved once and pinned, cloud metadata addresses are refused, redirects and
 proxies are not followed. Every completion has a deadline that a slow drip of bytes cannot
 stretch. A reply that is not exactly what was asked for is asked for again, and in the end an
-error: nothing is ever filled in.
+error: nothing is ever filled in. Nor may the server fill in what a request leaves out: every
+request states all sampling settings.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -20,14 +23,25 @@ from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.evaluation.suite import Completion
 from tutelage.models.draw import SamplingConfig
-from tutelage.models.remote import Client, Limits, Strict, parse
-from tutelage.models.wire import BadReply
+from tutelage.models.remote import NEUTRAL, Client, Limits, Strict, parse
+from tutelage.models.wire import BadReply, RefusedRequest
+
+Value = TypeVar("Value")
+
+_UNKNOWN = re.compile(
+    r"unrecogni[sz]ed|unknown|unexpected|unsupported|not (supported|permitted|allowed)|"
+    r"extra_forbidden",
+    re.IGNORECASE,
+)
+"""How servers say that a request has a field which they do not know."""
 
 
 class _Message(Strict):
     role: Literal["assistant"]
-    content: str | None
+    content: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
+    """The older name of `reasoning`."""
     refusal: None = None
     tool_calls: list[Any] | None = Field(default=None, max_length=0)
 
@@ -85,10 +99,20 @@ class Server:
     enable_thinking: bool | None = None
     num_concurrent: int = 16
     limits: Limits = field(default_factory=Limits)
+    say: Callable[[str], None] | None = None
+    """Receives one line for every field of the requests that the server does not know."""
 
     def __post_init__(self) -> None:
+        self._neutral = {"top_k": self.sampling.top_k or -1} | NEUTRAL
+        self._lock = Lock()
         self._client = Client(self.url, self.limits, self.num_concurrent)
         self.model_name = self.model_name or self._client.ask("/models", None, self._only_model)
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """The sampling settings that requests state; without those that the server refused."""
+        chosen = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        return chosen | self._neutral
 
     def complete(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
         """All samples of some problems, in order, or an error and none of them.
@@ -105,8 +129,6 @@ class Server:
         body: dict[str, Any] = {
             "model": self.model_name,
             "max_tokens": max_new_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
             "seed": _seed(self.seed, prompt.id, sample),
             "n": 1,
             "stream": False,
@@ -117,11 +139,34 @@ class Server:
             return Completion(prompt, sample, text, reason == "length", num_tokens)
 
         if isinstance(prompt.content, str):
-            return self._client.ask("/completions", body | {"prompt": prompt.content}, accept)
+            return self._ask("/completions", body | {"prompt": prompt.content}, accept)
         body["messages"] = list(prompt.content)
         if self.enable_thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self.enable_thinking}
-        return self._client.ask("/chat/completions", body, accept)
+        return self._ask("/chat/completions", body, accept)
+
+    def _ask(self, path: str, body: dict[str, Any], accept: Callable[[bytes], Value]) -> Value:
+        """Ask with all sampling settings, but for those that the server does not know."""
+        while True:
+            sent = self.sent
+            try:
+                return self._client.ask(path, body | sent, accept)
+            except RefusedRequest as error:
+                if not self._leave_out(error, sent):
+                    raise
+
+    def _leave_out(self, error: RefusedRequest, sent: dict[str, Any]) -> bool:
+        """Whether it was refused for neutral settings that are unknown; no more are sent then."""
+        is_unknown = error.status in (400, 422) and _UNKNOWN.search(error.reason)
+        named = set(re.findall(r"\w+", error.reason)) & (sent.keys() - {"temperature", "top_p"})
+        if not is_unknown or not named:
+            return False
+        with self._lock:
+            new = [name for name in self._neutral if name in named]
+            self._neutral = {k: v for k, v in self._neutral.items() if k not in named}
+        if new and self.say is not None:
+            self.say(f"the server does not know {', '.join(new)}: requests go without")
+        return True
 
     def _completion(
         self, content: bytes, prompt: Prompt, max_new_tokens: int
@@ -154,13 +199,14 @@ class Server:
 
 
 def _spoken(choice: _ChatChoice) -> str:
-    """The text of a message; a thought that was cut off before its answer stays a thought."""
+    """The text of a message; a thought that never came to an answer stays a thought."""
     message = choice.message
     if message.content is not None:
         return message.content
-    if message.reasoning_content is None or choice.finish_reason != "length":
+    thought = message.reasoning_content if message.reasoning is None else message.reasoning
+    if thought is None and choice.finish_reason != "length":
         raise BadReply("a message without content")
-    return f"<think>{message.reasoning_content}"
+    return f"<think>{thought or ''}"
 
 
 def _seed(seed: int, prompt_id: str, sample: int) -> int:

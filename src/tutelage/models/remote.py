@@ -20,6 +20,18 @@ KEY_VARIABLE = "TUTELAGE_API_KEY"
 """Environment variable with the key of a server; there is no other way to give it."""
 
 
+NEUTRAL: dict[str, Any] = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "stop": None,
+}
+"""Settings that change nothing, said in every request for a completion: what a request leaves out,
+a server fills in from the model's generation_config.json or from its own defaults."""
+
+
 class Strict(BaseModel):
     """A reply in which nothing is converted and nothing is filled in."""
 

@@ -14,6 +14,7 @@ from tutelage.errors import MissingExtraError, ModelError
 from tutelage.models.adapter import full_weights
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Drawn, Job, jobs_of, rollout_of
+from tutelage.models.remote import NEUTRAL
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def sampling_options(
     num_ids = vocabulary_size(tokenizer)
     is_padded = num_ids < model.get_output_embeddings().weight.shape[0]
     return {
+        **NEUTRAL,
         "temperature": config.temperature,
         "top_p": config.top_p,
         "top_k": config.top_k,

@@ -44,6 +44,16 @@ class BadReply(Exception):
     """The server did not answer, or not with what it was asked for; worth another try."""
 
 
+class RefusedRequest(ModelError):
+    """The server says that the request itself is wrong: the same one will be refused again."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status = status
+        self.reason = reason
+        """What the server said, of up to 2,000 characters, printable and without the key."""
+        super().__init__(f"the server refuses the request: status {status}: {reason[:200]}.")
+
+
 @dataclass(frozen=True)
 class Address:
     """A server's base URL, taken apart, with the one address that is connected to."""
@@ -228,9 +238,9 @@ class Wire:
         return content
 
     def _refuse(self, status: int, content: bytes) -> NoReturn:
-        said = self.clean(content[:2000].decode("utf-8", "replace"))
+        said = self.clean(content[:2000].decode("utf-8", "replace"), 2000)
         if status in _RETRIED:
-            raise BadReply(f"status {status}: {said}")
+            raise BadReply(f"status {status}: {said[:200]}")
         if 300 <= status < 400:
             raise ModelError(f"the server redirects (status {status}), which is not followed.")
         if status in (401, 403):
@@ -238,14 +248,14 @@ class Wire:
                 f"the server refuses the key (status {status}). Set TUTELAGE_API_KEY in the "
                 "environment."
             )
-        raise ModelError(f"the server refuses the request: status {status}: {said}.")
+        raise RefusedRequest(status, said)
 
-    def clean(self, text: str) -> str:
+    def clean(self, text: str, length: int = 200) -> str:
         """Foreign text for one line of an error: short, printable, without the key."""
         if self._api_key is not None:
             text = text.replace(self._api_key, "***")
         shown = "".join(char if char.isprintable() else " " for char in text)
-        return " ".join(shown.split())[:200]
+        return " ".join(shown.split())[:length]
 
 
 def seconds_left(end: float) -> float:

@@ -81,17 +81,22 @@ class _Plan:
     sampling: SamplingConfig
     complete: Complete
     settings: dict[str, Any]
+    sent: Callable[[], dict[str, Any]]
+    """Sampling settings as they were used in the end, by their names in requests."""
 
 
 @plain_arithmetic()
 def evaluate_suite(
-    request: SuiteRequest, progress: Callable[[str, int, int], None] | None = None
+    request: SuiteRequest,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> SuiteResult:
     """Measure a model on a suite; an earlier evaluation with the same settings is continued.
 
     Args:
         request: the model, the suite and how to sample.
         progress: called with benchmark, problems done and problems in all.
+        say: receives a line for every sampling setting that a server does not know.
 
     Returns:
         Scores, one JSON record, a Markdown table and the folder with all samples.
@@ -106,7 +111,7 @@ def evaluate_suite(
             raise ConfigError(
                 f"--{flag} must be at least 1, got {value}. Leave it out or raise it."
             )
-    plan = _server_plan(request) if is_url(request.model) else _model_plan(request)
+    plan = _server_plan(request, say) if is_url(request.model) else _model_plan(request)
     folder = Path(request.out) if request.out else _default_folder(request, plan)
     results = []
     with EvaluationFolder(folder, plan.settings) as saved:
@@ -116,8 +121,10 @@ def evaluate_suite(
             said = _named(progress, benchmark.name)
             results.append(run_benchmark(benchmark, plan.complete, k, chunk_size, saved, said))
         head = {"model": request.model, "suite": request.suite, "folder": str(folder)}
-        record = summarise(results, head)
-        table = as_markdown(results, f"`{request.model}` on {request.suite}, seed {request.seed}")
+        record = summarise(results, head | {"sampling": plan.sent()})
+        stated = ", ".join(f"{name} {value}" for name, value in plan.sent().items())
+        title = f"`{request.model}` on {request.suite}, seed {request.seed}; sampled with {stated}"
+        table = as_markdown(results, title)
         saved.finish(record | {"settings": plan.settings} | environment(), table)
     return SuiteResult(results, record, table, folder)
 
@@ -170,10 +177,11 @@ def _model_plan(request: SuiteRequest) -> _Plan:
 
     content = _content_digest(source)
     settings = _settings(request, benchmarks, sampling, chat) | {"model_content": content}
-    return _Plan(benchmarks, sampling, complete, settings)
+    sent = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    return _Plan(benchmarks, sampling, complete, settings, lambda: sent)
 
 
-def _server_plan(request: SuiteRequest) -> _Plan:
+def _server_plan(request: SuiteRequest, say: Callable[[str], None] | None) -> _Plan:
     from tutelage.evaluation.server import Server
 
     if request.suite == HELD_OUT:
@@ -189,11 +197,11 @@ def _server_plan(request: SuiteRequest) -> _Plan:
         request.seed,
         request.thinking,
         request.batch_size,
+        say=say,
     )
     settings = _settings(request, benchmarks, sampling, chat)
-    return _Plan(
-        benchmarks, sampling, server.complete, settings | {"model_name": server.model_name}
-    )
+    settings |= {"model_name": server.model_name, "sent": server.sent}
+    return _Plan(benchmarks, sampling, server.complete, settings, lambda: server.sent)
 
 
 def _suite(request: SuiteRequest) -> Suite:
