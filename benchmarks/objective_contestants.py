@@ -80,9 +80,10 @@ def all_tokens(x: Inputs) -> Tensor:
 def kept_rows(x: Inputs, rule: str, keep: float) -> Tensor:
     """Ours: score all rows, keep a share of each completion. The teacher is read if it matters."""
     student, teacher = x.sides
-    tokens = torch.zeros(len(x.student), dtype=torch.long)
+    device = x.student.device
+    tokens = torch.zeros(len(x.student), dtype=torch.long, device=device)
     stats = token_stats(student, None if rule in STUDENT_RULES else teacher, tokens)
-    completion = torch.arange(len(x.student)) // COMPLETION_LENGTH
+    completion = torch.arange(len(x.student), device=device) // COMPLETION_LENGTH
     return select_tokens(stats, completion, rule, keep).rows
 
 
@@ -132,7 +133,7 @@ def trl_tiles(tile: tuple[int, int]) -> Iterator[None]:
 
 
 def trl(x: Inputs, tile: tuple[int, int] = TRL_TILES[0]) -> Tensor:
-    """TRL's chunked divergence without Triton; beta = 1 is its reverse KL."""
+    """TRL's chunked divergence, by Triton where there is a GPU; beta = 1 is its reverse KL."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     apply = ChunkedDivergenceFunction.apply
@@ -153,7 +154,7 @@ def _liger(x: Inputs, compiled: bool, chunk: int = LIGER_CHUNKS[0]) -> Tensor:
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled, chunk_size=chunk
     )
-    labels = torch.zeros(len(x.student), dtype=torch.long)
+    labels = torch.zeros(len(x.student), dtype=torch.long, device=x.student.device)
     mean: Tensor = loss(x.student, x.head, x.teacher, x.teacher_head, labels)
     total = mean * len(x.student)  # it divides by the rows itself
     total.backward()
