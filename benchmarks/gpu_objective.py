@@ -326,7 +326,7 @@ def kernels_part() -> dict[str, Any]:
     """The two kernels alone over 2,048 rows, and their blocks and warps."""
     from tutelage.core.kernels import passes
 
-    rows, ids = 2048, SHAPES["wide"][1]
+    rows, ids = SHAPES["few"][0], SHAPES["wide"][1]
     x = make((rows, ids, 1024))
     work = passes.Passes(*x.sides, None, wants_gradient=True)
     tokens = torch.zeros(rows, dtype=torch.long, device=DEVICE)

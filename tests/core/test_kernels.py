@@ -20,7 +20,7 @@ from tutelage.core import (
     kernels,
     token_stats,
 )
-from tutelage.core.terms import ForwardKL, ReverseKL
+from tutelage.core.terms import JSD, ForwardKL, ReverseKL, SkewReverseKL, Term
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, at −inf − −inf
@@ -42,7 +42,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched from now on."""
     found: list[str] = []
-    for name in ("statistics_kernel", "gradient_kernel"):
+    for name in ("statistics_kernel", "mixture_kernel", "gradient_kernel"):
         kernel = getattr(passes.kernels, name)
 
         class Counted:
@@ -316,6 +316,30 @@ def test_a_gate_opens_by_the_teachers_entropy(make_pair: Make) -> None:
     found.total.backward()
     assert found.total.item() == pytest.approx(expected.total, rel=1e-6)
     assert _relative(pair.student.weight.grad, expected.weight) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("term", "function"),
+    [
+        (JSD(0.5), lambda p, q: reference.jsd(p, q, 0.5)),
+        (JSD(0.2), lambda p, q: reference.jsd(p, q, 0.2)),
+        (SkewReverseKL(0.1), lambda p, q: reference.skew_reverse_kl(p, q, 0.1)),
+        (SkewReverseKL(0.0), reference.reverse_kl),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_other_terms(term: Term, function: Any, spread: float, make_pair: Make) -> None:
+    pair = make_pair(rows=3, vocab_size=37, dtype=torch.float32, spread=spread, softcap=30.0)
+    weights, more = torch.tensor([0.3, 0.0, 1.2]), torch.tensor([0.0, 0.5, 0.5])
+    pairs = [(function, weights.tolist()), (reference.forward_kl, more.tolist())]
+    value, expected = reference.composite(pair.reference, pairs)
+    found = composite_objective(pair.student, pair.teacher, [(term, weights), (ForwardKL(), more)])
+    found.total.backward()
+    torch.testing.assert_close(found.value.double(), value, rtol=5e-6, atol=1e-6)
+    gradients = _gradients(pair.student).values()
+    for gradient, exact in zip(gradients, expected, strict=True):
+        assert _relative(gradient, exact) < 1e-5
 
 
 class _Operators(TorchDispatchMode):

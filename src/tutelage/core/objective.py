@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tutelage.core import kernels
-from tutelage.core._block import Block, Chunk, can_be_inf, check_pair, chunks
+from tutelage.core._block import Block, can_be_inf, check_pair, chunks
+from tutelage.core._gradients import Gradients
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
-from tutelage.core.products import add_product_, product
 from tutelage.core.terms import ForwardKL, ReverseKL, Term
 
 
@@ -177,11 +177,10 @@ class _FusedObjective(torch.autograd.Function):
         chunk_bytes: int | None,
         extras: Sequence[str],
     ) -> tuple[Tensor, ...]:
-        is_fused = isinstance(kernel, _Mixture) and not extras and kernels.suits(student, teacher)
+        is_fused = _is_fused(student, teacher, kernel, extras)
         needs = ctx.needs_input_grad
-        gradients = _Gradients.like(hidden, weight, bias, needs, student.dtype, is_fused)
+        gradients = Gradients.like(hidden, weight, bias, needs, student.dtype, is_fused)
         if is_fused:
-            assert isinstance(kernel, _Mixture)
             rows = _by_kernels(student, teacher, kernel, chunk_bytes, gradients)
         else:
             rows = _by_blocks(student, teacher, kernel, chunk_bytes, extras, gradients)
@@ -206,7 +205,7 @@ def _by_blocks(
     kernel: _Kernel,
     chunk_bytes: int | None,
     extras: Sequence[str],
-    gradients: _Gradients,
+    gradients: Gradients,
 ) -> Tensor:
     """The fields of `Objective` a row, then extras, `[5 + E, K]`: plain torch, on any device."""
     shape = (5 + len(extras), len(student))
@@ -227,31 +226,39 @@ def _by_blocks(
 def _by_kernels(
     student: LazyLogits,
     teacher: LazyLogits,
-    kernel: _Mixture,
+    kernel: _Kernel,
     chunk_bytes: int | None,
-    gradients: _Gradients,
+    gradients: Gradients,
 ) -> Tensor:
     """The same by fused kernels, which read and write logits once a pass."""
-    from tutelage.core.kernels import passes  # needs Triton
+    from tutelage.core.kernels import passes, total  # needs Triton
 
     work = passes.Passes(student, teacher, chunk_bytes, gradients.needed)
-    table = work.table
-    a, b = kernel.a, kernel.b.clone()
-    slopes = passes.Slopes(a, b if kernel.has_forward else None)
+    summed = total.Total(work, kernel.summands)
     for chunk in work.chunks():
-        if kernel.gate is not None:
-            gate = kernel.gate(table[passes.TEACHER_ENTROPY, chunk.rows])
-            b[chunk.rows] *= gate.to(b.dtype)
+        slopes = summed.add(chunk)
         if gradients.needed:
             gradients.add_products(work.student, chunk.rows, work.gradient(chunk, slopes))
-    reverse, forward = table[passes.REVERSE_KL], table[passes.FORWARD_KL]
-    value = _weighted(a, reverse) + _weighted(b, forward)
-    entropies = table[passes.ENTROPY], table[passes.TEACHER_ENTROPY]
-    return torch.stack((reverse, forward, *entropies, value))
+    order = (passes.REVERSE_KL, passes.FORWARD_KL, passes.ENTROPY, passes.TEACHER_ENTROPY)
+    return torch.stack((*(work.table[i] for i in order), summed.value))
+
+
+def _is_fused(
+    student: LazyLogits, teacher: LazyLogits, kernel: _Kernel, extras: Sequence[str]
+) -> bool:
+    if extras or not kernels.suits(student, teacher):
+        return False
+    from tutelage.core.kernels import total  # needs Triton
+
+    return total.is_known(kernel.summands)
 
 
 class _Kernel(Protocol):
     """What is summed over rows."""
+
+    @property
+    def summands(self) -> Sequence[tuple[Term, Tensor]]:
+        """The terms with a weight a row."""
 
     def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
         """Weighted value `[r]` of a block; its logit gradient replaces `block.gap` if wanted."""
@@ -266,6 +273,12 @@ class _Mixture:
     gate: Callable[[Tensor], Tensor] | None = None
     has_forward: bool = True
     """False if b is known to be 0 everywhere."""
+
+    @property
+    def summands(self) -> Sequence[tuple[Term, Tensor]]:
+        """Reverse and, where there is any, forward KL."""
+        reverse = (ReverseKL(), self.a)
+        return [reverse, (ForwardKL(self.gate), self.b)] if self.has_forward else [reverse]
 
     def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
         a, b = self.a[rows], self.b[rows]
@@ -282,6 +295,11 @@ class _Sum:
     """Any terms, each with a weight a row."""
 
     terms: Sequence[tuple[Term, Tensor]]
+
+    @property
+    def summands(self) -> Sequence[tuple[Term, Tensor]]:
+        """As given."""
+        return self.terms
 
     def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
         total, gradient = torch.zeros_like(block.reverse_kl), torch.zeros_like(block.gap)
@@ -310,90 +328,3 @@ def _logit_gradient_(block: Block, a: Tensor, b: Tensor) -> None:
         gradient.sub_(block.q.mul_(b[:, None]))
     else:
         gradient.mul_(block.p)
-
-
-@dataclass
-class _Gradients:
-    """Accumulated gradients of hidden states, head weight and bias; None where not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    dtypes: tuple[torch.dtype, torch.dtype]
-    is_spent: bool = False
-
-    @staticmethod
-    def like(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: tuple[bool, ...],
-        dtype: torch.dtype,
-        is_fused: bool,
-    ) -> _Gradients:
-        # Kernels leave float32 sums, so that scaling rounds once, and fill empty memory.
-        new = torch.empty_like if is_fused and len(hidden) else torch.zeros_like
-        return _Gradients(
-            torch.empty_like(hidden, dtype=dtype if is_fused else None) if needs[0] else None,
-            new(weight, dtype=dtype) if needs[1] else None,
-            torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None,
-            (hidden.dtype, weight.dtype),
-        )
-
-    @property
-    def needed(self) -> bool:
-        return any(g is not None for g in (self.hidden, self.weight, self.bias))
-
-    def add(self, student: LazyLogits, chunk: Chunk) -> None:
-        """Carries one chunk's logit gradient (in `chunk.student`) to hidden states and head."""
-        z, rows = chunk.student, slice(chunk.start, chunk.stop)
-        if student.softcap is not None:
-            capped = student.block(chunk.start, chunk.stop, out=chunk.teacher)
-            z.mul_(capped.div_(student.softcap).square_().neg_().add_(1.0))
-        if student.scale != 1.0:
-            z.mul_(student.scale)
-        hidden, weight = student.hidden[rows], student.weight
-        if self.hidden is not None:
-            self.hidden[rows] = product(z.to(weight.dtype), weight.t())
-        if self.weight is not None:
-            add_product_(self.weight, z.t(), hidden.to(z.dtype).t())
-        if self.bias is not None:
-            self.bias.add_(z.sum(0))
-
-    def add_products(self, student: LazyLogits, rows: slice, gradient: Tensor) -> None:
-        """Carries the gradient `[n, V]` of raw logits of `rows` to hidden states and head."""
-        from tutelage.core.kernels.passes import multiply, multiply_add  # needs Triton
-
-        if self.hidden is not None:
-            multiply(gradient, student.weight, self.hidden[rows])
-        if self.weight is not None:
-            add = multiply if rows.start == 0 else multiply_add  # the first fills empty memory
-            add(gradient.t(), student.hidden[rows], self.weight)
-        if self.bias is not None:
-            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
-
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients times `factor`, in the dtypes of their inputs; gives them away."""
-        if self.is_spent:
-            raise RuntimeError(
-                "the objective was back-propagated twice; its gradients live for one backward. "
-                "Compute the objective again instead of using retain_graph."
-            )
-        self.is_spent = True
-        found = (self.hidden, self.weight, self.bias)
-        self.hidden = self.weight = self.bias = None
-        dtypes = (self.dtypes[0], self.dtypes[1], self.dtypes[1])
-        if factor.device.type != "cpu":  # asking what the factor is would wait for the device
-            h, w, b = (_times(g, factor, d) for g, d in zip(found, dtypes, strict=True))
-            return h, w, b
-        if factor.item() != 1.0:
-            found = tuple(None if g is None else g.mul_(factor) for g in found)  # type: ignore[assignment]
-        h, w, b = (None if g is None else g.to(d) for g, d in zip(found, dtypes, strict=True))
-        return h, w, b
-
-
-def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The product in `dtype`, rounded once; in place where that is what `gradient` has."""
-    if gradient is None or gradient.dtype == dtype:
-        return None if gradient is None else gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -59,7 +59,26 @@ class Slopes:
     """What the gradient of a chunk is made of; weights are `[N]`, float32, None where absent."""
 
     reverse: Tensor | None = None
+    """a of ``a p⊙(gap − E_p[gap])``."""
     forward: Tensor | None = None
+    """b of ``b (p − q)``."""
+    share: Tensor | None = None
+    """c of ``c p``, `[n]` for the rows of the chunk."""
+    jsd: Mixture | None = None
+    skew: Mixture | None = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A divergence to ``m = (1 − w) p + w q``: its weights and what a first pass found."""
+
+    weight: Tensor
+    """`[N]`, float32."""
+    w: float
+    value: Tensor
+    """`[n]` for the rows of the chunk, float64, nats."""
+    mean: Tensor
+    """E_p of the slope, `[n]`, float32."""
 
 
 class Passes:
@@ -140,6 +159,28 @@ class Passes:
                 **self._head,
             )
 
+    def mixture(self, chunk: Chunk, weight: Tensor, w: float, is_jsd: bool) -> Mixture:
+        """The Jensen-Shannon divergence with the teacher's share w, or KL(p‖m)."""
+        value = torch.empty(len(chunk), dtype=torch.float64, device=self.device)
+        mean = torch.empty(len(chunk), dtype=torch.float32, device=self.device)
+        with _on(self.device):
+            kernels.mixture_kernel[(len(chunk),)](
+                self._student,
+                self._teacher,
+                aux=self._aux,
+                value=value,
+                mean=mean,
+                vocab_size=self.student.vocab_size,
+                stride=self._stride,
+                aux_stride=self.chunk_rows,
+                w=float(w),
+                JSD=is_jsd,
+                BLOCK=_block(self.student.vocab_size, STATISTICS_BLOCK),
+                num_warps=STATISTICS_WARPS,
+                **self._head,
+            )
+        return Mixture(weight, w, value, mean)
+
     def gradient(self, chunk: Chunk, slopes: Slopes) -> Tensor:
         """Gradient of the raw student logits `[n, V]` in the hidden states' dtype.
 
@@ -163,12 +204,20 @@ class Passes:
         block = _block(self.student.vocab_size, GRADIENT_BLOCK)
         num_blocks = math.ceil(self.student.vocab_size / block)
         none = self._aux
+        jsd, skew = slopes.jsd, slopes.skew
         kernels.gradient_kernel[((last - first) * num_blocks,)](
             self._student,
             self._teacher,
             aux=self._aux,
             reverse_weight=none if slopes.reverse is None else slopes.reverse,
             forward_weight=none if slopes.forward is None else slopes.forward,
+            share_weight=none if slopes.share is None else slopes.share,
+            jsd_weight=none if jsd is None else jsd.weight,
+            jsd_mean=none if jsd is None else jsd.mean,
+            skew_weight=none if skew is None else skew.weight,
+            skew_mean=none if skew is None else skew.mean,
+            jsd_w=0.5 if jsd is None else float(jsd.w),
+            skew_w=0.5 if skew is None else float(skew.w),
             out=self._gradient,
             first=first,
             chunk_start=chunk.start,
@@ -178,6 +227,9 @@ class Passes:
             aux_stride=self.chunk_rows,
             REVERSE=slopes.reverse is not None,
             FORWARD=slopes.forward is not None,
+            SHARE=slopes.share is not None,
+            JSD=jsd is not None,
+            SKEW=skew is not None,
             BLOCK=block,
             num_warps=GRADIENT_WARPS,
             **self._head,

@@ -204,6 +204,88 @@ def statistics_kernel(
             tl.store(here + 5 * out_stride, t_one.to(tl.float64) - t_log_z)
 
 
+@triton.jit
+def _over_mixture(log_ratio, w):
+    """log(p/m) and log(q/m) of m = (1 − w) p + w q, from log(p/q), without overflow."""
+    is_more = log_ratio > 0
+    u = tl.exp(-tl.abs(log_ratio))
+    log_d = tl.log(tl.where(is_more, (1.0 - w) + w * u, (1.0 - w) * u + w))
+    return tl.minimum(log_ratio, 0.0) - log_d, -tl.maximum(log_ratio, 0.0) - log_d
+
+
+@triton.jit(do_not_specialize=["aux_stride"])
+def mixture_kernel(
+    student,
+    teacher,
+    student_bias,
+    teacher_bias,
+    aux,
+    value,
+    mean,
+    vocab_size,
+    stride,
+    aux_stride,
+    student_scale,
+    teacher_scale,
+    student_cap,
+    teacher_cap,
+    w,
+    JSD: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    STUDENT_SCALED: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Divergence to m = (1 − w) p + w q of one row (float64), and E_p of its slope (float32).
+
+    The Jensen-Shannon divergence with slope log(p/m), or KL(p‖m) with slope
+    log(p/m) − (1 − w) p/m.
+    """
+    row = tl.program_id(0)
+    s_row = student + row.to(tl.int64) * stride
+    t_row = teacher + row.to(tl.int64) * stride
+    table = aux + row
+    s_top = tl.load(table)
+    t_top = tl.load(table + aux_stride)
+    s_inverse = tl.load(table + 2 * aux_stride)
+    t_inverse = tl.load(table + 3 * aux_stride)
+    offset = tl.load(table + 5 * aux_stride)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    slope = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        v = start + lanes
+        is_id = v < vocab_size
+        s = tl.load(s_row + v, mask=is_id, other=0.0)
+        s = _logits(
+            s, student_bias, v, is_id, student_scale, student_cap,
+            STUDENT_BIAS, STUDENT_SCALED, STUDENT_CAP,
+        )  # fmt: skip
+        t = tl.load(t_row + v, mask=is_id, other=0.0)
+        t = _logits(
+            t, teacher_bias, v, is_id, teacher_scale, teacher_cap,
+            TEACHER_BIAS, TEACHER_SCALED, TEACHER_CAP,
+        )  # fmt: skip
+        s = s - s_top
+        t = t - t_top
+        p = tl.exp(s) * s_inverse
+        q = tl.exp(t) * t_inverse
+        p_over, q_over = _over_mixture((s - t) - offset, w)
+        p_over = tl.where(p == 0.0, 0.0, p_over)
+        if JSD:
+            q_over = tl.where(q == 0.0, 0.0, q_over)
+            total += (1.0 - w) * p * p_over + w * q * q_over
+            slope += p * p_over
+        else:
+            total += p * p_over
+            slope += p * (p_over - (1.0 - w) * tl.exp(p_over))
+    tl.store(value + row, tl.sum(total, 0).to(tl.float64))
+    tl.store(mean + row, tl.sum(slope, 0))
+
+
 @triton.jit(do_not_specialize=["first", "chunk_start", "aux_stride"])
 def gradient_kernel(
     student,
@@ -213,6 +295,11 @@ def gradient_kernel(
     aux,
     reverse_weight,
     forward_weight,
+    share_weight,
+    jsd_weight,
+    jsd_mean,
+    skew_weight,
+    skew_mean,
     out,
     first,
     chunk_start,
@@ -224,8 +311,13 @@ def gradient_kernel(
     teacher_scale,
     student_cap,
     teacher_cap,
+    jsd_w,
+    skew_w,
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
+    SHARE: tl.constexpr,
+    JSD: tl.constexpr,
+    SKEW: tl.constexpr,
     STUDENT_BIAS: tl.constexpr,
     TEACHER_BIAS: tl.constexpr,
     STUDENT_SCALED: tl.constexpr,
@@ -236,8 +328,9 @@ def gradient_kernel(
 ):
     """Gradient of raw student logits (before bias, scale and cap), one block of one row.
 
-    ``a p⊙(gap − E_p[gap]) + b (p − q)`` times the derivatives of cap and scale, from row `first`
-    of a chunk on. A weight of 0 adds exactly 0.
+    ``a p⊙(gap − E_p[gap]) + b (p − q) + c p``, and p⊙(g − E_p[g]) for the slopes g of
+    `mixture_kernel`, times the derivatives of cap and scale, from row `first` of a chunk on.
+    A weight of 0 adds exactly 0.
     """
     program = tl.program_id(0)
     row = first + program // num_blocks
@@ -260,15 +353,28 @@ def gradient_kernel(
     t = t - tl.load(table + aux_stride)
     p = tl.exp(s) * tl.load(table + 2 * aux_stride)
     gradient = tl.zeros((BLOCK,), tl.float32)
+    gap = s - t
     if REVERSE:
         a = tl.load(reverse_weight + chunk_start + row)
-        gap = tl.where(p == 0.0, 0.0, s - t)
-        slope = p * (gap - tl.load(table + 4 * aux_stride))
+        slope = p * (tl.where(p == 0.0, 0.0, gap) - tl.load(table + 4 * aux_stride))
         gradient += tl.where(a == 0.0, 0.0, a * slope)
     if FORWARD:
         b = tl.load(forward_weight + chunk_start + row)
         slope = p - tl.exp(t) * tl.load(table + 3 * aux_stride)
         gradient += tl.where(b == 0.0, 0.0, b * slope)
+    if SHARE:
+        gradient += tl.load(share_weight + row) * p
+    if JSD:
+        c = tl.load(jsd_weight + chunk_start + row)
+        over, _ = _over_mixture(gap - tl.load(table + 5 * aux_stride), jsd_w)
+        slope = p * (tl.where(p == 0.0, 0.0, over) - tl.load(jsd_mean + row))
+        gradient += tl.where(c == 0.0, 0.0, (1.0 - jsd_w) * c * slope)
+    if SKEW:
+        c = tl.load(skew_weight + chunk_start + row)
+        over, _ = _over_mixture(gap - tl.load(table + 5 * aux_stride), skew_w)
+        over = tl.where(p == 0.0, 0.0, over)
+        slope = p * (over - (1.0 - skew_w) * tl.exp(over) - tl.load(skew_mean + row))
+        gradient += tl.where(c == 0.0, 0.0, c * slope)
     if STUDENT_CAP:
         ratio = z / student_cap
         gradient *= 1.0 - ratio * ratio

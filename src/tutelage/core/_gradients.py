@@ -1,0 +1,99 @@
+"""Gradients of hidden states and head, summed chunk by chunk while the objective is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tutelage.core._block import Chunk
+from tutelage.core.lazy import LazyLogits
+from tutelage.core.products import add_product_, product
+
+
+@dataclass
+class Gradients:
+    """Accumulated gradients of hidden states, head weight and bias; None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dtypes: tuple[torch.dtype, torch.dtype]
+    is_spent: bool = False
+
+    @staticmethod
+    def like(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, ...],
+        dtype: torch.dtype,
+        is_fused: bool,
+    ) -> Gradients:
+        # Kernels leave float32 sums, so that scaling rounds once, and fill empty memory.
+        new = torch.empty_like if is_fused and len(hidden) else torch.zeros_like
+        return Gradients(
+            torch.empty_like(hidden, dtype=dtype if is_fused else None) if needs[0] else None,
+            new(weight, dtype=dtype) if needs[1] else None,
+            torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None,
+            (hidden.dtype, weight.dtype),
+        )
+
+    @property
+    def needed(self) -> bool:
+        return any(g is not None for g in (self.hidden, self.weight, self.bias))
+
+    def add(self, student: LazyLogits, chunk: Chunk) -> None:
+        """Carries one chunk's logit gradient (in `chunk.student`) to hidden states and head."""
+        z, rows = chunk.student, slice(chunk.start, chunk.stop)
+        if student.softcap is not None:
+            capped = student.block(chunk.start, chunk.stop, out=chunk.teacher)
+            z.mul_(capped.div_(student.softcap).square_().neg_().add_(1.0))
+        if student.scale != 1.0:
+            z.mul_(student.scale)
+        hidden, weight = student.hidden[rows], student.weight
+        if self.hidden is not None:
+            self.hidden[rows] = product(z.to(weight.dtype), weight.t())
+        if self.weight is not None:
+            add_product_(self.weight, z.t(), hidden.to(z.dtype).t())
+        if self.bias is not None:
+            self.bias.add_(z.sum(0))
+
+    def add_products(self, student: LazyLogits, rows: slice, gradient: Tensor) -> None:
+        """Carries the gradient `[n, V]` of raw logits of `rows` to hidden states and head."""
+        from tutelage.core.kernels.passes import multiply, multiply_add  # needs Triton
+
+        if self.hidden is not None:
+            multiply(gradient, student.weight, self.hidden[rows])
+        if self.weight is not None:
+            add = multiply if rows.start == 0 else multiply_add  # the first fills empty memory
+            add(gradient.t(), student.hidden[rows], self.weight)
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients times `factor`, in the dtypes of their inputs; gives them away."""
+        if self.is_spent:
+            raise RuntimeError(
+                "the objective was back-propagated twice; its gradients live for one backward. "
+                "Compute the objective again instead of using retain_graph."
+            )
+        self.is_spent = True
+        found = (self.hidden, self.weight, self.bias)
+        self.hidden = self.weight = self.bias = None
+        dtypes = (self.dtypes[0], self.dtypes[1], self.dtypes[1])
+        if factor.device.type != "cpu":  # asking what the factor is would wait for the device
+            h, w, b = (_times(g, factor, d) for g, d in zip(found, dtypes, strict=True))
+            return h, w, b
+        if factor.item() != 1.0:
+            found = tuple(None if g is None else g.mul_(factor) for g in found)  # type: ignore[assignment]
+        h, w, b = (None if g is None else g.to(d) for g, d in zip(found, dtypes, strict=True))
+        return h, w, b
+
+
+def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The product in `dtype`, rounded once; in place where that is what `gradient` has."""
+    if gradient is None or gradient.dtype == dtype:
+        return None if gradient is None else gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
