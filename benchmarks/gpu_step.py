@@ -157,6 +157,47 @@ def step_ours_small() -> dict[str, Any]:
     return _ours("0.6B", "1.7B")
 
 
+def learn_profile() -> dict[str, Any]:
+    """Where the time of learning goes: 1.7B, 16k tokens, checkpointing; the third step's kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from tutelage.run.learn import Learner
+
+    calls: list[dict[str, Any]] = []
+    plain: Callable[..., Any] = Learner.learn
+
+    def learn(self: Learner, *arguments: Any) -> Any:
+        if len(calls) < 2:
+            calls.append({})
+            return plain(self, *arguments)
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with profile(activities=activities) as seen:
+            found = plain(self, *arguments)
+            torch.cuda.synchronize()
+        events = seen.key_averages()
+        table = events.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70)
+        print(table)
+        kernels = {e.key: e.self_device_time_total / 1e3 for e in events}
+        top = sorted(kernels.items(), key=lambda item: -item[1])[:40]
+        calls.append({"profiled_s": time.perf_counter() - start, "kernels_ms": dict(top)})
+        return found
+
+    Learner.learn = learn  # type: ignore[method-assign]
+    steps = _ours("1.7B", "0.6B", sampling={"max_new_tokens": 128})
+    seconds = steps["phases_s"]["learn_s"]
+    tokens = PROMPTS * (PROMPT_TOKENS + 128)
+    backbone = 6 * 1.41e9 * tokens
+    objective = 2 * 4 * steps["tokens"] * 151_936 * (2048 + 1024) / 2
+    return {
+        "learn_s": seconds,
+        "tflop_s": (backbone + objective) / seconds / 1e12,
+        "steps": steps,
+        **calls[-1],
+    }
+
+
 def _trl(student: str, teacher: str) -> dict[str, Any]:
     """TRL's trainer: float32 student under bf16 autocast, bf16 teacher, checkpointing."""
     from datasets import Dataset
@@ -318,6 +359,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ceilings": ceilings,
     "step_ours": step_ours,
     "step_trl": step_trl,
+    "learn_profile": learn_profile,
     "step_ours_soft_or": step_ours_soft_or,
     "step_ours_small": step_ours_small,
     "step_trl_small": step_trl_small,
