@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core.counter import GOLDEN, random_bits, splitmix64
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, ModelError
 
 LARGEST_COUNT = 1 << 20
 """More prompts, samples or tokens than that are a slip of the pen, and would fill the memory."""
@@ -143,3 +144,17 @@ def uniforms(keys: Sequence[int], count: int, first: Sequence[int] | None = None
     index = torch.arange(count) + torch.tensor(first or [0] * len(keys))[:, None]
     # int64 products wrap around, which is the arithmetic modulo 2^64 that splitmix64 wants.
     return random_bits(splitmix64(torch.tensor(keys, dtype=torch.long)[:, None] + index * GOLDEN))
+
+
+def check_finite(logprobs: Sequence[float], first: int) -> None:
+    """Refuse log-probabilities that are not numbers; the first is that of token `first`.
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    for place, logprob in enumerate(logprobs, first):
+        if not math.isfinite(logprob):
+            raise ModelError(
+                f"the model gave logits that are not numbers, got them at token {place}. "
+                "Check its weights and dtype; float16 overflows where bfloat16 does not."
+            )

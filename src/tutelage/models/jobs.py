@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -45,6 +45,16 @@ class Job:
     """Names its random numbers: a signed 64-bit hash of seed, prompt and sample."""
     thought: str = ""
     """The mark of a thought that the prompt ends with."""
+
+
+@dataclass
+class Open:
+    """A completion under way."""
+
+    job: Job
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
 
 
 def jobs_of(

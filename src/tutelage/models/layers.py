@@ -154,18 +154,26 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_fast_family(model: PreTrainedModel) -> bool:
-    """Whether a model is built of such layers and nothing else; `agrees` then tries it."""
-    base: Any = model.base_model
-    if type(base).__name__ not in _FAST_FAMILIES:
+    """Whether a model is built of such layers and sees everything; `agrees` then tries it."""
+    if not is_llama_like(model):
         return False
+    base: Any = model.base_model
     config = base.config.to_dict()
     is_full = {"full_attention"} >= set(config.get("layer_types") or [])
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    rope = config.get("rope_parameters") or {}
+    return is_full and window is None
+
+
+def is_llama_like(model: PreTrainedModel) -> bool:
+    """Whether a model is built of such layers and nothing else, with windows or without."""
+    base: Any = model.base_model
+    if type(base).__name__ not in _FAST_FAMILIES:
+        return False
+    rope = base.config.to_dict().get("rope_parameters") or {}
     is_table = rope.get("rope_type") in _TABLE_ROPES and rope.get("partial_rotary_factor", 1) == 1
     same_dtype = base.norm.weight.dtype == base.embed_tokens.weight.dtype
     # Hooks (sharding, offloading) belong to the modules' own calls, some of which a step skips.
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
     # So does the choice of dtypes.
     is_cast = torch.is_autocast_enabled(model.device.type)
-    return is_full and window is None and is_table and same_dtype and not (hooked or is_cast)
+    return is_table and same_dtype and not (hooked or is_cast)

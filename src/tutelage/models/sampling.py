@@ -7,11 +7,9 @@ other prompts share its batch, on their order, or on how many tokens were drawn 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +17,15 @@ import torch
 from torch import Tensor
 
 from tutelage.data.types import Prompt, Rollout
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ConfigError
 from tutelage.models.decoding import open_rows
-from tutelage.models.draw import SamplingConfig, draw, uniforms
+from tutelage.models.draw import SamplingConfig, check_finite, draw, uniforms
 from tutelage.models.head import head, output_embeddings
-from tutelage.models.jobs import Drawn, Job, earlier_samples, jobs_of, rollout_of
+from tutelage.models.jobs import Drawn, Job, Open, earlier_samples, jobs_of, rollout_of
 from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.rows import Ids
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
+from tutelage.rollout.generate import GraphWriter, graph_writer, tell_own_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,16 +34,6 @@ __all__ = ["Drawn", "SamplingConfig", "draw_rollouts", "earlier_samples", "sampl
 
 _SEGMENT = 64
 """Most steps between two looks at who has finished."""
-
-
-@dataclass
-class _Open:
-    """A completion under way."""
-
-    job: Job
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    hidden: list[Tensor] = field(default_factory=list)
 
 
 def sample(
@@ -111,7 +100,7 @@ def draw_rollouts(
     jobs = jobs_of(tokenizer, prompts, config.num_samples, seed, first_sample, enable_thinking)
     done: dict[int, tuple[Rollout, list[Tensor]]] = {}
     with _evaluating(model), torch.no_grad():
-        writer = _Writer(model, tokenizer, config, batch_size, record, is_fast)
+        writer = _writer(model, tokenizer, config, batch_size, record, is_fast, jobs)
         for finished in writer.write(jobs):
             for row in finished:
                 done[row.job.place] = (writer.rollout(row), row.hidden)
@@ -120,6 +109,25 @@ def draw_rollouts(
     order = [done[place] for place in range(len(jobs))]
     hidden = [torch.cat(parts) for _, parts in order] if record else None
     return Drawn([rollout for rollout, _ in order], hidden)
+
+
+def _writer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SamplingConfig,
+    batch_size: int,
+    record: bool,
+    is_fast: bool,
+    jobs: Sequence[Job],
+) -> _Writer | GraphWriter:
+    """Captured steps on a GPU where the model has them, the hand-written step on a CPU."""
+    if is_fast and jobs and model.device.type == "cuda":
+        writer = graph_writer(model, tokenizer, config, batch_size, record)
+        if writer is not None and writer.open_slots(jobs):
+            return writer
+        tell_own_step(model)
+    is_fast = is_fast and model.device.type == "cpu"
+    return _Writer(model, tokenizer, config, batch_size, record, is_fast)
 
 
 class _Writer:
@@ -142,7 +150,7 @@ class _Writer:
         self.is_fast = is_fast
         self.stops = frozenset(stop_ids(model, tokenizer))
 
-    def write(self, jobs: Sequence[Job]) -> Iterator[list[_Open]]:
+    def write(self, jobs: Sequence[Job]) -> Iterator[list[Open]]:
         """Completions as they are finished."""
         # Neighbours in length are read together, so little of a prefill is padding; equal prompts
         # follow one another, so each is read once.
@@ -153,7 +161,7 @@ class _Writer:
         waiting = deque(order)
         if not waiting:
             return
-        self.open: list[_Open | None] = [None] * min(self.batch_size, len(waiting))
+        self.open: list[Open | None] = [None] * min(self.batch_size, len(waiting))
         self.waiting = waiting
         longest = len(waiting[-1].ids) + self.config.max_new_tokens
         refuse_beyond_table(self.model, longest)
@@ -182,7 +190,7 @@ class _Writer:
             yield self._write_segment()
             self._change_members()
 
-    def rollout(self, row: _Open) -> Rollout:
+    def rollout(self, row: Open) -> Rollout:
         """A finished completion."""
         return rollout_of(self.tokenizer, row.job, row.tokens, row.logprobs, self.stops)
 
@@ -207,11 +215,11 @@ class _Writer:
         free = [i for i, row in enumerate(self.open) if row is None][: len(self.waiting)]
         jobs = [self.waiting.popleft() for _ in free]
         for place, job in zip(free, jobs, strict=True):
-            self.open[place] = _Open(job)
+            self.open[place] = Open(job)
         following = [job.ids for job in islice(self.waiting, len(self.open))]
         self.rows.admit(free, [job.ids for job in jobs], following)
 
-    def _write_segment(self) -> list[_Open]:
+    def _write_segment(self) -> list[Open]:
         """Steps until somebody should come or go; the completions that they finished."""
         left = {i: self._num_left(row) for i, row in enumerate(self.open) if row is not None}
         count = min(_SEGMENT, *left.values())
@@ -237,7 +245,7 @@ class _Writer:
                 break
         return self._keep_written(tokens, logprobs, hidden, ended)
 
-    def _num_left(self, row: _Open) -> int:
+    def _num_left(self, row: Open) -> int:
         return self.config.max_new_tokens - len(row.tokens)
 
     def _uniforms(self, count: int) -> Tensor:
@@ -260,7 +268,7 @@ class _Writer:
         logprobs: list[Tensor],
         hidden: list[Tensor],
         ended: dict[int, int],
-    ) -> list[_Open]:
+    ) -> list[Open]:
         """Hand each row what it drew; rows that have ended leave their places."""
         finished = []
         by_row = list(zip(*tokens, strict=True))
@@ -270,7 +278,7 @@ class _Writer:
             if row is None:
                 continue
             stop = ended.get(i, len(tokens))
-            _check_finite(logprobs_by_row[i][:stop], len(row.tokens))
+            check_finite(logprobs_by_row[i][:stop], len(row.tokens))
             row.tokens += by_row[i][:stop]
             row.logprobs += logprobs_by_row[i][:stop]
             if hidden_by_row is not None:
@@ -279,15 +287,6 @@ class _Writer:
                 finished.append(row)
                 self.open[i] = None
         return finished
-
-
-def _check_finite(logprobs: Sequence[float], first: int) -> None:
-    for place, logprob in enumerate(logprobs, first):
-        if not math.isfinite(logprob):
-            raise ModelError(
-                f"the model gave logits that are not numbers, got them at token {place}. "
-                "Check its weights and dtype; float16 overflows where bfloat16 does not."
-            )
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Completions on a GPU: static caches, one captured graph a decoding step."""

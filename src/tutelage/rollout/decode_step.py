@@ -1,0 +1,252 @@
+"""One token for every row: draw it from the hidden state, and compute the next hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.core.products import Linear
+from tutelage.models.layers import is_llama_like
+from tutelage.rollout.operators import Heads, Operators, Picking
+from tutelage.rollout.state import Rows, Sizes, Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """x weightᵀ + bias, for the weights of one or several layers, one below the other."""
+
+    weight: Tensor
+    bias: Tensor | None
+    parts: tuple[tuple[nn.Parameter, int], ...]
+    """The parameters that these are, and where their memory begins."""
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    before_attention: nn.Parameter
+    qkv: _Product
+    heads: Heads
+    o: _Product
+    before_mlp: nn.Parameter
+    gate_up: _Product
+    down: _Product
+
+
+class DecodeStep:
+    """The step of a pre-norm decoder with RMS norms, rotary positions and SwiGLU.
+
+    The weights of layers with a common input become views of one matrix, so that they are one
+    product; the parameters stay the model's own, and what an optimizer writes into them is what
+    the next step reads.
+    """
+
+    def __init__(self, model: PreTrainedModel, operators: Operators) -> None:
+        base: Any = model.base_model
+        self.operators = operators
+        self.table: nn.Parameter = base.embed_tokens.weight
+        self.norm: nn.Parameter = base.norm.weight
+        self.eps: float = base.norm.variance_epsilon
+        self.head: nn.Parameter = _head(model).weight
+        windows = windows_of(base.config)
+        self.layers = [
+            _layer(layer, base.config, window)
+            for layer, window in zip(base.layers, windows, strict=True)
+        ]
+        self.products = 0
+        """Products started so far."""
+
+    @property
+    def window(self) -> int:
+        """The smallest window of a layer; 0 if every layer sees everything."""
+        return min((x.heads.window for x in self.layers if x.heads.window), default=0)
+
+    def sizes(self) -> Sizes:
+        """What determines the memory that the step needs."""
+        heads = self.layers[0].heads
+        return Sizes(
+            num_layers=len(self.layers),
+            num_heads=heads.num_heads,
+            num_groups=heads.num_groups,
+            head_dim=heads.head_dim,
+            width=self.table.shape[1],
+            inner=self.layers[0].down.weight.shape[1],
+            num_rows_of_head=self.head.shape[0],
+            dtype=self.table.dtype,
+            device=self.table.device,
+        )
+
+    def is_current(self) -> bool:
+        """Whether every parameter still lies where it was; values may have changed."""
+        products = [p for x in self.layers for p in (x.qkv, x.o, x.gate_up, x.down)]
+        return all(w.data_ptr() == at for p in products for w, at in p.parts)
+
+    def __call__(
+        self, rows: Rows, work: Work, cache: Tensor, turn: tuple[Tensor, Tensor], picking: Picking
+    ) -> None:
+        """Draw a token for every row and feed it.
+
+        Args:
+            rows: B completions.
+            work: memory for intermediate results.
+            cache: keys and values `[layers, 2, slots, groups, capacity, head_dim]`.
+            turn: cosines and sines `[capacity, head_dim / 2]`.
+            picking: how tokens are drawn.
+        """
+        self._project(rows.hidden, work.logits)
+        self.operators.pick(rows, work, picking)
+        self.feed(rows, work, cache, turn)
+
+    def feed(self, rows: Rows, work: Work, cache: Tensor, turn: tuple[Tensor, Tensor]) -> None:
+        """The hidden states after each row's token; arguments as for a whole step."""
+        operators, last = self.operators, turn[0].shape[0] - 1
+        operators.embed_norm(rows, work, self.table, self.layers[0].before_attention, self.eps)
+        for i, layer in enumerate(self.layers):
+            if i:
+                operators.add_norm(rows, work, layer.before_attention, self.eps)
+            layer.qkv(work.normed, work.qkv)
+            operators.attend(rows, work, layer.heads, (cache[i, 0], cache[i, 1]), turn)
+            layer.o(work.mixed, work.y)
+            operators.add_norm(rows, work, layer.before_mlp, self.eps)
+            layer.gate_up(work.normed, work.gate_up)
+            operators.swiglu(work)
+            layer.down(work.opened, work.y)
+            self.products += 4
+        operators.end_step(rows, work, self.norm, self.eps, last)
+
+    def _project(self, hidden: Tensor, logits: Tensor) -> None:
+        """Logits that are not rounded to the dtype of the weights."""
+        self.products += 1
+        if logits.dtype == hidden.dtype:
+            torch.mm(hidden, self.head.t(), out=logits)
+        elif hidden.is_cuda:
+            torch.mm(hidden, self.head.t(), out_dtype=logits.dtype, out=logits)
+        else:
+            torch.mm(hidden.to(logits.dtype), self.head.to(logits.dtype).t(), out=logits)
+
+
+def is_covered(model: PreTrainedModel) -> bool:
+    """Whether `DecodeStep` is made for such a model; a trial then shows that it computes it."""
+    if not is_llama_like(model):
+        return False
+    base, head = model.base_model, _head(model)
+    config: Any = base.config
+    modules = [m for m in base.modules() if isinstance(m, nn.Linear)]
+    is_plain = all(type(m) in (nn.Linear, Linear) for m in modules)
+    is_plain = is_plain and type(head) in (nn.Linear, Linear) and head.bias is None
+    is_plain = is_plain and type(base.embed_tokens) is nn.Embedding
+    weights = [*base.parameters(), *head.parameters()]
+    same = {(weight.dtype, weight.device) for weight in weights}
+    head_dim: int = base.layers[0].self_attn.head_dim
+    is_power = head_dim >= 32 and head_dim & (head_dim - 1) == 0
+    settings = config.to_dict()
+    is_scaled = any(
+        settings.get(name) not in (None, 1, 1.0)
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    )
+    return (
+        is_plain
+        and len(same) == 1
+        and weights[0].dtype in _DTYPES
+        and is_power
+        and config.hidden_act == "silu"
+        and not is_scaled
+        and not _has_adapter(base)
+    )
+
+
+def windows_of(config: Any) -> list[int]:
+    """For each layer, how many tokens one sees, itself included; 0 for all."""
+    settings = config.to_dict()
+    window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
+    kinds = settings.get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    return [int(window) if window and kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def _has_adapter(base: nn.Module) -> bool:
+    return any(".base_layer." in name for name, _ in base.named_parameters())
+
+
+def _head(model: PreTrainedModel) -> Any:
+    return model.get_output_embeddings()
+
+
+def _layer(layer: Any, config: Any, window: int) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = dict(attention.named_children())
+    q_norm, k_norm = norms.get("q_norm"), norms.get("k_norm")
+    heads = Heads(
+        num_heads=config.num_attention_heads,
+        num_groups=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        window=window,
+        q_norm=None if q_norm is None else q_norm.weight,
+        k_norm=None if k_norm is None else k_norm.weight,
+        eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+    )
+    return _Layer(
+        before_attention=layer.input_layernorm.weight,
+        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj]),
+        heads=heads,
+        o=_product([attention.o_proj]),
+        before_mlp=layer.post_attention_layernorm.weight,
+        gate_up=_product([mlp.gate_proj, mlp.up_proj]),
+        down=_product([mlp.down_proj]),
+    )
+
+
+def _product(modules: Sequence[nn.Linear]) -> _Product:
+    """One product for layers of one input."""
+    weights: list[Any] = [module.weight for module in modules]
+    biases: list[Any] = [module.bias for module in modules if module.bias is not None]
+    if biases and len(biases) < len(modules):
+        raise ValueError("layers of one input have a bias each, or none has.")
+    joined = _one_below_the_other(weights)
+    bias = _one_below_the_other(biases) if biases else None
+    return _Product(joined, bias, tuple((part, part.data_ptr()) for part in (*weights, *biases)))
+
+
+@torch.no_grad()
+def _one_below_the_other(parts: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor of which the parameters are views from now on, without a copy that could age."""
+    first = parts[0].data
+    if len(parts) == 1:
+        return first
+    num_rows = sum(len(part) for part in parts)
+    if _is_joined(parts):
+        return first.as_strided((num_rows, *first.shape[1:]), first.stride())
+    whole = torch.cat([part.data for part in parts])
+    start = 0
+    for part in parts:
+        part.data = whole[start : start + len(part)]
+        start += len(part)
+    return whole
+
+
+def _is_joined(parts: Sequence[nn.Parameter]) -> bool:
+    """Whether they are such views already."""
+    end = parts[0].data_ptr()
+    for part in parts:
+        is_next = part.data_ptr() == end and part.is_contiguous()
+        if (
+            not is_next
+            or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr()
+        ):
+            return False
+        end += part.nbytes
+    return True

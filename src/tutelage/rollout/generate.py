@@ -1,0 +1,425 @@
+"""Rollouts by captured decoding steps: slots are refilled while other rows go on."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+
+from tutelage.data.types import Rollout
+from tutelage.models.decoding import Ids
+from tutelage.models.draw import SamplingConfig, check_finite, uniforms
+from tutelage.models.jobs import Job, Open, rollout_of
+from tutelage.models.tokenizers import pad_id, stop_ids, vocabulary_size
+from tutelage.rollout.cuda_graph import Capture, CudaGraph, Graph
+from tutelage.rollout.decode_step import DecodeStep, is_covered
+from tutelage.rollout.operators import Operators, Picking
+from tutelage.rollout.state import Rows, Sizes, Work, make_rows, make_work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STEPS = 8
+"""Steps between two looks at who has finished."""
+_TRIAL = 8
+"""Tokens that a step is tried on; beyond a window, as many more."""
+_PREFILL_TOKENS = 16384
+"""Most tokens, padding included, that are read at once."""
+_COLUMNS = 256
+"""The room of a row grows by so many columns, so that draws of similar length share graphs."""
+_KEPT_SHARE = 16
+"""Caches that need more than this part of the device's memory are given back after a draw."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a decoding step runs with."""
+
+    operators: Operators
+    capture: Capture
+    processors: int
+    """Multiprocessors of the device."""
+    num_blocks: Callable[[int], int]
+    """Blocks in which so many ids are summed."""
+    num_splits: Callable[[int, int, int, int], int]
+    """Splits of a cache for rows, groups, capacity and processors."""
+
+
+def cuda_device(device: torch.device) -> Device:
+    """Triton kernels in CUDA graphs."""
+    from tutelage.rollout.triton_operators import TritonOperators, num_splits, num_vocab_blocks
+
+    pool = torch.cuda.graph_pool_handle()
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Device(
+        TritonOperators(),
+        lambda run: CudaGraph(run, pool),
+        processors,
+        num_vocab_blocks,
+        num_splits,
+    )
+
+
+class Slots:
+    """Static caches of one model, and the graphs that were captured over them."""
+
+    def __init__(
+        self, model: PreTrainedModel, device: Device, num_rows: int, capacity: int
+    ) -> None:
+        self.device = device
+        self.step = DecodeStep(model, device.operators)
+        self.sizes: Sizes = self.step.sizes()
+        self.capacity = -(-capacity // _COLUMNS) * _COLUMNS
+        self.buckets = buckets(num_rows)
+        rows = self.buckets[0]
+        sizes = self.sizes
+        self.rows = make_rows(sizes, rows, STEPS)
+        self.cache = torch.empty(
+            *(sizes.num_layers, 2, rows, sizes.num_groups, self.capacity, sizes.head_dim),
+            dtype=sizes.dtype,
+            device=sizes.device,
+        )
+        self.turn = _angles(model, self.capacity, sizes)
+        self._graphs: dict[tuple[int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
+
+    def serves(self, num_rows: int, capacity: int) -> bool:
+        """Whether another draw can use these slots."""
+        is_large = num_rows <= self.buckets[0] and capacity <= self.capacity
+        return is_large and self.step.is_current()
+
+    def graph(
+        self, count: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
+    ) -> Graph:
+        """The graph of a step of the first `count` rows."""
+        key = (count, config, num_ids, stops)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(count, config, num_ids, stops)
+        return self._graphs[key]
+
+    def _capture(
+        self, count: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
+    ) -> Graph:
+        rows, work = self.rows.first(count), self.work(count, num_ids)
+        picking = make_picking(config, num_ids, stops, self.sizes.device)
+        changed = (rows.token, rows.position, rows.done, rows.column, rows.hidden)
+        kept = [tensor.clone() for tensor in changed]
+        rows.done.fill_(1)  # so that a first run writes nothing into the caches
+        rows.column.zero_()
+        graph = self.device.capture(lambda: self.step(rows, work, self.cache, self.turn, picking))
+        for tensor, value in zip(changed, kept, strict=True):
+            tensor.copy_(value)
+        return graph
+
+    def work(self, count: int, num_ids: int) -> Work:
+        """Memory for a step of so many rows."""
+        device, sizes = self.device, self.sizes
+        splits = device.num_splits(count, sizes.num_groups, self.capacity, device.processors)
+        return make_work(sizes, count, device.num_blocks(num_ids), splits)
+
+    def read(self, model: PreTrainedModel, prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Any]:
+        """Hidden states `[P, width, D]` and the cache of prompts, by the model's own forward."""
+        from transformers import DynamicCache
+
+        width = max(len(ids) for ids in prompts)
+        # Padded on the right nothing needs a mask: a token never sees what comes after it.
+        padded = [list(ids) + [pad] * (width - len(ids)) for ids in prompts]
+        ids = torch.tensor(padded, device=self.sizes.device)
+        base: Any = model.base_model
+        # A cache without a configuration keeps every column, beyond a window too.
+        with _attention(self.sizes.device):
+            output = base(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+        return output.last_hidden_state, output.past_key_values
+
+    def place(self, read: Any, sources: list[int], slots: list[int]) -> None:
+        """Copy prompts that have been read into slots."""
+        source, slot = (torch.tensor(x, device=self.sizes.device) for x in (sources, slots))
+        for i, layer in enumerate(read.layers):
+            width = layer.keys.shape[2]
+            for kind, values in enumerate((layer.keys, layer.values)):
+                self.cache[i, kind][slot, :, :width] = values[source]
+
+    def agrees(self, model: PreTrainedModel, prompt: Ids, pad: int) -> bool:
+        """Whether a step gives the model's own hidden states, in two rows at once."""
+        num_ids = len(self.step.table)
+        length = _TRIAL + (self.step.window if self.step.window + _TRIAL <= self.capacity else 0)
+        # Different tokens: among equal ones, wrong positions and scales cancel out.
+        others = range(min(_TRIAL, num_ids))
+        ids = (tuple(dict.fromkeys((*prompt[:_TRIAL], *others))) * length)[:length]
+        own, read = self.read(model, [ids], pad)
+        self.place(read, [0, 0], [0, 1])
+        lengths = [length - 1, length // 2]
+        rows = self.rows.first(2)
+        rows.slot.copy_(torch.arange(2))
+        rows.token.copy_(torch.tensor([ids[n] for n in lengths]))
+        rows.position.copy_(torch.tensor(lengths))
+        rows.done.zero_()
+        rows.column.zero_()
+        self.step.feed(rows, self.work(2, 1), self.cache, self.turn)
+        rows.done.fill_(1)
+        expected = own[0, lengths].double()
+        error = (rows.hidden.double() - expected).norm() / expected.norm()
+        eps = max(torch.finfo(dtype).eps for dtype in (self.sizes.dtype, torch.float32))
+        return bool(error <= eps**0.5)
+
+
+def buckets(num_rows: int) -> tuple[int, ...]:
+    """Numbers of rows that graphs are captured for, falling: halves, in multiples of 8."""
+    sizes = [max(2, num_rows if num_rows < 8 else -(-num_rows // 8) * 8)]
+    while sizes[-1] > 8:
+        sizes.append(-(-sizes[-1] // 16) * 8)
+    return tuple(sizes)
+
+
+def make_picking(
+    config: SamplingConfig, num_ids: int, stops: Sequence[int], device: torch.device
+) -> Picking:
+    """How tokens are drawn, on the device."""
+    room = 1 << max(len(stops) - 1, 0).bit_length()
+    padded = [*stops, *[-1] * (room - len(stops))]
+    return Picking(
+        config,
+        num_ids,
+        torch.tensor(padded, device=device),
+        torch.tensor([config.top_p], dtype=torch.float64, device=device),
+    )
+
+
+def _angles(model: PreTrainedModel, count: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the model's own rotary embedding, as exact as it gives them."""
+    base: Any = model.base_model
+    wide = torch.promote_types(sizes.dtype, torch.float32)
+    like = torch.empty(0, dtype=sizes.dtype, device=sizes.device)
+    tables = base.rotary_emb(like, torch.arange(count, device=sizes.device)[None])
+    half = sizes.head_dim // 2
+    cos, sin = (table[0, :, :half].to(wide).contiguous() for table in tables)
+    return cos, sin
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """Fused attention without cuDNN's, which plans anew for every width."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kinds)
+
+
+_SLOTS: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()
+"""The slots of each model that has drawn."""
+_TOLD: WeakSet[Any] = WeakSet()
+
+
+class GraphWriter:
+    """Completions of one draw; every step is one launch, and every eighth is looked at."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SamplingConfig,
+        batch_size: int,
+        record: bool,
+        device: Device,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.batch_size = batch_size
+        self.record = record
+        self.device = device
+        self.stops = stop_ids(model, tokenizer)
+        self.pad = pad_id(tokenizer)
+        embeddings: Any = model.get_input_embeddings()
+        self.num_ids = min(vocabulary_size(tokenizer), embeddings.num_embeddings)
+        self.looks = 0
+        """Transfers from the device so far."""
+
+    def open_slots(self, jobs: Sequence[Job]) -> bool:
+        """Prepare the slots for these completions; False if a step is not the model's own."""
+        num_rows = min(self.batch_size, len(jobs))
+        capacity = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
+        slots = _SLOTS.get(self.model)
+        if slots is None or not slots.serves(num_rows, capacity):
+            if slots is not None:
+                num_rows = max(num_rows, slots.buckets[0])
+                capacity = max(capacity, slots.capacity)
+            _SLOTS.pop(self.model, None)
+            slots = None  # its memory is free before the next is taken
+            slots = Slots(self.model, self.device, num_rows, capacity)
+            if not slots.agrees(self.model, jobs[0].ids, self.pad):
+                return False
+            _SLOTS[self.model] = slots
+        self.slots = slots
+        return True
+
+    def write(self, jobs: Sequence[Job]) -> Iterator[list[Open]]:
+        """Completions as they are finished; `open_slots` comes first."""
+        first: dict[Ids, int] = {}
+        for job in jobs:
+            first.setdefault(job.ids, job.place)
+        # Neighbours in length are read together; equal prompts follow one another, read once.
+        order = sorted(jobs, key=lambda job: (len(job.ids), first[job.ids], job.place))
+        self.waiting = deque(order)
+        num_rows = min(self.batch_size, len(jobs))
+        count = [size for size in self.slots.buckets if size >= num_rows][-1]
+        self.open: list[Open | None] = [None] * count
+        self.slot_of = list(range(count))
+        self._upload()
+        while self.waiting or any(self.open):
+            self._change_members()
+            yield self._write_segment()
+        self._give_back()
+
+    def rollout(self, row: Open) -> Rollout:
+        """A finished completion."""
+        return rollout_of(self.tokenizer, row.job, row.tokens, row.logprobs, self.stops)
+
+    def _rows(self) -> Rows:
+        return self.slots.rows.first(len(self.open))
+
+    def _upload(self) -> None:
+        """Tell the device which rows are open, and where."""
+        rows = self._rows()
+        rows.done.copy_(torch.tensor([int(row is None) for row in self.open]))
+        rows.slot.copy_(torch.tensor(self.slot_of))
+
+    def _change_members(self) -> None:
+        """Let waiting completions in; when none waits, go on with fewer rows."""
+        free = [i for i, row in enumerate(self.open) if row is None]
+        num_rows = len(self.open)
+        if self.waiting:
+            if len(free) >= max(1, num_rows // 8):
+                self._start(free[: len(self.waiting)])
+            return
+        num_open = num_rows - len(free)
+        smaller = [size for size in self.slots.buckets if num_open <= size < num_rows]
+        if smaller:
+            self._keep(free, smaller[-1])
+
+    def _keep(self, free: list[int], count: int) -> None:
+        """Go on with so many rows; the others are free."""
+        places = [i for i, row in enumerate(self.open) if row is not None]
+        places = (places + free)[:count]
+        index = torch.tensor(places, device=self.slots.sizes.device)
+        rows = self._rows()
+        for state in (rows.token, rows.position, rows.hidden):
+            state[:count] = state[index]
+        self.open = [self.open[i] for i in places]
+        self.slot_of = [self.slot_of[i] for i in places]
+        self._upload()
+
+    def _start(self, places: list[int]) -> None:
+        """Read the next prompts into these rows."""
+        jobs = [self.waiting.popleft() for _ in places]
+        by_prompt: dict[Ids, list[int]] = {}
+        for place, job in zip(places, jobs, strict=True):
+            self.open[place] = Open(job)
+            by_prompt.setdefault(job.ids, []).append(place)
+        rows = self._rows()
+        for prompts in _portions(list(by_prompt)):
+            states, read = self.slots.read(self.model, prompts, self.pad)
+            pairs = [(i, place) for i, ids in enumerate(prompts) for place in by_prompt[ids]]
+            sources, here = [i for i, _ in pairs], [place for _, place in pairs]
+            self.slots.place(read, sources, [self.slot_of[place] for place in here])
+            lengths = torch.tensor([len(prompts[i]) for i in sources])
+            to = torch.tensor(here, device=states.device)
+            ends = (lengths - 1).to(states.device)
+            rows.hidden[to] = states[torch.tensor(sources, device=states.device), ends]
+            rows.position[to] = lengths.to(states.device, torch.int32)
+        self._upload()
+
+    def _write_segment(self) -> list[Open]:
+        """A few steps; the completions that they finished."""
+        rows, limit = self._rows(), self.config.max_new_tokens
+        left = [limit - len(row.tokens) for row in self.open if row is not None]
+        count = min(STEPS, max(left))
+        keys = [row.job.key if row else 0 for row in self.open]
+        drawn = [len(row.tokens) if row else 0 for row in self.open]
+        graph = self.slots.graph(
+            len(self.open), self.config, self.num_ids, tuple(sorted(self.stops))
+        )
+        rows.uniform[:, :count] = uniforms(keys, count, drawn).to(rows.uniform.device)
+        rows.column.zero_()
+        for _ in range(count):
+            graph.replay()
+        return self._keep_written(rows, count)
+
+    def _keep_written(self, rows: Rows, count: int) -> list[Open]:
+        """Hand each row what it drew; rows that have ended leave their places."""
+        both = torch.stack((rows.tokens[:, :count].double(), rows.logprobs[:, :count].double()))
+        tokens, logprobs = both.tolist()  # the one transfer
+        self.looks += 1
+        states = rows.states[:, :count].clone() if self.record else None
+        finished = []
+        for i, row in enumerate(self.open):
+            if row is None:
+                continue
+            most = min(count, self.config.max_new_tokens - len(row.tokens))
+            new = [int(token) for token in tokens[i][:most]]
+            end = next((n for n, token in enumerate(new, 1) if token in self.stops), most)
+            check_finite(logprobs[i][:end], len(row.tokens))
+            row.tokens += new[:end]
+            row.logprobs += logprobs[i][:end]
+            if states is not None:
+                row.hidden.append(states[i, :end])
+            if new[end - 1] in self.stops or len(row.tokens) == self.config.max_new_tokens:
+                finished.append(row)
+                self.open[i] = None
+        if finished:
+            self._upload()
+        return finished
+
+    def _give_back(self) -> None:
+        """Large caches are memory that learning needs."""
+        cache = self.slots.cache
+        if cache.is_cuda:
+            total = torch.cuda.get_device_properties(cache.device).total_memory
+            if cache.nbytes > total // _KEPT_SHARE:
+                _SLOTS.pop(self.model, None)
+
+
+def _portions(prompts: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """Prompts in portions that are read at once."""
+    portion: list[Ids] = []
+    width = 0
+    for ids in prompts:
+        width = max(width, len(ids))
+        if portion and (len(portion) + 1) * width > _PREFILL_TOKENS:
+            yield portion
+            portion, width = [], len(ids)
+        portion.append(ids)
+    if portion:
+        yield portion
+
+
+def graph_writer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SamplingConfig,
+    batch_size: int,
+    record: bool,
+) -> GraphWriter | None:
+    """A writer for models on a CUDA device whose step is written here; else None."""
+    if model.device.type != "cuda" or not is_covered(model):
+        return None
+    device = cuda_device(model.device)
+    return GraphWriter(model, tokenizer, config, batch_size, record, device)
+
+
+def tell_own_step(model: PreTrainedModel) -> None:
+    """Say once that a model on a GPU is slower than it could be."""
+    if model not in _TOLD:
+        _TOLD.add(model)
+        warnings.warn(
+            f"{type(model).__name__} has no captured decoding step here, so rollouts run its own "
+            "forward pass for every token, which is several times slower.",
+            stacklevel=2,
+        )
