@@ -24,9 +24,10 @@ from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Job, Open, jobs_of
 from tutelage.models.sampling import Drawn, draw_rollouts
 from tutelage.models.tokenizers import stop_ids
-from tutelage.rollout import generate, triton_operators
+from tutelage.rollout import generate, kv_slots, triton_operators
 from tutelage.rollout.cuda_graph import CudaGraph, EagerGraph
-from tutelage.rollout.generate import Device, GraphWriter, cuda_device, make_picking
+from tutelage.rollout.generate import GraphWriter
+from tutelage.rollout.kv_slots import Device, cuda_device, make_picking
 from tutelage.rollout.operators import TorchOperators
 
 IS_CUDA = torch.cuda.is_available()
@@ -322,9 +323,9 @@ def _ours(
     for _ in range(8):
         rows_now.column.zero_()
         with timed() as seconds:
-            for _ in range(generate.STEPS):
+            for _ in range(kv_slots.STEPS):
                 graph.replay()
-        taken.append(seconds[0] * 1e3 / generate.STEPS)
+        taken.append(seconds[0] * 1e3 / kv_slots.STEPS)
     # Weights of all products once, and keys and values of every row's tokens.
     weights = sum(p.nbytes for n, p in model.named_parameters() if "embed" not in n)
     weights += slots.step.head.nbytes

@@ -40,6 +40,7 @@ FENCES = {
     "transformers": ("models/", "rollout/kv_slots.py"),
     "tokenizers": ("models/",),
     "gguf": ("models/",),
+    "triton": ("core/kernels/", "rollout/"),
     "peft": ("models/adapter.py",),
     "bitsandbytes": ("models/optimizer.py",),
     "safetensors": ("models/", "run/"),

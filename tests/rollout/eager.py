@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from tutelage.data.types import Prompt
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Drawn, jobs_of
-from tutelage.rollout import generate
+from tutelage.rollout import kv_slots
 from tutelage.rollout.cuda_graph import EagerGraph
 from tutelage.rollout.generate import GraphWriter
 from tutelage.rollout.operators import Operators, TorchOperators
@@ -65,12 +65,12 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
     return model
 
 
-def cpu_device(operators: Operators | None = None) -> generate.Device:
+def cpu_device(operators: Operators | None = None) -> kv_slots.Device:
     """What a step runs with where nothing can be captured."""
     from tutelage.rollout.triton_operators import num_splits, num_vocab_blocks
 
     operators = operators or TorchOperators()
-    return generate.Device(operators, EagerGraph, 4, num_vocab_blocks, num_splits)
+    return kv_slots.Device(operators, EagerGraph, 4, num_vocab_blocks, num_splits)
 
 
 def write(

@@ -14,7 +14,7 @@ from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.sampling import draw_rollouts
-from tutelage.rollout import generate
+from tutelage.rollout import kv_slots
 from tutelage.rollout.decode_step import is_covered, windows_of
 from tutelage.rollout.operators import TorchOperators
 
@@ -114,7 +114,7 @@ def test_rows_that_are_free_are_refilled_while_others_go_on(letters: Any) -> Non
     drawn, writer = write(model, letters, RAGGED, CONFIG, 8)
     longest = max(len(r.completion_ids) for r in drawn.rollouts)
     batches = -(-len(drawn.rollouts) // 8)
-    assert writer.looks < batches * -(-longest // generate.STEPS)
+    assert writer.looks < batches * -(-longest // kv_slots.STEPS)
 
 
 def test_a_wrong_step_is_not_taken(letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_windows_follow_the_kinds_of_layers() -> None:
 
 
 def test_buckets_are_halves_in_multiples_of_eight() -> None:
-    assert generate.buckets(64) == (64, 32, 16, 8)
-    assert generate.buckets(50) == (56, 32, 16, 8)
-    assert generate.buckets(3) == (3,)
-    assert generate.buckets(1) == (2,)
+    assert kv_slots.buckets(64) == (64, 32, 16, 8)
+    assert kv_slots.buckets(50) == (56, 32, 16, 8)
+    assert kv_slots.buckets(3) == (3,)
+    assert kv_slots.buckets(1) == (2,)

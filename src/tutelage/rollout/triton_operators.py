@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tutelage.rollout import kernels
+from tutelage.rollout import kernels, sample_kernels
 from tutelage.rollout.operators import Heads, Picking
 from tutelage.rollout.state import Rows, Work
 
@@ -147,7 +147,7 @@ class TritonOperators:
         temperature = config.temperature or 1.0
         blocks = (work.block_max, work.block_sum, work.block_best)
         self._start(
-            kernels.block_sums,
+            sample_kernels.block_sums,
             (size, num_blocks),
             *(work.logits, *blocks, temperature, stride, num_ids, num_blocks),
             BLOCK=VOCAB_BLOCK,
@@ -159,7 +159,7 @@ class TritonOperators:
         keeps_k, keeps_p = 0 < config.top_k < num_ids, config.top_p < 1.0
         if config.temperature == 0.0 or not (keeps_k or keeps_p):
             self._start(
-                kernels.pick,
+                sample_kernels.pick,
                 (size,),
                 *(work.logits, *blocks, rows.uniform, picking.stops, *written, *numbers),
                 BLOCK=VOCAB_BLOCK,
@@ -169,7 +169,7 @@ class TritonOperators:
             )
             return
         self._start(
-            kernels.pick_filtered,
+            sample_kernels.pick_filtered,
             (size,),
             *(work.logits, *blocks[:2], rows.uniform, picking.stops, *written, *numbers),
             *(config.top_k, picking.top_p),
