@@ -11,10 +11,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from tutelage.data.types import Rollout
-from tutelage.models.decoding import Ids
 from tutelage.models.draw import SamplingConfig, check_finite, uniforms
+from tutelage.models.head import output_embeddings
 from tutelage.models.jobs import Job, Open, rollout_of
-from tutelage.models.tokenizers import pad_id, stop_ids, vocabulary_size
+from tutelage.models.limits import refuse_beyond_table
+from tutelage.models.rows import Ids
+from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
 from tutelage.rollout.decode_step import is_covered
 from tutelage.rollout.kv_slots import STEPS, Device, Slots, cuda_device
 from tutelage.rollout.state import Rows
@@ -54,7 +56,9 @@ class GraphWriter:
         self.stops = stop_ids(model, tokenizer)
         self.pad = pad_id(tokenizer)
         embeddings: Any = model.get_input_embeddings()
-        self.num_ids = min(vocabulary_size(tokenizer), embeddings.num_embeddings)
+        self.num_embeddings = embeddings.weight.shape[0]
+        num_rows = output_embeddings(model).weight.shape[0]
+        self.num_ids = min(vocabulary_size(tokenizer), self.num_embeddings, num_rows)
         self.looks = 0
         """Transfers from the device so far."""
 
@@ -62,6 +66,9 @@ class GraphWriter:
         """Prepare the slots for these completions; False if a step is not the model's own."""
         num_rows = min(self.batch_size, len(jobs))
         capacity = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
+        refuse_beyond_table(self.model, capacity)
+        for job in jobs:
+            refuse_ids_beyond(self.tokenizer, job.ids, self.num_embeddings, job.prompt.id)
         slots = _SLOTS.get(self.model)
         if slots is None or not slots.serves(num_rows, capacity):
             if slots is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tutelage.models.decoding import Ids
 from tutelage.models.draw import SamplingConfig
+from tutelage.models.rows import Ids
 from tutelage.rollout.cuda_graph import Capture, CudaGraph, Graph
 from tutelage.rollout.decode_step import DecodeStep
 from tutelage.rollout.operators import Operators, Picking
