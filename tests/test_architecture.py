@@ -40,7 +40,6 @@ FENCES = {
     "transformers": ("models/", "rollout/kv_slots.py"),
     "tokenizers": ("models/",),
     "gguf": ("models/",),
-    "triton": ("core/kernels/", "rollout/"),
     "peft": ("models/adapter.py",),
     "bitsandbytes": ("models/optimizer.py",),
     "safetensors": ("models/", "run/"),
