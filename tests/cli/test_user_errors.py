@@ -268,7 +268,7 @@ def test_nothing_left_to_evaluate_or_to_train_on(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a1+1;>"})
     refused(*with_prompts(path, "data.num_held_out=1"))("no training prompts left of 1")
     train = ("train", *with_prompts(path, "evaluation.num_problems=4")[1:])
-    refused(*train)("held-out prompts, got 0")
+    refused(*train)("data.num_held_out is 0")
 
 
 # --- models ---------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ class FileTask:
                 f"task.num_held_out must be 0 with a held-out file, got {self.num_held_out}. "
                 "Use one of the two."
             )
-        if not self._training:
+        if not self.training:
             raise DataError(
                 f"task {self.name!r} has no training prompts left of {len(self.pool)}. "
                 "Lower num_held_out or add prompts."
@@ -266,7 +266,8 @@ class FileTask:
         return tuple(p for p in chosen if _content_key(p) not in seen), held_out
 
     @property
-    def _training(self) -> tuple[Prompt, ...]:
+    def training(self) -> tuple[Prompt, ...]:
+        """Prompts of the pool that are not held out."""
         return self._split[0]
 
     @property
@@ -274,13 +275,13 @@ class FileTask:
         return self._split[1]
 
     def _at(self, index: int, seed: int) -> Prompt:
-        epoch, place = divmod(index, len(self._training))
-        return self._training[self._epoch_order(seed, epoch)[place]]
+        epoch, place = divmod(index, len(self.training))
+        return self.training[self._epoch_order(seed, epoch)[place]]
 
     def _epoch_order(self, seed: int, epoch: int) -> list[int]:
         if (seed, epoch) not in self._orders:
             self._orders.clear()
-            self._orders[seed, epoch] = _permutation(len(self._training), "epoch", seed, epoch)
+            self._orders[seed, epoch] = _permutation(len(self.training), "epoch", seed, epoch)
         return self._orders[seed, epoch]
 
     @cached_property

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tutelage.data.prompts import FileTask
-from tutelage.models.tokenizers import encode_prompt
 from tutelage.run.config import Config
 from tutelage.run.memory import plan_memory
 from tutelage.run.method import AllTokens, FirstTokens
 from tutelage.run.setup import build
 from tutelage.run.train import run_folder
+from tutelage.run.validate import validate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,34 +22,30 @@ def check(config: Config, name: str) -> Iterator[str]:
     Raises:
         TutelageError: something does not fit.
     """
-    parts = build(config)
+    inputs = validate(config, run_folder(config, name))
+    parts = build(config, inputs=inputs)
+    prompts = inputs.prompts or inputs.measure_prompts(config)
     with parts.teacher.awake():
         sides = [_model_line("student", parts.student.model)]
         sides.append(_model_line("teacher", parts.teacher.model))
     yield from sides
     yield f"vocabulary: {parts.student.vocab_size:,} ids shared; tokenizers agree"
-    prompts = parts.task.prompts(0, config.prompts_per_step, config.seed)
     num_held_out = len(parts.task.held_out(config.evaluation.num_problems))
-    lengths = [
-        len(encode_prompt(parts.tokenizer, prompt, parts.enable_thinking)) for prompt in prompts
-    ]
     yield (
-        f"data: task {parts.task.name}, first step's prompts {min(lengths)} to {max(lengths)} "
-        f"tokens, {num_held_out} held out for evaluation"
+        f"data: task {parts.task.name}, prompts of {prompts.shortest} to {prompts.longest} tokens, "
+        f"{num_held_out} held out for evaluation"
     )
-    if isinstance(parts.task, FileTask) and parts.task.num_dropped:
-        yield f"data: {parts.task.num_dropped} prompts over data.max_prompt_tokens left out"
     selection = config.selection
     kept = "every token"
     if isinstance(selection, FirstTokens):
         kept = f"the first {selection.num_tokens} tokens"
     elif not isinstance(selection, AllTokens):
-        kept = f"{selection.keep:.0%} of tokens"
+        kept = f"{100 * selection.keep:.3g} % of tokens"
     yield (
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
-    yield from plan_memory(config, parts, max(lengths)).lines()
+    yield from plan_memory(config, parts, prompts.longest).lines()
     yield from (f"warning: {line}" for line in parts.warnings)
     yield f"folder: {run_folder(config, name)} on {parts.device}"
 

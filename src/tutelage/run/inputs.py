@@ -10,6 +10,7 @@ import torch
 
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
+from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.models.load import load_tokenizer
 from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
@@ -17,6 +18,21 @@ from tutelage.run.config import Config, FileData, LedgerData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptStats:
+    """Tokens of the prompts that a run uses."""
+
+    shortest: int
+    longest: int
+    num_tokens: int
+    num_unknown: int
+    """Tokens, of all, that stand for text which the tokenizer does not know."""
+    unknown: str | None
+    """What such a token is called; None where the tokenizer has none."""
+    is_chat: bool
+    """Whether any of them is rendered with the chat template."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,40 @@ class Inputs:
     teacher_tokenizer: PreTrainedTokenizerBase
     swap: tuple[int, int] | None
     """End-of-sequence ids of student and teacher where they differ."""
+    prompts: PromptStats | None = None
+    """Known once the prompts were validated."""
+    warnings: tuple[str, ...] = ()
+
+    def measure_prompts(self, config: Config) -> PromptStats:
+        """Encode every prompt that the run uses: of a generated task, those of the first step.
+
+        Raises:
+            DataError: one of them cannot be encoded.
+        """
+        thinks = thinking(config.data)
+        unknown = self.tokenizer.unk_token_id
+        prompts = _used_prompts(self.task, config)
+        counts = []
+        for prompt in prompts:
+            ids = encode_prompt(self.tokenizer, prompt, thinks)
+            counts.append((len(ids), 0 if unknown is None else ids.count(unknown)))
+        lengths = [length for length, _ in counts]
+        is_chat = any(not isinstance(prompt.content, str) for prompt in prompts)
+        num_unknown = sum(number for _, number in counts)
+        name = self.tokenizer.unk_token
+        return PromptStats(min(lengths), max(lengths), sum(lengths), num_unknown, name, is_chat)
+
+
+def _used_prompts(task: Task, config: Config) -> list[Prompt]:
+    """Prompts of all steps, or of the first where they are generated, and held-out ones."""
+    held_out = task.held_out(max(config.evaluation.num_problems, config.recording.num_prompts))
+    size = config.prompts_per_step
+    if not isinstance(task, FileTask):
+        return [*task.prompts(0, size, config.seed), *held_out]
+    if config.num_steps * size >= len(task.training):
+        return [*task.training, *held_out]
+    steps = range(config.num_steps)
+    return [p for step in steps for p in task.prompts(step, size, config.seed)] + held_out
 
 
 def load_inputs(config: Config) -> Inputs:

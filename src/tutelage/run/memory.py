@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
+from tutelage.models.limits import context_limit
 from tutelage.run.config import Config
 from tutelage.run.recipe import needs_scoring
 from tutelage.run.setup import Parts
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
     from tutelage.models.teacher import Teacher
 
-_PROBE_TOKENS = (32, 64)
-"""Two lengths, whose difference is what one more token costs."""
+_PROBE_TOKENS = 64
+"""Length of a forward pass that is measured, beside one of half the length."""
 STATE_BYTES = {
     "adamw": 8.0,
     "adamw_on_disk": 8.0,
@@ -212,9 +213,8 @@ def _learn(config: Config, parts: Parts, sizes: _Sizes) -> dict[str, int]:
 
 
 def _saved_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes that autograd keeps for each token of a forward pass, measured on two short ones."""
-    kept = [_saved_bytes(model, num_tokens) for num_tokens in _PROBE_TOKENS]
-    return (kept[1] - kept[0]) // (_PROBE_TOKENS[1] - _PROBE_TOKENS[0])
+    """Bytes that autograd keeps for each token of a forward pass."""
+    return _bytes_per_token(model, _saved_bytes)
 
 
 def _saved_bytes(model: PreTrainedModel, num_tokens: int) -> int:
@@ -236,12 +236,26 @@ def _saved_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
 
 def _cache_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values of one token."""
-    settings = model.config.get_text_config().to_dict()
-    heads = settings.get("num_key_value_heads") or settings["num_attention_heads"]
-    width = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
-    size: int = 2 * settings["num_hidden_layers"] * heads * width * model.dtype.itemsize
-    return size
+    """Bytes that a cache keeps of one token."""
+    return _bytes_per_token(model, _kept_bytes)
+
+
+def _bytes_per_token(model: PreTrainedModel, measure: Callable[[PreTrainedModel, int], int]) -> int:
+    """What one more token costs, from two short forward passes."""
+    most = min(_PROBE_TOKENS, context_limit(model) or _PROBE_TOKENS)
+    less = max(1, most // 2)
+    return max(0, measure(model, most) - measure(model, less)) // max(1, most - less)
+
+
+@torch.no_grad()
+def _kept_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
+    cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+    found: dict[int, int] = {}
+    for layer in cache.layers:
+        tensors = (value for value in vars(layer).values() if isinstance(value, Tensor))
+        found |= {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
+    return sum(found.values())
 
 
 def _own_masters(parts: Parts) -> list[Tensor]:

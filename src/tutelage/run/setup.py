@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ from tutelage.run.config import (
     VLLMServer,
 )
 from tutelage.run.inputs import Inputs, load_inputs, thinking
+from tutelage.run.traps import model_traps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,24 +119,6 @@ def plain_student(config: Config, student: PreTrainedModel) -> PreTrainedModel:
     _add_adapter(model, config)
     set_adapter_weights(model, student.get_adapter_state_dict())
     return merge(model)
-
-
-def _warnings(
-    config: Config, task: Task, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> Iterator[str]:
-    sampling = config.sampling
-    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
-        yield (
-            "completions are not drawn from the distribution that is trained "
-            "(sampling.temperature, top_p or top_k differ from 1, 1, 0)"
-        )
-    if student.chat_template != teacher.chat_template:
-        prompts = task.prompts(0, config.prompts_per_step, config.seed)
-        if any(not isinstance(prompt.content, str) for prompt in prompts):
-            yield (
-                "student and teacher have different chat templates; prompts are rendered with the "
-                "student's, which the teacher may not know"
-            )
 
 
 def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
@@ -240,6 +223,7 @@ def build(
         output_embeddings(student).weight.shape[0],
         output_embeddings(model).weight.shape[0],
     )
+    warnings = (*found.warnings, *model_traps(config, found, student, model))
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     mode = _resting_mode(config.teacher, device)
     teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
@@ -261,5 +245,5 @@ def build(
         task,
         device,
         thinking(config.data),
-        (*_warnings(config, task, tokenizer, found.teacher_tokenizer), *notes),
+        (*warnings, *notes),
     )

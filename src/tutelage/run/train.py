@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tutelage.errors import ConfigError, RunError
+from tutelage.errors import RunError
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import MasterWeights, make_optimizer
 from tutelage.run.card import model_card
@@ -24,19 +24,20 @@ from tutelage.run.checkpoint import (
     save_checkpoint,
 )
 from tutelage.run.checkpoint_thread import CheckpointThread, is_written_beside
-from tutelage.run.config import Config, OptimizerConfig, TransformersEngine
+from tutelage.run.config import Config, OptimizerConfig
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
 from tutelage.run.inputs import pick_device
 from tutelage.run.measure import describe, measure
 from tutelage.run.memory import STATE_BYTES
 from tutelage.run.numerics import open_accelerator, plain_arithmetic
-from tutelage.run.parse import changed_keys, fingerprint, flat_keys, to_table
+from tutelage.run.parse import fingerprint, to_table
 from tutelage.run.record import snapshot
 from tutelage.run.schedule import learning_rate
 from tutelage.run.setup import build, plain_student
 from tutelage.run.step import Step
 from tutelage.run.stop import Stop, StoppedError, listening
 from tutelage.run.trackers import numbers, require_trackers, start_trackers
+from tutelage.run.validate import validate
 
 Say = Callable[[str], None]
 OnStep = Callable[[dict[str, Any]], None]
@@ -116,22 +117,11 @@ class _Run:
         self.stop = stop
         self.say = say if accelerator.is_main_process else _say_nothing
         self.on_step = on_step if accelerator.is_main_process else None
-        shares = accelerator.num_processes * config.updates_per_step
-        if config.prompts_per_step % shares:
-            raise ConfigError(
-                f"prompts_per_step must be a multiple of {shares} (processes times "
-                f"updates_per_step), got {config.prompts_per_step}."
-            )
-        if accelerator.num_processes > 1 and not isinstance(config.engine, TransformersEngine):
-            raise ConfigError(
-                f"engine.kind {config.engine.kind!r} works with one process, got "
-                f'{accelerator.num_processes}. Use engine.kind = "transformers".'
-            )
-        self._refuse_another_run(allow_change)
+        inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
         done, checkpoint = self._start()
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
-        self.parts = build(config, saved, folder.path)
+        self.parts = build(config, saved, folder.path, inputs)
         self._require_space()
         self._write_manifest()
         start_trackers(accelerator, config, folder.path.name)
@@ -219,21 +209,6 @@ class _Run:
             return bool(self.stop)
         flag = torch.tensor([int(bool(self.stop))], device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
-
-    def _refuse_another_run(self, allow_change: tuple[str, ...]) -> None:
-        old = self.folder.read_manifest()
-        unknown = set(allow_change) - set(flat_keys(to_table(self.config)))
-        if unknown:
-            raise ConfigError(f"--allow-change {min(unknown)!r} is no key of the configuration.")
-        if old is None:
-            return
-        changed = changed_keys(old["config"], to_table(self.config))
-        changed = [key for key in changed if key not in allow_change]
-        if changed:
-            raise RunError(
-                f"run folder {self.folder.path} holds another run: {', '.join(changed)} "
-                "differ. Choose another out=FOLDER, or pass --allow-change KEY."
-            )
 
     def _write_manifest(self) -> None:
         table = to_table(self.config)
