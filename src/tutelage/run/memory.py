@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 from tutelage.models.limits import context_limit
+from tutelage.models.rows import backbone
+from tutelage.models.trial import foreign
 from tutelage.run.config import Config
 from tutelage.run.recipe import needs_scoring
 from tutelage.run.setup import Parts
@@ -229,7 +231,7 @@ def _saved_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model.base_model(input_ids=ids, use_cache=False)
+        output = backbone(model)(input_ids=ids, use_cache=False)
     total = sum(found.values())
     del output  # until here it kept every tensor alive, so no address was counted twice
     return total
@@ -244,15 +246,16 @@ def _bytes_per_token(model: PreTrainedModel, measure: Callable[[PreTrainedModel,
     """What one more token costs, from two short forward passes."""
     most = min(_PROBE_TOKENS, context_limit(model) or _PROBE_TOKENS)
     less = max(1, most // 2)
-    return max(0, measure(model, most) - measure(model, less)) // max(1, most - less)
+    with foreign(f"the memory that {type(model).__name__} takes cannot be measured"):
+        return max(0, measure(model, most) - measure(model, less)) // max(1, most - less)
 
 
 @torch.no_grad()
 def _kept_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
-    cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+    cache = backbone(model)(input_ids=ids, use_cache=True).get("past_key_values")
     found: dict[int, int] = {}
-    for layer in cache.layers:
+    for layer in getattr(cache, "layers", ()):  # a recurrent model keeps as much of any length
         tensors = (value for value in vars(layer).values() if isinstance(value, Tensor))
         found |= {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
     return sum(found.values())
