@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
+from tutelage.models.foreign import foreign
 from tutelage.models.limits import context_limit
 from tutelage.models.rows import backbone
-from tutelage.models.trial import foreign
 from tutelage.run.config import Config
 from tutelage.run.recipe import needs_scoring
 from tutelage.run.setup import Parts
@@ -246,7 +246,7 @@ def _bytes_per_token(model: PreTrainedModel, measure: Callable[[PreTrainedModel,
     """What one more token costs, from two short forward passes."""
     most = min(_PROBE_TOKENS, context_limit(model) or _PROBE_TOKENS)
     less = max(1, most // 2)
-    with foreign(f"the memory that {type(model).__name__} takes cannot be measured"):
+    with foreign("cannot be run to measure its memory", model):
         return max(0, measure(model, most) - measure(model, less)) // max(1, most - less)
 
 
