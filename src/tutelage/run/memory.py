@@ -255,7 +255,8 @@ def _kept_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
     cache = backbone(model)(input_ids=ids, use_cache=True).get("past_key_values")
     found: dict[int, int] = {}
-    for layer in getattr(cache, "layers", ()):  # a recurrent model keeps as much of any length
+    # a recurrent model without layers of keys keeps as much of any length
+    for layer in cache.layers if hasattr(cache, "layers") else ():
         tensors = (value for value in vars(layer).values() if isinstance(value, Tensor))
         found |= {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
     return sum(found.values())
