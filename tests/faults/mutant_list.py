@@ -191,7 +191,7 @@ MUTANTS: dict[str, Group] = {
             ("self.cache.reorder_cache(index)", "pass"),
             ("self.cache.reorder_cache(index)", "self.cache.batch_select_indices(index)"),
             (
-                "if gap <= ROUNDING[model.dtype]:\n            return form",
+                "if gap <= rounding(model):\n            return form",
                 "if True:\n            return form",
             ),
             ("[places.argsort()]", ""),

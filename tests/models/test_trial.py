@@ -16,6 +16,7 @@ from tutelage.errors import DataError, ModelError
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.head import head, head_form, hidden_rows
 from tutelage.models.limits import context_limit, has_position_table
+from tutelage.models.load import load_model
 from tutelage.models.rows import (
     AlignedRows,
     OwnRows,
@@ -253,3 +254,36 @@ def test_every_kind_of_layer_survives_shrinking(tmp_path: Path) -> None:
     tiny = AutoConfig.from_pretrained(tmp_path / "m")
     assert set(tiny.layer_types) == set(config.layer_types)
     assert tiny.num_hidden_layers == len(tiny.layer_types) == 2
+
+
+# --- images and text, eager attention -------------------------------------------------------------
+
+
+MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+
+
+def saved(kind: str, folder: Path, **options: Any) -> str:
+    found = Architecture(AutoConfig.for_model(kind, **options), "a test", is_base=False)
+    save_tiny_model(found, NUM_ROWS, 0, folder)
+    return str(folder)
+
+
+def test_a_model_of_images_and_text_reads_text(tmp_path: Path) -> None:
+    model = load_model(saved("qwen2_5_vl", tmp_path / "vl", text_config={"rope_parameters": MROPE}))
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert try_model(model, "student 'x'", 259) == []
+    check_rows(rows_for(model, 0), model)
+
+
+def test_a_text_part_without_a_class_of_its_own_is_not_blamed_on_its_files(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("qwen2_5_vl").get_text_config()
+    config.save_pretrained(tmp_path / "part")
+    with pytest.raises(ModelError, match="transformers has no causal language model"):
+        load_model(str(tmp_path / "part"))
+
+
+def test_a_model_without_fused_attention_loads_eagerly_and_says_so(tmp_path: Path) -> None:
+    model = load_model(saved("gpt_oss", tmp_path / "gpt-oss"))
+    assert model.config._attn_implementation == "eager"
+    (note,) = try_model(model, "teacher 'x'", 259, decodes=False)
+    assert note.startswith("the teacher 'x', a GptOssForCausalLM, has no fused attention")

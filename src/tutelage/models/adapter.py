@@ -95,6 +95,20 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
+def with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """A model with the adapter of a folder added to its weights; a plain model again.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "lora", f"The adapter {folder!r}")
+    from peft import PeftModel
+
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return merged.requires_grad_(True)
+
+
 def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Names and weights that a plain model would have: an adapter is added, layer after layer."""
     if not model._hf_peft_config_loaded:

@@ -16,7 +16,7 @@ from tutelage.errors import ModelError
 from tutelage.models.backbone import is_written_out, last_hidden
 from tutelage.models.foreign import run
 from tutelage.models.limits import refuse_beyond_table
-from tutelage.models.rows import ROUNDING, backbone, read_alone, trial_ids
+from tutelage.models.rows import backbone, read_alone, rounding, trial_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,7 +145,7 @@ def _scale_before(model: PreTrainedModel, hidden: Tensor, entered: Tensor) -> fl
     if given.shape == read.shape:
         scale = float(given @ read / (given @ given))
         is_same = torch.equal(given, read)
-        if is_same or float((read - scale * given).norm() / read.norm()) <= ROUNDING[model.dtype]:
+        if is_same or float((read - scale * given).norm() / read.norm()) <= rounding(model):
             return 1.0 if is_same else scale
     raise ModelError(
         f"{type(model).__name__} has layers between its backbone and its output embeddings. "

@@ -27,6 +27,7 @@ from tutelage.errors import (
     TutelageError,
     remedy,
 )
+from tutelage.models.adapter import with_adapter
 from tutelage.models.claims import (
     no_panic,
     refuse_large_ids,
@@ -34,6 +35,7 @@ from tutelage.models.claims import (
     refuse_missing_layers,
     refuse_parts_elsewhere,
 )
+from tutelage.models.classes import causal_class
 from tutelage.models.fast import use_fast_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.tokenizers import save_tokenizer
@@ -86,6 +88,11 @@ def load_model(
         refuse_parts_elsewhere(found)
         refuse_missing_layers(found)
         refuse_large_sizes(found)
+    if found.adapter is not None and quantization != "none":
+        raise ConfigError(
+            f"model {found.ref!r} is an adapter, which cannot be merged into {quantization} "
+            "weights. Leave quantization at none."
+        )
     with _without_bars() if found.is_local else contextlib.nullcontext():
         if quantization != "none":
             low_bits = _low_bits(found, quantization, dtype) | {"device_map": {"": str(target)}}
@@ -94,6 +101,9 @@ def load_model(
             model = _load_plain(found, DTYPES[dtype], attn)
         else:
             model = _load_gguf(found, DTYPES[dtype], attn)
+    if found.adapter is not None:
+        with _explained(found, "adapter"):
+            model = with_adapter(model, found.adapter)
     if target.type == "cpu":
         use_fast_layers(model)
     return model.to(target).eval()
@@ -122,6 +132,8 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     found = resolve_model(ref)
+    if found.adapter is not None and _has_tokenizer(found.adapter):
+        found = ResolvedModel(ref, found.adapter)
     options = _options(found)
     _refuse_missing_tokenizer(found)
     with _explained(found, "tokenizer"):
@@ -198,20 +210,25 @@ def _load_plain(
     attn: str,
     low_bits: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     options = _options(found) | (low_bits or {})
+    kind = causal_class(load_model_config(found), found.ref)
     with _explained(found, "model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.auto.from_pretrained(
             found.source,
             dtype=dtype,
-            attn_implementation=attn,
+            attn_implementation=attn if kind.has_sdpa else "eager",
             use_safetensors=True,
             output_loading_info=True,
             **options,
         )
+    if model._hf_peft_config_loaded:  # a hub id that transformers found to be one
+        raise ModelError(
+            f"model {found.ref!r} is an adapter on the hub. Download it and give its folder, which "
+            "is merged into its base."
+        )
     _refuse_missing_weights(found, report)
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrainedModel:
@@ -269,11 +286,15 @@ def _without_bars() -> Iterator[None]:
 def _refuse_missing_tokenizer(found: ResolvedModel) -> None:
     """A folder without one: transformers would go on with an empty vocabulary."""
     is_folder = found.is_local and found.gguf_file is None
-    if is_folder and not any((Path(found.source) / f).is_file() for f in _TOKENIZER_FILES):
+    if is_folder and not _has_tokenizer(found.source):
         raise ModelError(
             f"cannot load the tokenizer {found.ref!r}: the folder has none of "
             f"{', '.join(_TOKENIZER_FILES)}. Copy the tokenizer of its base model there."
         )
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _refuse_unread_generation_config(found: ResolvedModel) -> None:

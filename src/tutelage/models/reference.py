@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tutelage.errors import ModelError
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -25,14 +28,17 @@ class ResolvedModel:
     """Name of the GGUF file inside `source`; None for a transformers folder."""
     is_local: bool = True
     """False for a hub id."""
+    adapter: str | None = None
+    """Folder of an adapter that is merged into the model at `source`; None for a whole model."""
 
 
 def resolve_model(ref: str) -> ResolvedModel:
     """Find what a model reference points to, without loading it.
 
     Args:
-        ref: A folder, a `.gguf` file, `package:NAME/sub/folder` (a folder or the only GGUF file of
-            an installed package, which is not imported), or a hub id.
+        ref: A folder (of a model, or of an adapter that names its base), a `.gguf` file,
+            `package:NAME/sub/folder` (a folder or the only GGUF file of an installed package, which
+            is not imported), or a hub id.
 
     Returns:
         The place to load from.
@@ -65,6 +71,8 @@ def _resolve_path(ref: str, path: Path) -> ResolvedModel:
         return ResolvedModel(ref, str(path.parent), gguf_file=path.name)
     if not path.is_dir():
         raise ModelError(f"model {ref!r} does not exist: no folder or .gguf file {path}.")
+    if (path / ADAPTER_CONFIG).is_file() or (path / ADAPTER_WEIGHTS).is_file():
+        return _resolve_adapter(ref, path)
     if (path / "config.json").is_file():
         return ResolvedModel(ref, str(path))
     files = sorted(path.glob("*.gguf"))
@@ -74,6 +82,44 @@ def _resolve_path(ref: str, path: Path) -> ResolvedModel:
             f"{len(files)} .gguf files. Name the folder or file that holds the model."
         )
     return _resolve_path(ref, files[0])
+
+
+def _resolve_adapter(ref: str, path: Path) -> ResolvedModel:
+    """The base that an adapter names, and the adapter."""
+    whole = [
+        file.name for file in sorted(path.glob("*.safetensors")) if file.name != ADAPTER_WEIGHTS
+    ]
+    if whole:
+        raise ModelError(
+            f"model {ref!r} holds whole weights ({whole[0]}) and an adapter ({ADAPTER_CONFIG}), "
+            "which may be part of them already. Keep one of them in the folder."
+        )
+    base = _base_of(ref, path)
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(
+            f"model {ref!r} is an adapter without {ADAPTER_WEIGHTS}; pickled weights are not read. "
+            "Save it as safetensors."
+        )
+    beside = path / base
+    place = beside if beside.is_dir() else Path(base)
+    if (place / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"model {ref!r} is an adapter of an adapter, {base!r}. Merge one first.")
+    found = resolve_model(str(beside) if beside.is_dir() else base)
+    return replace(found, ref=ref, adapter=str(path))
+
+
+def _base_of(ref: str, path: Path) -> str:
+    try:
+        settings = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = settings["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"model {ref!r} is an adapter that does not name its base. Write the base model's "
+            f"folder or hub id as base_model_name_or_path into its {ADAPTER_CONFIG}."
+        )
+    return base
 
 
 def _package_path(ref: str) -> Path:

@@ -32,9 +32,17 @@ _LENGTHS = (5, 2, 3)
 _NUM_STEPS = 4
 TRIAL_TOKENS = max(_LENGTHS) + _NUM_STEPS
 """The longest sequence of a trial."""
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative difference, in the Euclidean norm, between two ways to the same hidden states
-that rounding in a dtype explains. Reading padding or a neighbour changes a tenth or more."""
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ROUNDING_LOW_BITS = 0.1
+
+
+def rounding(model: PreTrainedModel) -> float:
+    """Largest relative difference between two ways to hidden states that rounding explains.
+
+    In the Euclidean norm, by the dtype. Reading padding or a neighbour changes a tenth or more.
+    """
+    is_low = model.__dict__.get("hf_quantizer") is not None
+    return _ROUNDING_LOW_BITS if is_low else _ROUNDING[model.dtype]
 
 
 def backbone(model: PreTrainedModel) -> Any:
@@ -258,7 +266,7 @@ def _first_exact(model: PreTrainedModel, pad: int, trial: _Trial) -> type[OwnRow
         except ModelError as error:
             reason = str(error)
             continue
-        if gap <= ROUNDING[model.dtype]:
+        if gap <= rounding(model):
             return form
         reason = f"hidden states differ by {gap:.2g} of their size"
     raise ModelError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tutelage.errors import ModelError
+from tutelage.models.classes import causal_class
 from tutelage.models.foreign import foreign
 from tutelage.models.load import load_model_config, save_model
 from tutelage.models.reference import resolve_model
@@ -59,6 +60,7 @@ Windows, chunks and selections of keys are shorter than the sequences of a trial
 """
 _NO_SETTINGS = {"_name_or_path", "output_attentions", "architectures"}
 """What a configuration says of itself beside the model."""
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
@@ -128,7 +130,13 @@ def architecture(ref: str) -> Architecture:
     return Architecture(load_model_config(found).get_text_config(), "the hub's config", is_base)
 
 
-def save_tiny_model(found: Architecture, num_rows: int, seed: int, folder: Path) -> str:
+def save_tiny_model(
+    found: Architecture,
+    num_rows: int,
+    seed: int,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> str:
     """Write a tiny random model and its tokenizer; returns the name of the model's class.
 
     Args:
@@ -136,19 +144,19 @@ def save_tiny_model(found: Architecture, num_rows: int, seed: int, folder: Path)
         num_rows: rows of its head, at least the ids of the tokenizer.
         seed: seed of its weights.
         folder: where to.
+        tokenizer: its tokenizer; None for `tiny_tokenizer`.
 
     Raises:
         ModelError: the architecture cannot be shrunk.
     """
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = tiny_tokenizer(found.is_base)
+    tokenizer = tokenizer or tiny_tokenizer(found.is_base)
+    auto = causal_class(found.config, "of this type").auto
     config = tiny_config(found.config, num_rows, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            model = auto.from_config(config, trust_remote_code=False)
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
                 f"no tiny model of type {found.config.model_type!r} can be made: {reason}. "
@@ -167,7 +175,13 @@ def tiny_config(
         ModelError: the tiny sizes do not fit one another.
     """
     with foreign("cannot be made tiny", config):
-        tiny: PreTrainedConfig = type(config).from_dict(_shrunk(config, num_rows, tokenizer))
+        text = config.get_text_config()
+        small = _shrunk(text, num_rows, tokenizer)
+        if text is not config:  # a model of images and text
+            own = config.to_dict()
+            inner = next(name for name in _TEXT_CONFIGS if name in own)
+            small = {name: _small(name, value) for name, value in own.items()} | {inner: small}
+        tiny: PreTrainedConfig = type(config).from_dict(small)
         return tiny
 
 
@@ -208,6 +222,9 @@ def _shrunk(
         tiny["qk_head_dim"] = tiny["qk_nope_head_dim"] + tiny["qk_rope_head_dim"]
         if own.get("head_dim") == own["qk_rope_head_dim"]:
             tiny["head_dim"] = tiny["qk_rope_head_dim"]
+    rope = own.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:  # shares of a head's pairs
+        tiny["rope_parameters"] = rope | {"mrope_section": [2, 3, 3]}
     tiny |= _few_layers(own)
     tiny |= _OF_TYPE.get(config.model_type, {})
     for name in ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"):

@@ -14,7 +14,7 @@ from tutelage.models.foreign import foreign
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.layers import is_fast_family
 from tutelage.models.limits import context_limit
-from tutelage.models.rows import ROUNDING, read_alone, relative_gap, rows_for, trial_ids
+from tutelage.models.rows import read_alone, relative_gap, rounding, rows_for, trial_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def try_model(model: PreTrainedModel, who: str, vocab_size: int, decodes: bool =
         decodes: whether it is to draw completions.
 
     Returns:
-        What a user should know of the way it is decoded.
+        What a user should know of the way it is computed.
 
     Raises:
         ModelError: it computes something else, or cannot be run.
@@ -48,10 +48,11 @@ def try_model(model: PreTrainedModel, who: str, vocab_size: int, decodes: bool =
         sequences = [trial_ids(model, length, i) for i, length in enumerate(lengths)]
         _check_head(model, who, vocab_size, sequences[0])
         _check_packing(model, who, sequences)
-        if decodes and not is_fast_family(model):
-            rows = rows_for(model, 0)
-            return [f"{type(model).__name__} {rows.note}"] if rows.note else []
-    return []
+        rows = rows_for(model, 0) if decodes and not is_fast_family(model) else None
+    notes = [rows.note] if rows is not None and rows.note else []
+    if model.config._attn_implementation == "eager":
+        notes.append("has no fused attention in transformers: it attends eagerly, and slower")
+    return [f"the {who}, a {type(model).__name__}, {note}" for note in notes]
 
 
 def _check_head(model: PreTrainedModel, who: str, vocab_size: int, ids: tuple[int, ...]) -> None:
@@ -81,7 +82,7 @@ def _check_packing(model: PreTrainedModel, who: str, sequences: list[tuple[int, 
     packed = hidden_rows(model, batch.to(model.device))
     alone = torch.cat([read_alone(model, ids)[:-1] for ids in sequences])
     gap = relative_gap(packed, alone)
-    if not gap <= ROUNDING[model.dtype]:
+    if not gap <= rounding(model):
         raise ModelError(
             f"the {who} reads a sequence otherwise beside a longer one: hidden states of "
             f"{type(model).__name__} differ by {gap:.2g} of their size, so tokens see what follows "

@@ -232,7 +232,7 @@ def build(
     decodes = isinstance(config.engine, TransformersEngine)
     notes = try_model(student, f"student {config.student.model!r}", vocab_size, decodes)
     with teacher.awake():
-        try_model(model, f"teacher {config.teacher.model!r}", vocab_size, decodes=False)
+        notes += try_model(model, f"teacher {config.teacher.model!r}", vocab_size, decodes=False)
     return Parts(
         Student(student, vocab_size),
         MasterWeights(

@@ -1,0 +1,159 @@
+"""Folders of adapters as models: merged into the base that they name, or one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from tutelage.errors import ConfigError, ModelError
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.reference import resolve_model
+from tutelage.models.tiny import Architecture, save_tiny_model
+from tutelage.run.parse import parse_config
+from tutelage.run.train import train
+
+peft = pytest.importorskip("peft")
+IDS = torch.tensor([[7, 8, 9]])
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    save_tiny_model(
+        Architecture(AutoConfig.for_model("qwen3"), "", False), 267, 0, tmp_path / "base"
+    )
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    """What peft writes: an adapter that is no zero, a path to its base, no tokenizer."""
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(load_model(str(base)), config)
+    model.base_model.model.name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", base_model_name_or_path=str(base))
+    return tmp_path / "adapter"
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(IDS).logits
+    return result
+
+
+def test_an_adapter_is_merged_into_its_base(base: Path, adapter: Path) -> None:
+    merged = load_model(str(adapter))
+    expected = peft.PeftModel.from_pretrained(load_model(str(base)), str(adapter))
+    torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-4, atol=1e-5)
+    assert float((logits(merged) - logits(load_model(str(base)))).abs().max()) > 1e-2
+    names = [name for name, _ in merged.named_parameters()]
+    assert names == [name for name, _ in load_model(str(base)).named_parameters()]
+    assert all(weight.requires_grad for weight in merged.parameters())
+    assert load_tokenizer(str(adapter)).get_vocab() == load_tokenizer(str(base)).get_vocab()
+    assert resolve_model(str(adapter)).ref == str(adapter)
+
+
+def test_adapters_train_as_student_and_as_teacher(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    for student, teacher in ((adapter, base), (base, adapter)):
+        seen: list[dict[str, Any]] = []
+        out = tmp_path / student.name
+        table = {
+            "student": {"model": str(student)},
+            "teacher": {"model": str(teacher)},
+            "data": {"kind": "file", "path": str(prompts), "num_held_out": 0, "chat": False},
+            "sampling": {"max_new_tokens": 4},
+            "evaluation": {"num_problems": 0},
+            "num_steps": 1,
+            "prompts_per_step": 2,
+            "device": "cpu",
+            "out": str(out / "run"),
+        }
+        train(parse_config(table), say=lambda _: None, on_step=seen.append)
+        assert seen[0]["loss"] > 1e-3
+        assert not (out / "run" / "student" / "adapter_config.json").exists()
+        assert logits(load_model(str(out / "run" / "student"))).isfinite().all()
+
+
+def test_a_copied_configuration_without_weights_changes_nothing(base: Path, adapter: Path) -> None:
+    """torchtune copies the base's configuration and tokenizer beside the adapter."""
+    before = logits(load_model(str(adapter)))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter)
+    assert torch.equal(logits(load_model(str(adapter))), before)
+
+
+def test_a_base_beside_its_adapter_is_found_by_a_relative_path(base: Path, adapter: Path) -> None:
+    before = logits(load_model(str(adapter)))
+    edit(adapter, base_model_name_or_path="../base")
+    assert torch.equal(logits(load_model(str(adapter))), before)
+
+
+def beside_weights(base: Path, adapter: Path) -> None:
+    shutil.copy(base / "model.safetensors", adapter)
+    shutil.copy(base / "config.json", adapter)
+
+
+def nameless(base: Path, adapter: Path) -> None:
+    edit(adapter, base_model_name_or_path=None)
+
+
+def unconfigured(base: Path, adapter: Path) -> None:
+    (adapter / "adapter_config.json").unlink()
+
+
+def pickled(base: Path, adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+
+
+def absent(base: Path, adapter: Path) -> None:
+    shutil.rmtree(base)
+
+
+def nested(base: Path, adapter: Path) -> None:
+    edit(adapter, base_model_name_or_path=str(adapter))
+
+
+def foreign_shapes(base: Path, adapter: Path) -> None:
+    shutil.rmtree(base)
+    save_tiny_model(Architecture(AutoConfig.for_model("gpt2"), "", False), 267, 0, base)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (beside_weights, r"holds whole weights \(model\.safetensors\) and an adapter"),
+        (nameless, "does not name its base"),
+        (unconfigured, "does not name its base"),
+        (pickled, "is an adapter without adapter_model.safetensors; pickled"),
+        (absent, "does not exist"),
+        (nested, "adapter of an adapter"),
+        (foreign_shapes, "cannot load the adapter"),
+    ],
+)
+def test_adapters_that_lead_nowhere_are_one_line(
+    base: Path, adapter: Path, damage: Any, message: str
+) -> None:
+    damage(base, adapter)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(str(adapter))
+    assert "\n" not in str(caught.value)
+
+
+def test_low_bits_and_an_adapter_are_refused(adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be merged into 8bit weights"):
+        load_model(str(adapter), quantization="8bit")
