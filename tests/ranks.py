@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed import TCPStore
 
 # Imported before there is a group: functions of these modules have the group of that time as the
 # default of an argument, which would hold it for ever.
 from torch.distributed.fsdp import fully_shard  # noqa: F401
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from tutelage.run.launch import rendezvous
 
 HERE = Path(__file__).parent
 GLOO_THREADS = ("pt_gloo_runloop", "gloo_tcp_loop")
@@ -35,26 +36,6 @@ class Ended:
 
 
 @contextmanager
-def rendezvous() -> Iterator[dict[str, str]]:
-    """The environment in which ranks find each other.
-
-    The store listens on a port that the system gave it and keeps it, so that no other process can
-    take the port between its choice and its use.
-    """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        # As under torchrun: ranks are clients of a store that is there, and none starts its own.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    del store
-
-
-@contextmanager
 def started(
     command: Sequence[str], count: int, logs: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
@@ -68,6 +49,7 @@ def started(
     """
     with ExitStack() as stack:
         common = os.environ | stack.enter_context(rendezvous()) | dict(environment or {})
+        common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         processes = []
         for rank in range(count):

@@ -3,43 +3,68 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from test_ranks import free_port
+
+from ranks import Ended, run_ranks
+from tutelage.cli import main
 
 ROOT = Path(__file__).parents[2]
+HELD = 99
+"""Exit code of a rank that did what it should and holds its process group still."""
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tutelage.cli import main
+code = main(sys.argv[1:])
+from ranks import gloo_threads
+sys.exit({HELD} if gloo_threads() else code)
+"""
 
 
-def start(world: int, rank: int, port: int, out: Path) -> subprocess.Popen[str]:
-    overrides = ["num_steps=3", "prompts_per_step=4", "micro_batch_size=3", "checkpoint_every=2"]
-    overrides += ["selection.rule=soft_or", "evaluation.num_problems=2", "evaluation.num_samples=1"]
-    overrides += ["evaluation.teacher=false", f"out={out}", "device=cpu"]
-    ranks = {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tutelage", "train", str(ROOT / "configs/ledger.toml"), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | ranks | here | {"OMP_NUM_THREADS": "1"},
-    )
+def arguments(out: Path, **changes: Any) -> list[str]:
+    """A small run of the embedded pair."""
+    values = {
+        "num_steps": 3, "prompts_per_step": 4, "micro_batch_size": 3, "checkpoint_every": 2,
+        "selection.rule": "soft_or", "evaluation.num_problems": 2, "evaluation.num_samples": 1,
+        "evaluation.teacher": "false", "device": "cpu", "out": out,
+    }  # fmt: skip
+    overrides = [f"{key}={value}" for key, value in (values | changes).items()]
+    return ["train", str(ROOT / "configs/ledger.toml"), *overrides]
 
 
-def test_two_processes_write_one_run(tmp_path: Path) -> None:
-    losses, voices = {}, {}
-    for world in (1, 2):
-        out, port = tmp_path / str(world), free_port()
-        processes = [start(world, rank, port, out) for rank in range(world)]
-        voices[world] = [process.communicate(timeout=180)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * world, voices[world]
-        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        assert [step["step"] for step in steps] == [1, 2, 3]
-        losses[world] = [step["loss"] for step in steps]
-        assert (out / "student" / "model.safetensors").exists()
-    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
-    assert "student exported" in voices[2][0]
-    assert "student exported" not in voices[2][1]
+def two(*arguments: str) -> list[Ended]:
+    """Both ranks of one command."""
+    return run_ranks([sys.executable, "-c", PROGRAM, *arguments], 2)
+
+
+def losses(out: Path) -> list[float]:
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    return [step["loss"] for step in steps]
+
+
+def test_two_processes_write_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(tmp_path / "one")) == 0
+    alone = capsys.readouterr().out
+    first, second = two(*arguments(tmp_path / "both"))
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert (tmp_path / "both" / "student" / "model.safetensors").exists()
+    assert "student exported" in first.said
+    assert second.said == ""
+    # A launcher may start fewer processes than one thinks it does.
+    for out, said, count in (("one", alone, 1), ("both", first.said, 2)):
+        assert said.startswith(f"{count} process{'es' * (count > 1)} on cpu\n")
+        manifest = json.loads((tmp_path / out / "manifest.json").read_text())
+        assert manifest["num_processes"] == count
+
+
+def test_ranks_that_are_refused_leave_their_group_too(tmp_path: Path) -> None:
+    ranks = two(*arguments(tmp_path / "run", prompts_per_step=3))
+    assert [rank.code for rank in ranks] == [2, 2], [rank.said for rank in ranks]
+    assert "prompts_per_step must be a multiple of 2" in ranks[0].said
+    assert not (tmp_path / "run").exists()

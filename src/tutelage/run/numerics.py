@@ -104,6 +104,12 @@ def open_accelerator(config: Config, folder: Path, device: torch.device) -> Acce
         RunError: the environment, or an earlier `Accelerator` of this process, asks for more.
     """
     refuse_requests(os.environ, device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Their functions have the group of the time of import as the default of an argument: a run
+        # that imports them later could not let go of its own.
+        import torch.distributed.fsdp
+        import torch.distributed.nn
+        import torch.distributed.optim  # noqa: F401
     # The main process evaluates alone while the others wait for its next gradient.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     try:

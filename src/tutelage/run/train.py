@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -88,18 +89,15 @@ def train(
     path = run_folder(config, name)
     accelerator = open_accelerator(config, path, pick_device(config.device))
     folder = RunFolder(path, accelerator.is_main_process)
-    folder.open()
     stop = Stop(may_interrupt=accelerator.num_processes == 1)
-    try:
-        with listening(stop):
-            run = _Run(config, folder, accelerator, allow_change, say, on_step, stop)
-            try:
-                return run.go()
-            finally:
-                run.close()
-                accelerator.end_training()
-    finally:
-        folder.close()
+    with ExitStack() as stack:
+        stack.callback(accelerator.end_training)  # a group that is left may abort its process
+        folder.open()
+        stack.callback(folder.close)
+        stack.enter_context(listening(stop))
+        run = _Run(config, folder, accelerator, allow_change, say, on_step, stop)
+        stack.callback(run.close)
+        return run.go()
 
 
 class _Run:
@@ -213,7 +211,10 @@ class _Run:
     def _write_manifest(self) -> None:
         table = to_table(self.config)
         manifest = {"config": table, "fingerprint": fingerprint(self.config), **environment()}
-        self.folder.write_manifest(manifest)
+        count = self.accelerator.num_processes
+        self.folder.write_manifest(manifest | {"num_processes": count})
+        device = self.accelerator.device.type
+        self.say(f"{count} {'process' if count == 1 else 'processes'} on {device}")
 
     def _start(self) -> tuple[int, Path | None]:
         """Steps that are done, and the checkpoint after them; the logs end there too."""
