@@ -20,12 +20,22 @@ from tutelage.core import (
     kernels,
     token_stats,
 )
-from tutelage.core.terms import JSD, ForwardKL, ReverseKL, SkewReverseKL, Term
+from tutelage.core.terms import (
+    JSD,
+    ForwardKL,
+    ReverseKL,
+    SampledReverseKL,
+    SkewReverseKL,
+    Term,
+    TopKForwardKL,
+    TopKReverseKL,
+)
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, at −inf − −inf
 
 from tutelage.core.kernels import passes  # noqa: E402
+from tutelage.core.kernels.tops import FOUND  # noqa: E402
 
 Make = Callable[..., Any]
 
@@ -192,7 +202,7 @@ ROWS = {
 def test_extreme_rows_keep_their_relative_precision(
     name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "_block", lambda vocab_size, most: block)
+    monkeypatch.setattr(passes, "launch_block", lambda vocab_size, most: block)
     z, y = (torch.tensor([row]) for row in ROWS[name])
     found = token_stats(*_from_logits(z, y), torch.tensor([2]))
     log_p, log_q = (reference.log_softmax(x.double()) for x in (z, y))
@@ -222,7 +232,7 @@ def test_nearly_equal_rows_are_as_exact_as_in_plain_torch(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("block", [2, 16])
 def test_ids_that_are_ruled_out(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_block", lambda vocab_size, most: block)
+    monkeypatch.setattr(passes, "launch_block", lambda vocab_size, most: block)
     generator = torch.Generator().manual_seed(3)
     hidden, weight, other = (torch.randn(n, 4, generator=generator) for n in (3, 9, 9))
     out = torch.zeros(9)
@@ -329,7 +339,7 @@ def test_a_gate_opens_by_the_teachers_entropy(make_pair: Make) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_other_terms(term: Term, function: Any, spread: float, make_pair: Make) -> None:
+def test_mixtures(term: Term, function: Any, spread: float, make_pair: Make) -> None:
     pair = make_pair(rows=3, vocab_size=37, dtype=torch.float32, spread=spread, softcap=30.0)
     weights, more = torch.tensor([0.3, 0.0, 1.2]), torch.tensor([0.0, 0.5, 0.5])
     pairs = [(function, weights.tolist()), (reference.forward_kl, more.tolist())]
@@ -340,6 +350,92 @@ def test_other_terms(term: Term, function: Any, spread: float, make_pair: Make) 
     gradients = _gradients(pair.student).values()
     for gradient, exact in zip(gradients, expected, strict=True):
         assert _relative(gradient, exact) < 1e-5
+
+
+OLD = torch.tensor([-1.0, -0.5, -9.0])
+TOKENS = torch.tensor([2, 0, 36])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("term", "function"),
+    [
+        (TopKForwardKL(5), lambda p, q: reference.topk_kl(p, q, 5, True)),
+        (TopKForwardKL(5, tail=False), lambda p, q: reference.topk_renormalised(p, q, 5)),
+        (TopKForwardKL(99), lambda p, q: reference.topk_kl(p, q, 37, True)),
+        (TopKReverseKL(5), lambda p, q: reference.topk_kl(p, q, 5, False)),
+        (
+            SampledReverseKL(TOKENS, OLD),
+            lambda p, q: reference.sampled(p, q, TOKENS.tolist(), OLD.tolist(), 0.2),
+        ),
+    ],
+    ids=["tail", "renorm", "all_ids", "reverse", "sampled"],
+)
+def test_terms_of_a_few_ids_beside_dense_ones(
+    term: Term, function: Any, dtype: torch.dtype, make_pair: Make
+) -> None:
+    pair = make_pair(rows=3, vocab_size=37, width=6, dtype=dtype, softcap=30.0, scale=1.3)
+    weights, more = torch.tensor([0.3, 0.0, 1.2]), torch.tensor([0.0, 0.5, 0.5])
+    terms = [(term, weights), (ForwardKL(), more), (ReverseKL(), weights)]
+    functions = (function, reference.forward_kl, reference.reverse_kl)
+    pairs = list(zip(functions, (x.tolist() for _, x in terms), strict=True))
+    value, expected = reference.composite(pair.reference, pairs)
+    found = composite_objective(pair.student, pair.teacher, terms)
+    found.total.backward()
+    torch.testing.assert_close(found.value.double(), value, rtol=5e-6, atol=1e-6)
+    limit = 1e-5 if dtype == torch.float32 else 6e-3
+    for gradient, exact in zip(_gradients(pair.student).values(), expected, strict=True):
+        assert _relative(gradient, exact) < limit
+
+
+def test_a_students_tail_that_has_vanished(make_pair: Make) -> None:
+    z = torch.tensor([[120.0, 119.0, 0.0, 1.0, 2.0]])
+    y = torch.tensor([[3.0, 2.0, 1.0, 0.0, 1.5]])
+    student, teacher = _from_logits(z, y)
+    student.weight.requires_grad_(True)
+    heads = [reference.Head(s.hidden.detach(), s.weight.detach()) for s in (student, teacher)]
+    function = lambda p, q: reference.topk_kl(p, q, 2, True)  # noqa: E731
+    _, expected = reference.composite((heads[0], heads[1]), [(function, [1.0])])
+    composite_objective(student, teacher, [(TopKForwardKL(2), 1.0)]).total.backward()
+    assert _relative(student.weight.grad, expected[1]) < 1e-5
+
+
+def test_a_sampled_token_beside_the_teachers_top_ids(make_pair: Make) -> None:
+    pair = make_pair(rows=3, vocab_size=37, dtype=torch.float32)
+    sampled = SampledReverseKL(TOKENS, OLD)
+    pairs = [
+        (lambda p, q: reference.sampled(p, q, TOKENS.tolist(), OLD.tolist(), 0.2), [1.0] * 3),
+        (lambda p, q: reference.topk_kl(p, q, 4, True), [0.5] * 3),
+    ]
+    value, expected = reference.composite(pair.reference, pairs)
+    found = composite_objective(
+        pair.student, pair.teacher, [(TopKForwardKL(4), 0.5), (sampled, 1.0)]
+    )
+    found.total.backward()
+    torch.testing.assert_close(found.value.double(), value, rtol=5e-6, atol=1e-6)
+    for gradient, exact in zip(_gradients(pair.student).values(), expected, strict=True):
+        assert _relative(gradient, exact) < 1e-5
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_extra_statistics(has_bias: bool, make_pair: Make, launches: list[str]) -> None:
+    settings = {"has_bias": True, "softcap": 4.0, "scale": 1.5} if has_bias else {}
+    pair = make_pair(rows=3, vocab_size=130, dtype=torch.float32, **settings)
+    names = tuple(FOUND)
+    stats = token_stats(pair.student, pair.teacher, torch.zeros(3, dtype=torch.long), extras=names)
+    assert launches
+    log_q = reference.log_softmax(pair.reference[1].logits())
+    expected = [
+        reference.extras(z, q) for z, q in zip(pair.reference[0].logits(), log_q, strict=True)
+    ]
+    for name in names:
+        exact = torch.tensor([row[name] for row in expected])
+        torch.testing.assert_close(stats.extras[name], exact, rtol=2e-5, atol=1e-6)
+    objective = composite_objective(
+        pair.student, pair.teacher, [(ReverseKL(), 1.0)], extras=names[-2:]
+    )
+    for name in names[-2:]:
+        assert torch.equal(objective.extras[name], stats.extras[name])
 
 
 class _Operators(TorchDispatchMode):

@@ -34,14 +34,42 @@ MUTANTS: dict[str, Group] = {
                 "block.gap.mul_(a[:, None])",
             ),
             ("gradient.sub_(block.q.mul_(b[:, None]))", "gradient.sub_(block.q)"),
+            ("return weight * value.masked_fill(weight == 0, 0.0)", "return weight * value"),
+            ("        if torch.is_grad_enabled():  # create", "        if False:  # create"),
+            ("b = b * self.gate(block.teacher_entropy)", "b = b * self.gate(block.entropy)"),
+        ],
+    ),
+    "core/_gradients.py": (
+        ["core/test_objective.py", "core/test_objective_edges.py", "core/test_terms.py"],
+        [
             (".square_().neg_().add_(1.0)", ".square_().neg_().add_(1.01)"),
             ("            z.mul_(student.scale)\n", "            pass\n"),
             ("        self.is_spent = True\n", "        self.is_spent = False\n"),
-            ("return weight * value.masked_fill(weight == 0, 0.0)", "return weight * value"),
             ("self.bias.add_(z.sum(0))", "self.bias.add_(z.mean(0))"),
             ("None if g is None else g.mul_(factor) for g", "None if g is None else g for g"),
-            ("        if torch.is_grad_enabled():  # create", "        if False:  # create"),
-            ("b = b * self.gate(block.teacher_entropy)", "b = b * self.gate(block.entropy)"),
+        ],
+    ),
+    "core/kernels/passes.py": (
+        ["core/test_kernels.py"],
+        [
+            ("self._spare + 2 * first", "self._spare + 3 * first"),
+            ("out[:, first] = out[:, second]", "pass"),
+        ],
+    ),
+    "core/kernels/total.py": (
+        ["core/test_kernels.py"],
+        [
+            ("log_ratio - kl[:, None]", "log_ratio"),
+            ("spread = (-weight, shift.float())", "spread = (weight, shift.float())"),
+            ("added = -slope[:, None]", "added = slope[:, None]"),
+        ],
+    ),
+    "core/kernels/rows.py": (
+        ["core/test_kernels.py"],
+        [
+            ("s_ratio * (s_energy + s_shift * (s_rest + s_ties))", "s_ratio * s_energy"),
+            ("tl.where(s_fell, s_ties, 0.0)", "0.0"),
+            ("1.0 - ratio * ratio", "1.0"),
         ],
     ),
     "core/products.py": (
@@ -325,8 +353,8 @@ MUTANTS: dict[str, Group] = {
                 "torch.linalg.vecdot(block.q, over_m)",
             ),
             ("g = over_m - self.alpha * over_m.exp()", "g = over_m - over_m.exp()"),
-            ("share = top.q / top.q.sum(-1, keepdim=True)", "share = top.q"),
-            ("value = value + _weighted_gap(top.log_q_rest, top.log_p_rest)", "value = value + 0"),
+            ("return self.q / self.q.sum(-1, keepdim=True)", "return self.q"),
+            ("value + weighted_gap(top.log_q_rest, top.log_p_rest)", "value + 0"),
             ("gradient = block.p - top.rest_of_q_shaped_as_p()", "gradient = block.p - block.q"),
             ("value = -torch.minimum(", "value = -torch.maximum("),
             (

@@ -181,7 +181,7 @@ class _FusedObjective(torch.autograd.Function):
         needs = ctx.needs_input_grad
         gradients = Gradients.like(hidden, weight, bias, needs, student.dtype, is_fused)
         if is_fused:
-            rows = _by_kernels(student, teacher, kernel, chunk_bytes, gradients)
+            rows = _by_kernels(student, teacher, kernel, chunk_bytes, extras, gradients)
         else:
             rows = _by_blocks(student, teacher, kernel, chunk_bytes, extras, gradients)
         ctx.gradients = gradients
@@ -228,29 +228,34 @@ def _by_kernels(
     teacher: LazyLogits,
     kernel: _Kernel,
     chunk_bytes: int | None,
+    extras: Sequence[str],
     gradients: Gradients,
 ) -> Tensor:
     """The same by fused kernels, which read and write logits once a pass."""
-    from tutelage.core.kernels import passes, total  # needs Triton
+    from tutelage.core.kernels import passes, tops, total  # needs Triton
 
+    more = torch.empty(len(extras), len(student), dtype=torch.float64, device=student.hidden.device)
     work = passes.Passes(student, teacher, chunk_bytes, gradients.needed)
     summed = total.Total(work, kernel.summands)
-    for chunk in work.chunks():
+    for chunk in work.chunks(total.tokens_of(kernel.summands)):
+        found = tops.More(work, chunk)
+        for i, name in enumerate(extras):
+            more[i, chunk.rows] = found.get(name)
         slopes = summed.add(chunk)
         if gradients.needed:
             gradients.add_products(work.student, chunk.rows, work.gradient(chunk, slopes))
     order = (passes.REVERSE_KL, passes.FORWARD_KL, passes.ENTROPY, passes.TEACHER_ENTROPY)
-    return torch.stack((*(work.table[i] for i in order), summed.value))
+    return torch.stack((*(work.table[i] for i in order), summed.value, *more))
 
 
 def _is_fused(
     student: LazyLogits, teacher: LazyLogits, kernel: _Kernel, extras: Sequence[str]
 ) -> bool:
-    if extras or not kernels.suits(student, teacher):
+    if not kernels.suits(student, teacher):
         return False
-    from tutelage.core.kernels import total  # needs Triton
+    from tutelage.core.kernels import tops, total  # needs Triton
 
-    return total.is_known(kernel.summands)
+    return tops.FOUND.keys() >= set(extras) and total.is_known(kernel.summands)
 
 
 class _Kernel(Protocol):

@@ -105,10 +105,9 @@ def token_stats(
         raise ValueError(f"extras must be among {tuple(EXTRAS)}, got {unknown[0]!r}.")
     if teacher is None and extras:
         raise ValueError(f"extras need a teacher, got {tuple(extras)} and none.")
-    sides = [student] if teacher is None else [student, teacher]
-    if not extras and kernels.suits(*sides):
+    if _is_fused(student, teacher, extras):
         with torch.no_grad():
-            return _by_kernels(student, teacher, tokens, chunk_bytes)
+            return _by_kernels(student, teacher, tokens, chunk_bytes, extras)
     shape = (6 + len(extras), len(student))
     table = torch.full(shape, torch.nan, dtype=student.dtype, device=student.hidden.device)
     with torch.no_grad():
@@ -123,12 +122,28 @@ def token_stats(
     return TokenStats.unstack(table, extras)
 
 
-def _by_kernels(
-    student: LazyLogits, teacher: LazyLogits | None, tokens: Tensor, chunk_bytes: int | None
-) -> TokenStats:
-    from tutelage.core.kernels.passes import Passes  # needs Triton
+def _is_fused(student: LazyLogits, teacher: LazyLogits | None, extras: Sequence[str]) -> bool:
+    if not kernels.suits(*([student] if teacher is None else [student, teacher])):
+        return False
+    from tutelage.core.kernels import tops  # needs Triton
 
-    work = Passes(student, teacher, chunk_bytes, wants_gradient=False)
-    for _ in work.chunks(tokens.contiguous()):
-        pass
-    return TokenStats.unstack(work.table.to(student.dtype), has_teacher=teacher is not None)
+    return tops.FOUND.keys() >= set(extras)
+
+
+def _by_kernels(
+    student: LazyLogits,
+    teacher: LazyLogits | None,
+    tokens: Tensor,
+    chunk_bytes: int | None,
+    extras: Sequence[str],
+) -> TokenStats:
+    from tutelage.core.kernels import passes, tops  # needs Triton
+
+    more = torch.empty(len(extras), len(student), dtype=torch.float64, device=student.hidden.device)
+    work = passes.Passes(student, teacher, chunk_bytes, wants_gradient=False)
+    for chunk in work.chunks(tokens.contiguous()):
+        found = tops.More(work, chunk)
+        for i, name in enumerate(extras):
+            more[i, chunk.rows] = found.get(name)
+    table = torch.cat([work.table, more]).to(student.dtype)
+    return TokenStats.unstack(table, extras, has_teacher=teacher is not None)

@@ -130,16 +130,20 @@ class TopKForwardKL:
         _require_k(self.k)
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
-        top = _Buckets.of(block, self.k)
+        top = Buckets.of(block, self.k)
         if not self.tail:
-            share = top.q / top.q.sum(-1, keepdim=True)
-            log_share = share.log().masked_fill(share == 0, 0.0)  # 0·log 0 = 0
-            value = (share * (log_share - top.log_p)).sum(-1)
-            return value, block.p.scatter_add(-1, top.ids, -share)
-        value = (top.q * (top.log_q - top.log_p)).sum(-1)
-        value = value + _weighted_gap(top.log_q_rest, top.log_p_rest)
+            return self.value(top), block.p.scatter_add(-1, top.ids, -top.share())
         gradient = block.p - top.rest_of_q_shaped_as_p()
-        return value, gradient.scatter_(-1, top.ids, top.p - top.q)
+        return self.value(top), gradient.scatter_(-1, top.ids, top.p - top.q)
+
+    def value(self, top: Buckets) -> Tensor:
+        """Value `[r]` in nats."""
+        if not self.tail:
+            share = top.share()
+            log_share = share.log().masked_fill(share == 0, 0.0)  # 0·log 0 = 0
+            return (share * (log_share - top.log_p)).sum(-1)
+        value = (top.q * (top.log_q - top.log_p)).sum(-1)
+        return value + weighted_gap(top.log_q_rest, top.log_p_rest)
 
 
 @dataclass(frozen=True)
@@ -156,12 +160,15 @@ class TopKReverseKL:
         _require_k(self.k)
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
-        top = _Buckets.of(block, self.k)
-        value = (top.p * (top.log_p - top.log_q)).sum(-1)
-        value = value + _weighted_gap(top.log_p_rest, top.log_q_rest)
-        tail = _gap(top.log_p_rest, top.log_q_rest)[:, None]
+        top = Buckets.of(block, self.k)
+        tail = bucket_gap(top.log_p_rest, top.log_q_rest)[:, None]
         g = tail.expand_as(block.p).scatter(-1, top.ids, top.log_p - top.log_q)
-        return value, _through_softmax(block.p, g)
+        return self.value(top), _through_softmax(block.p, g)
+
+    def value(self, top: Buckets) -> Tensor:
+        """Value `[r]` in nats."""
+        value = (top.p * (top.log_p - top.log_q)).sum(-1)
+        return value + weighted_gap(top.log_p_rest, top.log_q_rest)
 
 
 @dataclass(frozen=True)
@@ -190,21 +197,25 @@ class SampledReverseKL:
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
         tokens = self.tokens[rows, None]
-        old = self.old_logprobs[rows].to(block.p.dtype)
         log_p, log_q = (x.gather(-1, tokens).squeeze(-1) for x in block.log_probabilities())
+        value, slope = self.value_and_slope(log_p, log_q, rows)
+        gradient = block.p * slope[:, None]
+        return value, gradient.scatter_add_(-1, tokens, -slope[:, None])
+
+    def value_and_slope(self, log_p: Tensor, log_q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Value in nats and r A where the clip does not bind, `[r]` each; notes where it does."""
+        old = self.old_logprobs[rows].to(log_p.dtype)
         ratio = (log_p - old).exp()
         advantage = log_q - old
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         value = -torch.minimum(ratio * advantage, clipped * advantage)
         is_active = ratio * advantage <= clipped * advantage
         self.is_clipped[rows] = ~is_active
-        slope = torch.where(is_active, ratio * advantage, 0.0)[:, None]
-        gradient = block.p * slope
-        return value, gradient.scatter_add_(-1, tokens, -slope)
+        return value, torch.where(is_active, ratio * advantage, 0.0)
 
 
 @dataclass(frozen=True)
-class _Buckets:
+class Buckets:
     """The teacher's k likeliest ids as buckets of their own, everything else in one."""
 
     ids: Tensor
@@ -220,12 +231,12 @@ class _Buckets:
     """Student log-probabilities `[r, V]`."""
 
     @staticmethod
-    def of(block: Block, k: int) -> _Buckets:
+    def of(block: Block, k: int) -> Buckets:
         # By logits: among probabilities that have underflowed to 0 any id would do.
         ids = block.teacher_logits.topk(min(k, block.q.shape[-1]), -1).indices
         log_p, log_q = block.log_probabilities()
         # The rest is summed, not 1 − mass: the difference would drown small tails in rounding.
-        return _Buckets(
+        return Buckets(
             ids,
             block.q.gather(-1, ids),
             block.p.gather(-1, ids),
@@ -236,9 +247,13 @@ class _Buckets:
             log_p,
         )
 
+    def share(self) -> Tensor:
+        """The teacher renormalised on its k ids, `[r, k]`."""
+        return self.q / self.q.sum(-1, keepdim=True)
+
     def rest_of_q_shaped_as_p(self) -> Tensor:
         """The teacher's tail mass, spread over the tail as the student spreads its own `[r, V]`."""
-        return torch.exp(self.all_log_p + _gap(self.log_q_rest, self.log_p_rest)[:, None])
+        return torch.exp(self.all_log_p + bucket_gap(self.log_q_rest, self.log_p_rest)[:, None])
 
 
 def _require_k(k: int) -> None:
@@ -246,12 +261,12 @@ def _require_k(k: int) -> None:
         raise ValueError(f"k must be at least 1, got {k}. 16 is usual.")
 
 
-def _gap(log_a: Tensor, log_b: Tensor) -> Tensor:
+def bucket_gap(log_a: Tensor, log_b: Tensor) -> Tensor:
     """log_a − log_b, and 0 where both buckets are empty."""
     is_empty = log_a == -torch.inf
     return torch.where(is_empty, 0.0, log_a - log_b.masked_fill(is_empty, 0.0))
 
 
-def _weighted_gap(log_a: Tensor, log_b: Tensor) -> Tensor:
+def weighted_gap(log_a: Tensor, log_b: Tensor) -> Tensor:
     """a log(a / b), and 0 where a is 0."""
-    return log_a.exp() * _gap(log_a, log_b)
+    return log_a.exp() * bucket_gap(log_a, log_b)

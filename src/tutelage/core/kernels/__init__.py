@@ -9,6 +9,9 @@ import torch
 
 from tutelage.core.lazy import LazyLogits
 
+CHUNK_BYTES = 5 << 29
+"""Bytes of the logits of a chunk; its gradient takes their place. 2,048 rows of 151,936 ids."""
+
 DTYPES = (torch.bfloat16, torch.float32)
 """Dtypes of hidden states that the kernels take."""
 

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tutelage.core.kernels import CHUNK_BYTES
 from tutelage.core.kernels import rows as kernels
 from tutelage.core.lazy import LazyLogits
-
-CHUNK_BYTES = 5 << 29
-"""Bytes of the logits of a chunk; its gradient takes their place. 2,048 rows of 151,936 ids."""
 
 STATISTICS_BLOCK = 2048
 """Ids that a program reads at a time."""
@@ -25,6 +23,8 @@ GRADIENT_WARPS = 8
 
 ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, LOG_P, LOG_Q = range(6)
 """Rows of the table of statistics, in the order of `TokenStats`."""
+
+SIDES = ("student", "teacher")
 
 _ALIGNMENT = 64
 """Buffers' rows start at multiples of so many numbers, as products and wide loads want it."""
@@ -64,8 +64,14 @@ class Slopes:
     """b of ``b (p − q)``."""
     share: Tensor | None = None
     """c of ``c p``, `[n]` for the rows of the chunk."""
+    spread: tuple[Tensor, Tensor] | None = None
+    """d and shift of ``d exp(z + shift)``, z shifted so that the largest is 0, `[n]` each."""
     jsd: Mixture | None = None
     skew: Mixture | None = None
+    replaced: tuple[Tensor, Tensor] | None = None
+    """Ids and the gradient at them, `[n, k]`, whatever the rest says there."""
+    added: tuple[Tensor, Tensor] | None = None
+    """Ids and what is added to the gradient at them, `[n, k]`."""
 
 
 @dataclass(frozen=True)
@@ -101,19 +107,19 @@ class Passes:
         size = len(student)
         self.table = torch.full((6, size), torch.nan, dtype=torch.float64, device=self.device)
         """The statistics of all rows, filled chunk by chunk, nats."""
-        self._stride = math.ceil(student.vocab_size / _ALIGNMENT) * _ALIGNMENT
+        self.stride = math.ceil(student.vocab_size / _ALIGNMENT) * _ALIGNMENT
         self._is_narrow = self.student.hidden.dtype != torch.float32
         budget = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        row_bytes = 4 * self._stride * (1 if teacher is None else 2)
+        row_bytes = 4 * self.stride * (1 if teacher is None else 2)
         if wants_gradient and self._is_narrow:
-            row_bytes += 2 * self._stride // _SPARE
+            row_bytes += 2 * self.stride // _SPARE
         self.chunk_rows = _chunk_rows(size, budget // row_bytes)
         self._allocate(wants_gradient)
-        self._head = _head_arguments(self.student, self.teacher, self._aux)
+        self._biases = {side: _swapped_bias(self._side(side)) for side in SIDES}
 
     def _allocate(self, wants_gradient: bool) -> None:
-        n, stride, v = self.chunk_rows, self._stride, self.student.vocab_size
-        self._aux = torch.empty(_NUM_AUX, n, dtype=torch.float32, device=self.device)
+        n, stride, v = self.chunk_rows, self.stride, self.student.vocab_size
+        self.aux = torch.empty(_NUM_AUX, n, dtype=torch.float32, device=self.device)
         self._spare = max(1, math.ceil(n / _SPARE)) if wants_gradient and self._is_narrow else 0
         # In units of two bytes, so that one piece of memory is read as either dtype.
         memory = torch.empty(
@@ -128,6 +134,29 @@ class Passes:
         if self.teacher is not None:
             self._teacher = torch.empty(n, stride, dtype=torch.float32, device=self.device)[:, :v]
 
+    def _side(self, side: str) -> LazyLogits:
+        return self.student if side == "student" or self.teacher is None else self.teacher
+
+    def head_arguments(self, side: str) -> dict[str, Any]:
+        """What a kernel has to do to the raw logits of one side."""
+        head, bias = self._side(side), self._biases[side]
+        return {
+            "bias": self.aux if bias is None else bias,  # not read without BIAS
+            "scale": float(head.scale),
+            "cap": 1.0 if head.softcap is None else float(head.softcap),
+            "BIAS": bias is not None,
+            "SCALED": head.scale != 1.0,
+            "CAP": head.softcap is not None,
+        }
+
+    def pair_arguments(self) -> dict[str, Any]:
+        """The same of both sides for a kernel that reads both."""
+        return {
+            f"{side.upper() if key.isupper() else side}_{key}": value
+            for side in SIDES
+            for key, value in self.head_arguments(side).items()
+        }
+
     def chunks(self, tokens: Tensor | None = None) -> Iterator[Chunk]:
         """Projects chunk after chunk and fills the table; `tokens` `[N]` for log-probabilities."""
         size = len(self.student)
@@ -140,46 +169,93 @@ class Passes:
             yield chunk
 
     def _statistics(self, chunk: Chunk, tokens: Tensor | None) -> None:
-        with _on(self.device):
+        self._launch_statistics(chunk, tokens, self.table, self.aux, chunk.start)
+
+    def _launch_statistics(
+        self, chunk: Chunk, tokens: Tensor | None, table: Tensor, aux: Tensor, first: int
+    ) -> None:
+        with on_device(self.device):
             kernels.statistics_kernel[(len(chunk),)](
                 self._student,
                 self._teacher,
-                tokens=self._aux if tokens is None else tokens,
-                out=self.table,
-                aux=self._aux,
-                first=chunk.start,
+                tokens=aux if tokens is None else tokens,
+                out=table,
+                aux=aux,
+                first=first,
                 vocab_size=self.student.vocab_size,
-                stride=self._stride,
-                out_stride=self.table.stride(0),
-                aux_stride=self.chunk_rows,
+                stride=self.stride,
+                out_stride=table.stride(0),
+                aux_stride=aux.stride(0),
                 TEACHER=self.teacher is not None,
                 TOKENS=tokens is not None,
-                BLOCK=_block(self.student.vocab_size, STATISTICS_BLOCK),
+                BLOCK=launch_block(self.student.vocab_size, STATISTICS_BLOCK),
                 num_warps=STATISTICS_WARPS,
-                **self._head,
+                **self.pair_arguments(),
             )
 
     def mixture(self, chunk: Chunk, weight: Tensor, w: float, is_jsd: bool) -> Mixture:
         """The Jensen-Shannon divergence with the teacher's share w, or KL(p‖m)."""
         value = torch.empty(len(chunk), dtype=torch.float64, device=self.device)
         mean = torch.empty(len(chunk), dtype=torch.float32, device=self.device)
-        with _on(self.device):
+        with on_device(self.device):
             kernels.mixture_kernel[(len(chunk),)](
                 self._student,
                 self._teacher,
-                aux=self._aux,
+                aux=self.aux,
                 value=value,
                 mean=mean,
                 vocab_size=self.student.vocab_size,
-                stride=self._stride,
+                stride=self.stride,
                 aux_stride=self.chunk_rows,
                 w=float(w),
                 JSD=is_jsd,
-                BLOCK=_block(self.student.vocab_size, STATISTICS_BLOCK),
+                BLOCK=launch_block(self.student.vocab_size, STATISTICS_BLOCK),
                 num_warps=STATISTICS_WARPS,
-                **self._head,
+                **self.pair_arguments(),
             )
         return Mixture(weight, w, value, mean)
+
+    def logits(self, side: str, chunk: Chunk) -> Tensor:
+        """Raw logits `[n, V]` of "student" or "teacher"."""
+        return (self._student if side == "student" else self._teacher)[: len(chunk)]
+
+    def logits_at(self, side: str, chunk: Chunk, ids: Tensor) -> Tensor:
+        """Logits `[n, k]` at some ids of each row."""
+        head = self._side(side)
+        x = self.logits(side, chunk).gather(-1, ids)
+        bias = self._biases[side]
+        if bias is not None:
+            x += bias[ids]
+        if head.scale != 1.0:
+            x *= head.scale
+        return x if head.softcap is None else torch.tanh(x / head.softcap) * head.softcap
+
+    def normalized(self, side: str, chunk: Chunk, logits: Tensor) -> Tensor:
+        """Log-probabilities `[n, k]` of some logits of each row, float64."""
+        return logits.double() - self.log_sums(side, chunk)[:, None]
+
+    def log_sums(self, side: str, chunk: Chunk) -> Tensor:
+        """log Σ exp of the logits of each row, `[n]`, float64."""
+        return _log_sums(self.aux, side, chunk)
+
+    def log_probabilities(self, side: str, chunk: Chunk, ids: Tensor) -> Tensor:
+        """Log-probabilities `[n, k]` of some ids of each row, float64."""
+        return self.normalized(side, chunk, self.logits_at(side, chunk, ids))
+
+    def log_mass_left(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Log-probability `[n]` of the ids whose raw logits are not −inf, of both sides."""
+        table = torch.empty(6, len(chunk), dtype=torch.float64, device=self.device)
+        aux = torch.empty_like(self.aux)
+        self._launch_statistics(chunk, None, table, aux, 0)
+        left, all_ = ([_log_sums(x, s, chunk) for s in SIDES] for x in (aux, self.aux))
+        return left[0] - all_[0], left[1] - all_[1]
+
+    def slope_at(self, chunk: Chunk, logits: Tensor) -> Tensor:
+        """Derivative `[n, k]` of the student's logits `[n, k]` with respect to the raw ones."""
+        slope = torch.full_like(logits, float(self.student.scale))
+        if self.student.softcap is not None:
+            slope *= 1.0 - (logits / self.student.softcap).square()
+        return slope
 
     def gradient(self, chunk: Chunk, slopes: Slopes) -> Tensor:
         """Gradient of the raw student logits `[n, V]` in the hidden states' dtype.
@@ -188,10 +264,24 @@ class Passes:
         as wide, its rows end before the logits that have not been read yet: rows `[i, j)` are
         written while logits from row i on are kept, and j ≤ spare + 2 i.
         """
-        with _on(self.device):
+        found = self._gradient[: len(chunk)]
+        if slopes.replaced is None and slopes.added is None:
+            with on_device(self.device):
+                for first, last in self._spans(len(chunk)):
+                    self._launch_gradient(chunk, slopes, first, last, self._gradient)
+            return found
+        # What is changed at a few ids is changed in float32, where differences keep their digits.
+        wide = self._student[: len(chunk)]
+        with on_device(self.device):
+            self._launch_gradient(chunk, slopes, 0, len(chunk), wide)
+        if slopes.replaced is not None:
+            wide.scatter_(-1, slopes.replaced[0], slopes.replaced[1].float())
+        if slopes.added is not None:
+            wide.scatter_add_(-1, slopes.added[0], slopes.added[1].float())
+        if self._is_narrow:
             for first, last in self._spans(len(chunk)):
-                self._launch_gradient(chunk, slopes, first, last)
-        return self._gradient[: len(chunk)]
+                found[first:last].copy_(wide[first:last])
+        return found
 
     def _spans(self, size: int) -> Iterator[tuple[int, int]]:
         first = 0
@@ -200,39 +290,44 @@ class Passes:
             yield first, last
             first = last
 
-    def _launch_gradient(self, chunk: Chunk, slopes: Slopes, first: int, last: int) -> None:
-        block = _block(self.student.vocab_size, GRADIENT_BLOCK)
+    def _launch_gradient(
+        self, chunk: Chunk, slopes: Slopes, first: int, last: int, out: Tensor
+    ) -> None:
+        block = launch_block(self.student.vocab_size, GRADIENT_BLOCK)
         num_blocks = math.ceil(self.student.vocab_size / block)
-        none = self._aux
+        none = self.aux
         jsd, skew = slopes.jsd, slopes.skew
         kernels.gradient_kernel[((last - first) * num_blocks,)](
             self._student,
             self._teacher,
-            aux=self._aux,
+            aux=self.aux,
             reverse_weight=none if slopes.reverse is None else slopes.reverse,
             forward_weight=none if slopes.forward is None else slopes.forward,
             share_weight=none if slopes.share is None else slopes.share,
+            spread_weight=none if slopes.spread is None else slopes.spread[0],
+            spread_shift=none if slopes.spread is None else slopes.spread[1],
             jsd_weight=none if jsd is None else jsd.weight,
             jsd_mean=none if jsd is None else jsd.mean,
             skew_weight=none if skew is None else skew.weight,
             skew_mean=none if skew is None else skew.mean,
             jsd_w=0.5 if jsd is None else float(jsd.w),
             skew_w=0.5 if skew is None else float(skew.w),
-            out=self._gradient,
+            out=out,
             first=first,
             chunk_start=chunk.start,
             vocab_size=self.student.vocab_size,
             num_blocks=num_blocks,
-            stride=self._stride,
+            stride=self.stride,
             aux_stride=self.chunk_rows,
             REVERSE=slopes.reverse is not None,
             FORWARD=slopes.forward is not None,
             SHARE=slopes.share is not None,
+            SPREAD=slopes.spread is not None,
             JSD=jsd is not None,
             SKEW=skew is not None,
             BLOCK=block,
             num_warps=GRADIENT_WARPS,
-            **self._head,
+            **self.pair_arguments(),
         )
 
 
@@ -274,27 +369,15 @@ def _chunk_rows(size: int, most: int) -> int:
     return tiles if tiles <= min(most, size) else rows
 
 
-def _block(vocab_size: int, most: int) -> int:
+def launch_block(vocab_size: int, most: int) -> int:
     return min(most, 1 << max(4, (vocab_size - 1).bit_length()))
 
 
-def _head_arguments(
-    student: LazyLogits, teacher: LazyLogits | None, none: Tensor
-) -> dict[str, Any]:
-    """What kernels have to do to raw logits of either side; `none` stands for no tensor."""
-    arguments: dict[str, Any] = {}
-    sides = {"student": student, "teacher": student if teacher is None else teacher}
-    for name, side in sides.items():
-        bias = _swapped_bias(side)
-        arguments |= {
-            f"{name}_bias": none if bias is None else bias,
-            f"{name}_scale": float(side.scale),
-            f"{name}_cap": 1.0 if side.softcap is None else float(side.softcap),
-            f"{name.upper()}_BIAS": bias is not None,
-            f"{name.upper()}_SCALED": side.scale != 1.0,
-            f"{name.upper()}_CAP": side.softcap is not None,
-        }
-    return arguments
+def _log_sums(aux: Tensor, side: str, chunk: Chunk) -> Tensor:
+    """log Σ exp of the logits of each row, `[n]`, float64."""
+    row = SIDES.index(side)
+    top, inverse = aux[row, : len(chunk)].double(), aux[2 + row, : len(chunk)].double()
+    return top - inverse.log()
 
 
 def _swapped_bias(side: LazyLogits) -> Tensor | None:
@@ -309,6 +392,6 @@ def _swapped_bias(side: LazyLogits) -> Tensor | None:
     return bias
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -28,7 +28,12 @@ def _tanh(x):
 def _logits(
     x, bias, v, is_id, scale, cap, BIAS: tl.constexpr, SCALED: tl.constexpr, CAP: tl.constexpr
 ):
-    """The logits that raw products stand for; −inf beyond the vocabulary."""
+    """The logits that raw products stand for; −inf beyond the vocabulary.
+
+    A product of −inf is an id that was taken out, which a soft cap must not bring back.
+    """
+    if CAP:
+        is_id = is_id & (x > -float("inf"))
     if BIAS:
         x = x + tl.load(bias + v, mask=is_id, other=0.0)
     if SCALED:
@@ -296,6 +301,8 @@ def gradient_kernel(
     reverse_weight,
     forward_weight,
     share_weight,
+    spread_weight,
+    spread_shift,
     jsd_weight,
     jsd_mean,
     skew_weight,
@@ -316,6 +323,7 @@ def gradient_kernel(
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
     SHARE: tl.constexpr,
+    SPREAD: tl.constexpr,
     JSD: tl.constexpr,
     SKEW: tl.constexpr,
     STUDENT_BIAS: tl.constexpr,
@@ -328,9 +336,9 @@ def gradient_kernel(
 ):
     """Gradient of raw student logits (before bias, scale and cap), one block of one row.
 
-    ``a p⊙(gap − E_p[gap]) + b (p − q) + c p``, and p⊙(g − E_p[g]) for the slopes g of
-    `mixture_kernel`, times the derivatives of cap and scale, from row `first` of a chunk on.
-    A weight of 0 adds exactly 0.
+    ``a p⊙(gap − E_p[gap]) + b (p − q) + c p + d exp(z + shift)`` and p⊙(g − E_p[g]) for the
+    slopes g of `mixture_kernel`, times the derivatives of cap and scale, from row `first` of a
+    chunk on. A weight of 0 adds exactly 0.
     """
     program = tl.program_id(0)
     row = first + program // num_blocks
@@ -364,6 +372,9 @@ def gradient_kernel(
         gradient += tl.where(b == 0.0, 0.0, b * slope)
     if SHARE:
         gradient += tl.load(share_weight + row) * p
+    if SPREAD:
+        c = tl.load(spread_weight + row)
+        gradient += tl.where(c == 0.0, 0.0, c * tl.exp(s + tl.load(spread_shift + row)))
     if JSD:
         c = tl.load(jsd_weight + chunk_start + row)
         over, _ = _over_mixture(gap - tl.load(table + 5 * aux_stride), jsd_w)
