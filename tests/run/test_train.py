@@ -233,7 +233,8 @@ def test_a_finished_run_says_so_and_stays_as_it_is(unbroken: Path, resumed: Conf
     shutil.copytree(unbroken, folder)
     events = Events()
     assert go(resumed, events) == RunResult(folder, 4, True)
-    assert events.lines == [f"run {folder} is finished: found checkpoint-000004 of 4"]
+    finished = f"run {folder} is finished: found checkpoint-000004 of 4"
+    assert events.lines == [finished, "1 process on cpu"]
     assert events.steps == []
     assert_same_run(folder, unbroken)
 
