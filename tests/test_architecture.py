@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "rollout": ("rollout", "models", "data", "core", "errors"),
     "evaluation": ("evaluation", "models", "data", "core", "errors"),
     "report": ("report", "evaluation.metrics", "errors"),
-    "run": ("run", "evaluation", "models", "data", "core", "errors"),
+    "run": ("run", "evaluation", "models", "data", "core", "errors", ""),
     "integrations": ("integrations", "core", "errors"),
     "cli": ("run", "evaluation", "report", "errors", ""),
     "__init__": ("core", "errors"),

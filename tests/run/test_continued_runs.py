@@ -112,3 +112,26 @@ def test_checkpoints_that_a_killed_run_did_not_remove_go_at_the_next_start(
     assert [step for step, _ in list_checkpoints(out)] == [2, 4]
     train(tiny_config(tiny_models, out, keep_checkpoints=1), say=lambda _: None)
     assert [step for step, _ in list_checkpoints(out)] == [4]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_on_disk", "adafactor"])
+def test_a_run_with_weight_decay_goes_on_with_every_weight_s_own_moments(
+    tmp_path: Path, tiny_models: Path, kind: str
+) -> None:
+    """Decayed weights and others are two groups, whose order is not that of the model."""
+    optimizer = {"kind": kind, "weight_decay": 0.5, "schedule": "constant", "learning_rate": 1e-2}
+    changes = {"optimizer": optimizer, "num_steps": 2, "checkpoint_every": 1}
+    train(tiny_config(tiny_models, tmp_path / "whole", **changes), say=lambda _: None)
+    train(
+        tiny_config(tiny_models, tmp_path / "two", **changes | {"num_steps": 1}),
+        say=lambda _: None,
+    )
+    train(
+        tiny_config(tiny_models, tmp_path / "two", **changes),
+        allow_change=("num_steps",),
+        say=lambda _: None,
+    )
+    whole, two = (
+        load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "two")
+    )
+    assert all(torch.equal(two[name], whole[name]) for name in whole)

@@ -7,15 +7,18 @@ import json
 import os
 import platform
 import signal
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tutelage import __version__
 from tutelage.errors import RunError, explained_write
 from tutelage.run.atomic import write_atomically
-from tutelage.run.folder import RunFolder
+from tutelage.run.folder import RunFolder, environment, started_at
 
 
 @pytest.fixture
@@ -150,11 +153,38 @@ def test_lines_that_no_whole_record_ends_are_dropped(folder: RunFolder, torn: st
 
 def test_the_manifest_is_read_back_or_refused(folder: RunFolder) -> None:
     assert folder.read_manifest() is None
-    folder.write_manifest({"fingerprint": "ab"})
-    assert folder.read_manifest() == {"fingerprint": "ab"}
-    (folder.path / "manifest.json").write_text('{"fing')
-    with pytest.raises(RunError, match=r"manifest\.json cannot be read.*Choose another out"):
-        folder.read_manifest()
+    folder.write_manifest({"config": {"seed": 1}})
+    assert folder.read_manifest() == {"config": {"seed": 1}}
+    path = folder.path / "manifest.json"
+    for torn in ('{"fing', "", "\xff", "[" * 100_000):
+        path.write_text(torn, encoding="latin-1")
+        with pytest.raises(RunError, match=r"manifest\.json cannot be read.*Choose another out"):
+            folder.read_manifest()
+    for other in ("{}", "[]", "null", "3", '"a"', '{"config": []}', '{"config": null}'):
+        path.write_text(other)
+        with pytest.raises(RunError, match=r"manifest\.json holds no configuration of a run"):
+            folder.read_manifest()
+
+
+@pytest.mark.parametrize("date", [5, "yesterday", [], "2001-02-30"])
+def test_a_run_s_date_is_a_date(date: object) -> None:
+    assert started_at(None) is None
+    assert started_at({}) is None
+    assert started_at({"started": "2001-02-03T04:05:06"}) == datetime(2001, 2, 3, 4, 5, 6)
+    with pytest.raises(RunError, match="the date at which the run began"):
+        started_at({"started": date})
+
+
+def test_a_source_tree_without_an_installation_has_versions_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    versions = environment()["versions"]
+    assert versions["tutelage"] == __version__
+    assert versions["torch"] is None
 
 
 def test_replacing_a_file_leaves_no_temporary_one(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """The process that renders chat templates: programs that come with models, run under limits.
 
 Run as a program by `templates`; it imports nothing of this package, so it starts quickly. It
-reads one JSON object a line, {"template", "variables", "max_characters", "alarm_s"}, and answers
-{"text"}, or {"fault", "reason"} where the fault is the template's or the messages'. The parent
-kills it at its deadline; the kernel refuses memory, files, hence sockets, and to all but root
-processes.
+reads one JSON object a line, {"template", "variables", "max_characters", "date", "alarm_s"}, and
+answers {"text"}, or {"fault", "reason"} where the fault is the template's or the messages'. The
+parent kills it at its deadline; the kernel refuses memory, files, hence sockets, and to all but
+root processes.
 
 A template sees what transformers shows it: the sandbox, its settings, filters and functions.
 """
@@ -52,20 +52,25 @@ def main() -> None:
         print(json.dumps(reply), flush=True)
 
 
-def answer(template: str, variables: dict[str, Any], max_characters: int) -> dict[str, str]:
+def answer(
+    template: str, variables: dict[str, Any], max_characters: int, date: str | None = None
+) -> dict[str, str]:
     """The text, or whose fault it is that there is none, and why."""
     try:
-        return {"text": render(template, variables, max_characters)}
+        return {"text": render(template, variables, max_characters, date)}
     except _TEMPLATES_OWN as error:
         return {"fault": "template", "reason": _reason(error)}
     except _BY_MESSAGES as error:
         return {"fault": "messages", "reason": _reason(error)}
 
 
-def render(template: str, variables: dict[str, Any], max_characters: int) -> str:
-    """The text of a template, of at most so many characters."""
+def render(
+    template: str, variables: dict[str, Any], max_characters: int, date: str | None = None
+) -> str:
+    """The text of a template, of at most so many characters, at a date or now."""
     parts, left = [], max_characters
-    for part in compiled(template).generate(variables):
+    now = datetime.now() if date is None else datetime.fromisoformat(date)
+    for part in compiled(template).generate({**variables, "strftime_now": now.strftime}):
         left -= len(part)
         if left < 0:
             raise MemoryError(f"it writes more than {max_characters} characters")
@@ -81,7 +86,6 @@ def compiled(template: str) -> Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment.from_string(template)
 
 

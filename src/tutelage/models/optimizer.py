@@ -71,6 +71,22 @@ def _master(weight: nn.Parameter, device: torch.device | str | None) -> nn.Param
     return weight if is_same else nn.Parameter(copy)
 
 
+def undecayed_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights that weight decay usually spares: of norms, biases, embeddings and tied heads.
+
+    Also every vector and number (their directions have a scale that means something), and what an
+    architecture marks itself. A head of its own is a linear layer like others.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        is_spared = isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+        for name, weight in module.named_parameters(recurse=False):
+            is_marked = hasattr(weight, "_no_weight_decay")
+            if is_spared or is_marked or weight.ndim < 2 or "bias" in name:
+                found[id(weight)] = weight
+    return list(found.values())
+
+
 class DiskAdamW(torch.optim.AdamW):
     """AdamW whose moments lie in a file without a name: the same numbers, bit for bit.
 
@@ -78,28 +94,28 @@ class DiskAdamW(torch.optim.AdamW):
     once. The kernel may keep the file in its cache, which it empties when others need the room.
     """
 
-    def __init__(
-        self, weights: Iterable[nn.Parameter], folder: Path | None = None, **options: Any
-    ) -> None:
+    def __init__(self, weights: Iterable[Any], folder: Path | None = None, **options: Any) -> None:
         """Reserve the room for all moments.
 
         Args:
-            weights: In main memory.
+            weights: In main memory, or groups of them as `torch.optim.AdamW` takes them.
             folder: A folder of the file system to use; None for the system's temporary one.
-            options: Those of `torch.optim.AdamW`, of one group.
+            options: Those of `torch.optim.AdamW`.
 
         Raises:
             ConfigError: a weight is not in main memory.
             RunError: the disk has no room for the file.
         """
-        chosen = list(weights)
+        given = list(weights)
+        groups = (w["params"] if isinstance(w, dict) else [w] for w in given)
+        chosen = [weight for group in groups for weight in group]
         device = next((w.device.type for w in chosen if w.device.type != "cpu"), None)
         if device:
             raise ConfigError(
                 f"optimizer.kind 'adamw_on_disk' updates weights in main memory, got some on "
                 f"{device}. Set optimizer.offload = true."
             )
-        super().__init__(chosen, fused=True, **options)
+        super().__init__(given, fused=True, **options)
         sizes = [2 * whole_pages(weight.nbytes) for weight in chosen]
         self._file = _room(sum(sizes), folder)
         self._pages: dict[Tensor, tuple[int, int]] = {}
@@ -195,8 +211,18 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     folder: Path | None = None,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """AdamW with 8 or 2 bytes of state a weight, or Adafactor with next to none.
+
+    Args:
+        kind: which.
+        masters: tensors to update.
+        learning_rate: of all of them.
+        betas: of the moments; not used by Adafactor.
+        weight_decay: share of a weight, times the learning rate, taken off it in every update.
+        folder: where moments on disk lie; None for the system's temporary folder.
+        undecayed: masters that are not decayed.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -204,7 +230,7 @@ def make_optimizer(
             main memory.
         RunError: the disk of `folder` has no room for the moments.
     """
-    weights = list(masters)
+    weights = _groups(list(masters), list(undecayed)) if weight_decay else list(masters)
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     match kind:
         case "adamw":
@@ -218,8 +244,17 @@ def make_optimizer(
             return _eight_bit(kind, weights, options | {"betas": betas})
 
 
+def _groups(masters: list[nn.Parameter], undecayed: list[nn.Parameter]) -> list[Any]:
+    spared = {id(master) for master in undecayed}
+    groups = (
+        {"params": [master for master in masters if id(master) not in spared]},
+        {"params": [master for master in masters if id(master) in spared], "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]
+
+
 def _eight_bit(
-    kind: OptimizerKind, weights: list[nn.Parameter], options: dict[str, Any]
+    kind: OptimizerKind, weights: list[Any], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "lowbit", f"optimizer.kind = {kind!r}")

@@ -11,8 +11,9 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Renderer:
         self._child: Child | None = None
         self._parents: Child | None = None
         self._lock = threading.Lock()
+        self.date: datetime | None = None
+        """What templates take for the present; None for the clock's."""
 
     def reply(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """What the process answers; None if it ran out of time or died."""
@@ -68,6 +71,19 @@ atexit.register(_renderer.close)
 os.register_at_fork(after_in_child=_renderer.forget)
 
 
+@contextmanager
+def printed_date(date: datetime | None) -> Iterator[None]:
+    """Inside, templates that print the date print this one; None leaves it to the clock.
+
+    A run, or an evaluation, that goes on after midnight keeps the prompts that it began with.
+    """
+    before, _renderer.date = _renderer.date, date
+    try:
+        yield
+    finally:
+        _renderer.date = before
+
+
 def render_chat(
     template: str,
     messages: Sequence[Mapping[str, str]],
@@ -94,6 +110,7 @@ def render_chat(
         "template": template,
         "variables": {**shown, **variables, "messages": [dict(message) for message in messages]},
         "max_characters": MAX_CHARACTERS + 4 * length,
+        "date": None if _renderer.date is None else _renderer.date.isoformat(),
     }
     stopped = {
         "fault": "template",

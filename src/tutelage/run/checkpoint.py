@@ -211,15 +211,19 @@ def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -
         raise RunError(
             f"{file} cannot be read: {error}. Delete {path} to use an older one."
         ) from None
-    names = trained_names(parts.student)
-    state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(names))}
+    masters = dict(zip(trained_names(parts.student), parts.masters.masters, strict=True))
+    # torch numbers weights in the order of the optimizer's groups, which need not be the model's
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    number = {id(weight): i for i, weight in enumerate(weights)}
+    place = {name: number[id(master)] for name, master in masters.items()}
+    state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(weights))}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("|")
-        if name not in names:
+        if name not in masters:
             raise RunError(f"{file} has moments of {name!r}, which the model does not have.")
-        index = names.index(name)
+        index = place[name]
         if entry == _MASTER:
-            parts.masters.masters[index].data.copy_(tensor)
+            masters[name].data.copy_(tensor)
         elif entry.endswith(_NUMBER):
             state[index][entry.removesuffix(_NUMBER)] = int(tensor)
         else:

@@ -156,7 +156,9 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up; 0 starts at the peak."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of matrices only."""
+    decay_all: bool = False
+    """Decay norms, biases, embeddings and a head tied to them too, which are spared otherwise."""
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0

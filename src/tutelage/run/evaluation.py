@@ -27,7 +27,7 @@ from tutelage.run.config import Config
 from tutelage.run.folder import RunFolder, environment
 from tutelage.run.inputs import build_task, grader_of, without_long_prompts
 from tutelage.run.numerics import plain_arithmetic
-from tutelage.run.parse import parse_config
+from tutelage.run.parse import parse_saved_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -254,12 +254,12 @@ def _graded(name: str, prompts: tuple[Prompt, ...], grader: Grader, length: int)
 
 def _run_config(request: SuiteRequest) -> Config:
     manifest = RunFolder(Path(request.model).expanduser()).read_manifest()
-    if manifest is None or "config" not in manifest:
+    if manifest is None:
         raise ConfigError(
             f"--suite held-out needs a run folder, got {request.model!r}, which has no manifest. "
             "Name the folder that `tutelage train` wrote."
         )
-    return parse_config(manifest["config"])
+    return parse_saved_config(manifest["config"])
 
 
 def _held_out(request: SuiteRequest, run: Config, tokenizer: PreTrainedTokenizerBase) -> Benchmark:

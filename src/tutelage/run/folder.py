@@ -9,12 +9,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tutelage import __version__
 from tutelage.errors import RunError, explained_write, remedy
 from tutelage.run.atomic import remove_remnants, sync, write_atomically
 from tutelage.run.lock import FolderLock
@@ -115,15 +117,20 @@ class RunFolder:
         """The manifest, or None in a new folder.
 
         Raises:
-            RunError: it is not readable JSON.
+            RunError: it is not readable JSON, or holds no configuration.
         """
         path = self.path / "manifest.json"
         if not path.exists():
             return None
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} cannot be read: {error}. Choose another out=FOLDER.") from None
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
+            raise RunError(
+                f"{path} holds no configuration of a run, got {str(manifest)[:40]!r}. Restore the "
+                "file, or choose another out=FOLDER."
+            )
         return manifest
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -155,9 +162,13 @@ def _is_at_most(line: str, step: int) -> bool:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and commit, for the manifest."""
-    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "tutelage")
+    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
     return {
-        "versions": {"python": platform.python_version()} | {n: metadata.version(n) for n in names},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in names},
+            "tutelage": __version__,
+        },
         "hardware": {
             "machine": platform.machine(),
             "cpu_count": os.cpu_count(),
@@ -167,6 +178,32 @@ def environment() -> dict[str, Any]:
         "platform": sys.platform,
         "commit": _commit(),
     }
+
+
+def _version(name: str) -> str | None:
+    """Of an installed package; None for a source tree without the metadata of an installation."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def started_at(manifest: dict[str, Any] | None) -> datetime | None:
+    """When the run of a manifest began; None for no run, or one from before this was kept.
+
+    Raises:
+        RunError: it is no date.
+    """
+    text = None if manifest is None else manifest.get("started")
+    if text is None:
+        return None
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise RunError(
+            f"manifest.json must hold the date at which the run began as 'started', got {text!r}. "
+            "Restore the file, or choose another out=FOLDER."
+        ) from None
 
 
 def _commit() -> str | None:

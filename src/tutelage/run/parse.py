@@ -8,7 +8,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,26 @@ def parse_config(table: dict[str, Any]) -> Config:
     return config
 
 
+def parse_saved_config(table: dict[str, Any]) -> Config:
+    """`parse_config` of what an earlier version saved: keys it did not know have their effect then.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
+    optimizer = table.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("weight_decay"):
+        table = {**table, "optimizer": {"decay_all": True, **optimizer}}
+    return parse_config(table)
+
+
+def current_table(saved: Any) -> Any:
+    """A saved configuration with every key of this version, or as it is if it cannot be read."""
+    try:
+        return json.loads(json.dumps(to_table(parse_saved_config(saved))))
+    except (ConfigError, AttributeError, TypeError):
+        return saved
+
+
 def _require_finite(config: Config) -> None:
     # TOML has inf and nan; JSON, hence manifest and metrics, has neither.
     for key, value in _flat(to_table(config)):
@@ -94,9 +114,26 @@ def to_table(config: Config) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits naming everything in the configuration that changes results."""
-    table = {key: value for key, value in to_table(config).items() if key not in _UNNAMED_KEYS}
+    table = {key: value for key, value in _chosen(config).items() if key not in _UNNAMED_KEYS}
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _chosen(table: Any) -> dict[str, Any]:
+    """What differs from the defaults, and the kinds of tables.
+
+    Later versions have more keys; while those have their defaults, a run keeps its name.
+    """
+    found: dict[str, Any] = {}
+    for field in fields(table):
+        value = getattr(table, field.name)
+        if is_dataclass(value):
+            make = field.default_factory
+            if make is MISSING or value != make():
+                found[field.name] = _chosen(value)
+        elif field.name in ("kind", "rule") or value != field.default:
+            found[field.name] = value
+    return found
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from tutelage.errors import RunError
 from tutelage.models.load import save_model
-from tutelage.models.optimizer import MasterWeights, make_optimizer
+from tutelage.models.optimizer import MasterWeights, make_optimizer, undecayed_weights
+from tutelage.models.templates import printed_date
 from tutelage.run.card import model_card
 from tutelage.run.checkpoint import (
     checkpoint_path,
@@ -26,12 +29,13 @@ from tutelage.run.checkpoint import (
 )
 from tutelage.run.checkpoint_thread import CheckpointThread, is_written_beside
 from tutelage.run.config import Config, OptimizerConfig
-from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment
+from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment, started_at
 from tutelage.run.inputs import pick_device
 from tutelage.run.measure import describe, measure
 from tutelage.run.memory import STATE_BYTES
 from tutelage.run.numerics import open_accelerator, plain_arithmetic
-from tutelage.run.parse import fingerprint, to_table
+from tutelage.run.origin import input_digests, manifest_of
+from tutelage.run.parse import fingerprint
 from tutelage.run.record import snapshot
 from tutelage.run.schedule import learning_rate
 from tutelage.run.setup import build, plain_student
@@ -94,8 +98,11 @@ def train(
         stack.callback(accelerator.end_training)  # a group that is left may abort its process
         folder.open()
         stack.callback(folder.close)
+        earlier = started_at(folder.read_manifest())
+        started = _same_everywhere(accelerator, earlier or datetime.now())
         stack.enter_context(listening(stop))
-        run = _Run(config, folder, accelerator, allow_change, say, on_step, stop)
+        stack.enter_context(printed_date(started))
+        run = _Run(config, folder, accelerator, started, allow_change, say, on_step, stop)
         stack.callback(run.close)
         return run.go()
 
@@ -106,6 +113,7 @@ class _Run:
         config: Config,
         folder: RunFolder,
         accelerator: Accelerator,
+        started: datetime,
         allow_change: tuple[str, ...],
         say: Say,
         on_step: OnStep | None,
@@ -116,14 +124,17 @@ class _Run:
         self.say = say if accelerator.is_main_process else _say_nothing
         self.on_step = on_step if accelerator.is_main_process else None
         inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
+        manifest = manifest_of(config, input_digests(config, inputs), started)
         done, checkpoint = self._start()
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
         self.parts = build(config, saved, folder.path, inputs)
         self._require_space()
-        self._write_manifest()
+        self._write_manifest(manifest)
         start_trackers(accelerator, config, folder.path.name)
-        optimizer = _optimizer(config.optimizer, self.parts.masters, folder.path)
+        optimizer = _optimizer(
+            config.optimizer, self.parts.student, self.parts.masters, folder.path
+        )
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parts, optimizer)
         self.checkpoint_thread = None
@@ -208,9 +219,7 @@ class _Run:
         flag = torch.tensor([int(bool(self.stop))], device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
 
-    def _write_manifest(self) -> None:
-        table = to_table(self.config)
-        manifest = {"config": table, "fingerprint": fingerprint(self.config), **environment()}
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
         count = self.accelerator.num_processes
         self.folder.write_manifest(manifest | {"num_processes": count})
         device = self.accelerator.device.type
@@ -219,7 +228,7 @@ class _Run:
     def _start(self) -> tuple[int, Path | None]:
         """Steps that are done, and the checkpoint after them; the logs end there too."""
         found = newest_checkpoint(self.folder.path, self.say) if self.folder.is_writer else None
-        step = self._main_says(-1 if found is None else found[0])
+        step = _main_says(self.accelerator, -1 if found is None else found[0])
         if step < 0:
             self.folder.rewind(-1)
             self.accelerator.wait_for_everyone()
@@ -234,15 +243,6 @@ class _Run:
         what = "is finished" if step >= self.config.num_steps else "continues"
         self.say(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
         return step, path
-
-    def _main_says(self, number: int) -> int:
-        """A number known to the main process."""
-        if self.accelerator.num_processes == 1:
-            return number
-        mine = number if self.accelerator.is_main_process else -1
-        return int(
-            self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).max()
-        )
 
     def _require_space(self) -> None:
         """Better now than after the first hours."""
@@ -326,6 +326,20 @@ class _Run:
         self.say(f"student exported to {target}")
 
 
+def _main_says(accelerator: Accelerator, number: int) -> int:
+    """A number, from -1, that is known to the main process."""
+    if accelerator.num_processes == 1:
+        return number
+    mine = number if accelerator.is_main_process else -1
+    return int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())
+
+
+def _same_everywhere(accelerator: Accelerator, date: datetime) -> datetime:
+    """The main process's date, to the second."""
+    digits = "%Y%m%d%H%M%S"
+    return datetime.strptime(str(_main_says(accelerator, int(date.strftime(digits)))), digits)
+
+
 def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
     """Steps at the end of the log with a skipped update."""
     return len(list(takewhile(lambda m: m["num_skipped_updates"], reversed(metrics))))
@@ -336,10 +350,14 @@ def _say_nothing(_: str) -> None:
 
 
 def _optimizer(
-    config: OptimizerConfig, masters: MasterWeights, folder: Path
+    config: OptimizerConfig, student: nn.Module, masters: MasterWeights, folder: Path
 ) -> torch.optim.Optimizer:
     betas = (config.beta1, config.beta2)
     rate, decay = config.learning_rate, config.weight_decay
-    optimizer = make_optimizer(config.kind, masters.masters, rate, betas, decay, folder)
+    spared = set() if config.decay_all else {id(weight) for weight in undecayed_weights(student)}
+    both = zip(masters.weights, masters.masters, strict=True)
+    undecayed = [master for weight, master in both if id(weight) in spared]
+    every = masters.masters
+    optimizer = make_optimizer(config.kind, every, rate, betas, decay, folder, undecayed)
     masters.follow(optimizer)
     return optimizer

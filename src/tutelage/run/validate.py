@@ -14,7 +14,7 @@ from tutelage.run.config import Config, FileData, TransformersEngine, VLLMEngine
 from tutelage.run.folder import RunFolder
 from tutelage.run.inputs import Inputs, load_inputs
 from tutelage.run.method import PacedWeighting, RewardWeighting
-from tutelage.run.parse import changed_keys, flat_keys, to_table
+from tutelage.run.origin import refuse_another_run, refuse_other_inputs
 from tutelage.run.trackers import require_trackers
 from tutelage.run.traps import input_traps
 
@@ -39,36 +39,16 @@ def validate(
     _refuse_processes(config, num_processes)
     require_trackers(config)
     _require_packages(config)
-    refuse_another_run(config, folder, allow_change)
+    earlier = RunFolder(folder, is_writer=False).read_manifest()
+    refuse_another_run(config, folder, earlier, allow_change)
     _require_folder(folder)
     inputs = load_inputs(config)
+    refuse_other_inputs(config, inputs, earlier, allow_change)
     _refuse_optimizer(config, inputs)
     _refuse_ungraded(config, inputs)
     _refuse_nothing_held_out(config, inputs)
     prompts = inputs.measure_prompts(config)
     return replace(inputs, prompts=prompts, warnings=tuple(input_traps(config, inputs, prompts)))
-
-
-def refuse_another_run(config: Config, folder: Path, allow_change: tuple[str, ...]) -> None:
-    """A folder with a run of another configuration.
-
-    Raises:
-        RunError: keys differ that may not.
-        ConfigError: a key of `allow_change` does not exist.
-    """
-    unknown = set(allow_change) - set(flat_keys(to_table(config)))
-    if unknown:
-        raise ConfigError(f"--allow-change {min(unknown)!r} is no key of the configuration.")
-    old = RunFolder(folder, is_writer=False).read_manifest()
-    if old is None:
-        return
-    changed = changed_keys(old["config"], to_table(config))
-    changed = [key for key in changed if key not in allow_change]
-    if changed:
-        raise RunError(
-            f"run folder {folder} holds another run: {', '.join(changed)} "
-            "differ. Choose another out=FOLDER, or pass --allow-change KEY."
-        )
 
 
 def _refuse_processes(config: Config, num_processes: int) -> None:
