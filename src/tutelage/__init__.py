@@ -4,19 +4,25 @@ A student language model writes completions; a bigger frozen teacher supervises 
 them. `tutelage.core` holds the mathematics (torch only), `tutelage.run` the training loop.
 """
 
-from tutelage.core import (
-    LazyLogits,
-    TokenStats,
-    distillation_objective,
-    entropy,
-    forward_kl,
-    jsd,
-    quadrants,
-    reverse_kl,
-    select_tokens,
-    token_stats,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from tutelage.errors import TutelageError
+
+if TYPE_CHECKING:
+    from tutelage.core import (
+        LazyLogits,
+        TokenStats,
+        distillation_objective,
+        entropy,
+        forward_kl,
+        jsd,
+        quadrants,
+        reverse_kl,
+        select_tokens,
+        token_stats,
+    )
 
 __version__ = "0.1.0"
 
@@ -33,3 +39,16 @@ __all__ = [
     "select_tokens",
     "token_stats",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The mathematics, imported when it is first asked for: the command's help needs no torch."""
+    if name != "core" and name not in __all__:
+        raise AttributeError(f"module 'tutelage' has no attribute {name!r}")
+    import tutelage.core as mathematics
+
+    return mathematics if name == "core" else getattr(mathematics, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "core"})

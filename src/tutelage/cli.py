@@ -90,6 +90,7 @@ def _quiet_libraries() -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search every package
 
 
 def _speak_any_encoding() -> None:
@@ -216,11 +217,11 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)  # before the libraries that a mistake in it can do without
     from tutelage.run.check import check
     from tutelage.run.contamination import ALL, decontaminate
     from tutelage.run.dryrun import dry_run
 
-    config = _load(arguments)
     lines = dry_run(config) if arguments.dry_run else check(config, Path(arguments.config).stem)
     for line in lines:
         print(line, flush=True)
@@ -231,11 +232,11 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)  # before the libraries that a mistake in it can do without
     from tutelage.report.report import write_report
     from tutelage.run.progress import Reporter
     from tutelage.run.train import train
 
-    config = _load(arguments)
     with Reporter(config.num_steps, as_json=arguments.json) as reporter:
         result = train(
             config,
@@ -318,29 +319,26 @@ def _inspection(arguments: argparse.Namespace) -> Any:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from tutelage.run.record import score_for_page
-    from tutelage.run.score import ScoreRequest, score
-
-    rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
-    request = ScoreRequest(arguments.num_prompts, rules, arguments.keep, arguments.completions)
     out = Path(arguments.out)
     if arguments.out != "-" and out.exists():
         raise ConfigError(f"--out {out} exists and stays as it is. Name a new file.")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out} cannot be written: {out.parent} is no folder. Make it.")
+    config = _load(arguments)  # before the libraries that a mistake in it can do without
+    from tutelage.run.record import score_for_page
+    from tutelage.run.score import ScoreRequest, score
+
+    rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
+    request = ScoreRequest(arguments.num_prompts, rules, arguments.keep, arguments.completions)
     if arguments.html is not None:
-        config = _load(arguments)
         scores, lines = score_for_page(config, request)
         _score_page(arguments, config, lines)
-        if arguments.out == "-":
-            print(scores.table())
-            return 0
     else:
-        scores = score(_load(arguments), request)
+        scores = score(config, request)
     if arguments.out == "-":
-        for row in scores.rows():
+        for row in scores.rows() if arguments.html is None else ():
             print(json.dumps(row))
-        print(scores.table(), file=sys.stderr)
+        print(scores.table(), file=sys.stderr if arguments.html is None else sys.stdout)
         return 0
     try:
         with out.open("x", encoding="utf-8") as file:

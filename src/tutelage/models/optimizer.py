@@ -7,7 +7,7 @@ import importlib.util
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torch.optim.adamw import adamw
 
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.models.mapped import MappedFile, whole_pages
-
-OptimizerKind = Literal["adamw", "adamw_on_disk", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
-
+from tutelage.models.settings import OptimizerKind
 
 _PIECE = 1 << 22
 """Weights whose moments on disk are in memory at the same time; a whole number of pages."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from tutelage.errors import RunError
 from tutelage.models.allocator import give_back
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.mapped import MappedFile
+from tutelage.models.settings import TeacherMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TeacherMode = Literal["resident", "offload", "reload"]
 
 
 class HiddenStore:

@@ -7,10 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from tutelage.models.draw import LARGEST_COUNT
-from tutelage.models.optimizer import OptimizerKind
-from tutelage.models.sampling import SamplingConfig
-from tutelage.models.teacher import TeacherMode
+from tutelage.models.settings import LARGEST_COUNT, OptimizerKind, SamplingConfig, TeacherMode
 from tutelage.run.method import (
     STRICT,
     AllTokens,

@@ -27,8 +27,9 @@ from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
+from tutelage.models.settings import TeacherMode
 from tutelage.models.student import Student
-from tutelage.models.teacher import HiddenStore, Teacher, TeacherMode
+from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import shared_vocabulary
 from tutelage.models.trial import try_model
 from tutelage.models.vllm_engine import VLLMSampler
