@@ -336,7 +336,7 @@ def test_a_gate_opens_by_the_teachers_entropy(make_pair: Make) -> None:
         (SkewReverseKL(0.1), lambda p, q: reference.skew_reverse_kl(p, q, 0.1)),
         (SkewReverseKL(0.0), reference.reverse_kl),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_mixtures(term: Term, function: Any, spread: float, make_pair: Make) -> None:
