@@ -231,7 +231,6 @@ def correctness_large() -> dict[str, Any]:
     result: dict[str, Any] = {"against the own step": _compared(ours, own)}
     drawn = [(row.job.ids, tuple(row.tokens), row.logprobs) for row in ours]
     theirs = [(r.prompt_ids, r.completion_ids, list(r.logprobs or ())) for r in own.rollouts]
-    writer.slots.step.is_current()
     result["step against the model's own"] = step_error(model, writer, jobs)
     _clear()
     exact = model.float()

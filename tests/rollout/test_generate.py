@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
+from tutelage.models.adapter import add_lora, merge
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.sampling import draw_rollouts
 from tutelage.rollout import kv_slots
@@ -75,6 +76,24 @@ def test_a_step_reads_weights_that_were_written_in_place(letters: Any) -> None:
     after, second = write(model, letters, RAGGED, CONFIG, 8)
     assert second.slots is first.slots  # nothing was captured anew
     assert outcome(after) == outcome(own(model, letters)) != outcome(before)
+
+
+def test_adapters_are_part_of_the_step(letters: Any) -> None:
+    pytest.importorskip("peft")
+    model = make_model("qwen2", num_key_value_heads=1, hidden_size=128)
+    add_lora(model, 3, 6.0)
+    assert is_covered(model)
+    before, first = write(model, letters, RAGGED, CONFIG, 8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    after, second = write(model, letters, RAGGED, CONFIG, 8)
+    assert second.slots is first.slots
+    assert outcome(after) == outcome(own(model, letters)) != outcome(before)
+    merge(model)
+    merged, _ = write(model, letters, RAGGED, CONFIG, 8)
+    assert outcome(merged) == outcome(own(model, letters))
 
 
 def test_weights_that_have_moved_are_found(letters: Any) -> None:

@@ -21,19 +21,38 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
+class _Adapter:
+    """A low-rank update of some columns of a product, computed in its own dtype."""
+
+    first: int
+    last: int
+    down: nn.Parameter
+    up: nn.Parameter
+    scale: float
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        """out ← out + scale · x downᵀ upᵀ in these columns."""
+        update = (x @ self.down.t()) @ self.up.t()
+        out[:, self.first : self.last].add_(update, alpha=self.scale)
+
+
+@dataclass(frozen=True)
 class _Product:
     """x weightᵀ + bias, for the weights of one or several layers, one below the other."""
 
     weight: Tensor
     bias: Tensor | None
-    parts: tuple[tuple[nn.Parameter, int], ...]
-    """The parameters that these are, and where their memory begins."""
+    adapters: tuple[_Adapter, ...]
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         if self.bias is None:
             torch.mm(x, self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, x, self.weight.t(), out=out)
+        if self.adapters:
+            wide = x.to(self.adapters[0].down.dtype)
+            for adapter in self.adapters:
+                adapter.add(wide, out)
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ class DecodeStep:
         ]
         self.products = 0
         """Products started so far."""
+        self._memory = _memory(model)
 
     @property
     def window(self) -> int:
@@ -90,10 +110,9 @@ class DecodeStep:
             device=self.table.device,
         )
 
-    def is_current(self) -> bool:
-        """Whether every parameter still lies where it was; values may have changed."""
-        products = [p for x in self.layers for p in (x.qkv, x.o, x.gate_up, x.down)]
-        return all(w.data_ptr() == at for p in products for w, at in p.parts)
+    def is_current(self, model: PreTrainedModel) -> bool:
+        """Whether the model has the same parameters in the same memory; values may differ."""
+        return self._memory == _memory(model)
 
     def __call__(
         self, rows: Rows, work: Work, cache: Tensor, turn: tuple[Tensor, Tensor], picking: Picking
@@ -143,13 +162,13 @@ def is_covered(model: PreTrainedModel) -> bool:
     """Whether `DecodeStep` is made for such a model; a trial then shows that it computes it."""
     if not is_llama_like(model):
         return False
-    base, head = model.base_model, _head(model)
-    config: Any = base.config
-    modules = [m for m in base.modules() if isinstance(m, nn.Linear)]
-    is_plain = all(type(m) in (nn.Linear, Linear) for m in modules)
+    base: Any = model.base_model
+    config, head = base.config, _head(model)
+    is_plain = all(_is_known(module) for layer in base.layers for module in _modules(layer))
     is_plain = is_plain and type(head) in (nn.Linear, Linear) and head.bias is None
     is_plain = is_plain and type(base.embed_tokens) is nn.Embedding
-    weights = [*base.parameters(), *head.parameters()]
+    named = [*base.named_parameters(), *head.named_parameters()]
+    weights = [weight for name, weight in named if ".lora_" not in name]
     same = {(weight.dtype, weight.device) for weight in weights}
     head_dim: int = base.layers[0].self_attn.head_dim
     is_power = head_dim >= 32 and head_dim & (head_dim - 1) == 0
@@ -165,7 +184,6 @@ def is_covered(model: PreTrainedModel) -> bool:
         and is_power
         and config.hidden_act == "silu"
         and not is_scaled
-        and not _has_adapter(base)
     )
 
 
@@ -177,8 +195,32 @@ def windows_of(config: Any) -> list[int]:
     return [int(window) if window and kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def _has_adapter(base: nn.Module) -> bool:
-    return any(".base_layer." in name for name, _ in base.named_parameters())
+def _modules(layer: Any) -> list[Any]:
+    """The seven products of a layer."""
+    attention, mlp = layer.self_attn, layer.mlp
+    read = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*read, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _is_known(module: Any) -> bool:
+    """Whether it is a plain linear layer, or one with a plain low-rank update from peft."""
+    kind = type(module)
+    if kind in (nn.Linear, Linear):
+        return True
+    is_lora = kind.__name__ == "Linear" and kind.__module__.startswith("peft.tuners.lora")
+    if not is_lora or type(module.base_layer) not in (nn.Linear, Linear):
+        return False
+    names = list(module.lora_A)
+    is_active = names == list(module.active_adapters) and not module.disable_adapters
+    downs = [module.lora_A[name] for name in names]
+    ups = [module.lora_B[name] for name in names]
+    is_plain = all(type(x) in (nn.Linear, Linear) and x.bias is None for x in (*downs, *ups))
+    return is_active and is_plain and not module.merged and not module.lora_variant
+
+
+def _memory(model: PreTrainedModel) -> list[tuple[str, int]]:
+    """Names of a model's parameters, and where their memory begins."""
+    return [(name, parameter.data_ptr()) for name, parameter in model.named_parameters()]
 
 
 def _head(model: PreTrainedModel) -> Any:
@@ -210,15 +252,33 @@ def _layer(layer: Any, config: Any, window: int) -> _Layer:
     )
 
 
-def _product(modules: Sequence[nn.Linear]) -> _Product:
+def _product(modules: Sequence[Any]) -> _Product:
     """One product for layers of one input."""
-    weights: list[Any] = [module.weight for module in modules]
-    biases: list[Any] = [module.bias for module in modules if module.bias is not None]
+    plain = [
+        module if type(module) in (nn.Linear, Linear) else module.base_layer for module in modules
+    ]
+    weights: list[Any] = [module.weight for module in plain]
+    biases: list[Any] = [module.bias for module in plain if module.bias is not None]
     if biases and len(biases) < len(modules):
         raise ValueError("layers of one input have a bias each, or none has.")
     joined = _one_below_the_other(weights)
     bias = _one_below_the_other(biases) if biases else None
-    return _Product(joined, bias, tuple((part, part.data_ptr()) for part in (*weights, *biases)))
+    adapters = []
+    first = 0
+    for module, base in zip(modules, plain, strict=True):
+        if module is not base:
+            adapters += _adapters(module, first)
+        first += len(base.weight)
+    return _Product(joined, bias, tuple(adapters))
+
+
+def _adapters(module: Any, first: int) -> list[_Adapter]:
+    """The low-rank updates of a layer whose first column is that one."""
+    last = first + len(module.base_layer.weight)
+    return [
+        _Adapter(first, last, down.weight, module.lora_B[name].weight, module.scaling[name])
+        for name, down in module.lora_A.items()
+    ]
 
 
 @torch.no_grad()

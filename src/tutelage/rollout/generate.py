@@ -70,7 +70,7 @@ class GraphWriter:
         for job in jobs:
             refuse_ids_beyond(self.tokenizer, job.ids, self.num_embeddings, job.prompt.id)
         slots = _SLOTS.get(self.model)
-        if slots is None or not slots.serves(num_rows, capacity):
+        if slots is None or not slots.serves(self.model, num_rows, capacity):
             if slots is not None:
                 num_rows = max(num_rows, slots.buckets[0])
                 capacity = max(capacity, slots.capacity)

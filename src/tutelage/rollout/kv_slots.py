@@ -79,10 +79,10 @@ class Slots:
         self.turn = _angles(model, self.capacity, sizes)
         self._graphs: dict[tuple[int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
 
-    def serves(self, num_rows: int, capacity: int) -> bool:
+    def serves(self, model: PreTrainedModel, num_rows: int, capacity: int) -> bool:
         """Whether another draw can use these slots."""
         is_large = num_rows <= self.buckets[0] and capacity <= self.capacity
-        return is_large and self.step.is_current()
+        return is_large and self.step.is_current(model)
 
     def graph(
         self, count: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]

@@ -1,0 +1,215 @@
+"""Every kernel under Triton's interpreter against the same operation in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from eager import cpu_device, make_model
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from tutelage.models.draw import SamplingConfig
+from tutelage.rollout import triton_operators
+from tutelage.rollout.kv_slots import Slots, make_picking
+from tutelage.rollout.operators import Heads, TorchOperators
+from tutelage.rollout.state import Rows, Sizes, Work, make_rows, make_work
+from tutelage.rollout.triton_operators import TritonOperators, num_vocab_blocks
+
+# Minus infinity minus itself is computed, and then masked.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+SIZES = Sizes(2, 6, 2, 32, 48, 40, 5000, torch.float32, torch.device("cpu"))
+CAPACITY = 160
+
+
+def scene(dtype: torch.dtype = torch.float32, splits: int = 1) -> tuple[Rows, Work, Tensor]:
+    """Four rows in the middle of their completions, one of them done; NaN where nothing is."""
+    torch.manual_seed(3)
+    sizes = Sizes(*[dtype if x is torch.float32 else x for x in SIZES.__dict__.values()])
+    rows = make_rows(sizes, 4, 8)
+    work = make_work(sizes, 4, num_vocab_blocks(4500), splits)
+    rows.slot.copy_(torch.tensor([2, 0, 3, 1]))
+    rows.position.copy_(torch.tensor([0, 5, 159, 71]))
+    rows.done.copy_(torch.tensor([0, 0, 0, 1]))
+    rows.column.copy_(torch.tensor([3, 0, 7, 2]))
+    rows.token.copy_(torch.tensor([5, 0, 49, 7]))
+    rows.uniform.uniform_()
+    for tensor in (rows.hidden, work.x, work.y, work.qkv, work.gate_up, work.logits):
+        tensor.normal_()
+    cache = torch.randn(2, 4, 2, CAPACITY, 32).to(dtype)
+    for slot, position in zip(rows.slot.tolist(), rows.position.tolist(), strict=True):
+        cache[:, slot, :, position:] = torch.nan
+    return rows, work, cache
+
+
+def both(
+    run: Callable[[Any, Rows, Work, Tensor], None], **options: Any
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Everything that an operation changed, with the kernels' value and torch's."""
+    pairs = []
+    scenes = [scene(**options) for _ in range(2)]
+    before = scene(**options)
+    for operators, each in zip((TritonOperators(), TorchOperators()), scenes, strict=True):
+        run(operators, *each)
+    for part in range(2):
+        for field in fields(before[part]):  # type: ignore[arg-type]
+            values = [each[part].__dict__[field.name] for each in (*scenes, before)]
+            pairs.append((field.name, values[0], values[1]))
+    pairs.append(("cache", scenes[0][2], scenes[1][2]))
+    return pairs
+
+
+def check(pairs: list[tuple[str, Tensor, Tensor]], *names: str, tolerance: float = 1e-5) -> None:
+    """What the operation has to write, and all that the two must agree on."""
+    for name, ours, expected in pairs:
+        if name in names:
+            assert not torch.equal(expected, torch.zeros_like(expected))
+            torch.testing.assert_close(
+                ours, expected, rtol=tolerance, atol=tolerance, equal_nan=name == "cache"
+            )
+
+
+def test_embedding_and_norms() -> None:
+    torch.manual_seed(5)
+    table, weight = torch.randn(50, 48), torch.randn(48)
+    pairs = both(lambda o, rows, work, _: o.embed_norm(rows, work, table, weight, 1e-6))
+    check(pairs, "x", "normed", "states", "column")
+    pairs = both(lambda o, rows, work, _: o.add_norm(rows, work, weight, 1e-6))
+    check(pairs, "x", "normed", "position")
+    pairs = both(lambda o, rows, work, _: o.end_step(rows, work, weight, 1e-6, CAPACITY - 1))
+    check(pairs, "hidden", "position")
+
+
+def test_norms_in_bfloat16() -> None:
+    torch.manual_seed(5)
+    weight = torch.randn(48).bfloat16()
+    pairs = both(
+        lambda o, rows, work, _: o.add_norm(rows, work, weight, 1e-6), dtype=torch.bfloat16
+    )
+    check(pairs, "x", "normed", tolerance=2e-2)  # the interpreter cuts off where a GPU rounds
+
+
+def test_swiglu() -> None:
+    check(both(lambda o, rows, work, _: o.swiglu(work)), "opened")
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("is_normed", [False, True])
+def test_attention(splits: int, window: int, is_normed: bool) -> None:
+    torch.manual_seed(5)
+    weights = (torch.randn(32), torch.randn(32)) if is_normed else (None, None)
+    heads = Heads(6, 2, 32, 0.2, window, *weights, 1e-6)
+    angles = torch.randn(CAPACITY, 16)
+    turn = (angles.cos(), angles.sin())
+
+    def run(operators: Any, rows: Rows, work: Work, cache: Tensor) -> None:
+        operators.attend(rows, work, heads, (cache[0], cache[1]), turn)
+
+    pairs = {name: (a, b) for name, a, b in both(run, splits=splits)}
+    ours, expected = pairs["mixed"]
+    torch.testing.assert_close(ours[:3], expected[:3], rtol=1e-5, atol=1e-5)
+    assert ours[3].isfinite().all()
+    check([("cache", *pairs["cache"])], "cache")
+
+
+def test_attention_in_half_precision() -> None:
+    torch.manual_seed(5)
+    heads = Heads(6, 2, 32, 0.2, 0, None, None, 0.0)
+    angles = torch.randn(CAPACITY, 16)
+    turn = (angles.cos(), angles.sin())
+    pairs = both(
+        lambda o, rows, work, cache: o.attend(rows, work, heads, (cache[0], cache[1]), turn),
+        dtype=torch.float16,  # the interpreter multiplies no bfloat16
+    )
+    ours, expected = next((a, b) for name, a, b in pairs if name == "mixed")
+    torch.testing.assert_close(ours[:3], expected[:3], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(temperature=0.3),
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(0.5, top_k=7),
+        SamplingConfig(0.9, top_p=0.4),
+        SamplingConfig(0.6, 0.95, 20),
+    ],
+)
+def test_picks(config: SamplingConfig) -> None:
+    picking = make_picking(config, 4500, [3, 17, 2], torch.device("cpu"))
+
+    def run(operators: Any, rows: Rows, work: Work, cache: Tensor) -> None:
+        work.logits[:, 4500:] = 50.0  # padding rows of the head
+        work.logits[1] = work.logits[1].round()  # many ties
+        work.logits[2, 100:] = -torch.inf
+        work.logits[3, :] = -60.0
+        work.logits[3, 17] = 60.0  # a stop token, for sure
+        operators.pick(rows, work, picking)
+
+    pairs = both(run)
+    check(pairs, "token", "tokens", "logprobs", "done")
+
+
+@pytest.mark.parametrize(
+    ("config", "value"),
+    [
+        (SamplingConfig(), torch.nan),
+        (SamplingConfig(), torch.inf),
+        (SamplingConfig(0.0), torch.nan),
+        (SamplingConfig(0.7, 1.0, 5), torch.nan),
+    ],
+)
+def test_logits_that_are_not_numbers_give_a_logprob_that_is_none(
+    config: SamplingConfig, value: float
+) -> None:
+    rows, work, _ = scene()
+    work.logits[0, 2100] = value
+    picking = make_picking(config, 4500, [3], torch.device("cpu"))
+    TritonOperators().pick(rows, work, picking)
+    written = rows.logprobs.gather(1, rows.column.long()[:, None])[:, 0]
+    assert written.isfinite().tolist() == [False, True, True, True]
+    assert 0 <= rows.token[0] < 4500
+
+
+def test_ends_of_the_interval_stay_inside_the_vocabulary() -> None:
+    rows, work, _ = scene()
+    work.logits[:, :2] = work.logits[:, 4490:] = -torch.inf
+    for uniform, token in ((0.0, 2), (1.0 - 2.0**-53, 4489)):
+        rows.uniform.fill_(uniform)
+        picking = make_picking(SamplingConfig(), 4500, [3], torch.device("cpu"))
+        TritonOperators().pick(rows, work, picking)
+        assert rows.token.tolist() == [token] * 4
+
+
+def test_a_layer_takes_eight_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonOperators, "_start", count_only)
+    counts = []
+    for layers in (2, 3):
+        operators = TritonOperators()
+        model = make_model("qwen3", num_hidden_layers=layers)
+        slots = Slots(model, cpu_device(operators), 8, 40)
+        rows, work = slots.rows, make_work(slots.sizes, 8, 1, 1)
+        picking = make_picking(SamplingConfig(), 33, [2], torch.device("cpu"))
+        with torch.no_grad():
+            slots.step(rows, work, slots.cache, slots.turn, picking)
+        counts.append(operators.launches + slots.step.products)
+    assert counts[1] - counts[0] == 8
+    assert counts[0] == 2 * 8 + 4  # logits, two that pick, and the last norm
+
+
+def count_only(self: TritonOperators, *args: Any, **options: Any) -> None:
+    self.launches += 1
+
+
+def test_splits_fill_the_device_and_bound_what_one_program_reads() -> None:
+    assert triton_operators.num_splits(64, 8, 512, 132) == 1
+    assert triton_operators.num_splits(8, 8, 512, 132) == 5
+    assert triton_operators.num_splits(64, 8, 8192, 132) == 4
+    assert triton_operators.num_splits(1, 1, 256, 132) == 4
