@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import Tensor
 
 from tutelage.data.types import Rollout
 from tutelage.models.draw import SamplingConfig, check_finite, uniforms
@@ -20,6 +23,7 @@ from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, voca
 from tutelage.rollout.decode_step import is_covered
 from tutelage.rollout.kv_slots import STEPS, Device, Slots, cuda_device
 from tutelage.rollout.state import Rows
+from tutelage.rollout.transfer import Fetched, send
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +39,29 @@ _SLOTS: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()
 _TOLD: WeakSet[Any] = WeakSet()
 
 
+@dataclass
+class _Row(Open):
+    """A completion that occupies a row."""
+
+    num_started: int = 0
+    """Tokens whose steps have been started."""
+    has_ended: bool = False
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Steps that have been started, and the rows that they are of."""
+
+    rows: list[_Row | None]
+    count: int
+    written: Fetched
+    """Tokens and their log-probabilities `[2, B, count]`."""
+    states: Tensor | None
+    """The hidden states that they were drawn from `[B, count, D]`, if they are kept."""
+
+
 class GraphWriter:
-    """Completions of one draw; every step is one launch, and every eighth is looked at."""
+    """Completions of one draw; every step is one launch, and every few are looked at at once."""
 
     def __init__(
         self,
@@ -93,12 +118,19 @@ class GraphWriter:
         self.waiting = deque(order)
         num_rows = min(self.batch_size, len(jobs))
         count = [size for size in self.slots.buckets if size >= num_rows][-1]
-        self.open: list[Open | None] = [None] * count
+        self.open: list[_Row | None] = [None] * count
         self.slot_of = list(range(count))
         self._upload()
-        while self.waiting or any(self.open):
+        ahead: _Segment | None = None
+        while True:
+            # The device has the next steps to do while the host looks at the last ones.
             self._change_members()
-            yield self._write_segment()
+            segment = self._start_segment()
+            if ahead is not None:
+                yield self._finish_segment(ahead)
+            elif segment is None:
+                break
+            ahead = segment
         self._give_back()
 
     def rollout(self, row: Open) -> Rollout:
@@ -111,8 +143,9 @@ class GraphWriter:
     def _upload(self) -> None:
         """Tell the device which rows are open, and where."""
         rows = self._rows()
-        rows.done.copy_(torch.tensor([int(row is None) for row in self.open]))
-        rows.slot.copy_(torch.tensor(self.slot_of))
+        state = send([[int(row is None) for row in self.open], self.slot_of], rows.slot)
+        rows.done.copy_(state[0])
+        rows.slot.copy_(state[1])
 
     def _change_members(self) -> None:
         """Let waiting completions in; when none waits, go on with fewer rows."""
@@ -124,15 +157,15 @@ class GraphWriter:
             return
         num_open = num_rows - len(free)
         smaller = [size for size in self.slots.buckets if num_open <= size < num_rows]
-        if smaller:
+        if smaller and num_open:
             self._keep(free, smaller[-1])
 
     def _keep(self, free: list[int], count: int) -> None:
         """Go on with so many rows; the others are free."""
         places = [i for i, row in enumerate(self.open) if row is not None]
         places = (places + free)[:count]
-        index = torch.tensor(places, device=self.slots.sizes.device)
         rows = self._rows()
+        index = send(places, rows.token)
         for state in (rows.token, rows.position, rows.hidden):
             state[:count] = state[index]
         self.open = [self.open[i] for i in places]
@@ -144,7 +177,7 @@ class GraphWriter:
         jobs = [self.waiting.popleft() for _ in places]
         by_prompt: dict[Ids, list[int]] = {}
         for place, job in zip(places, jobs, strict=True):
-            self.open[place] = Open(job)
+            self.open[place] = _Row(job)
             by_prompt.setdefault(job.ids, []).append(place)
         rows = self._rows()
         for prompts in _portions(list(by_prompt)):
@@ -152,51 +185,57 @@ class GraphWriter:
             pairs = [(i, place) for i, ids in enumerate(prompts) for place in by_prompt[ids]]
             sources, here = [i for i, _ in pairs], [place for _, place in pairs]
             self.slots.place(read, sources, [self.slot_of[place] for place in here])
-            lengths = torch.tensor([len(prompts[i]) for i in sources])
-            to = torch.tensor(here, device=states.device)
-            ends = (lengths - 1).to(states.device)
-            rows.hidden[to] = states[torch.tensor(sources, device=states.device), ends]
-            rows.position[to] = lengths.to(states.device, torch.int32)
+            lengths = [len(prompts[i]) for i in sources]
+            source, to, length = send([sources, here, lengths], rows.token)
+            rows.hidden[to] = states[source, length - 1]
+            rows.position[to] = length.int()
         self._upload()
 
-    def _write_segment(self) -> list[Open]:
-        """A few steps; the completions that they finished."""
+    def _start_segment(self) -> _Segment | None:
+        """Start a few steps; None if every open row has all its steps already."""
         rows, limit = self._rows(), self.config.max_new_tokens
-        left = [limit - len(row.tokens) for row in self.open if row is not None]
-        count = min(STEPS, max(left))
+        left = [limit - row.num_started for row in self.open if row is not None]
+        count = min(STEPS, max(left, default=0))
+        if count == 0:
+            return None
         keys = [row.job.key if row else 0 for row in self.open]
-        drawn = [len(row.tokens) if row else 0 for row in self.open]
-        graph = self.slots.graph(
-            len(self.open), self.config, self.num_ids, tuple(sorted(self.stops))
-        )
-        rows.uniform[:, :count] = uniforms(keys, count, drawn).to(rows.uniform.device)
+        drawn = [row.num_started if row else 0 for row in self.open]
+        stops = tuple(sorted(self.stops))
+        graph = self.slots.graph(len(self.open), self.config, self.num_ids, stops)
+        rows.uniform[:, :count] = send(uniforms(keys, count, drawn), rows.uniform)
         rows.column.zero_()
         for _ in range(count):
             graph.replay()
-        return self._keep_written(rows, count)
-
-    def _keep_written(self, rows: Rows, count: int) -> list[Open]:
-        """Hand each row what it drew; rows that have ended leave their places."""
-        both = torch.stack((rows.tokens[:, :count].double(), rows.logprobs[:, :count].double()))
-        tokens, logprobs = both.tolist()  # the one transfer
-        self.looks += 1
+        for row in self.open:
+            if row is not None:
+                row.num_started += count
         states = rows.states[:, :count].clone() if self.record else None
-        finished = []
-        for i, row in enumerate(self.open):
-            if row is None:
+        both = (rows.tokens[:, :count].double(), rows.logprobs[:, :count].double())
+        return _Segment(list(self.open), count, Fetched(torch.stack(both)), states)
+
+    def _finish_segment(self, segment: _Segment) -> list[Open]:
+        """Hand each row what it drew; rows that have ended leave their places."""
+        tokens, logprobs = segment.written.tolist()
+        self.looks += 1
+        finished: list[Open] = []
+        for i, row in enumerate(segment.rows):
+            if row is None or row.has_ended:
                 continue
-            most = min(count, self.config.max_new_tokens - len(row.tokens))
+            most = min(segment.count, self.config.max_new_tokens - len(row.tokens))
             new = [int(token) for token in tokens[i][:most]]
             end = next((n for n, token in enumerate(new, 1) if token in self.stops), most)
             check_finite(logprobs[i][:end], len(row.tokens))
             row.tokens += new[:end]
             row.logprobs += logprobs[i][:end]
-            if states is not None:
-                row.hidden.append(states[i, :end])
-            if new[end - 1] in self.stops or len(row.tokens) == self.config.max_new_tokens:
+            if segment.states is not None:
+                row.hidden.append(segment.states[i, :end])
+            row.has_ended = new[end - 1] in self.stops or (
+                len(row.tokens) == self.config.max_new_tokens
+            )
+            if row.has_ended:
                 finished.append(row)
-                self.open[i] = None
         if finished:
+            self.open = [None if row is None or row.has_ended else row for row in self.open]
             self._upload()
         return finished
 
@@ -231,7 +270,8 @@ def graph_writer(
     record: bool,
 ) -> GraphWriter | None:
     """A writer for models on a CUDA device whose step is written here; else None."""
-    if model.device.type != "cuda" or not is_covered(model):
+    is_cuda = model.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if not is_cuda or not is_covered(model):
         return None
     device = cuda_device(model.device)
     return GraphWriter(model, tokenizer, config, batch_size, record, device)

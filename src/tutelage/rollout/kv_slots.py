@@ -16,11 +16,12 @@ from tutelage.rollout.cuda_graph import Capture, CudaGraph, Graph
 from tutelage.rollout.decode_step import DecodeStep
 from tutelage.rollout.operators import Operators, Picking
 from tutelage.rollout.state import Sizes, Work, make_rows, make_work
+from tutelage.rollout.transfer import send
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STEPS = 8
+STEPS = 4
 """Steps between two looks at who has finished."""
 _TRIAL = 8
 """Tokens that a step is tried on; beyond a window, as many more."""
@@ -120,7 +121,7 @@ class Slots:
         width = max(len(ids) for ids in prompts)
         # Padded on the right nothing needs a mask: a token never sees what comes after it.
         padded = [list(ids) + [pad] * (width - len(ids)) for ids in prompts]
-        ids = torch.tensor(padded, device=self.sizes.device)
+        ids = send(padded, self.rows.token)
         base: Any = model.base_model
         # A cache without a configuration keeps every column, beyond a window too.
         with _attention(self.sizes.device):
@@ -129,7 +130,7 @@ class Slots:
 
     def place(self, read: Any, sources: list[int], slots: list[int]) -> None:
         """Copy prompts that have been read into slots."""
-        source, slot = (torch.tensor(x, device=self.sizes.device) for x in (sources, slots))
+        source, slot = send([sources, slots], self.rows.token)
         for i, layer in enumerate(read.layers):
             width = layer.keys.shape[2]
             for kind, values in enumerate((layer.keys, layer.values)):
