@@ -19,6 +19,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "partition": (50, 1_000),
     "grader": (5_000, 1_000_000),
     "kill": (6, 150),
+    "families": (15, 0),
     "disk": (5, 150),
     "numerics": (10_000, 1_000_000),
     "signals": (11, 66),

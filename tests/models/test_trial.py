@@ -135,7 +135,8 @@ def test_a_backbone_under_an_undeclared_name_is_found() -> None:
     ],
 )
 def test_decoding_takes_the_first_form_that_is_exact(kind: str, form: type[OwnRows]) -> None:
-    model = tiny(kind)
+    given = {"layer_types": ["conv", "full_attention"] * 16} if kind == "lfm2" else {}
+    model = tiny(kind, **given)
     notes = try_model(model, "student 'x'", 259)
     assert isinstance(rows_for(model, 0), form)
     assert bool(notes) == (form is not PlainRows)

@@ -90,7 +90,6 @@ class PlainRows:
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in distinct]
         device = self.model.device
         self.mask = torch.tensor(mask, device=device)
-        self.is_padded = min(len(ids) for ids in distinct) < width
         self.position = self.mask.sum(1)
         position = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.hidden = self._forward(torch.tensor(padded, device=device), position)
@@ -112,7 +111,8 @@ class PlainRows:
         self.hidden = self.hidden[index]
 
     def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
-        masks = {"attention_mask": self.mask, "position_ids": position} if self.is_padded else {}
+        # Positions also where nothing is padded: hybrids may not know how many tokens there were.
+        masks = {"attention_mask": self.mask, "position_ids": position}
         cache = {} if self.cache is None else {self.cache_name: self.cache}
         output = run(self.base, input_ids=ids, use_cache=True, **masks, **cache)
         self.cache = output[self.cache_name]
@@ -279,9 +279,8 @@ def _first_exact(model: PreTrainedModel, pad: int, trial: _Trial) -> type[OwnRow
 def _gap(rows: OwnRows, trial: _Trial) -> float:
     """Largest difference of rows that share a prompt, end early and are followed by others."""
     device = rows.model.device
-    order = [0, 1, 0, 2]
     gaps = []
-    for _ in range(2):
+    for order in ([0, 1, 0, 2], [2, 1], [0]):
         rows.admit(range(len(order)), [trial.sequences[i][: _LENGTHS[i]] for i in order])
         for step in range(_NUM_STEPS + 1):
             ends = [_LENGTHS[i] + step for i in order]
@@ -291,8 +290,7 @@ def _gap(rows: OwnRows, trial: _Trial) -> float:
                 break
             tokens = [trial.sequences[i][end] for i, end in zip(order, ends, strict=True)]
             rows.advance(torch.tensor(tokens, device=device))
-            if step == 1:
+            if step == 1 and len(order) > 1:
                 order = order[1:]
                 rows.keep(torch.arange(1, len(order) + 1, device=device))
-        order = [2, 1]
     return max(gaps) if not any(map(math.isnan, gaps)) else float("nan")

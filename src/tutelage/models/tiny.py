@@ -48,7 +48,6 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts", 2),
     (r".*window(_size)?|attention_chunk_size|local_attention|rel_extent", 8),
     (r"(mamba_)?d_state|(ssm_)?state_size|(mamba_)?chunk_size", 8),
-    (r"index_topk", 4),
     (r"index_block_size|index_topk_blocks", 2),
     (r".*vocab_size(_base|_per_layer_input)?|.*_group_vocab|num_centroids|split_ngram_parts", 64),
     (r"(.*_)?(num_|n_)?(hidden_|encoder_|decoder_)?layers?|num_layers_per_stack|num_blocks", 2),
@@ -56,14 +55,19 @@ _SIZES: tuple[tuple[str, int], ...] = (
 )
 """Sizes of tiny models: the first pattern that a setting's whole name matches, where it is larger.
 
-Windows, chunks and selections of keys are shorter than the sequences of a trial, so that they act.
+Windows and chunks are shorter than the sequences of a trial, so that they act.
 """
 _NO_SETTINGS = {"_name_or_path", "output_attentions", "architectures"}
 """What a configuration says of itself beside the model."""
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 _OF_TYPE: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "num_hidden_layers": 4,
+        "attn_layer_indices": [1],
+    },
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -257,7 +261,8 @@ def _few_layers(own: dict[str, Any]) -> dict[str, Any]:
     lists = {name: value for name, value in own.items() if _is_per_layer(value, count)}
     if not lists or count < 2:
         return {}
-    kinds = {repr([value[i] for value in lists.values()]): i for i in range(count)}
+    named = [value for value in lists.values() if not _is_index(value)]
+    kinds = {repr([value[i] for value in named]): i for i in range(count)}
     kept = sorted({0, *kinds.values()} if len(kinds) == 1 else kinds.values())[-4:]
     few: dict[str, Any] = {name: len(kept) for name in _LAYER_COUNTS if name in own}
     for name, values in lists.items():
@@ -267,6 +272,10 @@ def _few_layers(own: dict[str, Any]) -> dict[str, Any]:
         every = {int(i): _small("layer_config", values) for i, values in each.items()}
         few["per_layer_config"] = {new: every[i] for new, i in enumerate(kept) if i in every}
     return few
+
+
+def _is_index(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values) and len({*values}) == len(values)
 
 
 def _is_per_layer(value: Any, count: int) -> bool:
