@@ -40,6 +40,7 @@ FENCES = {
     "transformers": ("models/", "rollout/kv_slots.py"),
     "tokenizers": ("models/",),
     "gguf": ("models/",),
+    "numpy": ("models/gguf_files.py",),
     "peft": ("models/adapter.py",),
     "bitsandbytes": ("models/optimizer.py",),
     "safetensors": ("models/", "run/"),

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
 from tutelage.models.claims import no_panic
-from tutelage.models.load import load_model, load_tokenizer, save_model
+from tutelage.models.load import load_model, load_model_config, load_tokenizer, save_model
+from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import encode_completion, encode_prompt, stop_ids
 
 Damage = Callable[[Path], object]
@@ -317,6 +318,28 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     writer.write_tensors_to_file()
     writer.close()
     return path.read_bytes()
+
+
+def test_a_whole_file_is_parsed_once_and_again_when_it_changes(
+    gguf_file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = pytest.importorskip("gguf.gguf_reader").GGUFReader
+    parsed, build = [], reader._build_fields
+    monkeypatch.setattr(
+        reader, "_build_fields", lambda self, *given: parsed.append(1) or build(self, *given)
+    )
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_file)
+    model = load_model(str(path))
+    load_model_config(resolve_model(str(path)))
+    again = load_model(str(path), "bfloat16")
+    assert len(parsed) == 1
+    assert model.config.num_hidden_layers == again.config.num_hidden_layers == 1
+    assert all(bool((weight == 1).all()) for weight in again.state_dict().values())
+    path.write_bytes(gguf_file[:-4] + struct.pack("<f", 2.0))
+    changed = load_model(str(path))
+    assert len(parsed) == 2
+    assert sum(float((weight != 1).sum()) for weight in changed.state_dict().values()) == 1
 
 
 def number(name: bytes, value: int) -> Callable[[bytes], bytes]:

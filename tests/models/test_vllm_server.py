@@ -22,7 +22,7 @@ from tutelage.errors import ModelError, RunError
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.remote import Limits
-from tutelage.models.tokenizers import stop_ids
+from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.models.vllm_server import VLLMServerSampler
 from tutelage.run.train import train
 
@@ -51,10 +51,11 @@ class FakeVLLM(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model: PreTrainedModel, stops: frozenset[int]) -> None:
+    def __init__(self, model: PreTrainedModel, stops: frozenset[int], num_ids: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model = copy.deepcopy(model)
         self.stops = stops
+        self.num_ids = num_ids
         self.reads_weights = True
         self.change: Change | None = None
         """Spoils completions."""
@@ -87,12 +88,12 @@ class FakeVLLM(ThreadingHTTPServer):
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(body["seed"])
         ids, logprobs, written = list(body["prompt"]), [], 0
-        allowed = torch.tensor(body["allowed_token_ids"])
         while written < body["max_tokens"]:
             log_p = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            token = int(allowed[torch.multinomial(log_p[allowed].exp(), 1, generator=generator)])
-            # As the trainer has it: the head's padding rows are cut off before the softmax.
-            logprobs.append(float(log_p[token] - log_p[allowed].logsumexp(0)))
+            # The head's padding rows are nearly never drawn by a trained model.
+            log_p = log_p[: self.num_ids].log_softmax(-1)
+            token = int(torch.multinomial(log_p.exp(), 1, generator=generator))
+            logprobs.append(float(log_p[token]))
             ids.append(token)
             written += 1
             if token in self.stops:
@@ -137,7 +138,8 @@ def student(tiny_models: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def server(student: PreTrainedModel, tiny_models: Path) -> Iterator[FakeVLLM]:
-    fake = FakeVLLM(student, stop_ids(student, load_tokenizer(str(tiny_models / "student"))))
+    tokenizer = load_tokenizer(str(tiny_models / "student"))
+    fake = FakeVLLM(student, stop_ids(student, tokenizer), vocabulary_size(tokenizer))
     thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield fake
@@ -190,7 +192,6 @@ SPOILT: dict[str, Change] = {
     "no tokens": lambda r: choice_of(r).update(token_ids=[]),
     "a token less": lambda r: choice_of(r)["token_ids"].pop(),
     "a log-probability less": lambda r: logprobs_of(r).pop(),
-    "an unknown token": lambda r: choice_of(r)["token_ids"].__setitem__(0, 10**6),
     "a negative token": lambda r: choice_of(r)["token_ids"].__setitem__(0, -1),
     "tokens as text": lambda r: choice_of(r).update(token_ids=["5"]),
     "tokens as floats": lambda r: choice_of(r).update(token_ids=[5.0]),
@@ -218,6 +219,37 @@ def test_a_reply_that_is_not_what_was_asked_for_is_an_error(
     with pytest.raises(ModelError, match="no usable reply in 2 tries") as caught:
         sampler.draw(PROMPTS[:1], CONFIG, (0,))
     assert "\n" not in str(caught.value)
+
+
+def test_an_id_beyond_the_tokenizer_fails_the_batch_at_once(
+    sampler: VLLMServerSampler, server: FakeVLLM
+) -> None:
+    server.change = lambda r: choice_of(r)["token_ids"].__setitem__(0, 10**6)
+    with pytest.raises(ModelError, match=r"drew the id 1000000, .* end at \d+: .*padded") as caught:
+        sampler.draw(PROMPTS[:1], SamplingConfig(max_new_tokens=6), (0,))
+    assert "\n" not in str(caught.value)
+    assert [path for path, _ in server.asked].count("/v1/completions") == 1
+
+
+def test_requests_carry_no_vocabulary_and_the_tokenizer_is_listed_once(
+    server: FakeVLLM,
+    student: PreTrainedModel,
+    tiny_models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_models / "student"))
+    listed = []
+    vocabulary = tokenizer.get_vocab()
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: listed.append(1) or vocabulary)
+    sampler = VLLMServerSampler(student, tokenizer, server.url, tmp_path / "w", 4, QUICK)
+    for step in range(2):
+        sampler.draw(PROMPTS, CONFIG, (step,))
+    assert len(listed) <= 1
+    bodies = [body for path, body in server.asked if path == "/v1/completions"]
+    assert len(bodies) == 12
+    assert all(body.get("allowed_token_ids") is None for body in bodies)
+    assert max(len(json.dumps({**body, "prompt": []})) for body in bodies) < 1000
 
 
 def run(server: FakeVLLM, models: Path, out: Path) -> list[dict[str, Any]]:

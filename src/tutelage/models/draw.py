@@ -12,7 +12,7 @@ from tutelage.core.counter import GOLDEN, random_bits, splitmix64
 from tutelage.errors import ModelError
 from tutelage.models.settings import SamplingConfig
 
-__all__ = ["SamplingConfig", "draw", "filter_probs", "uniforms"]
+__all__ = ["SamplingConfig", "check_finite", "draw", "filter_probs", "uniforms"]
 
 _BLOCK = 256
 """Ids whose probabilities are first summed together; only one block a row is searched id by id."""

@@ -37,6 +37,7 @@ from tutelage.models.claims import (
 )
 from tutelage.models.classes import causal_class
 from tutelage.models.fast import use_fast_layers
+from tutelage.models.gguf_files import parsed_once
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.tokenizers import save_tokenizer
 
@@ -118,7 +119,7 @@ def load_model_config(found: ResolvedModel) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    with _explained(found, "configuration"), _without_bars():
+    with _explained(found, "configuration"), _without_bars(), _parsed_once(found):
         return AutoConfig.from_pretrained(found.source, **_options(found))
 
 
@@ -138,7 +139,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     _refuse_missing_tokenizer(found)
     with _explained(found, "tokenizer"):
         refuse_large_ids(found)
-        with no_panic(ref):
+        with no_panic(ref), _parsed_once(found):
             tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
             tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
         return tokenizer
@@ -235,7 +236,7 @@ def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTraine
     from transformers import AutoModelForCausalLM, GgufConfig
 
     options = _options(found)
-    with _explained(found, "model"):
+    with _explained(found, "model"), _parsed_once(found):
         unpacked, report = AutoModelForCausalLM.from_pretrained(
             found.source,
             dtype=dtype,
@@ -265,6 +266,10 @@ def _refuse_missing_weights(found: ResolvedModel, report: Mapping[str, Any]) -> 
             f"model {found.ref!r} lacks {len(missing)} weights, first {missing[0]!r}. "
             "Its files are incomplete or belong to another config.json."
         )
+
+
+def _parsed_once(found: ResolvedModel) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if found.gguf_file is None else parsed_once()
 
 
 @contextlib.contextmanager

@@ -75,6 +75,9 @@ class VLLMSampler:
 
         stops = stop_ids(self.model, self.tokenizer)
         options = sampling_options(self.model, self.tokenizer, config)
+        num_ids = vocabulary_size(self.tokenizer)
+        if num_ids < self.model.get_output_embeddings().weight.shape[0]:
+            options["allowed_token_ids"] = list(range(num_ids))
         with self._awake():
             self._push()
             outputs = self.llm.generate(
@@ -126,8 +129,6 @@ def sampling_options(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig
 ) -> dict[str, Any]:
     """What vLLM is told of every completion of a draw, in this process or over HTTP."""
-    num_ids = vocabulary_size(tokenizer)
-    is_padded = num_ids < model.get_output_embeddings().weight.shape[0]
     return {
         **NEUTRAL,
         "temperature": config.temperature,
@@ -136,7 +137,6 @@ def sampling_options(
         "max_tokens": config.max_new_tokens,
         "stop_token_ids": sorted(stop_ids(model, tokenizer)),
         "ignore_eos": True,  # the ids to stop at are all named
-        "allowed_token_ids": list(range(num_ids)) if is_padded else None,
         "logprobs": 0,
     }
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from tutelage.data.types import Prompt, Rollout
-from tutelage.errors import RunError, remedy
+from tutelage.errors import ModelError, RunError, remedy
 from tutelage.models.adapter import full_weights
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Drawn, Job, jobs_of, rollout_of
@@ -105,6 +105,7 @@ class VLLMServerSampler:
         models = self._client.ask("/v1/models", None, partial(parse, schema=_Models))
         self._name = models.data[0].id
         self._stops = stop_ids(model, tokenizer)
+        self._num_ids = vocabulary_size(tokenizer)
 
     def draw(
         self,
@@ -159,19 +160,24 @@ class VLLMServerSampler:
             "n": 1,
             "stream": False,
         }
-        num_ids = vocabulary_size(self.tokenizer)
-        accept = partial(self._rollout, job, options["max_tokens"], num_ids)
+        accept = partial(self._rollout, job, options["max_tokens"])
         return self._client.ask("/v1/completions", body, accept)
 
-    def _rollout(self, job: Job, max_new_tokens: int, num_ids: int, content: bytes) -> Rollout:
+    def _rollout(self, job: Job, max_new_tokens: int, content: bytes) -> Rollout:
         choice = parse(content, _Completion).choices[0]
         tokens, logprobs = choice.token_ids, choice.logprobs.token_logprobs
         if tuple(choice.prompt_token_ids) != job.ids:
             raise BadReply("a completion of another prompt")
         if len(tokens) > max_new_tokens or len(tokens) != len(logprobs):
             raise BadReply(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
-        if not all(0 <= token < num_ids for token in tokens) or max(logprobs) > 1e-3:
-            raise BadReply("tokens outside the vocabulary, or log-probabilities above 0")
+        if min(tokens) < 0 or max(logprobs) > 1e-3:
+            raise BadReply("tokens that are no ids, or log-probabilities above 0")
+        if max(tokens) >= self._num_ids:  # the server would draw it again
+            raise ModelError(
+                f"the server drew the id {max(tokens)}, but the tokenizer's ids end at "
+                f"{self._num_ids - 1}: the student's head is padded beyond them. Nothing of this "
+                'batch was kept. Use engine.kind = "transformers", or cut the head to its ids.'
+            )
         if not self._stops.isdisjoint(tokens[:-1]) or (
             (tokens[-1] in self._stops) != (choice.finish_reason == "stop")
         ):
