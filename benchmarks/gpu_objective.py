@@ -29,7 +29,13 @@ from objective_contestants import (
     selected,
     trl,
 )
-from tutelage.core import LazyLogits, composite_objective, distillation_objective, token_stats
+from tutelage.core import (
+    LazyLogits,
+    composite_objective,
+    distillation_objective,
+    select_tokens,
+    token_stats,
+)
 from tutelage.core.terms import (
     JSD,
     SampledReverseKL,
@@ -378,6 +384,49 @@ def scoring_part() -> dict[str, Any]:
     }
 
 
+def selection_part() -> dict[str, Any]:
+    """What selecting a tenth by entropy is made of, at the first shape."""
+    x = make(SHAPES["wide"])
+    student, teacher = x.sides
+    n = len(x.student)
+    tokens = torch.zeros(n, dtype=torch.long, device=DEVICE)
+    completion = torch.arange(n, device=DEVICE) // 128
+    stats = token_stats(student, None, tokens)
+    rows = select_tokens(stats, completion, "entropy", 0.1).rows
+    few = Inputs(
+        x.student[rows].detach().requires_grad_(True), x.head, x.teacher[rows], x.teacher_head
+    )
+    head = torch.randn(x.head.shape, device=DEVICE)
+    factor = torch.tensor(0.5, device=DEVICE)
+    found: dict[str, Any] = {
+        "score": _try("score", lambda: token_stats(student, None, tokens)),
+        "select": _try("select", lambda: select_tokens(stats, completion, "entropy", 0.1)),
+        "learn": _try("learn", partial(fresh, all_tokens, few)),
+        "scale": _try("scale", lambda: passes_scaled(head, factor)),
+        "scale_by_torch": _try(
+            "scale_by_torch",
+            lambda: torch.mul(head, factor, out=torch.empty_like(head, dtype=torch.bfloat16)),
+        ),
+        "products": _try("products", lambda: bare_products(few, torch.float32)),
+    }
+    extras = ("teacher_top_mass",)
+    found["score_both"] = _try("score_both", lambda: token_stats(student, teacher, tokens))
+    found["score_extras"] = _try(
+        "score_extras", lambda: token_stats(student, teacher, tokens, extras=extras)
+    )
+    found["score_head_share"] = _try(
+        "score_head_share", lambda: token_stats(student, teacher, tokens, extras=("head_share",))
+    )
+    return found
+
+
+def passes_scaled(head: Tensor, factor: Tensor) -> Tensor:
+    """The last step of a head's gradient."""
+    from tutelage.core.kernels.passes import scaled
+
+    return scaled(head, factor, torch.bfloat16)
+
+
 @cache
 def _cases() -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(7)
@@ -513,6 +562,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "objective_terms": terms_part,
     "objective_liger": liger_part,
     "objective_memory": memory_part,
+    "objective_selection": selection_part,
     "objective_kernels": kernels_part,
     "objective_tune": tune_part,
     "objective_scoring": scoring_part,

@@ -34,7 +34,7 @@ from tutelage.core.terms import (
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, at −inf − −inf
 
-from tutelage.core.kernels import passes  # noqa: E402
+from tutelage.core.kernels import passes, tops  # noqa: E402
 from tutelage.core.kernels.tops import FOUND  # noqa: E402
 
 Make = Callable[..., Any]
@@ -436,6 +436,39 @@ def test_extra_statistics(has_bias: bool, make_pair: Make, launches: list[str]) 
     )
     for name in names[-2:]:
         assert torch.equal(objective.extras[name], stats.extras[name])
+
+
+@pytest.mark.parametrize("block", [2, 64])
+def test_the_head_ends_where_half_the_teachers_mass_is_reached(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tops, "launch_block", lambda vocab_size, most: block)
+    q = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1], [0.9, 0.1, 0.0, 0.0]])
+    p = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 3)
+    # A constant added to all logits changes nothing.
+    sides = _from_logits(p.log(), q.clamp(min=1e-30).log() + 7.0)
+    names = ("head_share",)
+    found = token_stats(*sides, torch.zeros(3, dtype=torch.long), extras=names).extras[names[0]]
+    expected = torch.tensor([0.4 / 0.8, 0.4 / 0.8, 0.8 / 1.6])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_ids_at_the_heads_end_count_at_their_mean() -> None:
+    q = torch.full((1, 4), 0.25)
+    p = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    sides = _from_logits(p.log(), q.log())
+    stats = token_stats(*sides, torch.zeros(1, dtype=torch.long), extras=("head_share",))
+    assert stats.extras["head_share"].item() == pytest.approx(0.5)
+
+
+def test_a_scaled_gradient() -> None:
+    x = torch.randn(70, 80, generator=torch.Generator().manual_seed(0))
+    factor, expected = torch.tensor(0.3), x * 0.3
+    rounded = passes.scaled(x, factor, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), expected, rtol=2**-7, atol=0.0)
+    assert passes.scaled(x, factor, torch.float32) is x
+    torch.testing.assert_close(x, expected)
 
 
 class _Operators(TorchDispatchMode):

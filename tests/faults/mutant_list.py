@@ -399,7 +399,7 @@ MUTANTS: dict[str, Group] = {
             ),
             ("1 / -torch.expm1(-excess.exp())", "1 / excess.exp()"),
             ("has_next = self.budget < self.size", "has_next = self.budget <= self.size"),
-            ("order = order[(~is_usable[order]).long().argsort(stable=True)]", "pass"),
+            ("(2 * place + (~is_usable).long())[order]", "(2 * place)[order]"),
             (
                 'group = completion if scope == "completion"',
                 'group = completion if scope == "batch"',

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tutelage.core import kernels
 from tutelage.core.lazy import LazyLogits
 
 CHUNK_BYTES = 96 << 20
@@ -179,6 +180,13 @@ def rows_per_chunk(
     most = max(1, chunk_bytes // (num_buffers * vocab_size * dtype.itemsize))
     num_chunks = max(1, math.ceil(num_rows / most))
     return max(1, math.ceil(num_rows / num_chunks))
+
+
+def chunk_budget(device: torch.device) -> int:
+    """Bytes of a chunk's logits where nobody says how many."""
+    if device.type == "cpu":
+        return CHUNK_BYTES
+    return kernels.CHUNK_BYTES if kernels.is_supported(device) else ACCELERATOR_CHUNK_BYTES
 
 
 def _plan(student: LazyLogits, chunk_bytes: int | None, num_sides: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tutelage.core import kernels
 from tutelage.core._block import Chunk
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.products import add_product_, product
@@ -94,6 +95,12 @@ class Gradients:
 
 def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The product in `dtype`, rounded once; in place where that is what `gradient` has."""
-    if gradient is None or gradient.dtype == dtype:
-        return None if gradient is None else gradient.mul_(factor)
+    if gradient is None:
+        return None
+    if kernels.is_supported(gradient.device):
+        from tutelage.core.kernels.passes import scaled  # needs Triton
+
+        return scaled(gradient, factor, dtype)
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -143,10 +143,9 @@ class _Ranking:
         """Ranks the usable rows of each group and keeps the highest within its budget."""
         budget, place = _budgets(group, keep)
         ranked = torch.where(is_usable, score, -torch.inf)
-        # Stable sorts, last key first: by group, then usable rows, then high scores, then position.
+        # Stable sorts, last key first: by group and usable rows, then high scores, then position.
         order = ranked.argsort(descending=True, stable=True)
-        order = order[(~is_usable[order]).long().argsort(stable=True)]
-        order = order[place[order].argsort(stable=True)]
+        order = order[(2 * place + (~is_usable).long())[order].argsort(stable=True)]
         size = torch.bincount(place, minlength=len(budget))
         start = size.cumsum(0) - size
         rank = torch.arange(len(order), device=order.device) - start[place[order]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tutelage.core._block import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
+from tutelage.core._block import chunk_budget
 from tutelage.models.foreign import foreign
 from tutelage.models.limits import context_limit
 from tutelage.models.rows import backbone
@@ -201,8 +201,7 @@ def _learn(config: Config, parts: Parts, sizes: _Sizes) -> dict[str, int]:
     if config.student.activation_checkpointing:
         width = head.shape[1] * model.dtype.itemsize
         activations = layers * width + 2 * per_token // layers
-    limit = CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES
-    chunk = min(limit, 8 * sizes.micro_rows * head.shape[0])
+    chunk = min(chunk_budget(parts.device), 8 * sizes.micro_rows * head.shape[0])
     gradients = sum(4 * m.numel() for m in masters.masters)
     gradients += sum(w.nbytes for w, _ in masters.pairs)
     # the head's gradient is summed in float32 beside that of the backward pass

@@ -105,3 +105,113 @@ def moments_kernel(
         tl.store(out + row, tl.sum(slope, 0).to(tl.float64))
         tl.store(out + out_stride + row, tl.sum(norm, 0).to(tl.float64))
         tl.store(out + 2 * out_stride + row, tl.sum(second, 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["aux_stride"])
+def head_kernel(
+    student,
+    teacher,
+    student_bias,
+    teacher_bias,
+    aux,
+    out,
+    vocab_size,
+    stride,
+    aux_stride,
+    student_scale,
+    teacher_scale,
+    student_cap,
+    teacher_cap,
+    share,
+    STUDENT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    STUDENT_SCALED: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    WAYS: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Share of Σ|q − p| of one row that lies in the likeliest ids holding `share` of q, float64.
+
+    Their least likely logit is searched for among all float32 numbers, `WAYS` at a time: the bits
+    of numbers that are not negative are in their order. Of equal ids at the end as many count,
+    at their mean, as it takes to reach the share.
+    """
+    row = tl.program_id(0)
+    s_row = student + row.to(tl.int64) * stride
+    t_row = teacher + row.to(tl.int64) * stride
+    table = aux + row
+    s_top = tl.load(table)
+    t_top = tl.load(table + aux_stride)
+    s_inverse = tl.load(table + 2 * aux_stride)
+    t_inverse = tl.load(table + 3 * aux_stride)
+    lanes = tl.arange(0, BLOCK)
+    ways = tl.arange(0, WAYS)
+    # Ids of less than share/V hold less than the share: no more than 32 nats below the largest.
+    low = tl.full((), -1, tl.int32)
+    step = tl.full((), 0x42000000 // WAYS + 1, tl.int32)
+    for _ in range(TURNS):
+        held = tl.zeros((WAYS, BLOCK), tl.float32)
+        steps = low + (ways + 1) * step
+        for start in range(0, vocab_size, BLOCK):
+            v = start + lanes
+            is_id = v < vocab_size
+            t = tl.load(t_row + v, mask=is_id, other=0.0)
+            t = _logits(
+                t, teacher_bias, v, is_id, teacher_scale, teacher_cap,
+                TEACHER_BIAS, TEACHER_SCALED, TEACHER_CAP,
+            )  # fmt: skip
+            below = t_top - t
+            key = below.to(tl.int32, bitcast=True)
+            q = tl.exp(-below) * t_inverse
+            held += tl.where(key[None, :] <= steps[:, None], q[None, :], 0.0)
+        low += step * tl.sum(tl.where(tl.sum(held, 1) < share, 1, 0), 0)
+        step = (step + WAYS - 1) // WAYS
+    last = low + 1
+    before = tl.zeros((BLOCK,), tl.float32)  # mass of likelier ids
+    inside = tl.zeros((BLOCK,), tl.float32)
+    equal = tl.zeros((BLOCK,), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)  # of the equal ids at the end
+    ties = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        v = start + lanes
+        is_id = v < vocab_size
+        s = tl.load(s_row + v, mask=is_id, other=0.0)
+        s = _logits(
+            s, student_bias, v, is_id, student_scale, student_cap,
+            STUDENT_BIAS, STUDENT_SCALED, STUDENT_CAP,
+        )  # fmt: skip
+        t = tl.load(t_row + v, mask=is_id, other=0.0)
+        t = _logits(
+            t, teacher_bias, v, is_id, teacher_scale, teacher_cap,
+            TEACHER_BIAS, TEACHER_SCALED, TEACHER_CAP,
+        )  # fmt: skip
+        below = t_top - t
+        key = below.to(tl.int32, bitcast=True)
+        q = tl.exp(-below) * t_inverse
+        difference = tl.abs(q - tl.exp(s - s_top) * s_inverse)
+        total += difference
+        before += tl.where(key < last, q, 0.0)
+        inside += tl.where(key < last, difference, 0.0)
+        equal += tl.where(key == last, difference, 0.0)
+        mass += tl.where(key == last, q, 0.0)
+        ties += tl.where(key == last, 1.0, 0.0)
+    num_ties = tl.maximum(tl.sum(ties, 0), 1.0)
+    one = tl.sum(mass, 0) / num_ties
+    needed = tl.ceil((share - tl.sum(before, 0)) / tl.where(one > 0.0, one, 1.0))
+    counted = tl.minimum(tl.maximum(needed, 1.0), num_ties) / num_ties
+    whole = tl.sum(total, 0)
+    found = (tl.sum(inside, 0) + counted * tl.sum(equal, 0)) / tl.where(whole > 0.0, whole, 1.0)
+    tl.store(out + row, tl.where(whole > 0.0, found, 0.5).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):
+    """out ← factor·x over all numbers of a tensor, rounded once; `out` may be `x`."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = place < size
+    y = tl.load(x + place, mask=is_inside, other=0.0) * tl.load(factor)
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=is_inside)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.core.kernels import CHUNK_BYTES
+from tutelage.core.kernels import CHUNK_BYTES, more_rows
 from tutelage.core.kernels import rows as kernels
 from tutelage.core.lazy import LazyLogits
 
@@ -36,6 +36,8 @@ _SPARE = 8
 """An eighth of a chunk's gradient has a place of its own, see `Passes.gradient`."""
 
 _NUM_AUX = 6
+
+_SCALE_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -359,6 +361,17 @@ def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         torch.addmm(out, a.float(), b.float(), out=out)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor·x in `dtype`, rounded once, in place where that is what a dense x has."""
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        with on_device(x.device):
+            more_rows.scale_kernel[(math.ceil(x.numel() / _SCALE_BLOCK),)](
+                x, factor, out, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
+            )
+    return out
 
 
 def _chunk_rows(size: int, most: int) -> int:

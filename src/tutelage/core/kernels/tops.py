@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.core.extras import TOP_K
+from tutelage.core.extras import HEAD_MASS, TOP_K
 from tutelage.core.kernels import more_rows as kernels
 from tutelage.core.kernels.passes import (
     FORWARD_KL,
@@ -102,6 +102,27 @@ class More:
     def _teacher_top(self) -> tuple[Tensor, Tensor]:
         return top(self.work, "teacher", self.chunk, TOP_K)
 
+    def head_share(self) -> Tensor:
+        work, chunk = self.work, self.chunk
+        out = torch.empty(len(chunk), dtype=torch.float64, device=work.device)
+        with on_device(work.device):
+            kernels.head_kernel[(len(chunk),)](
+                work.logits("student", chunk),
+                work.logits("teacher", chunk),
+                aux=work.aux,
+                out=out,
+                vocab_size=work.student.vocab_size,
+                stride=work.stride,
+                aux_stride=work.chunk_rows,
+                share=HEAD_MASS,
+                WAYS=8,
+                TURNS=11,  # 8¹⁰ ≥ 2³⁰ numbers, and one for rounding up
+                BLOCK=launch_block(work.student.vocab_size, 1024),
+                num_warps=8,
+                **work.pair_arguments(),
+            )
+        return out
+
     def gradient_norm(self) -> Tensor:
         return self._moments[0]
 
@@ -145,6 +166,7 @@ FOUND: dict[str, Callable[[More], Tensor]] = {
     "compatibility": More.compatibility,
     "teacher_top_mass": More.teacher_top_mass,
     "is_in_teacher_top5": More.is_in_teacher_top5,
+    "head_share": More.head_share,
 }
 """What the kernels know of `EXTRAS`."""
 
