@@ -330,7 +330,7 @@ def _copy(rows: int, ids: int) -> dict[str, Any]:
 @torch.no_grad()
 def kernels_part() -> dict[str, Any]:
     """The two kernels alone over 2,048 rows, and their blocks and warps."""
-    from tutelage.core.kernels import passes
+    from tutelage.core.kernels import passes, products
 
     rows, ids = SHAPES["few"][0], SHAPES["wide"][1]
     x = make((rows, ids, 1024))
@@ -350,7 +350,7 @@ def kernels_part() -> dict[str, Any]:
             ran = _try(name, lambda: work.gradient(chunk, slopes))
             found[name] = _bandwidth(ran, 10.0 * rows * ids)
     z, head = work._student[:rows], work.student.weight.t()
-    found["product_f32"] = _try("product", lambda: passes.multiply(work.student.hidden, head, z))
+    found["product_f32"] = _try("product", lambda: products.multiply(work.student.hidden, head, z))
     return found
 
 
@@ -422,7 +422,7 @@ def selection_part() -> dict[str, Any]:
 
 def passes_scaled(head: Tensor, factor: Tensor) -> Tensor:
     """The last step of a head's gradient."""
-    from tutelage.core.kernels.passes import scaled
+    from tutelage.core.kernels.products import scaled
 
     return scaled(head, factor, torch.bfloat16)
 

@@ -63,7 +63,7 @@ class Gradients:
 
     def add_products(self, student: LazyLogits, rows: slice, gradient: Tensor) -> None:
         """Carries the gradient `[n, V]` of raw logits of `rows` to hidden states and head."""
-        from tutelage.core.kernels.passes import multiply, multiply_add  # needs Triton
+        from tutelage.core.kernels.products import multiply, multiply_add  # needs Triton
 
         if self.hidden is not None:
             multiply(gradient, student.weight, self.hidden[rows])
@@ -98,7 +98,7 @@ def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tenso
     if gradient is None:
         return None
     if kernels.is_supported(gradient.device):
-        from tutelage.core.kernels.passes import scaled  # needs Triton
+        from tutelage.core.kernels.products import scaled  # needs Triton
 
         return scaled(gradient, factor, dtype)
     if gradient.dtype == dtype:

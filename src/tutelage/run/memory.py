@@ -193,7 +193,6 @@ def _teacher(parts: Parts, sizes: _Sizes) -> dict[str, int]:
 def _learn(config: Config, parts: Parts, sizes: _Sizes) -> dict[str, int]:
     model, masters = parts.student.model, parts.masters
     head = model.get_output_embeddings().weight
-    on_cpu = parts.device.type == "cpu"
     per_token = _saved_bytes_per_token(model)
     layers = model.config.get_text_config().num_hidden_layers
     # while a layer is differentiated, its gradients are about as large as what it kept

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tutelage.core.kernels import CHUNK_BYTES, more_rows
+from tutelage.core.kernels import CHUNK_BYTES
 from tutelage.core.kernels import rows as kernels
+from tutelage.core.kernels.products import on_device, project
 from tutelage.core.lazy import LazyLogits
 
 STATISTICS_BLOCK = 2048
@@ -36,8 +36,6 @@ _SPARE = 8
 """An eighth of a chunk's gradient has a place of its own, see `Passes.gradient`."""
 
 _NUM_AUX = 6
-
-_SCALE_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -333,47 +331,6 @@ class Passes:
         )
 
 
-def project(side: LazyLogits, rows: slice, out: Tensor) -> None:
-    """Raw logits of some rows, accumulated and kept in float32; swapped ids trade places."""
-    multiply(side.hidden[rows], side.weight.t(), out)
-    if side.swap is not None:
-        first, second = side.swap
-        kept = out[:, first].clone()
-        out[:, first] = out[:, second]
-        out[:, second] = kept
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out ← a b in float32 from operands of any one dtype, without gradient."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:  # the interpreter's device knows no product of mixed dtypes
-        torch.mm(a.float(), b.float(), out=out)
-
-
-def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out ← out + a b in float32 from operands of any one dtype, without gradient."""
-    if a.dtype == torch.float32:
-        torch.addmm(out, a, b, out=out)
-    elif a.is_cuda:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    else:
-        torch.addmm(out, a.float(), b.float(), out=out)
-
-
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor·x in `dtype`, rounded once, in place where that is what a dense x has."""
-    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-    if x.numel():
-        with on_device(x.device):
-            more_rows.scale_kernel[(math.ceil(x.numel() / _SCALE_BLOCK),)](
-                x, factor, out, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
-            )
-    return out
-
-
 def _chunk_rows(size: int, most: int) -> int:
     """Rows of chunks of nearly equal size, whole tiles of a product where they fit."""
     most = max(1, most)
@@ -403,8 +360,3 @@ def _swapped_bias(side: LazyLogits) -> Tensor | None:
     bias = bias.clone()
     bias[first], bias[second] = side.bias[second], side.bias[first]
     return bias
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

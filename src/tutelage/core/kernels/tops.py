@@ -20,8 +20,8 @@ from tutelage.core.kernels.passes import (
     Chunk,
     Passes,
     launch_block,
-    on_device,
 )
+from tutelage.core.kernels.products import on_device
 from tutelage.core.terms import Buckets
 
 SEGMENT = 64
