@@ -380,6 +380,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from tutelage.report.comparison import write_comparison, write_evaluations
     from tutelage.report.evaluations import compare_evaluations, is_evaluation
     from tutelage.report.records import read_run
+    from tutelage.run.parse import current_table
 
     folders, page = arguments.run_folders, arguments.html
     comparison: Any
@@ -388,7 +389,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         if page is not None:
             write_evaluations(comparison, page)
     else:
-        records = [read_run(folder) for folder in folders]
+        # what an earlier version saved is completed, so that keys which came later do not differ
+        records = [read_run(folder).with_config(current_table) for folder in folders]
         comparison = compare_records(records)
         if page is not None:
             write_comparison(comparison, records, page)

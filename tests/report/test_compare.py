@@ -11,6 +11,8 @@ from scipy import stats
 
 from tutelage.errors import RunError
 from tutelage.report.compare import compare_runs
+from tutelage.report.comparison import write_comparison
+from tutelage.report.records import read_run
 
 MakeRun = Callable[..., Path]
 
@@ -31,11 +33,55 @@ def test_final_metrics_stand_side_by_side(make_run: MakeRun) -> None:
     last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in runs]
     assert [run.name for run in comparison.runs] == ["all", "tenth"]
     assert [run.num_steps for run in comparison.runs] == [24, 12]
-    assert [run.loss for run in comparison.runs] == [line["loss"] for line in last]
+    entropies = [run.entropy_nats for run in comparison.runs]
+    assert entropies == [line["entropy_nats"] for line in last]
     assert comparison.runs[0].num_kept == comparison.runs[0].num_rows
     accuracy = comparison.runs[0].accuracy
     assert accuracy is not None
     assert (accuracy.value, accuracy.low) == pytest.approx((0.851, 0.791))
+
+
+def with_config(run: Path, changes: dict[str, object]) -> Path:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"] |= changes
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"objective": {"kind": "jsd"}}, "objective.kind"),
+        ({"selection": {"rule": "q3", "keep": 0.1}}, "selection.rule"),
+        ({"weighting": {"kind": "fire"}}, "weighting.kind"),
+        ({"renormalise": False}, "renormalise"),
+        ({"teacher": {"model": "other"}}, "teacher.model"),
+        ({"data": {"kind": "ledger", "num_items": 3}}, "data.num_items"),
+    ],
+)
+def test_losses_of_runs_that_minimise_other_things_do_not_stand_side_by_side(
+    make_run: MakeRun, tmp_path: Path, changes: dict[str, object], key: str
+) -> None:
+    runs = [make_run("a"), with_config(make_run("b"), changes)]
+    comparison = compare_runs(runs)
+    assert [run.loss for run in comparison.runs] == [None, None]
+    (note,) = [note for note in comparison.notes if note.startswith("last loss is left out")]
+    assert key in note
+    assert "last loss" not in [row[0] for row in comparison.tables()[0].rows]
+    records = [read_run(run) for run in runs]
+    write_comparison(comparison, records, tmp_path / "page.html")
+    assert "Loss (per kept token)" not in (page := (tmp_path / "page.html").read_text())
+    assert "last loss is left out" in page
+
+
+def test_losses_of_one_method_stand_side_by_side(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("a"), make_run("b", seed=1)]
+    comparison = compare_runs(runs)
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in runs]
+    assert [run.loss for run in comparison.runs] == [line["loss"] for line in last]
+    assert "last loss" in [row[0] for row in comparison.tables()[0].rows]
+    write_comparison(comparison, [read_run(run) for run in runs], tmp_path / "page.html")
+    assert "Loss (per kept token)" in (tmp_path / "page.html").read_text()
 
 
 def test_only_differing_configuration_keys_are_listed(make_run: MakeRun) -> None:

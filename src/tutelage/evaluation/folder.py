@@ -11,12 +11,25 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, TypeAlias
 
 from tutelage.errors import RunError, explained_write, remedy
 
 Row: TypeAlias = dict[str, Any]
 SETTINGS, ROWS, SUMMARY, TABLE = "settings.json", "rows.jsonl", "summary.json", "summary.md"
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "benchmark": str,
+    "prompt_id": str,
+    "sample": int,
+    "is_correct": (bool, NoneType),
+    "is_truncated": bool,
+    "num_tokens": (int, NoneType),
+    "answer": (str, NoneType),
+    "completion": str,
+}
+"""What every saved sample has."""
 
 
 class EvaluationFolder:
@@ -69,8 +82,10 @@ class EvaluationFolder:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path} is not JSON ({error}). Choose another --out.") from None
+        if not isinstance(found, dict):
+            raise RunError(f"{path} holds no settings, got {found!r:.40}. Choose another --out.")
         wanted = json.loads(json.dumps(self.settings))
         differing = sorted(
             key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)
@@ -88,9 +103,9 @@ class EvaluationFolder:
         end = 0
         for number, line in enumerate(lines[:-1], start=1):  # what follows the last \n is torn
             try:
-                row = json.loads(line)
-                key, _ = (row["benchmark"], row["prompt_id"]), row["sample"]
-            except (ValueError, KeyError, TypeError) as error:
+                row = _row(line)
+                key = (row["benchmark"], row["prompt_id"])
+            except (ValueError, RecursionError) as error:
                 raise RunError(
                     f"{self.path / ROWS}, line {number} is damaged ({error}). Choose another --out."
                 ) from None
@@ -137,6 +152,21 @@ class EvaluationFolder:
         with explained_write(self.path, "What was saved before stays."):
             write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
             write_text(self.path / TABLE, table + "\n")
+
+
+def _row(line: bytes) -> Row:
+    """A saved sample.
+
+    Raises:
+        ValueError: it is not JSON, or no sample.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"it holds {row!r:.40}")
+    for key, types in _TYPES.items():
+        if key not in row or not isinstance(row[key], types):
+            raise ValueError(f"{key} is {row.get(key, 'missing')!r:.40}")
+    return row
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,19 @@ from tutelage.evaluation.metrics import Interval, paired_difference
 from tutelage.report import text
 from tutelage.report.records import EvaluationRecord, RunRecord, read_run
 
+_LOSS_KEYS = (
+    "objective.", "selection.", "weighting.", "renormalise",
+    "teacher.model", "teacher.quantization", "data.",
+)  # fmt: skip
+"""Keys, or tables of keys, that decide what a run's loss is the mean of."""
+_KL_KEYS = ("teacher.model", "teacher.quantization", "diagnostics")
+"""The same of the divergence that is logged in every step."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Where one run ended. A value that it did not measure is None."""
+    """Where one run ended. A value that it did not measure is None, and so is one that means
+    something else in another of the runs."""
 
     name: str
     num_steps: int
@@ -108,8 +117,16 @@ def compare_records(records: Sequence[RunRecord]) -> Comparison:
             notes.append(f"{name} shares no saved verdicts with {names[0]}: no paired difference.")
         else:
             differences.append(difference)
+    summaries = [_summary(n, record) for n, record in zip(names, records, strict=True)]
+    left_out = "is left out: the runs mean other things by it"
+    if keys := loss_differs_by(records):
+        summaries = [replace(summary, loss=None) for summary in summaries]
+        notes.append(f"last loss {left_out} ({', '.join(keys)}).")
+    if keys := _differing(records, _KL_KEYS):
+        summaries = [replace(summary, reverse_kl_nats=None) for summary in summaries]
+        notes.append(f"last reverse KL {left_out} ({', '.join(keys)}).")
     return Comparison(
-        runs=tuple(_summary(n, record) for n, record in zip(names, records, strict=True)),
+        runs=tuple(summaries),
         config=_differing_config(records),
         differences=tuple(differences),
         notes=tuple(notes),
@@ -124,6 +141,15 @@ def names_of(records: Sequence[RunRecord]) -> list[str]:
         text.visible(name if is_unique else str(record.path), 120)
         for name, record in zip(short, records, strict=True)
     ]
+
+
+def loss_differs_by(records: Sequence[RunRecord]) -> list[str]:
+    """Configuration keys by which runs minimise different things; none if losses compare."""
+    return _differing(records, _LOSS_KEYS)
+
+
+def _differing(records: Sequence[RunRecord], keys: tuple[str, ...]) -> list[str]:
+    return [text.visible(key, 60) for key in _differing_config(records) if key.startswith(keys)]
 
 
 def _summary(name: str, record: RunRecord) -> RunSummary:
@@ -192,9 +218,11 @@ def _summary_rows(runs: Sequence[RunSummary]) -> Iterator[list[str]]:
     yield ["mean@k", *(text.interval(run.accuracy) for run in runs)]
     yield ["pass@k", *(text.percent(run.pass_at_k) for run in runs)]
     yield ["held-out reverse KL", *(text.number(r.held_out_reverse_kl_nats) for r in runs)]
-    yield ["last reverse KL", *(text.number(run.reverse_kl_nats) for run in runs)]
+    if any(run.reverse_kl_nats is not None for run in runs):
+        yield ["last reverse KL", *(text.number(run.reverse_kl_nats) for run in runs)]
     yield ["last entropy", *(text.number(run.entropy_nats) for run in runs)]
-    yield ["last loss", *(text.number(run.loss) for run in runs)]
+    if any(run.loss is not None for run in runs):
+        yield ["last loss", *(text.number(run.loss) for run in runs)]
 
 
 def _config_rows(comparison: Comparison) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tutelage.evaluation.metrics import paired_difference
 from tutelage.report import text
-from tutelage.report.compare import Comparison, names_of
+from tutelage.report.compare import Comparison, loss_differs_by, names_of
 from tutelage.report.evaluations import EvaluationComparison
 from tutelage.report.kept import kept_tables
 from tutelage.report.microscope import keep_of, microscope_context
@@ -33,7 +33,9 @@ def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: 
     tables = comparison.tables()
     budgets = {keep_of(record.config) for record in records}
     paired = {difference.run for difference in comparison.differences}
-    panels = [*panels_across(runs), *_difference_panel(runs, paired)]
+    has_loss = not loss_differs_by(records)
+    across = [panel for panel in panels_across(runs) if has_loss or panel.title != "Loss"]
+    panels = [*across, *_difference_panel(runs, paired)]
     context = {
         **_shell("Runs side by side", [name for name, _ in runs], comparison.notes),
         **microscope_context(_tokens(runs), records[0].config),

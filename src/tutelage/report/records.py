@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -182,6 +182,10 @@ class RunRecord:
         """The resolved configuration, empty when the manifest has none."""
         config = self.manifest.get("config")
         return config if isinstance(config, dict) else {}
+
+    def with_config(self, change: Callable[[JsonObject], JsonObject]) -> RunRecord:
+        """The same run with its configuration changed, such as completed."""
+        return replace(self, manifest={**self.manifest, "config": change(self.config)})
 
     def evaluations_of(self, model: str) -> list[EvaluationRecord]:
         """Evaluations of one model ("student" or "teacher") in increasing order of step."""

@@ -84,7 +84,7 @@ def _table(evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _interval(record: dict[str, Any], name: str) -> str:
-    if record[name] is None:
+    value, low, high = (record[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if None in (value, low, high):
         return "-"
-    low, high = record[f"{name}_low"], record[f"{name}_high"]
-    return f"{100 * record[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -27,6 +27,7 @@ from tutelage.run.config import Config
 from tutelage.run.folder import RunFolder, environment
 from tutelage.run.inputs import build_task, grader_of, without_long_prompts
 from tutelage.run.numerics import plain_arithmetic
+from tutelage.run.origin import at_the_date_of_the_run
 from tutelage.run.parse import parse_saved_config
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class _Plan:
 
 
 @plain_arithmetic()
+@at_the_date_of_the_run
 def evaluate_suite(
     request: SuiteRequest,
     progress: Callable[[str, int, int], None] | None = None,

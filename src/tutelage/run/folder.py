@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,6 +25,23 @@ from tutelage.run.lock import FolderLock
 EVALUATION_LOGS = ("evaluation.jsonl", "evaluation_rows.jsonl", "samples.jsonl")
 LOGS = ("metrics.jsonl", *EVALUATION_LOGS, "tokens.jsonl")
 """Files with one JSON object a line; every object has a `step`."""
+
+_NUMBER = (float, int, NoneType)
+_INTERVALS = [
+    f"{name}{end}" for name in ("mean_at_k", "pass_at_k") for end in ("", "_low", "_high")
+]
+_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
+    "metrics.jsonl": {"step": (int,), "num_skipped_updates": (int,)},
+    "evaluation.jsonl": {
+        "step": (int,),
+        "model": (str,),
+        "k": (int,),
+        "num_problems": (int,),
+        "held_out_reverse_kl_nats": _NUMBER,
+        **dict.fromkeys(_INTERVALS, _NUMBER),
+    },
+}
+"""What a continued run reads of its logs."""
 
 
 class RunFolder:
@@ -98,10 +116,23 @@ class RunFolder:
                         write_atomically(path, "".join(kept))
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The lines of a log; none if there is no such file."""
+        """The lines of a log; none if there is no such file.
+
+        Raises:
+            RunError: a line is not what a run writes.
+        """
         path = self.path / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(_row(line, _TYPES.get(name, {})))
+            except (ValueError, RecursionError) as error:
+                raise RunError(
+                    f"{path}, line {number} is damaged ({error}). Restore the file, or choose "
+                    "another out=FOLDER."
+                ) from None
+        return rows
 
     def size(self, name: str) -> int:
         """Bytes of a log; 0 if there is no such file."""
@@ -145,6 +176,16 @@ class RunFolder:
                 write_atomically(path, json.dumps(manifest, indent=2) + "\n")
 
 
+def _row(line: bytes, types: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"it holds {row!r:.40}")
+    for key, allowed in types.items():
+        if key not in row or not isinstance(row[key], allowed):
+            raise ValueError(f"{key} is {row.get(key, 'missing')!r:.40}")
+    return row
+
+
 def _text(line: bytes) -> str:
     """A line of a log; nothing if its bytes are no text."""
     try:
@@ -156,7 +197,7 @@ def _text(line: bytes) -> str:
 def _is_at_most(line: str, step: int) -> bool:
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
         return False  # torn while the process died
 
 

@@ -15,6 +15,7 @@ from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.sampling import SamplingConfig
 from tutelage.run.evaluation import is_url, student_of
 from tutelage.run.numerics import plain_arithmetic
+from tutelage.run.origin import at_the_date_of_the_run
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Inspection:
 
 
 @plain_arithmetic()
+@at_the_date_of_the_run
 def evaluate_model(request: Inspection) -> Evaluation:
     """Sample and grade a model on held-out prompts.
 

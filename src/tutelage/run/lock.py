@@ -65,7 +65,7 @@ class FolderLock:
         """Who the file names; nobody if its writer died before it could."""
         try:
             owner = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return owner if isinstance(owner, dict) else {}
 

@@ -34,7 +34,7 @@ def unseal(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         table = json.loads(text)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         raise DamagedError(f"{SEAL} is missing or not JSON") from None
     if not isinstance(table, dict) or not isinstance(expected := table.get("files"), dict):
         raise DamagedError(f"{SEAL} lists no files")

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.load import load_model_config
 from tutelage.models.reference import resolve_model
+from tutelage.models.templates import printed_date
 from tutelage.run.config import Config, FileData
-from tutelage.run.folder import environment
+from tutelage.run.folder import RunFolder, environment, started_at
 from tutelage.run.inputs import Inputs
 from tutelage.run.parse import (
     changed_keys,
@@ -137,6 +139,25 @@ def _named(config: Config, key: str) -> str:
     if key == "data.path":
         return config.data.path if isinstance(config.data, FileData) else config.data.kind
     return config.student.model if key == "student.model" else config.teacher.model
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def at_the_date_of_the_run(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function of a request for a `model`; where that is a run, templates print its date."""
+
+    @wraps(function)
+    def dated(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        request: Any = arguments[0] if arguments else options["request"]
+        folder = Path(request.model).expanduser()
+        is_run = (folder / "manifest.json").is_file() and (folder / "student").is_dir()
+        manifest = RunFolder(folder, is_writer=False).read_manifest() if is_run else None
+        with printed_date(started_at(manifest)):
+            return function(*arguments, **options)
+
+    return dated
 
 
 def input_digests(config: Config, inputs: Inputs) -> dict[str, str]:
