@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 560}
-ATTENTION = ((64, 4, 3), (64, 4, 2), (32, 4, 3), (128, 8, 2), (64, 2, 3), (32, 2, 4))
+ATTENTION = ((32, 4, 3), (64, 4, 3), (64, 4, 2), (128, 8, 2), (64, 2, 3), (32, 2, 4))
 """Columns of a block, warps and stages that are tried."""
 PROMPT, NEW = (128, 256) if IS_CUDA else (6, 12)
 
@@ -262,7 +262,7 @@ def step_error(model: Any, writer: GraphWriter, jobs: Sequence[Job]) -> dict[str
     """Relative error of one step's hidden states against the model's own, each to float32's."""
     slots, ids = writer.slots, list(jobs[0].ids)
     own, read = slots.read(model, [tuple(ids)], 0)
-    rows = slots.rows.first(slots.buckets[-1])
+    rows = slots.rows.first(min(8, slots.num_slots))
     count, length = len(rows.token), len(ids) - 1
     slots.place(read, [0] * count, list(range(count)))
     rows.slot.copy_(torch.arange(count))
@@ -270,10 +270,15 @@ def step_error(model: Any, writer: GraphWriter, jobs: Sequence[Job]) -> dict[str
     rows.position.fill_(length)
     rows.done.zero_()
     rows.column.zero_()
-    slots.step.feed(rows, slots.work(count, writer.num_ids), slots.cache, slots.turn)
+    slots.step.feed(rows, make_memory(slots, count, writer.num_ids), slots.cache, slots.turn)
     expected = own[0, -1].float()
     errors = (rows.hidden.float() - expected).norm(dim=1) / expected.norm()
     return {"largest of the rows": float(errors.max()), "smallest": float(errors.min())}
+
+
+def make_memory(slots: Any, count: int, num_ids: int) -> Any:
+    """Memory of a step of the rollouts measured here."""
+    return slots.work(count, slots.num_splits(count, PROMPT + NEW), num_ids)
 
 
 # --- speed ----------------------------------------------------------------------------------------
@@ -339,7 +344,8 @@ def _ours(
     entry["limit ms/step"] = limit
     entry["share of the limit"] = limit / entry["ms/step"]
     with timed() as seconds, torch.no_grad():
-        slots._capture(len(slots.rows.token), config, writer.num_ids, (2,))
+        count = len(slots.rows.token)
+        slots._capture(count, slots.num_splits(count, PROMPT + NEW), config, writer.num_ids, (2,))
     entry["capture s"] = seconds[0]
     entry["cache GB"] = slots.cache.nbytes / 1e9
     return entry
@@ -466,8 +472,8 @@ def variants() -> dict[str, Any]:
             name = f"batch {batch}, attention {block} {warps} {stages}, us a layer"
             result[name] = _attention(slots, batch)
             say(name, _short(result[name]))
-        triton_operators.COLUMN_BLOCK = 64
-        triton_operators.ATTEND.update(num_warps=4, num_stages=3)
+        triton_operators.COLUMN_BLOCK, warps, stages = ATTENTION[0]
+        triton_operators.ATTEND.update(num_warps=warps, num_stages=stages)
         result |= _sampling(slots, batch, num_words)
         _clear()
     return result
@@ -475,7 +481,7 @@ def variants() -> dict[str, Any]:
 
 @torch.no_grad()
 def _products(slots: Any, batch: int) -> dict[str, float]:
-    work = slots.work(batch, 1000)
+    work = make_memory(slots, batch, 1000)
     pairs = {
         "qkv": (work.normed, work.qkv),
         "o": (work.mixed, work.y),
@@ -506,7 +512,7 @@ def _products(slots: Any, batch: int) -> dict[str, float]:
 
 @torch.no_grad()
 def _attention(slots: Any, batch: int) -> float:
-    work, rows = slots.work(batch, 1000), slots.rows.first(batch)
+    work, rows = make_memory(slots, batch, 1000), slots.rows.first(batch)
     work.qkv.normal_()
     rows.slot.copy_(torch.arange(batch))
     rows.position.fill_(PROMPT + NEW // 2)
@@ -523,7 +529,7 @@ def _attention(slots: Any, batch: int) -> float:
 
 @torch.no_grad()
 def _sampling(slots: Any, batch: int, num_words: int) -> dict[str, float]:
-    work, rows = slots.work(batch, num_words), slots.rows.first(batch)
+    work, rows = make_memory(slots, batch, num_words), slots.rows.first(batch)
     work.logits.normal_()
     rows.column.zero_()
     rows.uniform.uniform_()

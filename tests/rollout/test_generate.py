@@ -208,8 +208,23 @@ def test_windows_follow_the_kinds_of_layers() -> None:
     assert windows_of(make_model("llama").config) == [0, 0]
 
 
-def test_buckets_are_halves_in_multiples_of_eight() -> None:
-    assert kv_slots.buckets(64) == (64, 32, 16, 8)
-    assert kv_slots.buckets(50) == (56, 32, 16, 8)
-    assert kv_slots.buckets(3) == (3,)
-    assert kv_slots.buckets(1) == (2,)
+def test_buckets_hold_the_rows_with_little_to_spare() -> None:
+    sizes = [kv_slots.bucket(n) for n in (1, 2, 3, 8, 9, 17, 24, 25, 33, 64, 65, 97)]
+    assert sizes == [2, 2, 4, 8, 16, 24, 24, 32, 48, 64, 96, 128]
+
+
+def test_what_was_drawn_before_changes_no_bit(letters: Any) -> None:
+    config = SamplingConfig(max_new_tokens=12)
+    fresh, _ = write(make_model("qwen3"), letters, RAGGED[:3], config, 3)
+    model = make_model("qwen3")
+    _, larger = write(model, letters, [*RAGGED, Prompt("long", "ab " * 90)], CONFIG, 64)
+    again, writer = write(model, letters, RAGGED[:3], config, 3)
+    assert writer.slots is larger.slots
+    assert again.rollouts == fresh.rollouts
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.hidden or [], fresh.hidden or [], strict=True)
+    )
+    longest = writer.length
+    assert writer.slots.num_splits(4, longest) == kv_slots.Slots(
+        model, writer.device, 3, longest
+    ).num_splits(4, longest)

@@ -21,7 +21,7 @@ from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.rows import Ids
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
 from tutelage.rollout.decode_step import is_covered
-from tutelage.rollout.kv_slots import STEPS, Device, Slots, cuda_device
+from tutelage.rollout.kv_slots import STEPS, Device, Slots, bucket, cuda_device
 from tutelage.rollout.state import Rows
 from tutelage.rollout.transfer import Fetched, send
 
@@ -43,6 +43,8 @@ _TOLD: WeakSet[Any] = WeakSet()
 class _Row(Open):
     """A completion that occupies a row."""
 
+    slot: int = 0
+    """Where its keys and values are."""
     num_started: int = 0
     """Tokens whose steps have been started."""
     has_ended: bool = False
@@ -97,7 +99,7 @@ class GraphWriter:
         slots = _SLOTS.get(self.model)
         if slots is None or not slots.serves(self.model, num_rows, capacity):
             if slots is not None:
-                num_rows = max(num_rows, slots.buckets[0])
+                num_rows = max(num_rows, slots.num_slots)
                 capacity = max(capacity, slots.capacity)
             _SLOTS.pop(self.model, None)
             slots = None  # its memory is free before the next is taken
@@ -116,10 +118,10 @@ class GraphWriter:
         # Neighbours in length are read together; equal prompts follow one another, read once.
         order = sorted(jobs, key=lambda job: (len(job.ids), first[job.ids], job.place))
         self.waiting = deque(order)
+        self.length = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
         num_rows = min(self.batch_size, len(jobs))
-        count = [size for size in self.slots.buckets if size >= num_rows][-1]
-        self.open: list[_Row | None] = [None] * count
-        self.slot_of = list(range(count))
+        self.open: list[_Row | None] = [None] * bucket(num_rows)
+        self.free_slots = list(range(num_rows))
         self._upload()
         ahead: _Segment | None = None
         while True:
@@ -143,7 +145,8 @@ class GraphWriter:
     def _upload(self) -> None:
         """Tell the device which rows are open, and where."""
         rows = self._rows()
-        state = send([[int(row is None) for row in self.open], self.slot_of], rows.slot)
+        done = [int(row is None) for row in self.open]
+        state = send([done, [row.slot if row else 0 for row in self.open]], rows.slot)
         rows.done.copy_(state[0])
         rows.slot.copy_(state[1])
 
@@ -151,14 +154,13 @@ class GraphWriter:
         """Let waiting completions in; when none waits, go on with fewer rows."""
         free = [i for i, row in enumerate(self.open) if row is None]
         num_rows = len(self.open)
-        if self.waiting:
-            if len(free) >= max(1, num_rows // 8):
-                self._start(free[: len(self.waiting)])
-            return
         num_open = num_rows - len(free)
-        smaller = [size for size in self.slots.buckets if num_open <= size < num_rows]
-        if smaller and num_open:
-            self._keep(free, smaller[-1])
+        if self.waiting:
+            num_free = len(self.free_slots)
+            if num_free >= max(1, (num_open + num_free) // 8):
+                self._start(free[: min(num_free, len(self.waiting))])
+        elif num_open and bucket(num_open) <= num_rows // 2:
+            self._keep(free, bucket(num_open))
 
     def _keep(self, free: list[int], count: int) -> None:
         """Go on with so many rows; the others are free."""
@@ -169,7 +171,6 @@ class GraphWriter:
         for state in (rows.token, rows.position, rows.hidden):
             state[:count] = state[index]
         self.open = [self.open[i] for i in places]
-        self.slot_of = [self.slot_of[i] for i in places]
         self._upload()
 
     def _start(self, places: list[int]) -> None:
@@ -177,14 +178,15 @@ class GraphWriter:
         jobs = [self.waiting.popleft() for _ in places]
         by_prompt: dict[Ids, list[int]] = {}
         for place, job in zip(places, jobs, strict=True):
-            self.open[place] = _Row(job)
+            self.open[place] = _Row(job, slot=self.free_slots.pop(0))
             by_prompt.setdefault(job.ids, []).append(place)
         rows = self._rows()
         for prompts in _portions(list(by_prompt)):
             states, read = self.slots.read(self.model, prompts, self.pad)
             pairs = [(i, place) for i, ids in enumerate(prompts) for place in by_prompt[ids]]
             sources, here = [i for i, _ in pairs], [place for _, place in pairs]
-            self.slots.place(read, sources, [self.slot_of[place] for place in here])
+            opened = [self.open[place] for place in here]
+            self.slots.place(read, sources, [row.slot for row in opened if row is not None])
             lengths = [len(prompts[i]) for i in sources]
             source, to, length = send([sources, here, lengths], rows.token)
             rows.hidden[to] = states[source, length - 1]
@@ -201,7 +203,8 @@ class GraphWriter:
         keys = [row.job.key if row else 0 for row in self.open]
         drawn = [row.num_started if row else 0 for row in self.open]
         stops = tuple(sorted(self.stops))
-        graph = self.slots.graph(len(self.open), self.config, self.num_ids, stops)
+        splits = self.slots.num_splits(len(self.open), self.length)
+        graph = self.slots.graph(len(self.open), splits, self.config, self.num_ids, stops)
         rows.uniform[:, :count] = send(uniforms(keys, count, drawn), rows.uniform)
         rows.column.zero_()
         for _ in range(count):
@@ -234,6 +237,7 @@ class GraphWriter:
             )
             if row.has_ended:
                 finished.append(row)
+                self.free_slots.append(row.slot)
         if finished:
             self.open = [None if row is None or row.has_ended else row for row in self.open]
             self._upload()

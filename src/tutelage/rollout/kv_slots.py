@@ -68,36 +68,40 @@ class Slots:
         self.step = DecodeStep(model, device.operators)
         self.sizes: Sizes = self.step.sizes()
         self.capacity = -(-capacity // _COLUMNS) * _COLUMNS
-        self.buckets = buckets(num_rows)
-        rows = self.buckets[0]
+        self.num_slots = max(2, num_rows)
         sizes = self.sizes
-        self.rows = make_rows(sizes, rows, STEPS)
+        self.rows = make_rows(sizes, bucket(self.num_slots), STEPS)
         self.cache = torch.empty(
-            *(sizes.num_layers, 2, rows, sizes.num_groups, self.capacity, sizes.head_dim),
+            *(sizes.num_layers, 2, self.num_slots, sizes.num_groups, self.capacity, sizes.head_dim),
             dtype=sizes.dtype,
             device=sizes.device,
         )
         self.turn = _angles(model, self.capacity, sizes)
-        self._graphs: dict[tuple[int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
+        self._graphs: dict[tuple[int, int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
 
     def serves(self, model: PreTrainedModel, num_rows: int, capacity: int) -> bool:
         """Whether another draw can use these slots."""
-        is_large = num_rows <= self.buckets[0] and capacity <= self.capacity
+        is_large = num_rows <= self.num_slots and capacity <= self.capacity
         return is_large and self.step.is_current(model)
 
+    def num_splits(self, count: int, length: int) -> int:
+        """Splits of attention; it depends on the draw alone, as results do in their last bits."""
+        device = self.device
+        return device.num_splits(count, self.sizes.num_groups, length, device.processors)
+
     def graph(
-        self, count: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
+        self, count: int, splits: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
     ) -> Graph:
         """The graph of a step of the first `count` rows."""
-        key = (count, config, num_ids, stops)
+        key = (count, splits, config, num_ids, stops)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(count, config, num_ids, stops)
+            self._graphs[key] = self._capture(*key)
         return self._graphs[key]
 
     def _capture(
-        self, count: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
+        self, count: int, splits: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
     ) -> Graph:
-        rows, work = self.rows.first(count), self.work(count, num_ids)
+        rows, work = self.rows.first(count), self.work(count, splits, num_ids)
         picking = make_picking(config, num_ids, stops, self.sizes.device)
         changed = (rows.token, rows.position, rows.done, rows.column, rows.hidden)
         kept = [tensor.clone() for tensor in changed]
@@ -108,11 +112,9 @@ class Slots:
             tensor.copy_(value)
         return graph
 
-    def work(self, count: int, num_ids: int) -> Work:
+    def work(self, count: int, splits: int, num_ids: int) -> Work:
         """Memory for a step of so many rows."""
-        device, sizes = self.device, self.sizes
-        splits = device.num_splits(count, sizes.num_groups, self.capacity, device.processors)
-        return make_work(sizes, count, device.num_blocks(num_ids), splits)
+        return make_work(self.sizes, count, self.device.num_blocks(num_ids), splits)
 
     def read(self, model: PreTrainedModel, prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Any]:
         """Hidden states `[P, width, D]` and the cache of prompts, by the model's own forward."""
@@ -152,7 +154,7 @@ class Slots:
         rows.position.copy_(torch.tensor(lengths))
         rows.done.zero_()
         rows.column.zero_()
-        self.step.feed(rows, self.work(2, 1), self.cache, self.turn)
+        self.step.feed(rows, self.work(2, 2, 1), self.cache, self.turn)
         rows.done.fill_(1)
         expected = own[0, lengths].double()
         error = (rows.hidden.double() - expected).norm() / expected.norm()
@@ -160,12 +162,11 @@ class Slots:
         return bool(error <= eps**0.5)
 
 
-def buckets(num_rows: int) -> tuple[int, ...]:
-    """Numbers of rows that graphs are captured for, falling: halves, in multiples of 8."""
-    sizes = [max(2, num_rows if num_rows < 8 else -(-num_rows // 8) * 8)]
-    while sizes[-1] > 8:
-        sizes.append(-(-sizes[-1] // 16) * 8)
-    return tuple(sizes)
+def bucket(num_rows: int) -> int:
+    """The number of rows, at least these, that a graph is captured for."""
+    power = 1 << max(num_rows - 1, 1).bit_length()
+    between = 3 * power // 4
+    return between if power >= 32 and num_rows <= between else power
 
 
 def make_picking(
