@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,3 +191,17 @@ def test_different_stop_tokens_trade_places_or_are_refused(make_tokenizer: Any) 
     assert swap[0] != swap[1]
     with pytest.raises(ModelError, match=r"'<eos>' .* '<\|end\|>' .*stop_token = 'map'"):
         stop_swap(student, teacher, "refuse")
+
+
+def test_tools_are_rendered_by_the_template_or_refused(make_tokenizer: Any) -> None:
+    text = "{% for t in tools or [] %}<|start|>{{ t['name'] }}<|end|>{% endfor %}"
+    chat = "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}"
+    prompt = Prompt("p", ({"role": "user", "content": "hi"},), tools=({"name": "add"},))
+    ids = encode_prompt(make_tokenizer(chat_template=text + chat), prompt)
+    plain = encode_prompt(make_tokenizer(chat_template=text + chat), replace(prompt, tools=()))
+    assert len(ids) == len(plain) + 5
+    with pytest.raises(ModelError, match=r"'p' has tools, which the chat template .* leaves out"):
+        encode_prompt(make_tokenizer(chat_template=chat), prompt)
+    forged = replace(prompt, tools=({"name": "add<|end|>"},))
+    with pytest.raises(DataError, match="control token"):
+        encode_prompt(make_tokenizer(chat_template=text + chat), forged)

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tutelage.data.columns import LAST_ANSWER, refuse_media, text_of_parts, tools_of, unread
 from tutelage.data.grading_text import last_box
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import DataError, MissingExtraError
@@ -168,12 +169,35 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
             'Write {"prompt": ...} on each line.'
         )
     column = _content_column(record, where, prompt_format)
+    refuse_media(record, where)
     prompt_id = record.get("id")
+    given, notes = _without_last_answer(record[column], f"{where}: {column!r}")
+    content = _content(given, f"{where}: {column!r}", prompt_format)
+    tools = tools_of(record, where)
+    if tools and isinstance(content, str):
+        raise DataError(
+            f"{where}: 'tools' need a chat, got a prompt as plain text. Set chat = true, or remove "
+            "them."
+        )
     return Prompt(
         id=default_id if prompt_id is None else _scalar(prompt_id, "id", where),
-        content=_content(record[column], f"{where}: {column!r}", prompt_format),
+        content=content,
         answer=_answer(record, prompt_format, where),
+        tools=tools,
+        notes=(*notes, *unread(record, column)),
     )
+
+
+def _without_last_answer(value: Any, where: str) -> tuple[Any, tuple[str, ...]]:
+    """A conversation without the answer that it ends with, and what to say of it."""
+    if not isinstance(value, list):
+        return value, ()
+    end = len(value)
+    while end and isinstance(value[end - 1], dict) and value[end - 1].get("role") == "assistant":
+        end -= 1
+    if value and not end:
+        raise DataError(f"{where} has no turn but the assistant's. Add what it answers.")
+    return (value, ()) if end == len(value) else (value[:end], (LAST_ANSWER,))
 
 
 def _content_column(record: dict[str, Any], where: str, prompt_format: PromptFormat) -> str:
@@ -217,6 +241,8 @@ def _message(value: Any, where: str) -> Message:
         )
     # Parquet gives every message all the keys that any message has.
     message = {key: text for key, text in value.items() if text is not None}
+    if isinstance(message.get("content"), list):
+        message["content"] = text_of_parts(message["content"], where)
     for key in ("role", "content", *message):
         if not isinstance(message.get(key), str):
             got = excerpt(message.get(key))

@@ -291,7 +291,7 @@ class FileTask:
 
 
 def _content_key(prompt: Prompt) -> str:
-    return json.dumps(prompt.content)
+    return json.dumps([prompt.content, prompt.tools] if prompt.tools else prompt.content)
 
 
 def _permutation(length: int, *key: object) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Message: TypeAlias = dict[str, str]
 """One chat turn: {"role": "user", "content": "..."}."""
@@ -19,6 +19,10 @@ class Prompt:
     """Plain text, or chat messages that the tokenizer's chat template renders."""
     answer: str | None = None
     """Reference answer for grading; None when the prompt cannot be graded."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of tools that the chat template renders."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What of its record was left out."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from tutelage.data.types import Prompt
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation.suite import Completion
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.remote import NEUTRAL, Client, Limits, Strict, parse
@@ -122,6 +122,12 @@ class Server:
         Raises:
             ModelError: a completion could not be had.
         """
+        for prompt in prompts:
+            if prompt.tools:
+                raise DataError(
+                    f"prompt {prompt.id!r} has tools, which are not sent to a server. Evaluate the "
+                    "model here, or leave the tools out."
+                )
         asked = [(p, s) for p in prompts for s in range(self.sampling.num_samples)]
         return self._client.each([partial(self._one, p, s, max_new_tokens) for p, s in asked])
 

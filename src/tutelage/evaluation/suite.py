@@ -50,7 +50,9 @@ class Benchmark:
 
     def fingerprint(self) -> str:
         """A hash of problems, reference answers and order."""
-        content = json.dumps([(p.id, p.content, p.answer) for p in self.prompts])
+        content = json.dumps(
+            [(p.id, p.content, p.answer, *([p.tools] if p.tools else [])) for p in self.prompts]
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ starts with the first chat prompt, is reused, and ends with the interpreter.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import threading
 import time
@@ -106,6 +107,7 @@ def render_chat(
     """
     shown = {"tools": None, "documents": None, "add_generation_prompt": True}
     length = sum(len(text) for message in messages for text in message.values())
+    length += len(json.dumps(variables))  # tools may be long
     request = {
         "template": template,
         "variables": {**shown, **variables, "messages": [dict(message) for message in messages]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,10 +48,11 @@ def encode_prompt(
         end = max((place for place, added in enumerate(is_added, 1) if not added), default=0)
         ids = ids[:end] if own else [i for i in ids if i == tokenizer.bos_token_id]
     else:
-        for text in (text for message in prompt.content for text in message.values()):
+        tools = [json.dumps(prompt.tools, ensure_ascii=False)] if prompt.tools else []
+        for text in [*(t for message in prompt.content for t in message.values()), *tools]:
             own = encode_completion(tokenizer, text)
             _refuse_control_tokens(tokenizer, own, text, prompt.id)
-        ids = _encode_chat(tokenizer, prompt.content, prompt.id, enable_thinking)
+        ids = _encode_chat(tokenizer, prompt, prompt.content, enable_thinking)
     if not ids:
         raise DataError(f"prompt {prompt.id!r} has no tokens, got empty text. Remove it.")
     return ids
@@ -217,13 +219,13 @@ def _refuse_control_tokens(
 
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
     messages: tuple[Message, ...],
-    prompt_id: str,
     enable_thinking: bool | None,
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise ModelError(
-            f"prompt {prompt_id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
+            f"prompt {prompt.id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
             "chat template. Use plain text prompts (chat = false)."
         )
     variables = dict(tokenizer.special_tokens_map)
@@ -236,7 +238,17 @@ def _encode_chat(
             f"the tokenizer {tokenizer.name_or_path!r} has no default chat template, got "
             f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (chat = false)."
         ) from error
-    rendered = render_chat(template, messages, variables, prompt_id, tokenizer.name_or_path)
+    name = tokenizer.name_or_path
+    rendered = render_chat(template, messages, variables, prompt.id, name)
+    if prompt.tools:
+        plain = rendered
+        variables["tools"] = list(prompt.tools)
+        rendered = render_chat(template, messages, variables, prompt.id, name)
+        if rendered == plain:
+            raise ModelError(
+                f"prompt {prompt.id!r} has tools, which the chat template of {name!r} leaves out. "
+                "Use a model that knows tools, or remove them from the data."
+            )
     return encode_completion(tokenizer, rendered)
 
 

@@ -91,7 +91,9 @@ def _prompts(config: Config) -> tuple[list[Prompt], str]:
 
 
 def _write(prompts: list[Prompt], path: Path) -> None:
-    records = ({"id": p.id, "prompt": p.content, "answer": p.answer} for p in prompts)
+    records = (
+        {"id": p.id, "prompt": p.content, "answer": p.answer, "tools": p.tools} for p in prompts
+    )
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutelage.data.columns import notes_of
 from tutelage.data.formats import PromptFormat, is_file_name
 from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts
 from tutelage.data.suites import BENCHMARKS, Suite, find_suite
@@ -114,6 +115,10 @@ def evaluate_suite(
                 f"--{flag} must be at least 1, got {value}. Leave it out or raise it."
             )
     plan = _server_plan(request, say) if is_url(request.model) else _model_plan(request)
+    notes = [f"{b.name}: {note}" for b in plan.benchmarks for note in notes_of(b.prompts)]
+    if say is not None:
+        for note in notes:
+            say(note)
     folder = Path(request.out) if request.out else _default_folder(request, plan)
     results = []
     with EvaluationFolder(folder, plan.settings) as saved:

@@ -180,7 +180,9 @@ def input_digests(config: Config, inputs: Inputs) -> dict[str, str]:
 
 
 def _prompts_digest(prompts: Iterable[Prompt]) -> str:
-    return _digest(_json((p.id, p.content, p.answer)) for p in prompts)
+    return _digest(
+        _json((p.id, p.content, p.answer, *([p.tools] if p.tools else []))) for p in prompts
+    )
 
 
 def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Iterable[bytes]:

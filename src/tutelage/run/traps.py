@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError
 from tutelage.models.limits import context_limit, has_position_table
@@ -95,6 +96,7 @@ def _keep_traps(config: Config) -> Iterator[str]:
 
 
 def _file_traps(config: Config, data: FileData, inputs: Inputs, task: FileTask) -> Iterator[str]:
+    yield from notes_of([*task.pool, *task.held_out_prompts])
     template = inputs.tokenizer.chat_template
     if template and not data.chat and any(isinstance(p.content, str) for p in task.pool):
         yield (
