@@ -21,6 +21,8 @@ from tutelage.models.load import load_tokenizer
 from tutelage.models.templates import printed_date
 from tutelage.models.tokenizers import decode, encode_prompt
 from tutelage.run.config import Config
+from tutelage.run.inspect import Inspection
+from tutelage.run.origin import at_the_date_of_the_run
 from tutelage.run.parse import changed_keys, current_table, fingerprint, parse_config, to_table
 from tutelage.run.train import train
 
@@ -239,3 +241,14 @@ def test_keys_that_came_later_leave_the_name_of_a_run() -> None:
 
 def parse_lora() -> Any:
     return parse_config(BASE | {"student": {"model": "s", "lora": {}}}).student.lora
+
+
+def test_what_is_asked_of_a_run_prints_its_date_and_of_others_today_s(own: Path) -> None:
+    path = own / "run" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "2001-02-03T04:05:06"}))
+    tokenizer = load_tokenizer(str(own / "pair" / "student"))
+    prompt = Prompt("p", ({"role": "user", "content": "x"},))
+    rendered = at_the_date_of_the_run(lambda _: decode(tokenizer, encode_prompt(tokenizer, prompt)))
+    assert rendered(Inspection(str(own / "run"))).startswith("2001-02-03")
+    for other in (own / "pair" / "student", own / "run" / "student"):
+        assert not rendered(Inspection(str(other))).startswith("2001")
