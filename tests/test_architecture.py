@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "evaluation": ("evaluation", "models", "data", "core", "errors"),
     "report": ("report", "evaluation.metrics", "errors"),
     "run": ("run", "evaluation", "models", "data", "core", "errors", ""),
-    "integrations": ("integrations", "core", "errors"),
     "cli": ("run", "evaluation", "report", "errors", ""),
     "__init__": ("core", "errors"),
     "__main__": ("cli",),
@@ -56,8 +55,6 @@ FENCES = {
     "jinja2": ("report/", "models/_template_worker.py"),
     "pydantic": ("run/", "report/", "evaluation/server.py", "models/"),
     "rich": ("run/progress.py", "cli.py"),
-    "trl": ("integrations/trl.py",),
-    "verl": ("integrations/verl.py",),
 }
 """Where each third party may be imported; one that is not listed may be nowhere."""
 

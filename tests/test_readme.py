@@ -123,9 +123,6 @@ def run(command: list[str], folder: Path, block: Block) -> None:
 def test_every_block_does_what_it_says(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "src").symlink_to(ROOT / "src")
-    assets = ROOT / "src" / "tutelage" / "assets"
-    shutil.copytree(assets / "ledger-overconfident", tmp_path / "my-student")
-    shutil.copytree(assets / "ledger-teacher", tmp_path / "my-teacher")
     assert sum(execute(block, tmp_path) for block in blocks(README)) >= 4
     names = {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
     assert {"student", "metrics.jsonl", "samples.jsonl", "manifest.json", "report.html"} <= names

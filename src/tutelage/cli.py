@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.errors import ConfigError, MissingExtraError, TutelageError, explained, remedy
+from tutelage.run.launch import say_once
 
 if TYPE_CHECKING:
     from tutelage.run.config import Config
@@ -43,13 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
         sys.stdout.flush()  # so that a reader who left is noticed here and not at exit
     except TutelageError as error:
-        print(f"tutelage: {' '.join(str(error).split())}", file=sys.stderr)
+        say_once(f"tutelage: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
-        print("tutelage: interrupted; the same command continues the run", file=sys.stderr)
+        say_once("tutelage: interrupted; the same command continues the run")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough.
+    except BrokenPipeError:  # the reader (head, less) has seen enough
         _close_output()
         return 0
     except OSError as error:

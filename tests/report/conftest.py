@@ -130,7 +130,6 @@ def verdict_lines(num_steps: int, rng: random.Random) -> list[Json]:
 
 def manifest_of(keep: float = 0.1, seed: int = 0) -> Json:
     return {
-        "command": ["tutelage", "train", "configs/ledger.toml", f"selection.keep={keep}"],
         "version": "0.1.0",
         "commit": "0123abcd",
         "fingerprint": "9f86d081884c7d65",

@@ -99,7 +99,6 @@ def fill_strings(run: Path, value: str) -> None:
         step["quadrants"][value] = {"share": 1.0}
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
     manifest = {
-        "command": value,
         "commit": value,
         "versions": {value: value, "torch": value},
         "config": {value: value, "student": {"path": value, "more": [value, {value: value}]}},

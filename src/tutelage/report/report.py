@@ -130,7 +130,6 @@ def _context(record: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "samples": _samples(record.samples),
         "config_toml": text.visible(text.toml(record.config), 20_000),
         "environment": text.visible_rows(environment),
-        "command": _command(record.manifest),
     }
 
 
@@ -267,11 +266,3 @@ def _completion(sample: SampleRecord) -> tuple[str, str, str]:
         None: ("not graded", "ungraded"),
     }[sample.is_correct]
     return verdict, css_class, text.visible(sample.completion)
-
-
-def _command(manifest: dict[str, Any]) -> str | None:
-    """The command that started the run, when the manifest holds it."""
-    command = manifest.get("command")
-    if isinstance(command, list):
-        command = " ".join(str(part) for part in command)
-    return text.visible(command) if isinstance(command, str) else None

@@ -1,16 +1,23 @@
-"""A run in several processes of this machine, which start, stop and end together."""
+"""A run in several processes of this machine, which start, stop and end together.
+
+    python -m tutelage.run.launch 2 train configs/ledger.toml
+
+runs `tutelage train configs/ledger.toml` in two processes. torchrun starts them too, but ends a run
+that Ctrl-C stopped with a traceback of its own and exit code 1.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-from tutelage.errors import RunError
+from tutelage.errors import RunError, TutelageError
 
 _PERIOD_S = 0.05
 _GRACE_S = 15.0
@@ -72,7 +79,7 @@ def launch(command: Sequence[str], count: int) -> int:
         RunError: fewer than one process, or one of them was ended by a signal.
     """
     if count < 1:
-        raise RunError(f"--num-processes must be 1 or more, got {count}.")
+        raise RunError(f"the number of processes must be 1 or more, got {count}.")
     with started(command, count) as processes, forwarding(processes):
         while (codes := [process.poll() for process in processes]).count(None):
             if failed := [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0, 130)]:
@@ -139,3 +146,28 @@ def is_first_to_say(line: str) -> bool:
         return int(store.add(key, 1)) == 1
     except (DistError, OSError, RuntimeError, ValueError):
         return True
+
+
+def say_once(line: str) -> None:
+    """Of several processes that end for the same reason, the first says so on standard error."""
+    if is_first_to_say(line):
+        print(line, file=sys.stderr)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`N COMMAND …`: run a command of tutelage in N processes; returns the exit code."""
+    try:
+        if not arguments or not arguments[0].isdecimal():
+            raise RunError(
+                f"the first argument must be a number of processes, got {list(arguments[:1])}. "
+                "Example: python -m tutelage.run.launch 2 train configs/ledger.toml"
+            )
+        command = [sys.executable, "-m", "tutelage", *arguments[1:]]
+        return launch(command, int(arguments[0]))
+    except TutelageError as error:
+        print(f"tutelage: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
