@@ -18,6 +18,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "mutants": (0, 0),
     "partition": (50, 1_000),
     "grader": (5_000, 1_000_000),
+    "configurations": (25, 500),
     "kill": (6, 150),
     "families": (15, 0),
     "disk": (5, 150),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from tutelage import cli
 from tutelage.report import report
@@ -316,6 +317,7 @@ def too_generous(arguments: list[str]) -> tuple[int, str, str]:
 def run(size: int) -> Outcome:
     """Trials 0 to `size` − 1, and a tenth of them under a check that accepts everything."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    transformers.utils.logging.set_verbosity_error()  # as the command line asks before it imports
     with (
         tempfile.TemporaryDirectory(prefix="configurations-", dir=memory) as name,
         short_reports(),

@@ -51,6 +51,8 @@ def add_lora(
         raise MissingExtraError("peft", "lora", "student.lora")
     from peft import LoraConfig
 
+    if not target_modules:
+        _refuse_fused_experts(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -63,11 +65,45 @@ def add_lora(
         try:
             model.add_adapter(config, _NAME)
         except ValueError as error:
-            raise ConfigError(f"student.lora cannot be added: {error}") from None
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"student.lora cannot be added: {reason}") from None
+    _refuse_adapted_experts(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.eval()
+
+
+_OTHERS = "Name its attention layers in student.lora.target_modules, such as q_proj and v_proj."
+
+
+def _refuse_fused_experts(model: PreTrainedModel) -> None:
+    """Experts in one tensor are no linear layers, and what adapts them cannot be saved."""
+    names = (n for n, weight in model.named_parameters() if weight.dim() > 2 and "expert" in n)
+    name = next(names, None)
+    if name is not None:
+        raise ConfigError(
+            f"student.lora cannot adapt the experts of {type(model).__name__}, which are one "
+            f"tensor ({name}). {_OTHERS}"
+        )
+
+
+def _refuse_adapted_experts(model: PreTrainedModel) -> None:
+    """Experts in one tensor, and the router: its scores decide which experts learn at all."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if not isinstance(module, LoraLayer):
+            continue
+        is_router = leaf in ("gate", "router") and "experts" in dict(
+            model.get_submodule(parent).named_children()
+        )
+        if is_router or leaf == "experts":
+            raise ConfigError(
+                f"student.lora.target_modules fits {name}, the "
+                f"{'router' if is_router else 'experts'} of {type(model).__name__}. {_OTHERS}"
+            )
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:

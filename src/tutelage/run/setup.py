@@ -27,6 +27,7 @@ from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
+from tutelage.models.savable import refuse_quantised, require_savable
 from tutelage.models.settings import TeacherMode
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
@@ -82,6 +83,8 @@ def _student(
         model = load_model(saved, start.dtype, str(device))
     else:
         model = _start(config, teacher, device)
+    if start.quantization == "none":
+        refuse_quantised(model, start.model)
     if start.lora is not None:
         _add_adapter(model, config)
         if saved is not None:
@@ -225,6 +228,8 @@ def build(
         output_embeddings(model).weight.shape[0],
     )
     warnings = (*found.warnings, *model_traps(config, found, student, model))
+    if inputs is not None:
+        warnings += tuple(require_savable(student, tokenizer))
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     mode = _resting_mode(config.teacher, device)
     teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
