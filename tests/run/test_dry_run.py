@@ -14,6 +14,7 @@ from tutelage.errors import ModelError, RunError
 from tutelage.run import dryrun
 from tutelage.run.dryrun import dry_run
 from tutelage.run.parse import load_config, parse_config
+from tutelage.run.step import Step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.toml") if "smollm2" not in path.name)
@@ -36,7 +37,9 @@ def test_every_recipe_takes_a_step(name: str) -> None:
         pytest.importorskip("peft")
     config = load_config(CONFIGS / name)
     lines = list(dry_run(config))
-    assert lines[-1].startswith("one step ran: loss "), lines
+    assert lines[-3].startswith("one step ran: loss "), lines
+    assert lines[-2].startswith("saved and exported; read back")
+    assert lines[-1].startswith("continued from the checkpoint of step 1")
     assert any(line.startswith("scaled: num_steps ") for line in lines)
     is_scaled = [line for line in lines if line.startswith("scaled: ")]
     kept = ("selection", "objective", "optimizer", "weighting", "teacher", "student.dtype")
@@ -80,7 +83,7 @@ def test_the_papers_settings() -> None:
 def test_known_families_without_network(ref: str, kind: str, tied: str) -> None:
     lines = list(dry_run(parse_config({"student": {"model": ref}, "teacher": {"model": ref}})))
     assert f"a tiny random {kind}, {tied} head" in lines[0]
-    assert lines[-1].startswith("one step ran: ")
+    assert lines[-3].startswith("one step ran: ")
 
 
 def test_heads_of_different_size_stay_different() -> None:
@@ -96,7 +99,7 @@ def test_a_model_of_one_layer_is_no_exception(tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("one-layer")
     Qwen3Config(num_hidden_layers=1).save_pretrained(folder)
     lines = list(dry_run(parse_config(HUB | {"student": {"model": str(folder)}})))
-    assert lines[-1].startswith("one step ran: ")
+    assert lines[-3].startswith("one step ran: ")
 
 
 def test_own_prompts_are_used_where_they_are(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -119,3 +122,40 @@ def test_a_step_that_teaches_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dryrun, "save_tiny_model", lambda a, n, seed, f: save(a, n, 0, f))
     with pytest.raises(RunError, match="taught nothing"):
         list(dry_run(parse_config({name: {"model": "Qwen/Qwen3-8B"} for name in HUB})))
+
+
+def test_completions_of_a_prompt_have_unequal_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[list[int]] = []
+    write = Step.write
+
+    def noted(step: Step, number: int) -> Any:
+        drawn = write(step, number)
+        lengths.append([len(r.completion_ids) for r in drawn.rollouts])
+        return drawn
+
+    monkeypatch.setattr(Step, "write", noted)
+    list(dry_run(parse_config(HUB)))
+    assert len(lengths) == 3  # two steps, and the second again
+    assert lengths[1] == lengths[2]
+    assert all(len(found) >= 4 and len(set(found)) > 1 for found in lengths)
+
+
+def test_an_export_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = dryrun.load_model
+
+    def other(*args: Any) -> Any:
+        model = load(*args)
+        model.get_output_embeddings().weight.data.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(dryrun, "load_model", other)
+    with pytest.raises(RunError, match="the exported student is not the trained one"):
+        list(dry_run(parse_config(HUB)))
+
+
+def test_a_continuation_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tutelage.run.train.load_optimizer", lambda *_: None)
+    table = HUB | {"optimizer": {"kind": "adamw", "learning_rate": 1e-3}}
+    student = {"model": "Qwen/Qwen3-0.6B", "dtype": "bfloat16"}  # masters are not restored either
+    with pytest.raises(RunError, match="continued from its checkpoint is another run"):
+        list(dry_run(parse_config(table | {"student": student})))

@@ -54,9 +54,15 @@ class Evaluation:
         ).summary()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain record a completion: prompt, sample, verdict."""
+        """One plain record a completion: prompt, sample, verdict, length."""
         return [
-            {"prompt_id": r.prompt.id, "sample": r.sample, "is_correct": verdict}
+            {
+                "prompt_id": r.prompt.id,
+                "sample": r.sample,
+                "is_correct": verdict,
+                "is_truncated": r.is_truncated,
+                "num_tokens": len(r.completion_ids),
+            }
             for r, verdict in zip(self.rollouts, self.is_correct, strict=True)
         ]
 
@@ -131,14 +137,26 @@ def held_out_reverse_kl(
     pad_id: int,
     micro_batch_size: int,
     max_tokens: int = 0,
-) -> float | None:
-    """Mean reverse KL in nats over all completion tokens; None without tokens or if infinite."""
-    by_length = sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
-    total, count = 0.0, 0
+) -> list[float]:
+    """Reverse KL of every rollout in nats, summed over its tokens."""
+    order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
+    by_length = [rollouts[i] for i in order]
+    sums = torch.zeros(len(rollouts), dtype=torch.float64)
     with teacher.awake(), torch.no_grad():
         for batch in micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens):
             here = batch.to(student.model.device)
             stats = student(here, teacher.view(teacher.read(here)))
-            total += float(stats.reverse_kl.double().sum())
-            count += batch.num_rows
+            sums.index_add_(0, here.completion.cpu(), stats.reverse_kl.double().cpu())
+    found = torch.zeros_like(sums)
+    found[torch.tensor(order, dtype=torch.int64)] = sums
+    return found.tolist()
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.completion_ids)
+
+
+def mean_reverse_kl(rollouts: Sequence[Rollout], sums: Sequence[float]) -> float | None:
+    """Mean over all completion tokens, nats; None without tokens or if infinite."""
+    total, count = math.fsum(sums), sum(len(r.completion_ids) for r in rollouts)
     return total / count if count and math.isfinite(total) else None

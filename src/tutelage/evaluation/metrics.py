@@ -199,6 +199,37 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     return Interval(value, max(-1.0, centre - half_width), min(1.0, centre + half_width), level)
 
 
+def mean_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
+    """Student's t-interval of the mean of `a - b` over the same problems, without bounds.
+
+    Args:
+        a: one score per problem, in any unit.
+        b: the scores of the other run for the same problems in the same order.
+        level: intended coverage, in (0, 1).
+
+    Returns:
+        The mean difference and its interval in the scores' unit, infinite for one problem.
+
+    Raises:
+        DataError: the lengths differ or there are no scores.
+        ConfigError: level is not in (0, 1).
+    """
+    if len(a) != len(b) or not a:
+        raise DataError(
+            f"A paired difference needs the same problems on both sides, got {len(a)} and "
+            f"{len(b)} scores. Keep the problems that both runs have."
+        )
+    _require_level(level)
+    differences = [left - right for left, right in zip(a, b, strict=True)]
+    n = len(differences)
+    value = math.fsum(differences) / n
+    if n == 1:
+        return Interval(value, -math.inf, math.inf, level)
+    variance = math.fsum((d - value) ** 2 for d in differences) / (n - 1)
+    half_width = _t_quantile(level, n - 1) * math.sqrt(variance / n)
+    return Interval(value, value - half_width, value + half_width, level)
+
+
 def _majority(votes: Sequence[str | None], correct: Sequence[bool]) -> float:
     counts = Counter(vote for vote in votes if vote is not None)
     if not counts:

@@ -117,6 +117,10 @@ class VerdictRecord(_Line):
     prompt_id: str
     sample: Count
     is_correct: bool | None = None
+    is_truncated: bool | None = None
+    num_tokens: Count | None = None
+    reverse_kl_nats: float | None = None
+    """Sum over the tokens of the completion."""
 
 
 Numbers = list[float | None]

@@ -9,15 +9,22 @@ from typing import Any
 from tutelage.models.reference import resolve_model
 from tutelage.run.config import Config, FileData
 from tutelage.run.parse import fingerprint, to_table
+from tutelage.run.verdict import Verdict
 
 
-def model_card(config: Config, evaluations: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+def model_card(
+    config: Config,
+    evaluations: Sequence[dict[str, Any]],
+    about: dict[str, Any],
+    verdict: Verdict | None = None,
+) -> str:
     """Markdown with the hub's header.
 
     Args:
         config: the run.
         evaluations: records of `evaluation.jsonl`.
         about: `environment()`: versions, hardware, commit.
+        verdict: what the run achieved; None where it was not measured.
     """
     samples, updates = config.sampling.num_samples, config.updates_per_step
     data = config.data
@@ -39,6 +46,7 @@ def model_card(config: Config, evaluations: Sequence[dict[str, Any]], about: dic
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         + ".",
         "",
+        *([] if verdict is None else [f"Verdict: **{verdict.word}** ({verdict.reason}).", ""]),
         *_table(evaluations),
         "## Configuration",
         "",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl
+from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl, mean_reverse_kl
 from tutelage.evaluation.scores import voting_of
 from tutelage.models.sampling import SamplingConfig
 from tutelage.models.tokenizers import decode, pad_id
@@ -40,7 +41,7 @@ class Measured:
 def measure(config: Config, parts: Parts, step: int) -> Measured:
     """Evaluate the student after `step`, and once, before the first step, the teacher."""
     student = _evaluate(config, parts, parts.student.model)
-    kl = held_out_reverse_kl(
+    sums = held_out_reverse_kl(
         parts.student,
         parts.teacher,
         student.rollouts,
@@ -48,6 +49,7 @@ def measure(config: Config, parts: Parts, step: int) -> Measured:
         config.micro_batch_size,
         config.micro_batch_tokens,
     )
+    kl = mean_reverse_kl(student.rollouts, sums)
     found = [("student", student, kl)]
     if step == 0 and config.evaluation.teacher and student.mean_at_k is not None:
         with parts.teacher.awake():
@@ -56,9 +58,20 @@ def measure(config: Config, parts: Parts, step: int) -> Measured:
     pairs = list(zip(heads, found, strict=True))
     return Measured(
         [{**h, **result.summary(), "held_out_reverse_kl_nats": kl} for h, (_, result, kl) in pairs],
-        [{**h, **row} for h, (_, result, _) in pairs for row in result.rows()],
+        [
+            {**h, **row, "reverse_kl_nats": nats}
+            for h, (who, result, _) in pairs
+            for row, nats in zip(result.rows(), _per_row(who, result, sums), strict=True)
+        ],
         _samples(parts, step, student),
     )
+
+
+def _per_row(who: str, result: Evaluation, sums: list[float]) -> list[float | None]:
+    """Nats of each completion; the teacher's divergence from itself is not measured."""
+    if who == "teacher":
+        return [None] * len(result.rollouts)
+    return [nats if math.isfinite(nats) else None for nats in sums]
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -43,6 +43,7 @@ from tutelage.run.step import Step
 from tutelage.run.stop import Stop, StoppedError, listening
 from tutelage.run.trackers import numbers, require_trackers, start_trackers
 from tutelage.run.validate import validate
+from tutelage.run.verdict import Verdict, verdict_of
 
 Say = Callable[[str], None]
 OnStep = Callable[[dict[str, Any]], None]
@@ -175,6 +176,7 @@ class _Run:
         if self.done >= self.first_step or not (self.folder.path / "student").exists():
             self._export()
         self._wait_for_checkpoint()
+        self._conclude()
         return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
 
     def _take(self) -> None:
@@ -316,12 +318,24 @@ class _Run:
             return
         self.folder.append_text("tokens.jsonl", "".join(lines))
 
+    def _verdict(self) -> Verdict | None:
+        return verdict_of(self.folder.read("evaluation_rows.jsonl"), self.done)
+
+    def _conclude(self) -> None:
+        """The verdict, said and kept in the manifest."""
+        verdict = self._verdict()
+        if verdict is not None:
+            manifest = self.folder.read_manifest() or {}
+            self.folder.write_manifest(manifest | {"verdict": asdict(verdict)})
+            self.say(f"verdict: {verdict}")
+
     def _export(self) -> None:
         if not self.accelerator.is_main_process:
             return
         target = self.folder.path / "student"
         model = plain_student(self.config, self.parts.student.model)
-        card = model_card(self.config, self.folder.read("evaluation.jsonl"), environment())
+        records = self.folder.read("evaluation.jsonl")
+        card = model_card(self.config, records, environment(), self._verdict())
         save_model(model, self.parts.tokenizer, target, card)
         self.say(f"student exported to {target}")
 

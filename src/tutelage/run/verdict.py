@@ -1,0 +1,151 @@
+"""What a run achieved by its own held-out measurements: one word, and the numbers behind it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from tutelage.evaluation.metrics import Interval, mean_difference, paired_difference
+
+Word: TypeAlias = Literal["improved", "unchanged", "worse", "cut off", "too few problems to say"]
+Row: TypeAlias = dict[str, Any]
+
+_FEWEST_PROBLEMS = 8
+"""An interval over fewer says nothing."""
+_ACCURACY_MARGIN = 0.05
+_KL_MARGIN = 0.1
+"""An interval around 0 that is no wider than this on either side speaks of no change: points of
+accuracy, and a share of the divergence before."""
+_SMALL = 0.1
+"""A change below this share of the margin is none, however sure."""
+_CUT_OFF = 0.5
+"""From this share of completions on that reached their limit, scores are those of beginnings."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word and the numbers that it rests on."""
+
+    word: Word
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One measure before and after, over the same problems."""
+
+    word: Word
+    text: str
+
+
+def verdict_of(rows: Sequence[Row], last_step: int) -> Verdict | None:
+    """The verdict on a run; None where it did not measure the student before and after.
+
+    Accuracy decides where problems are graded and its interval excludes 0; otherwise the reverse KL
+    does. Both are differences of the same problems, after minus before, with 95 % intervals over
+    problems.
+
+    Args:
+        rows: records of `evaluation_rows.jsonl`.
+        last_step: the step after which the run ended.
+    """
+    before, after = (
+        [row for row in rows if (row["model"], row["step"]) == ("student", step)]
+        for step in (0, last_step)
+    )
+    if not before or not after or not last_step or "num_tokens" not in before[0]:
+        return None
+    share = sum(row["is_truncated"] for row in after) / len(after)
+    changes = [
+        change for change in (_accuracy(before, after), _divergence(before, after)) if change
+    ]
+    texts = [change.text for change in changes] or ["nothing could be measured"]
+    if share >= _CUT_OFF:
+        limit = f"{share:.0%} of the last completions were cut off at sampling.max_new_tokens"
+        return Verdict("cut off", "; ".join([limit, *texts]))
+    return Verdict(_word([change.word for change in changes]), "; ".join(texts))
+
+
+def _word(words: Sequence[Word]) -> Word:
+    for word in words:
+        if word in ("improved", "worse"):
+            return word
+    return "unchanged" if "unchanged" in words else "too few problems to say"
+
+
+def _accuracy(before: Sequence[Row], after: Sequence[Row]) -> _Change | None:
+    first, last = (_means([r for r in rows if r["is_correct"] is not None], "is_correct")
+                   for rows in (before, after))  # fmt: skip
+    problems = sorted(first.keys() & last.keys())
+    if not problems:
+        return None
+    a, b = ([scores[name] for name in problems] for scores in (first, last))
+    change = paired_difference(b, a)
+    k = len(before) // len({row["prompt_id"] for row in before})
+    text = (
+        f"mean@{k} {100 * _mean(a):.1f} % -> {100 * _mean(b):.1f} % ({_signed(change, 100, 1)} "
+        f"points over {len(problems)} problems)"
+    )
+    return _Change(_judged(change, _ACCURACY_MARGIN, len(problems)), text)
+
+
+def _divergence(before: Sequence[Row], after: Sequence[Row]) -> _Change | None:
+    first, last = (_divergences(rows) for rows in (before, after))
+    problems = sorted(first.keys() & last.keys())
+    if not problems:
+        return None
+    a, b = ([scores[name] for name in problems] for scores in (first, last))
+    change = mean_difference(b, a)
+    is_better = Interval(-change.value, -change.high, -change.low)
+    text = (
+        f"reverse KL {_mean(a):.4g} -> {_mean(b):.4g} nats ({_signed(change, 1, 4)} over "
+        f"{len(problems)} problems)"
+    )
+    return _Change(_judged(is_better, _KL_MARGIN * _mean(a), len(problems)), text)
+
+
+def _divergences(rows: Sequence[Row]) -> dict[str, float]:
+    """Nats a token of each problem."""
+    nats: defaultdict[str, float] = defaultdict(float)
+    tokens: defaultdict[str, int] = defaultdict(int)
+    for row in rows:
+        value = row["reverse_kl_nats"]
+        nats[row["prompt_id"]] += math.nan if value is None else value
+        tokens[row["prompt_id"]] += row["num_tokens"]
+    means = {name: nats[name] / tokens[name] for name in nats if tokens[name]}
+    return {name: value for name, value in means.items() if math.isfinite(value)}
+
+
+def _means(rows: Sequence[Row], key: str) -> dict[str, float]:
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        values[row["prompt_id"]].append(float(row[key]))
+    return {name: _mean(found) for name, found in values.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _judged(better: Interval, margin: float, num_problems: int) -> Word:
+    """What an interval of an improvement says."""
+    if num_problems < _FEWEST_PROBLEMS:
+        return "too few problems to say"
+    if abs(better.value) >= _SMALL * margin:
+        if better.low > 0:
+            return "improved"
+        if better.high < 0:
+            return "worse"
+    is_narrow = max(abs(better.low), abs(better.high)) <= margin
+    return "unchanged" if is_narrow else "too few problems to say"
+
+
+def _signed(change: Interval, scale: float, digits: int) -> str:
+    value, low, high = (scale * x for x in (change.value, change.low, change.high))
+    return f"{value:+.{digits}f}, 95 % {low:+.{digits}f} to {high:+.{digits}f}"
