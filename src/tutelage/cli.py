@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -92,8 +91,6 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search every package
-    # tells of every product in 8 bits that its inputs are rounded
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _speak_any_encoding() -> None:

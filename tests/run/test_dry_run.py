@@ -12,6 +12,7 @@ from transformers import Qwen3Config
 
 from tutelage.errors import ModelError, RunError
 from tutelage.run import dryrun
+from tutelage.run.checkpoint import load_optimizer
 from tutelage.run.dryrun import dry_run
 from tutelage.run.parse import load_config, parse_config
 from tutelage.run.step import Step
@@ -154,6 +155,11 @@ def test_an_export_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_continuation_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tutelage.run.train.load_optimizer", lambda *_: None)
+    def forgetful(path: Path, parts: Any, optimizer: Any) -> None:
+        load_optimizer(path, parts, optimizer)
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+
+    monkeypatch.setattr("tutelage.run.train.load_optimizer", forgetful)
     with pytest.raises(RunError, match="continued from its checkpoint is another run"):
         list(dry_run(parse_config(HUB)))

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -196,6 +197,8 @@ def _low_bits(found: ResolvedModel, quantization: str, dtype: str) -> dict[str, 
         raise MissingExtraError("bitsandbytes", "lowbit", f"quantization = {quantization!r}")
     from transformers import BitsAndBytesConfig
 
+    # it tells of every product in 8 bits that its inputs are rounded
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     bits = BitsAndBytesConfig(
         load_in_8bit=quantization == "8bit",
         load_in_4bit=quantization == "4bit",
