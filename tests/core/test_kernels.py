@@ -91,12 +91,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_statistics_and_gradients_are_those_of_the_reference(name: str, make_pair: Make) -> None:
+@pytest.mark.parametrize("chunk_bytes", [None, 1 << 11])
+def test_statistics_and_gradients_are_those_of_the_reference(
+    name: str, chunk_bytes: int | None, make_pair: Make
+) -> None:
     pair = make_pair(**{"rows": 4, "dtype": torch.float32, **CASES[name]})
     n = len(pair.student)
     a, b = torch.rand(n), torch.rand(n)
     expected = reference.objective(pair.reference, a.tolist(), b.tolist(), range(n))
-    found = distillation_objective(pair.student, pair.teacher, a, b)
+    found = distillation_objective(pair.student, pair.teacher, a, b, chunk_bytes=chunk_bytes)
     (found.total / 3).backward()
     for field in ("reverse_kl", "forward_kl", "entropy", "teacher_entropy"):
         torch.testing.assert_close(
@@ -124,14 +127,17 @@ def test_chunks_and_padded_rows_change_nothing(make_pair: Make, launches: list[s
         torch.testing.assert_close(gradient, expected[leaf])
 
 
+@pytest.mark.parametrize(("chunk_bytes", "num_chunks"), [(None, 1), (13 << 10, 2)])
 def test_bfloat16_operands_lose_only_the_rounding_of_gradients(
-    make_pair: Make, launches: list[str]
+    chunk_bytes: int | None, num_chunks: int, make_pair: Make, launches: list[str]
 ) -> None:
     pair = make_pair(rows=20, vocab_size=70, width=16, dtype=torch.bfloat16)
     expected = reference.objective(pair.reference, [1.0] * 20, [0.0] * 20, range(20))
-    found = distillation_objective(pair.student, pair.teacher)
+    found = distillation_objective(pair.student, pair.teacher, chunk_bytes=chunk_bytes)
     (found.total * 0.37).backward()
-    assert Counter(launches) == {"statistics_kernel": 1, "gradient_kernel": 3}
+    # every chunk's gradient takes the place of its logits in three launches
+    expected_launches = {"statistics_kernel": num_chunks, "gradient_kernel": 3 * num_chunks}
+    assert Counter(launches) == expected_launches
     assert abs(found.total.item() - expected.total) < 1e-6 * expected.total
     torch.testing.assert_close(found.entropy.double(), expected.entropy, rtol=1e-6, atol=1e-6)
     for leaf, gradient in _gradients(pair.student).items():
@@ -471,6 +477,15 @@ def test_a_scaled_gradient() -> None:
     torch.testing.assert_close(x, expected)
 
 
+def test_a_head_that_changed_before_backward_is_refused(make_pair: Make) -> None:
+    pair = make_pair(rows=2, dtype=torch.float32)
+    objective = distillation_objective(pair.student, pair.teacher)
+    with torch.no_grad():
+        pair.student.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        objective.total.backward()
+
+
 class _Operators(TorchDispatchMode):
     """Operators that were called, by name, and the largest tensor that elementwise ones made."""
 
@@ -505,6 +520,7 @@ def test_an_objective_is_two_kernels_and_four_products_a_chunk_and_waits_for_not
     pair = make_pair(rows=8, vocab_size=64, width=3, dtype=torch.float32)
     with _Operators() as operators:
         objective = distillation_objective(pair.student, pair.teacher, torch.rand(8), torch.rand(8))
+        objective.total.backward()
         token_stats(pair.student, pair.teacher, torch.zeros(8, dtype=torch.long))
     assert launches == ["statistics_kernel", "gradient_kernel", "statistics_kernel"]
     assert not [name for name in operators.names if name in WAITS]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from tutelage.core import kernels
 from tutelage.core._block import Chunk
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.products import add_product_, product
+
+Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -21,6 +25,10 @@ class Gradients:
     weight: Tensor | None
     bias: Tensor | None
     dtypes: tuple[torch.dtype, torch.dtype]
+    wants: tuple[bool, bool, bool]
+    """Which of the three are needed."""
+    late: Callable[[Tensor], Found] | None = None
+    """Computes them from their factor instead, where one chunk holds all rows."""
     is_spent: bool = False
 
     @staticmethod
@@ -32,18 +40,21 @@ class Gradients:
         dtype: torch.dtype,
         is_fused: bool,
     ) -> Gradients:
-        # Kernels leave float32 sums, so that scaling rounds once, and fill empty memory.
-        new = torch.empty_like if is_fused and len(hidden) else torch.zeros_like
+        wants = (needs[0], needs[1], needs[2] and bias is not None)
+        dtypes = (hidden.dtype, weight.dtype)
+        if is_fused and len(hidden):
+            return Gradients(None, None, None, dtypes, wants)  # the first chunk makes them
         return Gradients(
-            torch.empty_like(hidden, dtype=dtype if is_fused else None) if needs[0] else None,
-            new(weight, dtype=dtype) if needs[1] else None,
-            torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None,
-            (hidden.dtype, weight.dtype),
+            torch.empty_like(hidden) if wants[0] else None,
+            torch.zeros_like(weight, dtype=dtype) if wants[1] else None,
+            torch.zeros_like(bias, dtype=dtype) if wants[2] and bias is not None else None,
+            dtypes,
+            wants,
         )
 
     @property
     def needed(self) -> bool:
-        return any(g is not None for g in (self.hidden, self.weight, self.bias))
+        return any(self.wants)
 
     def add(self, student: LazyLogits, chunk: Chunk) -> None:
         """Carries one chunk's logit gradient (in `chunk.student`) to hidden states and head."""
@@ -62,18 +73,26 @@ class Gradients:
             self.bias.add_(z.sum(0))
 
     def add_products(self, student: LazyLogits, rows: slice, gradient: Tensor) -> None:
-        """Carries the gradient `[n, V]` of raw logits of `rows` to hidden states and head."""
+        """Carries the gradient `[n, V]` of raw logits of `rows` to hidden states and head.
+
+        Sums stay in float32, so that scaling rounds once; the first chunk fills empty memory.
+        """
         from tutelage.core.kernels.products import multiply, multiply_add  # needs Triton
 
-        if self.hidden is not None:
+        is_first = rows.start == 0
+        new = partial(torch.empty, dtype=student.dtype, device=gradient.device)
+        if self.wants[0]:
+            self.hidden = new(student.hidden.shape) if self.hidden is None else self.hidden
             multiply(gradient, student.weight, self.hidden[rows])
-        if self.weight is not None:
-            add = multiply if rows.start == 0 else multiply_add  # the first fills empty memory
+        if self.wants[1]:
+            self.weight = new(student.weight.shape) if self.weight is None else self.weight
+            add = multiply if is_first else multiply_add
             add(gradient.t(), student.hidden[rows], self.weight)
-        if self.bias is not None:
-            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+        if self.wants[2]:
+            found = gradient.sum(0, dtype=student.dtype)
+            self.bias = found if self.bias is None else self.bias.add_(found)
 
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def scaled(self, factor: Tensor) -> Found:
         """The gradients times `factor`, in the dtypes of their inputs; gives them away."""
         if self.is_spent:
             raise RuntimeError(
@@ -81,6 +100,9 @@ class Gradients:
                 "Compute the objective again instead of using retain_graph."
             )
         self.is_spent = True
+        if self.late is not None:
+            late, self.late = self.late, None
+            return late(factor)
         found = (self.hidden, self.weight, self.bias)
         self.hidden = self.weight = self.bias = None
         dtypes = (self.dtypes[0], self.dtypes[1], self.dtypes[1])

@@ -232,7 +232,7 @@ def _by_kernels(
     gradients: Gradients,
 ) -> Tensor:
     """The same by fused kernels, which read and write logits once a pass."""
-    from tutelage.core.kernels import passes, tops, total  # needs Triton
+    from tutelage.core.kernels import late, passes, tops, total  # needs Triton
 
     more = torch.empty(len(extras), len(student), dtype=torch.float64, device=student.hidden.device)
     work = passes.Passes(student, teacher, chunk_bytes, gradients.needed)
@@ -242,7 +242,10 @@ def _by_kernels(
         for i, name in enumerate(extras):
             more[i, chunk.rows] = found.get(name)
         slopes = summed.add(chunk)
-        if gradients.needed:
+        if gradients.needed and len(chunk) == len(student):
+            sources = (student.hidden, student.weight)
+            gradients.late = late.Late.of(work, chunk, slopes, gradients.wants, sources)
+        elif gradients.needed:
             gradients.add_products(work.student, chunk.rows, work.gradient(chunk, slopes))
     order = (passes.REVERSE_KL, passes.FORWARD_KL, passes.ENTROPY, passes.TEACHER_ENTROPY)
     return torch.stack((*(work.table[i] for i in order), summed.value, *more))

@@ -208,7 +208,7 @@ def head_kernel(
     tl.store(out + row, tl.where(whole > 0.0, found, 0.5).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):
     """out ← factor·x over all numbers of a tensor, rounded once; `out` may be `x`."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

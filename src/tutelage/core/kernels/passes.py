@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,30 @@ class Slopes:
     """Ids and the gradient at them, `[n, k]`, whatever the rest says there."""
     added: tuple[Tensor, Tensor] | None = None
     """Ids and what is added to the gradient at them, `[n, k]`."""
+
+    def times(self, factor: Tensor) -> Slopes:
+        """The same of an objective that is multiplied by `factor`."""
+
+        def scaled(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x * factor
+
+        def of(x: Mixture | None) -> Mixture | None:
+            return None if x is None else replace(x, weight=x.weight * factor)
+
+        def at(x: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if x is None else (x[0], x[1] * factor)
+
+        spread = None if self.spread is None else (self.spread[0] * factor, self.spread[1])
+        return Slopes(
+            scaled(self.reverse),
+            scaled(self.forward),
+            scaled(self.share),
+            spread,
+            of(self.jsd),
+            of(self.skew),
+            at(self.replaced),
+            at(self.added),
+        )
 
 
 @dataclass(frozen=True)
