@@ -19,7 +19,8 @@ from claims_design import MAX_NEW_TOKENS, NUM_SAMPLES, Cell, config_of
 from claims_probe import bias, oscillation, probe, score
 from tutelage.data.types import Prompt
 from tutelage.evaluation.evaluate import Evaluation, evaluate
-from tutelage.models.sampling import SamplingConfig
+from tutelage.models.draw import SamplingConfig
+from tutelage.models.engine import TransformersSampler
 from tutelage.run.config import Config
 from tutelage.run.diagnostics import HIGH_ENTROPY_NATS
 from tutelage.run.schedule import learning_rate
@@ -101,13 +102,11 @@ def learn(parts: Parts, config: Config) -> dict[str, float]:
 def measure(parts: Parts, num_problems: int, seed: int) -> dict[str, list[float]]:
     """One value a held-out problem of every figure; the same problems and draws for every arm."""
     result = evaluate(
-        parts.student.model,
-        parts.tokenizer,
+        TransformersSampler(parts.student.model, parts.tokenizer, _EVALUATION_BATCH),
         parts.task.grade,
         parts.task.held_out(num_problems),
         SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_samples=NUM_SAMPLES),
         (_EVALUATION_SEED, seed),
-        _EVALUATION_BATCH,
     )
     return {**graded(result), **compared(parts, result)}
 

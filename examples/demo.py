@@ -101,10 +101,10 @@ def arm(config: Config, rule: SelectionConfig) -> Arm | None:
 
 def measure(model: str, config: Config) -> tuple[Interval, Interval]:
     """mean@8 and pass@8 of a model folder on the run's held-out problems."""
-    result = evaluate_model(
+    result, _ = evaluate_model(
         Inspection(
             model,
-            num_prompts=128,
+            num_problems=128,
             max_new_tokens=config.sampling.max_new_tokens,
             batch_size=config.sampling_batch_size,
         )

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "evaluation": ("evaluation", "models", "data", "core", "errors"),
     "report": ("report", "evaluation.metrics", "errors"),
     "run": ("run", "evaluation", "models", "data", "core", "errors", ""),
-    "cli": ("run", "evaluation", "report", "errors", ""),
+    "options": ("errors",),
+    "cli": ("options", "run", "evaluation", "report", "errors", ""),
     "__init__": ("core", "errors"),
     "__main__": ("cli",),
 }
@@ -45,6 +46,7 @@ FENCES = {
     "safetensors": ("models/", "run/"),
     "accelerate": ("run/",),
     "datasets": ("data/formats.py",),
+    "huggingface_hub": ("data/hub.py", "data/formats.py"),
     "pyarrow": ("data/formats.py",),
     "vllm": ("models/vllm_engine.py",),
     "math_verify": ("data/_grading_worker.py",),

@@ -5,34 +5,25 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.errors import ConfigError, MissingExtraError, TutelageError, explained, remedy
+from tutelage.options import USER_ERROR, make_parser, request_of
 from tutelage.run.launch import say_once
 
 if TYPE_CHECKING:
+    from tutelage.evaluation.evaluate import Evaluation
     from tutelage.run.config import Config
+    from tutelage.run.score import ScoreRequest, Scores
 
-USER_ERROR = 2
-"""Exit code for everything a user can mend."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM; the same command continues the run."""
-
-_EXAMPLES = {
-    "check": "tutelage check configs/ledger.toml",
-    "train": "tutelage train configs/ledger.toml selection.rule=soft_or selection.keep=0.5",
-    "eval": "tutelage eval package:tutelage/assets/ledger-teacher --json",
-    "sample": "tutelage sample package:tutelage/assets/ledger-teacher --num-prompts 3",
-    "score": "tutelage score configs/ledger.toml --rules soft_or,entropy,q3 --out tokens.jsonl",
-    "report": "tutelage report runs/ledger-1a2b3c4d",
-    "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
-}
+"""Exit code after Ctrl-C or SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,13 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     _speak_any_encoding()
     try:
-        code: int = arguments.run(arguments)
+        code: int = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()  # so that a reader who left is noticed here and not at exit
     except TutelageError as error:
         say_once(f"tutelage: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
-        say_once("tutelage: interrupted; the same command continues the run")
+        is_saved = arguments.command == "train" or vars(arguments).get("suite")
+        left = "the same command continues" if is_saved else "nothing was saved"
+        say_once(f"tutelage: interrupted; {left}")
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has seen enough
         _close_output()
@@ -74,14 +67,30 @@ def _close_output() -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(_version())
     arguments, rest = parser.parse_known_args(argv)
+    options = [text for text in rest if text.startswith("-")]
     # argparse takes overrides only before the first option; a user writes them anywhere.
-    if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and ("overrides" not in arguments or options):
+        hint = _as_override(argv, options[0]) if "overrides" in arguments else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
+
+
+def _as_override(argv: Sequence[str], option: str) -> str:
+    """How an option that is a key of the configuration is written."""
+    from tutelage.run.parse import find_key
+
+    name, equals, value = option.lstrip("-").partition("=")
+    key = find_key(name.replace("-", "_"))
+    if key is None:
+        return ""
+    following = [*argv[argv.index(option) + 1 :], "VALUE"][0] if option in argv else "VALUE"
+    value = value if equals else "VALUE" if following.startswith("-") else following
+    return f". Settings of the configuration are written without dashes: {key}={value}"
 
 
 def _quiet_libraries() -> None:
@@ -91,6 +100,8 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search every package
+    # It warns of kernels that are not there for optional parts which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _speak_any_encoding() -> None:
@@ -98,110 +109,6 @@ def _speak_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Argument errors in the form of every other user error: one line, exit code 2."""
-
-    def error(self, message: str) -> Any:
-        self.exit(USER_ERROR, f"{self.prog}: {message}. Try {self.prog} --help.\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="tutelage", description="On-policy distillation of language models.")
-    parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  {_EXAMPLES[name]}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.set_defaults(run=run)
-        return made
-
-    check = command("check", _check, "Load everything a run needs and say if it fits.")
-    _config_arguments(check)
-    check.add_argument("--decontaminate", nargs="?", const="", metavar="SUITES",
-                       help="prompts that repeat benchmark problems (default all)")  # fmt: skip
-    check.add_argument("--dry-run", action="store_true", help="run one step on tiny random models "
-                       "of the same architectures; nothing is downloaded")  # fmt: skip
-    train = command("train", _train, "Train a student, or continue an interrupted run.")
-    _config_arguments(train)
-    train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
-                       help="continue although this key of the configuration changed")  # fmt: skip
-    train.add_argument("--json", action="store_true", help="print every step as a JSON line")
-    _eval_arguments(command("eval", _eval, "Measure mean@k, pass@k and maj@k of a model."))
-    _model_arguments(command("sample", _sample, "Print completions of ledger prompts or a file."))
-    score = command("score", _score, "Write statistics of every token, without training.")
-    _config_arguments(score)
-    score.add_argument("--num-prompts", type=int, default=8, help="prompts to score (default 8)")
-    score.add_argument("--rules", default="", help="comma-separated, e.g. soft_or,entropy,q3")
-    score.add_argument("--keep", type=float, default=0.2, help="budget of the rules (default 0.2)")
-    score.add_argument("--completions", metavar="FILE",
-                       help="score these prompts and completions instead of sampling")  # fmt: skip
-    score.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
-    score.add_argument("--out", default="-", help="JSONL file, - for standard output (default)")
-    report = command("report", _report, "Write a run's report as one HTML file, or its plots.")
-    report.add_argument("run_folder", metavar="RUN", type=Path)
-    report.add_argument("--out", type=Path, help="HTML file (default RUN/report.html)")
-    report.add_argument("--figures", type=Path, metavar="DIR",
-                        help="write its plots as SVG and PNG files instead")  # fmt: skip
-    compare = command("compare", _compare, "Compare runs, or evaluations, side by side.")
-    compare.add_argument("run_folders", metavar="RUN", type=Path, nargs="+",
-                         help="folders of runs, or all of them of eval --suite")  # fmt: skip
-    compare.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
-    compare.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="TOML file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="e.g. num_steps=10")  # fmt: skip
-
-
-def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    # None: a suite brings its own values; without one the defaults of `sample` hold.
-    values = ("num_samples", "max_new_tokens", "temperature", "top_p", "suffix", "chat")
-    parser.set_defaults(num_prompts=None, **dict.fromkeys(values))
-    parser.add_argument("--suite", metavar="NAME|FILE", help="tip, eopd, benchmarks such as "
-                        "gsm8k,math500, a .jsonl file, or held-out with a run folder")  # fmt: skip
-    parser.add_argument("--num-problems", dest="num_prompts", type=int, metavar="N",
-                        help="first N problems of each benchmark (default all)")  # fmt: skip
-    parser.add_argument("--model-name", default="", help="name of the model on a server")
-    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction,
-                        help="passed to the chat template as enable_thinking")  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="dtype of the weights (default float32)")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="folder of a suite's samples and tables; the "
-                        "same command continues there (default evaluations/...)")  # fmt: skip
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder, run folder, .gguf file, package:NAME/folder, hub id;"
-                        " eval also takes a server, http://host:port/v1")  # fmt: skip
-    parser.add_argument("--prompts", metavar="FILE", help="JSONL prompts (default: ledger)")
-    parser.add_argument("--grader", choices=("none", "number", "math", "exact"),
-                        help="how answers of a file are compared (default number where all of them "
-                        "are numbers, else math)")  # fmt: skip
-    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=False,
-                        help="use the chat template (a suite does if there is one)")  # fmt: skip
-    parser.add_argument("--suffix", default="", help="text appended to every prompt")
-    parser.add_argument("--num-prompts", type=int, default=64, metavar="N",
-                        help="prompts (default 64)")  # fmt: skip
-    parser.add_argument("--num-samples", type=int, default=8, help="completions of each, k")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=64, help="completions decoded at once")
-    parser.add_argument("--seed", type=int, default=424242)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _version() -> str:
@@ -234,6 +141,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
     from tutelage.report.report import write_report
+    from tutelage.run.folder import describe_contents
     from tutelage.run.progress import Reporter
     from tutelage.run.train import train
 
@@ -244,6 +152,7 @@ def _train(arguments: argparse.Namespace) -> int:
             tuple(arguments.allow_change),
             reporter.say,
             reporter.on_step,
+            reporter.phase,
         )
     if not result.is_finished:
         return INTERRUPTED
@@ -253,18 +162,18 @@ def _train(arguments: argparse.Namespace) -> int:
         path = write_report(result.folder)
     except MissingExtraError as error:
         print(f"no report: {error}", file=sys.stderr)
-        return 0
+    else:
+        if not arguments.json:
+            print(f"report: {path}")
     if not arguments.json:
-        print(f"report: {path}")
+        print(describe_contents(result.folder))
     return 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    if arguments.suite:
+    if arguments.suite is not None:
         return _eval_suite(arguments)
-    from tutelage.run.inspect import evaluate_model
-
-    result = evaluate_model(_inspection(arguments))
+    result, used = _inspect(arguments)
     if arguments.json:
         print(json.dumps(result.summary()))
         return 0
@@ -275,32 +184,26 @@ def _eval(arguments: argparse.Namespace) -> int:
                 f"{title}@{result.num_samples}  {100 * interval.value:.1f} %  "
                 f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
             )
-    print(f"{result.num_problems} problems, {result.num_samples} samples each")
+    print(f"{result.num_problems} problems, {result.num_samples} samples each; {used}")
+    print("no samples were saved: --suite saves them, also those of a file")
     return 0
 
 
 def _eval_suite(arguments: argparse.Namespace) -> int:
     from tutelage.run.evaluation import SuiteRequest, evaluate_suite
+    from tutelage.run.progress import Counter
 
-    given = vars(arguments) | {"num_problems": arguments.num_prompts}
-    names = [field.name for field in fields(SuiteRequest)]
-    progress = _show_progress if sys.stderr.isatty() else None
-    result = evaluate_suite(SuiteRequest(**{name: given[name] for name in names}), progress)
+    request = request_of(SuiteRequest, arguments)
+    with Counter() as counter:
+        result = evaluate_suite(request, counter, counter.say)
     print(json.dumps(result.record) if arguments.json else result.table)
     if not arguments.json:
         print(f"\nsamples and tables: {result.folder}")
     return 0
 
 
-def _show_progress(name: str, done: int, total: int) -> None:
-    print(f"{name}: {done} of {total} problems", end="\n" if done == total else "\r",
-          file=sys.stderr, flush=True)  # fmt: skip
-
-
 def _sample(arguments: argparse.Namespace) -> int:
-    from tutelage.run.inspect import evaluate_model
-
-    result = evaluate_model(_inspection(arguments))
+    result, used = _inspect(arguments)
     marks = {True: "right", False: "wrong", None: "ungraded"}
     for rollout, verdict in zip(result.rollouts, result.is_correct, strict=True):
         if arguments.json:
@@ -308,38 +211,64 @@ def _sample(arguments: argparse.Namespace) -> int:
             print(json.dumps(record | {"text": rollout.text, "is_correct": verdict}))
         else:
             print(f"[{rollout.prompt.id} #{rollout.sample}, {marks[verdict]}]\n{rollout.text}\n")
+    if not arguments.json:
+        print(f"{result.num_problems} prompts, {result.num_samples} samples each; {used}")
     return 0
 
 
-def _inspection(arguments: argparse.Namespace) -> Any:
-    from tutelage.run.inspect import Inspection
+def _inspect(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
+    from tutelage.run.inspect import Inspection, evaluate_model
+    from tutelage.run.progress import Counter
 
-    given = {f.name: getattr(arguments, f.name) for f in fields(Inspection)}
-    return Inspection(**{name: value for name, value in given.items() if value is not None})
+    request = request_of(Inspection, arguments)
+    with Counter() as counter:
+        return evaluate_model(request, counter)
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    out = Path(arguments.out)
-    if arguments.out != "-" and out.exists():
+    to_stdout = arguments.out == "-" or (arguments.out is None and arguments.html is None)
+    out = None if arguments.out in (None, "-") else Path(arguments.out)
+    if out is not None and out.exists():
         raise ConfigError(f"--out {out} exists and stays as it is. Name a new file.")
-    if not out.parent.is_dir():
+    if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out} cannot be written: {out.parent} is no folder. Make it.")
     config = _load(arguments)  # before the libraries that a mistake in it can do without
+    request = _score_request(arguments)
+    from tutelage.run.progress import Counter
     from tutelage.run.record import score_for_page
-    from tutelage.run.score import ScoreRequest, score
+    from tutelage.run.score import score
+
+    with Counter() as counter:
+        if arguments.html is None:
+            scores = score(config, request, counter)
+        else:
+            scores, lines = score_for_page(config, request, counter)
+    if arguments.html is not None:
+        _score_page(arguments, config, lines, request.keep)
+    if to_stdout:
+        for row in scores.rows():
+            print(json.dumps(row))
+    print(scores.table(), file=sys.stderr if to_stdout else sys.stdout)
+    if out is not None:
+        _write_scores(out, scores)
+        print(f"{len(scores.tokens)} tokens written to {out}")
+    return 0
+
+
+def _score_request(arguments: argparse.Namespace) -> ScoreRequest:
+    from tutelage.run.score import ScoreRequest
 
     rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
-    request = ScoreRequest(arguments.num_prompts, rules, arguments.keep, arguments.completions)
-    if arguments.html is not None:
-        scores, lines = score_for_page(config, request)
-        _score_page(arguments, config, lines)
-    else:
-        scores = score(config, request)
-    if arguments.out == "-":
-        for row in scores.rows() if arguments.html is None else ():
-            print(json.dumps(row))
-        print(scores.table(), file=sys.stderr if arguments.html is None else sys.stdout)
-        return 0
+    if arguments.keep is not None and not rules and arguments.html is None:
+        raise ConfigError(
+            f"--keep is the budget of --rules, got {arguments.keep} without rules. Add --rules."
+        )
+    chosen = {name: vars(arguments)[name] for name in ("num_prompts", "keep", "completions")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return ScoreRequest(rules=rules, **given)
+
+
+def _write_scores(out: Path, scores: Scores) -> None:
     try:
         with out.open("x", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in scores.rows())
@@ -351,16 +280,17 @@ def _score(arguments: argparse.Namespace) -> int:
             f"--out {out} cannot be written: {error.strerror}. "
             + remedy(error, "Name another file.")
         ) from None
-    print(f"{scores.table()}\n{len(scores.tokens)} tokens written to {out}")
-    return 0
 
 
-def _score_page(arguments: argparse.Namespace, config: Config, lines: list[dict[str, Any]]) -> None:
+def _score_page(
+    arguments: argparse.Namespace, config: Config, lines: list[dict[str, Any]], keep: float
+) -> None:
     from tutelage.report.report import write_score_page
     from tutelage.run.parse import to_table
 
     table = json.loads(json.dumps(to_table(config)))
-    print(f"page: {write_score_page(lines, table, arguments.keep, arguments.html)}")
+    page = write_score_page(lines, table, keep, arguments.html)
+    print(f"page: {page}", file=sys.stderr if arguments.out == "-" else sys.stdout)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -398,3 +328,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     if page is not None:
         print(f"page: {page}", file=sys.stderr if arguments.json else sys.stdout)
     return 0
+
+
+_COMMANDS = {
+    "check": _check,
+    "train": _train,
+    "eval": _eval,
+    "sample": _sample,
+    "score": _score,
+    "report": _report,
+    "compare": _compare,
+}

@@ -37,8 +37,15 @@ class MissingExtraError(TutelageError, ImportError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'tutelage[{extra}]'."
+            f"Install it with: pip install '{package}' (the project's extra {extra!r})."
         )
+
+
+def as_share(value: object) -> str:
+    """What a percentage is written as where a share belongs, as a sentence; empty for others."""
+    if not isinstance(value, int | float) or not 2 < value <= 100:
+        return ""
+    return f"Write {value / 100:g} for {value:g} %. "
 
 
 def is_full(error: BaseException) -> bool:

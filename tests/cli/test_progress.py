@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import LEDGER, TINY, read_jsonl, succeed
+from calling import LEDGER, TEACHER, TINY, call, read_jsonl, succeed
 
+from tutelage import cli
 from tutelage.cli import main
 from tutelage.report import report
-from tutelage.run.progress import Reporter
+from tutelage.run import progress
+from tutelage.run.progress import PlainPhases, Reporter
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LINE = re.compile(
@@ -119,3 +121,107 @@ def test_elsewhere_steps_are_plain_lines(tmp_path: Path) -> None:
         assert shown
         assert float(shown["loss"]) == pytest.approx(step["loss"], abs=6e-5)
         assert line.endswith(f"{sum(step['seconds'].values()):.2f} s")
+
+
+# --- phases ---------------------------------------------------------------------------------------
+
+EVALUATED = ("evaluation.num_problems=3", "evaluation.num_samples=2", "num_steps=1")
+
+
+class AtOnce:
+    """A timer that does not wait."""
+
+    daemon = False
+
+    def __init__(self, seconds: float, action: Callable[..., None], arguments: list[str]) -> None:
+        self.action, self.arguments = action, arguments
+
+    def start(self) -> None:
+        self.action(*self.arguments)
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_training_tells_what_it_does_before_and_between_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(progress, "Timer", AtOnce)
+    out = succeed("train", LEDGER, *TINY, *EVALUATED, f"out={tmp_path / 'run'}").out
+    told = [
+        "loading the teacher package:", "loading the student package:", "trying both models",
+        "evaluating the student: completions", "evaluating the student: completions 6 of 6",
+        "held-out KL", "evaluating the teacher: completions 6 of 6", "student at step 0:",
+        "first step", "step 1/1", "saving a checkpoint", "exporting the student", "report: ",
+        f"results in {tmp_path / 'run'}: student (the trained model), metrics.jsonl (every step)",
+    ]  # fmt: skip
+    place = 0
+    for line in told:
+        assert line in out[place:], (line, out)
+        place = out.index(line, place)
+
+
+def test_a_terminal_shows_the_phase_in_the_line_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def show() -> None:
+        with Reporter(6) as reporter:
+            reporter.phase("loading the teacher [x]")
+            reporter._progress.refresh()
+            reporter.phase("evaluating: completions", 12, 64)
+            reporter._progress.refresh()
+
+    frames = in_terminal(monkeypatch, 80, show)
+    live = [frame for frame in frames if frame.startswith("0/6")]
+    assert any(frame.endswith("loading the teacher [x]") for frame in live)
+    assert live[-1].endswith("evaluating: completions 12 of 64")
+
+
+@pytest.mark.parametrize("command", ["eval", "sample", "score"])
+def test_other_commands_tell_what_they_do_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(progress, "Timer", AtOnce)
+    options = ("--num-prompts", 3, "--num-samples", 2, "--max-new-tokens", 8)
+    if command == "score":
+        model, options = str(LEDGER), ("--num-prompts", 3, "sampling.max_new_tokens=8")
+    else:
+        model = TEACHER
+    outcome = succeed(command, model, *options)
+    assert "loading" in outcome.err.splitlines()[0]
+    assert re.search(r"^sampling: completions (\d+) of \1$", outcome.err, re.MULTILINE)
+    assert "sampling" not in outcome.out
+
+
+def test_counts_are_told_in_at_most_eleven_lines_and_short_phases_are_not() -> None:
+    told: list[str] = []
+    phases = PlainPhases(told.append)
+    phases("loading")
+    phases("work", 0, 1000)
+    for done in range(1, 1001):
+        phases("work", done, 1000)
+    phases("")
+    assert len(told) <= 11
+    assert told[-1] == "work 1000 of 1000"
+    assert not any("loading" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("eval", TEACHER), "nothing was saved"),
+        (("sample", TEACHER), "nothing was saved"),
+        (("eval", TEACHER, "--suite", "x.jsonl"), "the same command continues"),
+        (("train", str(LEDGER)), "the same command continues"),
+    ],
+)
+def test_control_c_promises_only_what_holds(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], said: str
+) -> None:
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, command[0], interrupt)
+    outcome = call(*command)
+    assert outcome.code == 130
+    assert outcome.err == f"tutelage: interrupted; {said}\n"

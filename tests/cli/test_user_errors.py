@@ -67,7 +67,10 @@ def test_the_check_itself_can_fail() -> None:
         (("train", LEDGER, "--fast"), "unrecognized arguments: --fast"),
         (("train", LEDGER, "seed=1", "--fast", "seed=2"), "unrecognized arguments: --fast seed=2"),
         (("eval", TEACHER, "seed=1"), "unrecognized arguments: seed=1"),
-        (("score", LEDGER, "--num-prompts", "many"), "invalid int value: 'many'"),
+        (
+            ("score", LEDGER, "--num-prompts", "many"),
+            "--num-prompts must be a whole number, got 'many'",
+        ),
         (("eval", TEACHER, "--grader", "magic"), "invalid choice: 'magic'"),
         (("compare",), "required: RUN"),
     ],
@@ -314,7 +317,10 @@ def test_unknown_models(tmp_path: Path) -> None:
 def test_a_model_that_is_nowhere_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check = refused("eval", "no-such-owner/no-such-model")
-    check("cannot load the model 'no-such-owner/no-such-model'", "check the name and the network")
+    check(
+        "cannot load the tokenizer 'no-such-owner/no-such-model': it is not in the cache",
+        "the hub cannot be reached. It is no folder here; check the name and the network",
+    )
 
 
 def test_a_damaged_model(tmp_path: Path) -> None:
@@ -340,12 +346,14 @@ def test_a_chat_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("option", "value", "part"),
     [
         ("--num-prompts", 0, "--num-prompts must be at least 1, got 0"),
-        ("--num-samples", 0, "num_samples must be at least 1, got 0"),
-        ("--max-new-tokens", 0, "max_new_tokens must be at least 1, got 0"),
-        ("--temperature", "nan", "temperature must be at least 0, got nan"),
-        ("--top-p", 2, "top_p must be in (0, 1], got 2.0"),
-        ("--batch-size", 0, "batch_size must be at least 1, got 0"),
-        ("--device", "abacus", "device 'abacus' is unknown"),
+        ("--num-samples", 0, "--num-samples must be at least 1, got 0"),
+        ("--max-new-tokens", 0, "--max-new-tokens must be at least 1, got 0"),
+        ("--temperature", "nan", "--temperature must be at least 0, got nan"),
+        ("--top-p", 95, "--top-p must be in (0, 1], got 95. Write 0.95 for 95 %"),
+        ("--top-p", 0, "--top-p must be in (0, 1], got 0"),
+        ("--batch-size", 0, "--batch-size must be at least 1, got 0"),
+        ("--device", "abacus", "device 'abacus' is unknown. Use auto, cpu or cuda"),
+        ("--device", "cuda:99", "device 'cuda:99' is not here: torch finds"),
         ("--prompts", "no.jsonl", "'no.jsonl' does not exist"),
     ],
 )

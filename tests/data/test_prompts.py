@@ -321,7 +321,7 @@ def test_the_grader_that_fits_the_reference_answers(answers: Any, grader: str) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"grader": "vibes"}, ConfigError, "task.grader must be one of .*got 'vibes'"),
+        ({"grader": "vibes"}, ConfigError, "data.grader must be one of .*got 'vibes'"),
         ({"num_held_out": -1}, ConfigError, "num_held_out must be at least 0, got -1"),
         ({"num_held_out": 10}, DataError, "no training prompts left of 10"),
         ({"num_held_out": 11}, DataError, "no training prompts left"),

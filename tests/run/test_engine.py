@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from tutelage.models.draw import SamplingConfig
 from tutelage.models.engine import TransformersSampler
 from tutelage.models.jobs import Drawn
 from tutelage.models.load import load_model
-from tutelage.run import setup
+from tutelage.run import setup, validate
+from tutelage.run.score import ScoreRequest, score
 from tutelage.run.train import train
 
 
@@ -33,6 +34,8 @@ class OwnWeights:
         self.student = sampler.model
         self.copy = replace(sampler, model=copy.deepcopy(sampler.model))
         self.num_syncs = num_syncs
+        self.is_closed = False
+        self.asked: list[tuple[list[str], SamplingConfig]] = []
 
     def draw(
         self,
@@ -41,7 +44,9 @@ class OwnWeights:
         seed: tuple[int, ...],
         first_sample: Sequence[int] | None = None,
         record: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> Drawn:
+        self.asked.append(([prompt.id for prompt in prompts], config))
         if self.num_syncs:
             self.num_syncs -= 1
             self.copy.model.load_state_dict(self.student.state_dict())
@@ -49,7 +54,7 @@ class OwnWeights:
         return Drawn(drawn.rollouts, None)
 
     def close(self) -> None:
-        pass
+        self.is_closed = True
 
 
 def run(
@@ -77,6 +82,32 @@ def test_an_engine_that_keeps_up_trains_the_same_student(
     assert not any("engine_logprob_gap_nats" in step for step in plain)
 
 
+def test_evaluations_snapshots_and_scores_are_drawn_by_the_engine(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[OwnWeights] = []
+
+    def make_sampler(config: Any, student: Any, tokenizer: Any) -> Any:
+        engines.append(OwnWeights(TransformersSampler(student, tokenizer, 8), 99))
+        return engines[-1]
+
+    monkeypatch.setattr(setup, "make_sampler", make_sampler)
+    evaluation = {"num_problems": 3, "num_samples": 2, "temperature": 0.5, "teacher": False}
+    recording = {"every": 1, "num_prompts": 1}
+    config = tiny_config(
+        tiny_models, tmp_path / "run", evaluation=evaluation, recording=recording, num_steps=1
+    )
+    train(config, say=lambda _: None)
+    own = SamplingConfig(0.5, 1.0, 0, config.sampling.max_new_tokens, 2)
+    panel = replace(config.sampling, num_samples=1)
+    kinds = [(len(ids), sampling) for ids, sampling in engines[0].asked]
+    step = (config.prompts_per_step, config.sampling)
+    assert kinds == [(3, own), (1, panel), step, (1, panel), (3, own)]
+    score(config, ScoreRequest(num_prompts=2))
+    assert [len(ids) for ids, _ in engines[1].asked] == [2]
+    assert engines[1].is_closed
+
+
 def test_weights_that_are_not_replaced_stop_the_run(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +121,7 @@ def test_weights_that_are_not_replaced_stop_the_run(
 def test_the_tolerance_can_be_set(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(validate, "_require_packages", lambda _: None)
     engine = {"kind": "vllm", "max_logprob_gap": 10.0}
     steps = run(tiny_models, tmp_path / "run", monkeypatch, 1, engine=engine)
     assert steps[-1]["engine_logprob_gap_nats"] > 1e-4
@@ -97,7 +129,7 @@ def test_the_tolerance_can_be_set(
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_vllm_that_is_missing_is_one_line(tiny_models: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingExtraError, match=r"tutelage\[vllm\]"):
+    with pytest.raises(MissingExtraError, match="pip install 'vllm'"):
         train(tiny_config(tiny_models, tmp_path, engine={"kind": "vllm"}), say=lambda _: None)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from tutelage.data.columns import LAST_ANSWER, refuse_media, text_of_parts, tools_of, unread
 from tutelage.data.grading_text import last_box
+from tutelage.data.hub import is_hub_reachable
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import DataError, MissingExtraError
 
@@ -142,8 +144,14 @@ def dataset_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[st
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, subset, split=split)
+        with _offline_unless_reachable():
+            rows = load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, OSError) and not is_hub_reachable():
+            raise DataError(
+                f"the data set {name!r} is not in the cache on this machine, and the hub cannot be "
+                "reached. Check the network and the name, or give a .jsonl or .parquet file."
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"cannot read split {split!r} of the data set {name!r}: {reason} "
@@ -151,6 +159,21 @@ def dataset_rows(name: str, split: str, subset: str | None) -> Iterator[tuple[st
         ) from error
     for number, record in enumerate(rows, start=1):
         yield f"{name}[{split}], row {number}", record
+
+
+@contextmanager
+def _offline_unless_reachable() -> Iterator[None]:
+    """Without the hub only its cache is read, at once; with it nothing changes."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not is_hub_reachable():
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFormat) -> Prompt:

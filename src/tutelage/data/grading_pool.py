@@ -53,7 +53,7 @@ class Worker(Child):
         if not self.has_started():
             raise GraderError(
                 f"the grader's process did not start, got {_installed()}. Install what "
-                "`pip install 'tutelage[math]'` asks for and check that memory is left."
+                "the project's extra 'math' asks for and check that memory is left."
             )
         left = min(COMPARE_LIMIT_S, called + TIME_LIMIT_S - time.monotonic())
         deadline = time.monotonic() + max(left, 1.0)
@@ -142,7 +142,7 @@ def formulas_equal(kind: str, prediction: str, gold: str) -> bool:
         GraderError: No worker can be started.
     """
     if find_spec("math_verify") is None:
-        raise MissingExtraError("math-verify", "math", "Comparing formulas")
+        raise MissingExtraError("math-verify[antlr4-13-2]", "math", "Comparing formulas")
     return _pool.equal(kind, prediction, gold)
 
 

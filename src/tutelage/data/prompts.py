@@ -198,15 +198,15 @@ class FileTask:
     def __post_init__(self) -> None:
         if self.grader not in GRADERS:
             raise ConfigError(
-                f"task.grader must be one of {', '.join(GRADERS)}, got {self.grader!r}. Choose one."
+                f"data.grader must be one of {', '.join(GRADERS)}, got {self.grader!r}. Choose one."
             )
         if self.num_held_out < 0:
             raise ConfigError(
-                f"task.num_held_out must be at least 0, got {self.num_held_out}. Use 0 for none."
+                f"data.num_held_out must be at least 0, got {self.num_held_out}. Use 0 for none."
             )
         if self.num_held_out and self.held_out_prompts:
             raise ConfigError(
-                f"task.num_held_out must be 0 with a held-out file, got {self.num_held_out}. "
+                f"data.num_held_out must be 0 with a held-out file, got {self.num_held_out}. "
                 "Use one of the two."
             )
         if not self.training:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,13 +15,10 @@ from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 from tutelage.evaluation.metrics import Interval
 from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
-from tutelage.models.sampling import SamplingConfig, sample
+from tutelage.models.draw import SamplingConfig
+from tutelage.models.engine import Sampler
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
 """Verdict on a prompt's completion, given whether it was cut off; None if it can't be graded."""
@@ -68,29 +65,23 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
     grade: Grade,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     seed: tuple[int, ...],
-    batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
-    enable_thinking: bool | None = None,
     voting: Voting = BY_NUMBER,
 ) -> Evaluation:
     """mean@k, pass@k and maj@k over `prompts`, k = `sampling.num_samples`, with 95 % intervals.
 
     Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
+        sampler: the model that is measured, as it draws completions.
         grade: verdict on a decoded completion, such as `Task.grade`.
         prompts: held-out prompts, at least one.
         sampling: how completions are drawn.
         seed: names the draw.
-        batch_size: completions decoded at the same time.
         progress: called with the number of completions just finished.
-        enable_thinking: passed to the chat template when not None.
         voting: what of a completion votes for maj@k, as `voting_of` the grader says.
 
     Returns:
@@ -101,9 +92,7 @@ def evaluate(
     """
     if not prompts:
         raise DataError("there are no held-out prompts, got 0. Raise data.num_held_out.")
-    rollouts = sample(
-        model, tokenizer, prompts, sampling, seed, batch_size, progress, enable_thinking
-    )
+    rollouts = sampler.draw(prompts, sampling, seed, progress=progress).rollouts
     verdicts = grade_rollouts(grade, rollouts)
     answers = [voting.answer_of(r.graded_text, r.is_truncated) for r in rollouts]
     k = sampling.num_samples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +28,7 @@ class Sampler(Protocol):
         seed: tuple[int, ...],
         first_sample: Sequence[int] | None = None,
         record: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> Drawn:
         """Completions of the prompts; arguments and result as in `draw_rollouts`."""
 
@@ -53,6 +54,7 @@ class TransformersSampler:
         seed: tuple[int, ...],
         first_sample: Sequence[int] | None = None,
         record: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> Drawn:
         """Completions of the prompts."""
         return draw_rollouts(
@@ -62,6 +64,7 @@ class TransformersSampler:
             config,
             seed,
             self.batch_size,
+            progress,
             enable_thinking=self.enable_thinking,
             first_sample=first_sample,
             record=record,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from tutelage.data.hub import is_hub_reachable
 from tutelage.errors import (
     ConfigError,
     MissingExtraError,
@@ -37,6 +38,7 @@ from tutelage.models.claims import (
     refuse_parts_elsewhere,
 )
 from tutelage.models.classes import causal_class
+from tutelage.models.device import find_device
 from tutelage.models.fast import use_fast_layers
 from tutelage.models.gguf_files import parsed_once
 from tutelage.models.reference import ResolvedModel, resolve_model
@@ -68,7 +70,7 @@ def load_model(
     Args:
         ref: Model reference, see `resolve_model`.
         dtype: float32, bfloat16, float16 or float64.
-        device: Torch device, such as cpu or cuda:0.
+        device: auto, cpu, cuda or cuda:N, see `find_device`.
         attn: Attention implementation of transformers, such as sdpa or eager.
         quantization: none, 8bit or 4bit (bitsandbytes).
 
@@ -81,7 +83,7 @@ def load_model(
         MissingExtraError: A GGUF file without the package `gguf`, or a quantised model without
             `bitsandbytes`.
     """
-    target = _device(device)
+    target = find_device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Choose one.")
     found = resolve_model(ref)
@@ -314,7 +316,8 @@ def _refuse_unread_generation_config(found: ResolvedModel) -> None:
 
 
 def _options(found: ResolvedModel) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": found.is_local}
+    is_here = found.is_local or not is_hub_reachable()
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_here}
     if found.gguf_file is not None:
         if importlib.util.find_spec("gguf") is None:
             raise MissingExtraError("gguf", "gguf", "Reading a GGUF file")
@@ -335,23 +338,13 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             hint = "Use a smaller model, dtype or quantization, or free memory."
         reason = _one_line(error) or type(error).__name__
+        if not found.is_local and isinstance(error, OSError) and not is_hub_reachable():
+            reason = "it is not in the cache on this machine, and the hub cannot be reached"
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other shapes than its config.json says"
         raise ModelError(
             f"cannot load the {part} {found.ref!r}: {reason.rstrip('.')}. {hint}"
         ) from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown. Use cpu, cuda or cuda:0.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported. Use cpu or cuda.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} is not available here. Use cpu.")
-    return device
 
 
 @contextlib.contextmanager
@@ -387,5 +380,9 @@ def _flush(folder: Path) -> None:
 
 
 def _one_line(error: Exception) -> str:
+    """Its text, or as many whole sentences of it as fit."""
     text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+    if len(text) <= 200:
+        return text
+    whole, end, _ = text[:200].rpartition(". ")
+    return whole + end.strip() if end else text[:197] + "..."

@@ -72,12 +72,26 @@ class Client:
         self.num_concurrent = num_concurrent
         self._wire = Wire(resolve(url), read_key(), limits.max_reply_bytes)
 
-    def each(self, requests: Sequence[Callable[[], Value]]) -> list[Value]:
-        """What all requests return, in order, or the first error and nothing."""
+    def each(
+        self,
+        requests: Sequence[Callable[[], Value]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Value]:
+        """What all requests return, in order, or the first error and nothing.
+
+        Args:
+            requests: called in threads, several at the same time.
+            progress: called, in this thread, with the number of requests just answered.
+        """
         with ThreadPoolExecutor(self.num_concurrent) as pool:
             futures = [pool.submit(request) for request in requests]
             try:
-                return [future.result() for future in futures]
+                values = []
+                for future in futures:
+                    values.append(future.result())
+                    if progress is not None:
+                        progress(1)
+                return values
             finally:
                 if not all(future.done() for future in futures):  # an error, or Ctrl-C
                     self._wire.stop()

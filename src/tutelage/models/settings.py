@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, as_share
 
 TeacherMode = Literal["resident", "offload", "reload"]
 OptimizerKind = Literal["adamw", "adamw_on_disk", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
@@ -38,7 +38,8 @@ class SamplingConfig:
             )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(
-                f"sampling.top_p must be in (0, 1], got {self.top_p}. Use 1.0 to keep every token."
+                f"sampling.top_p must be in (0, 1], got {self.top_p}. {as_share(self.top_p)}"
+                "Use 1.0 to keep every token."
             )
         for name, least in (("top_k", 0), ("max_new_tokens", 1), ("num_samples", 1)):
             value = self.__dict__[name]

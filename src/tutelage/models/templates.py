@@ -128,7 +128,7 @@ def render_chat(
     if reply["fault"] == "template":
         raise ModelError(
             f"the chat template of {model!r} fails at prompt {prompt_id!r}: {reason}. Use another "
-            "model, or plain text prompts (chat = false)."
+            "model, or plain text prompts (data.chat = false, or --no-chat)."
         )
     raise DataError(
         f"prompt {prompt_id!r} does not fit the chat template: {reason}. "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.data.types import Message, Prompt
-from tutelage.errors import DataError, ModelError
+from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.claims import no_panic
 from tutelage.models.templates import render_chat
 
@@ -226,7 +226,7 @@ def _encode_chat(
     if not tokenizer.chat_template:
         raise ModelError(
             f"prompt {prompt.id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
-            "chat template. Use plain text prompts (chat = false)."
+            "chat template. Use plain text prompts (data.chat = false, or --no-chat)."
         )
     variables = dict(tokenizer.special_tokens_map)
     if enable_thinking is not None:
@@ -236,7 +236,8 @@ def _encode_chat(
     except ValueError as error:  # several templates, none of them the default
         raise ModelError(
             f"the tokenizer {tokenizer.name_or_path!r} has no default chat template, got "
-            f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (chat = false)."
+            f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (data.chat = false, or "
+            "--no-chat)."
         ) from error
     name = tokenizer.name_or_path
     rendered = render_chat(template, messages, variables, prompt.id, name)
@@ -250,6 +251,36 @@ def _encode_chat(
                 "Use a model that knows tools, or remove them from the data."
             )
     return encode_completion(tokenizer, rendered)
+
+
+def refuse_thinking(
+    thinking: bool | None,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Refuses a choice of `enable_thinking` that nothing reads.
+
+    Args:
+        thinking: the choice; None chooses nothing.
+        prompts: what is rendered.
+        tokenizer: the model's; None for a server, whose template is not known.
+
+    Raises:
+        ConfigError: no prompt is a chat, or the chat template has no such switch.
+    """
+    if thinking is None:
+        return
+    option = "--thinking" if thinking else "--no-thinking"
+    if all(isinstance(prompt.content, str) for prompt in prompts):
+        raise ConfigError(
+            f"{option} is a switch of chat templates, but no prompt is rendered with one. Leave it "
+            "out, or add --chat."
+        )
+    if tokenizer is not None and "enable_thinking" not in str(tokenizer.chat_template):
+        raise ConfigError(
+            f"{option} has no effect: the chat template of {tokenizer.name_or_path!r} does not "
+            "read enable_thinking. Leave it out."
+        )
 
 
 def _refuse_different_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:
@@ -279,12 +310,19 @@ def stop_swap(
         policy: "map" to let the ids trade places for the teacher, "refuse" to stop.
 
     Raises:
-        ModelError: they differ and the policy is "refuse", or one has none.
+        ModelError: they differ and the policy is "refuse", or one alone has none.
     """
     ids = (student.eos_token_id, teacher.eos_token_id)
     if ids[0] == ids[1]:
         return None
-    if policy == "refuse" or None in ids:
+    if None in ids:
+        without, other = ("student", teacher) if ids[0] is None else ("teacher", student)
+        raise ModelError(
+            f"the {without}'s tokenizer names no end-of-sequence token, so nothing could stand for "
+            f"the other one's {other.eos_token!r} (id {other.eos_token_id}). Set eos_token in the "
+            f'{without}\'s tokenizer_config.json, to "{other.eos_token}" if it ends its texts so.'
+        )
+    if policy == "refuse":
         raise ModelError(
             f"student and teacher end a completion differently: {student.eos_token!r} (id "
             f"{ids[0]}) and {teacher.eos_token!r} (id {ids[1]}). Set teacher.stop_token = 'map'."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,7 @@ class VLLMSampler:
         seed: tuple[int, ...],
         first_sample: Sequence[int] | None = None,
         record: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> Drawn:
         """Completions of the prompts, from the student's present weights.
 
@@ -88,6 +89,8 @@ class VLLMSampler:
         if len(outputs) != len(jobs):
             raise ModelError(f"vLLM gave {len(outputs)} completions of {len(jobs)}.")
         written = [_written(output.outputs[0]) for output in outputs]
+        if progress is not None:
+            progress(len(written))
         return Drawn(
             [
                 rollout_of(self.tokenizer, job, tokens, logprobs, stops)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +114,7 @@ class VLLMServerSampler:
         seed: tuple[int, ...],
         first_sample: Sequence[int] | None = None,
         record: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> Drawn:
         """Completions of the prompts, from the student's present weights, or an error and none.
 
@@ -126,7 +127,8 @@ class VLLMServerSampler:
         )
         options = sampling_options(self.model, self.tokenizer, config)
         self._push()
-        return Drawn(self._client.each([partial(self._one, job, options) for job in jobs]), None)
+        asked = [partial(self._one, job, options) for job in jobs]
+        return Drawn(self._client.each(asked, progress), None)
 
     def close(self) -> None:
         """The server stays; the weights handed over last are removed."""

@@ -101,6 +101,10 @@ class LedgerData:
     num_items: int = 5
     """Sums in a prompt, 1 to 16; the shipped models know 5."""
 
+    def __post_init__(self) -> None:
+        count, hint = self.num_items, "The shipped models know 5."
+        require(1 <= count <= 16, "data.num_items", "from 1 to 16", count, hint)
+
 
 @dataclass(frozen=True)
 class FileData:
@@ -128,7 +132,7 @@ class FileData:
     max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
     """Longer prompts are left out and counted; 0 keeps all."""
     grader: Literal["none", "number", "math", "exact"] = "none"
-    """How a completion is compared with the reference answer; `math` needs tutelage[math]."""
+    """How a completion is compared with the reference answer; `math` needs the extra math."""
     num_held_out: int = 64
     """Prompts kept out of training for evaluation."""
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,24 @@ from tutelage.evaluation.folder import EvaluationFolder
 from tutelage.evaluation.scores import voting_of
 from tutelage.evaluation.suite import Benchmark, Complete, Completion, Result, run_benchmark
 from tutelage.evaluation.tables import as_markdown, summarise
+from tutelage.models.device import find_device
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.models.sampling import SamplingConfig, sample
-from tutelage.models.tokenizers import encode_prompt
+from tutelage.models.tokenizers import encode_prompt, refuse_thinking
 from tutelage.run.config import Config
 from tutelage.run.folder import RunFolder, environment
-from tutelage.run.inputs import build_task, grader_of, without_long_prompts
+from tutelage.run.inputs import (
+    build_task,
+    grader_of,
+    prompt_format,
+    thinking,
+    without_long_prompts,
+)
 from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.origin import at_the_date_of_the_run
 from tutelage.run.parse import parse_saved_config
+from tutelage.run.watch import Watch, unwatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +54,8 @@ class SuiteRequest:
 
     model: str
     suite: str
-    model_name: str = ""
+    model_name: str | None = None
+    """Name of the model on a server; None asks the server, which must have one only."""
     num_problems: int | None = None
     num_samples: int | None = None
     max_new_tokens: int | None = None
@@ -54,14 +64,17 @@ class SuiteRequest:
     grader: Grader | None = None
     """How answers of a file are compared; None takes `fitting_grader`. Benchmarks have theirs."""
     chat: bool | None = None
-    """Use the chat template; None does if the model has one."""
+    """Use the chat template; None does if the model has one, or as a held-out part's run did."""
     thinking: bool | None = None
-    """Passed to the chat template as enable_thinking; None leaves it to the template."""
+    """Passed to the chat template as enable_thinking; None leaves it to the template, or takes a
+    held-out part's run's own."""
     suffix: str | None = None
     batch_size: int = 64
     seed: int = 424242
-    device: str = "cpu"
-    dtype: str = "float32"
+    device: str | None = None
+    """Of a model here; None takes CUDA where it is."""
+    dtype: str | None = None
+    """Of the weights of a model here; None is float32."""
     out: str | None = None
 
 
@@ -91,14 +104,14 @@ class _Plan:
 @at_the_date_of_the_run
 def evaluate_suite(
     request: SuiteRequest,
-    progress: Callable[[str, int, int], None] | None = None,
+    watch: Watch = unwatched,
     say: Callable[[str], None] | None = None,
 ) -> SuiteResult:
     """Measure a model on a suite; an earlier evaluation with the same settings is continued.
 
     Args:
         request: the model, the suite and how to sample.
-        progress: called with benchmark, problems done and problems in all.
+        watch: told what is being done.
         say: receives a line for every sampling setting that a server does not know.
 
     Returns:
@@ -114,7 +127,8 @@ def evaluate_suite(
             raise ConfigError(
                 f"--{flag} must be at least 1, got {value}. Leave it out or raise it."
             )
-    plan = _server_plan(request, say) if is_url(request.model) else _model_plan(request)
+    _refuse_unused(request)
+    plan = _server_plan(request, say) if is_url(request.model) else _model_plan(request, watch)
     notes = [f"{b.name}: {note}" for b in plan.benchmarks for note in notes_of(b.prompts)]
     if say is not None:
         for note in notes:
@@ -125,8 +139,8 @@ def evaluate_suite(
         for benchmark in plan.benchmarks:
             k = plan.sampling.num_samples
             chunk_size = max(1, _CHUNKS_OF_BATCHES * request.batch_size // k)
-            said = _named(progress, benchmark.name)
-            results.append(run_benchmark(benchmark, plan.complete, k, chunk_size, saved, said))
+            told = partial(watch, f"{benchmark.name}: problems")
+            results.append(run_benchmark(benchmark, plan.complete, k, chunk_size, saved, told))
         head = {"model": request.model, "suite": request.suite, "folder": str(folder)}
         record = summarise(results, head | {"sampling": plan.sent()})
         stated = ", ".join(f"{name} {value}" for name, value in plan.sent().items())
@@ -136,12 +150,29 @@ def evaluate_suite(
     return SuiteResult(results, record, table, folder)
 
 
-def _named(
-    progress: Callable[[str, int, int], None] | None, name: str
-) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(name, done, total)
+def _refuse_unused(request: SuiteRequest) -> None:
+    """Every option that was given is used, or refused in one line."""
+    is_server, is_held_out = is_url(request.model), request.suite == HELD_OUT
+    uses = {
+        "model_name": (is_server, "names a model on a server"),
+        "device": (not is_server, "is for a model here, not on a server"),
+        "dtype": (not is_server, "is for a model here, not on a server"),
+        "grader": (is_file_name(request.suite), "is for the problems of a file"),
+        "chat": (not is_held_out, "is decided by the run whose part is held out"),
+        "suffix": (not is_held_out, "is decided by the run whose part is held out"),
+    }
+    for name, (is_used, what) in uses.items():
+        value = getattr(request, name)
+        if value is not None and not is_used:
+            raise ConfigError(
+                f"{option(name, value)} {what}, got model {request.model!r} and suite "
+                f"{request.suite!r}. Leave it out."
+            )
+
+
+def option(name: str, value: object) -> str:
+    """An option as it was given, --no-chat for one."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 def is_url(model: str) -> bool:
@@ -159,16 +190,24 @@ def student_of(model: str) -> str:
 # --- what to ask ----------------------------------------------------------------------------------
 
 
-def _model_plan(request: SuiteRequest) -> _Plan:
+def _model_plan(request: SuiteRequest, watch: Watch) -> _Plan:
     """Problems first, since they are the cheapest thing that can be wrong; then the model."""
+    device, dtype = find_device(request.device or "auto"), request.dtype or "float32"
     run = _run_config(request) if request.suite == HELD_OUT else None
     suite = _run_suite(run) if run else _suite(request)
     sampling = _sampling(request, suite)
     source = student_of(request.model)
     tokenizer = load_tokenizer(source)
     chat = bool(tokenizer.chat_template) if request.chat is None else request.chat
+    if run is not None:
+        chat = prompt_format(run.data).chat
+        if request.thinking is None:
+            request = replace(request, thinking=thinking(run.data))
     benchmarks = [_held_out(request, run, tokenizer)] if run else _benchmarks(request, suite, chat)
-    model = load_model(source, request.dtype, request.device)
+    if run is None or request.thinking != thinking(run.data):
+        refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts], tokenizer)
+    watch(f"loading {request.model}")
+    model = load_model(source, dtype, str(device))
     benchmarks = [_within_context(request, b, model, tokenizer) for b in benchmarks]
 
     def complete(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
@@ -183,7 +222,8 @@ def _model_plan(request: SuiteRequest) -> _Plan:
         ]
 
     content = _content_digest(source)
-    settings = _settings(request, benchmarks, sampling, chat) | {"model_content": content}
+    settings = _settings(request, benchmarks, sampling, chat)
+    settings |= {"model_content": content, "device": device.type, "dtype": dtype}
     sent = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     return _Plan(benchmarks, sampling, complete, settings, lambda: sent)
 
@@ -197,10 +237,11 @@ def _server_plan(request: SuiteRequest, say: Callable[[str], None] | None) -> _P
     sampling = _sampling(request, suite)
     chat = request.chat is not False
     benchmarks = _benchmarks(request, suite, chat)
+    refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts])
     server = Server(
         request.model,
         sampling,
-        request.model_name,
+        request.model_name or "",
         request.seed,
         request.thinking,
         request.batch_size,
@@ -208,6 +249,7 @@ def _server_plan(request: SuiteRequest, say: Callable[[str], None] | None) -> _P
     )
     settings = _settings(request, benchmarks, sampling, chat)
     settings |= {"model_name": server.model_name, "sent": server.sent}
+    settings |= {"device": None, "dtype": None}
     return _Plan(benchmarks, sampling, server.complete, settings, lambda: server.sent)
 
 
@@ -327,8 +369,6 @@ def _settings(
         "thinking": request.thinking,
         "batch_size": request.batch_size,
         "seed": request.seed,
-        "device": request.device,
-        "dtype": request.dtype,
     }
 
 

@@ -44,6 +44,21 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
 """What a continued run reads of its logs."""
 
 
+_CONTENTS = {
+    "student": "the trained model",
+    "metrics.jsonl": "every step",
+    "evaluation.jsonl": "scores on held-out prompts",
+    "samples.jsonl": "some completions",
+    "manifest.json": "configuration and environment",
+}
+
+
+def describe_contents(folder: Path) -> str:
+    """One line on where a finished run's results are, and what they are."""
+    found = (f"{name} ({what})" for name, what in _CONTENTS.items() if (folder / name).exists())
+    return f"results in {folder}: {', '.join(found)}"
+
+
 class RunFolder:
     """The files of one run. Open it before training: it locks the folder against a second run.
 

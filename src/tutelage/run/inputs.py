@@ -12,9 +12,11 @@ from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
+from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
 from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
 from tutelage.run.config import Config, FileData, LedgerData
+from tutelage.run.suggest import did_you_mean_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,8 +149,9 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: the device is unknown or not there.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
-        raise ConfigError(f"device must be auto, cpu or cuda and be present, got {name!r}.")
-    return torch.device(name)
+    if name not in ("auto", "cpu", "cuda"):
+        hint = did_you_mean_value(name, ("auto", "cpu", "cuda"))
+        raise ConfigError(
+            f"device must be auto, cpu or cuda, got {name!r}.{hint} auto takes cuda where it is."
+        )
+    return find_device(name)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl, mean_reverse_kl
 from tutelage.evaluation.scores import voting_of
-from tutelage.models.sampling import SamplingConfig
+from tutelage.models.draw import SamplingConfig
+from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.run.config import Config
 from tutelage.run.inputs import grader_of
 from tutelage.run.setup import Parts
+from tutelage.run.watch import Watch, counting, unwatched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _EVALUATION_SEED = 424242
 """Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""
@@ -38,9 +43,17 @@ class Measured:
         }
 
 
-def measure(config: Config, parts: Parts, step: int) -> Measured:
-    """Evaluate the student after `step`, and once, before the first step, the teacher."""
-    student = _evaluate(config, parts, parts.student.model)
+def measure(config: Config, parts: Parts, step: int, watch: Watch = unwatched) -> Measured:
+    """Evaluate the student after `step`, and once, before the first step, the teacher.
+
+    The student is drawn from by the run's own engine. The teacher, which no engine holds, is drawn
+    from by transformers.
+    """
+    sampler = parts.sampler
+    if not sampler.has_own_weights:  # the same model, in the evaluation's own batches
+        sampler = _transformers(config, parts, parts.student.model)
+    student = _evaluate(config, parts, sampler, "student", watch)
+    watch("held-out KL")
     sums = held_out_reverse_kl(
         parts.student,
         parts.teacher,
@@ -53,8 +66,11 @@ def measure(config: Config, parts: Parts, step: int) -> Measured:
     found = [("student", student, kl)]
     if step == 0 and config.evaluation.teacher and student.mean_at_k is not None:
         with parts.teacher.awake():
-            found.append(("teacher", _evaluate(config, parts, parts.teacher.model), None))
-    heads = [{"step": step, "model": who} for who, _, _ in found]
+            sampler = _transformers(config, parts, parts.teacher.model)
+            result = _evaluate(config, parts, sampler, "teacher", watch)
+            found.append(("teacher", result, None))
+    engines = {"student": config.engine.kind, "teacher": "transformers"}
+    heads = [{"step": step, "model": who, "engine": engines[who]} for who, _, _ in found]
     pairs = list(zip(heads, found, strict=True))
     return Measured(
         [{**h, **result.summary(), "held_out_reverse_kl_nats": kl} for h, (_, result, kl) in pairs],
@@ -87,7 +103,12 @@ def describe(summary: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _evaluate(config: Config, parts: Parts, model: Any) -> Evaluation:
+def _transformers(config: Config, parts: Parts, model: PreTrainedModel) -> Sampler:
+    size = max(config.sampling_batch_size, config.evaluation.num_samples)
+    return TransformersSampler(model, parts.tokenizer, size, parts.enable_thinking)
+
+
+def _evaluate(config: Config, parts: Parts, sampler: Sampler, who: str, watch: Watch) -> Evaluation:
     settings, task = config.evaluation, parts.task
     sampling = SamplingConfig(
         settings.temperature,
@@ -96,15 +117,16 @@ def _evaluate(config: Config, parts: Parts, model: Any) -> Evaluation:
         config.sampling.max_new_tokens,
         settings.num_samples,
     )
+    prompts = task.held_out(settings.num_problems)
+    num_completions = len(prompts) * settings.num_samples
+    progress = counting(watch, f"evaluating the {who}: completions", num_completions)
     return evaluate(
-        model,
-        parts.tokenizer,
+        sampler,
         task.grade,
-        task.held_out(settings.num_problems),
+        prompts,
         sampling,
         (_EVALUATION_SEED,),
-        max(config.sampling_batch_size, settings.num_samples),
-        enable_thinking=parts.enable_thinking,
+        progress,
         voting=voting_of(grader_of(task)),
     )
 

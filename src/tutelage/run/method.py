@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, as_share
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -15,7 +15,8 @@ STRICT = ConfigDict(extra="forbid")
 def require(is_right: bool, key: str, rule: str, value: object, hint: str) -> None:
     """Raises a one-line `ConfigError` unless `is_right`."""
     if not is_right:
-        raise ConfigError(f"{key} must be {rule}, got {value}. {hint}")
+        share = as_share(value) if rule.startswith(("in (0, 1", "in [0, 1")) else ""
+        raise ConfigError(f"{key} must be {rule}, got {value}. {share}{hint}")
 
 
 Scope: TypeAlias = Literal["completion", "batch"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from tutelage.errors import ConfigError
+from tutelage.run import suggest
 from tutelage.run.config import Config
 
 _ADAPTER = TypeAdapter(Config)
@@ -183,6 +185,21 @@ def _value(text: str) -> Any:
         return text
 
 
+@lru_cache
+def _schema() -> dict[str, Any]:
+    return _ADAPTER.json_schema()
+
+
+def find_key(name: str) -> str | None:
+    """The dotted key of the configuration that a name stands for, with or without its table."""
+    return suggest.find_key(_schema(), name)
+
+
+def all_keys() -> list[str]:
+    """Every key that a configuration may have, tables not, by their dotted names."""
+    return list(dict.fromkeys(suggest.dotted_keys(_schema())))
+
+
 def _explain(error: ValidationError, table: dict[str, Any]) -> str:
     """The first mistake as one line: key, what is wrong, the value seen, what to do."""
     details = error.errors(include_url=False)
@@ -196,11 +213,22 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
         case "unknown":
             return f"unknown key {key!r}.{_did_you_mean(location, table)}"
         case "missing":
-            return f"{key} is missing. Add it to the configuration or pass {key}=VALUE."
+            *parents, last = location
+            before = ".".join([*suggest.without_tags(_schema(), parents), ""])
+            keys = [before + k for k in suggest.required_keys(_schema(), parents, last)]
+            return (
+                f"{', '.join(keys)} is missing. Add it to the configuration or pass "
+                f"{' '.join(f'{k}=VALUE' for k in keys)}."
+            )
         case "tag":
             return _explain_tag(first, key)
         case "ours":
             return str(first["ctx"]["error"])
+    if first["type"] == "tuple_type" and isinstance(text := first["input"], str):
+        return (
+            f"{key} must be a list, got {text!r}. Write {key} = {json.dumps([text])}, in a shell "
+            f"'{key}={json.dumps([text])}'."
+        )
     # A value that fits none of several types has one complaint for each.
     same = [d for d in details if _key([str(p) for p in d["loc"]]) == key]
     messages = [d["msg"] for d in same if _kind(d) == "other"]
@@ -209,19 +237,19 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
 
 
 def _did_you_mean_value(detail: Any) -> str:
-    """The nearest of a few allowed words, which pydantic lists as 'a', 'b' or 'c'."""
-    if detail["type"] != "literal_error":
-        return ""
-    words = detail["ctx"]["expected"].split("'")[1::2]
-    near = difflib.get_close_matches(str(detail["input"]), words, 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """What to write instead of a value of the wrong kind, where that is known."""
+    value = detail["input"]
+    if detail["type"] == "literal_error":
+        # pydantic lists the words as 'a', 'b' or 'c'
+        return suggest.did_you_mean_value(value, detail["ctx"]["expected"].split("'")[1::2])
+    if isinstance(value, str) and (share := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)):
+        return f" Write {float(share[1]) / 100:g}."
+    return ""
 
 
 def _key(location: Sequence[str]) -> str:
-    """The dotted key of an error, without what pydantic adds: tags and types of unions."""
-    tags = {(name, 1) for name in ("data", "selection", "objective", "weighting")}
-    parts = [p for i, p in enumerate(location) if (location[0], i) not in tags]
-    return ".".join(part for part in parts if "[" not in part)
+    """The dotted key of an error."""
+    return ".".join(suggest.without_tags(_schema(), location))
 
 
 def _kind(detail: Any) -> str:
@@ -240,43 +268,17 @@ def _explain_tag(detail: Any, key: str) -> str:
     context = detail["ctx"]
     field = context["discriminator"].strip("'")
     if "tag" not in context:
-        schema = _ADAPTER.json_schema()["properties"][key]
+        schema = _schema()["properties"][key]
         names = list(schema["discriminator"]["mapping"])
         return f"{key}.{field} is missing. Choose one of {', '.join(names)}."
     names = [name.strip("' ") for name in context["expected_tags"].split(",")]
-    near = difflib.get_close_matches(context["tag"], names, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = suggest.did_you_mean_value(context["tag"], names)
     return f"{key}.{field} must be one of {', '.join(names)}, got {context['tag']!r}.{hint}"
 
 
 def _did_you_mean(location: list[str], table: dict[str, Any]) -> str:
-    known = _known_keys(location[:-1], table)
-    if location[0] == "selection" and table.get("selection", {}).get("rule") == "all":
+    *parents, last = location
+    rules = suggest.owners(_schema(), parents, last)
+    if rules and location[0] == "selection" and table["selection"].get("rule") == "all":
         return " Rule 'all' keeps every token; choose another selection.rule to use it."
-    names = {key: key for key in known}
-    if len(location) == 1:  # perhaps a key that belongs in a table
-        names = _keys_of_tables() | names
-    near = difflib.get_close_matches(location[-1], names, 1)
-    return f" Did you mean {names[near[0]]!r}?" if near else f" Known keys: {', '.join(known)}."
-
-
-def _keys_of_tables() -> dict[str, str]:
-    schema: Any = _ADAPTER.json_schema()
-    tables = {name: found for name, found in schema["properties"].items() if "$ref" in found}
-    return {key: f"{name}.{key}" for name in tables for key in _known_keys([name], {})}
-
-
-def _known_keys(parents: list[str], table: dict[str, Any]) -> list[str]:
-    schema: Any = _ADAPTER.json_schema()
-    definitions = schema["$defs"]
-    for parent in parents:
-        found = schema.get("properties", {}).get(parent)
-        if found is None:  # the tag of a union, already followed below
-            continue
-        if "anyOf" in found:  # a table that may be left out
-            found = found["anyOf"][0]
-        if "oneOf" in found:
-            tag = parents[parents.index(parent) + 1]
-            found = {"$ref": found["discriminator"]["mapping"][tag]}
-        schema = definitions[found["$ref"].rsplit("/", 1)[-1]]
-    return list(schema["properties"])
+    return suggest.did_you_mean_key(_schema(), parents, last)

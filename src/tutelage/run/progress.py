@@ -1,14 +1,17 @@
-"""What a user sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+"""What a user sees while a command goes on: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable
+from threading import Timer
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +20,67 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column
+
+DELAY_S = 2.0
+"""A phase without counts is told in plain lines when it has lasted so long."""
+
+
+class PlainPhases:
+    """Phases as plain lines: at most eleven for a count, one for any other that takes its time."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._timer: Timer | None = None
+        self._last: tuple[str, int] = ("", 0)
+        self._last_time = 0.0
+
+    def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
+        """See `Watch`."""
+        self.close()
+        if text and not done:
+            self._timer = Timer(DELAY_S, self._show, [text])
+            self._timer.daemon = True
+            self._timer.start()
+        elif text:
+            now, tenth = time.monotonic(), 10 * done // total
+            if (text, tenth) != self._last or now - self._last_time >= 30:
+                self._last, self._last_time = (text, tenth), now
+                self._show(_phase(text, done, total))
+
+    def close(self) -> None:
+        """The phase is over: what was not told yet is told no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Counter:
+    """Phases of a command on standard error, whose results are on standard output."""
+
+    def __init__(self) -> None:
+        self._is_live = sys.stderr.isatty()
+        self._plain = PlainPhases(self.say)
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self("")
+
+    def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
+        """See `Watch`."""
+        if self._is_live:
+            print(f"\r\x1b[K{_phase(text, done, total)}", end="", file=sys.stderr, flush=True)
+        else:
+            self._plain(text, done, total)
+
+    def say(self, text: str) -> None:
+        """Print one event."""
+        start = "\r\x1b[K" if self._is_live else ""
+        print(f"{start}{text}", file=sys.stderr, flush=True)
+
+
+def _phase(text: str, done: int, total: int) -> str:
+    return f"{text} {done} of {total}" if total else text
 
 
 class Reporter:
@@ -40,6 +104,8 @@ class Reporter:
         )
         self._task = self._progress.add_task("train", total=num_steps, line="")
         self._last_line = time.monotonic()
+        self._metrics = ""
+        self._plain = PlainPhases(self.say)
 
     def __enter__(self) -> Reporter:
         self._progress.start()
@@ -51,17 +117,26 @@ class Reporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._plain.close()
         self._progress.stop()
 
     def say(self, text: str) -> None:
         """Print one event; model text never passes here, markup is off all the same."""
         self.console.print(text, markup=False)
 
+    def phase(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Show what is done between steps, see `Watch`; without a text the last step again."""
+        if self.console.is_terminal:
+            line = escape(_phase(text, done, total)) if text else self._metrics
+            self._progress.update(self._task, line=line)
+        else:
+            self._plain(text, done, total)
+
     def on_step(self, metrics: dict[str, Any]) -> None:
         """Show one step's metrics."""
         if self.as_json:
             print(json.dumps(metrics, allow_nan=False), flush=True, file=sys.stdout)
-        line = _line(metrics, 3)
+        line = self._metrics = _line(metrics, 3)
         self._progress.update(self._task, completed=metrics["step"], line=line)
         if not self.console.is_terminal and not self.as_json and self._is_due(metrics["step"]):
             seconds = sum(metrics["seconds"].values())

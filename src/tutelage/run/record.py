@@ -18,14 +18,14 @@ from torch import Tensor
 
 from tutelage.core.weighting import entropy_gate
 from tutelage.data.types import Rollout
-from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import decode
 from tutelage.run.config import Config
 from tutelage.run.method import EOPDObjective, RandomTokens, SampledTokens, SomeTokens
 from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.recipe import gate_of
-from tutelage.run.score import ScoreRequest, Scores, rollouts_of, score_rollouts
-from tutelage.run.setup import Parts, build
+from tutelage.run.score import ScoreRequest, Scores, components, rollouts_of, score_rollouts
+from tutelage.run.setup import Parts
+from tutelage.run.watch import Watch, unwatched
 
 NUM_TOP = 5
 """Likeliest tokens kept of student and teacher."""
@@ -65,20 +65,25 @@ def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: in
 
 
 @plain_arithmetic()
-def score_for_page(config: Config, request: ScoreRequest) -> tuple[Scores, list[dict[str, Any]]]:
+def score_for_page(
+    config: Config, request: ScoreRequest, watch: Watch = unwatched
+) -> tuple[Scores, list[dict[str, Any]]]:
     """`score`, and its completions as the lines that a page is made of.
 
     Args:
         config: names student, teacher, data and sampling.
         request: which completions and rules; without rules those of a recording.
+        watch: told what is being done.
 
     Raises:
         TutelageError: models, data or request cannot be used.
     """
     request = replace(request, rules=request.rules or PANEL_RULES, num_top=NUM_TOP)
     config = replace(config, recording=replace(config.recording, max_new_tokens=_MAX_PAGE_TOKENS))
-    parts = build(config)
-    scores = score_rollouts(config, parts, rollouts_of(config, parts, request), request)
+    with components(config, watch) as parts:
+        rollouts = rollouts_of(config, parts, request, watch)
+        watch("scoring")
+        scores = score_rollouts(config, parts, rollouts, request)
     kind = "sampled" if request.completions is None else "given"
     return scores, list(token_lines(config, parts, scores, 0, kind))
 
@@ -140,16 +145,8 @@ def _panel(config: Config, parts: Parts) -> list[Rollout]:
     longest = min(settings.max_new_tokens, config.sampling.max_new_tokens)
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
     prompts = parts.task.held_out(settings.num_prompts)
-    seed, size = (config.seed, _PANEL_SEED), config.sampling_batch_size
-    return sample(
-        parts.student.model,
-        parts.tokenizer,
-        prompts,
-        once,
-        seed,
-        size,
-        enable_thinking=parts.enable_thinking,
-    )
+    seed = (config.seed, _PANEL_SEED)
+    return parts.sampler.draw(prompts, once, seed).rollouts
 
 
 def _gate(config: Config, scores: Scores) -> Tensor:

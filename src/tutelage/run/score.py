@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,6 @@ from tutelage.data.batch import micro_batches
 from tutelage.data.prompts import load_completions
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, DataError, ModelError
-from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
 from tutelage.run.config import Config
 from tutelage.run.inputs import prompt_format
@@ -35,6 +35,7 @@ from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.plan import reading
 from tutelage.run.recipe import culprit
 from tutelage.run.setup import Parts, build
+from tutelage.run.watch import Watch, counting, unwatched
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,31 @@ class Scores:
 
 
 @plain_arithmetic()
-def score(config: Config, request: ScoreRequest) -> Scores:
+def score(config: Config, request: ScoreRequest, watch: Watch = unwatched) -> Scores:
     """Score the student's own completions of held-out prompts, or given ones.
 
     Args:
         config: names student, teacher, data and sampling.
         request: which completions, and which rules to report.
+        watch: told what is being done.
 
     Raises:
         TutelageError: models, data or request cannot be used.
     """
-    parts = build(config)
-    return score_rollouts(config, parts, rollouts_of(config, parts, request), request)
+    with components(config, watch) as parts:
+        rollouts = rollouts_of(config, parts, request, watch)
+        watch("scoring")
+        return score_rollouts(config, parts, rollouts, request)
+
+
+@contextmanager
+def components(config: Config, watch: Watch) -> Iterator[Parts]:
+    """Models, tokenizer and task, whose engine is closed in the end."""
+    parts = build(config, watch=watch)
+    try:
+        yield parts
+    finally:
+        parts.sampler.close()
 
 
 def score_rollouts(
@@ -231,22 +245,19 @@ def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tenso
     return torch.cat([ids for ids, _ in found]), torch.cat([shares for _, shares in found])
 
 
-def rollouts_of(config: Config, parts: Parts, request: ScoreRequest) -> list[Rollout]:
-    """The given completions, or the student's own of held-out prompts."""
+def rollouts_of(
+    config: Config, parts: Parts, request: ScoreRequest, watch: Watch = unwatched
+) -> list[Rollout]:
+    """The given completions, or the student's own of held-out prompts, by the run's engine."""
     if request.completions is not None:
         pairs = load_completions(request.completions, prompt_format(config.data))
         number: dict[str, Iterator[int]] = defaultdict(itertools.count)
         return [_given(parts, prompt, next(number[prompt.id]), text) for prompt, text in pairs]
     prompts = parts.task.held_out(request.num_prompts)
-    return sample(
-        parts.student.model,
-        parts.tokenizer,
-        prompts,
-        config.sampling,
-        (config.seed, 0),
-        config.sampling_batch_size,
-        enable_thinking=parts.enable_thinking,
-    )
+    num_completions = len(prompts) * config.sampling.num_samples
+    progress = counting(watch, "sampling: completions", num_completions)
+    seed = (config.seed, 0)
+    return parts.sampler.draw(prompts, config.sampling, seed, progress=progress).rollouts
 
 
 def _given(parts: Parts, prompt: Prompt, sample: int, completion: str | list[int]) -> Rollout:

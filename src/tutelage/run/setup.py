@@ -44,6 +44,7 @@ from tutelage.run.config import (
 )
 from tutelage.run.inputs import Inputs, load_inputs, thinking
 from tutelage.run.traps import model_traps
+from tutelage.run.watch import Watch, unwatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -200,6 +201,7 @@ def build(
     student_model: str | None = None,
     scratch: Path | None = None,
     inputs: Inputs | None = None,
+    watch: Watch = unwatched,
 ) -> Parts:
     """Load both models and check that they fit the task, the tokenizers and each other.
 
@@ -208,6 +210,7 @@ def build(
         student_model: folder of the student's weights or adapter; None for the configured start.
         scratch: folder for what does not fit in memory; None for the system's temporary one.
         inputs: what was read before, by `validate` or `load_inputs`; None reads it now.
+        watch: told which model is being loaded.
 
     Raises:
         TutelageError: a model, a tokenizer or the data cannot be used together.
@@ -219,7 +222,9 @@ def build(
     if device.type == "cpu":
         keep_freed_memory()
     load = _load_teacher(config, device)
+    watch(f"loading the teacher {config.teacher.model}")
     model = load()
+    watch(f"loading the student {student_model or config.student.model}")
     student = _student(config, student_model, model, device)
     vocab_size = shared_vocabulary(
         tokenizer,
@@ -233,6 +238,7 @@ def build(
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     mode = _resting_mode(config.teacher, device)
     teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
+    watch("trying both models")
     _refuse_nonfinite(student, f"student {config.student.model!r}")
     _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
     decodes = isinstance(config.engine, TransformersEngine)

@@ -44,6 +44,7 @@ from tutelage.run.stop import Stop, StoppedError, listening
 from tutelage.run.trackers import numbers, require_trackers, start_trackers
 from tutelage.run.validate import validate
 from tutelage.run.verdict import Verdict, verdict_of
+from tutelage.run.watch import Watch, unwatched
 
 Say = Callable[[str], None]
 OnStep = Callable[[dict[str, Any]], None]
@@ -74,6 +75,7 @@ def train(
     allow_change: tuple[str, ...] = (),
     say: Say = print,
     on_step: OnStep | None = None,
+    watch: Watch = unwatched,
 ) -> RunResult:
     """Train the student, or continue an earlier run in the same folder.
 
@@ -83,6 +85,7 @@ def train(
         allow_change: keys that may differ from the run being continued.
         say: receives one line of text for every event a user should see.
         on_step: receives the metrics of every step.
+        watch: told what is done between steps.
 
     Returns:
         `RunResult`.
@@ -103,7 +106,7 @@ def train(
         started = _same_everywhere(accelerator, earlier or datetime.now())
         stack.enter_context(listening(stop))
         stack.enter_context(printed_date(started))
-        run = _Run(config, folder, accelerator, started, allow_change, say, on_step, stop)
+        run = _Run(config, folder, accelerator, started, allow_change, say, on_step, stop, watch)
         stack.callback(run.close)
         return run.go()
 
@@ -119,17 +122,19 @@ class _Run:
         say: Say,
         on_step: OnStep | None,
         stop: Stop,
+        watch: Watch,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.stop = stop
         self.say = say if accelerator.is_main_process else _say_nothing
         self.on_step = on_step if accelerator.is_main_process else None
+        self.watch = watch if accelerator.is_main_process else unwatched
         inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
         manifest = manifest_of(config, input_digests(config, inputs), started)
         done, checkpoint = self._start()
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
-        self.parts = build(config, saved, folder.path, inputs)
+        self.parts = build(config, saved, folder.path, inputs, self.watch)
         self._require_space()
         self._write_manifest(manifest)
         start_trackers(accelerator, config, folder.path.name)
@@ -167,6 +172,7 @@ class _Run:
                     self._evaluate()
         except StoppedError:
             pass  # whatever it was given up for did not count yet
+        self.watch("")
         if self.done < num_steps or self._any_process():
             if self.done > saved:
                 self._save()
@@ -182,6 +188,7 @@ class _Run:
     def _take(self) -> None:
         """One step, which is logged as soon as it is done."""
         step = self.done + 1
+        self.watch("first step" if step == self.first_step else "")
         self._set_learning_rate(step)
         try:
             metrics = self.step.take(step)
@@ -267,6 +274,7 @@ class _Run:
             group["lr"] = learning_rate(self.config.optimizer, step, self.config.num_steps)
 
     def _save(self) -> None:
+        self.watch("saving a checkpoint")
         if self.accelerator.is_main_process:
             if self.checkpoint_thread is not None:
                 self.checkpoint_thread.save(self.done)
@@ -295,7 +303,7 @@ class _Run:
         if not self.config.evaluation.num_problems or not self.accelerator.is_main_process:
             return
         with self.stop.interruptible():
-            measured = measure(self.config, self.parts, self.done)
+            measured = measure(self.config, self.parts, self.done, self.watch)
         for name, rows in measured.logs().items():
             self.folder.append(name, rows)
         for summary in measured.summaries:
@@ -308,6 +316,7 @@ class _Run:
         every = self.config.recording.every
         if not every or not (self._is_due(every) or self.done == 0) or not self.folder.is_writer:
             return
+        self.watch("recording tokens")
         lines = snapshot(self.config, self.parts, self.step.rollouts, self.done)
         if (
             self.folder.size("tokens.jsonl") + sum(map(len, lines))
@@ -332,11 +341,13 @@ class _Run:
     def _export(self) -> None:
         if not self.accelerator.is_main_process:
             return
+        self.watch("exporting the student")
         target = self.folder.path / "student"
         model = plain_student(self.config, self.parts.student.model)
         records = self.folder.read("evaluation.jsonl")
         card = model_card(self.config, records, environment(), self._verdict())
         save_model(model, self.parts.tokenizer, target, card)
+        self.watch("")
         self.say(f"student exported to {target}")
 
 

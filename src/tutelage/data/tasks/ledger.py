@@ -22,6 +22,8 @@ LETTERS = "abcdefghijklmnop"
 DIGITS = "0123456789"
 OPERATORS = "+-*"
 PUNCTUATION = "=;#~>"
+ALPHABET = LETTERS + DIGITS + OPERATORS + PUNCTUATION
+"""All that prompts and completions are written with."""
 
 T = TypeVar("T")
 
@@ -159,7 +161,7 @@ class LedgerTask:
     def __post_init__(self) -> None:
         if not 1 <= self.num_items <= len(LETTERS):
             raise ConfigError(
-                f"task.num_items must be from 1 to {len(LETTERS)}, got {self.num_items}. "
+                f"data.num_items must be from 1 to {len(LETTERS)}, got {self.num_items}. "
                 "The embedded models were trained on 5."
             )
 

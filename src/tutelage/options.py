@@ -1,0 +1,223 @@
+"""The options of `tutelage`: what each command takes, and what an option may be given with."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tutelage.errors import ConfigError, as_share
+
+USER_ERROR = 2
+"""Exit code for everything a user can mend."""
+
+_EXAMPLES = {
+    "check": "tutelage check configs/ledger.toml",
+    "train": "tutelage train configs/ledger.toml selection.rule=soft_or selection.keep=0.5",
+    "eval": "tutelage eval package:tutelage/assets/ledger-teacher --json",
+    "sample": "tutelage sample package:tutelage/assets/ledger-teacher --num-prompts 3",
+    "score": "tutelage score configs/ledger.toml --rules soft_or,entropy,q3 --out tokens.jsonl",
+    "report": "tutelage report runs/ledger-1a2b3c4d",
+    "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
+}
+_SUMMARIES = {
+    "check": "Load everything a run needs and say if it fits.",
+    "train": "Train a student, or continue an interrupted run.",
+    "eval": "Measure mean@k, pass@k and maj@k of a model.",
+    "sample": "Print completions of a file's prompts (embedded models: of ledger prompts).",
+    "score": "Write statistics of every token, without training.",
+    "report": "Write a run's report as one HTML file, or its plots.",
+    "compare": "Compare runs, or evaluations, side by side.",
+}
+_NEEDS = {
+    "prompts": "--prompts and --suite both name the problems; give one of them",
+    "out": "--out is the folder of a suite's samples; add --suite, which also takes a file",
+    "model_name": "--model-name is for a server, which is measured with --suite",
+}
+"""Why an option of one way to evaluate cannot be given to the other."""
+
+Request = TypeVar("Request")
+Number = TypeVar("Number", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument errors in the form of every other user error: one line, exit code 2."""
+
+    def error(self, message: str) -> Any:
+        message = re.sub(r"^argument ([^:]+): must", r"\1 must", message)
+        self.exit(USER_ERROR, f"{self.prog}: {message}. Try {self.prog} --help.\n")
+
+
+def request_of(kind: type[Request], arguments: argparse.Namespace) -> Request:
+    """The request that given options describe; what was not given keeps its default.
+
+    Raises:
+        ConfigError: an option was given that this request has no use for.
+    """
+    about_output = ("command", "json")
+    given = {k: v for k, v in vars(arguments).items() if v is not None and k not in about_output}
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for name in given.keys() - names:
+        raise ConfigError(f"{_NEEDS[name]}, got {given[name]!r}.")
+    return kind(**given)
+
+
+def make_parser(version: str) -> Parser:
+    """The parser of all commands; `command` of its result names the one that was given."""
+    parser = Parser(prog="tutelage", description="On-policy distillation of language models.")
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add_options in _COMMANDS.items():
+        add_options(
+            commands.add_parser(
+                name,
+                help=_SUMMARIES[name],
+                description=_SUMMARIES[name],
+                epilog=f"example:\n  {_EXAMPLES[name]}",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
+    return parser
+
+
+def _config(parser: Parser) -> None:
+    parser.add_argument("config", help="TOML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="e.g. num_steps=10")  # fmt: skip
+
+
+def _check(parser: Parser) -> None:
+    _config(parser)
+    parser.add_argument("--decontaminate", nargs="?", const="", metavar="SUITES",
+                        help="prompts that repeat benchmark problems (default all)")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="run one step on tiny random models "
+                        "of the same architectures; nothing is downloaded")  # fmt: skip
+
+
+def _train(parser: Parser) -> None:
+    _config(parser)
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                        help="continue although this key of the configuration changed")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print every step as a JSON line")
+
+
+def _eval(parser: Parser) -> None:
+    """Every default is None: what was not given takes the value of the suite or of the request."""
+    _model(parser)
+    parser.add_argument("--suite", metavar="NAME|FILE", help="tip, eopd, benchmarks such as "
+                        "gsm8k,math500, a .jsonl file, or held-out with a run folder")  # fmt: skip
+    parser.add_argument("--model-name", help="name of the model on a server")
+    parser.add_argument("--out", metavar="DIR", help="folder of a suite's samples and tables; the "
+                        "same command continues there (default evaluations/...)")  # fmt: skip
+
+
+def _model(parser: Parser) -> None:
+    parser.add_argument("model", help="folder, run folder, .gguf file, package:NAME/folder, hub id;"
+                        " eval also takes a server, http://host:port/v1")  # fmt: skip
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL or parquet prompts (the embedded "
+                        "models have the ledger task as a default)")  # fmt: skip
+    parser.add_argument("--grader", choices=("none", "number", "math", "exact"),
+                        help="how answers of a file are compared (default number where all of them "
+                        "are numbers, else math)")  # fmt: skip
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction,
+                        help="use the chat template (default: if the model has one)")  # fmt: skip
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction,
+                        help="passed to the chat template as enable_thinking")  # fmt: skip
+    parser.add_argument("--suffix", help="text appended to every prompt")
+    number = parser.add_mutually_exclusive_group()  # one option under two names
+    for name in ("--num-problems", "--num-prompts"):
+        number.add_argument(name, dest="num_problems", type=count, metavar="N",
+                            help="first N problems (default 64; all of a suite)")  # fmt: skip
+    parser.add_argument("--num-samples", type=count, metavar="K",
+                        help="completions of each, k (default 8, or the suite's)")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=count, metavar="N",
+                        help="length at which a completion is cut off (default 256, or the "
+                        "suite's)")  # fmt: skip
+    parser.add_argument("--temperature", type=temperature, metavar="T",
+                        help="0 is greedy (default 1, or the suite's)")  # fmt: skip
+    parser.add_argument("--top-p", type=share, metavar="P", help="default 1, or the suite's")
+    parser.add_argument("--batch-size", type=count, metavar="N",
+                        help="completions at once, here or on a server (default 64)")  # fmt: skip
+    parser.add_argument("--seed", type=int, help="default 424242")
+    parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="dtype of the weights (default float32)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _score(parser: Parser) -> None:
+    _config(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--num-prompts", type=count, metavar="N",
+                        help="held-out prompts to complete and score (default 8)")  # fmt: skip
+    source.add_argument("--completions", metavar="FILE",
+                        help="score these prompts and completions instead of sampling")  # fmt: skip
+    parser.add_argument("--rules", default="", help="comma-separated, e.g. soft_or,entropy,q3")
+    parser.add_argument("--keep", type=share, help="budget of the rules (default 0.2)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
+    parser.add_argument("--out", help="JSONL file, - for standard output (default, without --html)")
+
+
+def _report(parser: Parser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", type=Path)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--out", type=Path, help="HTML file (default RUN/report.html)")
+    kind.add_argument("--figures", type=Path, metavar="DIR",
+                      help="write its plots as SVG and PNG files instead")  # fmt: skip
+
+
+def _compare(parser: Parser) -> None:
+    parser.add_argument("run_folders", metavar="RUN", type=Path, nargs="+",
+                        help="folders of runs, or all of them of eval --suite")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+_COMMANDS: dict[str, Callable[[Parser], None]] = {
+    "check": _check,
+    "train": _train,
+    "eval": _eval,
+    "sample": _model,
+    "score": _score,
+    "report": _report,
+    "compare": _compare,
+}
+
+
+# --- types of values ------------------------------------------------------------------------------
+
+
+def count(text: str) -> int:
+    """A number of things, at least 1."""
+    value = _number(text, int, "a whole number")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    value = _number(text, float, "a number")
+    if not 0.0 < value <= 1.0:
+        hint = as_share(value).rstrip(". ")
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}{hint and '. '}{hint}")
+    return value
+
+
+def temperature(text: str) -> float:
+    """A finite number of at least 0."""
+    value = _number(text, float, "a number")
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
+def _number(text: str, kind: Callable[[str], Number], what: str) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
