@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from http.client import HTTPResponse
 from typing import Any
 
@@ -407,3 +408,30 @@ def test_a_message_cut_off_before_its_first_word_is_an_empty_thought() -> None:
     with EvilServer(lambda body: silent).running() as url:
         (completion,) = Server(url, SamplingConfig(), MODEL).complete([CHAT], 64)
     assert (completion.text, completion.is_truncated) == ("<think>", True)
+
+
+def test_a_thought_that_the_servers_template_opened_shows_where_one_is_closed() -> None:
+    """The guess of the completion that was cut off, drawn beside a finished one, is no answer."""
+
+    def said(text: str) -> Mutation:
+        def cut(exchange: Exchange) -> None:
+            reply = exchange.good()
+            reply["choices"][0] |= {"finish_reason": "length"}
+            reply["choices"][0]["message"] |= {"content": text}
+            exchange.send_json(reply)
+
+        return cut
+
+    guess, done = r"First guess: \boxed{5}. No wait,", r"hm</think>\boxed{5}"
+    opening = Prompt("open", "2+3\n<think>\n", "5")
+    chat = replace(CHAT, answer="5")
+    grade = FileTask("t", (chat,), "math").grade
+    for texts, verdicts in (((guess, done), [False, True]), ((guess, guess), [True, True])):
+        server = EvilServer(scripted(*map(said, texts)))
+        with server.running() as url:
+            client = Server(url, SamplingConfig(num_samples=2), MODEL, num_concurrent=1)
+            drawn = client.complete([chat], 64)
+        assert [grade(c.prompt, c.thought + c.text, True) for c in drawn] == verdicts
+    with EvilServer(lambda body: good).running() as url:
+        drawn = Server(url, SamplingConfig(), MODEL).complete([opening], 64)
+    assert [c.thought for c in drawn] == ["<think>\n"]

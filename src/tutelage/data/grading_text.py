@@ -42,6 +42,12 @@ def opened_thought(prompt: str) -> str:
     return ""
 
 
+def closes_unopened(completion: str) -> bool:
+    """Whether a thought ends that began before the completion: its prompt had opened it."""
+    first = _THOUGHT.search(completion)
+    return first is not None and any(first.groups())
+
+
 def has_box(text: str) -> bool:
     """Whether a text marks an answer by ``\\boxed`` or ``\\fbox``, finished or not."""
     return _BOX.search(text) is not None

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from tutelage.data.grading_text import closes_unopened, opened_thought
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation.suite import Completion
@@ -105,6 +106,7 @@ class Server:
     def __post_init__(self) -> None:
         self._neutral = {"top_k": self.sampling.top_k or -1} | NEUTRAL
         self._lock = Lock()
+        self._opens_thoughts = False
         self._client = Client(self.url, self.limits, self.num_concurrent)
         self.model_name = self.model_name or self._client.ask("/models", None, self._only_model)
 
@@ -129,7 +131,14 @@ class Server:
                     "model here, or leave the tools out."
                 )
         asked = [(p, s) for p in prompts for s in range(self.sampling.num_samples)]
-        return self._client.each([partial(self._one, p, s, max_new_tokens) for p, s in asked])
+        drawn = self._client.each([partial(self._one, p, s, max_new_tokens) for p, s in asked])
+        return [self._with_thought(completion) for completion in drawn]
+
+    def _with_thought(self, completion: Completion) -> Completion:
+        """A server shows no prompts: that they open a thought is seen where one is closed."""
+        if isinstance(completion.prompt.content, str):
+            return replace(completion, thought=opened_thought(completion.prompt.content))
+        return replace(completion, thought="<think>") if self._opens_thoughts else completion
 
     def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Completion:
         body: dict[str, Any] = {
@@ -142,6 +151,8 @@ class Server:
 
         def accept(content: bytes) -> Completion:
             text, reason, num_tokens = self._completion(content, prompt, max_new_tokens)
+            if closes_unopened(text):
+                self._opens_thoughts = True
             return Completion(prompt, sample, text, reason == "length", num_tokens)
 
         if isinstance(prompt.content, str):
