@@ -183,3 +183,15 @@ def test_a_wrong_block_is_noticed(tmp_path: Path, text: str) -> None:
     (block,) = blocks(text)
     with pytest.raises(AssertionError):
         execute(block, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "extras"), [("demo", ["report"]), ("test", ["report", "dev"]), ("check", ["dev"])]
+)
+def test_a_target_installs_what_it_needs(target: str, extras: list[str]) -> None:
+    """The demo shows the main job in minutes; what only development needs takes gigabytes."""
+    command = ["make", "--dry-run", "--always-make", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = {e for group in re.findall(r"\.\[([\w,]+)\]", done.stdout) for e in group.split(",")}
+    assert found >= set(extras)
+    assert target != "demo" or found == {"report"}
