@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tutelage.models.draw import SamplingConfig
-from tutelage.rollout import triton_operators
+from tutelage.rollout import kernels, sample_kernels, triton_operators
 from tutelage.rollout.kv_slots import Slots, make_picking
 from tutelage.rollout.operators import Heads, TorchOperators
 from tutelage.rollout.state import Rows, Sizes, Work, make_rows, make_work
@@ -78,11 +80,11 @@ def test_embedding_and_norms() -> None:
     torch.manual_seed(5)
     table, weight = torch.randn(50, 48), torch.randn(48)
     pairs = both(lambda o, rows, work, _: o.embed_norm(rows, work, table, weight, 1e-6))
-    check(pairs, "x", "normed", "states", "column")
+    check(pairs, "x", "normed", "states", "column", "position")
     pairs = both(lambda o, rows, work, _: o.add_norm(rows, work, weight, 1e-6))
     check(pairs, "x", "normed", "position")
     pairs = both(lambda o, rows, work, _: o.end_step(rows, work, weight, 1e-6, CAPACITY - 1))
-    check(pairs, "hidden", "position")
+    check(pairs, "hidden", "position", "column")
 
 
 def test_norms_in_bfloat16() -> None:
@@ -201,6 +203,37 @@ def test_a_layer_takes_eight_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.append(operators.launches + slots.step.products)
     assert counts[1] - counts[0] == 8
     assert counts[0] == 2 * 8 + 4  # logits, two that pick, and the last norm
+
+
+NUMBERS = {"token", "slot", "position", "done", "column"}
+"""What a kernel reads of its row as one number, with all of its warps."""
+
+
+def numbers(source: str) -> tuple[set[str], set[str]]:
+    """Numbers of a row that a kernel loads and those that it stores."""
+    loaded: set[str] = set()
+    stored: set[str] = set()
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("tl.load", "tl.store"):
+            into = loaded if ast.unparse(call.func) == "tl.load" else stored
+            names = ast.walk(call.args[0])
+            into |= {name.id for name in names if isinstance(name, ast.Name)} & NUMBERS
+    return loaded, stored
+
+
+def test_no_kernel_stores_a_number_that_another_of_its_warps_may_still_load() -> None:
+    for name in ("embed_norm", "attend"):
+        loaded, stored = numbers(inspect.getsource(kernels.__dict__[name].fn))
+        assert loaded
+        assert not stored
+    for kernel in (sample_kernels.pick, sample_kernels.pick_filtered):
+        assert "column" not in numbers(inspect.getsource(kernel.fn))[1]
+    assert "column" not in numbers(inspect.getsource(sample_kernels._note.fn))[1]
+
+
+def test_what_ends_a_step_stores_what_nothing_else_in_it_depends_on() -> None:
+    loaded, stored = numbers(inspect.getsource(kernels.add_norm.fn))
+    assert (loaded, stored) == ({"position", "done", "column"}, {"position", "column"})
 
 
 def count_only(self: TritonOperators, *args: Any, **options: Any) -> None:

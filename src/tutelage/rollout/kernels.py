@@ -18,7 +18,7 @@ def embed_norm(
     eps, width, table_stride, columns,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x ← table[token], normed ← rms_norm(x); notes the hidden state; the row's next column."""
+    """x ← table[token], normed ← rms_norm(x); notes the hidden state in the row's column."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -32,15 +32,18 @@ def embed_norm(
     now = tl.load(column + row)
     state = tl.load(hidden + row * width + at, mask=inside)
     tl.store(states + (row * columns + now) * width + at, state, mask=inside)
-    tl.store(column + row, now + 1)
 
 
 @triton.jit
 def add_norm(
-    x, y, weight, normed, position, done, last, eps, width,
+    x, y, weight, normed, position, done, column, last, eps, width,
     BLOCK: tl.constexpr, ENDS_STEP: tl.constexpr,
 ):  # fmt: skip
-    """x ← x + y, normed ← rms_norm(x); at the end of a step the row's next position."""
+    """x ← x + y, normed ← rms_norm(x); at the end of a step the row's next position and column.
+
+    No kernel uses a number of a row that it changes: its warps do not wait for each other, and a
+    late one would read what an early one has written.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -55,6 +58,7 @@ def add_norm(
     if ENDS_STEP:
         now = tl.load(position + row)
         is_done = tl.load(done + row)
+        tl.store(column + row, tl.load(column + row) + 1)
         tl.store(position + row, tl.where(is_done != 0, now, tl.minimum(now + 1, last)))
     else:
         tl.store(x + row * width + at, here, mask=inside)

@@ -48,13 +48,16 @@ class Operators(Protocol):
     """Kernels started so far."""
 
     def embed_norm(self, rows: Rows, work: Work, table: Tensor, weight: Tensor, eps: float) -> None:
-        """x ← table[token], normed ← rms_norm(x); notes `hidden`; each row's next column."""
+        """x ← table[token], normed ← rms_norm(x); notes `hidden` in each row's column."""
 
     def add_norm(self, rows: Rows, work: Work, weight: Tensor, eps: float) -> None:
         """x ← x + y, normed ← rms_norm(x)."""
 
     def end_step(self, rows: Rows, work: Work, weight: Tensor, eps: float, last: int) -> None:
-        """hidden ← rms_norm(x + y); open rows move one position on, at most to `last`."""
+        """hidden ← rms_norm(x + y); the next column, and of open rows the next position.
+
+        Positions stop at `last`.
+        """
 
     def attend(
         self,
@@ -87,11 +90,10 @@ class TorchOperators:
     launches = 0
 
     def embed_norm(self, rows: Rows, work: Work, table: Tensor, weight: Tensor, eps: float) -> None:
-        """x ← table[token], normed ← rms_norm(x); notes `hidden`; each row's next column."""
+        """x ← table[token], normed ← rms_norm(x); notes `hidden` in each row's column."""
         work.x.copy_(table[rows.token])
         work.normed.copy_(_rms_norm(work.x, weight, eps))
         rows.states[torch.arange(len(rows.token)), rows.column.long()] = rows.hidden
-        rows.column.add_(1)
 
     def add_norm(self, rows: Rows, work: Work, weight: Tensor, eps: float) -> None:
         """x ← x + y, normed ← rms_norm(x)."""
@@ -99,7 +101,8 @@ class TorchOperators:
         work.normed.copy_(_rms_norm(work.x, weight, eps))
 
     def end_step(self, rows: Rows, work: Work, weight: Tensor, eps: float, last: int) -> None:
-        """hidden ← rms_norm(x + y); open rows move one position on, at most to `last`."""
+        """hidden ← rms_norm(x + y); the next column, and of open rows the next position."""
+        rows.column.add_(1)
         rows.hidden.copy_(_rms_norm(work.x + work.y, weight, eps))
         rows.position.add_(1 - rows.done).clamp_(max=last)
 

@@ -44,7 +44,7 @@ class TritonOperators:
         kernel[grid](*args, **options)
 
     def embed_norm(self, rows: Rows, work: Work, table: Tensor, weight: Tensor, eps: float) -> None:
-        """x ← table[token], normed ← rms_norm(x); notes `hidden`; each row's next column."""
+        """x ← table[token], normed ← rms_norm(x); notes `hidden` in each row's column."""
         size, width = work.x.shape
         self._start(
             kernels.embed_norm,
@@ -60,7 +60,7 @@ class TritonOperators:
         self._norm(rows, work, weight, eps, work.normed, 0, False)
 
     def end_step(self, rows: Rows, work: Work, weight: Tensor, eps: float, last: int) -> None:
-        """hidden ← rms_norm(x + y); open rows move one position on, at most to `last`."""
+        """hidden ← rms_norm(x + y); the next column, and of open rows the next position."""
         self._norm(rows, work, weight, eps, rows.hidden, last, True)
 
     def _norm(
@@ -77,7 +77,8 @@ class TritonOperators:
         self._start(
             kernels.add_norm,
             (size,),
-            *(work.x, work.y, weight, out, rows.position, rows.done, last, eps, width),
+            *(work.x, work.y, weight, out, rows.position, rows.done, rows.column),
+            *(last, eps, width),
             BLOCK=triton.next_power_of_2(width),
             ENDS_STEP=ends_step,
             num_warps=_warps(width),
