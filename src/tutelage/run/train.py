@@ -331,12 +331,13 @@ class _Run:
         return verdict_of(self.folder.read("evaluation_rows.jsonl"), self.done)
 
     def _conclude(self) -> None:
-        """The verdict, said and kept in the manifest."""
+        """The verdict, kept in the manifest, and said where this start did a step."""
         verdict = self._verdict()
         if verdict is not None:
             manifest = self.folder.read_manifest() or {}
             self.folder.write_manifest(manifest | {"verdict": asdict(verdict)})
-            self.say(f"verdict: {verdict}")
+            if self.done >= self.first_step:
+                self.say(f"verdict: {verdict}")
 
     def _export(self) -> None:
         if not self.accelerator.is_main_process:
