@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core._block import chunk_budget
+from tutelage.core.kernels import is_supported
 from tutelage.models.foreign import foreign
 from tutelage.models.limits import context_limit
 from tutelage.models.rows import backbone
@@ -200,15 +201,17 @@ def _learn(config: Config, parts: Parts, sizes: _Sizes) -> dict[str, int]:
     if config.student.activation_checkpointing:
         width = head.shape[1] * model.dtype.itemsize
         activations = layers * width + 2 * per_token // layers
-    chunk = min(chunk_budget(parts.device), 8 * sizes.micro_rows * head.shape[0])
+    logits, budget = 8 * sizes.micro_rows * head.shape[0], chunk_budget(parts.device)
+    # logits of one chunk wait for backward, where the head's gradient is not summed
+    is_summed = not is_supported(parts.device) or logits + logits // 32 > budget
     gradients = sum(4 * m.numel() for m in masters.masters)
     gradients += sum(w.nbytes for w, _ in masters.pairs)
     # the head's gradient is summed in float32 beside that of the backward pass
-    summed = 4 * head.numel() if head.requires_grad else 0
+    summed = 4 * head.numel() if head.requires_grad and is_summed else 0
     return {
         "activations": sizes.micro_batch * activations,
         "gradients": gradients,
-        "head": chunk + summed + 2 * 4 * sizes.micro_rows * head.shape[1],
+        "head": min(budget, logits) + summed + 2 * 4 * sizes.micro_rows * head.shape[1],
     }
 
 
