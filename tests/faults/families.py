@@ -112,6 +112,11 @@ def run(size: int) -> Outcome:
             with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
                 cases = list(pool.map(_through_quietly, chosen))
         control = seen_of_wrong_code()
+    return summary(cases, control)
+
+
+def summary(cases: Sequence[Case], control: dict[str, int]) -> Outcome:
+    """What all cases together say."""
     results = Counter(case.result for case in cases)
     tried = [case for case in cases if case.result != "not built"]
     return Outcome(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import safe_open
+
 from tutelage.errors import ModelError
+from tutelage.models.reference import ResolvedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class CausalClass(NamedTuple):
@@ -38,3 +42,21 @@ def causal_class(config: PreTrainedConfig, ref: str) -> CausalClass:
         f"model {ref!r} is of type {config.model_type!r}, for which transformers has no causal "
         "language model. Use the whole model that it is a part of, or another one."
     )
+
+
+def restore_padding_row(found: ResolvedModel, model: PreTrainedModel) -> None:
+    """Give the padding token's embedding the file's numbers, in place.
+
+    Some classes of transformers set it to zero after they have read it (Youtu). Where the head is
+    tied, that row has been trained.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    index = embeddings.__dict__.get("padding_idx")
+    if index is None:
+        return
+    names = {name for name, weight in model.named_parameters() if weight is embeddings.weight}
+    for path in sorted(Path(found.source).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in names & {*file.keys()}:
+                row = file.get_slice(name)[index : index + 1]
+                embeddings.weight[index].copy_(row[0])

@@ -37,7 +37,7 @@ from tutelage.models.claims import (
     refuse_missing_layers,
     refuse_parts_elsewhere,
 )
-from tutelage.models.classes import causal_class
+from tutelage.models.classes import causal_class, restore_padding_row
 from tutelage.models.device import find_device
 from tutelage.models.fast import use_fast_layers
 from tutelage.models.gguf_files import parsed_once
@@ -233,6 +233,9 @@ def _load_plain(
             "is merged into its base."
         )
     _refuse_missing_weights(found, report)
+    if found.is_local and low_bits is None:
+        with _explained(found, "model"), torch.no_grad():
+            restore_padding_row(found, model)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -32,7 +32,7 @@ _LENGTHS = (5, 2, 3)
 _NUM_STEPS = 4
 TRIAL_TOKENS = max(_LENGTHS) + _NUM_STEPS
 """The longest sequence of a trial."""
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ROUNDING_LOW_BITS = 0.1
 
 

@@ -46,6 +46,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"first_k_dense_replace|n_group|topk_group|n_groups|.*_n_groups|o_groups", 1),
     (r"(num_|n_|moe_num_)?(routed_|local_)?experts|zero_expert_num|router_hidden_size", 4),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts", 2),
+    (r"keep_window_size", 2048),  # an end, see `limits`
     (r".*window(_size)?|attention_chunk_size|local_attention|rel_extent", 8),
     (r"(mamba_)?d_state|(ssm_)?state_size|(mamba_)?chunk_size", 8),
     (r"index_block_size|index_topk_blocks", 2),
