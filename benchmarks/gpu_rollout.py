@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 560}
-ATTENTION = ((32, 4, 3), (64, 4, 3), (64, 4, 2), (128, 8, 2), (64, 2, 3), (32, 2, 4))
+ATTENTION = ((64, 4, 3), (32, 4, 3), (64, 4, 2), (128, 8, 2), (64, 2, 3), (32, 2, 4))
 """Columns of a block, warps and stages that are tried."""
 PROMPT, NEW = (128, 256) if IS_CUDA else (6, 12)
 

@@ -244,4 +244,4 @@ def test_splits_fill_the_device_and_bound_what_one_program_reads() -> None:
     assert triton_operators.num_splits(64, 8, 512, 132) == 1
     assert triton_operators.num_splits(8, 8, 512, 132) == 5
     assert triton_operators.num_splits(64, 8, 8192, 132) == 4
-    assert triton_operators.num_splits(1, 1, 256, 132) == 8
+    assert triton_operators.num_splits(1, 1, 256, 132) == 4

@@ -14,7 +14,7 @@ from tutelage.rollout.state import Rows, Work
 
 VOCAB_BLOCK = 2048
 """Ids whose probabilities are first summed together."""
-COLUMN_BLOCK = 32
+COLUMN_BLOCK = 64
 """Columns of a cache that attention reads at once."""
 ATTEND = {"num_warps": 4, "num_stages": 3}
 """Warps of an attention program, and blocks of columns that it has in flight."""
