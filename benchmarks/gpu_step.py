@@ -83,7 +83,7 @@ def _configuration(folder: Path, **changes: Any) -> dict[str, Any]:
         "sampling": {"max_new_tokens": NEW_TOKENS},
         "optimizer": {"learning_rate": 1e-6, "schedule": "constant"},
         "evaluation": {"num_problems": 0},
-        "num_steps": NUM_STEPS,
+        "num_steps": NUM_STEPS + 1,  # ended before the last, which would write a checkpoint
         "prompts_per_step": PROMPTS,
         "micro_batch_size": 64,
         "micro_batch_tokens": 16_384,
@@ -96,8 +96,12 @@ def _configuration(folder: Path, **changes: Any) -> dict[str, Any]:
     return table
 
 
-def _train(table: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
-    """The metrics of every step, with the seconds between them."""
+class _EnoughStepsError(Exception):
+    """Ends a run early."""
+
+
+def _train(table: dict[str, Any], last_step: int = NUM_STEPS) -> list[dict[str, Any]]:
+    """The metrics of every step up to `last_step`, with the seconds between them."""
     from tutelage.run.config import Config
     from tutelage.run.parse import parse_config
     from tutelage.run.train import train
@@ -114,8 +118,12 @@ def _train(table: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
         last = now
         print(f"step {metrics['step']}: {steps[-1]['step_s']:.2f} s, {metrics['seconds']}")
 
+        if len(steps) == last_step:
+            raise _EnoughStepsError
+
     torch.cuda.reset_peak_memory_stats()
-    train(config, say=print, on_step=on_step, **options)
+    with contextlib.suppress(_EnoughStepsError):
+        train(config, say=print, on_step=on_step)
     return steps
 
 
@@ -197,6 +205,29 @@ def learn_profile() -> dict[str, Any]:
         "steps": steps,
         **calls[-1],
     }
+
+
+def learn_fused() -> dict[str, Any]:
+    """The same with Liger's norms and gated units in the student."""
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    from tutelage.run import train
+
+    module: Any = train
+    plain = module.build
+
+    def build(*arguments: Any) -> Any:
+        parts = plain(*arguments)
+        _apply_liger_kernel_to_instance(
+            parts.student.model,
+            rope=False,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+        )
+        return parts
+
+    module.build = build
+    return learn_profile()
 
 
 def _trl(student: str, teacher: str) -> dict[str, Any]:
@@ -292,10 +323,10 @@ def checkpoints() -> dict[str, Any]:
             sampling={"max_new_tokens": 16},
             checkpoint_every=1,
             keep_checkpoints=1,
-            num_steps=5,
+            num_steps=4,
         )
         started = time.perf_counter()
-        steps = _train(table)
+        steps = _train(table, last_step=0)
         ended = time.perf_counter()
         saved = sum(p.stat().st_size for p in (folder / "run").glob("checkpoint-*/**/*.*"))
     waits = [s["step_s"] - sum(s["seconds"].values()) for s in steps]
@@ -334,15 +365,12 @@ def _embedded_run(config: Any, stop_after: int | None) -> None:
 
     if stop_after is not None:
 
-        class Stopped(Exception):
-            """Raised after a step to end a run early."""
-
         def on_step(metrics: dict[str, Any]) -> None:
             if metrics["step"] == stop_after:
-                raise Stopped
+                raise _EnoughStepsError
 
         early = dataclasses.replace(config, checkpoint_every=10)
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(_EnoughStepsError):
             train(early, say=lambda _: None, on_step=on_step)
         train(early, say=lambda _: None)
         return
@@ -361,6 +389,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "step_ours": step_ours,
     "step_trl": step_trl,
     "learn_profile": learn_profile,
+    "learn_fused": learn_fused,
     "step_ours_soft_or": step_ours_soft_or,
     "step_ours_small": step_ours_small,
     "step_trl_small": step_trl_small,

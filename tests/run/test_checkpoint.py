@@ -345,6 +345,22 @@ def test_a_run_whose_thread_writes_equals_one_that_writes_inline(
         assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
+def test_large_states_lie_in_several_files_and_come_back(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 4096)
+    path = save(tmp_path, 3, tiny_models)
+    files = sorted(file.name for file in path.glob("optimizer*"))
+    assert len(files) > 3
+    assert files[0] == f"optimizer-00001-of-{len(files):05d}.safetensors"
+    again = AutoModelForCausalLM.from_pretrained(path / "model")
+    fresh = torch.optim.AdamW(again.parameters())
+    load_optimizer(path, parts_of(tiny_models, again), fresh)
+    _, optimizer = trained(tiny_models, seed=3)
+    found, expected = state_of(fresh), state_of(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def raising(error: Exception) -> Callable[..., None]:
     def fail(*_: object) -> None:
         raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,11 @@ _MASTER = "master"
 """Name of a float32 master weight among its moments."""
 _NUMBER = "#"
 """Ends the name of an optimizer's entry that is a plain number."""
+_OPTIMIZER = "optimizer"
+"""Stem of the files of an optimizer's state."""
+_FILE_BYTES = 1 << 30
+"""Most bytes of state in one file; more are written, and summed, by several threads."""
+_NUM_THREADS = 8
 _SPARE_BYTES = 16 << 20
 """Room that a checkpoint needs beside its tensors: tokenizer, headers, logs."""
 
@@ -128,7 +134,7 @@ def write_snapshot(run: Path, snapshot: Snapshot, parts: Parts, keep: int) -> Pa
         with new_folder(final) as temporary:
             model, folder = parts.student.model, temporary / "model"
             save_model(model, parts.tokenizer, folder, tensors=snapshot.model)
-            save_file(snapshot.optimizer, temporary / "optimizer.safetensors")
+            _save_tensors(snapshot.optimizer, temporary)
             seal(temporary, {"step": snapshot.step})  # reads every byte back
     except (OSError, SafetensorError, RunError) as error:
         cause = error.__cause__ or error
@@ -138,6 +144,25 @@ def write_snapshot(run: Path, snapshot: Snapshot, parts: Parts, keep: int) -> Pa
         ) from None
     rotate(run, keep)
     return final
+
+
+def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """`optimizer.safetensors`, or several files of at most `_FILE_BYTES`, written side by side."""
+    groups: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > _FILE_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    if len(groups) == 1:
+        save_file(groups[0], folder / f"{_OPTIMIZER}.safetensors")
+        return
+    count = len(groups)
+    names = [f"{_OPTIMIZER}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        list(pool.map(save_file, groups, [folder / name for name in names]))
 
 
 def savable_tensors(
@@ -204,13 +229,15 @@ def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -
     Raises:
         RunError: the file is damaged or belongs to another model.
     """
-    file = path / "optimizer.safetensors"
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{file} cannot be read: {error}. Delete {path} to use an older one."
-        ) from None
+    tensors: dict[str, Tensor] = {}
+    whole = path / f"{_OPTIMIZER}.safetensors"
+    for file in sorted(path.glob(f"{_OPTIMIZER}-*.safetensors")) or [whole]:
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{file} cannot be read: {error}. Delete {path} to use an older one."
+            ) from None
     masters = dict(zip(trained_names(parts.student), parts.masters.masters, strict=True))
     # torch numbers weights in the order of the optimizer's groups, which need not be the model's
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
