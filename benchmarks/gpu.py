@@ -135,7 +135,7 @@ def main() -> None:
         print(f"== {name}", flush=True)
         found = run_part(name, given.limit)
         print(f"== {name}: {found.get('failed', 'done')} in {found['wall_s']} s", flush=True)
-        record["parts"][name] = found
+        record["parts"][name] = found | {"commit": about["commit"]}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
     if any("failed" in found for found in record["parts"].values()):
