@@ -19,6 +19,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from performance_gpu import gpu
+
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 MIB = 1 << 20
@@ -366,7 +368,7 @@ def objective(record: dict[str, Any], images: Path) -> Iterator[str]:
 
 def page(results: Path, images: Path) -> str:
     """The whole page."""
-    parts = [INTRO]
+    parts = [INTRO, *gpu(results)]
     for record in newest(results, "objective"):
         if "cases" in record:
             parts += objective(record, images)

@@ -1,0 +1,168 @@
+"""The part of docs/performance.md about one CUDA device, from `results/gpu-*.json` alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Table = list[list[str]]
+INTRO = """\
+## On one GPU
+
+Hidden states and heads in bfloat16; `benchmarks/gpu.py` takes the measurements, each part in a
+process of its own with both sides of a ratio. Times are medians of CUDA events; extra memory is
+what one call needs beyond what was allocated, gradients included. `generate` is the model's own,
+with its dynamic cache. In the whole steps below the objective still ran in plain torch, because the
+statistics that diagnostics ask for had no kernels yet.
+"""
+WAYS = {
+    "products_bf16": "the four products, bfloat16 weight gradient",
+    "products_f32": "the four products, float32 weight gradient",
+    "ours": "**ours**",
+    "ours_small": "**ours, small chunks**",
+    "trl": "TRL",
+    "materialised": "materialised logits",
+    "liger": "Liger",
+    "liger_compiled": "Liger, compiled",
+}
+SHAPES = ("objective_wide", "objective_narrow", "objective_few", "objective_liger")
+DRAWS = ("rollout_8_256", "rollout_64", "rollout_ragged", "rollout_0.6b", "rollout_4b")
+
+
+def table(header: Sequence[str], rows: Table) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def where(record: dict[str, Any]) -> str:
+    """Device and versions."""
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    commits = sorted({part["commit"][:10] for part in record["parts"].values()})
+    what = f"{record['device']}, driver {record['driver']}, {packages}"
+    return f"*{record['date']}, commits {', '.join(commits)}: {what}.*\n"
+
+
+def shape_tables(parts: dict[str, Any]) -> Iterator[str]:
+    """Time and extra memory of each way to compute the objective."""
+    for name in SHAPES:
+        part = parts.get(name, {})
+        if "ours" not in part:
+            continue
+        mine = part["ours"]["ms"]
+        rows = [
+            [label, f"{part[way]['ms']:.1f}", f"{mine / part[way]['ms']:.2f}",
+             f"{part[way]['mib']:,}"]
+            for way, label in WAYS.items()
+            if way in part
+        ]  # fmt: skip
+        n, v, d = part.get("shape") or parts["objective_wide"]["shape"]
+        yield f"### The objective, N = {n:,}, V = {v:,}, D = {d:,}\n"
+        yield table(["", "ms", "ours / it", "extra MiB"], rows)
+
+
+def rule_table(parts: dict[str, Any]) -> Iterator[str]:
+    """What selection and other terms cost."""
+    part = parts.get("objective_rules", {})
+    if "all_tokens" not in part:
+        return
+    rows = [
+        [name.replace("_", " "), f"{part[name]['ms']:.1f}", f"{ratio:.2f}"]
+        for name, ratio in part["ratios"].items()
+    ]
+    yield "### Rules and terms, scoring included\n"
+    yield table(["", "ms", "/ all tokens"], rows)
+
+
+def error_table(parts: dict[str, Any]) -> Iterator[str]:
+    """Distance from float64."""
+    part = parts.get("objective_errors", {})
+    rows = [
+        [name.replace("_", " "), *(f"{part[name][key]:.1e}" for key in ("value", "hidden", "head"))]
+        for name in ("ours", "trl", "liger", "materialised")
+        if name in part
+    ]
+    if rows:
+        yield "### Relative distance from float64, bfloat16 inputs\n"
+        yield table(["", "value", "gradient of hidden states", "gradient of the head"], rows)
+
+
+def draw_table(parts: dict[str, Any]) -> Iterator[str]:
+    """Rollouts against `generate` and against reading weights and cache once."""
+    rows: Table = []
+    for name in DRAWS:
+        for what, entry in parts.get(name, {}).items():
+            if isinstance(entry, dict) and "ms/step" in entry:
+                peer = entry.get("generate ms/step")
+                rows.append(
+                    [
+                        f"{name.removeprefix('rollout_')}, {what}",
+                        f"{entry['ms/step']:.2f}",
+                        f"{entry['tokens/s']:,.0f}",
+                        f"{entry['share of the limit']:.2f}",
+                        "" if peer is None else f"{peer:.1f}",
+                    ]
+                )
+    if rows:
+        yield "### Rollouts, Qwen3-1.7B's architecture, 128 + 256 tokens\n"
+        header = ["", "ms a step", "tokens/s", "of the memory's limit", "`generate`, ms a step"]
+        yield table(header, rows)
+
+
+def step_table(parts: dict[str, Any]) -> Iterator[str]:
+    """Whole steps."""
+    rows: Table = []
+    for name, label in (
+        ("step_ours", "ours, 1.7B from 4B"),
+        ("step_ours_soft_or", "ours, Soft-OR 50 %"),
+        ("step_trl", "TRL, 1.7B from 4B"),
+        ("step_ours_small", "ours, 0.6B from 1.7B"),
+        ("step_trl_small", "TRL, 0.6B from 1.7B"),
+    ):
+        part = parts.get(name, {})
+        if "step_s" in part:
+            phases = ", ".join(
+                f"{phase.removesuffix('_s')} {s:.2f}"
+                for phase, s in part.get("phases_s", {}).items()
+            )
+            rows.append(
+                [label, f"{part['first_step_s']:.1f}", f"{part['step_s']:.2f}", phases,
+                 f"{part['tokens_per_s']:,.0f}", f"{part['peak_mib'] / 1024:.1f}"]
+            )  # fmt: skip
+    if rows:
+        yield "### Whole steps, 64 completions of 256 tokens\n"
+        header = ["", "first step, s", "a step, s", "phases, s", "tokens/s", "peak GiB"]
+        yield table(header, rows)
+    part = parts.get("checkpoints", {})
+    if "pause_s" in part:
+        pauses = ", ".join(f"{s:.1f}" for s in part["pause_s"])
+        yield (
+            f"Checkpoints of {part['checkpoint_gb']:.1f} GB, one after every step of "
+            f"{min(part['step_s']):.0f} s or less: training waits {pauses} s, the first time for "
+            "memory that is pinned, later for the checkpoint before it, which is still written.\n"
+        )
+
+
+def failure_lines(parts: dict[str, Any]) -> Iterator[str]:
+    """Parts without a result, and why."""
+    failed = {name: part for name, part in parts.items() if "failed" in part}
+    if failed:
+        yield "### Parts without a result\n"
+        for name, part in failed.items():
+            yield f"- `{name}`: {part['failed']}; last lines: {'; '.join(part['output'][-2:])}"
+        yield ""
+
+
+def gpu(results: Path) -> Iterator[str]:
+    """The section; nothing where no device was measured."""
+    files = sorted(results.glob("gpu-*.json"))
+    for number, file in enumerate(files):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        parts = record["parts"]
+        yield INTRO if number == 0 else ""
+        yield where(record)
+        for section in (shape_tables, rule_table, error_table, draw_table, step_table):
+            yield from section(parts)
+        yield from failure_lines(parts)
