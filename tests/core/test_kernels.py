@@ -360,6 +360,7 @@ def test_mixtures(term: Term, function: Any, spread: float, make_pair: Make) -> 
 
 OLD = torch.tensor([-1.0, -0.5, -9.0])
 TOKENS = torch.tensor([2, 0, 36])
+CLIP = 50.0  # so wide that some rows have a slope
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -371,8 +372,8 @@ TOKENS = torch.tensor([2, 0, 36])
         (TopKForwardKL(99), lambda p, q: reference.topk_kl(p, q, 37, True)),
         (TopKReverseKL(5), lambda p, q: reference.topk_kl(p, q, 5, False)),
         (
-            SampledReverseKL(TOKENS, OLD),
-            lambda p, q: reference.sampled(p, q, TOKENS.tolist(), OLD.tolist(), 0.2),
+            SampledReverseKL(TOKENS, OLD, CLIP),
+            lambda p, q: reference.sampled(p, q, TOKENS.tolist(), OLD.tolist(), CLIP),
         ),
     ],
     ids=["tail", "renorm", "all_ids", "reverse", "sampled"],
@@ -408,9 +409,9 @@ def test_a_students_tail_that_has_vanished(make_pair: Make) -> None:
 
 def test_a_sampled_token_beside_the_teachers_top_ids(make_pair: Make) -> None:
     pair = make_pair(rows=3, vocab_size=37, dtype=torch.float32)
-    sampled = SampledReverseKL(TOKENS, OLD)
+    sampled = SampledReverseKL(TOKENS, OLD, CLIP)
     pairs = [
-        (lambda p, q: reference.sampled(p, q, TOKENS.tolist(), OLD.tolist(), 0.2), [1.0] * 3),
+        (lambda p, q: reference.sampled(p, q, TOKENS.tolist(), OLD.tolist(), CLIP), [1.0] * 3),
         (lambda p, q: reference.topk_kl(p, q, 4, True), [0.5] * 3),
     ]
     value, expected = reference.composite(pair.reference, pairs)
