@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,4 +163,17 @@ def test_a_continuation_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("tutelage.run.train.load_optimizer", forgetful)
     with pytest.raises(RunError, match="continued from its checkpoint is another run"):
+        list(dry_run(parse_config(HUB)))
+
+
+def test_a_signal_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops in order, so that nothing is left to compare."""
+    write = Step.write
+
+    def interrupted(step: Step, number: int) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return write(step, number)
+
+    monkeypatch.setattr(Step, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         list(dry_run(parse_config(HUB)))

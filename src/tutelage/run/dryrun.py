@@ -68,7 +68,7 @@ def dry_run(config: Config) -> Iterator[str]:
         small = _scaled(config, folder)
         yield from (f"scaled: {line}" for line in _changes(config, small))
         steps: list[dict[str, Any]] = []
-        train(small, say=_say_nothing, on_step=steps.append)
+        _train(small, steps)
         yield _outcome(steps[0])
         yield _reloaded(small)
         yield _resumed(small, steps[1])
@@ -222,7 +222,7 @@ def _resumed(config: Config, metrics: dict[str, Any]) -> str:
     shutil.rmtree(last)
     shutil.rmtree(run / "student")
     again: list[dict[str, Any]] = []
-    train(config, say=_say_nothing, on_step=again.append)
+    _train(config, again)
     (repeated,) = again
     differing = [
         name
@@ -239,6 +239,12 @@ def _resumed(config: Config, metrics: dict[str, Any]) -> str:
             "step 2. Its checkpoints lack something."
         )
     return "continued from the checkpoint of step 1: step 2 is the same again"
+
+
+def _train(config: Config, steps: list[dict[str, Any]]) -> None:
+    """A run to its end, whose metrics join `steps`; a signal that stops it stops the command."""
+    if not train(config, say=_say_nothing, on_step=steps.append).is_finished:
+        raise KeyboardInterrupt
 
 
 def _say_nothing(_: str) -> None:
