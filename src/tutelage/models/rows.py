@@ -90,6 +90,7 @@ class PlainRows:
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in distinct]
         device = self.model.device
         self.mask = torch.tensor(mask, device=device)
+        self.is_padded = min(len(ids) for ids in distinct) < width
         self.position = self.mask.sum(1)
         position = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.hidden = self._forward(torch.tensor(padded, device=device), position)
@@ -112,7 +113,9 @@ class PlainRows:
 
     def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
         # Positions also where nothing is padded: hybrids may not know how many tokens there were.
-        masks = {"attention_mask": self.mask, "position_ids": position}
+        masks = {"position_ids": position}
+        if self.is_padded:
+            masks["attention_mask"] = self.mask
         cache = {} if self.cache is None else {self.cache_name: self.cache}
         output = run(self.base, input_ids=ids, use_cache=True, **masks, **cache)
         self.cache = output[self.cache_name]
