@@ -20,6 +20,8 @@ if find_spec("triton") is not None:
     if before is None:
         del os.environ["TRITON_INTERPRET"]
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub for anything
+
 torch.set_num_threads(1)
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")

@@ -218,13 +218,17 @@ def test_a_data_set_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(formats_module, "is_hub_reachable", lambda: False)
+    with pytest.raises(DataError, match=r"'a/b' is not in the cache .* hub cannot be reached"):
+        load_prompts("a/b")
+    monkeypatch.setattr(formats_module, "is_hub_reachable", lambda: True)
     with pytest.raises(DataError, match="cannot read split 'train' of the data set 'a/b': no net"):
         load_prompts("a/b")
 
 
 def test_data_sets_without_their_package_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats_module, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tutelage\[data\]'"):
+    with pytest.raises(MissingExtraError, match="pip install 'datasets'"):
         load_prompts("a/b")
 
 

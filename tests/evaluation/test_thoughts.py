@@ -47,13 +47,12 @@ def rollouts(*texts: str, thought: str = "<think>\n") -> list[Rollout]:
 
 
 @pytest.mark.parametrize("grader", ["number", "math"])
-def test_in_evaluations_and_weightings(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_evaluations_and_weightings(grader: Grader) -> None:
     drawn = rollouts(GUESS, DONE)
-    monkeypatch.setattr(evaluation, "sample", lambda *_, **__: drawn)
     task = FileTask("t", (PROMPT,), grader)
-    model: Any = None
+    sampler: Any = SimpleNamespace(draw=lambda *_, **__: SimpleNamespace(rollouts=drawn))
     found = evaluation.evaluate(
-        model, model, task.grade, [PROMPT], SamplingConfig(num_samples=2), (0,),
+        sampler, task.grade, [PROMPT], SamplingConfig(num_samples=2), (0,),
         voting=voting_of(grader),
     )  # fmt: skip
     assert found.is_correct == [False, True]

@@ -204,7 +204,7 @@ def test_unknown_dtype_and_device(folder: Path, options: dict[str, str], message
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="'cuda' is not available here"):
+    with pytest.raises(ConfigError, match="'cuda' is not here: torch finds no CUDA device"):
         load_model(str(folder), device="cuda")
 
 
@@ -236,7 +236,7 @@ def test_gguf_without_its_package_names_the_extra(
     monkeypatch.setattr(
         load_module.importlib.util, "find_spec", lambda n: None if n == "gguf" else find_spec(n)
     )
-    with pytest.raises(MissingExtraError, match=r"pip install 'tutelage\[gguf\]'"):
+    with pytest.raises(MissingExtraError, match="pip install 'gguf'"):
         load_model(str(tmp_path / "m.gguf"))
 
 

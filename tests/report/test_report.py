@@ -384,7 +384,7 @@ def test_a_missing_extra_is_named(
 ) -> None:
     run = make_run(num_steps=2)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"'{package}'.*tutelage\[report\]"):
+    with pytest.raises(MissingExtraError, match=f"'{package}'.*extra 'report'"):
         write_report(run)
     assert not (run / "report.html").exists()
 

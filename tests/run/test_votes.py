@@ -9,10 +9,13 @@ import pytest
 
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt, Rollout
+from tutelage.models.engine import TransformersSampler
+from tutelage.models.jobs import Drawn
 from tutelage.run import inspect
-from tutelage.run.config import Config, EvaluationConfig
+from tutelage.run.config import Config, EvaluationConfig, StudentConfig, TeacherConfig
 from tutelage.run.inspect import Inspection, evaluate_model
 from tutelage.run.measure import _evaluate
+from tutelage.run.watch import unwatched
 
 pytest.importorskip("math_verify")
 ANSWERS = (r"\boxed{2\sqrt{3}}", r"\boxed{\sqrt{12}}", r"\boxed{5}")
@@ -22,14 +25,15 @@ POOL = (Prompt("a", "q", "5"), Prompt("b", "r", "5"))
 
 @pytest.fixture(autouse=True)
 def _sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sample(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> list[Rollout]:
-        return [
+    def draw(self: TransformersSampler, prompts: Any, *_: Any, **__: Any) -> Drawn:
+        rollouts = [
             Rollout(prompt, i, (1,), (2,), text=text)
             for prompt in prompts
             for i, text in enumerate(ANSWERS)
         ]
+        return Drawn(rollouts, None)
 
-    monkeypatch.setattr("tutelage.evaluation.evaluate.sample", sample)
+    monkeypatch.setattr(TransformersSampler, "draw", draw)
 
 
 @pytest.mark.parametrize(("grader", "expected"), [("math", 0.0), ("number", 1 / 3)])
@@ -37,9 +41,14 @@ def test_equal_formulas_are_one_vote_where_the_grader_reads_formulas(
     grader: Any, expected: float
 ) -> None:
     task = FileTask("t", POOL, grader, num_held_out=1)
-    config = Config("s", "t", evaluation=EvaluationConfig(num_samples=len(ANSWERS)))
+    config = Config(
+        StudentConfig("s"),
+        TeacherConfig("t"),
+        evaluation=EvaluationConfig(num_samples=len(ANSWERS)),
+    )
     parts: Any = SimpleNamespace(task=task, tokenizer=None, enable_thinking=None)
-    found = _evaluate(config, parts, None)
+    sampler = TransformersSampler(parts, parts, 1)
+    found = _evaluate(config, parts, sampler, "student", unwatched)
     assert found.maj_at_k is not None
     assert found.maj_at_k.value == pytest.approx(expected)
 
@@ -48,10 +57,11 @@ def test_equal_formulas_are_one_vote_where_the_grader_reads_formulas(
 def test_a_model_on_a_file_of_prompts_votes_alike(
     grader: Any, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("load_model", "load_tokenizer"):
-        monkeypatch.setattr(inspect, name, lambda *_, **__: None)
+    monkeypatch.setattr(inspect, "load_model", lambda *_, **__: None)
+    plain = SimpleNamespace(chat_template=None)
+    monkeypatch.setattr(inspect, "load_tokenizer", lambda *_, **__: plain)
     monkeypatch.setattr(inspect, "load_prompts", lambda *_, **__: list(POOL))
     asked = Inspection("m", prompts="file", grader=grader, num_samples=len(ANSWERS))
-    found = evaluate_model(asked)
+    found, _ = evaluate_model(asked)
     assert found.maj_at_k is not None
     assert found.maj_at_k.value == pytest.approx(expected)
