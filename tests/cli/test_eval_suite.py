@@ -181,5 +181,5 @@ def test_check_names_prompts_that_repeat_a_benchmark(own: Path, problems: Path) 
 def test_check_counts_prompts_that_are_too_long(own: Path) -> None:
     limit = ("data.max_prompt_tokens=26", "data.num_held_out=1")
     out = succeed("check", own, *limit).out
-    assert "data: 2 prompts over data.max_prompt_tokens left out" in out
+    assert "warning: 2 prompts over data.max_prompt_tokens left out" in out
     assert "left out" not in succeed("check", own).out

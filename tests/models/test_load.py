@@ -370,7 +370,7 @@ def test_a_tokenizer_that_cannot_be_written_is_told_in_one_line(
 ) -> None:
     other = make_qwen3(len(tokenizer), seed=1)
 
-    def in_the_way(path: Path) -> None:  # the Rust library then raises a bare Exception
+    def in_the_way(path: Path, **_: Any) -> None:  # the Rust library then raises a bare Exception
         (path / "tokenizer.json").mkdir()
 
     monkeypatch.setattr(other, "save_pretrained", in_the_way)

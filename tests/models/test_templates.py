@@ -99,7 +99,8 @@ def test_a_hostile_template_is_one_line(
     template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert text_of(GOOD)  # so that starting counts for no one
-    monkeypatch.setattr(templates, "TIME_LIMIT_S", 0.4)
+    if template == NESTED:  # the only one that nothing but the clock ends
+        monkeypatch.setattr(templates, "TIME_LIMIT_S", 0.4)
     with pytest.raises(ModelError, match=message) as caught:
         text_of(template)
     assert str(caught.value).startswith("the chat template of 'folder' fails at prompt 'p/1'")

@@ -295,7 +295,7 @@ def test_paced_on_prompts_without_a_grader_is_refused_and_writes_nothing(
     prompts.write_text("\n".join(lines))
     data = {"kind": "file", "path": str(prompts), "chat": False, "num_held_out": 1}
     table = tiny_table(tiny_models, tmp_path / "run", data=data, weighting={"kind": "paced"})
-    with pytest.raises(ConfigError, match=r"cannot grade them all\. Set data\.grader"):
+    with pytest.raises(ConfigError, match=r"but data\.grader is 'none'\. Set data\.grader"):
         train(parse_config(table), say=lambda _: None)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
