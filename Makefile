@@ -33,6 +33,7 @@ test: install .venv/axe  ## all tests but the slow ones
 
 test-slow: install  ## the tests that take long
 	$(PYTEST) -m slow
+	TUTELAGE_SWEEP=1000 $(PYTEST) tests/invariance/test_selection_ranks.py
 
 # The browser tests check the pages with axe-core where npm can fetch it, and go without elsewhere.
 .venv/axe: install

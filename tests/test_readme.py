@@ -120,6 +120,7 @@ def run(command: list[str], folder: Path, block: Block) -> None:
     assert "Traceback" not in done.stderr, where
 
 
+@pytest.mark.slow
 def test_every_block_does_what_it_says(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "src").symlink_to(ROOT / "src")

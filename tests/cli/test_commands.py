@@ -313,7 +313,7 @@ def test_check_says_what_a_run_would_do(tmp_path: Path) -> None:
     rules = ("selection.rule=q3", "selection.keep=0.25", f"out={tmp_path / 'run'}")
     text = succeed("check", LEDGER, *TINY, *rules).out
     assert "tokenizers agree" in text
-    assert "2 steps of 4 prompts x 1 completions, rule q3 keeps 25% of tokens" in text
+    assert "2 steps of 4 prompts x 1 completions, rule q3 keeps 25 % of tokens" in text
     assert "warning" not in text
     assert not (tmp_path / "run").exists()
 

@@ -34,7 +34,7 @@ def test_a_method_that_makes_no_sense(tmp_path: Path, overrides: str, part: str)
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ("--keep 0", "--keep must be in (0, 1], got 0.0."),
+        ("--keep 0", "--keep must be in (0, 1], got 0."),
         ("--keep 1.5", "--keep must be in (0, 1], got 1.5."),
         ("--rules local_gian", "got 'local_gian'. Did you mean 'local_gain'?"),
     ],

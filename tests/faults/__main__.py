@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `reference` 
 
 HARNESSES: dict[str, tuple[int, int]] = {
     "mutants": (0, 0),
-    "partition": (50, 1_000),
+    "partition": (20, 1_000),
     "grader": (5_000, 1_000_000),
     "configurations": (25, 500),
     "kill": (6, 150),
@@ -26,7 +26,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "signals": (11, 66),
     "masks": (300, 5_000),
     "grader_sweep": (60, 0),
-    "crash": (500, 10_000),
+    "crash": (300, 10_000),
     "server": (300, 5_000),
     "corruption": (100, 5_000),
 }

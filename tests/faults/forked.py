@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers.models.auto.tokenization_auto  # noqa: F401 (or every child would import it)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -46,7 +45,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "sample": (TransformersSampler, "draw"),
     "teacher": (Teacher, "read"),
     "forward": (Student, "forward"),
-    "backward": (accelerate.Accelerator, "backward"),
+    "backward": (torch.Tensor, "backward"),
     "update": (torch.optim.AdamW, "step"),
     "log": (RunFolder, "append"),
     "evaluate": (measure, "evaluate"),

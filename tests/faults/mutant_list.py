@@ -514,8 +514,8 @@ MUTANTS: dict[str, Group] = {
         [
             ("scale = self.ranks.count / max(divisor, 1)", "scale = 1 / max(divisor, 1)"),
             (
-                "accelerator.backward(objective.total * scale)",
-                "accelerator.backward(objective.total)",
+                "(objective.total * scale).backward()",
+                "objective.total.backward()",
             ),
             ("if not (math.isfinite(norm) and math.isfinite(total)):", "if False:"),
         ],

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from stepping import Taken, distance, take_step
 
 from tutelage.data.batch import collate
@@ -33,7 +32,7 @@ class Full:
         self._is_large = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        forward, backward = Student.forward, Accelerator.backward
+        forward, backward = Student.forward, torch.Tensor.backward
 
         def full_forward(student: Student, batch: Any, teacher: Any, rows: Any = None, *rest: Any,
                          **options: Any) -> Any:  # fmt: skip
@@ -42,13 +41,13 @@ class Full:
                 self.fail()
             return forward(student, batch, teacher, rows, *rest, **options)
 
-        def full_backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-            backward(accelerator, loss)
+        def full_backward(loss: torch.Tensor, *rest: Any) -> None:
+            backward(loss, *rest)
             if self._is_large:
                 self.fail()
 
         monkeypatch.setattr(Student, "forward", full_forward)
-        monkeypatch.setattr(Accelerator, "backward", full_backward)
+        monkeypatch.setattr(torch.Tensor, "backward", full_backward)
 
     def fail(self) -> None:
         self.failures += 1

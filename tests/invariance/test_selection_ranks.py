@@ -1,4 +1,4 @@
-"""A thousand random batches under every rule: exact counts, no leak, nothing that cutting changes.
+"""Hundreds of random batches under every rule: exact counts, no leak, nothing that cutting changes.
 
 Two processes (gloo) share each batch out between them, one of them often empty-handed, and gather
 it as a training step does. What they score and keep is compared, bit for bit, with one process that
@@ -20,7 +20,7 @@ from ranks import run_script
 from tutelage.core import NORMALIZATIONS, RULES
 
 HERE = Path(__file__).parent
-NUM_BATCHES = int(os.environ.get("TUTELAGE_SWEEP", "1000"))
+NUM_BATCHES = int(os.environ.get("TUTELAGE_SWEEP", "300"))
 
 
 @pytest.fixture(scope="module")

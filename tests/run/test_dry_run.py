@@ -23,6 +23,16 @@ RECIPES = sorted(path.name for path in CONFIGS.glob("*.toml") if "smollm2" not i
 HUB = {"student": {"model": "Qwen/Qwen3-0.6B"}, "teacher": {"model": "Qwen/Qwen3-8B"}}
 
 
+QUICK_VARIANTS = ("tip_qwen3_8b_4b_1gpu_24gb.toml", "eopd_qwen3_4b_1gpu_24gb.toml")
+"""Of the recipes for one GPU, those that are tried every time."""
+
+
+def recipe(name: str) -> Any:
+    """A recipe as a case; other variants of a recipe for one GPU are slow."""
+    is_slow = "_1gpu_" in name and name not in QUICK_VARIANTS
+    return pytest.param(name, marks=[pytest.mark.slow] if is_slow else [])
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Away from the checkout: recipes find no data of their own, and leave nothing behind."""
@@ -32,7 +42,7 @@ def nothing_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*map(recipe, RECIPES)])
 def test_every_recipe_takes_a_step(name: str) -> None:
     if "4bit" in (CONFIGS / name).read_text():
         pytest.importorskip("bitsandbytes")

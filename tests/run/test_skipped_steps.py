@@ -27,21 +27,21 @@ class Spoiler:
         self.name, self.value, self.steps = name, value, steps
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        backward, take = Accelerator.backward, Step.take
+        backward, take = torch.Tensor.backward, Step.take
         now: list[Any] = []
 
         def spoiled_take(step: Step, number: int) -> dict[str, Any]:
             now[:] = [step.parts.student.model, number]
             return take(step, number)
 
-        def spoiled_backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-            backward(accelerator, loss)
+        def spoiled_backward(loss: torch.Tensor, *rest: Any) -> None:
+            backward(loss, *rest)
             model, number = now
             if number in self.steps:
                 model.get_parameter(self.name).grad.view(-1)[-1] = self.value
 
         monkeypatch.setattr(Step, "take", spoiled_take)
-        monkeypatch.setattr(Accelerator, "backward", spoiled_backward)
+        monkeypatch.setattr(torch.Tensor, "backward", spoiled_backward)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
