@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `reference` 
 
 HARNESSES: dict[str, tuple[int, int]] = {
     "mutants": (0, 0),
-    "partition": (20, 1_000),
+    "partition": (12, 1_000),
     "grader": (5_000, 1_000_000),
     "configurations": (25, 500),
     "kill": (6, 150),
