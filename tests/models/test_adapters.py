@@ -15,6 +15,7 @@ from tutelage.errors import ConfigError, ModelError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.models.tiny import Architecture, save_tiny_model
+from tutelage.run.origin import _model_digest
 from tutelage.run.parse import parse_config
 from tutelage.run.train import train
 
@@ -157,3 +158,12 @@ def test_adapters_that_lead_nowhere_are_one_line(
 def test_low_bits_and_an_adapter_are_refused(adapter: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be merged into 8bit weights"):
         load_model(str(adapter), quantization="8bit")
+
+
+def test_the_digest_of_a_reference_to_an_adapter_is_of_both(adapter: Path, base: Path) -> None:
+    before = {_model_digest(str(adapter)), _model_digest(str(base))}
+    edit(adapter, r=3)
+    changed = _model_digest(str(adapter))
+    assert len({*before, changed}) == 3
+    (base / "generation_config.json").write_text("{}")
+    assert _model_digest(str(adapter)) != changed

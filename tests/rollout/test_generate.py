@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tutelage.errors import ModelError
 from tutelage.models.adapter import add_lora, merge
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.sampling import draw_rollouts
-from tutelage.rollout import kv_slots
+from tutelage.rollout import generate, kv_slots
 from tutelage.rollout.decode_step import is_covered, windows_of
 from tutelage.rollout.operators import TorchOperators
 
@@ -228,3 +230,18 @@ def test_what_was_drawn_before_changes_no_bit(letters: Any) -> None:
     assert writer.slots.num_splits(4, longest) == kv_slots.Slots(
         model, writer.device, 3, longest
     ).num_splits(4, longest)
+
+
+def test_slots_that_are_forgotten_are_freed_at_once(letters: Any) -> None:
+    """No cycle holds them: a collector that comes later would leave their memory to no one."""
+    model = make_model("qwen3")
+    _, writer = write(model, letters, RAGGED[:2], CONFIG, 4)
+    slots = weakref.ref(writer.slots)
+    gc.disable()
+    try:
+        del writer
+        assert slots() is not None  # kept for the next draw
+        generate.forget(model)
+        assert slots() is None
+    finally:
+        gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from tiny import tiny_config
 from tutelage.errors import RunError
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.optimizer import MasterWeights
-from tutelage.run import checkpoint
+from tutelage.run import checkpoint, checkpoint_thread
 from tutelage.run.atomic import new_folder
 from tutelage.run.checkpoint import (
     checkpoint_path,
@@ -366,3 +367,38 @@ def raising(error: Exception) -> Callable[..., None]:
         raise error
 
     return fail
+
+
+def test_saving_leaves_the_standard_error_of_others_alone(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = (
+        load_model(str(tiny_models / "student")),
+        load_tokenizer(str(tiny_models / "student")),
+    )
+    before, seen = sys.stderr, []
+    plain = type(model).save_pretrained
+
+    def saved(*args: Any, **options: Any) -> Any:
+        seen.append(sys.stderr is before)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(type(model), "save_pretrained", saved)
+    save_model(model, tokenizer, tmp_path / "model")
+    assert seen == [True]
+
+
+def test_a_copy_that_does_not_fit_is_refused_or_left_out(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_thread, "available_bytes", lambda device: 1000)
+    cuda = torch.device("cuda")
+    for writer, expected in (("auto", False), ("inline", False)):
+        config = tiny_config(tiny_models, tmp_path / "run", checkpoint_writer=writer)
+        assert checkpoint_thread.is_written_beside(config, cuda, 2000) is expected
+    auto = tiny_config(tiny_models, tmp_path / "run")
+    assert checkpoint_thread.is_written_beside(auto, cuda, 999)
+    assert not checkpoint_thread.is_written_beside(auto, torch.device("cpu"), 999)
+    config = tiny_config(tiny_models, tmp_path / "run", checkpoint_writer="thread")
+    with pytest.raises(RunError, match=r"copies 2,000 bytes to main memory, of which 1,000 are"):
+        checkpoint_thread.is_written_beside(config, cuda, 2000)

@@ -10,6 +10,7 @@ from tutelage.data.types import Prompt
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.jobs import Drawn
 from tutelage.models.sampling import draw_rollouts
+from tutelage.rollout.generate import forget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,4 +72,5 @@ class TransformersSampler:
         )
 
     def close(self) -> None:
-        """Nothing to give back: the student is the trainer's."""
+        """Give back what draws keep on the device; the model is the trainer's."""
+        forget(self.model)

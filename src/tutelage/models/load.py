@@ -174,7 +174,7 @@ def save_model(
     if target.exists() and not (target / "config.json").is_file():
         raise RunError(f"{target} exists and is not a model folder. Choose another folder.")
     try:
-        with _new_folder_beside(target) as new, _without_bars():
+        with _new_folder_beside(target) as new, _without_bars(is_reading=False):
             model.save_pretrained(new, state_dict=tensors)
             save_tokenizer(tokenizer, new)
             if card is not None:
@@ -281,15 +281,18 @@ def _parsed_once(found: ResolvedModel) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Reading from disk takes seconds and draws no progress bars; downloads still do."""
+def _without_bars(is_reading: bool = True) -> Iterator[None]:
+    """Disks take seconds and draw no progress bars; downloads still do.
+
+    Writing leaves the process's standard error alone: a thread may write beside others.
+    """
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         # The GGUF reader draws its bar without asking that setting.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()) if is_reading else contextlib.nullcontext():
             yield
     finally:
         if was_on:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
@@ -44,6 +45,7 @@ class CudaGraph:
             for _ in range(2):  # kernels are compiled and libraries make their plans
                 run()
             stream.synchronize()
+            gc.collect()  # what it would end in the middle of a capture
             # Other threads may go on allocating: only this one has to keep still.
             shared = {} if pool is None else {"pool": pool}
             self._graph.capture_begin(capture_error_mode="thread_local", **shared)

@@ -266,6 +266,11 @@ def _portions(prompts: Sequence[Ids]) -> Iterator[list[Ids]]:
         yield portion
 
 
+def forget(model: PreTrainedModel) -> None:
+    """Give up a model's slots: its caches, and the memory of weights that are about to move."""
+    _SLOTS.pop(model, None)
+
+
 def graph_writer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -107,7 +107,9 @@ class Slots:
         kept = [tensor.clone() for tensor in changed]
         rows.done.fill_(1)  # so that a first run writes nothing into the caches
         rows.column.zero_()
-        graph = self.device.capture(lambda: self.step(rows, work, self.cache, self.turn, picking))
+        # Not `self`, which holds the graphs: in a cycle its memory would outlive it.
+        step, cache, turn = self.step, self.cache, self.turn
+        graph = self.device.capture(lambda: step(rows, work, cache, turn, picking))
         for tensor, value in zip(changed, kept, strict=True):
             tensor.copy_(value)
         return graph

@@ -9,18 +9,37 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tutelage.errors import RunError
 from tutelage.run.checkpoint import Snapshot, savable_tensors, write_snapshot
+from tutelage.run.memory import available_bytes
 
 if TYPE_CHECKING:
     from tutelage.run.config import Config
     from tutelage.run.setup import Parts
 
 
-def is_written_beside(config: Config, device: torch.device) -> bool:
-    """Whether checkpoints are written beside training."""
-    if config.checkpoint_writer == "auto":
-        return device.type == "cuda" and config.can_copy_checkpoints
-    return config.checkpoint_writer == "thread"
+def is_written_beside(config: Config, device: torch.device, num_bytes: int) -> bool:
+    """Whether checkpoints are written beside training.
+
+    Args:
+        config: the run's configuration.
+        device: what it trains on.
+        num_bytes: what a checkpoint holds, which main memory has to hold once more.
+
+    Raises:
+        RunError: a thread is asked for, and its copy does not fit.
+    """
+    if config.checkpoint_writer == "inline":
+        return False
+    free = available_bytes(torch.device("cpu"))
+    if config.checkpoint_writer == "thread" and num_bytes > free:
+        raise RunError(
+            f"checkpoint_writer 'thread' copies {num_bytes:,} bytes to main memory, of which "
+            f'{free:,} are free. Use checkpoint_writer = "inline".'
+        )
+    if config.checkpoint_writer == "thread":
+        return True
+    return device.type == "cuda" and config.can_copy_checkpoints and num_bytes < free
 
 
 class CheckpointThread:
@@ -47,11 +66,21 @@ class CheckpointThread:
         """
         self.wait()
         tensors = savable_tensors(self._run, step, self._parts, self._optimizer)
-        snapshot = Snapshot(step, self._copy(self._weights()), self._copy(tensors))
+        weights = self._weights()
+        snapshot = Snapshot(step, self._copy(weights), self._copy(tensors))
         if self._parts.device.type == "cuda":
             torch.cuda.synchronize(self._parts.device)  # whole before a weight changes
         arguments = (self._run, snapshot, self._parts, self._keep)
         self._writing = self._pool.submit(write_snapshot, *arguments)
+
+    def look(self) -> None:
+        """Say at once what went wrong with a checkpoint that is no longer being written.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def wait(self) -> None:
         """Return once every checkpoint stands.

@@ -68,6 +68,7 @@ def measure(config: Config, parts: Parts, step: int, watch: Watch = unwatched) -
         with parts.teacher.awake():
             sampler = _transformers(config, parts, parts.teacher.model)
             result = _evaluate(config, parts, sampler, "teacher", watch)
+            sampler.close()
             found.append(("teacher", result, None))
     engines = {"student": config.engine.kind, "teacher": "transformers"}
     heads = [{"step": step, "model": who, "engine": engines[who]} for who, _, _ in found]

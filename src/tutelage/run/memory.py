@@ -144,7 +144,7 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     ]
     if on_cpu:
         phases.insert(0, Phase("load", {"read at once": status_bytes("VmHWM")}))
-    return MemoryPlan(tuple(phases), _available_bytes(parts.device))
+    return MemoryPlan(tuple(phases), available_bytes(parts.device))
 
 
 def _copied_bytes(config: Config, teacher: Teacher) -> int:
@@ -280,7 +280,8 @@ def status_bytes(key: str) -> int:
     return int(found[0].split()[1]) * 1024 if found else 0
 
 
-def _available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
+    """Memory of a device that is free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     file = Path("/proc/meminfo")

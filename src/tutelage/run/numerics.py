@@ -229,7 +229,13 @@ def plain_arithmetic() -> Iterator[None]:
             "out torch.set_default_device, and use the key device."
         )
     settings = _settings()
-    before = [read() for read, _, _ in settings]
+    try:
+        before = [read() for read, _, _ in settings]
+    except RuntimeError as error:  # torch's older and newer settings of precision contradict
+        raise RunError(
+            f"torch's precision of products cannot be read: {str(error).split('. ')[0]}. Leave out "
+            "torch.backends.…fp32_precision: a run multiplies in float32."
+        ) from None
     changed = [
         (write, old)
         for (_, write, value), old in zip(settings, before, strict=True)

@@ -197,15 +197,21 @@ def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Iterable[bytes]:
 def _model_digest(ref: str) -> str:
     """Of a model's files; of one on the hub, whose versions have names, the commit."""
     found = resolve_model(ref)
+    if found.adapter is not None:
+        base = _model_digest(found.source)
+        return _digest([base.encode(), *_folder_parts(Path(found.adapter))])
     if not found.is_local:
         return f"commit {load_model_config(found)._commit_hash}"
     folder = Path(found.source)
     if found.gguf_file:
         return _digest(_file_parts(folder / found.gguf_file))
-    files = [
-        p for p in sorted(folder.iterdir()) if p.name in _SETTINGS or p.name.endswith(_WEIGHTS)
-    ]
-    return _digest(part for path in files for part in _file_parts(path))
+    return _digest(_folder_parts(folder))
+
+
+def _folder_parts(folder: Path) -> Iterable[bytes]:
+    files = sorted(folder.iterdir())
+    kept = [path for path in files if path.name in _SETTINGS or path.name.endswith(_WEIGHTS)]
+    return (part for path in kept for part in _file_parts(path))
 
 
 def _file_parts(path: Path) -> Iterable[bytes]:

@@ -180,8 +180,8 @@ def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrain
 def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:
     """Size and time of change of each file of a folder; a hub's cache does not change."""
     try:
-        folder = list(Path(found.source).iterdir()) if found.is_local else []
-        files = {path: path.stat() for path in folder}
+        folders = [found.source] * found.is_local + [found.adapter] * (found.adapter is not None)
+        files = {path: path.stat() for name in folders for path in Path(str(name)).iterdir()}
     except OSError:
         return {}  # gone, or not to be read
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}

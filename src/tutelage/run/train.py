@@ -144,7 +144,9 @@ class _Run:
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parts, optimizer)
         self.checkpoint_thread = None
-        if self.folder.is_writer and is_written_beside(config, self.parts.device):
+        if self.folder.is_writer and is_written_beside(
+            config, self.parts.device, self._checkpoint_bytes()
+        ):
             keep = config.keep_checkpoints
             self.checkpoint_thread = CheckpointThread(folder.path, self.parts, optimizer, keep)
         self.optimizer = optimizer
@@ -164,6 +166,8 @@ class _Run:
                 self._record()
             while self.done < num_steps and not self._any_process():
                 self._take()
+                if self.checkpoint_thread is not None:
+                    self.checkpoint_thread.look()
                 self._record()
                 if self._is_due(self.config.checkpoint_every):
                     self._save()
@@ -253,15 +257,21 @@ class _Run:
         self.say(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
         return step, path
 
-    def _require_space(self) -> None:
-        """Better now than after the first hours."""
+    def _checkpoint_bytes(self) -> int:
+        """What a checkpoint will hold: weights, float32 masters and the optimizer's state."""
         masters = self.parts.masters
         state = STATE_BYTES[self.config.optimizer.kind] * sum(m.numel() for m in masters.masters)
-        weights = sum(weight.nbytes for weight in masters.weights)
-        if self.config.optimizer.state_is_on_disk:
-            state *= 2  # in use and in the checkpoint
+        own = sum(master.nbytes for _, master in masters.pairs)
+        return sum(weight.nbytes for weight in masters.weights) + own + int(state)
+
+    def _require_space(self) -> None:
+        """Better now than after the first hours."""
+        needed = self._checkpoint_bytes()
+        if self.config.optimizer.state_is_on_disk:  # in use and in the checkpoint
+            count = sum(master.numel() for master in self.parts.masters.masters)
+            needed += int(STATE_BYTES[self.config.optimizer.kind] * count)
         if self.folder.is_writer and self.first_step <= self.config.num_steps:
-            require_space(self.folder.path, weights + int(state))
+            require_space(self.folder.path, needed)
 
     def _is_due(self, every: int) -> bool:
         return self.done == self.config.num_steps or (every > 0 and self.done % every == 0)
