@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.batch import Batch, Side, _cuts, collate, length_groups, micro_batches
+from tutelage.data.batch import (
+    Batch,
+    Side,
+    _cuts,
+    collate,
+    length_groups,
+    micro_batches,
+    pack,
+    packed_groups,
+)
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 
@@ -127,7 +136,12 @@ def test_micro_batches_hold_the_same_rows_as_one_batch(
 
 def test_to_moves_every_tensor() -> None:
     moved = collate([rollout([1], [2])], PAD).to("meta")
-    assert {t.device.type for t in vars(moved).values()} == {"meta"}
+    tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 7
+    packed = pack([rollout([1], [2])]).to("meta")
+    assert packed.packed is not None
+    tensors += [packed.packed.starts, packed.input_ids]
+    assert {t.device.type for t in tensors} == {"meta"}
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
@@ -140,7 +154,42 @@ def test_micro_batch_size_zero_is_refused() -> None:
         micro_batches([rollout([1], [1])], 0, PAD)
 
 
+@given(ragged.filter(bool))
+def test_a_packed_row_is_a_rectangle_without_its_padding(batch: list[Rollout]) -> None:
+    flat, packed = collate(batch, PAD), pack(batch)
+    sequences = [(*r.prompt_ids, *r.completion_ids) for r in batch]
+    assert packed.input_ids.tolist() == [[token for ids in sequences for token in ids]]
+    assert packed.attention_mask.min() == 1
+    assert packed.position_ids.tolist() == [[i for ids in sequences for i in range(len(ids))]]
+    assert packed.packed is not None
+    assert packed.packed.lengths == tuple(map(len, sequences))
+    assert packed.packed.starts.diff().tolist() == list(packed.packed.lengths)
+    assert packed.num_sequences == flat.num_sequences == len(batch)
+    for name in ("tokens", "completion", "position"):
+        assert torch.equal(getattr(packed, name), getattr(flat, name))
+    # a row's place holds the token before the one that it predicts
+    before = [
+        t for r in batch for t in (*r.prompt_ids, *r.completion_ids)[len(r.prompt_ids) - 1 : -1]
+    ]
+    assert packed.input_ids[0, packed.row_index].tolist() == before
+
+
 lengths = st.lists(st.integers(1, 30), max_size=20)
+
+
+@given(lengths, st.integers(0, 60), st.integers(1, 8), st.integers(1, 25))
+def test_packed_groups_hold_every_sequence_once_within_their_limits(
+    sizes: list[int], max_tokens: int, max_size: int, at_least: int
+) -> None:
+    groups = packed_groups(sizes, max_tokens, max_size, at_least)
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+    assert len(groups) >= min(at_least, len(sizes))
+    for group in groups:
+        assert len(group) <= max_size
+        assert len(group) == 1 or not max_tokens or sum(sizes[i] for i in group) <= max_tokens
+    if max_tokens and at_least == 1:  # no two rows that would fit into one
+        open_rows = [sum(sizes[i] for i in g) for g in groups if 2 * len(g) <= max_size]
+        assert all(a + b > max_tokens for i, a in enumerate(open_rows) for b in open_rows[:i])
 
 
 @given(lengths, st.integers(0, 60), st.integers(1, 8), st.integers(1, 25))

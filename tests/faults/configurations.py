@@ -139,6 +139,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "updates_per_step": ([1, 2], [0, 7]),
     "micro_batch_tokens": ([0, 64, 4096], [-1]),
     "micro_batch_size": ([1, 3, 64], [0]),
+    "micro_batches": (["padded", "packed"], ["ragged"]),
     "sampling_batch_size": ([1, 2, 64], [0]),
     "scoring": (["recorded", "forward"], ["none"]),
     "diagnostics": (["all", "kept"], ["some"]),

@@ -1,4 +1,4 @@
-"""From ragged rollouts to rows: the only place that knows about padding, masks and the shift.
+"""From ragged rollouts to rows: the only place that knows about padding, packing and the shift.
 
 Everything is decided by position and length, never by token id, so a pad token that equals the
 end-of-sequence token, or an end-of-sequence token inside the prompt, cannot drop or add a row.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +19,37 @@ from tutelage.errors import DataError
 
 Side = Literal["left", "right"]
 
+_TABLES = ("input_ids", "attention_mask", "position_ids")
+_ROWS = ("row_index", "tokens", "completion", "position")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sequences that lie one after the other in one row."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, known without asking a device."""
+    starts: Tensor
+    """Where each sequence begins in the row, and where the last one ends, int32 [B + 1]."""
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packed:
+        """Sequences of these lengths."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+        return Packed(tuple(lengths), ends.to(device, torch.int32))
+
+    def halves(self, middle: int) -> tuple[Packed, Packed]:
+        """The first `middle` sequences, and the others."""
+        device = self.starts.device
+        return Packed.of(self.lengths[:middle], device), Packed.of(self.lengths[middle:], device)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences for a backbone, and the N completion tokens (rows) to be supervised."""
+    """Sequences for a backbone, and the N completion tokens (rows) to be supervised.
+
+    Sequences are the rows of a padded rectangle, or lie one after the other in a single row.
+    """
 
     input_ids: Tensor
     """Prompt and completion ids, [B, T]."""
@@ -38,16 +65,20 @@ class Batch:
     """Index, within the whole step, of the completion that each row belongs to, [N]."""
     position: Tensor
     """Index of each row within its completion, from 0, [N]."""
+    is_padded_right: bool = False
+    """Whether every sequence begins in the first column."""
+    packed: Packed | None = None
+    """Where sequences begin and end if all lie in one row; None in a rectangle."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences, B."""
+        return len(self.input_ids) if self.packed is None else len(self.packed.lengths)
 
     @property
     def num_rows(self) -> int:
         """Number of supervised completion tokens, N."""
         return self.tokens.numel()
-
-    @property
-    def is_padded_right(self) -> bool:
-        """Whether every sequence begins in the first column."""
-        return bool((self.attention_mask[:, :1] == 1).all())
 
     @property
     def names(self) -> list[int]:
@@ -57,26 +88,39 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        return Batch(**{f.name: self.__dict__[f.name].to(device) for f in fields(self)})
+        moved: dict[str, Any] = {
+            n: x.to(device) for n, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        packed = self.packed
+        if packed is not None:
+            packed = replace(packed, starts=packed.starts.to(device))
+        return replace(self, **moved, packed=packed)
 
     def halves(self) -> tuple[Batch, Batch]:
         """The first and the last sequences, at least one each, and their rows in the same order."""
-        middle, width = (len(self.input_ids) + 1) // 2, self.input_ids.shape[1]
-        num_first = int((self.row_index < middle * width).sum())
-        tables = ("input_ids", "attention_mask", "position_ids")
+        middle = (self.num_sequences + 1) // 2
+        tables: tuple[Any, Any]
+        parts: tuple[Packed | None, Packed | None]
+        if self.packed is None:
+            first_tokens = middle * self.input_ids.shape[1]
+            tables = (slice(middle), slice(middle, None))
+            parts = (None, None)
+        else:
+            first_tokens = sum(self.packed.lengths[:middle])
+            tables = ((..., slice(first_tokens)), (..., slice(first_tokens, None)))
+            parts = self.packed.halves(middle)
+        num_first = int((self.row_index < first_tokens).sum())
+        rows = (slice(num_first), slice(num_first, None))
         first, last = (
-            Batch(
-                **{
-                    f.name: self.__dict__[f.name][t if f.name in tables else r]
-                    for f in fields(self)
-                }
+            replace(
+                self,
+                **{name: vars(self)[name][table] for name in _TABLES},
+                **{name: vars(self)[name][row] for name in _ROWS},
+                packed=packed,
             )
-            for t, r in (
-                (slice(middle), slice(num_first)),
-                (slice(middle, None), slice(num_first, None)),
-            )
+            for table, row, packed in zip(tables, rows, parts, strict=True)
         )
-        return first, replace(last, row_index=last.row_index - middle * width)
+        return first, replace(last, row_index=last.row_index - first_tokens)
 
     def flatten(self, hidden: Tensor) -> Tensor:
         """Rows of a padded tensor, at the positions that predict completion tokens.
@@ -134,6 +178,38 @@ def collate(
         tokens=_concatenate([r.completion_ids for r in rollouts]),
         completion=torch.tensor(names, dtype=torch.long)[sequence],
         position=position,
+        is_padded_right=not bool(offset.any()),
+    )
+
+
+def pack(rollouts: Sequence[Rollout], completions: Sequence[int] | None = None) -> Batch:
+    """Rollouts one after the other in one row, and the rows that predict their completion tokens.
+
+    Args:
+        rollouts: B rollouts of any lengths, at least one.
+        completions: Index of each rollout within the whole step; None counts from 0.
+
+    Returns:
+        A batch on the CPU of shape [1, T], T being the number of all tokens; positions begin at 0
+        in every sequence.
+
+    Raises:
+        DataError: A prompt has no tokens, so nothing predicts the first completion token.
+    """
+    flat = collate(rollouts, 0, completions=completions)
+    width = flat.input_ids.shape[1]
+    is_real = flat.attention_mask.bool()
+    lengths = [_length(r) for r in rollouts]
+    packed = Packed.of(lengths)
+    sequence = flat.row_index // width
+    return replace(
+        flat,
+        input_ids=flat.input_ids[is_real][None],
+        attention_mask=flat.attention_mask[is_real][None],
+        position_ids=flat.position_ids[is_real][None],
+        row_index=packed.starts[sequence] + flat.row_index % width,
+        is_padded_right=False,
+        packed=packed,
     )
 
 
@@ -187,9 +263,47 @@ def length_groups(
     Returns:
         Indices into `lengths`, each in exactly one group.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = _descending(lengths)
     groups = [order[i:j] for i, j in _cuts([lengths[i] for i in order], max_tokens, max_size)]
-    while len(groups) < min(at_least, len(lengths)):
+    return _at_least(groups, min(at_least, len(lengths)))
+
+
+def packed_groups(
+    lengths: Sequence[int], max_tokens: int, max_size: int, at_least: int = 1
+) -> list[list[int]]:
+    """Which sequences to pack into one row, so that rows are few: longest first, each into the
+    first row with room for it.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Tokens of a row; 0 sets no limit. A longer sequence has a row of its own.
+        max_size: Sequences in a row, at least 1.
+        at_least: Rows to make, if there are that many sequences: the largest are halved.
+
+    Returns:
+        Indices into `lengths`, each in exactly one group.
+    """
+    groups: list[list[int]] = []
+    left: list[int] = []  # tokens that each row still has room for
+    for i in _descending(lengths):
+        rows = (g for g, group in enumerate(groups) if len(group) < max_size)
+        found = next((g for g in rows if not max_tokens or lengths[i] <= left[g]), None)
+        if found is None:
+            found = len(groups)
+            groups.append([])
+            left.append(max_tokens)
+        groups[found].append(i)
+        left[found] -= lengths[i]
+    return _at_least(groups, min(at_least, len(lengths)))
+
+
+def _descending(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _at_least(groups: list[list[int]], count: int) -> list[list[int]]:
+    """So many groups, as the largest are halved."""
+    while len(groups) < count:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))
         group, middle = groups[largest], (len(groups[largest]) + 1) // 2
         groups[largest : largest + 1] = [group[:middle], group[middle:]]

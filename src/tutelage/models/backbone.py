@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from tutelage.core.decoder import rotate, swiglu
 from tutelage.models.layers import is_fast_family
+from tutelage.models.packing import attends_by_sdpa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def is_written_out(model: PreTrainedModel) -> bool:
     """Whether `last_hidden` computes what the model computes, up to float32 rounding."""
     base: Any = model.base_model
-    if not is_fast_family(model) or base.config._attn_implementation != "sdpa":
+    if not is_fast_family(model) or not attends_by_sdpa(model):
         return False
     weight = base.embed_tokens.weight
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32

@@ -16,6 +16,7 @@ from tutelage.errors import ModelError
 from tutelage.models.backbone import is_written_out, last_hidden
 from tutelage.models.foreign import run
 from tutelage.models.limits import refuse_beyond_table
+from tutelage.models.packing import packed_states
 from tutelage.models.rows import backbone, read_alone, rounding, trial_ids
 
 if TYPE_CHECKING:
@@ -44,8 +45,12 @@ _KNOWN: WeakKeyDictionary[PreTrainedModel, HeadForm] = WeakKeyDictionary()
 def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states of the positions that predict completion tokens, `[N, D]`.
 
-    Padding on the right needs no mask: a causal model's tokens do not see what follows them.
+    Sequences of a packed batch are read by themselves. Padding on the right needs no mask: a causal
+    model's tokens do not see what follows them.
     """
+    if batch.packed is not None:
+        refuse_beyond_table(model, max(batch.packed.lengths))
+        return batch.flatten(packed_states(model, batch))
     if batch.is_padded_right and batch.num_rows and is_written_out(model):
         width = batch.input_ids.shape[1]
         first = int((batch.row_index % width).min())

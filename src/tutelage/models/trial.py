@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.data.batch import collate
+from tutelage.data.batch import collate, pack
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ModelError
 from tutelage.models.foreign import foreign
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.layers import is_fast_family
 from tutelage.models.limits import context_limit
+from tutelage.models.packing import reads_packed
 from tutelage.models.rows import read_alone, relative_gap, rounding, rows_for, trial_ids
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def try_model(model: PreTrainedModel, who: str, vocab_size: int, decodes: bool =
     with foreign(f"of the {who} cannot be run", model), torch.no_grad():
         sequences = [trial_ids(model, length, i) for i, length in enumerate(lengths)]
         _check_head(model, who, vocab_size, sequences[0])
-        _check_packing(model, who, sequences)
+        _check_neighbours(model, who, sequences)
         rows = rows_for(model, 0) if decodes and not is_fast_family(model) else None
     notes = [rows.note] if rows is not None and rows.note else []
     if model.config._attn_implementation == "eager":
@@ -76,15 +77,23 @@ def _check_head(model: PreTrainedModel, who: str, vocab_size: int, ids: tuple[in
         )
 
 
-def _check_packing(model: PreTrainedModel, who: str, sequences: list[tuple[int, ...]]) -> None:
+def _check_neighbours(model: PreTrainedModel, who: str, sequences: list[tuple[int, ...]]) -> None:
     prompt = Prompt("trial", "")
-    batch = collate([Rollout(prompt, 0, ids[:1], ids[1:]) for ids in sequences], 0)
-    packed = hidden_rows(model, batch.to(model.device))
+    rollouts = [Rollout(prompt, 0, ids[:1], ids[1:]) for ids in sequences]
     alone = torch.cat([read_alone(model, ids)[:-1] for ids in sequences])
-    gap = relative_gap(packed, alone)
+    gap = relative_gap(hidden_rows(model, collate(rollouts, 0).to(model.device)), alone)
     if not gap <= rounding(model):
         raise ModelError(
             f"the {who} reads a sequence otherwise beside a longer one: hidden states of "
             f"{type(model).__name__} differ by {gap:.2g} of their size, so tokens see what follows "
             "them. Use a causal language model."
+        )
+    if not reads_packed(model):
+        return
+    gap = relative_gap(hidden_rows(model, pack(rollouts).to(model.device)), alone)
+    if not gap <= rounding(model):
+        raise ModelError(
+            f"the {who} reads a sequence otherwise in a packed row: hidden states of "
+            f"{type(model).__name__} differ by {gap:.2g} of their size. "
+            'Use micro_batches = "padded".'
         )

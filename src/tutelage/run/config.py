@@ -324,9 +324,14 @@ class Config:
     updates_per_step: int = 1
     """Optimizer updates on the rollouts of a step, cut in order into that many mini-batches."""
     micro_batch_tokens: int = 4096
-    """Tokens of one forward and backward pass, padding included; 0 sets no limit but the size."""
+    """Tokens of one forward and backward pass, padding included where there is any; 0 sets no limit
+    but the size."""
     micro_batch_size: int = 64
     """Completions in one forward and backward pass, at most; changes memory, not the result."""
+    micro_batches: Literal["padded", "packed"] = "padded"
+    """How completions lie in a micro-batch of a step: padded to one length, neighbours in length
+    together; or packed, one after the other without padding, each attending to itself alone (Llama,
+    Mistral, Qwen2 and Qwen3 models; on CUDA by torch's variable-length attention, torch 2.11)."""
     sampling_batch_size: int = 64
     """Completions decoded at the same time."""
     scoring: Literal["recorded", "forward"] = "recorded"

@@ -116,7 +116,7 @@ class Learner:
         )
 
     def _completions_per_update(self, batches: Sequence[Batch]) -> int:
-        num_local = sum(len(batch.input_ids) for batch in batches)
+        num_local = sum(batch.num_sequences for batch in batches)
         return num_local * self.ranks.count // self.config.updates_per_step
 
     def _back_propagate(self, portions: Sequence[Portion], divisor: int, step: int) -> Attempt:
@@ -132,7 +132,7 @@ class Learner:
             if self.ranks.accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
             place = attempt.too_large
-            if self.ranks.count > 1 or len(portions[place].batch.input_ids) < 2:
+            if self.ranks.count > 1 or portions[place].batch.num_sequences < 2:
                 raise RunError(
                     f"step {step} ran out of memory while it learned from "
                     f"{portions[place].batch.input_ids.numel()} tokens. Lower micro_batch_tokens; "

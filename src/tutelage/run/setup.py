@@ -25,6 +25,7 @@ from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.head import output_embeddings
 from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
+from tutelage.models.packing import use_packed_attention
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.savable import refuse_quantised, require_savable
@@ -92,6 +93,8 @@ def _student(
             load_adapter(model, Path(saved))
     if start.activation_checkpointing:
         checkpoint_activations(model)
+    if config.micro_batches == "packed":
+        use_packed_attention(model, f"student {start.model!r}")
     return model
 
 
@@ -172,7 +175,10 @@ def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrain
                 f"the files of teacher {teacher.model!r} have changed since the run began. "
                 "Restore them and start the same command again."
             )
-        return load_model(teacher.model, teacher.dtype, place, quantization=teacher.quantization)
+        model = load_model(teacher.model, teacher.dtype, place, quantization=teacher.quantization)
+        if config.micro_batches == "packed":
+            use_packed_attention(model, f"teacher {teacher.model!r}")
+        return model
 
     return load
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tutelage.core import LazyLogits, TokenSelection, TokenStats
-from tutelage.data.batch import Batch, collate, length_groups
+from tutelage.data.batch import Batch, collate, length_groups, pack, packed_groups
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.evaluation.evaluate import grade_rollouts
@@ -144,21 +144,26 @@ class Step:
         lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
         names = self.share(len(rollouts))
         bounds = [len(rollouts) * u // num_updates for u in range(num_updates + 1)]
+        is_packed = config.micro_batches == "packed"
+        group_by = packed_groups if is_packed else length_groups
 
         def groups(u: int, at_least: int) -> list[list[int]]:
             limits = (config.micro_batch_tokens, config.micro_batch_size, at_least)
-            found = length_groups(lengths[bounds[u] : bounds[u + 1]], *limits)
+            found = group_by(lengths[bounds[u] : bounds[u + 1]], *limits)
             return [[bounds[u] + i for i in group] for group in found]
+
+        def batch_of(group: list[int]) -> Batch:
+            members, called = [rollouts[i] for i in group], [names[i] for i in group]
+            batch = (
+                pack(members, called)
+                if is_packed
+                else collate(members, self.pad_id, completions=called)
+            )
+            return batch.to(self.accelerator.device)
 
         counts = self.ranks.max([len(groups(u, 1)) for u in range(num_updates)])
         return [
-            [
-                collate(
-                    [rollouts[i] for i in group], self.pad_id, completions=[names[i] for i in group]
-                ).to(self.accelerator.device)
-                for group in groups(u, int(count))
-            ]
-            for u, count in enumerate(counts)
+            [batch_of(group) for group in groups(u, int(count))] for u, count in enumerate(counts)
         ]
 
     def choose(self, gathered: Gathered, step: int) -> TokenSelection:

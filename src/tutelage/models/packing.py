@@ -1,0 +1,210 @@
+"""Attention over sequences that lie one after the other in one row, each by itself.
+
+A model that reads such rows attends by a function registered here under its own name; whatever is
+not packed goes on to torch's scaled dot-product attention, as before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tutelage.data.batch import Batch
+from tutelage.errors import ConfigError, ModelError
+from tutelage.models.foreign import run
+from tutelage.models.layers import is_llama_like
+from tutelage.models.rows import backbone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "tutelage_packed"
+"""Name of the function among transformers' attention implementations."""
+
+_HINT = 'Use micro_batches = "padded".'
+_KNOWN = {"position_ids", "use_cache", "past_key_values", "cu_seq_lens_k", "max_length_k"}
+"""What a layer may hand on that attention has no use for."""
+
+
+def use_packed_attention(model: PreTrainedModel, who: str) -> None:
+    """Let a model also read packed rows, see `packed_states`.
+
+    Args:
+        model: loaded with torch's scaled dot-product attention.
+        who: names it in messages, such as "student 'folder'".
+
+    Raises:
+        ConfigError: the model may mix tokens in other ways than its attention shows, or torch has
+            no variable-length attention for its device.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if not is_llama_like(model) or model.config._attn_implementation not in ("sdpa", ATTENTION):
+        raise ConfigError(
+            f'micro_batches = "packed" reads Llama, Mistral, Qwen2 and Qwen3 models, got the '
+            f"{who}, a {type(model).__name__}. {_HINT}"
+        )
+    if model.device.type == "cuda" and not _has_kernel():
+        raise ConfigError(
+            f'micro_batches = "packed" on CUDA needs torch 2.11 or later, got {torch.__version__}. '
+            f"{_HINT}"
+        )
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def attends_by_sdpa(model: PreTrainedModel) -> bool:
+    """Whether rectangles are read by torch's scaled dot-product attention."""
+    return model.config._attn_implementation in ("sdpa", ATTENTION)
+
+
+def reads_packed(model: PreTrainedModel) -> bool:
+    """Whether a model was prepared to read packed rows."""
+    return bool(model.config._attn_implementation == ATTENTION)
+
+
+def packed_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Last hidden states `[1, T, D]` of a packed batch, each sequence read by itself."""
+    packed = batch.packed
+    if packed is None or not reads_packed(model):
+        raise ValueError("needs a packed batch, and a model that was prepared to read such.")
+    # One that counts as prepared is not looked at; no mask would be made of the positions.
+    mask = torch.empty(1, 1, 1, 1, device=batch.input_ids.device)
+    states: Tensor = run(
+        backbone(model),
+        input_ids=batch.input_ids,
+        attention_mask=mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        cu_seq_lens_q=packed.starts,
+        max_length_q=max(packed.lengths),
+        lengths=packed.lengths,
+    ).last_hidden_state
+    return states
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    lengths: tuple[int, ...] = (),
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence, in the signature that transformers calls.
+
+    Args:
+        module: the layer.
+        query: `[1, H, T, d]`.
+        key: `[1, G, T, d]`, G dividing H.
+        value: of the shape of `key`.
+        attention_mask: of no meaning for packed rows.
+        dropout: must be 0 for them.
+        scaling: of the products of queries and keys.
+        sliding_window: tokens that one sees, itself included; None for all.
+        cu_seq_lens_q: where sequences begin and the last ends, int32 `[B + 1]`; None where
+            nothing is packed.
+        max_length_q: of the longest sequence.
+        lengths: of all.
+        others: what else the layer hands on.
+
+    Returns:
+        `[1, T, H, d]`.
+
+    Raises:
+        ModelError: the layer asks for more than that.
+    """
+    if cu_seq_lens_q is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **others,
+        )  # fmt: skip
+        return plain
+    unknown = sorted(n for n, given in others.items() if given is not None and n not in _KNOWN)
+    if unknown or dropout or not module.is_causal:
+        raise ModelError(
+            f"{type(module).__name__} does not attend to packed rows: it asks for "
+            f"{', '.join(unknown) or 'dropout, or for no causal mask'}. {_HINT}"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _by_kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, sliding_window)[None], None
+    return _by_sequence(query, key, value, lengths, scale, sliding_window), None
+
+
+def _has_kernel() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """By torch's variable-length attention, `[T, H, d]` for queries of that shape."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
+    share = query.shape[1] // key.shape[1]
+    if share > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif share > 1:
+        key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    attend: Any = varlen_attn
+    out: Tensor = attend(query, key, value, starts, starts, longest, longest, **options)
+    return out
+
+
+def _by_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Sequence after sequence, `[1, T, H, d]`: for devices and dtypes without such a kernel."""
+    parts = (torch.split(x, list(lengths), 2) for x in (query, key, value))
+    read = [
+        F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=_window_mask(q, window),
+            is_causal=window is None or window >= q.shape[2],
+            scale=scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        for q, k, v in zip(*parts, strict=True)
+    ]  # fmt: skip
+    return torch.cat(read, dim=2).transpose(1, 2)
+
+
+def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
+    """Which columns each token sees; None where it sees all before it."""
+    length = query.shape[2]
+    if window is None or window >= length:
+        return None
+    every = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    return every.tril().triu(1 - window)
