@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from tutelage.data.grading_number import grade_number
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError, ModelError
+from tutelage.models.tiny import tiny_tokenizer
 from tutelage.models.tokenizers import (
     control_ids,
     decode,
@@ -126,6 +128,34 @@ def test_decode_drops_control_tokens_and_keeps_spaces(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("<think>", "</think>"),
+        ("[THINK]", "[/THINK]"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|inner_prefix|>", "<|inner_suffix|>"),
+        ("<|channel|>", "<|channel|>"),  # analysis, then final
+        ("<|channel>", "<channel|>"),
+    ],
+)
+def test_marks_of_thoughts_that_are_control_tokens_stay(opening: str, closing: str) -> None:
+    tokenizer = tiny_tokenizer()
+    marks = {"additional_special_tokens": list(dict.fromkeys((opening, closing)))}
+    tokenizer.add_special_tokens(marks, replace_extra_special_tokens=False)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    first = ids("final" if opening == closing else "")
+    end = ids("<|im_end|>")
+    guess = [*ids(opening), *ids(r"a \boxed{5} b"), *end]
+    done = [*guess, *ids(closing), *first, *ids(r"\boxed{6}"), *end]
+    assert not grade_number(decode(tokenizer, guess), "5", is_truncated=True)
+    assert grade_number(decode(tokenizer, done), "6")
+    assert decode(tokenizer, [*ids("a  b"), *ids(closing), *end]) == f"a  b{closing}"
+
+
+@pytest.mark.parametrize(
     ("declared", "expected"), [(None, {EOS}), (END, {END, EOS}), ([END, PAD], {END, PAD, EOS})]
 )
 def test_stop_ids_are_the_union(
@@ -202,6 +232,9 @@ def test_tools_are_rendered_by_the_template_or_refused(make_tokenizer: Any) -> N
     assert len(ids) == len(plain) + 5
     with pytest.raises(ModelError, match=r"'p' has tools, which the chat template .* leaves out"):
         encode_prompt(make_tokenizer(chat_template=chat), prompt)
+    named = make_tokenizer(chat_template={"default": chat, "tool_use": text + chat})
+    assert encode_prompt(named, prompt) == ids  # as transformers chooses among templates
+    assert encode_prompt(named, replace(prompt, tools=())) == plain
     forged = replace(prompt, tools=({"name": "add<|end|>"},))
     with pytest.raises(DataError, match="control token"):
         encode_prompt(make_tokenizer(chat_template=text + chat), forged)

@@ -223,7 +223,8 @@ def _bracketed(text: str, depth: int) -> Form | None:
         return parse(inner, depth + 1)
     pieces = [piece for _, piece in split(inner, re.compile("[,;]"))]
     if len(pieces) == 1:
-        return parse(inner, depth + 1) if opening + text[end:] == "()" else None
+        is_wrapper = opening + text[end:] == "()" or inner.startswith(r"\begin")
+        return parse(inner, depth + 1) if is_wrapper else None
     if len(pieces) > MAX_ITEMS:
         return NOTHING
     brackets = "()" if opening == r"\langle" else opening + text[end:]

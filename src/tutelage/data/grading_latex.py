@@ -20,6 +20,8 @@ _CHARACTERS = {
     "ω": r"\omega ", "σ": r"\sigma ", "ρ": r"\rho ",
     "τ": r"\tau ", "Δ": r"\Delta ", "Ω": r"\Omega ", "¢": " cents",
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "％": "%", "。": ".", "\u00a0": " ",
+    "‐": "-", "‑": "-", "‒": "-", "﹣": "-", "－": "-", "⁄": "/",
+    "\u200b": "", "\u200c": "", "\u200d": "", "\u2060": "", "\ufeff": "",
 }  # fmt: skip
 _VULGAR = {
     "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5),
@@ -29,6 +31,7 @@ _VULGAR = {
 _TABLE = str.maketrans(
     {**_CHARACTERS, **{c: rf"\frac{{{a}}}{{{b}}}" for c, (a, b) in _VULGAR.items()}}
 )
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 
 _REWRITES = tuple(
@@ -38,6 +41,9 @@ _REWRITES = tuple(
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|displaystyle|textstyle|limits)"
          r"(?![a-zA-Z])", ""),
+        (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])", ""),
+        (r"\{\s*\\(?:rm|bf|it|sf|tt)\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"(?:\\cr\s*)+$", ""),
         (r"\\(?:phantom|vspace|hspace|label|tag)\s*\*?\{[^{}]*\}", " "),
         (r"\\(?:textcolor|color)\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
         (r"\\mathbb\s*([A-Z])|\\([RZNQC])(?![a-zA-Z])", r"\\mathbb{\1\2}"),
@@ -45,12 +51,14 @@ _REWRITES = tuple(
         (r"(?<=[0-9])\{:\}", ":"),
         (r"\\(?:thin|med|thick)space(?![a-zA-Z])", r"\\,"),
         (r"\{\s*(\\[,;:! ]|~)\s*\}", r"\1"),
-        (r"(?:\\math(?:ord|punct))?\{\s*,\s*\}|(?:\\!\s*)+,|,\s*(?:\\!\s*)+", "{,}"),
+        (r"(?:\\math(?:ord|punct)\s*|\\text\s*(?=\{,\}))?\{\s*,\s*\}"
+         r"|(?:\\!\s*)+,|,\s*(?:\\!\s*)+", "{,}"),
         (r"(?<=[0-9])\s*(?:\{,\}|(?:(?:\\[,;: ]|~)\s*)+)\s*(?=[0-9]{3}(?![0-9]))", ""),
         (r"\{,\}", ","),
+        (r"(?<=[0-9])'(?=[0-9]{3}(?:'[0-9]{3})*(?:\.[0-9]+)?$)", ""),  # 1'234'567
         (r"\\!", ""),
         (r"\\(?:[,;:> ]|quad(?![a-zA-Z])|qquad(?![a-zA-Z]))|~", " "),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:[dtcs]|nice)frac(?![a-zA-Z])", r"\\frac"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
         (r"\\le(?![a-zA-Z])|\\leqslant(?![a-zA-Z])|<=|=<", r"\\leq "),
         (r"\\ge(?![a-zA-Z])|\\geqslant(?![a-zA-Z])|>=|=>", r"\\geq "),
@@ -69,6 +77,7 @@ _REWRITES = tuple(
         (r"\\(?:textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathit|boldsymbol|bm|"
          r"rm|bf|hbox|texttt|emph|mathsf|fbox)(?=\s*\{)", r"\\text"),
         (r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", "°"),
+        (r"\^\s*(?:\{\s*)?\\text\s*\{\s*o\s*\}(?:\s*\})?|(?<=[0-9])\s*\\deg(?![a-zA-Z])", "°"),
         (r"\\prime(?![a-zA-Z])", "'"),
         (r"\^\s*\{\s*('+)\s*\}|\^\s*(?=')", r"\1"),
         (r"(?<=[0-9])\^\s*(?:o(?![a-zA-Z])|\{\s*o\s*\})", "°"),
@@ -78,15 +87,18 @@ _REWRITES = tuple(
         (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
         (r"^\s*\(?\s*([0-9A-F]+)\s*\)?\s*(?:_\s*\{?)?\s*(?:\\text\{)?[\s(]*base[\s-]*\}?\s*(\w+)[\s)}]*$",
          r"\1_{\2}"),
-        (r"^\s*\(([0-9A-F]+)\)\s*_", r"\1_"),
+        (r"^\s*(?:\(([0-9A-F]+)\)|\{([0-9A-F]+)\})\s*_", r"\1\2_"),
+        (r"(?<=[0-9A-F])_\s*\\text\s*\{\s*([a-z0-9]+)\s*\}", r"_{\1}"),
         (r"^\s*\\text\{([0-9A-F]+)\}\s*_", r"\1_"),
-        (r"^\s*(?:\\text\{\s*)?(?:USD|US\$)\s*\}?\s*(?=[0-9])", "$"),
-        (r"(?<![a-zA-Z\\])[iI]nfinity(?![a-zA-Z])", r"\\infty "),
+        (r"^\s*(?:\\text\{\s*)?(?:USD|US\s*\}?\s*\\?\$)\s*\}?\s*(?=[0-9])", "$"),
+        (r"(?<![a-zA-Z\\])(?:[iI]nf(?:inity)?|oo)(?![a-zA-Z])", r"\\infty "),
+        (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),
+        (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", r"\\cdot "),
         (r"(\^\s*(?:\{[^{}]*\}|[0-9a-zA-Z]))\s*(_\s*(?:\{[^{}]*\}|[0-9a-zA-Z]))", r"\2\1"),
-        (r"\\\$", "$"),
+        (r"\\\$\s*", "$"),
         (r"^\s*-\s+(?=\$[0-9.])", "-"),
         (r"\\%", "%"),
-        (r"\bpct\b|\bpercent\b|\\text\s*\{\s*(?:percent|pct)\s*\}", "%"),
+        (r"\bpct\b|\bper ?cent\b|\\text\s*\{\s*(?:per ?cent|pct)\s*\}", "%"),
         (r"\\dots|\\ldots|\\cdots", "..."),
     )
 )  # fmt: skip
@@ -109,7 +121,9 @@ _MIXED = re.compile(r"(?<![\w.^}_,)])([0-9]{1,9})\s*\\frac\{([0-9]{1,9})\}\{([0-
 _MIXED_SLASH = re.compile(r"(?<![\w.^}_/,)])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![\w.])")
 _SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]*)?)[eE]([-+]?[0-9]{1,4})(?![\w.])")
 _SPACED_GROUPS = re.compile(r"-?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]{0,30})\\(?:overline|bar)\s*\{?([0-9]{1,30})(?(3)\}?)")
+_REPEATING = re.compile(
+    r"([0-9]*)\.([0-9]{0,30})\\(?:overline|bar|dot)\s*\{?([0-9]{1,30})(?(3)\}?)"
+)
 
 
 _ALIGNED = re.compile(r"\\begin\{(align(?:ed)?\*?|equation\*?|gather(?:ed)?\*?)\}(.*)\\end\{\1\}")
@@ -119,6 +133,7 @@ def tidy(text: str) -> str:
     """One spelling of an answer: delimiters, spacing, fonts, synonyms and short forms resolved."""
     text = _TRAILING.sub("", " ".join(text.translate(_TABLE).split()))
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     text = _undelimited(text)
     aligned = _ALIGNED.fullmatch(text)
     if aligned:

@@ -128,11 +128,10 @@ def _amount(answer: str) -> tuple[Fraction, str] | None:
     value = _number(answer)
     if value is not None or len(answer) > MAX_ANSWER:
         return None if value is None else (value, "")
-    text = tidy(answer)
-    if text[:1] in ("(", "[", "{"):  # a group of something, not a number
+    if _plain(answer)[:1] in ("(", "[", "{"):  # a group of something, not a number
         return None
-    form = parse(text)
-    value = _number(form.text) if form.kind == "value" else None
+    form = parse(tidy(answer))
+    value = exact(form.text) if form.kind == "value" else None
     if value is None or any(exact(side.text) != value for side in form.others):
         return None
     return value, form.unit

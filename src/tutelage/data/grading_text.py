@@ -13,8 +13,18 @@ MAX_TEXT = 200_000
 _THOUGHT = re.compile(
     r"<(?P<end>/)?(?:seed:)?(?:think(?:ing)?|thought|reasoning)>|\[(?P<end_2>/)?THINK\]"
     r"|◁(?P<end_3>/)?think▷|<\|(?:START|(?P<end_4>END))_THINKING\|>"
+    r"|<\|(?:begin|(?P<end_5>end))_of_thought\|>|<\|inner_(?:prefix|(?P<end_6>suffix))\|>"
+    r"|<\|channel\|>(?:analysis|(?P<end_7>final))?|<\|channel>|(?P<end_8><channel\|>)"
 )
 """How models mark where a thought begins and ends."""
+THOUGHT_TOKENS = (
+    *("<think>", "</think>", "<thinking>", "</thinking>", "<thought>", "</thought>"),
+    *("<reasoning>", "</reasoning>", "<seed:think>", "</seed:think>", "[THINK]", "[/THINK]"),
+    *("◁think▷", "◁/think▷", "<|START_THINKING|>", "<|END_THINKING|>", "<|begin_of_thought|>"),
+    *("<|end_of_thought|>", "<|inner_prefix|>", "<|inner_suffix|>", "<|channel|>", "<|channel>"),
+    "<channel|>",
+)
+"""The same marks as tokens, which many tokenizers count among their control tokens."""
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{0-9A-Za-z\\])")
 
 

@@ -10,7 +10,8 @@ _NO_UNIT = re.compile(
     r"\b(?:and|or|to|than|not|no|more|less|fewer|remainder|base|mod|if|for|when|where|is|times|"
     r"least|most|plus|minus|over|with|without|except|but|only|otherwise|any|all|solutions?|below|"
     r"above|under|beyond|squared|cubed|factorial|k|hal(?:f|ves)|quarters?|\w*(?:hundred|thousand|ten|"
-    r"third|four|fif|six|seven|eigh|nin|elf)ths?|thirds?)\b"
+    r"third|four|fif|six|seven|eigh|nin|elf)ths?|thirds?|"
+    r"tens|gross|scores?)\b"
 )
 _SHORT = frozenset(
     ("cm", "mm", "km", "nm", "dm", "kg", "mg", "ml", "mL", "dl", "cl", "ft", "in", "yd", "mi",
@@ -25,6 +26,7 @@ _SAME = {
     "pound": "lb", "ounce": "oz", "hour": "h", "hr": "h", "minute": "min", "second": "s",
     "sec": "s", "newton": "n", "joule": "j", "watt": "w", "volt": "v", "dollar": "$", "buck": "$",
     "usd": "$", "degree": "°", "deg": "°", "mph": "mi/h", "cent": "cent", "unit": "unit",
+    "euro": "€", "eur": "€", "gbp": "£",
 }  # fmt: skip
 _CURRENCY = "$€£¥₹"
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
@@ -102,7 +104,9 @@ def _begins_unit(found: re.Match[str], before: str) -> bool:
         return False
     if len(token) == 1:
         return token in _LETTERS and bool(re.fullmatch(r"-?[0-9][0-9.,]*", before.strip()))
-    return len(token) >= 3 and (token.islower() or token in ("Newtons", "Joules"))
+    return len(token) >= 3 and (
+        token.islower() or token in ("Newtons", "Joules", "USD", "EUR", "GBP")
+    )
 
 
 def _is_unit(text: str) -> bool:

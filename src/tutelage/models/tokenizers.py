@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.data.grading_text import THOUGHT_TOKENS
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.claims import no_panic
@@ -59,9 +60,20 @@ def encode_prompt(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of token ids, without special tokens and with its spaces as they were written."""
+    """Text of token ids, with its spaces as they were written and without special tokens.
+
+    Special tokens that mark a thought stay: without them a thought would read like an answer.
+    """
+    kept = list(ids)
+    marks = set(tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))) - {tokenizer.unk_token_id}
+    has_marks = not marks.isdisjoint(kept)
+    if has_marks:
+        dropped = control_ids(tokenizer) - marks
+        kept = [i for i in kept if i not in dropped]
     return str(
-        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer.decode(
+            kept, skip_special_tokens=not has_marks, clean_up_tokenization_spaces=False
+        )
     )
 
 
@@ -232,7 +244,7 @@ def _encode_chat(
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=list(prompt.tools) or None)
     except ValueError as error:  # several templates, none of them the default
         raise ModelError(
             f"the tokenizer {tokenizer.name_or_path!r} has no default chat template, got "
