@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from patience import unhurried
 
 if find_spec("triton") is not None:
     # Triton decides at its import whether kernels are interpreted, which needs no GPU.
@@ -25,6 +28,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub for anything
 torch.set_num_threads(1)
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
+unhurried()
+
+
+@pytest.fixture(autouse=True)
+def _the_same_process() -> Iterator[None]:
+    """A test leaves the environment and torch's threads as they were."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

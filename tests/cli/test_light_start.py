@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from patience import HANG_S
+
 HEAVY = ("torch", "transformers", "numpy", "accelerate", "safetensors", "tokenizers", "matplotlib")
 PROBE = f"""
 import sys
@@ -22,7 +24,7 @@ LEDGER = "configs/ledger.toml"
 
 def run(*arguments: str) -> tuple[str, list[str]]:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=HANG_S
     )
     *said, last = done.stderr.strip().split("\n")
     return last, said
@@ -58,4 +60,4 @@ def test_the_public_names_are_there_when_asked_for() -> None:
         "assert tutelage.core.entropy and set(tutelage.__all__) <= set(dir(tutelage))\n"
         "assert not hasattr(tutelage, 'nothing')\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=HANG_S)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from calling import LEDGER, TEACHER, TINY, Outcome, call, succeed
 
+from patience import HANG_S
+
 # Python buffers what it writes to a pipe, as it does for a user.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1"}
@@ -61,6 +63,8 @@ def test_missing_extras_name_what_to_install(tmp_path: Path, trained: tuple[Path
         "import sys\n"
         "for name in ('matplotlib', 'jinja2', 'gguf', 'datasets'): sys.modules[name] = None\n"
         "from tutelage.cli import main\n"
+        "from tutelage.run import progress\n"
+        f"progress.DELAY_S = {HANG_S}\n"
         f"print([main(arguments) for arguments in {[c for c, _, _ in commands]!r}])\n"
     )
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""A child process that does not read, stops or dies costs its deadline and no more."""
+"""A child process that does not read, stops or dies costs its deadline and no more.
+
+Deadlines that are to be met are out of reach, those that end what would go on for ever are short.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from patience import HANG_S
 from tutelage.data.child import Child
 
 LARGE = {"text": "x" * (1 << 21)}
 """Larger than any pipe's buffer."""
-READY = "import sys, time\nprint('{}', flush=True)\n"
+SOON_S = 0.3
+READY = "import signal, sys\nprint('{}', flush=True)\n"
 PROGRAMS = {
-    "never reads": "time.sleep(600)",
-    "reads a little": "sys.stdin.read(5)\ntime.sleep(600)",
-    "closes its input": "sys.stdin.close()\ntime.sleep(600)",
+    "never reads": "signal.pause()",
+    "reads a little": "sys.stdin.read(5)\nsignal.pause()",
+    "closes its input": "sys.stdin.close()\nsignal.pause()",
     "is gone": "",
 }
 ECHO = "for line in sys.stdin: print(line, end='', flush=True)"
@@ -43,20 +48,20 @@ def echo(tmp_path: Path) -> Iterator[Child]:
 
 def test_a_message_larger_than_the_pipe_arrives(echo: Child) -> None:
     for _ in range(3):
-        assert echo.request(LARGE, time.monotonic() + 60) == LARGE
+        assert echo.request(LARGE, time.monotonic() + HANG_S) == LARGE
     assert echo.is_alive
 
 
 @pytest.mark.parametrize("body", PROGRAMS.values(), ids=PROGRAMS)
 def test_one_that_does_not_read_is_killed_at_the_deadline(tmp_path: Path, body: str) -> None:
     child = start(tmp_path, body)
-    assert child.request(LARGE, time.monotonic() + 0.3) is None
+    assert child.request(LARGE, time.monotonic() + SOON_S) is None
     assert not child.is_alive
 
 
 def test_one_that_is_stopped_is_killed_at_the_deadline(echo: Child) -> None:
     os.kill(echo.pid, signal.SIGSTOP)
-    assert echo.request(LARGE, time.monotonic() + 0.3) is None
+    assert echo.request(LARGE, time.monotonic() + SOON_S) is None
     assert not echo.is_alive
 
 
@@ -65,11 +70,11 @@ def test_without_a_deadline_the_sender_would_wait(tmp_path: Path) -> None:
     child = start(tmp_path, PROGRAMS["never reads"])
     os.set_blocking(child._stdin.fileno(), True)
     sender = threading.Thread(
-        target=child.request, args=(LARGE, time.monotonic() + 0.3), daemon=True
+        target=child.request, args=(LARGE, time.monotonic() + SOON_S), daemon=True
     )
     sender.start()
-    sender.join(1.0)
+    sender.join(1.0)  # three times its deadline, and it would wait for ever
     assert sender.is_alive()
     os.kill(child.pid, signal.SIGKILL)
-    sender.join(60)
+    sender.join(HANG_S)
     assert not sender.is_alive()

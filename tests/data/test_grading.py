@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from grading_cases import DIFFERENT, EQUAL
 
+from patience import HANG_S
 from tutelage.data import grading_pool
 from tutelage.data.grading import (
     answers_equal,
@@ -178,9 +178,9 @@ BOMB = (r"\binom{100000000}{50000000}", r"\binom{100000001}{50000000}")
 def test_a_comparison_that_never_ends_is_killed_off_the_main_thread_and_leaves_no_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(grading_pool, "COMPARE_LIMIT_S", 1.0)
     assert answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
     before = grading_pool.undecided().get("killed", 0)
+    monkeypatch.setattr(grading_pool, "COMPARE_LIMIT_S", 1.0)
     verdicts: list[bool] = []
     threads = [
         threading.Thread(target=lambda: verdicts.append(answers_equal(*BOMB))) for _ in range(2)
@@ -188,7 +188,8 @@ def test_a_comparison_that_never_ends_is_killed_off_the_main_thread_and_leaves_n
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(HANG_S)
+    monkeypatch.undo()
     assert verdicts == [False, False]
     assert grading_pool.undecided()["killed"] - before == 2
     assert answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
@@ -207,7 +208,9 @@ def test_a_plain_script_needs_no_main_guard_and_ends_cleanly(tmp_path: Path) -> 
         "\nthread = threading.Thread(target=job)\nthread.start()\nthread.join()\n"
         "import sys\nprint('torch' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=HANG_S
+    )
     assert (done.stdout.split()[0], done.stderr, done.returncode) == ("True", "", 0)
 
 
@@ -327,11 +330,18 @@ def test_simplifying_in_the_worker_would_be_blocked() -> None:
 
 
 def test_a_huge_answer_is_refused_before_anything_is_parsed() -> None:
-    start = time.process_time()
-    for part in ("(", "{", "[", "9", "^", r"\frac{", r"\boxed{", "1,", "-", "</think>"):
-        assert not grade_completion(rf"\boxed{{{part * (1_000_000 // len(part))}}}", "72")
-        assert not answers_equal(part * 1_000_000, "72")
-    assert time.process_time() - start < 60  # quadratic work on 20 megabytes takes hours
+    def hangs(*_: object) -> None:
+        raise AssertionError("quadratic work on 20 megabytes takes hours")
+
+    before = signal.signal(signal.SIGVTALRM, hangs)
+    signal.setitimer(signal.ITIMER_VIRTUAL, HANG_S)
+    try:
+        for part in ("(", "{", "[", "9", "^", r"\frac{", r"\boxed{", "1,", "-", "</think>"):
+            assert not grade_completion(rf"\boxed{{{part * (1_000_000 // len(part))}}}", "72")
+            assert not answers_equal(part * 1_000_000, "72")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def test_the_last_statement_near_the_end_of_the_text_counts() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patience import HANG_S
 from tutelage.data.grading import answer_key
 from tutelage.data.grading_number import numbers_equal
 from tutelage.evaluation.metrics import problem_majorities, problem_pass_rates
@@ -89,7 +90,7 @@ def test_numbers_are_votes_without_comparing_pairs() -> None:
 
 
 def test_formulas_of_several_problems_are_compared_at_the_same_time() -> None:
-    meeting = threading.Barrier(2, timeout=30)
+    meeting = threading.Barrier(2, timeout=HANG_S)
 
     def equal(left: str, right: str) -> bool:
         meeting.wait()

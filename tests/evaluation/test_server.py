@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import time
+import threading
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +25,7 @@ from faults.server import (
     attack,
     good,
 )
+from patience import HANG_S
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
@@ -35,7 +36,7 @@ from tutelage.models.wire import BadReply, Wire, resolve
 
 CHAT = Prompt("chat", ({"role": "user", "content": "2+2"},))
 PLAIN = Prompt("plain", "2+2=")
-QUICK = Limits(deadline_s=5, num_tries=3, first_delay_s=0.01)
+QUICK = Limits(num_tries=3, first_delay_s=0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +64,9 @@ def test_no_malformed_reply_is_accepted_and_none_hangs() -> None:
 
 
 def test_a_client_without_a_deadline_is_seen_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control of the counter, with silences of two seconds."""
-    monkeypatch.setattr(server_harness, "HANG_S", 2.0)
-    monkeypatch.setattr(server_harness, "GRACE_S", 0.5)
+    """The negative control of the counter, with silences of a second."""
+    monkeypatch.setattr(server_harness, "SILENCE_S", 1.0)
+    monkeypatch.setattr(server_harness, "GRACE_S", 0.1)
     record = server_harness.attack_without_deadline()
     assert sum(record.hanging.values()) == len(server_harness.SILENCES) == 3
     assert +record.accepted == {}
@@ -80,7 +81,7 @@ def test_a_careless_client_takes_malformed_replies() -> None:
             body = {"model": MODEL, "messages": [{"content": name}]}
             request = urllib.request.Request(url, json.dumps(body).encode())
             try:
-                with urllib.request.urlopen(request, timeout=2) as reply:
+                with urllib.request.urlopen(request, timeout=HANG_S) as reply:
                     json.load(reply)["choices"][0]["message"]["content"].strip()
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
@@ -167,18 +168,31 @@ def test_what_will_not_change_is_not_asked_again(name: str) -> None:
 
 
 def test_one_bad_reply_rejects_the_batch_and_wakes_the_rest() -> None:
-    """Others would wait for ten seconds; the error does not."""
-    kinds = {"bad": MUTATIONS["status 404"], "slow": lambda x: time.sleep(10), "good": good}
+    """The slow reply would come after the error; the bad one comes when the slow one is asked for.
+
+    Were the rest not woken, the error would have to wait for a reply that waits for it.
+    """
+    asked, ended, in_order = threading.Event(), threading.Event(), []
+
+    def slow(exchange: Exchange) -> None:
+        asked.set()
+        in_order.append(ended.wait(HANG_S))
+
+    def bad(exchange: Exchange) -> None:
+        in_order.append(asked.wait(HANG_S))
+        MUTATIONS["status 404"](exchange)
+
+    kinds = {"bad": bad, "slow": slow, "good": good}
     server = EvilServer(lambda body: kinds[body["messages"][0]["content"]])
     prompts = [
         Prompt(kind, ({"role": "user", "content": kind},)) for kind in ("good", "bad", "slow")
     ]
     with server.running() as url:
         client = Server(url, SamplingConfig(), MODEL)
-        began = time.monotonic()
         with pytest.raises(ModelError, match="404"):
             client.complete(prompts, 64)
-        assert time.monotonic() - began < 9
+        assert in_order == [True]  # and the slow reply still waits
+        ended.set()
 
 
 def test_the_model_is_asked_for_when_there_is_one_only() -> None:

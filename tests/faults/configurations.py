@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 
+from patience import unhurried
 from tutelage import cli
 from tutelage.report import report
 
@@ -318,6 +319,7 @@ def too_generous(arguments: list[str]) -> tuple[int, str, str]:
 def run(size: int) -> Outcome:
     """Trials 0 to `size` − 1, and a tenth of them under a check that accepts everything."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    unhurried()  # what is told of a slow start is no second line
     transformers.utils.logging.set_verbosity_error()  # as the command line asks before it imports
     with (
         tempfile.TemporaryDirectory(prefix="configurations-", dir=memory) as name,

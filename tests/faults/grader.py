@@ -40,7 +40,7 @@ LIMIT_S = 5.5
 BLOCKED = "blocked:"
 """How the reason begins that counts an action refused in the worker; its audit event follows."""
 MAX_LISTED = 50
-CANARY = Path(tempfile.gettempdir()) / f"tutelage-canary-{os.getuid()}"
+CANARY = Path(tempfile.gettempdir()) / f"tutelage-canary-{os.getpid()}"
 
 PLAIN = (
     "42", "-7", "1,234", "0.50", r"\frac{3}{4}", r"-\frac{1}{2}", "(1,2)", "[0,1)", "1,2,3",

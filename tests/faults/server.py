@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from patience import HANG_S
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
 from tutelage.evaluation.server import Server
@@ -30,10 +31,10 @@ from .record import Outcome
 
 MODEL, TEXT, KEY = "a-model", "The answer is \\boxed{4}.", "key-4f1d9c"
 DEADLINE_S = 0.6
-GRACE_S = 8.0
+GRACE_S = 120.0
 """What a loaded machine may add to the deadline before a request counts as hanging."""
-HANG_S = 20.0
-"""How long the slow replies go on: past deadline and grace."""
+SILENCE_S = 240.0
+"""How long the slow replies go on, unless the client hangs up: past deadline and grace."""
 MAX_REPLY_BYTES = 100_000
 
 Json = dict[str, Any]
@@ -195,32 +196,27 @@ JSON_MUTATIONS: dict[str, Mutation] = {
 # --- replies whose HTTP is wrong ------------------------------------------------------------------
 
 
-def drip(data: bytes) -> Mutation:
-    """One byte at a time, each well within any timeout of a single read."""
-
-    def mutation(exchange: Exchange) -> None:
-        for place in range(len(data)):
-            exchange.socket.sendall(data[place : place + 1])
-            time.sleep(0.2)
-
-    return mutation
+def drip(head: bytes) -> Mutation:
+    """A space at a time, each well within any timeout of a single read."""
+    return endless(head, b" ", 0.2)
 
 
 def hang(data: bytes = b"") -> Mutation:
     def mutation(exchange: Exchange) -> None:
         exchange.socket.sendall(data)
-        exchange.socket.settimeout(HANG_S)
+        exchange.socket.settimeout(SILENCE_S)
         exchange.socket.recv(1)  # until the client hangs up
 
     return mutation
 
 
-def endless(head: bytes, piece: bytes) -> Mutation:
+def endless(head: bytes, piece: bytes, period_s: float = 0.0) -> Mutation:
     def mutation(exchange: Exchange) -> None:
         exchange.socket.sendall(head)
-        end = time.monotonic() + HANG_S
+        end = time.monotonic() + SILENCE_S
         while time.monotonic() < end:
             exchange.socket.sendall(piece)
+            time.sleep(period_s)
 
     return mutation
 
@@ -297,8 +293,8 @@ SLOW_MUTATIONS: dict[str, Mutation] = {
     "silence": hang(),
     "silence after the headers": hang(_HEAD + b"\r\n"),
     "silence within the body": hang(_HEAD + b'\r\n{"object": '),
-    "dripping headers": drip(_HEAD + b"\r\n"),
-    "dripping body": lambda x: drip(_HEAD + b"\r\n" + json.dumps(x.good()).encode())(x),
+    "dripping headers": drip(_HEAD + b"X:"),
+    "dripping body": drip(_HEAD + b"\r\n"),
     "endless continue": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     "endless body": endless(_HEAD.replace(b"5000", b"9" * 12) + b"\r\n", b" " * 65536),
     "endless chunks": endless(
@@ -346,7 +342,7 @@ class EvilServer:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            connection.settimeout(10)
+            connection.settimeout(HANG_S)
             head, data = b"", b""
             while b"\r\n\r\n" not in head:
                 if not (piece := connection.recv(65536)):
@@ -395,7 +391,7 @@ def attack(
     record, lock = Record(), threading.Lock()
     server = EvilServer(lambda body: good if "#" not in (n := name_of(body)) else MUTATIONS[n[1:]])
     with server.running() as url:
-        client, patient = _client(url, deadline_s), _client(url, 60.0)
+        client, patient = _client(url, deadline_s), _client(url, HANG_S)
 
         def ask(number: int, name: str) -> None:
             began = time.monotonic()
@@ -421,7 +417,7 @@ def attack(
 
 def attack_without_deadline() -> Record:
     """The negative control: slow replies to a client that waits for the end of each."""
-    return attack(len(SILENCES), mutations=SILENCES, deadline_s=4 * HANG_S)
+    return attack(len(SILENCES), mutations=SILENCES, deadline_s=HANG_S)
 
 
 def name_of(body: Json) -> str:

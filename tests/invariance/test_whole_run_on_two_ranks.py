@@ -18,7 +18,9 @@ HELD = 99
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
+from patience import unhurried
 from tutelage.cli import main
+unhurried()  # what is told of a slow start is no first line
 code = main(sys.argv[1:])
 from ranks import gloo_threads
 sys.exit({HELD} if gloo_threads() else code)

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +18,7 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vllm: make test-vllm")
 
+from patience import wait_until
 from tiny import tiny_config
 from tutelage.data.batch import collate
 from tutelage.data.tasks import LedgerTask
@@ -125,11 +125,24 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def port() -> Iterator[int]:
+    """A port that nobody else can take: it stays bound, and vLLM's server shares what it binds."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers a request for this page."""
+    with suppress(OSError), urllib.request.urlopen(url):
+        return True
+    return False
+
+
+@pytest.fixture
+def server(tmp_path: Path, port: int) -> Iterator[str]:
     """A vLLM server of the student, in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path / "served"
     save_model(load_model(STUDENT, "float32"), load_tokenizer(STUDENT), folder)
     url, options = f"http://127.0.0.1:{port}", "--dtype float32 --enforce-eager"
@@ -145,11 +158,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, str(launcher), "--host", "127.0.0.1", *arguments]
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:
-            for _ in range(600):
-                with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1):
-                    break
-                assert process.poll() is None
-                time.sleep(0.5)
+            wait_until(lambda: answers(f"{url}/health"), process)
             yield url
         finally:
             os.killpg(process.pid, signal.SIGTERM)

@@ -26,7 +26,7 @@ from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.models.vllm_server import VLLMServerSampler
 from tutelage.run.train import train
 
-QUICK = Limits(deadline_s=20, num_tries=2, first_delay_s=0.01)
+QUICK = Limits(num_tries=2, first_delay_s=0.01)
 PROMPTS = LedgerTask(1).prompts(0, 3, 0)
 CONFIG = SamplingConfig(max_new_tokens=6, num_samples=2)
 Change = Callable[[dict[str, Any]], None]

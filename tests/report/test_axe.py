@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from token_lines import token_lines
 
+from patience import HANG_S
 from tutelage.report.compare import compare_records
 from tutelage.report.comparison import write_comparison, write_evaluations
 from tutelage.report.evaluations import compare_evaluations
@@ -74,6 +75,7 @@ def test_axe_finds_nothing(
     address = make_page(make_run, folder).as_uri()
     for scheme, width in (("light", 1100), ("dark", 360)):
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
+        context.set_default_timeout(1000 * HANG_S)
         page = context.new_page()
         page.goto(address)
         page.evaluate(AXE.read_text("utf-8"))
@@ -88,6 +90,7 @@ def test_axe_finds_nothing(
 def test_axe_notices_what_is_wrong(browser: Any, make_run: MakeRun, tmp_path: Path) -> None:
     """Negative control: a nameless button and faint ink are found."""
     context = browser.new_context()
+    context.set_default_timeout(1000 * HANG_S)
     page = context.new_page()
     page.goto(run_page(make_run, tmp_path).as_uri())
     page.evaluate("""() => {

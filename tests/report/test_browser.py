@@ -12,6 +12,7 @@ import pytest
 from test_report import HOSTILE
 from token_lines import NUM_TOKENS, RULES, token_lines
 
+from patience import HANG_S
 from tutelage.report.compare import compare_records
 from tutelage.report.comparison import write_comparison
 from tutelage.report.records import read_run
@@ -58,6 +59,7 @@ def show(browser: Any, make_run: MakeRun, quick_plots: None) -> Iterator[Callabl
         manifest["config"]["quadrant_thresholds"] = list(CUTS)
         (run / "manifest.json").write_text(json.dumps(manifest))
         context = browser.new_context(**options)
+        context.set_default_timeout(1000 * HANG_S)
         contexts.append(context)
         page = Opened(context.new_page(), lines)
         page.page.goto(write_report(run).as_uri())

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from patience import HANG_S, wait_until
 from tiny import tiny_table
 from tutelage.errors import ModelError
 from tutelage.models.load import load_model
@@ -30,16 +30,6 @@ def as_toml(table: dict[str, Any]) -> str:
     for name, entries in tables.items():
         lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in entries.items())]
     return "\n".join(lines)
-
-
-def wait_for_step(log: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until `step` lines are logged; the process must not end before."""
-    for _ in range(3000):
-        if log.exists() and len(log.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    pytest.fail(f"no step {step} within a minute")
 
 
 def logged_steps(folder: Path) -> list[int]:
@@ -59,9 +49,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     try:
-        wait_for_step(out / "metrics.jsonl", 2, process)
+        log = out / "metrics.jsonl"
+        wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=HANG_S)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,27 @@ def test_control_c_reaches_every_process_once_and_ends_without_a_traceback() -> 
         process.terminate()  # not killed: it would leave its processes behind
         process.wait()
     assert (process.returncode, out, err) == (130, "saved\n" * 2, "")
+
+
+def test_a_signal_before_the_processes_are_there_reaches_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes while the first is being started."""
+    start = subprocess.Popen
+    reading, writing = os.pipe()
+
+    def interrupted(*command: Any, **options: Any) -> Any:
+        process = start(*command, **options, stdout=writing)
+        assert os.read(reading, 6) == b"ready\n"
+        if options["env"]["RANK"] == "0":
+            signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    assert launch([sys.executable, "-c", STOPPABLE], 2) == 130
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b"saved\n" * 2
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from tutelage.errors import RunError, TutelageError
 _PERIOD_S = 0.05
 _GRACE_S = 15.0
 """Seconds that processes get to end by themselves after one of them failed."""
+ASK_LIMIT_S = 5.0
+"""Seconds in which the processes' common store has to answer who says a line."""
 
 
 @contextmanager
@@ -57,7 +59,7 @@ def started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Pope
         processes = []
         for rank in range(count):
             names = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # Sessions of their own: a terminal's Ctrl-C reaches them once, through `forwarding`.
+            # Sessions of their own: a terminal's Ctrl-C reaches them once, through `launch`.
             process = subprocess.Popen(command, env=common | names, start_new_session=True)
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -80,19 +82,28 @@ def launch(command: Sequence[str], count: int) -> int:
     """
     if count < 1:
         raise RunError(f"the number of processes must be 1 or more, got {count}.")
-    with started(command, count) as processes, forwarding(processes):
+    with _signals() as arrived, started(command, count) as processes:
         while (codes := [process.poll() for process in processes]).count(None):
+            _pass_on(arrived, processes)
             if failed := [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0, 130)]:
-                _give_time(processes)
+                _give_time(arrived, processes)
                 return _explained(*failed[0])
             time.sleep(_PERIOD_S)
     return next((_explained(rank, code) for rank, code in enumerate(codes) if code), 0)
 
 
-def _give_time(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _pass_on(arrived: list[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    while arrived:
+        number = arrived.pop(0)
+        for process in processes:
+            process.send_signal(number)
+
+
+def _give_time(arrived: list[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Without one of them the others wait for ever, unless they end for the same reason."""
     deadline = time.monotonic() + _GRACE_S
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        _pass_on(arrived, processes)
         time.sleep(_PERIOD_S)
 
 
@@ -108,17 +119,20 @@ def _explained(rank: int, code: int | None) -> int:
 
 
 @contextmanager
-def forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM of this process go to `processes` instead."""
+def _signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM only add themselves to this list, also before a process is there.
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        for process in processes:
-            process.send_signal(number)
+    One that came while a process was being started would otherwise miss it, or end this one.
+    """
+    arrived: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield
+        yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -140,7 +154,10 @@ def is_first_to_say(line: str) -> bool:
 
     try:
         store = TCPStore(
-            str(place[0]), int(str(place[1])), is_master=False, timeout=timedelta(seconds=5)
+            str(place[0]),
+            int(str(place[1])),
+            is_master=False,
+            timeout=timedelta(seconds=ASK_LIMIT_S),
         )
         key = f"tutelage/said/{sha256(line.encode()).hexdigest()}"
         return int(store.add(key, 1)) == 1
