@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Qwen3Config
+    from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 DEVICE = "cuda"
 VOCABULARY = 151_936
@@ -54,6 +54,20 @@ def random_qwen3(size: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) 
     with torch.device(DEVICE):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(qwen3_config(size), dtype=dtype)
     return model.eval()
+
+
+def shapes(config: PreTrainedConfig, is_checkpointed: bool = False) -> PreTrainedModel:
+    """A model of an architecture in bfloat16 without numbers, as plans of memory take it."""
+    from transformers import AutoModelForCausalLM
+
+    from tutelage.models.adapter import checkpoint_activations
+    from tutelage.models.shadow import shadow
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if is_checkpointed:
+        checkpoint_activations(model)
+    return shadow(model)
 
 
 def fast_folder() -> str | None:

@@ -65,7 +65,7 @@ def _pair(student: str, teacher: str) -> Iterator[Path]:
         yield folder
 
 
-def _configuration(folder: Path, **changes: Any) -> dict[str, Any]:
+def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
     table: dict[str, Any] = {
         "out": str(folder / "run"),
         "student": {
@@ -147,7 +147,7 @@ def _described(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _ours(student: str, teacher: str, **changes: Any) -> dict[str, Any]:
     with _pair(student, teacher) as folder:
-        return _described(_train(_configuration(folder, **changes)))
+        return _described(_train(configuration(folder, **changes)))
 
 
 def step_ours() -> dict[str, Any]:
@@ -318,7 +318,7 @@ def step_trl_small() -> dict[str, Any]:
 def checkpoints() -> dict[str, Any]:
     """How long training waits for a checkpoint of a 1.7B student with its moments."""
     with _pair("1.7B", "0.6B") as folder:
-        table = _configuration(
+        table = configuration(
             folder,
             sampling={"max_new_tokens": 16},
             checkpoint_every=1,

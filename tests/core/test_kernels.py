@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +36,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, at −inf − −inf
 
 from tutelage.core.kernels import passes, products, tops  # noqa: E402
+from tutelage.core.kernels.buffers import Buffers  # noqa: E402
 from tutelage.core.kernels.tops import FOUND  # noqa: E402
 
 Make = Callable[..., Any]
@@ -149,7 +151,7 @@ def test_bfloat16_operands_lose_only_the_rounding_of_gradients(
 @pytest.mark.parametrize("rows", [1, 8, 33, 2048])
 def test_a_gradient_never_overwrites_logits_that_are_still_to_be_read(size: int, rows: int) -> None:
     work = passes.Passes.__new__(passes.Passes)
-    work._spare = max(1, -(-rows // passes._SPARE))
+    work._spare = Buffers.of(rows, 64, True, True, chunk_bytes=1 << 40).spare
     size = min(size, rows)
     spans = list(work._spans(size))
     assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
@@ -531,3 +533,19 @@ def test_an_objective_is_two_kernels_and_four_products_a_chunk_and_waits_for_not
     assert passes_over_logits == {"aten.mm": 4}, passes_over_logits
     assert operators.names["aten.mm"] == 6
     assert objective.total.item() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_teacher", [True, False])
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_buffers_are_as_large_as_planned(
+    make_pair: Make, dtype: torch.dtype, has_teacher: bool, chunk_bytes: int | None
+) -> None:
+    pair = make_pair(rows=33, vocab_size=70, dtype=dtype)
+    teacher = pair.teacher if has_teacher else None
+    with LiveBytes((pair.student.hidden, pair.student.weight)) as live:
+        work = passes.Passes(pair.student, teacher, chunk_bytes, has_teacher)
+    is_narrow = has_teacher and dtype == torch.bfloat16
+    planned = Buffers.of(33, 70, has_teacher, is_narrow, chunk_bytes)
+    assert live.live == planned.num_bytes
+    assert planned.is_one_chunk == (chunk_bytes is None) == (work.chunk_rows == 33)

@@ -175,5 +175,6 @@ def is_llama_like(model: PreTrainedModel) -> bool:
     # Hooks (sharding, offloading) belong to the modules' own calls, some of which a step skips.
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
     # So does the choice of dtypes.
-    is_cast = torch.is_autocast_enabled(model.device.type)
+    kind = model.device.type
+    is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
     return is_table and same_dtype and not (hooked or is_cast)

@@ -95,21 +95,6 @@ class DecodeStep:
         """The smallest window of a layer; 0 if every layer sees everything."""
         return min((x.heads.window for x in self.layers if x.heads.window), default=0)
 
-    def sizes(self) -> Sizes:
-        """What determines the memory that the step needs."""
-        heads = self.layers[0].heads
-        return Sizes(
-            num_layers=len(self.layers),
-            num_heads=heads.num_heads,
-            num_groups=heads.num_groups,
-            head_dim=heads.head_dim,
-            width=self.table.shape[1],
-            inner=self.layers[0].down.weight.shape[1],
-            num_rows_of_head=self.head.shape[0],
-            dtype=self.table.dtype,
-            device=self.table.device,
-        )
-
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether the model has the same parameters in the same memory; values may differ."""
         return self._memory == _memory(model)
@@ -156,6 +141,23 @@ class DecodeStep:
             torch.mm(hidden, self.head.t(), out_dtype=logits.dtype, out=logits)
         else:
             torch.mm(hidden.to(logits.dtype), self.head.to(logits.dtype).t(), out=logits)
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """What determines the memory of the step of such a model."""
+    base: Any = model.base_model
+    table, layer = base.embed_tokens.weight, base.layers[0]
+    return Sizes(
+        num_layers=len(base.layers),
+        num_heads=base.config.num_attention_heads,
+        num_groups=base.config.num_key_value_heads,
+        head_dim=layer.self_attn.head_dim,
+        width=table.shape[1],
+        inner=_plain(layer.mlp.down_proj).weight.shape[1],
+        num_rows_of_head=_head(model).weight.shape[0],
+        dtype=table.dtype,
+        device=table.device,
+    )
 
 
 def is_covered(model: PreTrainedModel) -> bool:
@@ -254,9 +256,7 @@ def _layer(layer: Any, config: Any, window: int) -> _Layer:
 
 def _product(modules: Sequence[Any]) -> _Product:
     """One product for layers of one input."""
-    plain = [
-        module if type(module) in (nn.Linear, Linear) else module.base_layer for module in modules
-    ]
+    plain = [_plain(module) for module in modules]
     weights: list[Any] = [module.weight for module in plain]
     biases: list[Any] = [module.bias for module in plain if module.bias is not None]
     if biases and len(biases) < len(modules):
@@ -270,6 +270,11 @@ def _product(modules: Sequence[Any]) -> _Product:
             adapters += _adapters(module, first)
         first += len(base.weight)
     return _Product(joined, bias, tuple(adapters))
+
+
+def _plain(module: Any) -> Any:
+    """The linear layer itself, without its low-rank update."""
+    return module if type(module) in (nn.Linear, Linear) else module.base_layer
 
 
 def _adapters(module: Any, first: int) -> list[_Adapter]:

@@ -28,9 +28,9 @@ from tutelage.rollout.transfer import Fetched, send
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PREFILL_TOKENS = 16384
+PREFILL_TOKENS = 16384
 """Most tokens, padding included, that are read at once."""
-_KEPT_SHARE = 16
+KEPT_SHARE = 16
 """Caches that need more than this part of the device's memory are given back after a draw."""
 
 
@@ -248,7 +248,7 @@ class GraphWriter:
         cache = self.slots.cache
         if cache.is_cuda:
             total = torch.cuda.get_device_properties(cache.device).total_memory
-            if cache.nbytes > total // _KEPT_SHARE:
+            if cache.nbytes > total // KEPT_SHARE:
                 _SLOTS.pop(self.model, None)
 
 
@@ -258,7 +258,7 @@ def _portions(prompts: Sequence[Ids]) -> Iterator[list[Ids]]:
     width = 0
     for ids in prompts:
         width = max(width, len(ids))
-        if portion and (len(portion) + 1) * width > _PREFILL_TOKENS:
+        if portion and (len(portion) + 1) * width > PREFILL_TOKENS:
             yield portion
             portion, width = [], len(ids)
         portion.append(ids)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tutelage.models.draw import SamplingConfig
 from tutelage.models.rows import Ids
 from tutelage.rollout.cuda_graph import Capture, CudaGraph, Graph
-from tutelage.rollout.decode_step import DecodeStep
+from tutelage.rollout.decode_step import DecodeStep, sizes_of
 from tutelage.rollout.operators import Operators, Picking
 from tutelage.rollout.state import Sizes, Work, make_rows, make_work
 from tutelage.rollout.transfer import send
@@ -66,16 +66,10 @@ class Slots:
     ) -> None:
         self.device = device
         self.step = DecodeStep(model, device.operators)
-        self.sizes: Sizes = self.step.sizes()
-        self.capacity = -(-capacity // _COLUMNS) * _COLUMNS
-        self.num_slots = max(2, num_rows)
-        sizes = self.sizes
-        self.rows = make_rows(sizes, bucket(self.num_slots), STEPS)
-        self.cache = torch.empty(
-            *(sizes.num_layers, 2, self.num_slots, sizes.num_groups, self.capacity, sizes.head_dim),
-            dtype=sizes.dtype,
-            device=sizes.device,
-        )
+        self.sizes = sizes = sizes_of(model)
+        self.rows = make_rows(sizes, bucket(num_rows), STEPS)
+        self.cache = make_cache(sizes, num_rows, capacity)
+        self.num_slots, self.capacity = self.cache.shape[2], self.cache.shape[4]
         self.turn = _angles(model, self.capacity, sizes)
         self._graphs: dict[tuple[int, int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
 
@@ -162,6 +156,16 @@ class Slots:
         error = (rows.hidden.double() - expected).norm() / expected.norm()
         eps = max(torch.finfo(dtype).eps for dtype in (self.sizes.dtype, torch.float32))
         return bool(error <= eps**0.5)
+
+
+def make_cache(sizes: Sizes, num_rows: int, capacity: int) -> Tensor:
+    """Keys and values `[layers, 2, slots, groups, capacity, head_dim]` for so many columns."""
+    room = -(-capacity // _COLUMNS) * _COLUMNS
+    return torch.empty(
+        *(sizes.num_layers, 2, max(2, num_rows), sizes.num_groups, room, sizes.head_dim),
+        dtype=sizes.dtype,
+        device=sizes.device,
+    )
 
 
 def bucket(num_rows: int) -> int:

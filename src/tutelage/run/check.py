@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tutelage.run.config import Config
-from tutelage.run.memory import plan_memory
+from tutelage.run.memory_cuda import plan_run
 from tutelage.run.method import AllTokens, FirstTokens
 from tutelage.run.setup import build
 from tutelage.run.train import run_folder
@@ -45,7 +45,7 @@ def check(config: Config, name: str) -> Iterator[str]:
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
-    yield from plan_memory(config, parts, prompts.longest).lines()
+    yield from plan_run(config, parts, prompts.longest).lines()
     yield from (f"warning: {line}" for line in parts.warnings)
     yield f"folder: {run_folder(config, name)} on {parts.device}"
 

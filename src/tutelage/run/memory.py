@@ -35,7 +35,6 @@ STATE_BYTES = {
 }
 """Bytes of optimizer state for each trained weight."""
 _KNOBS = {
-    "process": "a machine with more memory",
     "student": 'student.dtype = "bfloat16" or a smaller student',
     "masters": "optimizer.offload = true",
     "optimizer": 'optimizer.kind = "adamw_on_disk" or "adamw_8bit", optimizer.offload = true or '
@@ -43,6 +42,14 @@ _KNOBS = {
     "teacher": 'teacher.mode = "offload" or "reload", or teacher.quantization = "8bit"',
     "hidden states": "teacher.hidden_budget_bytes or prompts_per_step",
     "file": 'teacher.mode = "offload"',
+    "checkpoint copy": 'checkpoint_writer = "inline"',
+    "float32 weights": "[student.lora] or a smaller student",
+    "float32 gradients": "[student.lora] or a smaller student",
+    "moments": 'optimizer.kind = "adamw_on_disk" or "adafactor"',
+    "teacher weights": 'teacher.mode = "reload"',
+    "vLLM": "engine.gpu_memory_utilization",
+    "prefill": "data.max_prompt_tokens",
+    "decoding step": "sampling_batch_size",
     "recorded states": 'scoring = "forward"',
     "KV cache": "sampling_batch_size or sampling.max_new_tokens",
     "sampled logits": "sampling_batch_size",
@@ -52,6 +59,10 @@ _KNOBS = {
     "read at once": "a model folder with safetensors in the configured dtype",
 }
 """What to turn when a part is the largest of a phase that does not fit."""
+
+
+UNCOUNTED = ("context", "allocator")
+"""Parts that are no tensors of a device."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,11 @@ class Phase:
         """Their sum."""
         return sum(self.parts.values())
 
+    @property
+    def allocated_bytes(self) -> int:
+        """What tensors take of them, which torch's allocator counts."""
+        return sum(size for name, size in self.parts.items() if name not in UNCOUNTED)
+
     def line(self) -> str:
         """One line: the total, and the parts from large to small."""
         large = sorted(self.parts.items(), key=lambda item: -item[1])
@@ -79,6 +95,9 @@ class MemoryPlan:
 
     phases: tuple[Phase, ...]
     available_bytes: int
+    host: MemoryPlan | None = None
+    """The same of main memory, where the phases are those of a device of its own."""
+    what: str = "memory"
 
     @property
     def peak(self) -> Phase:
@@ -88,17 +107,18 @@ class MemoryPlan:
     def lines(self) -> Iterator[str]:
         """The plan as text, with a warning and what to turn if it does not fit."""
         for phase in self.phases:
-            yield f"memory: {phase.line()}"
+            yield f"{self.what}: {phase.line()}"
         peak, available = self.peak, self.available_bytes
-        yield f"memory: peak {_mib(peak.total_bytes)} in {peak.name}, {_mib(available)} available"
+        needed = _mib(peak.total_bytes)
+        yield f"{self.what}: peak {needed} in {peak.name}, {_mib(available)} available"
         if peak.total_bytes > available:
-            largest = max(
-                (name for name in peak.parts if name != "process"), key=peak.parts.__getitem__
-            )
+            largest = max((x for x in peak.parts if x in _KNOBS), key=peak.parts.__getitem__)
             yield (
                 f"warning: {peak.name} needs {_mib(peak.total_bytes - available)} more than there "
                 f"is; its largest part is {largest}. Turn to {_KNOBS[largest]}."
             )
+        if self.host is not None:
+            yield from self.host.lines()
 
 
 def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
@@ -112,7 +132,7 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
         parts: its models, loaded and at rest.
         prompt_tokens: length of the longest prompt.
     """
-    sizes = _Sizes(config, prompt_tokens)
+    sizes = Sizes(config, prompt_tokens)
     model, teacher = parts.student.model, parts.teacher
     weights = list(model.parameters())
     loaded = _bytes(weights) + _bytes(_own_masters(parts)) + teacher.resting_bytes
@@ -157,7 +177,7 @@ def _copied_bytes(config: Config, teacher: Teacher) -> int:
     return 0 if abs(size - teacher.full_bytes) < 0.01 * size else size
 
 
-class _Sizes:
+class Sizes:
     """Tokens and sequences at the peak of each phase."""
 
     def __init__(self, config: Config, prompt_tokens: int) -> None:
@@ -172,7 +192,7 @@ class _Sizes:
         self.micro_rows = int(self.micro_batch * share)
 
 
-def _rollout(model: PreTrainedModel, sizes: _Sizes) -> dict[str, int]:
+def _rollout(model: PreTrainedModel, sizes: Sizes) -> dict[str, int]:
     vocab_size = model.get_output_embeddings().weight.shape[0]
     return {
         "KV cache": sizes.decoded * sizes.length * _cache_bytes(model),
@@ -181,7 +201,7 @@ def _rollout(model: PreTrainedModel, sizes: _Sizes) -> dict[str, int]:
     }
 
 
-def _teacher(parts: Parts, sizes: _Sizes) -> dict[str, int]:
+def _teacher(parts: Parts, sizes: Sizes) -> dict[str, int]:
     """The teacher and the widest tensors of a forward pass without gradient."""
     teacher = parts.teacher
     width = 8 * teacher.head_shape[1]
@@ -191,7 +211,7 @@ def _teacher(parts: Parts, sizes: _Sizes) -> dict[str, int]:
     }
 
 
-def _learn(config: Config, parts: Parts, sizes: _Sizes) -> dict[str, int]:
+def _learn(config: Config, parts: Parts, sizes: Sizes) -> dict[str, int]:
     model, masters = parts.student.model, parts.masters
     head = model.get_output_embeddings().weight
     per_token = _saved_bytes_per_token(model)
@@ -283,7 +303,8 @@ def status_bytes(key: str) -> int:
 def available_bytes(device: torch.device) -> int:
     """Memory of a device that is free now."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what torch holds already is there for it to use
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
     file = Path("/proc/meminfo")
     if not file.exists():
         return 1 << 62

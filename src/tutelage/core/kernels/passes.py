@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.core.kernels import CHUNK_BYTES
 from tutelage.core.kernels import rows as kernels
+from tutelage.core.kernels.buffers import NUM_AUX, NUM_STATISTICS, Buffers
 from tutelage.core.kernels.products import on_device, project
 from tutelage.core.lazy import LazyLogits
 
@@ -25,17 +25,6 @@ ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, LOG_P, LOG_Q = range(6)
 """Rows of the table of statistics, in the order of `TokenStats`."""
 
 SIDES = ("student", "teacher")
-
-_ALIGNMENT = 64
-"""Buffers' rows start at multiples of so many numbers, as products and wide loads want it."""
-
-_TILE = 128
-"""Rows of a chunk are a multiple of a product's tile where there are many."""
-
-_SPARE = 8
-"""An eighth of a chunk's gradient has a place of its own, see `Passes.gradient`."""
-
-_NUM_AUX = 6
 
 
 @dataclass(frozen=True)
@@ -129,22 +118,25 @@ class Passes:
         self.teacher = None if teacher is None else teacher.matched()
         self.device = student.hidden.device
         size = len(student)
-        self.table = torch.full((6, size), torch.nan, dtype=torch.float64, device=self.device)
+        shape = (NUM_STATISTICS, size)
+        self.table = torch.full(shape, torch.nan, dtype=torch.float64, device=self.device)
         """The statistics of all rows, filled chunk by chunk, nats."""
-        self.stride = math.ceil(student.vocab_size / _ALIGNMENT) * _ALIGNMENT
         self._is_narrow = self.student.hidden.dtype != torch.float32
-        budget = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        row_bytes = 4 * self.stride * (1 if teacher is None else 2)
-        if wants_gradient and self._is_narrow:
-            row_bytes += 2 * self.stride // _SPARE
-        self.chunk_rows = _chunk_rows(size, budget // row_bytes)
-        self._allocate(wants_gradient)
+        self._buffers = Buffers.of(
+            size,
+            student.vocab_size,
+            teacher is not None,
+            wants_gradient and self._is_narrow,
+            chunk_bytes,
+        )
+        self.chunk_rows, self.stride = self._buffers.chunk_rows, self._buffers.stride
+        self._spare = self._buffers.spare
+        self._allocate()
         self._biases = {side: _swapped_bias(self._side(side)) for side in SIDES}
 
-    def _allocate(self, wants_gradient: bool) -> None:
+    def _allocate(self) -> None:
         n, stride, v = self.chunk_rows, self.stride, self.student.vocab_size
-        self.aux = torch.empty(_NUM_AUX, n, dtype=torch.float32, device=self.device)
-        self._spare = max(1, math.ceil(n / _SPARE)) if wants_gradient and self._is_narrow else 0
+        self.aux = torch.empty(NUM_AUX, n, dtype=torch.float32, device=self.device)
         # In units of two bytes, so that one piece of memory is read as either dtype.
         memory = torch.empty(
             (self._spare + 2 * n) * stride, dtype=torch.bfloat16, device=self.device
@@ -353,14 +345,6 @@ class Passes:
             num_warps=GRADIENT_WARPS,
             **self.pair_arguments(),
         )
-
-
-def _chunk_rows(size: int, most: int) -> int:
-    """Rows of chunks of nearly equal size, whole tiles of a product where they fit."""
-    most = max(1, most)
-    rows = math.ceil(size / max(1, math.ceil(size / most)))
-    tiles = math.ceil(rows / _TILE) * _TILE
-    return tiles if tiles <= min(most, size) else rows
 
 
 def launch_block(vocab_size: int, most: int) -> int:

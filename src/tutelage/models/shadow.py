@@ -1,0 +1,192 @@
+"""What a pass of a model allocates, found on tensors that have shapes and no memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, DynamicCache
+
+from tutelage.models.adapter import learning
+from tutelage.models.foreign import foreign
+from tutelage.models.rows import backbone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FUSED = "shapes_of_fused_attention"
+_ACCUMULATOR = 4
+"""Bytes of a number in which fused attention sums over keys."""
+
+
+class Usage(NamedTuple):
+    """Bytes that a pass takes beyond what was there before it."""
+
+    peak: int
+    """At its largest."""
+    kept: int
+    """What is left of it afterwards."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Bytes of a forward and backward pass."""
+
+    forward: Usage
+    backward: int
+    """Peak of the backward pass: what is kept until then, gradients of weights included."""
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made inside and are still alive."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return found
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def restart(self) -> None:
+        """Look for the peak from here on."""
+        self.peak = self.now
+
+
+def shadow(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without numbers, its attention fused as on a CUDA device.
+
+    Raises:
+        ModelError: a class that cannot do without them.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to("meta")
+        for tensor in tensors
+    }
+    with foreign("has no shape of its own", model):
+        twin: PreTrainedModel = copy.deepcopy(model, memo)
+        AttentionInterface.register(_FUSED, _attention)
+        twin.set_attn_implementation(_FUSED)
+    return twin
+
+
+@torch.no_grad()
+def reading(twin: PreTrainedModel, shape: tuple[int, int], is_cached: bool = False) -> Usage:
+    """A forward pass without gradient over `[B, T]` tokens, perhaps with a cache of all of them."""
+    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+    cache = {"past_key_values": DynamicCache()} if is_cached else {}
+    with foreign("cannot be run without numbers", twin), _live(twin) as live:
+        output = backbone(twin)(input_ids=ids, use_cache=is_cached, **cache)
+        states = output.last_hidden_state
+        del output
+        kept = live.now
+    del states
+    return Usage(live.peak, kept)
+
+
+def learning_from(
+    twin: PreTrainedModel, shape: tuple[int, int], num_rows: int, has_gradients: bool
+) -> Learning:
+    """A forward pass over `[B, T]` tokens and the backward pass from gradients of N rows and head.
+
+    Args:
+        twin: from `shadow`.
+        shape: sequences and their length.
+        num_rows: N.
+        has_gradients: whether the weights have gradients already, which are added to.
+    """
+    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+    for weight in twin.parameters():
+        is_summed = has_gradients and weight.requires_grad
+        weight.grad = torch.empty_like(weight) if is_summed else None
+    head = twin.get_output_embeddings().weight
+    with (
+        foreign("cannot be run without numbers", twin),
+        learning(twin, (0,)),
+        _live(twin) as live,
+    ):
+        states = backbone(twin)(input_ids=ids, use_cache=False).last_hidden_state
+        rows = states.flatten(0, 1)[torch.zeros(num_rows, dtype=torch.int64, device="meta")]
+        del states
+        forward = Usage(live.peak, live.now)
+        live.restart()
+        total = _Objective.apply(rows, head)  # type: ignore[no-untyped-call]
+        del rows
+        total.backward()
+        backward = live.peak
+    twin.zero_grad()
+    return Learning(forward, backward)
+
+
+def _live(twin: PreTrainedModel) -> _Live:
+    weights = list(twin.parameters())
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    return _Live([*weights, *twin.buffers(), *gradients])
+
+
+class _Objective(torch.autograd.Function):
+    """Has gradients of hidden states and head as they leave the objective."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, head)
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        return tuple(torch.empty_like(x) if is_wanted else None for x, is_wanted in wanted)
+
+
+class _Fused(torch.autograd.Function):
+    """The memory of flash attention: no `[T, T]`; backward sums keys' gradients in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *_rest = ctx.saved_tensors
+        summed = q.new_empty(q.numel() * _ACCUMULATOR, dtype=torch.uint8)
+        wide = [torch.empty_like(q) for _ in "kv"] if q.shape[1] > k.shape[1] else []
+        found = tuple(torch.empty_like(x) for x in (q, k, v))
+        del summed, wide
+        return found
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """One of transformers' attention functions; queries, keys, values are `[B, heads, T, d]`."""
+    run: Callable[..., Tensor] = _Fused.apply
+    return run(query, key, value).transpose(1, 2).contiguous(), None
