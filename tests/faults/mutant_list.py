@@ -272,17 +272,17 @@ MUTANTS: dict[str, Group] = {
             ("tokens[i] in self.stops or num_left == step", "tokens[i] in self.stops"),
             ("row.tokens += by_row[i][:stop]", "row.tokens += by_row[i]"),
             ("hidden_by_row[i, :stop]", "hidden_by_row[i]"),
-            ("_check_finite(logprobs_by_row[i][:stop], len(row.tokens))", "pass"),
+            ("check_finite(logprobs_by_row[i][:stop], len(row.tokens))", "pass"),
             (
-                "_check_finite(logprobs_by_row[i][:stop], len(row.tokens))",
-                "_check_finite(logprobs_by_row[i][:stop], 0)",
+                "check_finite(logprobs_by_row[i][:stop], len(row.tokens))",
+                "check_finite(logprobs_by_row[i][:stop], 0)",
             ),
-            ("_check_finite(logprobs_by_row[i][:stop],", "_check_finite(logprobs_by_row[i],"),
+            ("check_finite(logprobs_by_row[i][:stop],", "check_finite(logprobs_by_row[i],"),
             ("    model.eval()\n    try", "    try"),
             ("            module.training = True", "            pass"),
             (
-                "num_ids = min(vocabulary_size(self.tokenizer), embeddings.num_embeddings)",
-                "num_ids = embeddings.num_embeddings",
+                "vocabulary_size(self.tokenizer),",
+                "",
             ),
         ],
     ),
@@ -488,8 +488,12 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "run/gather.py": (
-        ["invariance/test_selection_ranks.py"],
+        ["invariance/test_selection_ranks.py", "invariance/test_ranks.py"],
         [
+            (
+                'reduce(flat.to(self.accelerator.device), "sum")',
+                'reduce(flat.to(self.accelerator.device), "mean")',
+            ),
             ("first = int(sizes[: self.index].sum())", "first = 0"),
             ("        order = order[table[-2][order].argsort(stable=True)]\n", ""),
             ("part[:, : int(n)] for part", "part for part"),
@@ -512,7 +516,7 @@ MUTANTS: dict[str, Group] = {
     "run/learn.py": (
         ["run/test_skipped_steps.py", "invariance/test_step.py", "invariance/test_ranks.py"],
         [
-            ("scale = self.ranks.count / max(divisor, 1)", "scale = 1 / max(divisor, 1)"),
+            ("scale = 1 / max(divisor, 1)", "scale = 2 / max(divisor, 1)"),
             (
                 "(objective.total * scale).backward()",
                 "objective.total.backward()",
@@ -554,8 +558,11 @@ MUTANTS: dict[str, Group] = {
                 ),
                 "            state[index][entry] = tensor * 0\n",
             ),
-            ('seal(temporary, {"step": step})', 'seal(temporary, {"step": step + 1})'),
-            ("        if name not in names:\n", "        if False:\n"),
+            (
+                'seal(temporary, {"step": snapshot.step})',
+                'seal(temporary, {"step": snapshot.step + 1})',
+            ),
+            ("        if name not in masters:\n", "        if False:\n"),
             ('if unseal(path) != {"step": step}:', "if unseal(path) is None:"),
         ],
     ),
