@@ -487,6 +487,68 @@ MUTANTS: dict[str, Group] = {
             ),
         ],
     ),
+    "rollout/generate.py": (
+        ["rollout/test_generate.py"],
+        [
+            ("most = min(segment.count, self.config", "most = max(segment.count, self.config"),
+            ("for n, token in enumerate(new, 1)", "for n, token in enumerate(new, 2)"),
+            ("self.free_slots.append(row.slot)", "self.free_slots.append(0)"),
+            ("states[source, length - 1]", "states[source, -1]"),
+            ("rows.position[to] = length.int()", "rows.position[to] = length.int() - 1"),
+            ("state[:count] = state[index]", "pass"),
+            ("row.hidden.append(segment.states[i, :end])", "row.hidden.append(segment.states[i])"),
+            ("drawn = [row.num_started if row", "drawn = [0 if row"),
+        ],
+    ),
+    "rollout/kv_slots.py": (
+        ["rollout/test_generate.py"],
+        [
+            ("is_large and self.step.is_current(model)", "is_large"),
+            ("capacity <= self.capacity\n", "True\n"),
+            (
+                "padded = [*stops, *[-1] * (room - len(stops))]",
+                "padded = [*stops, *[0] * (room - len(stops))]",
+            ),
+            ("return bool(error <= eps**0.5)", "return True"),
+        ],
+    ),
+    "rollout/sample_kernels.py": (
+        ["rollout/test_decoding_kernels.py"],
+        [
+            (
+                "threshold - tl.sum(tl.where(which < block, weight",
+                "threshold - tl.sum(tl.where(which <= block, weight",
+            ),
+            ("is_stop = tl.max((stop == picked)", "is_stop = tl.min((stop == picked)"),
+        ],
+    ),
+    "core/kernels/late.py": (
+        ["core/test_kernels.py"],
+        [
+            ("self.slopes.times(factor)", "self.slopes"),
+            ("!= self.versions:", "!= self.versions and False:"),
+        ],
+    ),
+    "run/checkpoint_thread.py": (
+        ["run/test_checkpoint.py"],
+        [
+            (
+                "copies[key].copy_(tensor.detach(), non_blocking=True)",
+                "copies[key] = tensor.detach()",
+            ),
+            ("            writing.result()", "            pass"),
+            ("num_bytes > free", "num_bytes < 0"),
+        ],
+    ),
+    "run/verdict.py": (
+        ["run/test_verdict.py"],
+        [
+            ("change = paired_difference(b, a)", "change = paired_difference(a, b)"),
+            ("if share >= _CUT_OFF:", "if False:"),
+            ("Interval(-change.value, -change.high, -change.low)", "change"),
+            ("if num_problems < _FEWEST_PROBLEMS:", "if False:"),
+        ],
+    ),
     "run/gather.py": (
         ["invariance/test_selection_ranks.py", "invariance/test_ranks.py"],
         [

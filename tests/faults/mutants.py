@@ -88,6 +88,8 @@ def copy_of_the_code(folder: Path) -> Path:
 
 def warm_up() -> None:
     """Import what the tests import, once; a failure is enough, the smallest one is not wanted."""
+    # Triton, which torch imports, decides now whether kernels are interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
     for name in LIBRARIES:
         importlib.import_module(name)
     from hypothesis import Phase, settings
