@@ -172,7 +172,7 @@ MUTANTS: dict[str, Group] = {
             ("HeadForm(scale * before, form.softcap)", "HeadForm(scale, form.softcap)"),
             ("HeadForm(scale * before, form.softcap)", "HeadForm(before, form.softcap)"),
             ("HeadForm(scale * before, form.softcap)", "HeadForm(scale * before, None)"),
-            ("    if batch.is_padded_right:\n        masks = {}\n", "    masks = {}\n"),
+            ("and not batch.is_padded_right:", "and False:"),
         ],
     ),
     "models/layers.py": (

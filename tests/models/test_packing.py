@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ OTHERS: dict[str, Any] = {
 
 def model_of(config: Any, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return AutoModelForCausalLM.from_config(deepcopy(config)).to(dtype).eval()
 
 
 def prepared(name: str) -> PreTrainedModel:
     model = model_of(CONFIGS[name])
-    packing.use_packed_attention(model, "student")
+    packing.require_packed(model, "student", model.device)
     return model
 
 
@@ -82,10 +83,10 @@ def test_a_trial_finds_a_model_that_reads_packed_rows_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = prepared("llama")
-    try_model(model, "student 'x'", 50)
+    try_model(model, "student 'x'", 50, is_packed=True)
     monkeypatch.setattr(packing, "_by_sequence", _over_the_whole_row)
     with pytest.raises(ModelError, match="'x' reads a sequence otherwise in a packed row"):
-        try_model(model, "student 'x'", 50)
+        try_model(model, "student 'x'", 50, is_packed=True)
 
 
 def _over_the_whole_row(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
@@ -96,7 +97,7 @@ def _over_the_whole_row(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=r'Use micro_batches = "padded"\.$') as error:
-        packing.use_packed_attention(model_of(OTHERS[name]), f"teacher {name!r}")
+        packing.require_packed(model_of(OTHERS[name]), f"teacher {name!r}", torch.device("cpu"))
     assert f"got the teacher {name!r}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -110,9 +111,7 @@ def test_what_attention_does_not_know_is_refused(asked: dict[str, Any], named: s
     module = model_of(CONFIGS["llama"]).base_model.layers[0].self_attn
     options = asked or {"dropout": 0.1}
     with pytest.raises(ModelError, match=rf"{named}.*\"padded\"\.$"):
-        packing.packed_attention(
-            module, x, x, x, None, cu_seq_lens_q=starts, lengths=(3,), **options
-        )
+        packing.attention(module, x, x, x, None, cu_seq_lens_q=starts, lengths=(3,), **options)
 
 
 def test_a_saved_model_does_not_name_an_attention_that_only_we_know(tmp_path: Path) -> None:

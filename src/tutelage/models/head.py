@@ -16,7 +16,7 @@ from tutelage.errors import ModelError
 from tutelage.models.backbone import is_written_out, last_hidden
 from tutelage.models.foreign import run
 from tutelage.models.limits import refuse_beyond_table
-from tutelage.models.packing import packed_states
+from tutelage.models.packing import unmasked_inputs
 from tutelage.models.rows import backbone, read_alone, rounding, trial_ids
 
 if TYPE_CHECKING:
@@ -48,9 +48,6 @@ def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     Sequences of a packed batch are read by themselves. Padding on the right needs no mask: a causal
     model's tokens do not see what follows them.
     """
-    if batch.packed is not None:
-        refuse_beyond_table(model, max(batch.packed.lengths))
-        return batch.flatten(packed_states(model, batch))
     if batch.is_padded_right and batch.num_rows and is_written_out(model):
         width = batch.input_ids.shape[1]
         first = int((batch.row_index % width).min())
@@ -58,12 +55,17 @@ def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
         # Row b·T + t of the whole is row b·(T − first) + t − first of this.
         skipped = (batch.row_index // width + 1) * first
         return hidden.flatten(0, 1).index_select(0, batch.row_index - skipped)
-    refuse_beyond_table(model, batch.input_ids.shape[1])
-    masks = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    if batch.is_padded_right:
-        masks = {}
-    output = run(backbone(model), input_ids=batch.input_ids, use_cache=False, **masks)
-    return batch.flatten(output.last_hidden_state)
+    longest = max(batch.packed.lengths) if batch.packed else batch.input_ids.shape[1]
+    refuse_beyond_table(model, longest)
+    inputs = unmasked_inputs(model, batch)
+    if batch.packed is None and not batch.is_padded_right:
+        inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+    return batch.flatten(run(backbone(model), **inputs).last_hidden_state)
 
 
 def head(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> LazyLogits:

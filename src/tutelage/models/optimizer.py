@@ -47,15 +47,17 @@ class MasterWeights:
         for weight, master in self.pairs:
             if weight.grad is None:
                 continue
-            grad = weight.grad.to(master)
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            # Sums are float32's own: no copy of the gradient is made to be added.
+            grad = weight.grad.to(master.device)
+            master.grad = grad.to(master) if master.grad is None else master.grad.add_(grad)
             weight.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters to the weights."""
-        for weight, master in self.pairs:
-            weight.copy_(master)
+        pairs = self.pairs
+        if pairs:
+            torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Publish after every step of an optimizer of the masters."""

@@ -15,9 +15,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.foreign import run
 from tutelage.models.layers import is_llama_like
-from tutelage.models.rows import backbone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,33 +28,47 @@ _KNOWN = {"position_ids", "use_cache", "past_key_values", "cu_seq_lens_k", "max_
 """What a layer may hand on that attention has no use for."""
 
 
-def use_packed_attention(model: PreTrainedModel, who: str) -> None:
-    """Let a model also read packed rows, see `packed_states`.
+def use_own_attention(model: PreTrainedModel) -> bool:
+    """Let a model read packed rows too, and rows padded on the right without asking for a mask.
 
     Args:
         model: loaded with torch's scaled dot-product attention.
-        who: names it in messages, such as "student 'folder'".
 
-    Raises:
-        ConfigError: the model may mix tokens in other ways than its attention shows, or torch has
-            no variable-length attention for its device.
+    Returns:
+        False if it stays as it is: it may mix tokens in other ways than its attention shows.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if not is_llama_like(model) or model.config._attn_implementation not in ("sdpa", ATTENTION):
+    if not is_llama_like(model) or not attends_by_sdpa(model):
+        return False
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+    return True
+
+
+def require_packed(model: PreTrainedModel, who: str, device: torch.device) -> None:
+    """Let a model read packed rows.
+
+    Args:
+        model: loaded with torch's scaled dot-product attention.
+        who: names it in messages, such as "student 'folder'".
+        device: where it reads.
+
+    Raises:
+        ConfigError: it cannot, or torch has no variable-length attention for its device.
+    """
+    if not use_own_attention(model):
         raise ConfigError(
             f'micro_batches = "packed" reads Llama, Mistral, Qwen2 and Qwen3 models, got the '
             f"{who}, a {type(model).__name__}. {_HINT}"
         )
-    if model.device.type == "cuda" and not _has_kernel():
+    if device.type == "cuda" and not _has_kernel():
         raise ConfigError(
             f'micro_batches = "packed" on CUDA needs torch 2.11 or later, got {torch.__version__}. '
             f"{_HINT}"
         )
-    AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)
 
 
 def attends_by_sdpa(model: PreTrainedModel) -> bool:
@@ -64,32 +76,35 @@ def attends_by_sdpa(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation in ("sdpa", ATTENTION)
 
 
-def reads_packed(model: PreTrainedModel) -> bool:
-    """Whether a model was prepared to read packed rows."""
+def attends_by_own(model: PreTrainedModel) -> bool:
+    """Whether a model attends by `attention`."""
     return bool(model.config._attn_implementation == ATTENTION)
 
 
-def packed_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Last hidden states `[1, T, D]` of a packed batch, each sequence read by itself."""
-    packed = batch.packed
-    if packed is None or not reads_packed(model):
-        raise ValueError("needs a packed batch, and a model that was prepared to read such.")
-    # One that counts as prepared is not looked at; no mask would be made of the positions.
-    mask = torch.empty(1, 1, 1, 1, device=batch.input_ids.device)
-    states: Tensor = run(
-        backbone(model),
-        input_ids=batch.input_ids,
-        attention_mask=mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        cu_seq_lens_q=packed.starts,
-        max_length_q=max(packed.lengths),
-        lengths=packed.lengths,
-    ).last_hidden_state
-    return states
+def unmasked_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What a backbone takes to read a batch that is packed or padded on the right.
+
+    Where nothing is given for a mask, transformers looks for packed rows itself, among the
+    positions, and asks the device for what it found; what has four dimensions counts as made.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if attends_by_own(model):
+        mask = torch.empty(1, 1, 1, 1, device=batch.input_ids.device)
+        inputs |= {"attention_mask": mask, "has_mask": False}
+    if batch.packed is None:
+        return inputs
+    if not attends_by_own(model):
+        raise ValueError("a packed batch needs a model that attends to its sequences one by one.")
+    starts, lengths = batch.packed.starts, batch.packed.lengths
+    return inputs | {
+        "position_ids": batch.position_ids,
+        "cu_seq_lens_q": starts,
+        "max_length_q": max(lengths),
+        "lengths": lengths,
+    }
 
 
-def packed_attention(
+def attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -101,16 +116,17 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     lengths: tuple[int, ...] = (),
+    has_mask: bool = True,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence, in the signature that transformers calls.
+    """Causal attention, within each sequence of packed rows, as transformers calls it.
 
     Args:
         module: the layer.
-        query: `[1, H, T, d]`.
-        key: `[1, G, T, d]`, G dividing H.
+        query: `[B, H, T, d]`, B being 1 for packed rows.
+        key: `[B, G, T, d]`, G dividing H.
         value: of the shape of `key`.
-        attention_mask: of no meaning for packed rows.
+        attention_mask: what a token sees; without meaning for packed rows.
         dropout: must be 0 for them.
         scaling: of the products of queries and keys.
         sliding_window: tokens that one sees, itself included; None for all.
@@ -118,21 +134,22 @@ def packed_attention(
             nothing is packed.
         max_length_q: of the longest sequence.
         lengths: of all.
+        has_mask: False if a token sees all before it, or its window, whatever `attention_mask` is.
         others: what else the layer hands on.
 
     Returns:
-        `[1, T, H, d]`.
+        `[B, T, H, d]`.
 
     Raises:
-        ModelError: the layer asks for more than that.
+        ModelError: rows are packed, and the layer asks for more than that.
     """
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        mask = attention_mask if has_mask else _window_mask(query, sliding_window)
         plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-            sliding_window=sliding_window, **others,
-        )  # fmt: skip
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **others
+        )
         return plain
     unknown = sorted(n for n, given in others.items() if given is not None and n not in _KNOWN)
     if unknown or dropout or not module.is_causal:

@@ -14,7 +14,6 @@ from tutelage.models.foreign import foreign
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.layers import is_fast_family
 from tutelage.models.limits import context_limit
-from tutelage.models.packing import reads_packed
 from tutelage.models.rows import read_alone, relative_gap, rounding, rows_for, trial_ids
 
 if TYPE_CHECKING:
@@ -25,7 +24,13 @@ _LOGITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.
 """Largest relative difference between a model's logits and its head times its hidden states."""
 
 
-def try_model(model: PreTrainedModel, who: str, vocab_size: int, decodes: bool = True) -> list[str]:
+def try_model(
+    model: PreTrainedModel,
+    who: str,
+    vocab_size: int,
+    decodes: bool = True,
+    is_packed: bool = False,
+) -> list[str]:
     """Refuse an architecture whose numbers here would not be those of its plain forward pass.
 
     Tried on short sequences: that its logits are its head times its hidden states; that a sequence
@@ -36,6 +41,7 @@ def try_model(model: PreTrainedModel, who: str, vocab_size: int, decodes: bool =
         who: names it in messages, such as "student 'folder'".
         vocab_size: ids that are compared.
         decodes: whether it is to draw completions.
+        is_packed: whether it is to read packed rows.
 
     Returns:
         What a user should know of the way it is computed.
@@ -48,7 +54,7 @@ def try_model(model: PreTrainedModel, who: str, vocab_size: int, decodes: bool =
     with foreign(f"of the {who} cannot be run", model), torch.no_grad():
         sequences = [trial_ids(model, length, i) for i, length in enumerate(lengths)]
         _check_head(model, who, vocab_size, sequences[0])
-        _check_neighbours(model, who, sequences)
+        _check_neighbours(model, who, sequences, is_packed)
         rows = rows_for(model, 0) if decodes and not is_fast_family(model) else None
     notes = [rows.note] if rows is not None and rows.note else []
     if model.config._attn_implementation == "eager":
@@ -77,7 +83,9 @@ def _check_head(model: PreTrainedModel, who: str, vocab_size: int, ids: tuple[in
         )
 
 
-def _check_neighbours(model: PreTrainedModel, who: str, sequences: list[tuple[int, ...]]) -> None:
+def _check_neighbours(
+    model: PreTrainedModel, who: str, sequences: list[tuple[int, ...]], is_packed: bool
+) -> None:
     prompt = Prompt("trial", "")
     rollouts = [Rollout(prompt, 0, ids[:1], ids[1:]) for ids in sequences]
     alone = torch.cat([read_alone(model, ids)[:-1] for ids in sequences])
@@ -88,7 +96,7 @@ def _check_neighbours(model: PreTrainedModel, who: str, sequences: list[tuple[in
             f"{type(model).__name__} differ by {gap:.2g} of their size, so tokens see what follows "
             "them. Use a causal language model."
         )
-    if not reads_packed(model):
+    if not is_packed:
         return
     gap = relative_gap(hidden_rows(model, pack(rollouts).to(model.device)), alone)
     if not gap <= rounding(model):

@@ -89,16 +89,18 @@ class Ranks:
         self, batches: Sequence[Batch], stats: TokenStats, kept: Sequence[Tensor] | None = None
     ) -> Gathered:
         """Statistics of all rows of the step, or of each batch's kept ones, from this process's."""
-        kept = [torch.arange(len(b.tokens)) for b in batches] if kept is None else kept
-        completion = torch.cat([b.completion[k] for b, k in zip(batches, kept, strict=True)])
-        position = torch.cat([b.position[k] for b, k in zip(batches, kept, strict=True)])
+        rows: Sequence[Any] = [slice(None) for _ in batches] if kept is None else kept
+        completion = torch.cat([b.completion[k] for b, k in zip(batches, rows, strict=True)])
+        position = torch.cat([b.position[k] for b, k in zip(batches, rows, strict=True)])
         table = torch.cat([stats.stack(), completion[None].double(), position[None].double()])
-        sizes = self.table(self._tensor([table.shape[1]], torch.long))
-        padded = self.table(self.accelerator.pad_across_processes(table, dim=1)[None])
-        table = torch.cat([part[:, : int(n)] for part, n in zip(padded, sizes, strict=True)], 1)
+        sizes = [table.shape[1]]
+        if self.count > 1:
+            sizes = self.table(self._tensor(sizes, torch.long)).tolist()
+            padded = self.table(self.accelerator.pad_across_processes(table, dim=1)[None])
+            table = torch.cat([part[:, :n] for part, n in zip(padded, sizes, strict=True)], 1)
         order = table[-1].argsort(stable=True)
         order = order[table[-2][order].argsort(stable=True)]
-        first = int(sizes[: self.index].sum())
+        first = sum(sizes[: self.index])
         here = order.argsort()[first : first + len(completion)]
         table = table[:, order]
         columns = TokenStats.unstack(table[:-2], tuple(stats.extras), stats.has_teacher)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tutelage.core import LazyLogits, Objective, TokenStats
 from tutelage.data.batch import Batch
@@ -97,8 +98,7 @@ class Learner:
             # Until the first update a signal may end the step; after it the step must be finished.
             with nullcontext() if number else self.stop.interruptible():
                 attempts.append(self._back_propagate(here, divisor, step))
-            total = self.ranks.sum(attempts[-1].total)
-            norm, names = self._update(total)
+            total, norm, names = self._update(attempts[-1].total)
             if names:
                 nonfinite.append(names)
             else:
@@ -145,7 +145,8 @@ class Learner:
         scale = 1 / max(divisor, 1)
         is_scored = needs_scoring(self.config) and scores_teacher(self.config)
         extras = () if is_scored else needed_extras(self.config)
-        total, stats = 0.0, list[TokenStats]()
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.accelerator.device)
+        stats: list[TokenStats] = []
         for i, portion in enumerate(portions):
             batch, lesson = portion.batch, portion.lesson
             try:
@@ -155,38 +156,43 @@ class Learner:
                 self.parts.masters.collect()
             except torch.OutOfMemoryError:
                 return Attempt(portions, total, stats, num_splits, too_large=i)
-            total += float(objective.total.detach())
+            total = total + objective.total.detach()
             stats.append(_as_stats(objective))
         return Attempt(portions, total, stats, num_splits)
 
-    def _update(self, total: float) -> tuple[float, list[str]]:
-        """Sum the gradient over processes, apply it and return its norm; or drop it, and say what
-        was not finite.
+    def _update(self, local_total: Tensor) -> tuple[float, float, list[str]]:
+        """Sum objective and gradient over processes and apply the gradient; or drop it.
+
+        The device is asked for both numbers at once, and here only.
 
         Args:
-            total: sum of the objective over all processes.
+            local_total: sum of the objective over this process's rows.
+
+        Returns:
+            The sum of the objective, the norm of the gradient, and what was not finite.
         """
         masters = self.parts.masters.masters
         self.ranks.add_gradients(masters)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.config.optimizer.max_grad_norm
-        norm = float(
-            torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        )
+        found = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total, norm = torch.stack((local_total, found.to(local_total))).tolist()
+        total = self.ranks.sum(total)
         if not (math.isfinite(norm) and math.isfinite(total)):
             named = zip(
                 trained_names(self.parts.student), (master.grad for master in masters), strict=True
             )
             bad = [n for n, g in named if g is not None and not bool(torch.isfinite(g).all())]
             self.optimizer.zero_grad()
-            return norm, bad or ["the loss" if math.isfinite(norm) else "the norm of the gradient"]
-        if limit > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
+            part = "the loss" if math.isfinite(norm) else "the norm of the gradient"
+            return total, norm, bad or [part]
+        if 0 < limit < norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, found)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.parts.teacher.mode == "reload" or self.config.optimizer.state_is_on_disk:
             give_back()  # to the teacher, which reads next
-        return norm, []
+        return total, norm, []
 
 
 def _as_stats(objective: Objective) -> TokenStats:

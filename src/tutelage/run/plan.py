@@ -81,16 +81,19 @@ def lessons_of(config: Config, batches: Sequence[Batch], plan: Plan | None) -> l
     if plan is None:
         terms = plain_terms(config.objective)
         return [Lesson(torch.arange(b.num_rows, device=b.tokens.device), terms) for b in batches]
-    lessons, start, is_kept = [], 0, plan.chosen.mask
     weights = torch.zeros_like(plan.weights)
     weights[plan.chosen.rows] = plan.weights[plan.chosen.rows] * plan.chosen.weights
-    for batch in batches:
-        here = plan.gathered.here[start : start + batch.num_rows]
-        rows = is_kept[here].nonzero().squeeze(1)
+    places = torch.split(plan.gathered.here, [batch.num_rows for batch in batches])
+    kept = [plan.chosen.mask[here] for here in places]
+    counts: list[int] = torch.stack(
+        [mask.sum() for mask in kept]
+    ).tolist()  # one look at the device
+    lessons = []
+    for batch, here, mask, count in zip(batches, places, kept, counts, strict=True):
+        rows = torch.nonzero_static(mask, size=count).squeeze(1)
         guide = guidance(plan.gathered.stats[here], batch.tokens, weights[here], plan.gate[here])
         guide = guide[rows]
         lessons.append(Lesson(rows, guided_terms(config.objective, guide), guide))
-        start += batch.num_rows
     return lessons
 
 
@@ -103,5 +106,7 @@ def divisors(config: Config, plan: Plan, completions_per_update: int) -> list[in
     )
     if config.renormalise and not is_corrected:
         completion = completion[plan.chosen.rows]
-    counts = torch.bincount(completion // completions_per_update, minlength=config.updates_per_step)
-    return [int(count) for count in counts]
+    counts = completion.new_zeros(config.updates_per_step)
+    counts.index_add_(0, completion // completions_per_update, torch.ones_like(completion))
+    found: list[int] = counts.tolist()
+    return found

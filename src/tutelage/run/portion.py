@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from tutelage.core import LazyLogits, TokenStats
 from tutelage.data.batch import Batch
 from tutelage.run.config import Config
@@ -26,8 +28,8 @@ class Attempt:
     """Backward passes over the micro-batches of an update, up to one that memory did not hold."""
 
     portions: Sequence[Portion]
-    total: float
-    """Sum of the objective over this process's rows, nats."""
+    total: Tensor
+    """Sum of the objective over this process's rows, nats, a number on the device."""
     stats: Sequence[TokenStats]
     num_splits: int
     """Micro-batches that were cut in two before."""

@@ -25,7 +25,7 @@ from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.head import output_embeddings
 from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
-from tutelage.models.packing import use_packed_attention
+from tutelage.models.packing import require_packed, use_own_attention
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.savable import refuse_quantised, require_savable
@@ -93,9 +93,16 @@ def _student(
             load_adapter(model, Path(saved))
     if start.activation_checkpointing:
         checkpoint_activations(model)
-    if config.micro_batches == "packed":
-        use_packed_attention(model, f"student {start.model!r}")
+    _set_attention(config, model, f"student {start.model!r}", device)
     return model
+
+
+def _set_attention(config: Config, model: PreTrainedModel, who: str, device: torch.device) -> None:
+    """An attention that reads packed rows, or on CUDA one that asks the device for no mask."""
+    if config.micro_batches == "packed":
+        require_packed(model, who, device)
+    elif device.type == "cuda":
+        use_own_attention(model)
 
 
 def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -176,8 +183,7 @@ def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrain
                 "Restore them and start the same command again."
             )
         model = load_model(teacher.model, teacher.dtype, place, quantization=teacher.quantization)
-        if config.micro_batches == "packed":
-            use_packed_attention(model, f"teacher {teacher.model!r}")
+        _set_attention(config, model, f"teacher {teacher.model!r}", device)
         return model
 
     return load
@@ -248,9 +254,11 @@ def build(
     _refuse_nonfinite(student, f"student {config.student.model!r}")
     _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
     decodes = isinstance(config.engine, TransformersEngine)
-    notes = try_model(student, f"student {config.student.model!r}", vocab_size, decodes)
+    is_packed, who = config.micro_batches == "packed", f"student {config.student.model!r}"
+    notes = try_model(student, who, vocab_size, decodes, is_packed)
     with teacher.awake():
-        notes += try_model(model, f"teacher {config.teacher.model!r}", vocab_size, decodes=False)
+        who = f"teacher {config.teacher.model!r}"
+        notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
     return Parts(
         Student(student, vocab_size),
         MasterWeights(
