@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,18 @@ torch.set_num_threads(1)
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 unhurried()
+
+
+MEMORY = Path("/dev/shm")
+ROOM_BYTES = 4 << 30
+"""Far more than what the tests write."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary folders lie in memory where there is room: runs wait for the disk at every file."""
+    is_ours = config.option.basetemp is None and "PYTEST_DEBUG_TEMPROOT" not in os.environ
+    if is_ours and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
 
 
 @pytest.fixture(autouse=True)
