@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-MODULES = ("gpu_objective", "gpu_rollout", "gpu_step")
+MODULES = ("gpu_objective", "gpu_rollout", "gpu_step", "gpu_memory")
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "trl", "liger-kernel")
 Part = Callable[[], dict[str, Any]]
 
@@ -34,9 +34,16 @@ def parts() -> dict[str, Part]:
     """Every part by name, in the order in which they are run."""
     found: dict[str, Part] = {}
     for name in MODULES:
-        if (HERE / f"{name}.py").exists():
-            table: dict[str, Part] = importlib.import_module(name).PARTS
-            found |= table
+        table: dict[str, Part] = importlib.import_module(name).PARTS
+        found |= table
+    return found
+
+
+def limits() -> dict[str, float]:
+    """Seconds of the parts that need more than most."""
+    found: dict[str, float] = {}
+    for name in MODULES:
+        found |= getattr(importlib.import_module(name), "LIMITS", {})
     return found
 
 
@@ -124,7 +131,7 @@ def main() -> None:
     card = about["device"].lower().replace(" ", "-")
     out: Path = given.out or HERE / "results" / f"gpu-{card}-{about['date']}.json"
     record = json.loads(out.read_text()) if out.exists() else {**about, "parts": {}}
-    start = time.perf_counter()
+    start, longer = time.perf_counter(), limits()
     for name in given.parts or known:
         held = record["parts"].get(name)
         if held and "failed" not in held and not given.again:
@@ -133,7 +140,7 @@ def main() -> None:
             print(f"{name}: left out, the budget is spent", flush=True)
             continue
         print(f"== {name}", flush=True)
-        found = run_part(name, given.limit)
+        found = run_part(name, max(given.limit, longer.get(name, 0.0)))
         print(f"== {name}: {found.get('failed', 'done')} in {found['wall_s']} s", flush=True)
         record["parts"][name] = found | {"commit": about["commit"]}
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import gpu_card
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-DEVICE = "cuda"
 VOCABULARY = 151_936
 """Rows of a Qwen3 head."""
-_SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072,
              "num_attention_heads": 16, "tie_word_embeddings": True},
     "1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "intermediate_size": 6144,
@@ -33,17 +34,17 @@ def qwen3_config(size: str) -> Qwen3Config:
     """The configuration of a dense Qwen3."""
     from transformers import Qwen3Config
 
-    return Qwen3Config(
-        vocab_size=VOCABULARY,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-        **_SIZES[size],
-    )
+    common = {
+        "vocab_size": VOCABULARY,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40_960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    return Qwen3Config(**(common | SIZES[size]))
 
 
 def random_qwen3(size: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
@@ -51,7 +52,7 @@ def random_qwen3(size: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) 
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    with torch.device(DEVICE):
+    with torch.device(gpu_card.DEVICE):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(qwen3_config(size), dtype=dtype)
     return model.eval()
 
@@ -97,14 +98,14 @@ def save_qwen3(size: str, folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     save_tokenizer(folder)
     del model
-    torch.cuda.empty_cache()
+    gpu_card.empty_cache()
     return folder
 
 
 def save_prompts(path: Path, count: int, num_tokens: int, seed: int = 0) -> list[str]:
     """Prompts of `num_tokens` random words each, as JSONL."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1000, 150_000, (count, num_tokens), generator=generator)
+    ids = torch.randint(3, VOCABULARY, (count, num_tokens), generator=generator)
     texts = [" ".join(f"w{i}" for i in row) for row in ids.tolist()]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return texts

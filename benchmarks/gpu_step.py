@@ -5,18 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from gpu_models import VOCABULARY, save_prompts, save_qwen3, scratch
+import gpu_card
+import gpu_models
+from distillation_settings import trl_settings
+from gpu_card import MIB
+from gpu_models import save_prompts, save_qwen3, scratch
 
-MIB = 1 << 20
+LEARNING_RATE = 1e-6
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, NUM_STEPS = 64, 128, 256, 3
+CHECKPOINT_EVERY = 20
+"""Steps between checkpoints: more time than one takes to be written."""
 
 
 def ceilings() -> dict[str, Any]:
@@ -81,7 +89,7 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
             "num_held_out": 0,
         },
         "sampling": {"max_new_tokens": NEW_TOKENS},
-        "optimizer": {"learning_rate": 1e-6, "schedule": "constant"},
+        "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
         "evaluation": {"num_problems": 0},
         "num_steps": NUM_STEPS + 1,  # ended before the last, which would write a checkpoint
         "prompts_per_step": PROMPTS,
@@ -89,7 +97,7 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
         "micro_batch_tokens": 16_384,
         "sampling_batch_size": 64,
         "checkpoint_every": 0,
-        "device": "cuda",
+        "device": gpu_card.DEVICE,
     }
     for key, value in changes.items():
         table[key] = {**table[key], **value} if isinstance(value, dict) and key in table else value
@@ -112,7 +120,7 @@ def _train(table: dict[str, Any], last_step: int = NUM_STEPS) -> list[dict[str, 
 
     def on_step(metrics: dict[str, Any]) -> None:
         nonlocal last
-        torch.cuda.synchronize()
+        gpu_card.synchronize()
         now = time.perf_counter()
         steps.append({**metrics, "step_s": now - last})
         last = now
@@ -121,7 +129,7 @@ def _train(table: dict[str, Any], last_step: int = NUM_STEPS) -> list[dict[str, 
         if len(steps) == last_step:
             raise _EnoughStepsError
 
-    torch.cuda.reset_peak_memory_stats()
+    gpu_card.reset_peak()
     with contextlib.suppress(_EnoughStepsError):
         train(config, say=print, on_step=on_step)
     return steps
@@ -139,8 +147,8 @@ def _described(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
         "phases_s": {n: statistics.median(s["seconds"].get(n, 0.0) for s in later) for n in names},
-        "peak_mib": max(max(s["peak_device_bytes"].values()) for s in steps) / MIB,
-        "phases_peak_mib": {n: b / MIB for n, b in later[-1]["peak_device_bytes"].items()},
+        "peak_mib": max(max(gpu_card.phases_of(s).values()) for s in steps) / MIB,
+        "phases_peak_mib": {n: b / MIB for n, b in gpu_card.phases_of(later[-1]).items()},
         "loss": [step["loss"] for step in steps],
     }
 
@@ -180,11 +188,11 @@ def learn_profile() -> dict[str, Any]:
             calls.append({})
             return plain(self, *arguments)
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        torch.cuda.synchronize()
+        gpu_card.synchronize()
         start = time.perf_counter()
         with profile(activities=activities) as seen:
             found = plain(self, *arguments)
-            torch.cuda.synchronize()
+            gpu_card.synchronize()
         events = seen.key_averages()
         table = events.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70)
         print(table)
@@ -198,7 +206,7 @@ def learn_profile() -> dict[str, Any]:
     seconds = steps["phases_s"]["learn_s"]
     tokens = PROMPTS * (PROMPT_TOKENS + 128)
     backbone = 6 * 1.41e9 * tokens  # weights of the layers; checkpointing's second pass is not work
-    objective = 2 * steps["tokens"] * VOCABULARY * (3 * 2048 + 1024)
+    objective = 2 * steps["tokens"] * gpu_models.VOCABULARY * (3 * 2048 + 1024)
     return {
         "learn_s": seconds,
         "tflop_s": (backbone + objective) / seconds / 1e12,
@@ -234,7 +242,7 @@ def _trl(student: str, teacher: str) -> dict[str, Any]:
     """TRL's trainer: float32 student under bf16 autocast, bf16 teacher, checkpointing."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
+    from trl import DistillationTrainer
 
     steps: list[dict[str, float]] = []
 
@@ -243,12 +251,12 @@ def _trl(student: str, teacher: str) -> dict[str, Any]:
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             """Before prompts are fetched and completed."""
-            torch.cuda.synchronize()
+            gpu_card.synchronize()
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             """After the update."""
-            torch.cuda.synchronize()
+            gpu_card.synchronize()
             steps.append({"step_s": time.perf_counter() - self.start})
             print(f"TRL step: {steps[-1]['step_s']:.2f} s")
 
@@ -262,27 +270,17 @@ def _trl(student: str, teacher: str) -> dict[str, Any]:
 
     with _pair(student, teacher) as folder:
         load = AutoModelForCausalLM.from_pretrained
-        settings = DistillationConfig(
+        settings = trl_settings(
             output_dir=str(folder / "trl"),
             max_steps=NUM_STEPS,
             per_device_train_batch_size=PROMPTS,
-            gradient_accumulation_steps=1,
             gradient_checkpointing=True,
             max_completion_length=NEW_TOKENS,
-            learning_rate=1e-6,
-            lr_scheduler_type="constant",
-            beta=1.0,
-            adam_beta2=0.95,
-            shuffle_dataset=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            learning_rate=LEARNING_RATE,
             bf16=True,
-            seed=0,
         )
         texts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").open()]
-        torch.cuda.reset_peak_memory_stats()
+        gpu_card.reset_peak()
         trainer = DistillationTrainer(
             model=load(folder / "student", dtype=torch.float32),
             teacher_model=load(folder / "teacher", dtype=torch.bfloat16),
@@ -300,7 +298,7 @@ def _trl(student: str, teacher: str) -> dict[str, Any]:
         "step_s": seconds,
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
-        "peak_mib": torch.cuda.max_memory_allocated() / MIB,
+        "peak_mib": gpu_card.peak_bytes() / MIB,
         "loss": [step.get("loss") for step in steps],
     }
 
@@ -315,29 +313,67 @@ def step_trl_small() -> dict[str, Any]:
     return _trl("0.6B", "1.7B")
 
 
+def first_step() -> dict[str, Any]:
+    """1.7B ← 4B, as `step_ours`: the first step of a process that has compiled nothing before."""
+    with scratch() as cache, _pair("1.7B", "4B") as folder:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        steps = _train(configuration(folder), last_step=2)
+    first = steps[0]["seconds"]
+    return {
+        "first_step_s": sum(first.values()),
+        "phases_s": first,
+        "with_loading_s": steps[0]["step_s"],
+        "second_step_s": steps[1]["step_s"],
+    }
+
+
 def checkpoints() -> dict[str, Any]:
-    """How long training waits for a checkpoint of a 1.7B student with its moments."""
-    with _pair("1.7B", "0.6B") as folder:
+    """What checkpoints of a 1.7B student with its moments cost, every 20 steps: wait and copy."""
+    from tutelage.run.checkpoint_thread import CheckpointThread
+
+    thread: Any = CheckpointThread
+    save, wait = thread.save, thread.wait
+    pauses: list[dict[str, float]] = []
+    waited = [0.0]
+
+    def timed_wait(self: Any) -> None:
+        start = time.perf_counter()
+        wait(self)
+        waited[0] = time.perf_counter() - start
+
+    def timed_save(self: Any, step: int) -> None:
+        gpu_card.synchronize()
+        start = time.perf_counter()
+        save(self, step)  # waits for the one before, then copies
+        pause = time.perf_counter() - start
+        pauses.append({"step": step, "wait_s": waited[0], "copy_s": pause - waited[0]})
+        print(f"checkpoint: {pauses[-1]}")
+
+    with (
+        mock.patch.object(thread, "wait", timed_wait),
+        mock.patch.object(thread, "save", timed_save),
+        _pair("1.7B", "0.6B") as folder,
+    ):
         table = configuration(
             folder,
             sampling={"max_new_tokens": 16},
-            checkpoint_every=1,
+            checkpoint_every=CHECKPOINT_EVERY,
+            checkpoint_writer="thread",
             keep_checkpoints=1,
-            num_steps=4,
+            num_steps=3 * CHECKPOINT_EVERY + 2,  # ended one earlier, before a last checkpoint
         )
         started = time.perf_counter()
-        steps = _train(table, last_step=0)
+        steps = _train(table, last_step=3 * CHECKPOINT_EVERY + 1)
         ended = time.perf_counter()
         saved = sum(p.stat().st_size for p in (folder / "run").glob("checkpoint-*/**/*.*"))
-    waits = [s["step_s"] - sum(s["seconds"].values()) for s in steps]
-    found = {
-        "pause_s": [round(w, 2) for w in waits[1:]],
+    return {
+        "every": CHECKPOINT_EVERY,
+        "wait_s": [pause["wait_s"] for pause in pauses],
+        "copy_s": [pause["copy_s"] for pause in pauses],
         "checkpoint_gb": saved / 1e9,
         "whole_run_s": ended - started,
-        "step_s": [s["step_s"] for s in steps],
+        "step_s": statistics.median(step["step_s"] for step in steps[1:]),
     }
-    print(found)
-    return found
 
 
 def embedded() -> dict[str, Any]:
@@ -351,7 +387,7 @@ def embedded() -> dict[str, Any]:
         hashes = {}
         for arm, steps in (("whole", None), ("stopped", 20)):
             out = str(folder / arm)
-            whole = dataclasses.replace(config, device="cuda", out=out)
+            whole = dataclasses.replace(config, device=gpu_card.DEVICE, out=out)
             _embedded_run(whole, steps)
             weights = folder / arm / "student" / "model.safetensors"
             hashes[arm] = _digest(weights)
@@ -388,6 +424,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ceilings": ceilings,
     "step_ours": step_ours,
     "step_trl": step_trl,
+    "first_step": first_step,
     "learn_profile": learn_profile,
     "learn_fused": learn_fused,
     "step_ours_soft_or": step_ours_soft_or,
@@ -396,3 +433,5 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "checkpoints": checkpoints,
     "embedded": embedded,
 }
+LIMITS = {"step_trl": 150.0}
+"""Seconds of parts that need them, whatever limit is given: TRL's first step alone takes 34 s."""

@@ -135,14 +135,98 @@ def step_table(parts: dict[str, Any]) -> Iterator[str]:
         yield "### Whole steps, 64 completions of 256 tokens\n"
         header = ["", "first step, s", "a step, s", "phases, s", "tokens/s", "peak GiB"]
         yield table(header, rows)
-    part = parts.get("checkpoints", {})
-    if "pause_s" in part:
-        pauses = ", ".join(f"{s:.1f}" for s in part["pause_s"])
+    part = parts.get("first_step", {})
+    if "first_step_s" in part:
+        yield (
+            "The first step of a process that has compiled nothing before, 1.7B from 4B, takes "
+            f"{part['first_step_s']:.1f} s, with loading {part['with_loading_s']:.1f} s; the "
+            f"second {part['second_step_s']:.1f} s.\n"
+        )
+    yield from checkpoint_line(parts.get("checkpoints", {}))
+
+
+def checkpoint_line(part: dict[str, Any]) -> Iterator[str]:
+    """How long training waits for checkpoints."""
+    if "copy_s" in part:
+        copies, waits = (_seconds(part[key]) for key in ("copy_s", "wait_s"))
+        yield (
+            f"Checkpoints of {part['checkpoint_gb']:.1f} GB, one every {part['every']} steps of "
+            f"{part['step_s']:.1f} s: training waits {copies} s for the copy, the first time while "
+            f"memory is pinned, and {waits} s for the checkpoint before to be written.\n"
+        )
+    elif "pause_s" in part:
         yield (
             f"Checkpoints of {part['checkpoint_gb']:.1f} GB, one after every step of "
-            f"{min(part['step_s']):.0f} s or less: training waits {pauses} s, the first time for "
-            "memory that is pinned, later for the checkpoint before it, which is still written.\n"
+            f"{min(part['step_s']):.0f} s or less: training waits {_seconds(part['pause_s'])} s, "
+            "the first time for memory that is pinned, later for the checkpoint before it, which "
+            "is still written.\n"
         )
+
+
+def _seconds(found: Sequence[float]) -> str:
+    return ", ".join(f"{s:.1f}" for s in found)
+
+
+def recipe_table(parts: dict[str, Any]) -> Iterator[str]:
+    """Recipes at full size: the plan beside what a card held."""
+    rows: Table = []
+    for name, part in parts.items():
+        if name.startswith("recipe_") and "phases" in part:
+            peaks = ", ".join(
+                f"{phase} {both['planned_mib'] / 1024:.1f} / {both['measured_mib'] / 1024:.1f}"
+                for phase, both in part["phases"].items()
+            )
+            limit = part["limit_mib"]
+            rows.append(
+                [f"`{name.removeprefix('recipe_')}`", f"{part['planned_mib'] / 1024:.1f}",
+                 f"{part['measured_mib'] / 1024:.1f}", f"{part['ratio']:.2f}", peaks,
+                 f"{limit / 1024:.0f}" if limit else ""]
+            )  # fmt: skip
+    if rows:
+        yield "### Recipes at full size, memory planned and measured\n"
+        yield (
+            "Random weights of the recipe's architectures, drawn by the student itself: a few "
+            "tokens at full width, then a micro-batch of the longest completions is read by the "
+            "teacher, scored and learned from. GiB of tensors at the peak; the driver's context "
+            "and what the allocator holds beyond tensors come on top.\n"
+        )
+        header = ["", "planned", "measured", "planned / measured", "phases", "limit"]
+        yield table(header, rows)
+
+
+def tip_table(parts: dict[str, Any]) -> Iterator[str]:
+    """Peak memory against the share of tokens that are learned from."""
+    part = parts.get("tip_memory", {})
+    if "ours" not in part:
+        return
+    rows: Table = []
+    for share in part["ours"]:
+        row = [f"{share} %"]
+        for way in ("ours", "materialised"):
+            whole, here = part[way]["100"], part[way][share]
+            row += [_gib(here), _change(here, whole)]
+        rows.append(row)
+    yield "### Memory against the share of tokens, Qwen3-1.7B from Qwen3-4B\n"
+    yield (
+        f"Peak of one pass over {part['rows']:,} completion tokens, forward and backward, with "
+        f"both models on the card ({part['weights_mib'] / 1024:.1f} GiB of weights), checkpointed "
+        "layers and no optimizer. Materialised: bfloat16 logits of all positions of both models, "
+        "a mask that gathers the kept rows, float32 log-softmax of these, `kl_div` in autograd. "
+        "TIP (arXiv 2604.14084) reports 72.0 GB with all tokens and 38.1 GB at 50 %, -47 %, for "
+        "its own training of Qwen3-4B from Qwen3-8B: the paper's figures, not ours.\n"
+    )
+    header = ["tokens", "ours, GiB", "to all", "materialised, GiB", "to all"]
+    yield table(header, rows)
+
+
+def _gib(entry: dict[str, Any]) -> str:
+    return str(entry["failed"]) if "failed" in entry else f"{entry['allocated_mib'] / 1024:.1f}"
+
+
+def _change(entry: dict[str, Any], whole: dict[str, Any]) -> str:
+    if "failed" in entry or "failed" in whole:
+        return ""
+    return f"{100 * (entry['allocated_mib'] / whole['allocated_mib'] - 1):+.0f} %"
 
 
 def failure_lines(parts: dict[str, Any]) -> Iterator[str]:
@@ -155,6 +239,11 @@ def failure_lines(parts: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
+SECTIONS = (
+    shape_tables, rule_table, error_table, draw_table, step_table, tip_table, recipe_table,
+)  # fmt: skip
+
+
 def gpu(results: Path) -> Iterator[str]:
     """The section; nothing where no device was measured."""
     files = sorted(results.glob("gpu-*.json"))
@@ -163,6 +252,6 @@ def gpu(results: Path) -> Iterator[str]:
         parts = record["parts"]
         yield INTRO if number == 0 else ""
         yield where(record)
-        for section in (shape_tables, rule_table, error_table, draw_table, step_table):
+        for section in SECTIONS:
             yield from section(parts)
         yield from failure_lines(parts)

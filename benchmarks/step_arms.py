@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from distillation_settings import trl_settings
 from objective import peak_rss
 from operators import Operators
 from tutelage.data.tasks import LedgerTask
@@ -211,7 +212,7 @@ def trl(
     """The same of TRL's trainer."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
+    from trl import DistillationTrainer
 
     sizes, steps = PAIRS[pair], []
     rollout, teacher_watch, whole = Stopwatch(), Stopwatch(), Stopwatch()
@@ -250,25 +251,15 @@ def trl(
     teacher.base_model.register_forward_pre_hook(teacher_watch.enter)
     teacher.base_model.register_forward_hook(teacher_watch.leave)
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        settings = DistillationConfig(
+        settings = trl_settings(
             output_dir=out,
             max_steps=num_steps,
             per_device_train_batch_size=sizes.prompts,
-            gradient_accumulation_steps=1,
             gradient_checkpointing=is_checkpointed,
             max_completion_length=sizes.new_tokens,
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            beta=1.0,
-            adam_beta2=0.95,
-            shuffle_dataset=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=True,
             bf16=False,
-            seed=0,
         )
         trainer = DistillationTrainer(
             model=student,

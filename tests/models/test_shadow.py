@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tutelage.models.adapter import checkpoint_activations
-from tutelage.models.shadow import _Live, learning_from, reading, shadow
+from tutelage.models.shadow import Live, learning_from, reading, shadow
 
 
 def make_model() -> Any:
@@ -38,7 +38,7 @@ def test_shapes_take_what_tensors_take(is_checkpointed: bool) -> None:
     found = learning_from(shadow(model), shape, num_rows, has_gradients=False)
     ids = torch.zeros(shape, dtype=torch.int64)
     model.train(is_checkpointed)
-    with _Live((*model.parameters(), *model.buffers())) as live:
+    with Live((*model.parameters(), *model.buffers())) as live:
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         rows = states.flatten(0, 1)[:num_rows] * 1.0
         del states

@@ -44,7 +44,7 @@ class Learning:
     """Peak of the backward pass: what is kept until then, gradients of weights included."""
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that are made inside and are still alive."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -145,10 +145,10 @@ def learning_from(
     return Learning(forward, backward)
 
 
-def _live(twin: PreTrainedModel) -> _Live:
+def _live(twin: PreTrainedModel) -> Live:
     weights = list(twin.parameters())
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return _Live([*weights, *twin.buffers(), *gradients])
+    return Live([*weights, *twin.buffers(), *gradients])
 
 
 class _Objective(torch.autograd.Function):

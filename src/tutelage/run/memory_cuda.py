@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -81,15 +82,21 @@ def plan_run(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     if parts.device.type != "cuda":
         return plan_memory(config, parts, prompt_tokens)
     try:
-        if parts.teacher.mode == "reload":
-            with parts.teacher.awake():
-                teacher = shadow(parts.teacher.model)
-        else:
-            teacher = shadow(parts.teacher.model)
-        student = shadow(parts.student.model)
+        student, teacher = shadows(parts)
         return plan_cuda(config, student, teacher, Facts.of(parts.device), prompt_tokens)
     except ModelError:  # a class that cannot do without numbers, or weights of few bits
         return plan_memory(config, parts, prompt_tokens)
+
+
+def shadows(parts: Parts) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Student and teacher without numbers.
+
+    Raises:
+        ModelError: a class that cannot do without them.
+    """
+    is_there = parts.teacher.mode != "reload"
+    with nullcontext() if is_there else parts.teacher.awake():
+        return shadow(parts.student.model), shadow(parts.teacher.model)
 
 
 def plan_cuda(
@@ -148,9 +155,15 @@ class _Plan:
         self.sizes = sizes = Sizes(config, prompt_tokens)
         self.shape = (sizes.micro_batch // sizes.length, sizes.length)
         """Sequences of the largest micro-batch, and their length."""
-        self.num_rows = self.shape[0] * config.sampling.max_new_tokens
         completions = config.prompts_per_step * config.sampling.num_samples
-        self.num_passes = -(-completions // config.updates_per_step // self.shape[0])
+        each = completions // config.updates_per_step
+        if config.micro_batches == "packed":  # one row, which need not hold whole sequences
+            most = min(config.micro_batch_size, completions) * sizes.length
+            limit = config.micro_batch_tokens or most
+            self.shape = (1, max(sizes.length, min(most, limit)))
+        tokens = self.shape[0] * self.shape[1]
+        self.num_rows = tokens * config.sampling.max_new_tokens // sizes.length
+        self.num_passes = -(-each * sizes.length // tokens)
         """Micro-batches of an update."""
         self.head: Tensor = student.get_output_embeddings().weight
         self.teacher_head: Tensor = teacher.get_output_embeddings().weight
