@@ -43,6 +43,7 @@ FENCES = {
     "numpy": ("models/gguf_files.py",),
     "peft": ("models/adapter.py",),
     "bitsandbytes": ("models/optimizer.py",),
+    "liger_kernel": ("models/liger.py",),
     "safetensors": ("models/", "run/"),
     "accelerate": ("run/",),
     "datasets": ("data/formats.py",),

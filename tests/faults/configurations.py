@@ -64,6 +64,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "student.dtype": (["float32", "bfloat16"], ["float8"]),
     "student.num_layers": ([1, 2], [0, -1, 99]),
     "student.activation_checkpointing": ([True, False], ["yes"]),
+    "student.layers": (["transformers"], ["liger", "fused"]),
     "student.quantization": (["none"], ["8bit", "4bit", "3bit"]),
     "student.lora.rank": ([1, 4], [0]),
     "student.lora.alpha": ([8.0, 32], [0.0, -1]),

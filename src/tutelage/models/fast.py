@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tutelage.core.decoder import rms_norm
 from tutelage.core.products import use_fast_products
 
-_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
+NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 """weight ⊙ x · rsqrt(mean(x²) + variance_epsilon), and nothing else."""
 
 
@@ -20,13 +20,13 @@ def use_fast_layers(model: nn.Module) -> None:
     use_fast_products(model)
     for layer in model.modules():
         kind: Any = type(layer)
-        if kind.__name__ in _NORMS and kind.__module__.startswith("transformers."):
-            layer.__class__ = _faster(kind, _Norm)
+        if kind.__name__ in NORMS and kind.__module__.startswith("transformers."):
+            layer.__class__ = faster(kind, _Norm)
 
 
 @cache
-def _faster(kind: Any, mixin: Any) -> Any:
-    """A subclass under the same name, by which transformers and others know a layer."""
+def faster(kind: Any, mixin: Any) -> Any:
+    """A subclass that is `mixin` first, under the name by which others know a layer."""
     return type(kind.__name__, (mixin, kind), {"__module__": __name__})
 
 

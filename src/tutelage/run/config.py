@@ -55,6 +55,9 @@ class StudentConfig:
     """Depth to prune the model to before training; None keeps all layers."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again for the backward pass instead of keeping them."""
+    layers: Literal["transformers", "liger"] = "transformers"
+    """Norms and gated units by transformers, or on CUDA by Liger's fused kernels (Llama, Mistral,
+    Qwen2 and Qwen3 models; extra `liger`), which round in another order."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Bits of the frozen weights under an adapter (QLoRA); needs the extra `lowbit`."""
     lora: LoraConfig | None = None
@@ -329,9 +332,8 @@ class Config:
     micro_batch_size: int = 64
     """Completions in one forward and backward pass, at most; changes memory, not the result."""
     micro_batches: Literal["padded", "packed"] = "padded"
-    """How completions lie in a micro-batch of a step: padded to one length, neighbours in length
-    together; or packed, one after the other without padding, each attending to itself alone (Llama,
-    Mistral, Qwen2 and Qwen3 models; on CUDA by torch's variable-length attention, torch 2.11)."""
+    """How completions lie in one: padded to one length, neighbours together; or packed, one after
+    the other, each attending to itself (Llama, Mistral, Qwen2, Qwen3; on CUDA torch 2.11)."""
     sampling_batch_size: int = 64
     """Completions decoded at the same time."""
     scoring: Literal["recorded", "forward"] = "recorded"

@@ -23,6 +23,7 @@ from tutelage.models.adapter import (
 from tutelage.models.allocator import keep_freed_memory
 from tutelage.models.engine import Sampler, TransformersSampler
 from tutelage.models.head import output_embeddings
+from tutelage.models.liger import use_liger_layers
 from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import require_packed, use_own_attention
@@ -93,6 +94,8 @@ def _student(
             load_adapter(model, Path(saved))
     if start.activation_checkpointing:
         checkpoint_activations(model)
+    if start.layers == "liger":
+        use_liger_layers(model, f"student {start.model!r}")
     _set_attention(config, model, f"student {start.model!r}", device)
     return model
 

@@ -45,6 +45,7 @@ def validate(
     inputs = load_inputs(config)
     refuse_other_inputs(config, inputs, earlier, allow_change)
     _refuse_optimizer(config, inputs)
+    _refuse_layers(config, inputs)
     _refuse_ungraded(config, inputs)
     _refuse_nothing_held_out(config, inputs)
     prompts = inputs.measure_prompts(config)
@@ -75,6 +76,8 @@ def _packages(config: Config) -> Iterator[tuple[str, str, str]]:
     """Optional packages that a run needs, the extra that installs each, and what for."""
     if config.student.lora is not None:
         yield "peft", "lora", "student.lora"
+    if config.student.layers == "liger":
+        yield "liger-kernel", "liger", "student.layers = 'liger'"
     for who, side in (("student", config.student), ("teacher", config.teacher)):
         if side.quantization != "none":
             yield "bitsandbytes", "lowbit", f"{who}.quantization = {side.quantization!r}"
@@ -97,6 +100,14 @@ def _refuse_optimizer(config: Config, inputs: Inputs) -> None:
         raise ConfigError(
             "optimizer.kind 'adamw_on_disk' updates weights in main memory, got a run on "
             f"{inputs.device.type}. Set optimizer.offload = true."
+        )
+
+
+def _refuse_layers(config: Config, inputs: Inputs) -> None:
+    if config.student.layers == "liger" and inputs.device.type != "cuda":
+        raise ConfigError(
+            f"student.layers 'liger' runs on CUDA, got a run on {inputs.device.type}. "
+            'Use student.layers = "transformers".'
         )
 
 

@@ -1,0 +1,104 @@
+"""Norms and gated units of a model's own layers by Liger's kernels, in fewer passes over memory.
+
+Layers change their class and nothing else, so that other models of the process, and those loaded
+later, stay as they are (Liger's own patches replace classes in transformers' modules).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.errors import ConfigError, MissingExtraError, ModelError
+from tutelage.models.fast import NORMS, faster
+from tutelage.models.layers import is_llama_like
+from tutelage.models.rows import relative_gap, rounding, trial_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_UNITS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+"""down(silu(gate(x)) ⊙ up(x)), where the activation is silu."""
+_HINT = 'Use student.layers = "transformers".'
+_TRIAL_TOKENS = 4096
+"""Liger reads many short rows, such as those of the norms of queries, by kernels of their own."""
+
+
+def use_liger_layers(model: PreTrainedModel, who: str, num_tokens: int = _TRIAL_TOKENS) -> None:
+    """Let a model's norms and gated units compute by Liger's kernels.
+
+    The first layer is compared with what it was: its output, and the gradients of its input and of
+    its weights.
+
+    Args:
+        model: on its device.
+        who: names it in messages, such as "student 'folder'".
+        num_tokens: tokens that the two are compared on.
+
+    Raises:
+        MissingExtraError: Liger is not installed.
+        ConfigError: the model has other layers.
+        ModelError: the layer computes something else.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise MissingExtraError("liger-kernel", "liger", "student.layers = 'liger'")
+    if not is_llama_like(model) or model.config.to_dict().get("hidden_act") != "silu":
+        raise ConfigError(
+            "student.layers = 'liger' computes Llama, Mistral, Qwen2 and Qwen3 models with silu, "
+            f"got the {who}, a {type(model).__name__}. {_HINT}"
+        )
+    before = _of_first_layer(model, num_tokens)
+    for layer in model.modules():
+        kind: Any = type(layer)
+        if kind.__name__ in NORMS:
+            layer.__class__ = faster(kind, _Norm)
+        elif kind.__name__ in _UNITS:
+            layer.__class__ = faster(kind, _Unit)
+    after = _of_first_layer(model, num_tokens)
+    pairs = zip(after, before, strict=True)
+    gap = max(relative_gap(a.flatten()[None], b.flatten()[None]) for a, b in pairs)
+    if not gap <= rounding(model):
+        raise ModelError(
+            f"Liger's layers do not compute what those of the {who} do: outputs or gradients "
+            f"differ by {gap:.2g} of their size. {_HINT}"
+        )
+
+
+class _Norm(nn.Module):
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        from liger_kernel.ops import LigerRMSNormFunction
+
+        return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _Unit(nn.Module):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Any:
+        from liger_kernel.ops import LigerSiLUMulFunction
+
+        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _of_first_layer(model: PreTrainedModel, num_tokens: int) -> list[Tensor]:
+    """The first layer's output for some tokens, and the gradients of its input and weights."""
+    base: Any = model.base_model
+    ids = torch.tensor([trial_ids(model, num_tokens)], device=model.device)
+    x = base.embed_tokens(ids).detach().requires_grad_()
+    turn = base.rotary_emb(x, torch.arange(num_tokens, device=x.device)[None])
+    layer = base.layers[0]
+    with torch.enable_grad():
+        output = layer(x, position_embeddings=turn)
+        output = output[0] if isinstance(output, tuple) else output
+        weights = [weight for weight in layer.parameters() if weight.requires_grad]
+        # A direction that no norm takes away, the same each time.
+        found = torch.autograd.grad((output * x.detach().roll(1, 1)).sum(), [x, *weights])
+    return [output.detach(), *found]
