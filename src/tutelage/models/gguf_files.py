@@ -2,16 +2,19 @@
 
 transformers parses a file anew for its configuration, its tokenizer and its weights, and lists the
 names of all tensors for each module of the model; both take seconds. Inside of `parsed_once` its
-calls into the package `gguf` share one result.
+calls into the package `gguf` share one result, and texts are decoded as a whole and not byte by
+byte.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 
@@ -22,19 +25,35 @@ def parsed_once() -> Iterator[None]:
         yield
         return
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
-    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    gguf.GGUFReader, gguf.get_tensor_name_map = _read, _names(own["get_tensor_name_map"])
+    quick = {
+        (gguf, "GGUFReader"): lambda own: _read,
+        (gguf, "get_tensor_name_map"): _names,
+        (reading, "_gguf_parse_value"): _with_quick_texts,
+    }
+    before = {place: getattr(*place) for place in quick if hasattr(*place)}
+    for (module, name), own in before.items():
+        setattr(module, name, quick[module, name](own))
     try:
         yield
     finally:
-        for name, value in own.items():
-            setattr(gguf, name, value)
+        for (module, name), own in before.items():
+            setattr(module, name, own)
 
 
 @cache
 def _names(listed: Any) -> Any:
     return lru_cache(maxsize=4)(listed)
+
+
+def _with_quick_texts(parse: Any) -> Any:
+    """`parse` of a value of a file, for all but the texts of a list."""
+
+    def value(part: Any, types: Any) -> Any:
+        return str(part, "utf-8") if isinstance(part, memoryview) else parse(part, types)
+
+    return value
 
 
 def _read(path: str | Path) -> Any:
@@ -51,6 +70,7 @@ def _parsed(file: Path, size: int, changed_ns: int) -> Any:
 
 @cache
 def _plain_reader() -> Any:
+    from gguf.constants import GGUFValueType
     from gguf.gguf_reader import GGUFReader
     from numpy import asarray
 
@@ -65,4 +85,35 @@ def _plain_reader() -> Any:
         def data(self, mapped: Any) -> None:
             self._plain = asarray(mapped)
 
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, Any, Any, Any]:
+            """Lists, which are vocabularies, are cut in one pass; texts in them are `memoryview`s."""
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+            head = [self._get(orig_offs, "u4"), self._get(orig_offs + 4, "u8")]
+            kind, count, start = GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + 12
+            if kind == GGUFValueType.STRING:
+                parts, end = _texts(self._plain, start, count, self.byte_order)
+                places = range(3, 2 + len(parts), 2)
+            elif kind in self.gguf_scalar_to_np:
+                values = self._get(start, self.gguf_scalar_to_np[kind], count)
+                parts = [values[i : i + 1] for i in range(len(values))]
+                end, places = start + values.nbytes, range(2, 2 + len(parts))
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+            types = [GGUFValueType.ARRAY, *[kind] * bool(parts)]
+            return end - orig_offs, [*head, *parts], list(places), types
+
     return PlainReader
+
+
+def _texts(content: Any, at: int, count: int, byte_order: str) -> tuple[list[memoryview], int]:
+    """Lengths and texts of `count` texts from `at` on, in turn, and where they end."""
+    is_little = (sys.byteorder == "little") == (byte_order == "I")
+    number, view = Struct("<Q" if is_little else ">Q"), memoryview(content)
+    parts = []
+    for _ in range(count):
+        start = at + number.size
+        end = start + number.unpack_from(view, at)[0]
+        parts += [view[at:start], view[start:end]]
+        at = end
+    return parts, at

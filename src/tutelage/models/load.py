@@ -135,9 +135,7 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    found = resolve_model(ref)
-    if found.adapter is not None and _has_tokenizer(found.adapter):
-        found = ResolvedModel(ref, found.adapter)
+    found = tokenizer_place(ref)
     options = _options(found)
     _refuse_missing_tokenizer(found)
     with _explained(found, "tokenizer"):
@@ -146,6 +144,18 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
             tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
         return tokenizer
+
+
+def tokenizer_place(ref: str) -> ResolvedModel:
+    """Where the tokenizer of a model reference is: of an adapter, its own before its base's.
+
+    Raises:
+        ModelError: the reference leads nowhere.
+    """
+    found = resolve_model(ref)
+    if found.adapter is not None and _has_tokenizer(found.adapter):
+        return ResolvedModel(ref, found.adapter)
+    return found
 
 
 def save_model(
@@ -242,8 +252,9 @@ def _load_plain(
 
 def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.initialization import no_init_weights
 
-    options = _options(found)
+    options = _options(found) | {"config": load_model_config(found)}
     with _explained(found, "model"), _parsed_once(found):
         unpacked, report = AutoModelForCausalLM.from_pretrained(
             found.source,
@@ -258,7 +269,7 @@ def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTraine
     )
     # A model from GGUF counts as quantised and refuses to be saved, so its weights move to one
     # that was never anything but plain.
-    with _explained(found, "model"):  # its settings may ask for other shapes
+    with _explained(found, "model"), no_init_weights():  # its settings may ask for other shapes
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
         model.load_state_dict(unpacked.state_dict(), assign=True)
     model.tie_weights()

@@ -124,6 +124,8 @@ def refuse_different_vocabularies(
     Raises:
         ModelError: A token has different ids, or is a control token for one side only.
     """
+    if student is teacher:
+        return
     _refuse_different_tokens(student.get_vocab(), teacher.get_vocab())
     _refuse_different_control(student, teacher)
 

@@ -13,7 +13,7 @@ from tutelage.data.tasks import LedgerTask, Task
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.models.device import find_device
-from tutelage.models.load import load_tokenizer
+from tutelage.models.load import load_tokenizer, tokenizer_place
 from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
 from tutelage.run.config import Config, FileData, LedgerData
 from tutelage.run.suggest import did_you_mean_value
@@ -98,7 +98,8 @@ def load_inputs(config: Config) -> Inputs:
             "through 4-bit weights. Use 8bit or none."
         )
     tokenizer = load_tokenizer(config.student.model)
-    teacher = load_tokenizer(config.teacher.model)
+    is_shared = tokenizer_place(config.student.model) == tokenizer_place(config.teacher.model)
+    teacher = tokenizer if is_shared else load_tokenizer(config.teacher.model)
     refuse_different_vocabularies(tokenizer, teacher)
     swap = stop_swap(tokenizer, teacher, config.teacher.stop_token)
     task = without_long_prompts(task, config.data, tokenizer)
