@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.errors import ConfigError, MissingExtraError, TutelageError, explained, remedy
 from tutelage.options import USER_ERROR, make_parser, request_of
+from tutelage.run.garbage import without_collection
 from tutelage.run.launch import say_once
 
 if TYPE_CHECKING:
@@ -125,10 +126,10 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 def _check(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
-    from tutelage.run.check import check
-    from tutelage.run.contamination import ALL, decontaminate
-    from tutelage.run.dryrun import dry_run
-
+    with without_collection():
+        from tutelage.run.check import check
+        from tutelage.run.contamination import ALL, decontaminate
+        from tutelage.run.dryrun import dry_run
     lines = dry_run(config) if arguments.dry_run else check(config, Path(arguments.config).stem)
     for line in lines:
         print(line, flush=True)
@@ -140,10 +141,11 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
-    from tutelage.report.report import write_report
-    from tutelage.run.folder import describe_contents
-    from tutelage.run.progress import Reporter
-    from tutelage.run.train import train
+    with without_collection():
+        from tutelage.report.report import write_report
+        from tutelage.run.folder import describe_contents
+        from tutelage.run.progress import Reporter
+        from tutelage.run.train import train
 
     with Reporter(config.num_steps, as_json=arguments.json) as reporter:
         result = train(
@@ -234,9 +236,10 @@ def _score(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out} cannot be written: {out.parent} is no folder. Make it.")
     config = _load(arguments)  # before the libraries that a mistake in it can do without
     request = _score_request(arguments)
-    from tutelage.run.progress import Counter
-    from tutelage.run.record import score_for_page
-    from tutelage.run.score import score
+    with without_collection():
+        from tutelage.run.progress import Counter
+        from tutelage.run.record import score_for_page
+        from tutelage.run.score import score
 
     with Counter() as counter:
         if arguments.html is None:

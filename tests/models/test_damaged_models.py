@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
 from tutelage.models.claims import no_panic
+from tutelage.models.gguf_files import parsed_once
 from tutelage.models.load import load_model, load_model_config, load_tokenizer, save_model
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import encode_completion, encode_prompt, stop_ids
@@ -342,12 +343,62 @@ def test_a_whole_file_is_parsed_once_and_again_when_it_changes(
     assert sum(float((weight != 1).sum()) for weight in changed.state_dict().values()) == 1
 
 
+@pytest.mark.parametrize("order", ["LITTLE", "BIG"])
+def test_settings_are_those_of_the_library_s_own_reader(order: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama", endianess=gguf.GGUFEndian[order])
+    lists: list[list[Any]] = [
+        [1, 2, -3],
+        [0.5, -2.0],
+        [True, False],
+        ["a", "", "zwölf\n", "b" * 300],
+    ]
+    for i, values in enumerate(lists):
+        writer.add_array(f"test.list_{i}", values)
+        writer.add_string(f"test.text_{i}", f"after list {i}")
+    writer.add_tensor("output.weight", torch.ones(2, 3).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    own = gguf.GGUFReader(str(path))
+    with parsed_once():
+        ours = gguf.GGUFReader(str(path))
+    assert type(ours) is not type(own)
+    assert [ours.fields[f"test.list_{i}"].contents() for i in range(len(lists))] == lists
+    assert ours.fields.keys() == own.fields.keys()
+    for name, field in own.fields.items():
+        found = ours.fields[name]
+        assert (found.offset, found.data, found.types) == (field.offset, field.data, field.types)
+        assert [part.tobytes() for part in found.parts] == [part.tobytes() for part in field.parts]
+    assert [t.data.tolist() for t in ours.tensors] == [t.data.tolist() for t in own.tensors]
+
+
+def test_a_model_whose_weights_are_read_draws_none(gguf_file: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(gguf_file)
+    before = torch.get_rng_state()
+    model = load_model(str(tmp_path / "m.gguf"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(bool((weight == 1).all()) for weight in model.state_dict().values())
+
+
 def number(name: bytes, value: int) -> Callable[[bytes], bytes]:
     """Another number in the settings."""
 
     def change(content: bytes) -> bytes:
         at = content.rindex(name) + len(name) + 4
         return content[:at] + struct.pack("<I", value) + content[at + 4 :]
+
+    return change
+
+
+def endless(name: bytes) -> Callable[[bytes], bytes]:
+    """A list that claims more than there is."""
+
+    def change(content: bytes) -> bytes:
+        at = content.rindex(name) + len(name) + 8  # kinds of the setting and of what it lists
+        return content[:at] + struct.pack("<Q", 1 << 60) + content[at + 8 :]
 
     return change
 
@@ -361,6 +412,8 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "tensors without end": (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], "cannot load"),
     "settings without end": (lambda b: b[:16] + struct.pack("<Q", 1 << 60) + b[24:], "cannot"),
     "text without end": (lambda b: b[:24] + struct.pack("<Q", 1 << 60) + b[32:], "cannot load"),
+    "numbers without end": (endless(b"test.numbers"), "cannot load"),
+    "texts without end": (endless(b"test.texts"), "cannot load"),
     "another version": (lambda b: b[:4] + struct.pack("<I", 99) + b[8:], "cannot load"),
     "zeros": (lambda b: b[:4] + bytes(len(b) - 4), "cannot load"),
     "unknown architecture": (lambda b: b.replace(b"llama", b"zzzzz"), "zzzzz"),

@@ -12,6 +12,7 @@ from tutelage.errors import ModelError
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.run import setup
 from tutelage.run.check import check
+from tutelage.run.inputs import load_inputs
 from tutelage.run.train import train
 
 
@@ -33,3 +34,14 @@ def test_tokenizers_are_compared_before_weights_are_loaded(
     config = tiny_config(tiny_models, tmp_path / "run", teacher={"model": str(other)})
     with pytest.raises(ModelError, match="different vocabularies"):
         list(check(config, "run")) if command == "check" else train(config)
+
+
+def test_one_tokenizer_serves_student_and_teacher_that_name_the_same_model(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    student, teacher = tiny_models / "student", tiny_models / "teacher"
+    pair = load_inputs(tiny_config(tiny_models, tmp_path / "run"))
+    same = load_inputs(tiny_config(tiny_models, tmp_path / "run", teacher={"model": str(student)}))
+    assert same.teacher_tokenizer is same.tokenizer
+    assert pair.teacher_tokenizer is not pair.tokenizer
+    assert pair.teacher_tokenizer.name_or_path == str(teacher)

@@ -27,7 +27,7 @@ def parsed_once() -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    quick = {
+    quick: dict[tuple[Any, str], Any] = {
         (gguf, "GGUFReader"): lambda own: _read,
         (gguf, "get_tensor_name_map"): _names,
         (reading, "_gguf_parse_value"): _with_quick_texts,
@@ -86,7 +86,7 @@ def _plain_reader() -> Any:
             self._plain = asarray(mapped)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, Any, Any, Any]:
-            """Lists, which are vocabularies, are cut in one pass; texts in them are `memoryview`s."""
+            """Lists, which are vocabularies, are cut in one pass; their texts are `memoryview`s."""
             if raw_type != GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
             head = [self._get(orig_offs, "u4"), self._get(orig_offs + 4, "u8")]

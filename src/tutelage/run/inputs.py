@@ -16,6 +16,7 @@ from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer, tokenizer_place
 from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
 from tutelage.run.config import Config, FileData, LedgerData
+from tutelage.run.garbage import without_collection
 from tutelage.run.suggest import did_you_mean_value
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def _used_prompts(task: Task, config: Config) -> list[Prompt]:
     return [p for step in steps for p in task.prompts(step, size, config.seed)] + held_out
 
 
+@without_collection()
 def load_inputs(config: Config) -> Inputs:
     """Device, task and tokenizers of a run.
 

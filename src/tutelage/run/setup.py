@@ -44,6 +44,7 @@ from tutelage.run.config import (
     VLLMEngine,
     VLLMServer,
 )
+from tutelage.run.garbage import without_collection
 from tutelage.run.inputs import Inputs, load_inputs, thinking
 from tutelage.run.traps import model_traps
 from tutelage.run.watch import Watch, unwatched
@@ -211,6 +212,7 @@ def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
     return config.mode
 
 
+@without_collection()
 def build(
     config: Config,
     student_model: str | None = None,
