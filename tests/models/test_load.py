@@ -317,6 +317,21 @@ def test_saving_writes_a_folder_others_can_read(folder: Path) -> None:
     assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]  # nothing left behind
 
 
+def test_saving_never_changes_the_umask_of_the_process(
+    folder: Path, qwen3: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)  # another thread's files would get another mode
+            save_model(qwen3, tokenizer, folder)
+            save_model(qwen3, tokenizer, folder.parent / "new")
+    finally:
+        os.umask(before)
+    for place in (folder, folder.parent / "new"):
+        assert stat.S_IMODE(place.stat().st_mode) == 0o750
+
+
 def test_saving_replaces_the_whole_folder(folder: Path, make_qwen3: Any, tokenizer: Any) -> None:
     (folder / "stale.txt").write_text("from the last model")
     other = make_qwen3(len(tokenizer), seed=1)

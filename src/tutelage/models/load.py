@@ -11,8 +11,8 @@ import io
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,13 @@ from tutelage.models.classes import causal_class, restore_padding_row
 from tutelage.models.device import find_device
 from tutelage.models.fast import use_fast_layers
 from tutelage.models.gguf_files import parsed_once
-from tutelage.models.reference import ResolvedModel, resolve_model
+from tutelage.models.reference import (
+    TOKENIZER_FILES,
+    ResolvedModel,
+    has_tokenizer,
+    resolve_model,
+    tokenizer_place,
+)
 from tutelage.models.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
@@ -53,7 +59,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def load_model(
@@ -144,18 +149,6 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
             tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
         return tokenizer
-
-
-def tokenizer_place(ref: str) -> ResolvedModel:
-    """Where the tokenizer of a model reference is: of an adapter, its own before its base's.
-
-    Raises:
-        ModelError: the reference leads nowhere.
-    """
-    found = resolve_model(ref)
-    if found.adapter is not None and _has_tokenizer(found.adapter):
-        return ResolvedModel(ref, found.adapter)
-    return found
 
 
 def save_model(
@@ -313,15 +306,11 @@ def _without_bars(is_reading: bool = True) -> Iterator[None]:
 def _refuse_missing_tokenizer(found: ResolvedModel) -> None:
     """A folder without one: transformers would go on with an empty vocabulary."""
     is_folder = found.is_local and found.gguf_file is None
-    if is_folder and not _has_tokenizer(found.source):
+    if is_folder and not has_tokenizer(found.source):
         raise ModelError(
             f"cannot load the tokenizer {found.ref!r}: the folder has none of "
-            f"{', '.join(_TOKENIZER_FILES)}. Copy the tokenizer of its base model there."
+            f"{', '.join(TOKENIZER_FILES)}. Copy the tokenizer of its base model there."
         )
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _refuse_unread_generation_config(found: ResolvedModel) -> None:
@@ -367,8 +356,10 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _new_folder_beside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    # the ending is that of all unfinished folders, which the next start of a run removes
-    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    # The ending is that of all unfinished folders, which the next start of a run removes; the mode
+    # is that of any new folder: a thread cannot ask for the process's umask without changing it.
+    new = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    new.mkdir()
     try:
         yield new
     finally:
@@ -376,9 +367,6 @@ def _new_folder_beside(target: Path) -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    new.chmod(0o777 & ~umask)  # mkdtemp makes folders that only their owner can read
     if not target.exists():
         new.rename(target)
         return

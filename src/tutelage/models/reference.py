@@ -13,6 +13,7 @@ from tutelage.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -58,6 +59,23 @@ def resolve_model(ref: str) -> ResolvedModel:
         f"model {ref!r} does not exist. Give a folder, a .gguf file, package:NAME/folder or a "
         "hub id such as Qwen/Qwen3-0.6B."
     )
+
+
+def tokenizer_place(ref: str) -> ResolvedModel:
+    """Where the tokenizer of a model reference is: of an adapter, its own before its base's.
+
+    Raises:
+        ModelError: the reference leads nowhere.
+    """
+    found = resolve_model(ref)
+    if found.adapter is not None and has_tokenizer(found.adapter):
+        return ResolvedModel(ref, found.adapter)
+    return found
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _resolve_path(ref: str, path: Path) -> ResolvedModel:

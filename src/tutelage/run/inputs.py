@@ -13,7 +13,8 @@ from tutelage.data.tasks import LedgerTask, Task
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.models.device import find_device
-from tutelage.models.load import load_tokenizer, tokenizer_place
+from tutelage.models.load import load_tokenizer
+from tutelage.models.reference import tokenizer_place
 from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
 from tutelage.run.config import Config, FileData, LedgerData
 from tutelage.run.garbage import without_collection
