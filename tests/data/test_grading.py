@@ -21,7 +21,6 @@ from tutelage.data.grading import (
     answers_equal,
     extract_answer,
     grade_completion,
-    grade_many,
 )
 from tutelage.data.grading_exact import exact
 from tutelage.data.grading_text import MAX_TEXT
@@ -212,14 +211,6 @@ def test_a_plain_script_needs_no_main_guard_and_ends_cleanly(tmp_path: Path) -> 
         [sys.executable, str(script)], capture_output=True, text=True, timeout=HANG_S
     )
     assert (done.stdout.split()[0], done.stderr, done.returncode) == ("True", "", 0)
-
-
-def test_many_answers_keep_their_order_and_report_progress() -> None:
-    pairs = [(rf"\boxed{{{n}\sqrt{{2}}}}", r"3\sqrt{2}") for n in range(6)]
-    seen: list[tuple[int, int]] = []
-    verdicts = grade_many(pairs, progress=lambda done, total: seen.append((done, total)))
-    assert verdicts == [n == 3 for n in range(6)]
-    assert seen == [(n, 6) for n in range(1, 7)]
 
 
 def test_without_math_verify_numbers_are_graded_and_formulas_name_the_extra(

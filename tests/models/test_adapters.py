@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from tutelage.errors import ConfigError, ModelError
@@ -134,9 +136,41 @@ def foreign_shapes(base: Path, adapter: Path) -> None:
     save_tiny_model(Architecture(AutoConfig.for_model("gpt2"), "", False), 267, 0, base)
 
 
+def change(adapter: Path, rule: Callable[[str], str | None]) -> None:
+    """Rename weights of an adapter, or leave them out."""
+    file = adapter / "adapter_model.safetensors"
+    weights = {new: w for name, w in load_file(file).items() if (new := rule(name)) is not None}
+    save_file(weights, file)
+
+
+def renamed(base: Path, adapter: Path) -> None:
+    change(adapter, lambda name: name.replace("model.model.", "model.model.language_model."))
+
+
+def deeper(base: Path, adapter: Path) -> None:
+    change(adapter, lambda name: name.replace("layers.1", "layers.7"))
+
+
+def halved(base: Path, adapter: Path) -> None:
+    change(adapter, lambda name: name if "layers.0" in name else None)
+
+
+def one_sided(base: Path, adapter: Path) -> None:
+    change(adapter, lambda name: name if "lora_A" in name else None)
+
+
+def unknown_kind(base: Path, adapter: Path) -> None:
+    edit(adapter, peft_type="ZZZ")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (renamed, r"does not fit its base: \d+ of its weights have no layer .*language_model"),
+        (deeper, r"does not fit its base: \d+ of its weights have no layer .*layers\.7"),
+        (halved, r"does not fit its base: it lacks \d+ weights, first .*layers\.1"),
+        (one_sided, r"does not fit its base: it lacks \d+ weights, first .*lora_B"),
+        (unknown_kind, r"cannot load the adapter .*ZZZ"),
         (beside_weights, r"holds whole weights \(model\.safetensors\) and an adapter"),
         (nameless, "does not name its base"),
         (unconfigured, "does not name its base"),
@@ -167,3 +201,33 @@ def test_the_digest_of_a_reference_to_an_adapter_is_of_both(adapter: Path, base:
     assert len({*before, changed}) == 3
     (base / "generation_config.json").write_text("{}")
     assert _model_digest(str(adapter)) != changed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"},
+     {"target_modules": ["embed_tokens", "q_proj"]}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_every_kind_of_low_rank_adapter_says_what_peft_says(
+    tmp_path: Path, base: Path, options: dict[str, Any]
+) -> None:
+    model = load_model(str(base))
+    kind = {"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**kind | options))
+    torch.manual_seed(0)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    adapted.save_pretrained(tmp_path / "other", save_embedding_layers=False)
+    wanted = logits(adapted.eval())
+    edit(tmp_path / "other", base_model_name_or_path=str(base))
+    assert float((logits(load_model(str(tmp_path / "other"))) - wanted).abs().max()) < 1e-4
+
+
+def test_virtual_tokens_are_no_change_of_weights(tmp_path: Path, base: Path) -> None:
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(load_model(str(base)), prompt).save_pretrained(tmp_path / "other")
+    edit(tmp_path / "other", base_model_name_or_path=str(base))
+    with pytest.raises(ModelError, match="is of type PROMPT_TUNING, which is no change of weights"):
+        load_model(str(tmp_path / "other"))

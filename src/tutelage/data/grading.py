@@ -8,8 +8,6 @@ Nothing is evaluated by Python, no input raises, and what cannot be decided is w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
 
 from tutelage.data.grading_compare import is_long_decimal, texts_equal
@@ -111,26 +109,3 @@ def grade_completion(completion: str, gold: str, is_truncated: bool = False) -> 
     if "####" in gold or has_box(gold):
         gold = extract_answer(gold) or ""
     return answers_equal(prediction, gold)
-
-
-def grade_many(
-    pairs: Iterable[tuple[str, str]],
-    progress: Callable[[int, int], None] | None = None,
-    num_workers: int = 2,
-) -> list[bool]:
-    """`grade_completion` of many pairs, by several workers.
-
-    Args:
-        pairs: Completions with their reference answers.
-        progress: Called with the number of verdicts so far and in all, after each one.
-        num_workers: Comparisons at a time.
-
-    Returns:
-        The verdicts, in the order of the pairs.
-    """
-    with ThreadPoolExecutor(num_workers) as threads:
-        verdicts = [threads.submit(grade_completion, *pair) for pair in pairs]
-        for done, _ in enumerate(as_completed(verdicts), 1):
-            if progress is not None:
-                progress(done, len(verdicts))
-        return [verdict.result() for verdict in verdicts]

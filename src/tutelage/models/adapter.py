@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tutelage.core.counter import counter_uniform
-from tutelage.errors import ConfigError, MissingExtraError
+from tutelage.errors import ConfigError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,13 +137,39 @@ def with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
     Raises:
         MissingExtraError: peft is not installed.
+        ModelError: the adapter is no change of weights, or does not fit the model.
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora", f"The adapter {folder!r}")
     from peft import PeftModel
 
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are not there: refused below
+        adapted = PeftModel.from_pretrained(model, folder, _NAME)
+        if not hasattr(adapted.base_model, "merge_and_unload"):
+            kind = adapted.peft_config[_NAME].peft_type.value
+            raise ModelError(
+                f"adapter {folder!r} is of type {kind}, which is no change of weights and cannot "
+                "be added to them. Use a LoRA adapter."
+            )
+        _refuse_partial(adapted.load_adapter(folder, _NAME), folder)
+    merged: PreTrainedModel = adapted.merge_and_unload()
     return merged.requires_grad_(True)
+
+
+def _refuse_partial(report: Any, folder: str) -> None:
+    """Weights of an adapter without a layer, or layers without weights: peft leaves both out."""
+    lost = sorted(report.unexpected_keys)
+    lacking = sorted(k for k in report.missing_keys if _NAME in k.split("."))
+    if not lost and not lacking:
+        return
+    what = f"{len(lost)} of its weights have no layer there" if lost else (
+        f"it lacks {len(lacking)} weights"
+    )  # fmt: skip
+    raise ModelError(
+        f"adapter {folder!r} does not fit its base: {what}, first {[*lost, *lacking][0]!r}. Check "
+        "base_model_name_or_path in its adapter_config.json, and that its files are complete."
+    )
 
 
 def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
