@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -440,3 +441,30 @@ def test_damaged_gguf_files(gguf_file: bytes, tmp_path: Path) -> None:
     for name, (change, message) in GGUF.items():
         path.write_bytes(change(gguf_file))
         assert message in refuse(load_model, path), name
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+LEFT_OVER: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "a bias": ((f"{Q_PROJ}.bias",), f"has 1 weights that .* does not use, first '{Q_PROJ}.bias'"),
+    "scales of few bits": ((f"{Q_PROJ}.weight_scale_inv",), "does not use, first .*_scale_inv"),
+    "an adapter": ((f"{Q_PROJ}.lora_A.weight",), "does not use, first .*lora_A"),
+    "norms of another family": (
+        ("model.layers.1.pre_feedforward_layernorm.weight",),
+        "does not use, first .*pre_feedforward",
+    ),
+    "a layer more": (("model.layers.2.input_layernorm.weight",), r"does not use, .*layers\.2"),
+    "a bias of the head": (("lm_head.bias",), "does not use, first 'lm_head.bias'"),
+    "other heads and towers": (("v_head.weight", "mtp.fc.weight", "visual.blocks.0.w"), None),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OVER)
+def test_weights_that_a_model_would_leave_out_are_refused(folder: Path, name: str) -> None:
+    extra, message = LEFT_OVER[name]
+    file = folder / "model.safetensors"
+    weights = load_file(file) | {key: torch.ones(4) for key in extra}
+    save_file(weights, file, metadata={"format": "pt"})
+    if message is None:
+        assert load_model(str(folder)).num_parameters() > 0
+        return
+    assert re.search(message, refuse(load_model, folder))

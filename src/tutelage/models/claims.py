@@ -6,13 +6,18 @@ import json
 import mmap
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
+from torch import nn
 
 from tutelage.errors import ModelError
 from tutelage.models.reference import ResolvedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LARGEST_ID = (1 << 24) - 1
 """The tokenizer library makes a table up to the largest id; 2³¹ takes it a minute and 50 GB."""
@@ -225,3 +230,41 @@ class no_panic:
                 f"the tokenizer {self._tokenizer!r} cannot encode a text: {reason}. Its patterns "
                 "are invalid or take too long; use another tokenizer.json."
             ) from None
+
+
+def refuse_unread_weights(
+    found: ResolvedModel, model: PreTrainedModel, names: Iterable[str]
+) -> None:
+    """Weights of layers that the model has, or would have, and which it leaves out.
+
+    A config.json of another model, scales of quantised weights without their settings, a bias that
+    the architecture lacks, or an adapter saved among the weights: transformers reads what it knows
+    and goes on, with other numbers. What belongs to no layer (heads for a reward or for several
+    tokens, towers for pictures) changes nothing of what the model says.
+
+    Args:
+        found: the model, for the message.
+        model: as it was loaded.
+        names: weights in its files that were not used.
+
+    Raises:
+        ModelError: there are some.
+    """
+    modules = dict(model.named_modules())
+    unread = sorted(name for name in names if _is_of_a_layer(name, modules, model))
+    if unread:
+        raise ModelError(
+            f"model {found.ref!r} has {len(unread)} weights that {type(model).__name__} does not "
+            f"use, first {unread[0]!r}. Its config.json belongs to other weights, or lacks their "
+            "quantization."
+        )
+
+
+def _is_of_a_layer(name: str, modules: Mapping[str, nn.Module], model: PreTrainedModel) -> bool:
+    parts = name.split(".")
+    places = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    place = next((place for place in places if place in modules), "")
+    if isinstance(modules[place], nn.ModuleList):  # a layer more; some predict several tokens
+        return not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0)
+    is_part = any(part.isdigit() for part in place.split("."))
+    return is_part or (bool(place) and not any(modules[place].children()))

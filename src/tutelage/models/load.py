@@ -36,6 +36,7 @@ from tutelage.models.claims import (
     refuse_large_sizes,
     refuse_missing_layers,
     refuse_parts_elsewhere,
+    refuse_unread_weights,
 )
 from tutelage.models.classes import causal_class, restore_padding_row
 from tutelage.models.device import find_device
@@ -236,6 +237,8 @@ def _load_plain(
             "is merged into its base."
         )
     _refuse_missing_weights(found, report)
+    if low_bits is None and getattr(model, "hf_quantizer", None) is None:
+        refuse_unread_weights(found, model, report["unexpected_keys"])
     if found.is_local and low_bits is None:
         with _explained(found, "model"), torch.no_grad():
             restore_padding_row(found, model)
@@ -257,6 +260,7 @@ def _load_gguf(found: ResolvedModel, dtype: torch.dtype, attn: str) -> PreTraine
             **options,
         )
     _refuse_missing_weights(found, report)
+    refuse_unread_weights(found, unpacked, report["unexpected_keys"])
     config = type(unpacked.config).from_dict(
         {k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"}
     )
