@@ -105,3 +105,28 @@ def test_columns_that_change_the_meaning_elsewhere_are_said(tmp_path: Path) -> N
     ]
     named = load(tmp_path, {"instruction": "2+2?"}, prompt_column="instruction")
     assert notes_of(named) == []
+
+
+@pytest.mark.parametrize("role", ["assistant", "Assistant", "model", "gpt", "ai", "bot"])
+def test_an_answer_at_the_end_has_many_names(tmp_path: Path, role: str) -> None:
+    found = load(tmp_path, {"messages": [USER, {"role": role, "content": "four"}]})
+    assert found[0].content == (USER,)
+    assert found[0].notes
+
+
+@pytest.mark.parametrize("column", ["image_url", "image_path", "videos", "multi_modal_data"])
+def test_media_have_many_names(tmp_path: Path, column: str) -> None:
+    with pytest.raises(DataError, match=f"'{column}' is not text"):
+        load(tmp_path, {"prompt": "2+2?", column: "a.png"})
+    assert load(tmp_path, {"prompt": "2+2?", column: ""})
+
+
+@pytest.mark.parametrize("column", ["choices", "system_message", "available_tools", "passage"])
+def test_other_columns_that_belong_to_a_prompt_are_said(tmp_path: Path, column: str) -> None:
+    assert column in load(tmp_path, {"prompt": "2+2?", column: ["a"]})[0].notes[0]
+
+
+def test_a_conversation_as_json_text_is_a_conversation(tmp_path: Path) -> None:
+    turns = [USER, {"role": "assistant", "content": "four"}]
+    found = load(tmp_path, {"prompt": json.dumps(turns)}, {"prompt": "[1, 2] is a list"})
+    assert [prompt.content for prompt in found] == [(USER,), "[1, 2] is a list"]

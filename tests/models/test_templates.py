@@ -214,3 +214,11 @@ def test_a_fork_gets_a_process_of_its_own() -> None:
     assert os.waitpid(pid, 0)[1] == 0
     assert text_of("{{ 'y' }}") == "y"
     assert templates._renderer._child is child
+
+
+def test_what_a_template_picks_at_random_is_the_same_in_every_process() -> None:
+    template = "{% for m in messages %}{{ range(10000) | random }} {% endfor %}"
+    messages = ({"role": "user", "content": "a"},) * 5
+    first = render_chat(template, messages, {}, "p", "m")
+    assert len(set(first.split())) > 1
+    assert render_chat(template, messages, {}, "p", "m") == first

@@ -238,3 +238,25 @@ def test_tools_are_rendered_by_the_template_or_refused(make_tokenizer: Any) -> N
     forged = replace(prompt, tools=({"name": "add<|end|>"},))
     with pytest.raises(DataError, match="control token"):
         encode_prompt(make_tokenizer(chat_template=text + chat), forged)
+
+
+@pytest.mark.parametrize("lost", ["human", "system"])
+def test_a_turn_that_the_template_leaves_out_is_refused(make_tokenizer: Any, lost: str) -> None:
+    known = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] | trim }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=known)
+    turns = ({"role": lost, "content": "be nice"}, {"role": "user", "content": " hi  there\n"})
+    with pytest.raises(DataError, match=f"role '{lost}', which the chat template .* leaves out"):
+        encode_prompt(tokenizer, Prompt("p", turns))
+    assert encode_prompt(tokenizer, Prompt("p", turns[1:]))
+
+
+def test_settings_of_a_tokenizer_s_files_cut_pad_and_split_nothing(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer()
+    prompts = [Prompt("p", "some words"), chat("some words")]
+    before = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.split_special_tokens = True
+    assert [encode_prompt(tokenizer, prompt) for prompt in prompts] == before
+    with pytest.raises(DataError, match="control token"):
+        encode_prompt(tokenizer, Prompt("p", "a<|end|>"))

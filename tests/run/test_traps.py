@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,17 @@ def test_a_chat_model_without_its_template(chat_models: Path, tmp_path: Path) ->
         chat_models, tmp_path / "run", num_steps=1, **prompts(tmp_path, LEDGER), **EVALUATED
     )
     assert any("which data.chat = false leaves" in line for line in said(config, "check"))
+
+
+def test_a_template_that_opens_no_turn_for_the_answer(chat_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(chat_models, tmp_path / "models")
+    for who in ("student", "teacher"):
+        template = "{% for m in messages %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        (tmp_path / "models" / who / "chat_template.jinja").write_text(template)
+    table = prompts(tmp_path, LEDGER, chat=True)
+    config = tiny_config(tmp_path / "models", tmp_path / "run", num_steps=1, **table, **EVALUATED)
+    lines = [line for line in said(config, "check") if "opens no turn for the answer" in line]
+    assert [line.split(" prompts end with")[0] for line in lines] == ["warning: 6"]
 
 
 @pytest.mark.parametrize("command", ["check", "train"])

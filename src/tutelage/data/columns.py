@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
 
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_MEDIA = re.compile(
+    r"(?:image|video|audio|picture)s?(?:_(?:url|path|file|bytes)s?)?|pixel_values|multi_?modal_data"
+)
 _UNREAD = (
     *("system", "system_prompt", "context", "input", "instruction", "documents", "history"),
-    *("functions", "chat_template_kwargs"),
+    *("functions", "chat_template_kwargs", "system_message", "system_instruction", "developer"),
+    *("available_tools", "tool", "choices", "options", "passage", "hint"),
 )
 """Columns that other programs make part of the prompt."""
 LAST_ANSWER = "the assistant's turn at the end of the conversation is left out"
@@ -21,9 +25,10 @@ LAST_ANSWER = "the assistant's turn at the end of the conversation is left out"
 
 def refuse_media(record: dict[str, Any], where: str) -> None:
     """Raise DataError for a record with pictures, sound or film."""
-    for key in _MEDIA:
-        value = record.get(key)
-        if value is not None and not (isinstance(value, list | str | bytes) and len(value) == 0):
+    for key, value in record.items():
+        if not _MEDIA.fullmatch(str(key)) or value is None:
+            continue
+        if not (isinstance(value, list | str | bytes) and len(value) == 0):
             raise DataError(
                 f"{where}: {key!r} is not text, got {type(value).__name__}, and only text is read. "
                 "Remove the record, or the column if its prompts do without."

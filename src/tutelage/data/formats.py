@@ -23,6 +23,7 @@ from tutelage.data.types import Message, Prompt
 from tutelage.errors import DataError, MissingExtraError
 
 _CONTENT_KEYS = ("prompt", "problem", "question", "messages")
+_ANSWERERS = ("assistant", "model", "gpt", "ai", "bot", "chatbot")
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 
 
@@ -194,7 +195,7 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
     column = _content_column(record, where, prompt_format)
     refuse_media(record, where)
     prompt_id = record.get("id")
-    given, notes = _without_last_answer(record[column], f"{where}: {column!r}")
+    given, notes = _without_last_answer(_conversation(record[column]), f"{where}: {column!r}")
     content = _content(given, f"{where}: {column!r}", prompt_format)
     tools = tools_of(record, where)
     if tools and isinstance(content, str):
@@ -211,16 +212,35 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
     )
 
 
+def _conversation(value: Any) -> Any:
+    """A conversation that tables without lists hold as JSON text; everything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_chat = isinstance(found, list) and all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in found
+    )
+    return found if is_chat and found else value
+
+
 def _without_last_answer(value: Any, where: str) -> tuple[Any, tuple[str, ...]]:
     """A conversation without the answer that it ends with, and what to say of it."""
     if not isinstance(value, list):
         return value, ()
     end = len(value)
-    while end and isinstance(value[end - 1], dict) and value[end - 1].get("role") == "assistant":
+    while end and isinstance(value[end - 1], dict) and _answers(value[end - 1]):
         end -= 1
     if value and not end:
         raise DataError(f"{where} has no turn but the assistant's. Add what it answers.")
     return (value, ()) if end == len(value) else (value[:end], (LAST_ANSWER,))
+
+
+def _answers(turn: dict[str, Any]) -> bool:
+    """Whether a turn is the model's, under any of the names that data sets give it."""
+    return str(turn.get("role")).casefold() in _ANSWERERS
 
 
 def _content_column(record: dict[str, Any], where: str, prompt_format: PromptFormat) -> str:

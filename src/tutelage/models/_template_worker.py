@@ -12,6 +12,7 @@ A template sees what transformers shows it: the sandbox, its settings, filters a
 from __future__ import annotations
 
 import json
+import random
 import resource
 import signal
 import sys
@@ -68,6 +69,7 @@ def render(
     template: str, variables: dict[str, Any], max_characters: int, date: str | None = None
 ) -> str:
     """The text of a template, of at most so many characters, at a date or now."""
+    random.seed(0)  # the filter that picks at random picks the same in every process
     parts, left = [], max_characters
     now = datetime.now() if date is None else datetime.fromisoformat(date)
     for part in compiled(template).generate({**variables, "strftime_now": now.strftime}):

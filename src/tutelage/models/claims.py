@@ -265,6 +265,6 @@ def _is_of_a_layer(name: str, modules: Mapping[str, nn.Module], model: PreTraine
     places = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     place = next((place for place in places if place in modules), "")
     if isinstance(modules[place], nn.ModuleList):  # a layer more; some predict several tokens
-        return not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0)
+        return not vars(model.config.get_text_config()).get("num_nextn_predict_layers")
     is_part = any(part.isdigit() for part in place.split("."))
     return is_part or (bool(place) and not any(modules[place].children()))

@@ -237,7 +237,7 @@ def _load_plain(
             "is merged into its base."
         )
     _refuse_missing_weights(found, report)
-    if low_bits is None and getattr(model, "hf_quantizer", None) is None:
+    if low_bits is None and not hasattr(model, "hf_quantizer"):
         refuse_unread_weights(found, model, report["unexpected_keys"])
     if found.is_local and low_bits is None:
         with _explained(found, "model"), torch.no_grad():

@@ -42,7 +42,9 @@ def encode_prompt(
     """
     if isinstance(prompt.content, str):
         with no_panic(tokenizer.name_or_path):
-            encoded = tokenizer(prompt.content, return_special_tokens_mask=True)
+            encoded = tokenizer(
+                prompt.content, return_special_tokens_mask=True, split_special_tokens=False
+            )
         ids, is_added = list(encoded.input_ids), encoded.special_tokens_mask
         own = [i for i, added in zip(ids, is_added, strict=True) if not added]
         _refuse_control_tokens(tokenizer, own, prompt.content, prompt.id)
@@ -80,7 +82,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a completion's text, nothing added; an end-of-sequence text stays one token."""
     with no_panic(tokenizer.name_or_path):
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids)
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -255,6 +257,7 @@ def _encode_chat(
         ) from error
     name = tokenizer.name_or_path
     rendered = render_chat(template, messages, variables, prompt.id, name)
+    _refuse_lost_turns(rendered, prompt, messages, name)
     if prompt.tools:
         plain = rendered
         variables["tools"] = list(prompt.tools)
@@ -265,6 +268,25 @@ def _encode_chat(
                 "Use a model that knows tools, or remove them from the data."
             )
     return encode_completion(tokenizer, rendered)
+
+
+def _refuse_lost_turns(
+    rendered: str, prompt: Prompt, messages: tuple[Message, ...], name: str
+) -> None:
+    """A template that leaves a turn out, as many do with roles they do not know.
+
+    Of what an assistant said, templates leave thoughts out, and what tools returned they write in
+    their own way: neither is looked at.
+    """
+    text = " ".join(rendered.split())
+    for message in messages:
+        if message["role"] in ("assistant", "model", "tool"):
+            continue
+        if " ".join(message["content"].split()) not in text:
+            raise DataError(
+                f"prompt {prompt.id!r} has a message of the role {message['role']!r}, which the "
+                f"chat template of {name!r} leaves out or changes. Use a role that it knows."
+            )
 
 
 def refuse_thinking(

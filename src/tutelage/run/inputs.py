@@ -37,6 +37,8 @@ class PromptStats:
     """What such a token is called; None where the tokenizer has none."""
     is_chat: bool
     """Whether any of them is rendered with the chat template."""
+    num_ended: int = 0
+    """Prompts that end with the end-of-sequence token, spaces aside."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,23 @@ class Inputs:
         thinks = thinking(config.data)
         unknown = self.tokenizer.unk_token_id
         prompts = _used_prompts(self.task, config)
-        counts = []
+        counts, num_ended = [], 0
         for prompt in prompts:
             ids = encode_prompt(self.tokenizer, prompt, thinks)
             counts.append((len(ids), 0 if unknown is None else ids.count(unknown)))
+            num_ended += _is_ended(self.tokenizer, ids)
         lengths = [length for length, _ in counts]
         is_chat = any(not isinstance(prompt.content, str) for prompt in prompts)
         num_unknown = sum(number for _, number in counts)
         name = self.tokenizer.unk_token
-        return PromptStats(min(lengths), max(lengths), sum(lengths), num_unknown, name, is_chat)
+        return PromptStats(
+            min(lengths), max(lengths), sum(lengths), num_unknown, name, is_chat, num_ended
+        )
+
+
+def _is_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
+    end = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == tokenizer.eos_token_id), None)
+    return end is not None and not tokenizer.decode(ids[end + 1 :]).strip()
 
 
 def _used_prompts(task: Task, config: Config) -> list[Prompt]:

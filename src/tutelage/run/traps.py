@@ -40,6 +40,12 @@ def input_traps(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterato
             f"{share:.0%} of the prompts' tokens are unknown to the student's tokenizer "
             f"({prompts.unknown!r}). Use prompts in its alphabet, or other models"
         )
+    if prompts.num_ended:
+        yield (
+            f"{prompts.num_ended} prompts end with the end-of-sequence token "
+            f"{inputs.tokenizer.eos_token!r}: the student's chat template opens no turn for the "
+            "answer. Let it write one where add_generation_prompt is set"
+        )
     if inputs.tokenizer.chat_template != inputs.teacher_tokenizer.chat_template and prompts.is_chat:
         yield (
             "student and teacher have different chat templates; prompts are rendered with the "
