@@ -80,3 +80,21 @@ class Waits:
     ) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
+
+class Launches(TorchDispatchMode):
+    """Operators inside that compute something: each is at least one kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        returned = (value.alias_info for value in func._schema.returns)
+        is_view = any(alias is not None and not alias.is_write for alias in returned)
+        if not is_view and not name.startswith("empty"):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))

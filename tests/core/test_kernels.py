@@ -392,7 +392,8 @@ def test_terms_of_a_few_ids_beside_dense_ones(
     found = composite_objective(pair.student, pair.teacher, terms)
     found.total.backward()
     torch.testing.assert_close(found.value.double(), value, rtol=5e-6, atol=1e-6)
-    limit = 1e-5 if dtype == torch.float32 else 6e-3
+    # the interpreter cuts bfloat16 off where a GPU rounds
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
     for gradient, exact in zip(_gradients(pair.student).values(), expected, strict=True):
         assert _relative(gradient, exact) < limit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -13,8 +14,11 @@ import torch
 from eager import cpu_device, make_model
 from torch import Tensor
 
+from counting import Launches
+
 pytest.importorskip("triton")
 
+from tutelage.models.adapter import add_lora
 from tutelage.models.draw import SamplingConfig
 from tutelage.rollout import kernels, sample_kernels, triton_operators
 from tutelage.rollout.kv_slots import Slots, make_picking
@@ -189,20 +193,62 @@ def test_ends_of_the_interval_stay_inside_the_vocabulary() -> None:
         assert rows.token.tolist() == [token] * 4
 
 
-def test_a_layer_takes_eight_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def launches(monkeypatch: pytest.MonkeyPatch, config: SamplingConfig, splits: int = 1,
+             rank: int = 0, **options: Any) -> tuple[int, Counter[str]]:  # fmt: skip
+    """Kernels of one decoding step, and the operators of torch that are more of them."""
     monkeypatch.setattr(TritonOperators, "_start", count_only)
-    counts = []
-    for layers in (2, 3):
-        operators = TritonOperators()
-        model = make_model("qwen3", num_hidden_layers=layers)
-        slots = Slots(model, cpu_device(operators), 8, 40)
-        rows, work = slots.rows, make_work(slots.sizes, 8, 1, 1)
-        picking = make_picking(SamplingConfig(), 33, [2], torch.device("cpu"))
-        with torch.no_grad():
-            slots.step(rows, work, slots.cache, slots.turn, picking)
-        counts.append(operators.launches + slots.step.products)
-    assert counts[1] - counts[0] == 8
-    assert counts[0] == 2 * 8 + 4  # logits, two that pick, and the last norm
+    operators, model = TritonOperators(), make_model(**options)
+    if rank:
+        add_lora(model, rank, 2.0 * rank)
+    slots = Slots(model, cpu_device(operators), 8, 40)
+    rows, work = slots.rows, make_work(slots.sizes, 8, 1, splits)
+    picking = make_picking(config, 33, [2], torch.device("cpu"))
+    with torch.no_grad(), Launches() as seen:
+        slots.step(rows, work, slots.cache, slots.turn, picking)
+    return operators.launches, seen.found
+
+
+FILTERED = SamplingConfig(0.7, 0.9, 5)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"family": "qwen3", "tie_word_embeddings": True},
+        {"family": "llama"},
+        {"family": "mistral", "sliding_window": 6},
+    ],
+)
+@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(0.0), FILTERED])
+def test_a_step_is_eight_launches_a_layer_and_four_more(
+    monkeypatch: pytest.MonkeyPatch,
+    layers: int,
+    options: dict[str, Any],
+    config: SamplingConfig,
+) -> None:
+    """Four kernels and four products a layer; logits, two that pick, and the last norm."""
+    kernels_, operators = launches(monkeypatch, config, num_hidden_layers=layers, **options)
+    assert kernels_ == 4 * layers + 3
+    assert operators == {"mm": 4 * layers + 1}
+
+
+def test_biases_cost_no_launch_and_split_caches_one_a_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"family": "qwen2", "num_key_value_heads": 1, "hidden_size": 128}
+    kernels_, operators = launches(monkeypatch, SamplingConfig(), splits=3, **options)
+    assert kernels_ == 2 * 5 + 3
+    assert operators == {"addmm": 2, "mm": 2 * 3 + 1}
+
+
+def test_an_adapter_is_three_launches_for_each_layer_that_it_adapts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("peft")
+    kernels_, operators = launches(monkeypatch, SamplingConfig(), rank=2, family="qwen3")
+    assert kernels_ == 2 * 4 + 3
+    assert operators == {"mm": 2 * (4 + 2 * 7) + 1, "add_": 2 * 7}
 
 
 NUMBERS = {"token", "slot", "position", "done", "column"}

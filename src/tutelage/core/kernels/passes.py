@@ -281,12 +281,15 @@ class Passes:
         written while logits from row i on are kept, and j ≤ spare + 2 i.
         """
         found = self._gradient[: len(chunk)]
-        if slopes.replaced is None and slopes.added is None:
+        if slopes.added is None:
             with on_device(self.device):
                 for first, last in self._spans(len(chunk)):
                     self._launch_gradient(chunk, slopes, first, last, self._gradient)
+            if slopes.replaced is not None:
+                ids, here = slopes.replaced
+                found.scatter_(-1, ids, here.float().to(found.dtype))
             return found
-        # What is changed at a few ids is changed in float32, where differences keep their digits.
+        # What is added at a few ids is added in float32, where differences keep their digits.
         wide = self._student[: len(chunk)]
         with on_device(self.device):
             self._launch_gradient(chunk, slopes, 0, len(chunk), wide)
