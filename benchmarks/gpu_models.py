@@ -30,6 +30,42 @@ SIZES: dict[str, dict[str, Any]] = {
 """Qwen3's dense models."""
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 1536, "num_hidden_layers": 28,
+        "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "tie_word_embeddings": True, "max_position_embeddings": 32_768,
+    },
+    "Qwen/Qwen2.5-14B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 5120, "num_hidden_layers": 48,
+        "intermediate_size": 13_824, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "tie_word_embeddings": False, "max_position_embeddings": 32_768,
+    },
+    "meta-llama/Llama-3.1-8B-Instruct": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "num_hidden_layers": 32,
+        "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "tie_word_embeddings": False, "max_position_embeddings": 131_072,
+    },
+    "meta-llama/Llama-3.3-70B-Instruct": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 8192, "num_hidden_layers": 80,
+        "intermediate_size": 28_672, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "tie_word_embeddings": False, "max_position_embeddings": 131_072,
+    },
+}  # fmt: skip
+"""Sizes of the other models that recipes name."""
+
+
+def architecture(name: str) -> PreTrainedConfig:
+    """The sizes of a model on the hub that a recipe names."""
+    from transformers import CONFIG_MAPPING
+
+    if name in OTHERS:
+        table = dict(OTHERS[name])
+        config: PreTrainedConfig = CONFIG_MAPPING[table.pop("model_type")](**table)
+        return config
+    return qwen3_config(name.removeprefix("Qwen/Qwen3-").removesuffix("-Base"))
+
+
 def qwen3_config(size: str) -> Qwen3Config:
     """The configuration of a dense Qwen3."""
     from transformers import Qwen3Config
@@ -57,15 +93,24 @@ def random_qwen3(size: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) 
     return model.eval()
 
 
-def shapes(config: PreTrainedConfig, is_checkpointed: bool = False) -> PreTrainedModel:
+def shapes(
+    config: PreTrainedConfig,
+    is_checkpointed: bool = False,
+    quantization: str = "none",
+    lora: Any = None,
+) -> PreTrainedModel:
     """A model of an architecture in bfloat16 without numbers, as plans of memory take it."""
     from transformers import AutoModelForCausalLM
 
-    from tutelage.models.adapter import checkpoint_activations
-    from tutelage.models.shadow import shadow
+    from tutelage.models.adapter import add_lora, checkpoint_activations
+    from tutelage.models.shadow import in_few_bits, shadow
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        if quantization != "none":
+            in_few_bits(model, int(quantization.removesuffix("bit")))
+        if lora is not None:
+            add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules)
     if is_checkpointed:
         checkpoint_activations(model)
     return shadow(model)

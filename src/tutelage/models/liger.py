@@ -67,6 +67,15 @@ def use_liger_layers(model: PreTrainedModel, who: str, num_tokens: int = _TRIAL_
         )
 
 
+def with_own_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its layers' own classes again, for devices that Liger has no kernels for."""
+    for layer in model.modules():
+        kind: Any = type(layer)
+        if issubclass(kind, _Norm | _Unit):
+            layer.__class__ = kind.__bases__[-1]
+    return model
+
+
 class _Norm(nn.Module):
     weight: nn.Parameter
     variance_epsilon: float

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from tutelage.models.adapter import learning
 from tutelage.models.foreign import foreign
+from tutelage.models.liger import with_own_layers
 from tutelage.models.rows import backbone
 
 if TYPE_CHECKING:
@@ -84,17 +85,36 @@ def shadow(model: PreTrainedModel) -> PreTrainedModel:
         ModelError: a class that cannot do without them.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {
+    packed = {id(m): _packed(m, model.dtype) for m in model.modules() if _num_bits(m)}
+    memo: dict[int, Any] = packed | {
         id(tensor): nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
         if isinstance(tensor, nn.Parameter)
         else tensor.to("meta")
         for tensor in tensors
     }
     with foreign("has no shape of its own", model):
-        twin: PreTrainedModel = copy.deepcopy(model, memo)
+        twin: PreTrainedModel = with_own_layers(copy.deepcopy(model, memo))
         AttentionInterface.register(_FUSED, _attention)
         twin.set_attn_implementation(_FUSED)
     return twin
+
+
+def in_few_bits(twin: PreTrainedModel, num_bits: int) -> PreTrainedModel:
+    """The same with its linear layers, the head aside, frozen in so many bits."""
+    head = twin.get_output_embeddings()
+    for parent in list(twin.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is nn.Linear and module is not head:
+                setattr(parent, name, FewBits(module, num_bits, twin.dtype))
+    return twin
+
+
+def stored_bytes(twin: PreTrainedModel) -> int:
+    """Bytes of a model's weights where they are kept."""
+    packed = [module for module in twin.modules() if isinstance(module, FewBits)]
+    wide = sum(module.weight.nbytes for module in packed)
+    every: int = sum(weight.nbytes for weight in twin.parameters())
+    return every - wide + sum(module.num_bytes for module in packed)
 
 
 @torch.no_grad()
@@ -149,6 +169,47 @@ def _live(twin: PreTrainedModel) -> Live:
     weights = list(twin.parameters())
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     return Live([*weights, *twin.buffers(), *gradients])
+
+
+class FewBits(nn.Linear):
+    """A frozen layer whose weights are unpacked, as a whole, for every product."""
+
+    def __init__(self, like: Any, num_bits: int, dtype: torch.dtype) -> None:
+        sizes, has_bias = (like.in_features, like.out_features), like.bias is not None
+        super().__init__(*sizes, has_bias, device="meta", dtype=dtype)
+        self.requires_grad_(False)
+        # float32 scales: one for 64 weights of 4 bits, or for a row in 8
+        scales = self.weight.numel() // 64 if num_bits == 4 else self.out_features
+        self.num_bytes = self.weight.numel() * num_bits // 8 + 4 * scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product."""
+        out: Tensor = _Unpacked.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias
+
+
+class _Unpacked(torch.autograd.Function):
+    """x Wᵀ with a copy of W while it is computed, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return x.to(weight.dtype) @ torch.empty_like(weight).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ torch.empty_like(ctx.weight), None
+
+
+def _num_bits(module: nn.Module) -> int:
+    """Bits of a layer's weights; 0 where they are what they are."""
+    if not type(module).__module__.startswith("bitsandbytes"):
+        return 0
+    return {"Linear4bit": 4, "Linear8bitLt": 8}.get(type(module).__name__, 0)
+
+
+def _packed(module: Any, dtype: torch.dtype) -> FewBits:
+    return FewBits(module, _num_bits(module), dtype)
 
 
 class _Objective(torch.autograd.Function):

@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+DEVICE_SHARE = 16
+"""Hidden states of a step that need more than this part of an accelerator's memory leave it."""
+
+
+def device_budget(device: torch.device) -> int:
+    """Bytes of hidden states that stay on a device; on a CPU, whose memory is main memory, none."""
+    if device.type == "cpu":
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory) // DEVICE_SHARE
+
+
 class HiddenStore:
     """Keeps hidden states in main memory up to a budget, and beyond it in files without a name.
 
@@ -88,6 +99,8 @@ class Teacher:
         self.mode = mode
         self.swap = swap
         self.store = store or HiddenStore()
+        self.device_budget_bytes = device_budget(self.device) if mode == "resident" else 0
+        self._on_device_bytes = 0
         self._load = load
         self._model: PreTrainedModel | None = model.eval().requires_grad_(False)
         self._head: LazyLogits | None = None
@@ -121,6 +134,7 @@ class Teacher:
         if self.mode != "resident":
             self.model.to(self.device)
         self.store.empty()
+        self._on_device_bytes = 0
         try:
             yield
         finally:
@@ -137,8 +151,8 @@ class Teacher:
     def read(self, batch: Batch) -> LazyLogits:
         """Teacher logits of the batch's N rows.
 
-        Hidden states rest in main memory, or on disk beyond `store`'s budget, unless the teacher
-        is resident on an accelerator.
+        Those of a teacher that is resident on an accelerator stay there, up to a share of its
+        memory; all others rest in main memory, or on disk beyond `store`'s budget.
 
         Args:
             batch: sequences on any device.
@@ -150,7 +164,8 @@ class Teacher:
         if self._head is None:
             # detached: the model may move or go, while its head's memory stays for the objective
             self._head = self._detached_head(hidden)
-        if self.mode != "resident" or self.device.type == "cpu":
+        self._on_device_bytes += hidden.nbytes
+        if self._on_device_bytes > self.device_budget_bytes:
             hidden = self.store.keep(hidden)
         return replace(self._head, hidden=hidden)
 

@@ -16,7 +16,8 @@ from tutelage.core.kernels import is_supported
 from tutelage.core.kernels.buffers import Buffers
 from tutelage.errors import ModelError
 from tutelage.models.draw_memory import DrawMemory, draw_memory
-from tutelage.models.shadow import Learning, learning_from, reading, shadow
+from tutelage.models.shadow import Learning, learning_from, reading, shadow, stored_bytes
+from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.run.config import Config, TransformersEngine, VLLMEngine
 from tutelage.run.memory import (
     STATE_BYTES,
@@ -183,9 +184,13 @@ class _Plan:
         config, each = self.config, self.config.evaluation
         most = max(self.sizes.decoded, each.num_problems * each.num_samples)
         rows = min(config.sampling_batch_size, most)
-        lengths = (self.prompt_tokens, config.sampling.max_new_tokens)
-        prompts = min(config.prompts_per_step, rows)
-        return draw_memory(self.student, rows, prompts, lengths, self.facts.total_bytes)
+        return self._draws(self.student, rows, config.sampling.num_samples)
+
+    def _draws(self, model: PreTrainedModel, rows: int, num_samples: int) -> DrawMemory:
+        """With completions of a prompt side by side, of which the first and last may be some."""
+        lengths = (self.prompt_tokens, self.config.sampling.max_new_tokens)
+        prompts = min(rows, 1 + -(-(rows - 1) // num_samples))
+        return draw_memory(model, rows, prompts, lengths, self.facts.total_bytes)
 
     @cached_property
     def rest(self) -> dict[str, int]:
@@ -196,7 +201,7 @@ class _Plan:
         is_kept = self.is_drawn_here and self.draws.is_kept
         return {
             "workspaces": self.facts.workspace_bytes,
-            "student": _bytes(self.student.parameters()),
+            "student": stored_bytes(self.student),
             "masters": self.masters * is_here,
             "optimizer": int(self.trained * state) * is_here,
             "KV cache": self.draws.cache if is_kept else 0,
@@ -207,14 +212,23 @@ class _Plan:
     def teacher_at_rest(self) -> int:
         """All of it, or the head, which the objective reads."""
         is_resident = self.config.teacher.mode == "resident"
-        return _bytes(self.teacher.parameters()) if is_resident else self.teacher_head.nbytes
+        return stored_bytes(self.teacher) if is_resident else self.teacher_head.nbytes
+
+    @property
+    def _all_hidden(self) -> int:
+        return self.sizes.rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
+
+    @property
+    def _kept_hidden(self) -> int:
+        """The teacher's hidden states that stay on the device."""
+        is_resident = self.config.teacher.mode == "resident"
+        return min(self._all_hidden, self.facts.total_bytes // DEVICE_SHARE) if is_resident else 0
 
     @property
     def hidden_states(self) -> int:
-        """The teacher's hidden states on the device: those of a step, or of a micro-batch."""
-        is_resident = self.config.teacher.mode == "resident"
-        rows = self.sizes.rows if is_resident else self.num_rows
-        return rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
+        """The same, and those of the micro-batch that come back from main memory."""
+        here = self.num_rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
+        return min(self._all_hidden, self._kept_hidden + here)
 
     @property
     def recorded(self) -> int:
@@ -230,13 +244,11 @@ class _Plan:
         """The teacher draws beside the student."""
         config, each = self.config, self.config.evaluation
         rows = min(config.sampling_batch_size, each.num_problems * each.num_samples)
-        lengths = (self.prompt_tokens, config.sampling.max_new_tokens)
-        total = self.facts.total_bytes
-        draws = draw_memory(self.teacher, rows, each.num_problems, lengths, total)
+        draws = self._draws(self.teacher, rows, each.num_samples)
         rest = self.rest | {"masters": self.rest["masters"], "optimizer": 0}
         mine = {"KV cache": rest["KV cache"] + draws.cache}
         mine |= {"decoding step": rest["decoding step"] + draws.step, "prefill": draws.prefill}
-        return Phase("evaluate", rest | mine | {"teacher": _bytes(self.teacher.parameters())})
+        return Phase("evaluate", rest | mine | {"teacher": stored_bytes(self.teacher)})
 
     def rollout(self) -> Phase:
         """The student draws, or vLLM does."""
@@ -253,7 +265,7 @@ class _Plan:
         """A pass of the teacher."""
         parts = {
             "recorded states": self.recorded,
-            "teacher": _bytes(self.teacher.parameters()),
+            "teacher": stored_bytes(self.teacher),
             "activations": reading(self.teacher, self.shape).peak,
             "hidden states": self.hidden_states,
         }
@@ -340,16 +352,15 @@ class _Plan:
         state = 0 if config.optimizer.state_is_on_disk else STATE_BYTES[config.optimizer.kind]
         moments = int(self.trained * state)
         masters = self.masters if is_offloaded else 0
-        hidden = self.sizes.rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
-        is_resident = config.teacher.mode == "resident"
+        hidden = self._all_hidden - self._kept_hidden
         parts = {
             "float32 weights": masters,
             "moments": moments * is_offloaded,
             "float32 gradients": masters,
-            "teacher weights": _bytes(self.teacher.parameters())
+            "teacher weights": stored_bytes(self.teacher)
             if config.teacher.mode == "offload"
             else 0,
-            "hidden states": 0 if is_resident else min(hidden, config.teacher.hidden_budget_bytes),
+            "hidden states": min(hidden, config.teacher.hidden_budget_bytes),
         }
         copy = self._checkpoint_copy(moments)
         is_asked = config.checkpoint_writer == "thread"
