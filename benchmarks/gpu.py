@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-MODULES = ("gpu_objective", "gpu_rollout", "gpu_step", "gpu_memory")
+MODULES = ("gpu_objective", "gpu_rollout", "gpu_step", "gpu_learn", "gpu_memory")
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "trl", "liger-kernel")
 Part = Callable[[], dict[str, Any]]
 

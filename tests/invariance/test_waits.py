@@ -14,6 +14,8 @@ from tutelage.core import kernels
 from tutelage.data.types import Rollout
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import use_own_attention
+from tutelage.models.student import Student
+from tutelage.models.teacher import Teacher
 from tutelage.run import setup
 from tutelage.run.learn import Learned, Learner
 
@@ -79,6 +81,28 @@ def test_updates_from_chosen_tokens_wait_once_each_and_twice_before_the_first(
     )
     assert num >= 4
     assert found == {"tolist": 2 + 2}
+
+
+def test_reading_and_scoring_wait_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, tiny_models: Path, rollouts: list[Rollout]
+) -> None:
+    """A teacher on an accelerator keeps its hidden states there; here they count as moved."""
+    waits: list[Waits] = []
+
+    def counted(plain: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            waits.append(Waits())
+            with waits[-1]:
+                return plain(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Teacher, "read", counted(Teacher.read))
+    monkeypatch.setattr(Student, "forward", counted(Student.forward))
+    _, num = learn(monkeypatch, tiny_models, rollouts, selection=RULES["soft_or"])
+    calls = [dict(each.found) for each in waits]
+    assert calls[:num] == [{"cpu": 1}] * num
+    assert calls[num:] == [{}] * 2 * num  # scored, and learned from
 
 
 def test_a_number_asked_for_in_every_micro_batch_would_be_seen(
