@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -64,6 +65,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "student", seed=1)
     save_tiny_model(folder / "teacher", seed=2)
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not look at what was imported again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Before the interpreter ends, which tells of what is left."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ key, rule, objective and weighting is met often.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -318,7 +319,7 @@ def too_generous(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def run(size: int) -> Outcome:
-    """Trials 0 to `size` − 1, and a tenth of them under a check that accepts everything."""
+    """Trials 0 to `size` − 1, and some that were refused under a check that accepts everything."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     unhurried()  # what is told of a slow start is no second line
     transformers.utils.logging.set_verbosity_error()  # as the command line asks before it imports
@@ -329,14 +330,17 @@ def run(size: int) -> Outcome:
     ):
         folder = Path(name)
         models = saved_models(folder)
+        gc.freeze()  # a teacher that is given back asks the collector, which looks at every import
         trials = []
         for i in range(size):
             place = folder / f"trial-{i}"
             trials.append(judged(drawn(i, models, place), place))
+        refused = [i for i, trial in enumerate(trials) if not trial.is_accepted]
         control = [
             judged(drawn(i, models, folder / f"control-{i}"), folder / f"control-{i}", too_generous)
-            for i in range(max(20, size // 10))
+            for i in refused[: max(5, size // 10)]
         ]
+        gc.unfreeze()
     accepted = [trial for trial in trials if trial.is_accepted]
     counts = Counter(label for trial in accepted for label in trial.labels)
     labels = [*VALUES, *(f"selection={n}" for n in SELECTIONS)]

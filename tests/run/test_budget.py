@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,13 @@ def test_the_old_key_says_what_it_is_now(tmp_path: Path, tiny_models: Path) -> N
 
 
 # --- moments on disk, and memory that is given back -----------------------------------------------
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder on a disk: what is resident of a file in memory is another matter."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
 
 
 def resident_bytes(folder: Path) -> int:
