@@ -17,6 +17,7 @@ from tutelage.run.memory import (
     _cache_bytes,
     _saved_bytes,
     _saved_bytes_per_token,
+    copied_bytes,
     plan_memory,
 )
 from tutelage.run.setup import build
@@ -87,3 +88,13 @@ def test_check_prints_the_plan_of_a_teacher_that_is_not_there(
     lines = list(check(config, "x"))
     assert sum(line.startswith("memory: ") for line in lines) == 5
     assert any("teacher: Qwen3ForCausalLM" in line for line in lines)
+
+
+def test_a_pinned_copy_is_as_large_as_what_torch_pins(tmp_path: Path, tiny_models: Path) -> None:
+    config = tiny_config(tiny_models, tmp_path)
+    away = replace(config, optimizer=replace(config.optimizer, offload=True))
+    weights = [torch.empty(100), torch.empty(64, dtype=torch.bfloat16)]
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert copied_bytes(config, weights, cpu) == (400 + 800) + (128 + 256 + 512)
+    assert copied_bytes(config, weights, cuda) == (512 + 2 * 512) + (128 + 256 + 512)
+    assert copied_bytes(away, weights, cuda) == (512 + 800) + (128 + 256 + 512)

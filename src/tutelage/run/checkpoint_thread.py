@@ -24,7 +24,7 @@ def is_written_beside(config: Config, device: torch.device, num_bytes: int) -> b
     Args:
         config: the run's configuration.
         device: what it trains on.
-        num_bytes: what a checkpoint holds, which main memory has to hold once more.
+        num_bytes: what a copy of a checkpoint takes of main memory.
 
     Raises:
         RunError: a thread is asked for, and its copy does not fit.

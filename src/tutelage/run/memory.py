@@ -283,6 +283,26 @@ def _kept_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     return sum(found.values())
 
 
+def copied_bytes(config: Config, weights: Iterable[Tensor], device: torch.device) -> int:
+    """Main memory that a copy of a checkpoint takes: weights, float32 masters and moments.
+
+    A copy of what lies on a CUDA device is pinned, and torch pins powers of two.
+    """
+    here = _pinned if device.type == "cuda" else int
+    beside = int if config.optimizer.offload else here
+    half = STATE_BYTES[config.optimizer.kind] / 2
+    total = 0
+    for weight in weights:
+        total += here(weight.nbytes) + 2 * beside(int(half * weight.numel()))
+        if weight.itemsize < 4:
+            total += beside(4 * weight.numel())
+    return total
+
+
+def _pinned(num_bytes: int) -> int:
+    return 1 << max(0, num_bytes - 1).bit_length()
+
+
 def _own_masters(parts: Parts) -> list[Tensor]:
     return [master.detach() for _, master in parts.masters.pairs]
 

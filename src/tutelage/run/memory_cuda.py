@@ -26,6 +26,7 @@ from tutelage.run.memory import (
     Phase,
     Sizes,
     available_bytes,
+    copied_bytes,
     plan_memory,
 )
 from tutelage.run.recipe import needs_scoring, scores_teacher
@@ -362,29 +363,18 @@ class _Plan:
             else 0,
             "hidden states": min(hidden, config.teacher.hidden_budget_bytes),
         }
-        copy = self._checkpoint_copy(moments)
+        copy = self._checkpoint_copy()
         is_asked = config.checkpoint_writer == "thread"
         if is_asked or sum(parts.values()) + copy <= self.facts.host_bytes:
             parts["checkpoint copy"] = copy
         return Phase("run", parts)
 
-    def _checkpoint_copy(self, moments: int) -> int:
-        """Copies of weights, masters and moments; those of a device are pinned."""
+    def _checkpoint_copy(self) -> int:
         config = self.config
         if config.checkpoint_writer == "inline" or not config.can_copy_checkpoints:
             return 0
-        trained: list[Tensor] = [w for w in self.student.parameters() if w.requires_grad]
-        pinned = sum(_pinned(w.nbytes) for w in trained)
-        if config.optimizer.offload:
-            return pinned + self.masters + moments
-        share = STATE_BYTES[config.optimizer.kind] / 2
-        pinned += sum(_pinned(4 * w.numel()) for w in trained if w.itemsize < 4)
-        return pinned + sum(2 * _pinned(int(share * w.numel())) for w in trained)
-
-
-def _pinned(num_bytes: int) -> int:
-    """What torch pins for a tensor: the next power of two."""
-    return 1 << max(0, num_bytes - 1).bit_length()
+        trained = [w for w in self.student.parameters() if w.requires_grad]
+        return copied_bytes(config, trained, torch.device("cuda"))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -32,7 +32,7 @@ from tutelage.run.config import Config, OptimizerConfig
 from tutelage.run.folder import EVALUATION_LOGS, RunFolder, environment, started_at
 from tutelage.run.inputs import pick_device
 from tutelage.run.measure import describe, measure
-from tutelage.run.memory import STATE_BYTES
+from tutelage.run.memory import STATE_BYTES, copied_bytes
 from tutelage.run.numerics import open_accelerator, plain_arithmetic
 from tutelage.run.origin import input_digests, manifest_of
 from tutelage.run.parse import fingerprint
@@ -144,9 +144,9 @@ class _Run:
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parts, optimizer)
         self.checkpoint_thread = None
-        if self.folder.is_writer and is_written_beside(
-            config, self.parts.device, self._checkpoint_bytes()
-        ):
+        device = self.parts.device
+        copied = copied_bytes(config, self.parts.masters.weights, device)
+        if self.folder.is_writer and is_written_beside(config, device, copied):
             keep = config.keep_checkpoints
             self.checkpoint_thread = CheckpointThread(folder.path, self.parts, optimizer, keep)
         self.optimizer = optimizer
