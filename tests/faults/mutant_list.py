@@ -135,7 +135,7 @@ MUTANTS: dict[str, Group] = {
         ["models/test_backbone.py", "run/test_budget.py"],
         [
             ("if not is_fast_family(model) or", "if"),
-            ('base.config._attn_implementation != "sdpa"', "False"),
+            ("or not attends_by_sdpa(model)", "or False"),
             (" and weight.dtype == torch.float32", ""),
             (" and not base.layers[0].training", ""),
             (
@@ -302,11 +302,32 @@ MUTANTS: dict[str, Group] = {
             ("+ index * GOLDEN", "+ index"),
         ],
     ),
+    "models/packing.py": (
+        ["models/test_packing.py"],
+        [
+            ("window - 1 if window else -1", "window if window else -1"),
+            ("triu(1 - window)", "triu(-window)"),
+            ("else _window_mask(query, sliding_window)", "else None"),
+            (" and n not in _KNOWN", " and False"),
+            ("x.repeat_interleave(share, dim=1)", "x.repeat(1, share, 1)"),
+            ("is_causal=window is None or window >= q.shape[2]", "is_causal=False"),
+            ("not is_llama_like(model) or not", "not"),
+        ],
+    ),
+    "models/liger.py": (
+        ["models/test_liger.py"],
+        [
+            ("if not gap <= rounding(model):", "if False:"),
+            ("if not is_llama_like(model) or ", "if "),
+            ('or model.config.to_dict().get("hidden_act") != "silu"', ""),
+            ("        elif kind.__name__ in _UNITS:\n", "        elif False:\n"),
+        ],
+    ),
     "models/optimizer.py": (
         ["run/test_budget.py"],
         [
-            ("grad if master.grad is None else master.grad.add_(grad)", "grad"),
-            ("            weight.copy_(master)", "            pass"),
+            ("if master.grad is None else master.grad.add_(grad)", ""),
+            ("        if pairs:\n", "        if False:\n"),
             ("sizes = [2 * whole_pages(weight.nbytes)", "sizes = [whole_pages(weight.nbytes)"),
             ("            start += size\n", "            start += 0\n"),
             ('"exp_avg_sq": start + size // 2', '"exp_avg_sq": start'),
@@ -474,8 +495,11 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "data/batch.py": (
-        ["data/test_batch.py", "invariance/test_step.py"],
+        ["data/test_batch.py", "invariance/test_step.py", "invariance/test_packed.py"],
         [
+            ("packed.starts[sequence] + flat.row_index % width", "packed.starts[sequence]"),
+            ("first_tokens = sum(self.packed", "first_tokens = 1 + sum(self.packed"),
+            ("left[found] -= lengths[i]", "left[found] -= 1"),
             ("+ position - 1\n", "+ position\n"),
             ('offset = width - total if side == "left" else torch', "offset = torch"),
             ("attention_mask=is_real.long()", "attention_mask=(input_ids != pad_id).long()"),
@@ -556,19 +580,16 @@ MUTANTS: dict[str, Group] = {
                 'reduce(flat.to(self.accelerator.device), "sum")',
                 'reduce(flat.to(self.accelerator.device), "mean")',
             ),
-            ("first = int(sizes[: self.index].sum())", "first = 0"),
+            ("first = sum(sizes[: self.index])", "first = 0"),
             ("        order = order[table[-2][order].argsort(stable=True)]\n", ""),
-            ("part[:, : int(n)] for part", "part for part"),
+            ("part[:, :n] for part", "part for part"),
         ],
     ),
     "run/plan.py": (
         ["invariance/test_step.py", "run/test_lessons.py", "invariance/test_updates.py"],
         [
             ("        completion = completion[plan.chosen.rows]\n", "        pass\n"),
-            (
-                "plan.gathered.here[start : start + batch.num_rows]",
-                "plan.gathered.here[: batch.num_rows]",
-            ),
+            ("nonzero_static(mask, size=count)", "nonzero_static(mask.flip(0), size=count)"),
             (
                 "plan.weights[plan.chosen.rows] * plan.chosen.weights",
                 "plan.weights[plan.chosen.rows]",
@@ -584,6 +605,8 @@ MUTANTS: dict[str, Group] = {
                 "objective.total.backward()",
             ),
             ("if not (math.isfinite(norm) and math.isfinite(total)):", "if False:"),
+            ("total = total + objective.total", "total = objective.total"),
+            ("if 0 < limit < norm:", "if 0 < norm < limit:"),
         ],
     ),
     "run/atomic.py": (

@@ -91,6 +91,22 @@ def test_the_micro_batch_size_changes_nothing(
         assert distance(found.gradients, whole.gradients) <= limit
 
 
+def test_a_gradient_above_its_limit_is_cut_to_it_and_no_other_changes(
+    tiny_models: Path, rollouts: list[Rollout]
+) -> None:
+    def clipped(limit: float) -> Taken:
+        optimizer = {"learning_rate": 1.0, "max_grad_norm": limit}
+        return take_step(tiny_models, rollouts, torch.float64, optimizer=optimizer)
+
+    whole = clipped(0.0)
+    norm = whole.metrics["grad_norm"]
+    cut = clipped(0.3 * norm)
+    assert cut.metrics["grad_norm"] == norm  # as it was before
+    assert distance(cut.gradients, [0.3 * g for g in whole.gradients]) <= 1e-5
+    same = clipped(1.01 * norm)
+    assert all(map(torch.equal, same.gradients, whole.gradients))
+
+
 def test_a_mean_of_means_would_change_it(tiny_models: Path, rollouts: list[Rollout]) -> None:
     """Negative control: averaging each micro-batch by itself is far outside of the limits."""
     whole = take_step(tiny_models, rollouts, torch.float64)

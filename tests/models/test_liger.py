@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from test_packing import CONFIGS, OTHERS, model_of
-from test_padded_neighbours import rollouts
+from test_padded_neighbours import SIZES, rollouts
 from torch import Tensor
+from transformers import LlamaConfig
 
 from tiny import tiny_config
 from tutelage.core.decoder import rms_norm, swiglu
@@ -107,10 +108,11 @@ def test_layers_that_compute_something_else_are_refused(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, "llama_gelu"])
 def test_other_models_are_refused_in_one_line(name: str) -> None:
+    gelu = LlamaConfig(**SIZES | {"hidden_act": "gelu"})
     with pytest.raises(ConfigError, match=r'Use student\.layers = "transformers"\.$') as error:
-        use_liger_layers(model_of(OTHERS[name]), "student")
+        use_liger_layers(model_of(OTHERS.get(name, gelu)), "student")
     assert "\n" not in str(error.value)
 
 

@@ -44,6 +44,20 @@ def _note(
 
 
 @triton.jit
+def _by_block(block_max, block_sum, row, num_blocks, BLOCKS: tl.constexpr):
+    """The largest logit of each block and of all, the weight of each block, and of all."""
+    which = tl.arange(0, BLOCKS)
+    real = which < num_blocks
+    tops = tl.load(block_max + row * num_blocks + which, mask=real, other=-float("inf"))
+    sums = tl.load(block_sum + row * num_blocks + which, mask=real, other=0.0)
+    top = tl.max(tops, 0)
+    weight = sums.to(tl.float64) * tl.exp(tops - top)
+    weight = tl.where((tops == -float("inf")) & (sums == 0.0), 0.0, weight)
+    weight = tl.where(real, weight, 0.0)
+    return tops, top, weight, tl.sum(weight, 0)
+
+
+@triton.jit
 def pick(
     logits, block_max, block_sum, block_best, uniform, stops,
     token, tokens, logprobs, column, done,
@@ -53,15 +67,9 @@ def pick(
     """The first id whose cumulative weight exceeds u times the total; or the likeliest one."""
     row = tl.program_id(0).to(tl.int64)
     which = tl.arange(0, BLOCKS)
-    real = which < num_blocks
-    tops = tl.load(block_max + row * num_blocks + which, mask=real, other=-float("inf"))
-    sums = tl.load(block_sum + row * num_blocks + which, mask=real, other=0.0)
-    top = tl.max(tops, 0)
-    weight = sums.to(tl.float64) * tl.exp(tops - top)
-    weight = tl.where((tops == -float("inf")) & (sums == 0.0), 0.0, weight)
-    weight = tl.where(real, weight, 0.0)
-    total = tl.sum(weight, 0)
+    tops, top, weight, total = _by_block(block_max, block_sum, row, num_blocks, BLOCKS)
     if GREEDY:
+        real = which < num_blocks
         best = tl.load(block_best + row * num_blocks + which, mask=real, other=0)
         picked = tl.min(tl.where((tops == top) & real, best, num_ids - 1), 0)
         picked = tl.minimum(picked, num_ids - 1)
@@ -180,14 +188,7 @@ def pick_filtered(
 ):  # fmt: skip
     """The same among the top-k and then the top-p set; ties are broken by the smaller id."""
     row = tl.program_id(0).to(tl.int64)
-    which = tl.arange(0, BLOCKS)
-    real = which < num_blocks
-    tops = tl.load(block_max + row * num_blocks + which, mask=real, other=-float("inf"))
-    sums = tl.load(block_sum + row * num_blocks + which, mask=real, other=0.0)
-    top = tl.max(tops, 0)
-    weight = sums.to(tl.float64) * tl.exp(tops - top)
-    weight = tl.where((tops == -float("inf")) & (sums == 0.0), 0.0, weight)
-    total = tl.sum(tl.where(real, weight, 0.0), 0)
+    _tops, top, _weight, total = _by_block(block_max, block_sum, row, num_blocks, BLOCKS)
     key, limit, mass = _kept(
         logits, row, stride, num_ids, temperature, top, total, top_k, top_p,
         BLOCK, KEEPS_K, KEEPS_P,
