@@ -9,6 +9,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tutelage.models.load import load_tokenizer, save_model
+from tutelage.models.tiny import tiny_tokenizer
 from tutelage.run.config import Config
 from tutelage.run.parse import parse_config
 
@@ -66,3 +67,55 @@ def tiny_table(models: Path, out: Path, **changes: Any) -> dict[str, Any]:
 def tiny_config(models: Path, out: Path, **changes: Any) -> Config:
     """The same as a configuration."""
     return parse_config(tiny_table(models, out, **changes))
+
+
+def save_tiny_gguf(path: Path, seed: int) -> Path:
+    """A random Qwen2 of 2 layers and width 32 with the tokenizer of `tiny_tokenizer`."""
+    import gguf
+
+    tokenizer = tiny_tokenizer()
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    width, inner, groups, num_layers = 32, 48, 16, 2
+    writer = gguf.GGUFWriter(str(path), "qwen2")
+    writer.add_block_count(num_layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token.startswith("<|") else normal for token in tokens])
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (len(tokens), width),
+        "output.weight": (len(tokens), width),
+        "output_norm.weight": (width,),
+    }
+    rows = {"attn_q": width, "attn_k": groups, "attn_v": groups, "attn_output": width}
+    rows |= {"ffn_gate": inner, "ffn_up": inner, "ffn_down": width}
+    for layer in range(num_layers):
+        for name, count in rows.items():
+            columns = inner if name == "ffn_down" else width
+            shapes[f"blk.{layer}.{name}.weight"] = (count, columns)
+            if name in ("attn_q", "attn_k", "attn_v"):
+                shapes[f"blk.{layer}.{name}.bias"] = (count,)
+        for name in ("attn_norm", "ffn_norm"):
+            shapes[f"blk.{layer}.{name}.weight"] = (width,)
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        weight = 0.2 * torch.randn(shape, generator=generator) + ("norm" in name)
+        writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -13,7 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.errors import ConfigError, MissingExtraError, TutelageError, explained, remedy
+from tutelage.errors import (
+    ConfigError,
+    MissingExtraError,
+    TutelageError,
+    explained,
+    is_out_of_memory,
+    remedy,
+)
 from tutelage.options import USER_ERROR, make_parser, request_of
 from tutelage.run.garbage import without_collection
 from tutelage.run.launch import say_once
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
     from tutelage.run.config import Config
     from tutelage.run.score import ScoreRequest, Scores
 
+_LESS_MEMORY = "Lower what is that large; `tutelage check` shows what memory goes to."
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
@@ -46,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         _close_output()
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0][-200:] if str(error).strip() else "Python"
+        say_once(f"tutelage: out of memory: {reason.rstrip('.')}. {_LESS_MEMORY}")
+        return USER_ERROR
     except OSError as error:
         print(f"tutelage: {explained(error, _has_output_failed())}", file=sys.stderr)
         return USER_ERROR
@@ -130,8 +144,14 @@ def _check(arguments: argparse.Namespace) -> int:
         from tutelage.run.check import check
         from tutelage.run.contamination import ALL, decontaminate
         from tutelage.run.dryrun import dry_run
-    lines = dry_run(config) if arguments.dry_run else check(config, Path(arguments.config).stem)
-    for line in lines:
+    allowed = tuple(arguments.allow_change)
+    if arguments.dry_run and allowed:
+        raise ConfigError(
+            f"--allow-change {allowed[0]} is for continuing a run, and --dry-run has a run of its "
+            "own. Give one of the two."
+        )
+    name = Path(arguments.config).stem
+    for line in dry_run(config) if arguments.dry_run else check(config, name, allowed):
         print(line, flush=True)
     if arguments.decontaminate is not None:
         for line in decontaminate(config, arguments.decontaminate or ALL):
@@ -224,7 +244,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
 
     request = request_of(Inspection, arguments)
     with Counter() as counter:
-        return evaluate_model(request, counter)
+        return evaluate_model(request, counter, counter.say)
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -243,9 +263,9 @@ def _score(arguments: argparse.Namespace) -> int:
 
     with Counter() as counter:
         if arguments.html is None:
-            scores = score(config, request, counter)
+            scores = score(config, request, counter, counter.say)
         else:
-            scores, lines = score_for_page(config, request, counter)
+            scores, lines = score_for_page(config, request, counter, counter.say)
     if arguments.html is not None:
         _score_page(arguments, config, lines, request.keep)
     if to_stdout:

@@ -56,6 +56,15 @@ def is_full(error: BaseException) -> bool:
     return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on a CPU or an accelerator, could not get memory."""
+    text = str(error)
+    is_torch = isinstance(error, RuntimeError) and (
+        "allocate memory" in text or "of memory" in text
+    )
+    return isinstance(error, MemoryError) or is_torch
+
+
 def remedy(
     error: BaseException, otherwise: str = "Make it writable and start the same command again."
 ) -> str:

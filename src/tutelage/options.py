@@ -96,12 +96,17 @@ def _check(parser: Parser) -> None:
                         help="prompts that repeat benchmark problems (default all)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="run one step on tiny random models "
                         "of the same architectures; nothing is downloaded")  # fmt: skip
+    _allow_change(parser)
+
+
+def _allow_change(parser: Parser) -> None:
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                        help="continue although this key of the configuration changed")  # fmt: skip
 
 
 def _train(parser: Parser) -> None:
     _config(parser)
-    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
-                        help="continue although this key of the configuration changed")  # fmt: skip
+    _allow_change(parser)
     parser.add_argument("--json", action="store_true", help="print every step as a JSON line")
 
 

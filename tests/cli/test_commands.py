@@ -23,13 +23,16 @@ from calling import (
     call,
     read_jsonl,
     succeed,
+    write_jsonl,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tutelage import __version__
+from tutelage.data.columns import LAST_ANSWER
 from tutelage.data.tasks import LedgerTask
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.sampling import sample
+from tutelage.models.tiny import Architecture, save_tiny_model
 from tutelage.run.inputs import build_task
 from tutelage.run.parse import load_config
 from tutelage.run.progress import Reporter
@@ -149,6 +152,10 @@ def test_control_c_saves_and_the_same_command_continues(
 def test_allowing_a_change_continues_a_run(tmp_path: Path) -> None:
     command = ("train", LEDGER, *TINY, f"out={tmp_path / 'run'}")
     succeed(*command)
+    refused = call("check", *command[1:], "num_steps=3")
+    assert refused.code == 2
+    assert "num_steps differ" in refused.err
+    succeed("check", *command[1:], "num_steps=3", "--allow-change", "num_steps")
     succeed(*command, "num_steps=3", "--allow-change", "num_steps")
     steps = [record["step"] for record in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [1, 2, 3]
@@ -231,6 +238,31 @@ def test_eval_on_own_prompts_with_and_without_a_grader(own: Path) -> None:
     (bare,) = succeed(*command, "--max-new-tokens", 8, "--grader", "none", "--json").records
     assert bare["mean_at_k"] is None
     assert bare["pass_at_k"] is None
+
+
+def test_an_answer_that_is_left_out_of_a_conversation_is_said_once(tmp_path: Path) -> None:
+    """As in training, whatever else reads a file of conversations."""
+    found = Architecture(AutoConfig.for_model("qwen3"), "", is_base=False)
+    for seed, who in enumerate(("student", "teacher")):
+        save_tiny_model(found, 267, seed, tmp_path / who)
+    user, answer = ({"role": role, "content": "4"} for role in ("user", "assistant"))
+    records = [{"messages": [user, answer], "completion": "4"}, {"messages": [user, user]}]
+    prompts = write_jsonl(tmp_path / "p.jsonl", *records, {"messages": [answer, user]})
+    given = write_jsonl(tmp_path / "c.jsonl", *records[:1])
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f'student.model = "{tmp_path}/student"\nteacher.model = "{tmp_path}/teacher"\n'
+        f'[data]\nkind = "file"\npath = "{prompts}"\nnum_held_out = 2\n'
+    )
+    options = ("--num-samples", 1, "--max-new-tokens", 2)
+    said = f"warning: {LAST_ANSWER} (1 prompts)"
+    for command in (
+        ("eval", tmp_path / "student", "--prompts", prompts, *options),
+        ("sample", tmp_path / "student", "--prompts", prompts, *options),
+        ("score", config, "--completions", given),
+        ("score", config, "--completions", given, "--html", tmp_path / "p.html"),
+    ):
+        assert succeed(*command).err.splitlines().count(said) == 1, command
 
 
 # --- score ----------------------------------------------------------------------------------------

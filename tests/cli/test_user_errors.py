@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from calling import ASSETS, LEDGER, STUDENT, TEACHER, TINY, Outcome, call, succeed, write_jsonl
 from huggingface_hub import constants
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from tutelage.errors import TutelageError
 from tutelage.models import templates
+from tutelage.run import check
 from tutelage.run.parse import load_config
 
 LONG = "x" * 300
@@ -165,7 +167,7 @@ def test_keep_out_of_range(keep: str) -> None:
         ("student.dtype=float8", ("student.dtype:", "'float32'", "'float8'")),
         ("quadrant_thresholds=5", ("quadrant_thresholds: ", "'median'", "tuple", "got 5")),
         ("optimizer.max_grad_norm=nan", ("optimizer.max_grad_norm must be at least 0, got nan",)),
-        ("optimizer.learning_rate=inf", ("optimizer.learning_rate must be finite, got inf",)),
+        ("objective.reverse_weight=inf", ("objective.reverse_weight must be finite, got inf",)),
         ("quadrant_thresholds=[0.1,nan]", ("quadrant_thresholds must be finite, got nan",)),
         ("objective.kind=js", ("objective.kind must be one of", "'js'", "'jsd'?")),
         ("sampling.top_p=0", ("sampling.top_p must be in (0, 1], got 0.0",)),
@@ -329,6 +331,32 @@ def test_a_damaged_model(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refused("eval", folder)("cannot load the model", "files are complete")
+
+
+@pytest.mark.parametrize("ask", [torch.empty, bytes])
+def test_memory_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[int], object]
+) -> None:
+    """Asked of torch, whose error is a RuntimeError, or of Python."""
+    monkeypatch.setattr(check, "check", lambda *_: [str(ask(10**16))])
+    refused("check", LEDGER)("out of memory: ", "`tutelage check` shows")
+
+
+def test_another_error_at_run_time_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(check, "check", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        call("check", LEDGER)
+
+
+@pytest.mark.parametrize("table", ["sampling", "evaluation"])
+def test_more_completions_than_memory_holds(table: str) -> None:
+    counts = {"sampling": "prompts_per_step=100000", "evaluation": "evaluation.num_problems=100000"}
+    refused("check", LEDGER, counts[table], f"{table}.num_samples=1000")(
+        f"{table}.num_samples must be at most 16777216, got 100000 times 1000. Lower one of them"
+    )
 
 
 def test_a_chat_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tiny import save_tiny_model
+from tiny import save_tiny_gguf, save_tiny_model
+from tutelage.models.load import load_model
 from tutelage.models.tiny import Architecture
 from tutelage.models.tiny import save_tiny_model as save_tiny_family
 
@@ -46,25 +50,36 @@ class Models:
     files: dict[str, list[str]]
     """Prompt files by vocabulary, ledger or bytes."""
     broken_files: list[str]
+    all_answered: set[str]
+    """Files of which every prompt has an answer."""
 
-    def draw(self, rng: random.Random, is_broken: bool) -> tuple[str, tuple[str, str]]:
+    def draw(
+        self, rng: random.Random, is_broken: bool, is_ledger: bool
+    ) -> tuple[str, tuple[str, str]]:
+        """A pair and what it is; of the models of the ledger task, if the data are to be that."""
         source = self.broken if is_broken else self.pairs
-        where = rng.choice(list(source))
+        where = "ledger" if is_ledger and not is_broken else rng.choice(list(source))
         return where, rng.choice(source[where])
 
     def data(
-        self, rng: random.Random, where: str, is_broken: bool
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """A table of data, and further keys that it may have."""
-        is_ledger = where.startswith("ledger")
-        if rng.random() < (0.5 if is_ledger else 0.2):
-            return {"kind": "ledger"}, ("num_items",)
+        self, rng: random.Random, where: str, is_broken: bool, kind: str | None
+    ) -> dict[str, Any]:
+        """A table of data that suits the pair, of the kind if one is given."""
+        is_ledger = where == "ledger"
+        share = 0.5 if is_ledger else 0.1
+        if kind == "ledger" or (kind is None and rng.random() < share):
+            return {"kind": "ledger"}
         files = self.broken_files if is_broken else self.files["ledger" if is_ledger else "bytes"]
         table: dict[str, Any] = {"kind": "file", "path": rng.choice(files), "num_held_out": 2}
         table["chat"] = not is_ledger and rng.random() < 0.7
-        keys = ("split", "subset", "prompt_column", "answer_column", "suffix", "enable_thinking",
-                "max_prompt_tokens", "grader", "num_held_out")  # fmt: skip
-        return table, keys
+        return table
+
+    def answered(self, file: str) -> str:
+        """A file of which every prompt has an answer: the same, or the first that suits it."""
+        for files in self.files.values():
+            if file in files and file not in self.all_answered:
+                return files[0]
+        return file
 
 
 def saved_models(folder: Path) -> Models:
@@ -89,10 +104,55 @@ def saved_models(folder: Path) -> Models:
             save_tiny_family(found, rows, seed, place / name / who)
         pairs[name] = [(str(place / name / "student"), str(place / name / "teacher"))]
     pairs["llama"].append((str(place / "llama" / "student"), str(place / "qwen3" / "teacher")))
-    return Models(
-        pairs, _broken(place), {"ledger": _ledger_files(place), "bytes": _files(place)},
-        _broken_files(place),
-    )  # fmt: skip
+    pairs |= _other_forms(place)
+    broken_files = _broken_files(place)
+    files = {"ledger": _ledger_files(place), "bytes": _files(place)}
+    answered = {"answered", "asked", "asked-again", "chats", "parquet", "ended", "long"}
+    whole = {path for kind in files.values() for path in kind if Path(path).stem in answered}
+    return Models(pairs, _broken(place), files, broken_files, whole)
+
+
+def _other_forms(place: Path) -> dict[str, list[tuple[str, str]]]:
+    """Pairs of models that are saved in other ways than one float32 file."""
+    import peft
+
+    student, teacher = (place / "qwen3" / who for who in ("student", "teacher"))
+    plain = str(student), str(teacher)
+    adapter = place / "forms" / "adapter"
+    peft_config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(load_model(plain[1]), peft_config).save_pretrained(adapter)
+    named = json.loads((adapter / "adapter_config.json").read_text())
+    named["base_model_name_or_path"] = plain[1]
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    model = AutoModelForCausalLM.from_pretrained(student)
+    for name, dtype, size in (("shards", None, "20KB"), ("bfloat16", torch.bfloat16, "1GB")):
+        model.to(dtype or torch.float32).save_pretrained(
+            place / "forms" / name, max_shard_size=size
+        )
+        _take_tokenizer(student, place / "forms" / name)
+    shutil.copytree(student, place / "forms" / "no-eos")
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        path = place / "forms" / "no-eos" / file
+        table = json.loads(path.read_text())
+        for key in ("eos_token_id", "eos_token"):
+            table.pop(key, None)
+        path.write_text(json.dumps(table))
+    files = [save_tiny_gguf(place / "forms" / f"{seed}.gguf", seed) for seed in (1, 2)]
+    first, second = map(str, files)
+    forms = str(place / "forms")
+    return {
+        "adapter": [(plain[0], str(adapter)), (str(adapter), plain[1])],
+        "shards": [(f"{forms}/shards", plain[1])],
+        "bfloat16": [(f"{forms}/bfloat16", plain[1]), (plain[0], f"{forms}/bfloat16")],
+        "no eos": [(f"{forms}/no-eos", f"{forms}/no-eos")],
+        "gguf": [(first, second), (first, first), (first, plain[1]), (plain[0], second)],
+    }
+
+
+def _take_tokenizer(source: Path, target: Path) -> None:
+    for path in source.glob("*token*"):
+        shutil.copy(path, target)
+    shutil.copy(source / "chat_template.jinja", target)
 
 
 def _broken(place: Path) -> dict[str, list[tuple[str, str]]]:
@@ -129,6 +189,7 @@ def _broken(place: Path) -> dict[str, list[tuple[str, str]]]:
         "wrong width": changed("wrong-width", "config.json", edit(hidden_size=96)),
         "no such type": changed("no-such-type", "config.json", edit(model_type="no_such")),
         "adapter only": changed("adapter-only", "adapter_config.json", adapter_only),
+        "adapter too": changed("adapter-too", "adapter_config.json", edit(peft_type="LORA")),
         "unsavable": changed(
             "unsavable", "generation_config.json", edit(do_sample=False, temperature=0.6)
         ),
@@ -138,6 +199,10 @@ def _broken(place: Path) -> dict[str, list[tuple[str, str]]]:
             edit(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         ),
     }  # fmt: skip
+    (place / "broken" / "cut.gguf").write_bytes((place / "forms" / "1.gguf").read_bytes()[:20000])
+    (place / "broken" / "other.gguf").write_bytes(b"GGML" + bytes(99))
+    bad |= {"cut gguf": str(place / "broken" / "cut.gguf")}
+    bad |= {"no gguf": str(place / "broken" / "other.gguf")}
     teacher = str(place / "qwen3" / "teacher")
     found = {name: [(path, teacher), (good, path)] for name, path in bad.items()}
     found["other tokenizer"] = [(good, f"{EMBEDDED}teacher"), (f"{EMBEDDED}small", good)]
@@ -168,8 +233,14 @@ def _files(place: Path) -> list[str]:
     ]
     long = [{"prompt": "x" * 150 + str(i), "answer": "1"} for i in range(4)]
     very_long = [{"prompt": "x" * 1500 + str(i), "answer": "1"} for i in range(4)]
+    answers = [r | {"messages": [*c["prompt"], {"role": "assistant", "content": r["answer"]}]}
+               for r, c in zip(asked, chats, strict=True)]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(asked), place / "parquet.parquet")
     return [
         _write(place / "asked.jsonl", asked),
+        str(place / "parquet.parquet"),
+        _write(place / "ended.jsonl",
+               [{"prompt": a["messages"], "answer": a["answer"]} for a in answers]),
         _write(place / "asked-again.jsonl", asked),
         _write(place / "some.jsonl", some),
         _write(place / "chats.jsonl", chats),
@@ -183,6 +254,7 @@ def _files(place: Path) -> list[str]:
 def _broken_files(place: Path) -> list[str]:
     control = [{"prompt": f"{i} <|im_end|> more", "answer": "1"} for i in range(6)]
     mixed = [{"prompt": f"{i}"} for i in range(30)] + [{"prompt": "a <|im_end|> b"}]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     path = place / "cut.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b')
     return [
@@ -191,7 +263,17 @@ def _broken_files(place: Path) -> list[str]:
         _write(place / "control.jsonl", control),
         _write(place / "control-once.jsonl", mixed),
         _write(place / "empty.jsonl", []),
+        _write(place / "twice.jsonl", [{"id": "a", "prompt": "a"}, {"id": "a", "prompt": "b"}]),
+        _write(place / "images.jsonl", [{"prompt": "a", "images": ["x.png"]}] * 3),
+        _write(place / "answers-only.jsonl",
+               [{"prompt": [{"role": "assistant", "content": "4"}]}] * 3),
+        _write(place / "half.jsonl", [{"prompt": "a"}, {"prompt": "\ud83d"}, {"prompt": "c"}]),
+        _write(place / "cut.parquet", [{"prompt": "a"}]),
+        _write(place / "tools.jsonl",
+               [{"prompt": [{"role": "user", "content": "a"}], "tools": tools}] * 3),
+        "gsm8k-train",
+        "no/such-set",
         _write(place / "one.jsonl", [{"prompt": "one", "answer": "1"}]),
         _write(place / "numbers.jsonl", [1, 2, 3]),
         _write(place / "blank.jsonl", [{"prompt": ""}, {"prompt": "a"}, {"prompt": "b"}]),
-    ]
+    ]  # fmt: skip

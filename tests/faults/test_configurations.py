@@ -7,8 +7,31 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from . import config_values
 from .__main__ import HARNESSES
+from .config_values import LABELS, VALUES, forgotten
+from .configurations import LEAST_EACH, Trial, shortfalls
 from .record import ROOT
+
+
+def test_every_key_of_a_configuration_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert forgotten() == []
+    assert all(usable and unusable for usable, _, unusable in VALUES.values())
+    monkeypatch.setattr(config_values, "all_keys", lambda: [*VALUES, "student.new"])
+    assert "student.new" in forgotten()
+
+
+def test_what_is_met_too_seldom_is_said() -> None:
+    enough = [Trial({}, set(LABELS), is_accepted=True) for _ in range(LEAST_EACH)]
+    assert shortfalls(enough) == []
+    enough[0].labels.remove("seed")
+    refused = [Trial({}, set(LABELS)) for _ in range(LEAST_EACH)]
+    assert shortfalls(enough + refused) == ["4 of 5 times seed"]
+    assert shortfalls([*enough, *refused, refused[0]])[1:] == [
+        "5 of 11 accepted, which is less than half"
+    ]
 
 
 def test_what_check_accepts_train_can_do() -> None:

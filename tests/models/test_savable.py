@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from tiny import tiny_config
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.adapter import add_lora
+from tutelage.models.adapter import add_lora, merge
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.savable import refuse_quantised, require_savable
 from tutelage.models.tiny import Architecture, save_tiny_model
@@ -102,6 +102,39 @@ def test_adapters_of_experts_and_routers_are_refused(
     pytest.importorskip("peft")
     with pytest.raises(ConfigError, match=pattern):
         add_lora(load_model(str(mixture)), 2, 4.0, target_modules=names)
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "name", "what"),
+    [(False, "lm_head", "head"), (True, "embed_tokens", "embedding"), (True, "lm_head", "head")],
+)
+def test_adapters_of_head_and_embedding_are_refused(
+    make_qwen3: Any, is_tied: bool, name: str, what: str
+) -> None:
+    """Neither is called where the loss is computed, so an adapter there would not be seen."""
+    pytest.importorskip("peft")
+    model = make_qwen3(40, 2, tie_word_embeddings=is_tied)
+    with pytest.raises(ConfigError, match=f"target_modules fits .*{name}, the {what} of Qwen3"):
+        add_lora(model, 2, 4.0, target_modules=("q_proj", name))
+
+
+def test_an_adapter_of_transposed_layers_is_silent_and_merges(tmp_path: Path) -> None:
+    """GPT-2's linear layers hold their weights the other way round."""
+    pytest.importorskip("peft")
+    found = Architecture(AutoConfig.for_model("gpt2"), "", is_base=False)
+    save_tiny_model(found, 267, 0, tmp_path / "gpt2")
+    model = load_model(str(tmp_path / "gpt2"))
+    add_lora(model, 2, 4.0)  # a warning would be an error here
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    ids = torch.tensor([[7, 8, 9]])
+    with torch.no_grad():
+        adapted, plain = (m(ids).logits for m in (model, load_model(str(tmp_path / "gpt2"))))
+        merged = merge(model)(ids).logits
+    assert float((adapted - plain).norm() / plain.norm()) > 1e-2
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_of_a_mixture_can_be_adapted_and_saved(mixture: Path, tmp_path: Path) -> None:

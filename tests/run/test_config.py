@@ -49,10 +49,21 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("prompts_per_step=0", "prompts_per_step must be at least 1, got 0."),
         ("prompts_per_step=1000000000000", "prompts_per_step must be at most 1048576, got 10"),
         ("sampling.max_new_tokens=99999999999", "max_new_tokens must be at most 1048576, got 99"),
+        ("evaluation.num_problems=99999999999", "num_problems must be at most 1048576, got 9999"),
+        ("evaluation.num_samples=99999999999", "evaluation.num_samples must be at most 1048576"),
+        ("recording.num_prompts=99999999999", "recording.num_prompts must be at most 1048576"),
+        ("recording.max_new_tokens=99999999999", "recording.max_new_tokens must be at most 10485"),
         ("sampling.num_samples=2000000", "num_samples must be at most 1048576, got 2000000"),
         ("micro_batch_size=-1", "micro_batch_size must be at least 1, got -1."),
         ("keep_checkpoints=0", "keep_checkpoints must be at least 1, got 0."),
-        ("optimizer.learning_rate=0", "optimizer.learning_rate must be above 0, got 0.0."),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate must be above 0, at most 10, "),
+        ("optimizer.learning_rate=11", "learning_rate must be above 0, at most 10, got 11"),
+        ("optimizer.weight_decay=1e7", "must be at most 1 / optimizer.learning_rate, beyond which"),
+        ("objective.reverse_weight=1e10", "objective.reverse_weight must be 0 or have a size from"),
+        ("sampling.temperature=1e-31", "sampling.temperature must be 0 or have a size from 1e-30"),
+        ("seed=9223372036854775808", "seed must be a number of 64 bits, got 9223372036854775808."),
+        ("num_threads=1025", "num_threads must be at most 1024, got 1025. Lower it."),
+        ("student.lora={alpha=1e6}", "student.lora.alpha must be above 0, at most 65536, got 1000"),
         ("optimizer.schedule=step", "optimizer.schedule: input should be 'constant', 'linear'"),
         ("objective.kind=kld", "objective.kind must be one of kl, jsd"),
         ("sampling.top_p=0", "sampling.top_p must be in (0, 1], got 0"),
@@ -171,7 +182,7 @@ CHANGES = st.fixed_dictionaries(
             ),
         ),
         "quadrant_thresholds": st.one_of(
-            st.just("median"), st.tuples(st.floats(0, 5), st.floats(0, 5))
+            st.just("median"), st.tuples(st.floats(1e-6, 5), st.floats(1e-6, 5))
         ),
         "optimizer": st.fixed_dictionaries({"learning_rate": st.floats(1e-9, 1.0)}),
         "data": st.one_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_a_massive_activation_hides_no_other_row(
     gap, limit = student.hidden_gap(None, known)  # type: ignore[arg-type]
     assert gap == pytest.approx(0.5, rel=0.01)
     assert gap > limit
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_products_in_8_bits_are_rounding_too(tiny_models: Path) -> None:
+    """They round their inputs, which differ in the last bits with the batch, to 8 bits."""
+    student = {"model": str(tiny_models / "student"), "quantization": "8bit", "lora": {"rank": 2}}
+    gap = stepper(tiny_models, student=student).take(1)["max_relative_hidden_gap"]
+    assert 1e-3 < gap < 0.1
+    step = stepper(tiny_models, student=student)
+    step.spoil = 0.2
+    with pytest.raises(RunError, match="differ from a fresh forward pass"):
+        step.take(1)
 
 
 def test_dropout_is_off_while_tokens_are_scored(tiny_models: Path) -> None:

@@ -46,20 +46,23 @@ def add_lora(
 
     Raises:
         MissingExtraError: peft is not installed.
-        ConfigError: a name of `target_modules` fits no layer.
+        ConfigError: a name of `target_modules` fits no layer, or one that cannot be adapted.
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora", "student.lora")
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     if not target_modules:
         _refuse_fused_experts(model)
+    _refuse_head(model, target_modules)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(target_modules) or "all-linear",
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(_cuda_devices()):
         torch.manual_seed(seed)
@@ -87,6 +90,18 @@ def _refuse_fused_experts(model: PreTrainedModel) -> None:
             f"student.lora cannot adapt the experts of {type(model).__name__}, which are one "
             f"tensor ({name}). {_OTHERS}"
         )
+
+
+def _refuse_head(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
+    """Losses and rollouts take the head's weight, perhaps the embedding's, and never call it."""
+    for name, module in model.named_modules():
+        is_head = module is model.get_output_embeddings()
+        is_named = any(f".{name}".endswith(f".{target}") for target in target_modules)
+        if is_named and (is_head or isinstance(module, nn.Embedding)):
+            raise ConfigError(
+                f"student.lora.target_modules fits {name}, the {'head' if is_head else 'embedding'}"
+                f" of {type(model).__name__}, which stays as it is. {_OTHERS}"
+            )
 
 
 def _refuse_adapted_experts(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from tutelage.core import LazyLogits, Objective, TokenStats, composite_objective
 from tutelage.core.terms import ReverseKL, Term
 from tutelage.data.batch import Batch
 from tutelage.models.head import head, hidden_rows
+from tutelage.models.rows import rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,4 +92,4 @@ class Student(nn.Module):
         fresh = hidden_rows(self.model, batch).double()
         difference, size = (fresh - hidden.double()).norm(dim=1), fresh.norm(dim=1)
         gaps = torch.where(size > 0, difference / size, difference)
-        return float(gaps.max()), _MAX_GAP[hidden.dtype]
+        return float(gaps.max()), max(_MAX_GAP[hidden.dtype], rounding(self.model))

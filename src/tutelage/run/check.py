@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check(config: Config, name: str) -> Iterator[str]:
+def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iterator[str]:
     """Lines saying that models, tokenizers and data fit, and what the run will do.
+
+    Args:
+        config: the run.
+        name: stem of the default folder's name.
+        allow_change: keys that may differ from the run that is to be continued.
 
     Raises:
         TutelageError: something does not fit.
     """
-    inputs = validate(config, run_folder(config, name))
+    inputs = validate(config, run_folder(config, name), allow_change=allow_change)
     parts = build(config, inputs=inputs)
     prompts = inputs.prompts or inputs.measure_prompts(config)
     with parts.teacher.awake():

@@ -18,6 +18,7 @@ from tutelage.run.method import (
     SelectionConfig,
     WeightingConfig,
     require,
+    require_counts,
 )
 
 
@@ -36,9 +37,11 @@ class LoraConfig:
     """Names of the linear layers to adapt; none means all but the head."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "student.lora.rank", "at least 1", self.rank, "16 is usual.")
+        rank = self.rank
+        require(1 <= rank <= 65536, "student.lora.rank", "from 1 to 65536", rank, "16 is usual.")
         alpha, dropout = self.alpha, self.dropout
-        require(alpha > 0, "student.lora.alpha", "above 0", alpha, "Twice the rank is usual.")
+        hint, rule = "Twice the rank is usual.", "above 0, at most 65536"
+        require(0 < alpha <= 65536, "student.lora.alpha", rule, alpha, hint)
         require(0 <= dropout < 1, "student.lora.dropout", "in [0, 1)", dropout, "0 drops nothing.")
 
 
@@ -176,7 +179,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         hint = "1e-6 is usual for large models, 1e-3 for the embedded ones."
         rate = self.learning_rate
-        require(rate > 0, "optimizer.learning_rate", "above 0", rate, hint)
+        require(0 < rate <= 10, "optimizer.learning_rate", "above 0, at most 10", rate, hint)
+        change, hint = rate * self.weight_decay, "0.1 is usual."
+        rule = "at most 1 / optimizer.learning_rate, beyond which weights change their sign"
+        require(change <= 1, "optimizer.weight_decay", rule, self.weight_decay, hint)
         for name in ("beta1", "beta2"):
             beta = self.__dict__[name]
             require(0 <= beta < 1, f"optimizer.{name}", "in [0, 1)", beta, "0.9 is usual.")
@@ -268,9 +274,8 @@ class EvaluationConfig:
     """Measure the teacher too, once."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_problems", 0), ("every", 0), ("num_samples", 1)):
-            value = self.__dict__[name]
-            require(value >= least, f"evaluation.{name}", f"at least {least}", value, "Raise it.")
+        require(self.every >= 0, "evaluation.every", "at least 0", self.every, "Raise it.")
+        require_counts("evaluation.", self.__dict__, LARGEST_COUNT, num_problems=0, num_samples=1)
         temperature, top_p = self.temperature, self.top_p
         is_warm = 0 <= temperature < float("inf")
         require(is_warm, "evaluation.temperature", "at least 0", temperature, "0 is greedy.")
@@ -294,10 +299,11 @@ class RecordingConfig:
     """Size at which tokens.jsonl stops to grow; the run says so."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("num_prompts", 0), ("num_rollouts", 0),
-                            ("max_new_tokens", 1), ("max_bytes", 1)):  # fmt: skip
-            value = self.__dict__[name]
-            require(value >= least, f"recording.{name}", f"at least {least}", value, "Raise it.")
+        every, size = self.every, self.max_bytes
+        require(every >= 0, "recording.every", "at least 0", every, "Raise it.")
+        require(size >= 1, "recording.max_bytes", "at least 1", size, "Raise it.")
+        require_counts("recording.", self.__dict__, LARGEST_COUNT, num_prompts=0, num_rollouts=0)
+        require_counts("recording.", self.__dict__, LARGEST_COUNT, max_new_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -381,20 +387,20 @@ class Config:
             temperature, hint = self.sampling.temperature, "Or use engine.kind = transformers."
             is_one = temperature == 1
             require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
-        positive = ("num_steps", "prompts_per_step", "micro_batch_size", "sampling_batch_size")
+        require_counts("", self.__dict__, LARGEST_COUNT, prompts_per_step=1)
+        require_counts("", self.__dict__, 1024, num_threads=0)
+        positive = ("num_steps", "micro_batch_size", "sampling_batch_size")
         for key in (*positive, "keep_checkpoints", "max_skipped_steps", "updates_per_step"):
             value = self.__dict__[key]
             require(value >= 1, key, "at least 1", value, "Raise it.")
-        most, prompts = LARGEST_COUNT, self.prompts_per_step
-        require(prompts <= most, "prompts_per_step", f"at most {most}", prompts, "Lower it.")
-        for key in ("checkpoint_every", "num_threads", "micro_batch_tokens"):
+        for key in ("checkpoint_every", "micro_batch_tokens"):
             value = self.__dict__[key]
             require(value >= 0, key, "at least 0", value, "0 leaves it to the program.")
         is_possible = self.can_copy_checkpoints or self.checkpoint_writer != "thread"
         what = "auto or inline with adamw_on_disk or quantized weights"
         hint = "A thread writes from a copy in memory."
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
-        updates = self.updates_per_step
+        updates, prompts = self.updates_per_step, self.prompts_per_step
         hint = "Every update learns from the same number of prompts."
         is_even = prompts % updates == 0
         require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask, Grader, PromptFormat, fitting_grader, load_prompts
 from tutelage.data.tasks import LedgerTask
 from tutelage.data.tasks.ledger import ALPHABET
@@ -21,7 +22,7 @@ from tutelage.models.tokenizers import refuse_thinking
 from tutelage.run.evaluation import is_url, option, student_of
 from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.origin import at_the_date_of_the_run
-from tutelage.run.watch import Watch, counting, unwatched
+from tutelage.run.watch import Watch, counting, unsaid, unwatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,12 +57,15 @@ class Inspection:
 
 @plain_arithmetic()
 @at_the_date_of_the_run
-def evaluate_model(request: Inspection, watch: Watch = unwatched) -> tuple[Evaluation, str]:
+def evaluate_model(
+    request: Inspection, watch: Watch = unwatched, say: Callable[[str], None] = unsaid
+) -> tuple[Evaluation, str]:
     """Sample and grade a model on held-out prompts.
 
     Args:
         request: the model, the prompts and how to sample.
         watch: told what is being done.
+        say: receives a line for what was left out of the prompts' records.
 
     Returns:
         The evaluation, and in words what was measured and how.
@@ -83,6 +87,8 @@ def evaluate_model(request: Inspection, watch: Watch = unwatched) -> tuple[Evalu
     source = student_of(request.model)
     tokenizer = load_tokenizer(source)
     prompts, grade, grader, rendering = _problems(request, tokenizer)
+    for note in notes_of(prompts):
+        say(f"warning: {note}")
     watch(f"loading {request.model}")
     model = load_model(source, request.dtype, str(device))
     sampler = TransformersSampler(model, tokenizer, request.batch_size, request.thinking)

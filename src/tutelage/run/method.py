@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -17,6 +18,14 @@ def require(is_right: bool, key: str, rule: str, value: object, hint: str) -> No
     if not is_right:
         share = as_share(value) if rule.startswith(("in (0, 1", "in [0, 1")) else ""
         raise ConfigError(f"{key} must be {rule}, got {value}. {share}{hint}")
+
+
+def require_counts(table: str, values: Mapping[str, int], most: int, **least: int) -> None:
+    """Numbers of things by their names in a table, e.g. "data.": at least so many, and `most`."""
+    for name, lowest in least.items():
+        key, value = f"{table}{name}", values[name]
+        require(value >= lowest, key, f"at least {lowest}", value, "Raise it.")
+        require(value <= most, key, f"at most {most}", value, "Lower it.")
 
 
 Scope: TypeAlias = Literal["completion", "batch"]

@@ -36,6 +36,10 @@ _UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device", "recording")
 """Keys that do not name a run: they change no more than rounding, or nothing."""
 
 
+_SMALLEST, _LARGEST = 1e-30, 1e9
+"""Sizes of numbers beyond which products of a few of them leave the range of float32."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a TOML file, with `key=value` overrides applied.
 
@@ -77,7 +81,7 @@ def parse_config(table: dict[str, Any]) -> Config:
         config = _ADAPTER.validate_python(table)
     except ValidationError as error:
         raise ConfigError(_explain(error, table)) from None
-    _require_finite(config)
+    _require_usable_numbers(config)
     return config
 
 
@@ -101,12 +105,20 @@ def current_table(saved: Any) -> Any:
         return saved
 
 
-def _require_finite(config: Config) -> None:
-    # TOML has inf and nan; JSON, hence manifest and metrics, has neither.
+def _require_usable_numbers(config: Config) -> None:
+    """No infinity or NaN, which JSON lacks, and nothing that overflows in float32 or in 64 bits."""
     for key, value in _flat(to_table(config)):
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
+            size = abs(number) if isinstance(number, int | float) else 0
+            if not math.isfinite(size):
                 raise ConfigError(f"{key} must be finite, got {number}. Change it.")
+            if isinstance(number, float) and not (_SMALLEST <= size <= _LARGEST or size == 0):
+                raise ConfigError(
+                    f"{key} must be 0 or have a size from {_SMALLEST:g} to {_LARGEST:g}, got "
+                    f"{number}. Change it."
+                )
+            if size >= 1 << 63:
+                raise ConfigError(f"{key} must be a number of 64 bits, got {number}. Change it.")
 
 
 def to_table(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.recipe import gate_of
 from tutelage.run.score import ScoreRequest, Scores, components, rollouts_of, score_rollouts
 from tutelage.run.setup import Parts
-from tutelage.run.watch import Watch, unwatched
+from tutelage.run.watch import Watch, unsaid, unwatched
 
 NUM_TOP = 5
 """Likeliest tokens kept of student and teacher."""
@@ -66,7 +66,10 @@ def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: in
 
 @plain_arithmetic()
 def score_for_page(
-    config: Config, request: ScoreRequest, watch: Watch = unwatched
+    config: Config,
+    request: ScoreRequest,
+    watch: Watch = unwatched,
+    say: Callable[[str], None] = unsaid,
 ) -> tuple[Scores, list[dict[str, Any]]]:
     """`score`, and its completions as the lines that a page is made of.
 
@@ -74,6 +77,7 @@ def score_for_page(
         config: names student, teacher, data and sampling.
         request: which completions and rules; without rules those of a recording.
         watch: told what is being done.
+        say: receives a line for what was left out of the prompts' records.
 
     Raises:
         TutelageError: models, data or request cannot be used.
@@ -81,7 +85,7 @@ def score_for_page(
     request = replace(request, rules=request.rules or PANEL_RULES, num_top=NUM_TOP)
     config = replace(config, recording=replace(config.recording, max_new_tokens=_MAX_PAGE_TOKENS))
     with components(config, watch) as parts:
-        rollouts = rollouts_of(config, parts, request, watch)
+        rollouts = rollouts_of(config, parts, request, watch, say)
         watch("scoring")
         scores = score_rollouts(config, parts, rollouts, request)
     kind = "sampled" if request.completions is None else "given"

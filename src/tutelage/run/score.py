@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from tutelage.core import (
     select_tokens,
 )
 from tutelage.data.batch import micro_batches
+from tutelage.data.columns import notes_of
 from tutelage.data.prompts import load_completions
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, DataError, ModelError
@@ -35,7 +36,7 @@ from tutelage.run.numerics import plain_arithmetic
 from tutelage.run.plan import reading
 from tutelage.run.recipe import culprit
 from tutelage.run.setup import Parts, build
-from tutelage.run.watch import Watch, counting, unwatched
+from tutelage.run.watch import Watch, counting, unsaid, unwatched
 
 
 @dataclass(frozen=True)
@@ -156,19 +157,25 @@ class Scores:
 
 
 @plain_arithmetic()
-def score(config: Config, request: ScoreRequest, watch: Watch = unwatched) -> Scores:
+def score(
+    config: Config,
+    request: ScoreRequest,
+    watch: Watch = unwatched,
+    say: Callable[[str], None] = unsaid,
+) -> Scores:
     """Score the student's own completions of held-out prompts, or given ones.
 
     Args:
         config: names student, teacher, data and sampling.
         request: which completions, and which rules to report.
         watch: told what is being done.
+        say: receives a line for what was left out of the prompts' records.
 
     Raises:
         TutelageError: models, data or request cannot be used.
     """
     with components(config, watch) as parts:
-        rollouts = rollouts_of(config, parts, request, watch)
+        rollouts = rollouts_of(config, parts, request, watch, say)
         watch("scoring")
         return score_rollouts(config, parts, rollouts, request)
 
@@ -246,9 +253,23 @@ def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tenso
 
 
 def rollouts_of(
-    config: Config, parts: Parts, request: ScoreRequest, watch: Watch = unwatched
+    config: Config,
+    parts: Parts,
+    request: ScoreRequest,
+    watch: Watch = unwatched,
+    say: Callable[[str], None] = unsaid,
 ) -> list[Rollout]:
     """The given completions, or the student's own of held-out prompts, by the run's engine."""
+    rollouts = _rollouts_of(config, parts, request, watch)
+    prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
+    for note in notes_of(prompts.values()):
+        say(f"warning: {note}")
+    return rollouts
+
+
+def _rollouts_of(
+    config: Config, parts: Parts, request: ScoreRequest, watch: Watch
+) -> list[Rollout]:
     if request.completions is not None:
         pairs = load_completions(request.completions, prompt_format(config.data))
         number: dict[str, Iterator[int]] = defaultdict(itertools.count)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
+from tutelage.models.settings import LARGEST_COUNT
 from tutelage.run.config import Config, FileData, TransformersEngine, VLLMEngine
 from tutelage.run.folder import RunFolder
 from tutelage.run.inputs import Inputs, load_inputs
@@ -17,6 +18,8 @@ from tutelage.run.method import PacedWeighting, RewardWeighting
 from tutelage.run.origin import refuse_another_run, refuse_other_inputs
 from tutelage.run.trackers import require_trackers
 from tutelage.run.traps import input_traps
+
+_MOST_COMPLETIONS = 16 * LARGEST_COUNT
 
 
 def validate(
@@ -37,6 +40,7 @@ def validate(
         TutelageError: the run cannot be trained as configured.
     """
     _refuse_processes(config, num_processes)
+    _refuse_too_many_completions(config)
     require_trackers(config)
     _require_packages(config)
     earlier = RunFolder(folder, is_writer=False).read_manifest()
@@ -64,6 +68,20 @@ def _refuse_processes(config: Config, num_processes: int) -> None:
             f"engine.kind {config.engine.kind!r} works with one process, got "
             f'{num_processes}. Use engine.kind = "transformers".'
         )
+
+
+def _refuse_too_many_completions(config: Config) -> None:
+    """Those of a step, and of an evaluation, are in memory together."""
+    measured = config.evaluation
+    for prompts, count, samples, key in (
+        ("prompts_per_step", config.prompts_per_step, config.sampling.num_samples, "sampling"),
+        ("evaluation.num_problems", measured.num_problems, measured.num_samples, "evaluation"),
+    ):
+        if count * samples > _MOST_COMPLETIONS:
+            raise ConfigError(
+                f"{prompts} times {key}.num_samples must be at most {_MOST_COMPLETIONS}, got "
+                f"{count} times {samples}. Lower one of them."
+            )
 
 
 def _require_packages(config: Config) -> None:

@@ -17,6 +17,10 @@ def unwatched(text: str, done: int = 0, total: int = 0) -> None:
     """Nobody watches."""
 
 
+def unsaid(text: str) -> None:
+    """Where a line that a user should see goes if nobody asked for such lines."""
+
+
 def counting(watch: Watch, text: str, total: int) -> Callable[[int], None]:
     """Begins a phase; the result is called with the number of things that were just finished."""
     done = 0
