@@ -116,6 +116,7 @@ VALUES: dict[str, Values] = {
     "updates_per_step": ([1, 2], [], [0, 7]),
     "micro_batch_tokens": ([0, 64, 4096], [1, _HUGE], [-1, 1 << 70]),
     "micro_batch_size": ([1, 3, 64], [_HUGE], [0]),
+    "micro_batches": (["padded", "padded", "packed"], [], ["stacked"]),
     "sampling_batch_size": ([1, 2, 64], [_HUGE], [0]),
     "scoring": (["recorded", "forward"], [], ["none"]),
     "diagnostics": (["all", "kept"], [], ["some"]),

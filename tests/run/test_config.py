@@ -62,7 +62,7 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("objective.reverse_weight=1e10", "objective.reverse_weight must be 0 or have a size from"),
         ("sampling.temperature=1e-31", "sampling.temperature must be 0 or have a size from 1e-30"),
         ("seed=9223372036854775808", "seed must be a number of 64 bits, got 9223372036854775808."),
-        ("num_threads=1025", "num_threads must be at most 1024, got 1025. Lower it."),
+        ("num_threads=1025", "num_threads must be from 0 to 1024, got 1025. 0 is torch's own."),
         ("student.lora={alpha=1e6}", "student.lora.alpha must be above 0, at most 65536, got 1000"),
         ("optimizer.schedule=step", "optimizer.schedule: input should be 'constant', 'linear'"),
         ("objective.kind=kld", "objective.kind must be one of kl, jsd"),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from tutelage.models.settings import LARGEST_COUNT, OptimizerKind, SamplingConfig, TeacherMode
+from tutelage.models.settings import OptimizerKind, SamplingConfig, TeacherMode
 from tutelage.run.method import (
     STRICT,
     AllTokens,
@@ -19,6 +19,7 @@ from tutelage.run.method import (
     WeightingConfig,
     require,
     require_counts,
+    require_least,
 )
 
 
@@ -37,9 +38,8 @@ class LoraConfig:
     """Names of the linear layers to adapt; none means all but the head."""
 
     def __post_init__(self) -> None:
-        rank = self.rank
+        rank, alpha, dropout = self.rank, self.alpha, self.dropout
         require(1 <= rank <= 65536, "student.lora.rank", "from 1 to 65536", rank, "16 is usual.")
-        alpha, dropout = self.alpha, self.dropout
         hint, rule = "Twice the rank is usual.", "above 0, at most 65536"
         require(0 < alpha <= 65536, "student.lora.alpha", rule, alpha, hint)
         require(0 <= dropout < 1, "student.lora.dropout", "in [0, 1)", dropout, "0 drops nothing.")
@@ -274,8 +274,8 @@ class EvaluationConfig:
     """Measure the teacher too, once."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "evaluation.every", "at least 0", self.every, "Raise it.")
-        require_counts("evaluation.", self.__dict__, LARGEST_COUNT, num_problems=0, num_samples=1)
+        require_least("evaluation.", self.__dict__, every=0)
+        require_counts("evaluation.", self.__dict__, num_problems=0, num_samples=1)
         temperature, top_p = self.temperature, self.top_p
         is_warm = 0 <= temperature < float("inf")
         require(is_warm, "evaluation.temperature", "at least 0", temperature, "0 is greedy.")
@@ -299,11 +299,8 @@ class RecordingConfig:
     """Size at which tokens.jsonl stops to grow; the run says so."""
 
     def __post_init__(self) -> None:
-        every, size = self.every, self.max_bytes
-        require(every >= 0, "recording.every", "at least 0", every, "Raise it.")
-        require(size >= 1, "recording.max_bytes", "at least 1", size, "Raise it.")
-        require_counts("recording.", self.__dict__, LARGEST_COUNT, num_prompts=0, num_rollouts=0)
-        require_counts("recording.", self.__dict__, LARGEST_COUNT, max_new_tokens=1)
+        require_least("recording.", self.__dict__, every=0, max_bytes=1)
+        require_counts("recording.", self.__dict__, num_prompts=0, num_rollouts=0, max_new_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -387,20 +384,17 @@ class Config:
             temperature, hint = self.sampling.temperature, "Or use engine.kind = transformers."
             is_one = temperature == 1
             require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
-        require_counts("", self.__dict__, LARGEST_COUNT, prompts_per_step=1)
-        require_counts("", self.__dict__, 1024, num_threads=0)
-        positive = ("num_steps", "micro_batch_size", "sampling_batch_size")
-        for key in (*positive, "keep_checkpoints", "max_skipped_steps", "updates_per_step"):
-            value = self.__dict__[key]
-            require(value >= 1, key, "at least 1", value, "Raise it.")
-        for key in ("checkpoint_every", "micro_batch_tokens"):
-            value = self.__dict__[key]
-            require(value >= 0, key, "at least 0", value, "0 leaves it to the program.")
+        require_counts("", self.__dict__, prompts_per_step=1)
+        require_least("", self.__dict__, checkpoint_every=0, micro_batch_tokens=0)
+        positive = ("num_steps", "micro_batch_size", "sampling_batch_size", "keep_checkpoints")
+        for key in (*positive, "max_skipped_steps", "updates_per_step"):
+            require_least("", self.__dict__, **{key: 1})
         is_possible = self.can_copy_checkpoints or self.checkpoint_writer != "thread"
         what = "auto or inline with adamw_on_disk or quantized weights"
         hint = "A thread writes from a copy in memory."
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
-        updates, prompts = self.updates_per_step, self.prompts_per_step
+        updates, prompts, threads = self.updates_per_step, self.prompts_per_step, self.num_threads
+        require(0 <= threads <= 1024, "num_threads", "from 0 to 1024", threads, "0 is torch's own.")
         hint = "Every update learns from the same number of prompts."
         is_even = prompts % updates == 0
         require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)

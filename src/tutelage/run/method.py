@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field
 
 from tutelage.errors import ConfigError, as_share
+from tutelage.models.settings import LARGEST_COUNT
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -20,12 +21,19 @@ def require(is_right: bool, key: str, rule: str, value: object, hint: str) -> No
         raise ConfigError(f"{key} must be {rule}, got {value}. {share}{hint}")
 
 
-def require_counts(table: str, values: Mapping[str, int], most: int, **least: int) -> None:
-    """Numbers of things by their names in a table, e.g. "data.": at least so many, and `most`."""
+def require_least(table: str, values: Mapping[str, int], **least: int) -> None:
+    """Numbers of a table by their names, e.g. of "data.", that are at least so large."""
     for name, lowest in least.items():
-        key, value = f"{table}{name}", values[name]
-        require(value >= lowest, key, f"at least {lowest}", value, "Raise it.")
-        require(value <= most, key, f"at most {most}", value, "Lower it.")
+        value = values[name]
+        require(value >= lowest, f"{table}{name}", f"at least {lowest}", value, "Raise it.")
+
+
+def require_counts(table: str, values: Mapping[str, int], **least: int) -> None:
+    """The same for numbers of things that are in memory together."""
+    require_least(table, values, **least)
+    for name in least:
+        most, value = LARGEST_COUNT, values[name]
+        require(value <= most, f"{table}{name}", f"at most {most}", value, "Lower it.")
 
 
 Scope: TypeAlias = Literal["completion", "batch"]
