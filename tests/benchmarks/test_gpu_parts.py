@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +124,47 @@ def test_whole_steps_run(name: str) -> None:
     found = gpu_step.PARTS[name]()
     assert json.loads(json.dumps(found)) == found
     assert found["tokens"] == 12
+
+
+def test_what_a_card_held_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answers = {
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 3 << 20,
+        "max_memory_reserved": 5 << 20,
+        "mem_get_info": (1 << 20, 9 << 20),
+    }
+    for name, answer in answers.items():
+
+        def ask(name: str = name, answer: Any = answer) -> Any:
+            asked.append(name)
+            return answer
+
+        monkeypatch.setattr(torch.cuda, name, ask)
+    monkeypatch.setattr(gpu_card, "DEVICE", "cuda")
+    with pytest.raises(torch.OutOfMemoryError), gpu_card.measured() as peak:
+        raise torch.OutOfMemoryError("no room")
+    assert peak.described() == {"allocated_mib": 3.0, "reserved_mib": 5.0, "used_mib": 8.0}
+    assert asked.index("reset_peak_memory_stats") < asked.index("max_memory_allocated")
+
+
+def test_a_limit_leaves_room_for_the_context_and_is_lifted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares: list[float] = []
+    about = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(gpu_card, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+
+    def fail() -> None:
+        with gpu_memory._limited(24 << 30):
+            assert len(shares) == 1
+            raise RuntimeError("what did not fit")
+
+    with pytest.raises(RuntimeError, match="what did not fit"):
+        fail()
+    assert shares == [(24 * 1024 - 640) / (80 * 1024), 1.0]

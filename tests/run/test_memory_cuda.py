@@ -83,6 +83,16 @@ def test_each_saving_shows_in_its_phase(tmp_path: Path, models: Path) -> None:
     assert less["teacher"] == much["teacher"]
 
 
+def test_packed_rows_are_filled_to_the_limit(tmp_path: Path, models: Path) -> None:
+    padded, packed = (
+        phases_of(models, tmp_path, micro_batches=way, micro_batch_tokens=50)
+        for way in ("padded", "packed")
+    )
+    # two sequences of 20 tokens, or 50 in a row, with an angle for each
+    activations = padded["teacher"]["activations"]
+    assert packed["teacher"]["activations"] == pytest.approx(50 / 40 * activations, rel=0.1)
+
+
 def test_engines_scoring_and_evaluation_have_their_parts(tmp_path: Path, models: Path) -> None:
     soft_or = {"rule": "soft_or", "keep": 0.5}
     scored = phases_of(models, tmp_path, selection=soft_or)
