@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.adapter import add_lora, load_adapter
+from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.reference import resolve_model
 from tutelage.models.tiny import Architecture, save_tiny_model
 from tutelage.run.origin import _model_digest
@@ -53,6 +54,27 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(IDS).logits
     return result
+
+
+def test_an_adapter_is_saved_without_a_look_for_its_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a GGUF file the folder has no config.json, and peft would ask the hub for one."""
+
+    def ask(*_: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", ask)
+    model, tokenizer = load_model(str(base)), load_tokenizer(str(base))
+    model.config._name_or_path = model.name_or_path = str(tmp_path)
+    add_lora(model, 2, 4.0)
+    save_model(model, tokenizer, tmp_path / "saved")
+    again = load_model(str(base))
+    add_lora(again, 2, 4.0, seed=1)
+    load_adapter(again, tmp_path / "saved")
+    ours, theirs = (m.get_adapter_state_dict() for m in (again, model))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_an_adapter_is_merged_into_its_base(base: Path, adapter: Path) -> None:

@@ -121,6 +121,25 @@ def test_a_massive_activation_hides_no_other_row(
     assert gap > limit
 
 
+def test_rounding_may_send_some_tokens_to_other_experts(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minority of the rows of a mixture may differ by any amount, but not most of them."""
+    student = build(tiny_config(tiny_models, Path("unused"))).student
+    fresh = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    monkeypatch.setattr(tutelage.models.student, "hidden_rows", lambda *_: fresh)
+    known = fresh.clone()
+    known[:2] *= 1.5
+    gap, limit = student.hidden_gap(None, known)  # type: ignore[arg-type]
+    assert gap > limit
+    student.model.model.experts = torch.nn.Linear(2, 2)
+    gap, limit = student.hidden_gap(None, known)  # type: ignore[arg-type]
+    assert gap <= limit
+    known[2] *= 1.5
+    gap, limit = student.hidden_gap(None, known)  # type: ignore[arg-type]
+    assert gap > limit
+
+
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_products_in_8_bits_are_rounding_too(tiny_models: Path) -> None:
     """They round their inputs, which differ in the last bits with the batch, to 8 bits."""

@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,23 @@ def add_lora(
             reason = " ".join(str(error).split())
             raise ConfigError(f"student.lora cannot be added: {reason}") from None
     _refuse_adapted_experts(model)
+    model.get_adapter_state_dict = partial(_adapter_weights, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.eval()
+
+
+def _adapter_weights(
+    model: PreTrainedModel, adapter_name: str = _NAME, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter's weights; peft would look on the hub whether embeddings, never adapted, grew."""
+    from peft import get_peft_model_state_dict
+
+    weights: dict[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    return weights
 
 
 _OTHERS = "Name its attention layers in student.lora.target_modules, such as q_proj and v_proj."
