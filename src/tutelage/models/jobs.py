@@ -80,6 +80,15 @@ def jobs_of(
     ]
 
 
+def in_reading_order(jobs: Sequence[Job]) -> list[Job]:
+    """Neighbours in length together, so that little of a prefill is padding; equal prompts one
+    after the other, so that each is read once."""
+    first: dict[Ids, int] = {}
+    for job in jobs:
+        first.setdefault(job.ids, job.place)
+    return sorted(jobs, key=lambda job: (len(job.ids), first[job.ids], job.place))
+
+
 def rollout_of(
     tokenizer: PreTrainedTokenizerBase,
     job: Job,

@@ -21,9 +21,16 @@ from tutelage.errors import ConfigError
 from tutelage.models.decoding import open_rows
 from tutelage.models.draw import SamplingConfig, check_finite, draw, uniforms
 from tutelage.models.head import head, output_embeddings
-from tutelage.models.jobs import Drawn, Job, Open, earlier_samples, jobs_of, rollout_of
+from tutelage.models.jobs import (
+    Drawn,
+    Job,
+    Open,
+    earlier_samples,
+    in_reading_order,
+    jobs_of,
+    rollout_of,
+)
 from tutelage.models.limits import refuse_beyond_table
-from tutelage.models.rows import Ids
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
 from tutelage.rollout.generate import GraphWriter, graph_writer, tell_own_step
 
@@ -152,13 +159,7 @@ class _Writer:
 
     def write(self, jobs: Sequence[Job]) -> Iterator[list[Open]]:
         """Completions as they are finished."""
-        # Neighbours in length are read together, so little of a prefill is padding; equal prompts
-        # follow one another, so each is read once.
-        first: dict[Ids, int] = {}
-        for job in jobs:
-            first.setdefault(job.ids, job.place)
-        order = sorted(jobs, key=lambda job: (len(job.ids), first[job.ids], job.place))
-        waiting = deque(order)
+        waiting = deque(in_reading_order(jobs))
         if not waiting:
             return
         self.open: list[Open | None] = [None] * min(self.batch_size, len(waiting))

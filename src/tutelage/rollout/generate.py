@@ -16,7 +16,7 @@ from torch import Tensor
 from tutelage.data.types import Rollout
 from tutelage.models.draw import SamplingConfig, check_finite, uniforms
 from tutelage.models.head import output_embeddings
-from tutelage.models.jobs import Job, Open, rollout_of
+from tutelage.models.jobs import Job, Open, in_reading_order, rollout_of
 from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.rows import Ids
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
@@ -112,12 +112,7 @@ class GraphWriter:
 
     def write(self, jobs: Sequence[Job]) -> Iterator[list[Open]]:
         """Completions as they are finished; `open_slots` comes first."""
-        first: dict[Ids, int] = {}
-        for job in jobs:
-            first.setdefault(job.ids, job.place)
-        # Neighbours in length are read together; equal prompts follow one another, read once.
-        order = sorted(jobs, key=lambda job: (len(job.ids), first[job.ids], job.place))
-        self.waiting = deque(order)
+        self.waiting = deque(in_reading_order(jobs))
         self.length = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
         num_rows = min(self.batch_size, len(jobs))
         self.open: list[_Row | None] = [None] * bucket(num_rows)
