@@ -133,9 +133,10 @@ def _version() -> str:
 
 
 def _load(arguments: argparse.Namespace) -> Config:
-    from tutelage.run.parse import load_config
+    with without_collection():
+        from tutelage.run.parse import load_config
 
-    return load_config(arguments.config, arguments.overrides)
+        return load_config(arguments.config, arguments.overrides)
 
 
 def _check(arguments: argparse.Namespace) -> int:
