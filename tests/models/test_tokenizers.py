@@ -167,7 +167,8 @@ def test_stop_ids_are_the_union(
 
 def test_pad_id_falls_back_to_the_end_of_sequence(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
-    assert pad_id(tokenizer) == PAD
+    assert pad_id(tokenizer) == pad_id(tokenizer, PAD + 1) == PAD
+    assert pad_id(tokenizer, PAD) == (EOS if EOS < PAD else 0)
     tokenizer.pad_token = None
     assert pad_id(tokenizer) == EOS
     tokenizer.eos_token = None

@@ -12,6 +12,7 @@ import pytest
 
 from tiny import save_tiny_model, tiny_config
 from tutelage.errors import TutelageError
+from tutelage.models.load import load_tokenizer
 from tutelage.models.tiny import Architecture
 from tutelage.models.tiny import save_tiny_model as save_tiny_family
 from tutelage.run.check import check
@@ -132,6 +133,41 @@ def test_a_usual_run_has_no_warning(tiny_models: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_models, tmp_path / "run", num_steps=1, **EVALUATED)
     assert said(config, "check") == []
     assert said(config, "train") == []
+
+
+def with_end_beyond_the_head(models: Path, folder: Path, sides: tuple[str, ...]) -> Path:
+    """Both models with tokens added beyond their heads, which end texts and pad for some."""
+    for who in ("student", "teacher"):
+        shutil.copytree(models / who, folder / who)
+        tokenizer = load_tokenizer(str(folder / who))
+        tokenizer.add_special_tokens({"extra_special_tokens": [f"<extra{i}>" for i in range(8)]})
+        if who in sides:
+            tokenizer.eos_token = tokenizer.pad_token = "<extra7>"
+        tokenizer.save_pretrained(folder / who)
+        path = folder / who / "generation_config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_stop_token_beyond_the_head_stops_nothing(
+    tiny_models: Path, tmp_path: Path, command: str
+) -> None:
+    models = with_end_beyond_the_head(tiny_models, tmp_path / "models", ("student", "teacher"))
+    changes = {"num_steps": 1, "prompts_per_step": 2} | EVALUATED
+    found = said(tiny_config(models, tmp_path / "run", **changes), command)
+    assert len(found) == 1
+    assert re.search(r"no end-of-sequence token among its \d+ ids, only \[\d+\], so", found[0])
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_stop_tokens_that_cannot_trade_places_are_refused(
+    tiny_models: Path, tmp_path: Path, who: str
+) -> None:
+    models = with_end_beyond_the_head(tiny_models, tmp_path / "models", (who,))
+    with pytest.raises(TutelageError, match=rf"the {who}'s tokenizer ends texts with id \d+, but"):
+        said(tiny_config(models, tmp_path / "run", num_steps=1), "check")
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ class _Writer:
         self.rows = open_rows(
             self.model,
             waiting[0].ids,
-            pad_id(self.tokenizer),
+            pad_id(self.tokenizer, num_ids),
             len(self.open),
             longest,
             self.is_fast,

@@ -104,10 +104,13 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(found)
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to write into padding: the tokenizer's own, else its end-of-sequence id, else 0."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, num_ids: int | None = None) -> int:
+    """An id to write into padding: the tokenizer's own, else its end-of-sequence id, else 0.
+
+    One that was added beyond the `num_ids` ids that a model has is passed over.
+    """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and (num_ids is None or candidate < num_ids):
             return int(candidate)
     return 0
 
@@ -364,6 +367,20 @@ def stop_swap(
             f"{ids[0]}) and {teacher.eos_token!r} (id {ids[1]}). Set teacher.stop_token = 'map'."
         )
     return int(ids[0]), int(ids[1])
+
+
+def refuse_swap_beyond(swap: tuple[int, int] | None, vocab_size: int) -> None:
+    """End-of-sequence ids that are to trade places, one of which a model has no row for.
+
+    Raises:
+        ModelError: one is `vocab_size` or above.
+    """
+    if swap is not None and max(swap) >= vocab_size:
+        owner = "student" if swap[0] >= vocab_size else "teacher"
+        raise ModelError(
+            f"the {owner}'s tokenizer ends texts with id {max(swap)}, but the models have ids up "
+            f"to {vocab_size - 1} only. Set another eos_token in its tokenizer_config.json."
+        )
 
 
 def _refuse_different_control(

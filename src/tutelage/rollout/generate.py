@@ -81,11 +81,11 @@ class GraphWriter:
         self.record = record
         self.device = device
         self.stops = stop_ids(model, tokenizer)
-        self.pad = pad_id(tokenizer)
         embeddings: Any = model.get_input_embeddings()
         self.num_embeddings = embeddings.weight.shape[0]
         num_rows = output_embeddings(model).weight.shape[0]
         self.num_ids = min(vocabulary_size(tokenizer), self.num_embeddings, num_rows)
+        self.pad = pad_id(tokenizer, self.num_ids)
         self.looks = 0
         """Transfers from the device so far."""
 

@@ -58,7 +58,7 @@ def measure(config: Config, parts: Parts, step: int, watch: Watch = unwatched) -
         parts.student,
         parts.teacher,
         student.rollouts,
-        pad_id(parts.tokenizer),
+        pad_id(parts.tokenizer, parts.student.vocab_size),
         config.micro_batch_size,
         config.micro_batch_tokens,
     )

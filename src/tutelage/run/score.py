@@ -205,7 +205,8 @@ def score_rollouts(
         ModelError: no token has finite statistics.
     """
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
-    pad, limit = pad_id(parts.tokenizer), config.micro_batch_tokens
+    pad = pad_id(parts.tokenizer, parts.student.vocab_size)
+    limit = config.micro_batch_tokens
     batches = micro_batches(rollouts, config.micro_batch_size, pad, max_tokens=limit)
     tables, tops = [], []
     with parts.teacher.awake(), torch.no_grad():

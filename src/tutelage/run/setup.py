@@ -33,7 +33,7 @@ from tutelage.models.savable import refuse_quantised, require_savable
 from tutelage.models.settings import TeacherMode
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
-from tutelage.models.tokenizers import shared_vocabulary
+from tutelage.models.tokenizers import refuse_swap_beyond, shared_vocabulary
 from tutelage.models.trial import try_model
 from tutelage.models.vllm_engine import VLLMSampler
 from tutelage.models.vllm_server import VLLMServerSampler
@@ -249,7 +249,8 @@ def build(
         output_embeddings(student).weight.shape[0],
         output_embeddings(model).weight.shape[0],
     )
-    warnings = (*found.warnings, *model_traps(config, found, student, model))
+    refuse_swap_beyond(found.swap, vocab_size)
+    warnings = (*found.warnings, *model_traps(config, found, student, model, vocab_size))
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)

@@ -60,7 +60,7 @@ class Step:
         self.student = student
         self.optimizer = optimizer
         self.learner = Learner(config, parts, self.ranks, student, optimizer, self.stop)
-        self.pad_id = pad_id(parts.tokenizer)
+        self.pad_id = pad_id(parts.tokenizer, parts.student.vocab_size)
         self.rollouts: list[Rollout] = []
         """This process's rollouts of the last step."""
 

@@ -13,6 +13,7 @@ from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError
 from tutelage.models.limits import context_limit, has_position_table
 from tutelage.models.reference import resolve_model
+from tutelage.models.tokenizers import stop_ids
 from tutelage.run.config import Config, FileData
 from tutelage.run.inputs import Inputs, PromptStats
 from tutelage.run.method import AllTokens, FirstTokens
@@ -137,18 +138,24 @@ def _unmeasured(missing: int, held_out: Sequence[object]) -> str:
 
 
 def model_traps(
-    config: Config, inputs: Inputs, student: PreTrainedModel, teacher: PreTrainedModel
+    config: Config,
+    inputs: Inputs,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    vocab_size: int,
 ) -> Iterator[str]:
-    """Warnings that need both models.
+    """Warnings that need both models, whose shared vocabulary has `vocab_size` ids.
 
     Raises:
         ConfigError: a model has no positions for the longest prompt and completion.
     """
     if inputs.prompts is not None:
         yield from _context_traps(config, inputs.prompts.longest, student, teacher)
-    if inputs.tokenizer.eos_token_id is None and not _declared_stops(student):
+    stops = stop_ids(student, inputs.tokenizer)
+    if not any(i < vocab_size for i in stops):
+        beyond = f" among its {vocab_size} ids, only {sorted(stops)}" if stops else ""
         yield (
-            f"student {config.student.model!r} has no end-of-sequence token, so that every "
+            f"student {config.student.model!r} has no end-of-sequence token{beyond}, so that every "
             "completion runs to sampling.max_new_tokens. Add eos_token_id to its "
             "generation_config.json"
         )
@@ -164,11 +171,6 @@ def model_traps(
                 f"the teacher has {sizes[1]:,} parameters and the student {sizes[0]:,}: it is "
                 "smaller than what it teaches. Check student.model and teacher.model"
             )
-
-
-def _declared_stops(model: PreTrainedModel) -> bool:
-    config = model.generation_config
-    return config is not None and config.eos_token_id is not None
 
 
 def _size(model: PreTrainedModel) -> int:
