@@ -13,7 +13,7 @@ import pytest
 
 from tutelage.errors import ConfigError
 from tutelage.run import suggest
-from tutelage.run.parse import _schema, all_keys, find_key, parse_config
+from tutelage.run.parse import _schema, all_keys, find_key, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS: dict[str, Any] = {"student": {"model": "s"}, "teacher": {"model": "t"}}
@@ -236,3 +236,22 @@ def test_advice_to_install_names_what_the_extra_asks_for() -> None:
                     wanted = extras[extra.value]
                     assert any(text.startswith(package.value) for text in wanted), path
     assert seen >= 8
+
+
+@pytest.mark.parametrize("key", ["num_steps", "seed", "optimizer.weight_decay", "sampling.top_k"])
+def test_a_truth_value_is_no_number(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(key)} must be a number, got true"):
+        load_config(ROOT / "configs" / "ledger.toml", [f"{key}=true"])
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("gradient_checkpointing", "student.activation_checkpointing"),
+        ("teacher_model", "teacher.model"),
+        ("lora_r", "student.lora.rank"),
+        ("eval_steps", "evaluation.every"),
+    ],
+)
+def test_a_known_name_goes_before_one_that_looks_alike(name: str, key: str) -> None:
+    assert f"Did you mean {key!r}?" in explain({**MODELS, name: 1})

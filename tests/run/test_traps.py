@@ -106,6 +106,18 @@ TRAPS: dict[str, tuple[Any, str]] = {
         },
         r"the teacher has [\d,]+ parameters and the student [\d,]+: it is smaller",
     ),
+    "a switch of thoughts without a chat": (
+        of_file(LEDGER, grader="number", enable_thinking=False),
+        r"data\.enable_thinking = false has no effect: no prompt is rendered",
+    ),
+    "a split of a file": (
+        of_file(LEDGER, grader="number", split="test"),
+        r"is a file, which has no splits .*: data\.split",
+    ),
+    "moments of adafactor": (
+        lambda _: {"optimizer": {"kind": "adafactor", "beta1": 0.5, "learning_rate": 1e-3}},
+        r"optimizer\.beta1 and beta2 have no effect",
+    ),
     "other temperatures": (
         lambda _: {"sampling": {"temperature": 0.5, "max_new_tokens": 4}},
         r"completions are not drawn from the distribution that is trained",

@@ -81,6 +81,7 @@ def parse_config(table: dict[str, Any]) -> Config:
         config = _ADAPTER.validate_python(table)
     except ValidationError as error:
         raise ConfigError(_explain(error, table)) from None
+    _refuse_truth_values(config, table)
     _require_usable_numbers(config)
     return config
 
@@ -103,6 +104,14 @@ def current_table(saved: Any) -> Any:
         return json.loads(json.dumps(to_table(parse_saved_config(saved))))
     except (ConfigError, AttributeError, TypeError):
         return saved
+
+
+def _refuse_truth_values(config: Config, table: dict[str, Any]) -> None:
+    # pydantic takes true for the number 1
+    found = flat_values(to_table(config))
+    for key, value in _flat(table):
+        if isinstance(value, bool) and type(found.get(key)) in (int, float):
+            raise ConfigError(f"{key} must be a number, got {str(value).lower()}. Write a number.")
 
 
 def _require_usable_numbers(config: Config) -> None:

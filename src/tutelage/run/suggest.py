@@ -46,6 +46,22 @@ _KEYS = {
     "model_name": "model",
     "model_name_or_path": "model",
     "gradient_checkpointing": "activation_checkpointing",
+    "gradient_accumulation_steps": "micro_batch_tokens",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "betas": "beta2",
+    "student_model": "student.model",
+    "teacher_model": "teacher.model",
+    "teacher_model_name_or_path": "teacher.model",
+    "use_vllm": "engine.kind",
+    "max_prompt_length": "max_prompt_tokens",
+    "warmup_ratio": "warmup_steps",
+    "resume": "out",
+    "resume_from_checkpoint": "out",
     "dataset": "path",
     "file": "path",
     "output": "out",
@@ -119,9 +135,9 @@ def did_you_mean_key(schema: Schema, parents: Sequence[str], name: str) -> str:
     if _KEYS.get(word) in known:
         return f" Did you mean {_KEYS[word]!r}?"
     near = difflib.get_close_matches(word, known, 1)
-    if near:
-        return f" Did you mean {near[0]!r}?"
     other = find_key(schema, word)
+    if near and not (other and word in _KEYS):
+        return f" Did you mean {near[0]!r}?"
     return f" Did you mean {other!r}?" if other else f" Known keys: {', '.join(known)}."
 
 

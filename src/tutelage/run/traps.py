@@ -26,6 +26,7 @@ _LARGE_RATE = 0.05
 _SMALL_RATE = 1e-8
 _SMALL_LORA_RATE = 1e-5
 _UNKNOWN_SHARE = 0.1
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 
 
 def input_traps(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterator[str]:
@@ -78,6 +79,8 @@ def _optimizer_traps(config: Config) -> Iterator[str]:
         )
     elif rate < _SMALL_RATE:
         yield f"optimizer.learning_rate = {rate:g} changes next to nothing. 1e-6 is usual"
+    if optimizer.kind == "adafactor" and (optimizer.beta1, optimizer.beta2) != (0.9, 0.95):
+        yield "optimizer.beta1 and beta2 have no effect: adafactor has no moments. Leave them out"
     if optimizer.warmup_steps > config.num_steps:
         highest = rate * config.num_steps / optimizer.warmup_steps
         yield (
@@ -110,6 +113,13 @@ def _file_traps(config: Config, data: FileData, inputs: Inputs, task: FileTask) 
             f"student {config.student.model!r} has a chat template, which data.chat = false leaves "
             "out. Set data.chat = true if it is a chat model"
         )
+    if data.enable_thinking is not None:
+        yield from _thinking_traps(data, str(template), task)
+    if data.path.endswith(_FILE_ENDINGS) and (data.split != "train" or data.subset is not None):
+        yield (
+            f"data.path = {data.path!r} is a file, which has no splits and no subsets: data.split "
+            "and data.subset have no effect. Leave them out"
+        )
     if task.num_dropped:
         yield f"{task.num_dropped} prompts over data.max_prompt_tokens left out"
     count = config.evaluation.num_problems
@@ -131,6 +141,14 @@ def _file_traps(config: Config, data: FileData, inputs: Inputs, task: FileTask) 
             "held-out prompts have reference answers, but data.grader = 'none': accuracy is not "
             "measured. Set data.grader"
         )
+
+
+def _thinking_traps(data: FileData, template: str, task: FileTask) -> Iterator[str]:
+    name = f"data.enable_thinking = {str(data.enable_thinking).lower()}"
+    if all(isinstance(prompt.content, str) for prompt in task.pool):
+        yield f"{name} has no effect: no prompt is rendered with a chat template. Leave it out"
+    elif "enable_thinking" not in template:
+        yield f"{name} has no effect: the student's chat template does not read it. Leave it out"
 
 
 def _unmeasured(missing: int, held_out: Sequence[object]) -> str:
