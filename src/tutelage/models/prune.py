@@ -36,7 +36,7 @@ def prune_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
         )
     if not 1 <= num_layers <= len(layers):
         raise ModelError(
-            f"num_layers must be between 1 and {len(layers)}, got {num_layers}. "
+            f"student.num_layers must be between 1 and {len(layers)}, got {num_layers}. "
             "A model can only lose layers."
         )
     kept = _evenly_spaced(len(layers), num_layers)
