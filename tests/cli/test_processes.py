@@ -96,3 +96,12 @@ def test_training_without_the_report_extra_still_trains(
     outcome = succeed("train", LEDGER, *TINY, f"out={tmp_path / 'run'}", "num_steps=1")
     assert "no report: The report needs the package 'matplotlib'" in outcome.err
     assert (tmp_path / "run" / "student" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_libraries_of_adapters_and_8_bits_are_silent(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    settings = ("student.lora.rank=2", "optimizer.kind=adamw_8bit", f"out={tmp_path / 'run'}")
+    done = run("check", LEDGER, *settings)
+    assert (done.returncode, done.stderr) == (0, "")
