@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from tutelage.run.score import ScoreRequest, Scores
 
 _LESS_MEMORY = "Lower what is that large; `tutelage check` shows what memory goes to."
+_NO_DOCSTRINGS = (
+    "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
+    f"got optimisation {sys.flags.optimize}. Use -O at most."
+)
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
@@ -38,6 +42,9 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = _parse(argv)
+    if sys.flags.optimize > 1:
+        print(f"tutelage: {_NO_DOCSTRINGS}", file=sys.stderr)
+        return USER_ERROR
     _quiet_libraries()
     _speak_any_encoding()
     try:

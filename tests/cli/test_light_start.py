@@ -52,6 +52,14 @@ def test_mistakes_in_commands_keys_and_values(arguments: tuple[str, ...]) -> Non
     assert len(said) == 1
 
 
+def test_docstrings_that_transformers_needs_are_missed_in_one_line() -> None:
+    command = [sys.executable, "-OO", "-m", "tutelage", "check", LEDGER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "with -OO or PYTHONOPTIMIZE=2" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_public_names_are_there_when_asked_for() -> None:
     program = (
         "import sys, tutelage\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,21 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"seed differ \(seed was 1, is 2\)"):
         run(tmp_path, Model(), {"seed": 2})
     assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+def test_the_date_of_the_first_start_is_kept(tmp_path: Path) -> None:
+    with EvaluationFolder(tmp_path, {"seed": 1}) as first:
+        began = first.started
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"seed": 1, "started": "2001-02-03T04:05:06"}))
+    with EvaluationFolder(tmp_path, {"seed": 1}) as again:
+        assert again.started == datetime(2001, 2, 3, 4, 5, 6) != began
+    path.write_text(json.dumps({"seed": 1}))  # of an earlier version
+    with EvaluationFolder(tmp_path, {"seed": 1}) as earlier:
+        assert earlier.started is None
+    path.write_text(json.dumps({"seed": 1, "started": "soon"}))
+    with pytest.raises(RunError, match="must hold a date as 'started', got 'soon'"):
+        EvaluationFolder(tmp_path, {"seed": 1}).__enter__()
 
 
 def test_a_damaged_row_is_named(tmp_path: Path) -> None:

@@ -211,6 +211,19 @@ def test_adapters_that_lead_nowhere_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_base_on_the_hub_that_is_not_here_is_one_line(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tutelage.models.load.is_hub_reachable", lambda: False)
+    edit(adapter, base_model_name_or_path="nobody/no-such-base")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(
+            ModelError, match="from its base 'nobody/no-such-base': it is not in"
+        ) as caught:
+            load(str(adapter))
+        assert "\n" not in str(caught.value)
+
+
 def test_low_bits_and_an_adapter_are_refused(adapter: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be merged into 8bit weights"):
         load_model(str(adapter), quantization="8bit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -324,6 +325,24 @@ def test_a_thread_that_cannot_write_says_so_at_the_next_checkpoint(
     with pytest.raises(RunError, match=r"checkpoint-000001 cannot be written: .*No space left"):
         thread.save(2)
     assert list_checkpoints(tmp_path) == []
+    thread.close()
+
+
+def test_a_look_tells_of_a_failure_at_once_and_waits_for_nothing(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, thread = beside(tiny_models, tmp_path)
+    thread.look()  # nothing was written yet
+    go = threading.Event()
+    failed = raising(OSError(28, "No space left on device"))
+    monkeypatch.setattr(checkpoint, "seal", lambda *args: go.wait() and failed(*args))
+    thread.save(1)
+    thread.look()  # it is still being written
+    go.set()
+    concurrent.futures.wait([thread._writing])
+    with pytest.raises(RunError, match=r"checkpoint-000001 cannot be written: .*No space left"):
+        thread.look()
+    thread.look()  # told once
     thread.close()
 
 

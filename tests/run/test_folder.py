@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,6 +186,15 @@ def test_a_source_tree_without_an_installation_has_versions_all_the_same(
     versions = environment()["versions"]
     assert versions["tutelage"] == __version__
     assert versions["torch"] is None
+
+
+def test_the_environment_names_what_sums_are_rounded_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment()["hardware"]["variables"] == {}
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    found = environment()["hardware"]
+    assert found["variables"] == {"ONEDNN_MAX_CPU_ISA": "SSE41"}
+    assert found["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert found["torch_threads"] == torch.get_num_threads()
 
 
 def test_replacing_a_file_leaves_no_temporary_one(tmp_path: Path) -> None:

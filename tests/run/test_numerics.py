@@ -174,6 +174,18 @@ def test_another_default_device_is_refused() -> None:
         pass
 
 
+def test_settings_of_precision_that_contradict_one_another_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read() -> str:
+        raise RuntimeError("PyTorch is checking whether allow_tf32 is set. Mixed use of both APIs.")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", read)
+    with pytest.raises(RunError, match=r"precision of products cannot be read: .*Leave") as told:
+        plain_arithmetic().__enter__()
+    assert "\n" not in str(told.value)
+
+
 def test_what_an_earlier_accelerator_of_the_process_asked_for_is_refused(
     tmp_path: Path, tiny_models: Path
 ) -> None:

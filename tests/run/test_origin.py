@@ -21,6 +21,7 @@ from tutelage.models.load import load_tokenizer
 from tutelage.models.templates import printed_date
 from tutelage.models.tokenizers import decode, encode_prompt
 from tutelage.run.config import Config
+from tutelage.run.evaluation import SuiteRequest, evaluate_suite
 from tutelage.run.inspect import Inspection
 from tutelage.run.origin import at_the_date_of_the_run
 from tutelage.run.parse import changed_keys, current_table, fingerprint, parse_config, to_table
@@ -201,6 +202,30 @@ def test_a_continued_run_prints_the_date_it_began_at_and_thinks_as_it_did(own: P
         assert found
         for prompt in found:  # evaluated, held out for the token viewer, or trained on
             assert prompt.startswith("2001-02-03 False")
+
+
+class Asked(Exception):
+    """The prompt that an evaluation asks a model for."""
+
+
+def first_prompt(pair: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    def ask(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> None:
+        raise Asked(decode(tokenizer, encode_prompt(tokenizer, prompts[0])))
+
+    monkeypatch.setattr("tutelage.run.evaluation.sample", ask)
+    student, problems = str(pair / "student"), str(pair / "prompts.jsonl")
+    with pytest.raises(Asked) as asked:
+        evaluate_suite(SuiteRequest(student, problems, device="cpu", out=str(out)))
+    return str(asked.value)
+
+
+def test_a_continued_evaluation_prints_the_date_it_began_at(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not first_prompt(pair, tmp_path, monkeypatch).startswith("2001")
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "2001-02-03T04:05:06"}))
+    assert first_prompt(pair, tmp_path, monkeypatch).startswith("2001-02-03")
 
 
 def test_a_date_holds_inside_and_the_clock_after(pair: Path) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import NoneType
 from typing import IO, Any, TypeAlias
@@ -19,6 +20,8 @@ from tutelage.errors import RunError, explained_write, remedy
 Row: TypeAlias = dict[str, Any]
 SETTINGS, ROWS, SUMMARY, TABLE = "settings.json", "rows.jsonl", "summary.json", "summary.md"
 
+_STARTED = "started"
+"""Of the settings, what may differ: the date that templates print, of the first start."""
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "benchmark": str,
     "prompt_id": str,
@@ -38,6 +41,8 @@ class EvaluationFolder:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.settings = settings
+        self.started: datetime | None = datetime.now()
+        """When the evaluation began; None in a folder from before this was kept."""
         self._rows: dict[tuple[str, str], dict[int, Row]] = {}
         self._places: dict[tuple[str, str], int] = {}
         """Where in the file the first row of each problem starts."""
@@ -78,7 +83,8 @@ class EvaluationFolder:
     def _check_settings(self) -> None:
         path = self.path / SETTINGS
         if not path.exists():
-            write_text(path, json.dumps(self.settings, indent=2) + "\n")
+            head = {_STARTED: self.started and self.started.isoformat(timespec="seconds")}
+            write_text(path, json.dumps(head | self.settings, indent=2) + "\n")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -86,6 +92,7 @@ class EvaluationFolder:
             raise RunError(f"{path} is not JSON ({error}). Choose another --out.") from None
         if not isinstance(found, dict):
             raise RunError(f"{path} holds no settings, got {found!r:.40}. Choose another --out.")
+        self.started = _date(path, found.pop(_STARTED, None))
         wanted = json.loads(json.dumps(self.settings))
         differing = sorted(
             key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)
@@ -152,6 +159,15 @@ class EvaluationFolder:
         with explained_write(self.path, "What was saved before stays."):
             write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
             write_text(self.path / TABLE, table + "\n")
+
+
+def _date(path: Path, text: object) -> datetime | None:
+    try:
+        return None if text is None else datetime.fromisoformat(str(text))
+    except ValueError:
+        raise RunError(
+            f"{path} must hold a date as {_STARTED!r}, got {text!r:.40}. Choose another --out."
+        ) from None
 
 
 def _row(line: bytes) -> Row:

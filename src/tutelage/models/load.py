@@ -352,8 +352,11 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
             reason = "it is not in the cache on this machine, and the hub cannot be reached"
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other shapes than its config.json says"
+        base = "" if found.is_local or found.adapter is None else f" from its base {found.source!r}"
+        if base:
+            hint = "Download it, and give its folder as base_model_name_or_path of the adapter."
         raise ModelError(
-            f"cannot load the {part} {found.ref!r}: {reason.rstrip('.')}. {hint}"
+            f"cannot load the {part} {found.ref!r}{base}: {reason.rstrip('.')}. {hint}"
         ) from error
 
 

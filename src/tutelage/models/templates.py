@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ def printed_date(date: datetime | None) -> Iterator[None]:
         yield
     finally:
         _renderer.date = before
+
+
+def printed_date_of(evaluation: datetime | None) -> AbstractContextManager[None]:
+    """`printed_date` of when an evaluation began, unless the run whose model it is has a date."""
+    return printed_date(_renderer.date or evaluation)
 
 
 def render_chat(

@@ -158,6 +158,7 @@ def _mean(record: EvaluationRecord, benchmark: str) -> Interval | None:
 def _read(folder: Path, name: str) -> EvaluationRecord:
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        settings.pop("started", None)  # no setting: when it was begun
         lines = (folder / "rows.jsonl").read_bytes().split(b"\n")
         verdicts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
         for number, line in enumerate(lines[:-1], start=1):
@@ -166,7 +167,7 @@ def _read(folder: Path, name: str) -> EvaluationRecord:
                 verdicts[row.benchmark][row.prompt_id].append(row.is_correct)
         for benchmark in verdicts:
             _Benchmark.model_validate(settings["benchmarks"][benchmark])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, RunError):
             raise
         reason = " ".join(str(error).split())[:150]

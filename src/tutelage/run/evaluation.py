@@ -25,6 +25,7 @@ from tutelage.models.device import find_device
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.models.sampling import SamplingConfig, sample
+from tutelage.models.templates import printed_date_of
 from tutelage.models.tokenizers import encode_prompt, refuse_thinking
 from tutelage.run.config import Config
 from tutelage.run.folder import RunFolder, environment
@@ -135,7 +136,7 @@ def evaluate_suite(
             say(note)
     folder = Path(request.out) if request.out else _default_folder(request, plan)
     results = []
-    with EvaluationFolder(folder, plan.settings) as saved:
+    with EvaluationFolder(folder, plan.settings) as saved, printed_date_of(saved.started):
         for benchmark in plan.benchmarks:
             k = plan.sampling.num_samples
             chunk_size = max(1, _CHUNKS_OF_BATCHES * request.batch_size // k)

@@ -44,6 +44,14 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
 """What a continued run reads of its logs."""
 
 
+_CPU = (
+    "ATEN_CPU_CAPABILITY",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+)
+"""Variables that choose the instructions of the CPU, as another CPU would."""
 _CONTENTS = {
     "student": "the trained model",
     "metrics.jsonl": "every step",
@@ -229,6 +237,9 @@ def environment() -> dict[str, Any]:
             "machine": platform.machine(),
             "cpu_count": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
+            # what sums are rounded by, besides the number of threads
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "variables": {name: os.environ[name] for name in _CPU if name in os.environ},
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "platform": sys.platform,
