@@ -224,6 +224,21 @@ def test_different_stop_tokens_trade_places_or_are_refused(make_tokenizer: Any) 
         stop_swap(student, teacher, "refuse")
 
 
+@pytest.mark.parametrize("policy", ["map", "refuse"])
+@pytest.mark.parametrize("without", ["student", "teacher"])
+def test_a_side_without_a_stop_token_is_told_which_one_to_set(
+    make_tokenizer: Any, without: str, policy: str
+) -> None:
+    sides = {"student": make_tokenizer(), "teacher": make_tokenizer()}
+    sides[without].eos_token = None
+    with pytest.raises(ModelError) as told:
+        stop_swap(sides["student"], sides["teacher"], policy)
+    text = str(told.value)
+    assert text.startswith(f"the {without}'s tokenizer names no end-of-sequence token")
+    assert f'Set eos_token in the {without}\'s tokenizer_config.json, to "<eos>"' in text
+    assert "stop_token" not in text  # which is the default, and mends nothing here
+
+
 def test_tools_are_rendered_by_the_template_or_refused(make_tokenizer: Any) -> None:
     text = "{% for t in tools or [] %}<|start|>{{ t['name'] }}<|end|>{% endfor %}"
     chat = "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -20,7 +20,9 @@ from tutelage.models.draw import SamplingConfig
 from tutelage.models.engine import TransformersSampler
 from tutelage.models.jobs import Drawn
 from tutelage.models.load import load_model
+from tutelage.models.reference import ResolvedModel
 from tutelage.run import setup, validate
+from tutelage.run.measure import measure
 from tutelage.run.score import ScoreRequest, score
 from tutelage.run.train import train
 
@@ -152,6 +154,35 @@ def test_settings_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_config(tiny_models, tmp_path, engine=engine, sampling=sampling)
+
+
+def test_the_teacher_gives_back_what_its_evaluation_drew_with(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        tiny_models,
+        tmp_path / "run",
+        evaluation={"num_problems": 1, "num_samples": 1, "teacher": True},
+    )
+    parts = setup.build(config)
+    forgotten: list[Any] = []
+    monkeypatch.setattr("tutelage.models.engine.forget", forgotten.append)
+    measure(config, parts, 0)
+    assert [model is parts.teacher.model for model in forgotten] == [True]
+
+
+def test_an_adapter_that_changed_under_a_run_is_not_read_again(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+        (folder / "weights").write_text("before")
+    found = ResolvedModel("adapter", str(base), adapter=str(adapter))
+    before = setup._versions(found)
+    assert len(before) == 2
+    (adapter / "weights").write_text("after it")
+    assert setup._versions(found) != before
+    on_hub = ResolvedModel("adapter", "hub/base", is_local=False, adapter=str(adapter))
+    assert list(setup._versions(on_hub)) == [adapter / "weights"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
