@@ -376,6 +376,19 @@ def test_settings_are_those_of_the_library_s_own_reader(order: str, tmp_path: Pa
     assert [t.data.tolist() for t in ours.tensors] == [t.data.tolist() for t in own.tensors]
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "BF16", "F16"])
+def test_weights_are_unpacked_as_by_the_library(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    weights = torch.randn(3, 37, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    packed = gguf.quantize(weights, gguf.GGMLQuantizationType[kind])
+    expected = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    monkeypatch.setattr("tutelage.models.gguf_files._PIECE_BYTES", 300)
+    with parsed_once():
+        found = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert found.tobytes() == expected.tobytes()
+
+
 def test_a_model_whose_weights_are_read_draws_none(gguf_file: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf_file)
     before = torch.get_rng_state()

@@ -2,8 +2,8 @@
 
 transformers parses a file anew for its configuration, its tokenizer and its weights, and lists the
 names of all tensors for each module of the model; both take seconds. Inside of `parsed_once` its
-calls into the package `gguf` share one result, and texts are decoded as a whole and not byte by
-byte.
+calls into the package `gguf` share one result, texts are decoded as a whole and not byte by byte,
+and weights are unpacked in pieces that fit a cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
+_PIECE_BYTES = 1 << 16
+"""Packed bytes that are unpacked at once."""
+
 
 @contextmanager
 def parsed_once() -> Iterator[None]:
@@ -25,11 +28,13 @@ def parsed_once() -> Iterator[None]:
         yield
         return
     import gguf
+    from gguf import quants
     from transformers import modeling_gguf_pytorch_utils as reading
 
     quick: dict[tuple[Any, str], Any] = {
         (gguf, "GGUFReader"): lambda own: _read,
         (gguf, "get_tensor_name_map"): _names,
+        (quants, "_apply_over_grouped_rows"): lambda own: _piecewise,
         (reading, "_gguf_parse_value"): _with_quick_texts,
     }
     before = {place: getattr(*place) for place in quick if hasattr(*place)}
@@ -54,6 +59,18 @@ def _with_quick_texts(parse: Any) -> Any:
         return str(part, "utf-8") if isinstance(part, memoryview) else parse(part, types)
 
     return value
+
+
+def _piecewise(func: Any, arr: Any, otype: Any, oshape: tuple[int, ...]) -> Any:
+    """Rows of blocks unpacked piece by piece into one array; every block stands for itself."""
+    import numpy
+
+    rows = arr.reshape(-1, arr.shape[-1])
+    out = numpy.empty(oshape, otype).reshape(len(rows), -1)
+    size = max(1, _PIECE_BYTES // max(1, rows.shape[1]))
+    for start in range(0, len(rows), size):
+        out[start : start + size] = func(rows[start : start + size])
+    return out.reshape(oshape)
 
 
 def _read(path: str | Path) -> Any:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tutelage.data.batch import collate, pack
 from tutelage.data.types import Prompt, Rollout
@@ -53,8 +54,9 @@ def try_model(
     lengths = [min(length, limit or length) for length in _LENGTHS]
     with foreign(f"of the {who} cannot be run", model), torch.no_grad():
         sequences = [trial_ids(model, length, i) for i, length in enumerate(lengths)]
-        _check_head(model, who, vocab_size, sequences[0])
-        _check_neighbours(model, who, sequences, is_packed)
+        alone = [read_alone(model, ids) for ids in sequences]
+        _check_head(model, who, vocab_size, sequences[0], alone[0])
+        _check_neighbours(model, who, sequences, alone, is_packed)
         rows = rows_for(model, 0) if decodes and not is_fast_family(model) else None
     notes = [rows.note] if rows is not None and rows.note else []
     if model.config._attn_implementation == "eager":
@@ -62,10 +64,12 @@ def try_model(
     return [f"the {who}, a {type(model).__name__}, {note}" for note in notes]
 
 
-def _check_head(model: PreTrainedModel, who: str, vocab_size: int, ids: tuple[int, ...]) -> None:
+def _check_head(
+    model: PreTrainedModel, who: str, vocab_size: int, ids: tuple[int, ...], states: Tensor
+) -> None:
     row = torch.tensor([ids], device=model.device)
     theirs = model(input_ids=row, use_cache=False).logits[0, :, :vocab_size]
-    ours = head(model, read_alone(model, ids), vocab_size).block(0, len(ids))
+    ours = head(model, states, vocab_size).block(0, len(ids))
     theirs = theirs.to(ours)
     if bool((theirs.isnan() | (theirs == math.inf)).any()):  # a bias may rule an id out: -inf
         raise ModelError(
@@ -84,11 +88,15 @@ def _check_head(model: PreTrainedModel, who: str, vocab_size: int, ids: tuple[in
 
 
 def _check_neighbours(
-    model: PreTrainedModel, who: str, sequences: list[tuple[int, ...]], is_packed: bool
+    model: PreTrainedModel,
+    who: str,
+    sequences: list[tuple[int, ...]],
+    states: list[Tensor],
+    is_packed: bool,
 ) -> None:
     prompt = Prompt("trial", "")
     rollouts = [Rollout(prompt, 0, ids[:1], ids[1:]) for ids in sequences]
-    alone = torch.cat([read_alone(model, ids)[:-1] for ids in sequences])
+    alone = torch.cat([rows[:-1] for rows in states])
     gap = relative_gap(hidden_rows(model, collate(rollouts, 0).to(model.device)), alone)
     if not gap <= rounding(model):
         raise ModelError(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from tutelage.models.teacher import Teacher
 
-_PROBE_TOKENS = 64
-"""Length of a forward pass that is measured, beside one of half the length."""
+_PROBE_TOKENS, _CACHE_PROBE_TOKENS = 64, 8
+"""Length of a forward pass that is measured, beside one of half the length; caches grow evenly."""
 STATE_BYTES = {
     "adamw": 8.0,
     "adamw_on_disk": 8.0,
@@ -237,7 +237,7 @@ def _learn(config: Config, parts: Parts, sizes: Sizes) -> dict[str, int]:
 
 def _saved_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes that autograd keeps for each token of a forward pass."""
-    return _bytes_per_token(model, _saved_bytes)
+    return _bytes_per_token(model, _saved_bytes, _PROBE_TOKENS)
 
 
 def _saved_bytes(model: PreTrainedModel, num_tokens: int) -> int:
@@ -260,12 +260,14 @@ def _saved_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
 def _cache_bytes(model: PreTrainedModel) -> int:
     """Bytes that a cache keeps of one token."""
-    return _bytes_per_token(model, _kept_bytes)
+    return _bytes_per_token(model, _kept_bytes, _CACHE_PROBE_TOKENS)
 
 
-def _bytes_per_token(model: PreTrainedModel, measure: Callable[[PreTrainedModel, int], int]) -> int:
-    """What one more token costs, from two short forward passes."""
-    most = min(_PROBE_TOKENS, context_limit(model) or _PROBE_TOKENS)
+def _bytes_per_token(
+    model: PreTrainedModel, measure: Callable[[PreTrainedModel, int], int], length: int
+) -> int:
+    """What one more token costs, from two forward passes over `length` tokens and half of them."""
+    most = min(length, context_limit(model) or length)
     less = max(1, most // 2)
     with foreign("cannot be run to measure its memory", model):
         return max(0, measure(model, most) - measure(model, less)) // max(1, most - less)
