@@ -215,29 +215,6 @@ def learn_profile() -> dict[str, Any]:
     }
 
 
-def learn_fused() -> dict[str, Any]:
-    """The same with Liger's norms and gated units in the student."""
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    from tutelage.run import train
-
-    module: Any = train
-    plain = module.build
-
-    def build(*arguments: Any) -> Any:
-        parts = plain(*arguments)
-        _apply_liger_kernel_to_instance(
-            parts.student.model,
-            rope=False,
-            cross_entropy=False,
-            fused_linear_cross_entropy=False,
-        )
-        return parts
-
-    module.build = build
-    return learn_profile()
-
-
 def _trl(student: str, teacher: str) -> dict[str, Any]:
     """TRL's trainer: float32 student under bf16 autocast, bf16 teacher, checkpointing."""
     from datasets import Dataset
@@ -426,7 +403,6 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "step_trl": step_trl,
     "first_step": first_step,
     "learn_profile": learn_profile,
-    "learn_fused": learn_fused,
     "step_ours_soft_or": step_ours_soft_or,
     "step_ours_small": step_ours_small,
     "step_trl_small": step_trl_small,
