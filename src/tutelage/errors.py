@@ -59,9 +59,8 @@ def is_full(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, or torch on a CPU or an accelerator, could not get memory."""
     text = str(error)
-    is_torch = isinstance(error, RuntimeError) and (
-        "allocate memory" in text or "of memory" in text
-    )
+    words = ("out of memory", "allocate memory", "not enough memory")
+    is_torch = isinstance(error, RuntimeError) and any(word in text for word in words)
     return isinstance(error, MemoryError) or is_torch
 
 

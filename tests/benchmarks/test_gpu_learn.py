@@ -13,6 +13,8 @@ import gpu
 import gpu_card
 import gpu_learn
 import gpu_models
+import gpu_step
+from tutelage.run.parse import parse_config
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +43,16 @@ def test_padded_and_packed_rows_are_learned_from_alike() -> None:
 def test_layers_are_compared_over_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     plain: Any = gpu_learn._arm
 
-    def on_a_cpu(folder: Any, rollouts: Any, student: Any, **changes: Any) -> Any:
+    layers = []
+
+    def on_a_cpu(folder: Any, rollouts: Any, student: Any = None, **changes: Any) -> Any:
+        asked = parse_config(gpu_step.configuration(folder, student=student or {}, **changes))
+        layers.append((asked.student.layers, asked.micro_batches))
         return plain(folder, rollouts, **changes)  # Liger's run on CUDA only
 
     monkeypatch.setattr(gpu_learn, "_arm", on_a_cpu)
     found = gpu_learn.learn_layers()
+    assert layers == [("transformers", "padded"), ("liger", "padded"), ("liger", "packed")]
     assert json.loads(json.dumps(found)) == found
     assert found["tokens"] == found["liger, packed"]["tokens_with_padding"] == 6 * 9
     rates = [found[way]["tflop_s"] for way in ("transformers", "liger", "liger, packed")]

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.errors import TutelageError
+from tutelage.errors import TutelageError, is_out_of_memory
 from tutelage.models import templates
 from tutelage.run import check
 from tutelage.run.parse import load_config
@@ -462,3 +462,11 @@ def test_scores_need_a_folder_before_anything_is_scored(tmp_path: Path) -> None:
 
 def test_an_unknown_rule_to_score_is_refused_with_a_suggestion() -> None:
     refused("score", LEDGER, "--rules", "sof_or")("'sof_or'", "'soft_or'?")
+
+
+def test_a_word_about_memory_is_not_all_that_says_it_is_full() -> None:
+    assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_out_of_memory(RuntimeError("not enough memory: you tried to allocate 9 bytes"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("inputs need the same kind of memory format"))
+    assert not is_out_of_memory(ValueError("out of memory"))

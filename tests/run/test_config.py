@@ -18,6 +18,7 @@ from tutelage.run.parse import (
     fingerprint,
     load_config,
     parse_config,
+    parse_saved_config,
     to_table,
 )
 
@@ -62,6 +63,8 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("objective.reverse_weight=1e10", "objective.reverse_weight must be 0 or have a size from"),
         ("sampling.temperature=1e-31", "sampling.temperature must be 0 or have a size from 1e-30"),
         ("seed=9223372036854775808", "seed must be a number of 64 bits, got 9223372036854775808."),
+        (f"seed={'9' * 400}", "seed must be a number of 64 bits, got 1329 bits."),
+        ("quadrant_thresholds=[true, 0.5]", "quadrant_thresholds must be a number, got true."),
         ("num_threads=1025", "num_threads must be from 0 to 1024, got 1025. 0 is torch's own."),
         ("student.lora={alpha=1e6}", "student.lora.alpha must be above 0, at most 65536, got 1000"),
         ("optimizer.schedule=step", "optimizer.schedule: input should be 'constant', 'linear'"),
@@ -230,3 +233,11 @@ def test_changed_keys_are_dotted_and_include_those_of_another_kind() -> None:
         "selection.rule",
         "selection.scope",
     ]
+
+
+def test_a_saved_number_of_any_size_is_still_read() -> None:
+    table = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"kind": "ledger"}}
+    table["optimizer"] = {"max_grad_norm": 1e10}
+    with pytest.raises(ConfigError, match="max_grad_norm must be 0 or have a size"):
+        parse_config(table)
+    assert parse_saved_config(table).optimizer.max_grad_norm == 1e10

@@ -58,6 +58,13 @@ def test_every_recipe_takes_a_step(name: str) -> None:
     assert not [line for line in is_scaled if line.split()[1].startswith(kept)]
 
 
+def test_layers_that_run_on_cuda_alone_are_tried_as_transformers_own() -> None:
+    config = load_config(CONFIGS / "ledger.toml", ["student.layers=liger", "device=cpu"])
+    lines = list(dry_run(config))
+    assert lines[-1].startswith("continued from the checkpoint of step 1")
+    assert any(line.startswith("scaled: student.layers ") for line in lines)
+
+
 def test_the_papers_settings() -> None:
     """What the methods' notes say, read from the files and not from what made them."""
     tip = {name: tomllib.loads((CONFIGS / f"tip_{name}.toml").read_text()) for name in

@@ -48,6 +48,7 @@ def use_liger_layers(model: PreTrainedModel, who: str, num_tokens: int = _TRIAL_
     if not is_llama_like(model) or model.config.to_dict().get("hidden_act") != "silu":
         raise ConfigError(
             "student.layers = 'liger' computes Llama, Mistral, Qwen2 and Qwen3 models with silu, "
+            "rotary positions that do not depend on length, one dtype and no hooks, "
             f"got the {who}, a {type(model).__name__}. {_HINT}"
         )
     before = _of_first_layer(model, num_tokens)

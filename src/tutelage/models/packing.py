@@ -61,7 +61,8 @@ def require_packed(model: PreTrainedModel, who: str, device: torch.device) -> No
     """
     if not use_own_attention(model):
         raise ConfigError(
-            f'micro_batches = "packed" reads Llama, Mistral, Qwen2 and Qwen3 models, got the '
+            'micro_batches = "packed" reads Llama, Mistral, Qwen2 and Qwen3 models with rotary '
+            "positions that do not depend on length, in one dtype and without hooks, got the "
             f"{who}, a {type(model).__name__}. {_HINT}"
         )
     if device.type == "cuda" and not _has_kernel():

@@ -132,8 +132,9 @@ def _scaled(config: Config, folder: Path) -> Config:
     student = replace(config.student, model=str(folder / "student"))
     if student.num_layers is not None:
         student = replace(student, num_layers=1)
-    if student.quantization == "4bit" and pick_device(config.device).type == "cpu":
-        student = replace(student, quantization="none")
+    if pick_device(config.device).type == "cpu":  # which has no kernels for them
+        low = student.quantization if student.quantization != "4bit" else "none"
+        student = replace(student, quantization=low, layers="transformers")
     path = folder / "prompts.jsonl"
     data = config.data
     if not isinstance(data, FileData):

@@ -227,10 +227,12 @@ def _is_at_most(line: str, step: int) -> bool:
 def environment() -> dict[str, Any]:
     """Versions, hardware and commit, for the manifest."""
     names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
+    optional = ("triton", "liger-kernel", "peft", "bitsandbytes", "vllm")
     return {
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in names},
+            **{name: version for name in optional if (version := _version(name))},
             "tutelage": __version__,
         },
         "hardware": {

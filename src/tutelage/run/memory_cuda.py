@@ -246,7 +246,7 @@ class _Plan:
         config, each = self.config, self.config.evaluation
         rows = min(config.sampling_batch_size, each.num_problems * each.num_samples)
         draws = self._draws(self.teacher, rows, each.num_samples)
-        rest = self.rest | {"masters": self.rest["masters"], "optimizer": 0}
+        rest = self.rest | {"optimizer": 0}
         mine = {"KV cache": rest["KV cache"] + draws.cache}
         mine |= {"decoding step": rest["decoding step"] + draws.step, "prefill": draws.prefill}
         return Phase("evaluate", rest | mine | {"teacher": stored_bytes(self.teacher)})

@@ -75,6 +75,12 @@ def parse_config(table: dict[str, Any]) -> Config:
     Raises:
         ConfigError: a key is unknown or missing, or a value does not fit; the first such.
     """
+    config = _read(table)
+    _require_usable_numbers(config)
+    return config
+
+
+def _read(table: dict[str, Any]) -> Config:
     if isinstance(objective := table.get("objective"), dict):
         table = {**table, "objective": {"kind": "kl", **objective}}
     try:
@@ -82,7 +88,6 @@ def parse_config(table: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error, table)) from None
     _refuse_truth_values(config, table)
-    _require_usable_numbers(config)
     return config
 
 
@@ -95,7 +100,7 @@ def parse_saved_config(table: dict[str, Any]) -> Config:
     optimizer = table.get("optimizer")
     if isinstance(optimizer, dict) and optimizer.get("weight_decay"):
         table = {**table, "optimizer": {"decay_all": True, **optimizer}}
-    return parse_config(table)
+    return _read(table)  # with numbers of any size: what it did, it did
 
 
 def current_table(saved: Any) -> Any:
@@ -110,8 +115,13 @@ def _refuse_truth_values(config: Config, table: dict[str, Any]) -> None:
     # pydantic takes true for the number 1
     found = flat_values(to_table(config))
     for key, value in _flat(table):
-        if isinstance(value, bool) and type(found.get(key)) in (int, float):
-            raise ConfigError(f"{key} must be a number, got {str(value).lower()}. Write a number.")
+        read = found.get(key)
+        pairs = zip(value, read, strict=True) if isinstance(read, list) else [(value, read)]
+        for given, number in pairs:
+            if isinstance(given, bool) and type(number) in (int, float):
+                raise ConfigError(
+                    f"{key} must be a number, got {str(given).lower()}. Write a number."
+                )
 
 
 def _require_usable_numbers(config: Config) -> None:
@@ -119,6 +129,9 @@ def _require_usable_numbers(config: Config) -> None:
     for key, value in _flat(to_table(config)):
         for number in value if isinstance(value, list) else [value]:
             size = abs(number) if isinstance(number, int | float) else 0
+            if isinstance(size, int) and size >= 1 << 63:
+                got = number if size < 1 << 128 else f"{size.bit_length()} bits"
+                raise ConfigError(f"{key} must be a number of 64 bits, got {got}. Change it.")
             if not math.isfinite(size):
                 raise ConfigError(f"{key} must be finite, got {number}. Change it.")
             if isinstance(number, float) and not (_SMALLEST <= size <= _LARGEST or size == 0):
@@ -126,8 +139,6 @@ def _require_usable_numbers(config: Config) -> None:
                     f"{key} must be 0 or have a size from {_SMALLEST:g} to {_LARGEST:g}, got "
                     f"{number}. Change it."
                 )
-            if size >= 1 << 63:
-                raise ConfigError(f"{key} must be a number of 64 bits, got {number}. Change it.")
 
 
 def to_table(config: Config) -> dict[str, Any]:

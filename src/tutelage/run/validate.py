@@ -13,7 +13,7 @@ from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
 from tutelage.models.settings import LARGEST_COUNT
 from tutelage.run.config import Config, FileData, TransformersEngine, VLLMEngine
 from tutelage.run.folder import RunFolder
-from tutelage.run.inputs import Inputs, load_inputs
+from tutelage.run.inputs import Inputs, load_inputs, pick_device
 from tutelage.run.method import PacedWeighting, RewardWeighting
 from tutelage.run.origin import refuse_another_run, refuse_other_inputs
 from tutelage.run.trackers import require_trackers
@@ -42,6 +42,7 @@ def validate(
     _refuse_processes(config, num_processes)
     _refuse_too_many_completions(config)
     require_trackers(config)
+    _refuse_layers(config)
     _require_packages(config)
     earlier = RunFolder(folder, is_writer=False).read_manifest()
     refuse_another_run(config, folder, earlier, allow_change)
@@ -49,7 +50,6 @@ def validate(
     inputs = load_inputs(config)
     refuse_other_inputs(config, inputs, earlier, allow_change)
     _refuse_optimizer(config, inputs)
-    _refuse_layers(config, inputs)
     _refuse_ungraded(config, inputs)
     _refuse_nothing_held_out(config, inputs)
     prompts = inputs.measure_prompts(config)
@@ -121,10 +121,10 @@ def _refuse_optimizer(config: Config, inputs: Inputs) -> None:
         )
 
 
-def _refuse_layers(config: Config, inputs: Inputs) -> None:
-    if config.student.layers == "liger" and inputs.device.type != "cuda":
+def _refuse_layers(config: Config) -> None:
+    if config.student.layers == "liger" and (kind := pick_device(config.device).type) != "cuda":
         raise ConfigError(
-            f"student.layers 'liger' runs on CUDA, got a run on {inputs.device.type}. "
+            f"student.layers 'liger' runs on CUDA, got a run on {kind}. "
             'Use student.layers = "transformers".'
         )
 

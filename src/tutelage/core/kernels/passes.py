@@ -295,8 +295,7 @@ class Passes:
             self._launch_gradient(chunk, slopes, 0, len(chunk), wide)
         if slopes.replaced is not None:
             wide.scatter_(-1, slopes.replaced[0], slopes.replaced[1].float())
-        if slopes.added is not None:
-            wide.scatter_add_(-1, slopes.added[0], slopes.added[1].float())
+        wide.scatter_add_(-1, slopes.added[0], slopes.added[1].float())
         if self._is_narrow:
             for first, last in self._spans(len(chunk)):
                 found[first:last].copy_(wide[first:last])
