@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.columns import LAST_ANSWER, notes_of
+from tutelage.data.columns import CHAT_AS_TEXT, LAST_ANSWER, notes_of
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
@@ -64,7 +64,8 @@ def test_what_is_not_text_is_refused_in_one_line(tmp_path: Path, record: dict[st
 
 
 def test_empty_media_columns_are_no_media(tmp_path: Path) -> None:
-    assert load(tmp_path, {"prompt": "hi", "images": [], "image": None})[0].notes == ()
+    none = {"images": [], "image": None, "video": False, "audios": 0, "Picture": ""}
+    assert load(tmp_path, {"prompt": "hi", **none})[0].notes == ()
 
 
 def test_text_parts_are_joined(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_an_answer_at_the_end_has_many_names(tmp_path: Path, role: str) -> None:
     assert found[0].notes
 
 
-@pytest.mark.parametrize("column", ["image_url", "image_path", "videos", "multi_modal_data"])
+@pytest.mark.parametrize("column", ["image_url", "Image", "VIDEOS", "multi_modal_data"])
 def test_media_have_many_names(tmp_path: Path, column: str) -> None:
     with pytest.raises(DataError, match=f"'{column}' is not text"):
         load(tmp_path, {"prompt": "2+2?", column: "a.png"})
@@ -128,5 +129,12 @@ def test_other_columns_that_belong_to_a_prompt_are_said(tmp_path: Path, column: 
 
 def test_a_conversation_as_json_text_is_a_conversation(tmp_path: Path) -> None:
     turns = [USER, {"role": "assistant", "content": "four"}]
-    found = load(tmp_path, {"prompt": json.dumps(turns)}, {"prompt": "[1, 2] is a list"})
-    assert [prompt.content for prompt in found] == [(USER,), "[1, 2] is a list"]
+    records = {"prompt": json.dumps(turns)}, {"prompt": "[1, 2] is a list"}
+    found = load(tmp_path, *records, chat=True)
+    assert [prompt.content for prompt in found] == [
+        (USER,),
+        ({"role": "user", "content": "[1, 2] is a list"},),
+    ]
+    texts = load(tmp_path, *records, chat=False)
+    assert [prompt.content for prompt in texts] == [record["prompt"] for record in records]
+    assert [prompt.notes for prompt in texts] == [(CHAT_AS_TEXT,), ()]

@@ -266,6 +266,34 @@ def test_a_turn_that_the_template_leaves_out_is_refused(make_tokenizer: Any, los
     assert encode_prompt(tokenizer, Prompt("p", turns[1:]))
 
 
+@pytest.mark.parametrize(
+    ("template", "role", "content"),
+    [
+        ("{{ '' if '/no_think' in m['content'] else 'think' }}", "system", "/no_think"),
+        ("{{ m['content'] | replace('/no_think', '') }}", "user", "2+2? /no_think now"),
+        ("{{ m['content'] | tojson }}", "user", 'say "hi"'),
+        ("{{ m['content'] | upper }}", "user", "word"),
+        ("{{ raise_exception('?') if m['content'] != 'on' }}", "system", "on"),
+    ],
+)
+def test_a_turn_that_the_template_writes_in_another_way_is_read(
+    make_tokenizer: Any, template: str, role: str, content: str
+) -> None:
+    tokenizer = make_tokenizer(
+        chat_template="{% for m in messages %}{% if loop.first %}" + template + "{% else %}"
+        "{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    turns = ({"role": role, "content": content}, {"role": "user", "content": "hi"})
+    assert encode_prompt(tokenizer, Prompt("p", turns))
+
+
+def test_a_lost_turn_whose_words_stand_elsewhere_is_refused(make_tokenizer: Any) -> None:
+    known = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    turns = ({"role": "system", "content": "hi"}, {"role": "user", "content": "hi there"})
+    with pytest.raises(DataError, match="role 'system', which the chat template"):
+        encode_prompt(make_tokenizer(chat_template=known), Prompt("p", turns))
+
+
 def test_settings_of_a_tokenizer_s_files_cut_pad_and_split_nothing(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
     prompts = [Prompt("p", "some words"), chat("some words")]

@@ -12,7 +12,8 @@ from tutelage.data.types import Prompt
 from tutelage.errors import DataError
 
 _MEDIA = re.compile(
-    r"(?:image|video|audio|picture)s?(?:_(?:url|path|file|bytes)s?)?|pixel_values|multi_?modal_data"
+    r"(?:image|video|audio|picture)s?(?:_(?:url|path|file|bytes)s?)?|pixel_values|multi_?modal_data",
+    re.IGNORECASE,
 )
 _UNREAD = (
     *("system", "system_prompt", "context", "input", "instruction", "documents", "history"),
@@ -21,14 +22,18 @@ _UNREAD = (
 )
 """Columns that other programs make part of the prompt."""
 LAST_ANSWER = "the assistant's turn at the end of the conversation is left out"
+CHAT_AS_TEXT = (
+    "a conversation written as JSON text is taken as it stands, without the chat template"
+)
 
 
 def refuse_media(record: dict[str, Any], where: str) -> None:
-    """Raise DataError for a record with pictures, sound or film."""
+    """Raise DataError for a record with pictures, sound or film.
+
+    Nothing, a flag that is off and a count of 0 say that it has none.
+    """
     for key, value in record.items():
-        if not _MEDIA.fullmatch(str(key)) or value is None:
-            continue
-        if not (isinstance(value, list | str | bytes) and len(value) == 0):
+        if value and _MEDIA.fullmatch(str(key)):
             raise DataError(
                 f"{where}: {key!r} is not text, got {type(value).__name__}, and only text is read. "
                 "Remove the record, or the column if its prompts do without."

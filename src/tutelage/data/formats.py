@@ -16,7 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tutelage.data.columns import LAST_ANSWER, refuse_media, text_of_parts, tools_of, unread
+from tutelage.data.columns import (
+    CHAT_AS_TEXT,
+    LAST_ANSWER,
+    refuse_media,
+    text_of_parts,
+    tools_of,
+    unread,
+)
 from tutelage.data.grading_text import last_box
 from tutelage.data.hub import is_hub_reachable
 from tutelage.data.types import Message, Prompt
@@ -36,7 +43,8 @@ class PromptFormat:
     answer_column: str = "answer"
     """Key of the reference answer, which a record may lack; see `to_prompt` for where else."""
     chat: bool = False
-    """Wrap plain text as one user message, for the tokenizer's chat template."""
+    """Wrap plain text as one user message, for the tokenizer's chat template; read JSON text of
+    messages as a conversation."""
     suffix: str | None = None
     """Text added to every prompt (to the last message of a chat), such as an instruction; None
     adds what a named set asks for, and nothing to other sources."""
@@ -195,7 +203,11 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
     column = _content_column(record, where, prompt_format)
     refuse_media(record, where)
     prompt_id = record.get("id")
-    given, notes = _without_last_answer(_conversation(record[column]), f"{where}: {column!r}")
+    turns = _conversation(record[column])
+    given = record[column] if turns is None or not prompt_format.chat else turns
+    given, notes = _without_last_answer(given, f"{where}: {column!r}")
+    if isinstance(given, str) and turns is not None:
+        notes = (CHAT_AS_TEXT,)
     content = _content(given, f"{where}: {column!r}", prompt_format)
     tools = tools_of(record, where)
     if tools and isinstance(content, str):
@@ -212,18 +224,18 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
     )
 
 
-def _conversation(value: Any) -> Any:
-    """A conversation that tables without lists hold as JSON text; everything else as it is."""
+def _conversation(value: Any) -> list[dict[str, Any]] | None:
+    """A conversation that tables without lists hold as JSON text; None for everything else."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
+        return None
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
-        return value
+        return None
     is_chat = isinstance(found, list) and all(
         isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in found
     )
-    return found if is_chat and found else value
+    return found if is_chat and found else None
 
 
 def _without_last_answer(value: Any, where: str) -> tuple[Any, tuple[str, ...]]:

@@ -28,6 +28,9 @@ _SIZES = {"vocab_size", "hidden_size", "intermediate_size", "head_dim"}
 _SIZES |= {"num_attention_heads", "num_key_value_heads"}
 _COUNTS = {"num_experts", "num_local_experts", "n_routed_experts"}
 """Sizes that may be 0."""
+_CONSTANTS = {"masked_bias", "causal_mask", "inv_freq", "original_inv_freq", "position_ids"}
+_CONSTANTS |= {"embed_positions", "cos_cached", "sin_cached"}
+"""Buffers that older versions of transformers saved among the weights."""
 _GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _TEXT, _ARRAY = 8, 9
 _LONGEST_KEY = 1 << 16
@@ -108,7 +111,7 @@ def refuse_large_sizes(found: ResolvedModel) -> None:
     """
     if not found.is_local or found.gguf_file is not None:
         return
-    shapes = list(_shapes(Path(found.source)))
+    shapes = [shape for _, shape in _shapes(Path(found.source))]
     largest = max((size for shape in shapes for size in shape), default=0)
     largest = max(largest, len(shapes))
     try:
@@ -126,11 +129,11 @@ def refuse_large_sizes(found: ResolvedModel) -> None:
                 )
 
 
-def _shapes(folder: Path) -> Iterator[list[int]]:
+def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
     for path in filter(Path.is_file, sorted(folder.glob("*.safetensors"))):
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 -- not a dictionary
-                yield weights.get_slice(name).get_shape()
+                yield name, weights.get_slice(name).get_shape()
 
 
 def _config_claims(found: ResolvedModel) -> tuple[int, list[int]]:
@@ -240,7 +243,8 @@ def refuse_unread_weights(
     A config.json of another model, scales of quantised weights without their settings, a bias that
     the architecture lacks, or an adapter saved among the weights: transformers reads what it knows
     and goes on, with other numbers. What belongs to no layer (heads for a reward or for several
-    tokens, towers for pictures) changes nothing of what the model says.
+    tokens, towers for pictures) changes nothing of what the model says, nor do masks and tables of
+    positions that older versions saved (GPT-2, GPT-J, GPT-Neo, CodeGen).
 
     Args:
         found: the model, for the message.
@@ -252,6 +256,8 @@ def refuse_unread_weights(
     """
     modules = dict(model.named_modules())
     unread = sorted(name for name in names if _is_of_a_layer(name, modules, model))
+    shapes = dict(_shapes(Path(found.source))) if unread and found.is_local else {}
+    unread = [name for name in unread if not _is_constant(name, shapes.get(name))]
     if unread:
         raise ModelError(
             f"model {found.ref!r} has {len(unread)} weights that {type(model).__name__} does not "
@@ -268,3 +274,12 @@ def _is_of_a_layer(name: str, modules: Mapping[str, nn.Module], model: PreTraine
         return not vars(model.config.get_text_config()).get("num_nextn_predict_layers")
     is_part = any(part.isdigit() for part in place.split("."))
     return is_part or (bool(place) and not any(modules[place].children()))
+
+
+def _is_constant(name: str, shape: list[int] | None) -> bool:
+    """Whether numbers follow from a model's settings; the shape is not known of a hub id."""
+    parts = name.split(".")
+    if parts[-1] in _CONSTANTS:
+        return True
+    is_mask = shape is None or (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
+    return is_mask and parts[-2:] in (["attn", "bias"], ["attention", "bias"])

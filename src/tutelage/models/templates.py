@@ -26,6 +26,8 @@ TIME_LIMIT_S = 10.0
 MAX_CHARACTERS = 1 << 20
 """Characters that a template may write besides four times those of its messages."""
 
+_OTHER_WORDS = ("word", "text")
+"""What a message is replaced with, to see whether a template reads it."""
 _PROGRAM = Path(__file__).with_name("_template_worker.py")
 
 
@@ -139,3 +141,60 @@ def render_chat(
         f"prompt {prompt_id!r} does not fit the chat template: {reason}. "
         "Check the roles and the order of its messages."
     )
+
+
+def refuse_lost_turns(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    variables: Mapping[str, Any],
+    prompt_id: str,
+    model: str,
+    rendered: str,
+) -> None:
+    """Refuses a message that has no effect on what a template writes.
+
+    Many templates leave out roles that they do not know. Others consume a switch in a message, or
+    write it in another way: these write something else when it holds another word.
+
+    Args:
+        template: as for `render_chat`, like what follows.
+        messages: turns of the conversation.
+        variables: what the template sees besides.
+        prompt_id: named in errors.
+        model: named in errors.
+        rendered: the text of the conversation.
+
+    Raises:
+        DataError: there is one.
+    """
+    for at in _doubtful_turns(rendered, messages):
+        turn = messages[at]
+        word = next(word for word in _OTHER_WORDS if word != turn["content"].strip())
+        others = (*messages[:at], {**turn, "content": word}, *messages[at + 1 :])
+        try:
+            is_lost = render_chat(template, others, variables, prompt_id, model) == rendered
+        except (DataError, ModelError):  # a template that refuses other words reads them
+            is_lost = False
+        if is_lost:
+            raise DataError(
+                f"prompt {prompt_id!r} has a message of the role {turn['role']!r}, which the chat "
+                f"template of {model!r} leaves out. Use a role that it knows."
+            )
+
+
+def _doubtful_turns(rendered: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Messages that a template may have left out.
+
+    None where all stand in the rendered text, word by word and in their order. Of what an assistant
+    said, templates leave thoughts out, and what tools returned they write in their own way: neither
+    is looked for.
+    """
+    turns = [i for i, m in enumerate(messages) if m["role"] not in ("assistant", "model", "tool")]
+    text, end = " ".join(rendered.split()), 0
+    for turn in turns:
+        words = " ".join(messages[turn]["content"].split())
+        found = text.find(words, end)
+        if found < 0:
+            return turns
+        end = found + len(words)
+    return []

@@ -11,7 +11,7 @@ from tutelage.data.grading_text import THOUGHT_TOKENS
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.claims import no_panic
-from tutelage.models.templates import render_chat
+from tutelage.models.templates import refuse_lost_turns, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -245,7 +245,8 @@ def _encode_chat(
     if not tokenizer.chat_template:
         raise ModelError(
             f"prompt {prompt.id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
-            "chat template. Use plain text prompts (data.chat = false, or --no-chat)."
+            "chat template. Use prompts of plain text, not of messages, and data.chat = false or "
+            "--no-chat."
         )
     variables = dict(tokenizer.special_tokens_map)
     if enable_thinking is not None:
@@ -260,7 +261,7 @@ def _encode_chat(
         ) from error
     name = tokenizer.name_or_path
     rendered = render_chat(template, messages, variables, prompt.id, name)
-    _refuse_lost_turns(rendered, prompt, messages, name)
+    refuse_lost_turns(template, messages, variables, prompt.id, name, rendered)
     if prompt.tools:
         plain = rendered
         variables["tools"] = list(prompt.tools)
@@ -271,25 +272,6 @@ def _encode_chat(
                 "Use a model that knows tools, or remove them from the data."
             )
     return encode_completion(tokenizer, rendered)
-
-
-def _refuse_lost_turns(
-    rendered: str, prompt: Prompt, messages: tuple[Message, ...], name: str
-) -> None:
-    """A template that leaves a turn out, as many do with roles they do not know.
-
-    Of what an assistant said, templates leave thoughts out, and what tools returned they write in
-    their own way: neither is looked at.
-    """
-    text = " ".join(rendered.split())
-    for message in messages:
-        if message["role"] in ("assistant", "model", "tool"):
-            continue
-        if " ".join(message["content"].split()) not in text:
-            raise DataError(
-                f"prompt {prompt.id!r} has a message of the role {message['role']!r}, which the "
-                f"chat template of {name!r} leaves out or changes. Use a role that it knows."
-            )
 
 
 def refuse_thinking(
