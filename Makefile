@@ -42,7 +42,7 @@ test-slow: install  ## the tests that take long
 		|| echo "axe-core could not be fetched; its tests are skipped"; fi
 
 test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build, in an environment of their own
-	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/models/test_vllm.py
+	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py
 
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
@@ -52,8 +52,8 @@ test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build
 	touch $@
 
 check: install  ## format, lint, strict types
-	$(BIN)/ruff format --check src tests benchmarks examples scripts
-	$(BIN)/ruff check src tests benchmarks examples scripts
+	$(BIN)/ruff format --check src tests benchmarks examples reliability scripts
+	$(BIN)/ruff check src tests benchmarks examples reliability scripts
 	$(BIN)/mypy
 
 # About 20 minutes on two quiet cores; a part can be run again alone, see its --help.
@@ -93,7 +93,7 @@ bench-page: install  ## docs/performance.md from the newest results
 	touch $@
 
 faults: install  ## how well the promises hold under faults, long; NAMES=masks for some
-	$(ONE_THREAD) $(BIN)/python -m tests.faults --jobs 2 $(NAMES)
+	$(ONE_THREAD) $(BIN)/python -m reliability --jobs 2 $(NAMES)
 
 claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
 	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims.py

@@ -44,8 +44,8 @@ from claims_design import (
 from claims_table import Record, Table, correlations, summary
 from claims_verdicts import judge, sensitivity
 from claims_work import do
-from tutelage.run.atomic import write_atomically
-from tutelage.run.folder import environment
+from tutelage.files.atomic import write_atomically
+from tutelage.setup.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_PUBLISHED = ("key", "problems", "tokens", "commit")

@@ -11,15 +11,7 @@ from typing import Any
 
 import tutelage
 from claims_rules import arms_of_claims
-from tutelage.models.sampling import SamplingConfig
-from tutelage.run.config import (
-    Config,
-    LedgerData,
-    OptimizerConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-from tutelage.run.method import (
+from tutelage.config.method import (
     AllTokens,
     EOPDObjective,
     KLObjective,
@@ -30,7 +22,15 @@ from tutelage.run.method import (
     SelectionConfig,
     SomeTokens,
 )
-from tutelage.run.parse import fingerprint
+from tutelage.config.parse import fingerprint
+from tutelage.config.schema import (
+    Config,
+    LedgerData,
+    OptimizerConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from tutelage.config.settings import SamplingConfig
 
 MAX_NEW_TOKENS = 64
 NUM_SAMPLES = 8

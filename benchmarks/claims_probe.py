@@ -8,6 +8,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from tutelage.config.schema import Config
 from tutelage.core import LazyLogits, TokenStats, composite_objective, importance, quadrants
 from tutelage.core.counter import counter_uniform
 from tutelage.core.divergence import forward_kl, reverse_kl
@@ -16,10 +17,9 @@ from tutelage.core.rules import RULES
 from tutelage.core.terms import ForwardKL, SampledReverseKL, Term, TopKForwardKL
 from tutelage.data.batch import collate, micro_batches
 from tutelage.data.types import Rollout
-from tutelage.models.sampling import sample
 from tutelage.models.tokenizers import pad_id
-from tutelage.run.config import Config
-from tutelage.run.setup import Parts
+from tutelage.rollout.generate import sample
+from tutelage.setup.components import Parts
 
 SCORES = (
     *("random", "entropy", "soft_or", "q3", "divergence", "forward_divergence"),

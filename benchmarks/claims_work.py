@@ -17,15 +17,15 @@ from torch import Tensor
 
 from claims_design import MAX_NEW_TOKENS, NUM_SAMPLES, Cell, config_of
 from claims_probe import bias, oscillation, probe, score
+from tutelage.config.schema import Config
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.evaluation.evaluate import Evaluation, evaluate
-from tutelage.models.draw import SamplingConfig
-from tutelage.models.engine import TransformersSampler
-from tutelage.run.config import Config
-from tutelage.run.diagnostics import HIGH_ENTROPY_NATS
-from tutelage.run.schedule import learning_rate
-from tutelage.run.setup import Parts, build
-from tutelage.run.step import Step
+from tutelage.rollout.sampler import TransformersSampler
+from tutelage.setup.components import Parts, build
+from tutelage.train.metrics import HIGH_ENTROPY_NATS
+from tutelage.train.schedule import learning_rate
+from tutelage.train.step import Step
 
 _EVALUATION_SEED = 424242
 _SAMPLES_SCORED = 2

@@ -68,7 +68,7 @@ def measured() -> Iterator[Peak]:
     """The peak of what runs inside, filled in at the end, however it ends."""
     peak = Peak()
     if not is_cuda():
-        from tutelage.models.shadow import Live
+        from tutelage.memory.meta_model import Live
 
         with Live(()) as live:
             yield peak

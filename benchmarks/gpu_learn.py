@@ -91,12 +91,12 @@ def _length(rollout: Rollout) -> int:
 
 def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str, Any]:
     """Seconds of the phases (medians from the second step on), loss, and tokens that were read."""
-    from tutelage.models.jobs import Drawn
+    from tutelage.config.parse import parse_config
     from tutelage.models.optimizer import make_optimizer
-    from tutelage.run.numerics import open_accelerator
-    from tutelage.run.parse import parse_config
-    from tutelage.run.setup import build
-    from tutelage.run.step import Step
+    from tutelage.rollout.request import Drawn
+    from tutelage.setup.components import build
+    from tutelage.setup.numerics import open_accelerator
+    from tutelage.train.step import Step
 
     config = parse_config(configuration(folder, prompts_per_step=SEQUENCES, **changes))
     gpu_card.reset_peak()

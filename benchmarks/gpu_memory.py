@@ -27,8 +27,8 @@ from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
 
 if TYPE_CHECKING:
-    from tutelage.run.config import Config
-    from tutelage.run.setup import Parts
+    from tutelage.config.schema import Config
+    from tutelage.setup.components import Parts
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 1 << 30
@@ -90,9 +90,9 @@ def measure_recipe(name: str) -> dict[str, Any]:
 
     The optimizer's step is one of rate 0 without moments: they lie in main memory.
     """
-    from tutelage.run.memory_cuda import plan_cuda, shadows
-    from tutelage.run.parse import parse_config
-    from tutelage.run.setup import build
+    from tutelage.config.parse import parse_config
+    from tutelage.memory.cuda import plan_cuda, shadows
+    from tutelage.setup.components import build
 
     recipe, started = RECIPES[name], time.perf_counter()
     with scratch() as place:
@@ -166,14 +166,14 @@ def _random_models(sizes: dict[str, str]) -> Any:
         model = random_qwen3(sizes[Path(ref).name], getattr(torch, dtype), seed=len(ref))
         return model.to(torch.device(device))
 
-    with mock.patch("tutelage.run.setup.load_model", load):
+    with mock.patch("tutelage.setup.components.load_model", load):
         yield
 
 
 @contextmanager
 def _limited(num_bytes: int) -> Any:
     """As on a smaller card: its context is there already, so torch has the rest."""
-    from tutelage.run.memory_cuda import CONTEXT_BYTES
+    from tutelage.memory.cuda import CONTEXT_BYTES
 
     if not (num_bytes and gpu_card.is_cuda()):
         yield
@@ -188,7 +188,7 @@ def _limited(num_bytes: int) -> Any:
 
 
 def _facts() -> Any:
-    from tutelage.run.memory_cuda import Facts
+    from tutelage.memory.cuda import Facts
 
     if gpu_card.is_cuda():
         return Facts.of(torch.device("cuda"))
@@ -203,8 +203,8 @@ def _micro_batch(config: Config) -> int:
 
 def _draw(config: Config, parts: Parts, recipe: Recipe) -> Peak:
     """The peak of a few tokens of each completion of a step."""
-    from tutelage.models.jobs import jobs_of
-    from tutelage.rollout.generate import graph_writer
+    from tutelage.rollout.cuda.generate import graph_writer
+    from tutelage.rollout.request import jobs_of
 
     prompts = parts.task.prompts(0, config.prompts_per_step, 0)
     with measured() as peak, torch.no_grad():
@@ -239,9 +239,9 @@ def _learn(
     config: Config, parts: Parts, rollouts: Sequence[Rollout], folder: Path
 ) -> tuple[dict[str, int], int]:
     """Peaks of the phases of a step whose rollouts are given, and what torch reserved."""
-    from tutelage.models.jobs import Drawn
-    from tutelage.run.numerics import open_accelerator
-    from tutelage.run.step import Step
+    from tutelage.rollout.request import Drawn
+    from tutelage.setup.numerics import open_accelerator
+    from tutelage.train.step import Step
 
     accelerator = open_accelerator(config, folder, parts.device)
     optimizer = torch.optim.SGD(parts.masters.masters, lr=0.0)
@@ -267,7 +267,7 @@ def tip_memory() -> dict[str, Any]:
     logits of all positions of both models, of which a mask gathers the kept rows; float32
     log-softmax of these, `kl_div` in autograd.
     """
-    from tutelage.models.adapter import checkpoint_activations
+    from tutelage.models.lora import checkpoint_activations
     from tutelage.models.student import Student
     from tutelage.models.teacher import Teacher
 
@@ -298,7 +298,7 @@ def tip_memory() -> dict[str, Any]:
 
 def _learning_peak(model: Any, objective: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
     """Of one forward and backward pass, with the loss a row."""
-    from tutelage.models.adapter import learning
+    from tutelage.models.lora import learning
 
     total = torch.zeros(())
     model.zero_grad(set_to_none=True)

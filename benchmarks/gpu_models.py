@@ -102,8 +102,8 @@ def shapes(
     """A model of an architecture in bfloat16 without numbers, as plans of memory take it."""
     from transformers import AutoModelForCausalLM
 
-    from tutelage.models.adapter import add_lora, checkpoint_activations
-    from tutelage.models.shadow import in_few_bits, shadow
+    from tutelage.memory.meta_model import in_few_bits, shadow
+    from tutelage.models.lora import add_lora, checkpoint_activations
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.types import Prompt
-from tutelage.models.draw import SamplingConfig
-from tutelage.models.jobs import Job, Open, jobs_of
-from tutelage.models.sampling import Drawn, draw_rollouts
 from tutelage.models.tokenizers import stop_ids
-from tutelage.rollout import generate, kv_slots, triton_operators
-from tutelage.rollout.cuda_graph import CudaGraph, EagerGraph
-from tutelage.rollout.generate import GraphWriter
-from tutelage.rollout.kv_slots import Device, cuda_device, make_picking
-from tutelage.rollout.operators import TorchOperators
+from tutelage.rollout.cuda import generate, kv_slots, triton_operators
+from tutelage.rollout.cuda.cuda_graph import CudaGraph, EagerGraph
+from tutelage.rollout.cuda.generate import GraphWriter
+from tutelage.rollout.cuda.kv_slots import Device, cuda_device, make_picking
+from tutelage.rollout.cuda.operators import TorchOperators
+from tutelage.rollout.generate import Drawn, draw_rollouts
+from tutelage.rollout.request import Job, Open, jobs_of
 
 IS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if IS_CUDA else "cpu")

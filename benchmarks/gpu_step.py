@@ -110,9 +110,9 @@ class _EnoughStepsError(Exception):
 
 def _train(table: dict[str, Any], last_step: int = NUM_STEPS) -> list[dict[str, Any]]:
     """The metrics of every step up to `last_step`, with the seconds between them."""
-    from tutelage.run.config import Config
-    from tutelage.run.parse import parse_config
-    from tutelage.run.train import train
+    from tutelage.config.parse import parse_config
+    from tutelage.config.schema import Config
+    from tutelage.train.loop import train
 
     config: Config = parse_config(table)
     steps: list[dict[str, Any]] = []
@@ -177,7 +177,7 @@ def learn_profile() -> dict[str, Any]:
     """Where the time of learning from 16k tokens goes: kernels of a 1.7B student's third step."""
     from torch.profiler import ProfilerActivity, profile
 
-    from tutelage.run import learn as module
+    from tutelage.train import update as module
 
     learner: Any = module.Learner
     calls: list[dict[str, Any]] = []
@@ -306,7 +306,7 @@ def first_step() -> dict[str, Any]:
 
 def checkpoints() -> dict[str, Any]:
     """What checkpoints of a 1.7B student with its moments cost, every 20 steps: wait and copy."""
-    from tutelage.run.checkpoint_thread import CheckpointThread
+    from tutelage.train.checkpoint_thread import CheckpointThread
 
     thread: Any = CheckpointThread
     save, wait = thread.save, thread.wait
@@ -355,7 +355,7 @@ def checkpoints() -> dict[str, Any]:
 
 def embedded() -> dict[str, Any]:
     """The ledger run on CUDA: accuracy, and whether a stopped run ends bit for bit the same."""
-    from tutelage.run.parse import load_config
+    from tutelage.config.parse import load_config
 
     root = Path(__file__).parent.parent
     with scratch() as name:
@@ -374,7 +374,7 @@ def embedded() -> dict[str, Any]:
 
 
 def _embedded_run(config: Any, stop_after: int | None) -> None:
-    from tutelage.run.train import train
+    from tutelage.train.loop import train
 
     if stop_after is not None:
 

@@ -28,12 +28,12 @@ import torch
 from accelerate import Accelerator
 
 from objective import HERE, environment
+from tutelage.config.parse import parse_config
 from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Rollout
-from tutelage.models.sampling import Drawn
-from tutelage.run.parse import parse_config
-from tutelage.run.setup import Parts, build
-from tutelage.run.step import Step
+from tutelage.rollout.generate import Drawn
+from tutelage.setup.components import Parts, build
+from tutelage.train.step import Step
 
 PAIRS: dict[str, dict[str, Any]] = {
     "embedded": {

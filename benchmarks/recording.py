@@ -29,10 +29,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.run.config import Config
-from tutelage.run.folder import environment
-from tutelage.run.parse import load_config
-from tutelage.run.train import train
+from tutelage.config.parse import load_config
+from tutelage.config.schema import Config
+from tutelage.setup.run_folder import environment
+from tutelage.train.loop import train
 
 HERE = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""TRL's `DistillationTrainer` under the kills and damage that `tests/faults` does to tutelage.
+"""TRL's `DistillationTrainer` under the kills and damage that `reliability` does to tutelage.
 
 The embedded student and teacher, a checkpoint every second step, TRL's own settings otherwise, with
 full determinism. A trial kills the run once or twice, at a random moment or between two files of a
@@ -11,7 +11,7 @@ half, or has one bit flipped, and the run is continued from it.
     OMP_NUM_THREADS=1 python benchmarks/resume_peer.py            # about ten minutes
     OMP_NUM_THREADS=1 python benchmarks/resume_peer.py --kills 2  # does it run?
 
-Our own figures are those of `python -m tests.faults kill corruption`.
+Our own figures are those of `python -m reliability kill corruption`.
 """
 
 from __future__ import annotations

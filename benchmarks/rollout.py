@@ -41,12 +41,14 @@ from transformers import AutoModelForCausalLM
 
 from objective import HERE, environment
 from operators import Operators
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.tasks.ledger import LedgerTask
 from tutelage.data.types import Prompt, Rollout
-from tutelage.models.decoding import FastRows, open_rows
+from tutelage.models.llama_cpu.decode import FastRows
 from tutelage.models.load import load_model, load_tokenizer, save_model
-from tutelage.models.sampling import SamplingConfig, draw_rollouts
 from tutelage.models.tokenizers import encode_prompt, pad_id, stop_ids
+from tutelage.rollout.generate import draw_rollouts
+from tutelage.rollout.slots import open_rows
 
 EMBEDDED = "package:tutelage/assets/ledger-overconfident"
 

@@ -20,9 +20,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from tutelage.run.config import Config
-from tutelage.run.parse import load_config
-from tutelage.run.train import train
+from tutelage.config.parse import load_config
+from tutelage.config.schema import Config
+from tutelage.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "smollm2_gsm8k_200.toml"

@@ -17,13 +17,13 @@ import torch
 from distillation_settings import trl_settings
 from objective import peak_rss
 from operators import Operators
+from tutelage.config.parse import parse_config
+from tutelage.config.schema import Config
 from tutelage.data.tasks import LedgerTask
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
-from tutelage.run.config import Config
-from tutelage.run.parse import parse_config
-from tutelage.run.train import train
+from tutelage.train.loop import train
 
 LEARNING_RATE = 1e-6
 

@@ -17,14 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tutelage.commands.progress import Reporter
+from tutelage.config.method import AllTokens, RandomTokens, SelectionConfig, SomeTokens
+from tutelage.config.parse import load_config
+from tutelage.config.schema import Config
+from tutelage.evaluation.inspect import Inspection, evaluate_model
 from tutelage.evaluation.metrics import Interval
-from tutelage.report.report import write_report
-from tutelage.run.config import Config
-from tutelage.run.inspect import Inspection, evaluate_model
-from tutelage.run.method import AllTokens, RandomTokens, SelectionConfig, SomeTokens
-from tutelage.run.parse import load_config
-from tutelage.run.progress import Reporter
-from tutelage.run.train import RunResult, run_folder, train
+from tutelage.report.run_page import write_report
+from tutelage.train.loop import RunResult, run_folder, train
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES_STEPS = 24

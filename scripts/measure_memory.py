@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tutelage.config.parse import parse_config
+from tutelage.memory.cpu import plan_memory
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.prune import prune_layers
 from tutelage.models.tokenizers import encode_prompt
-from tutelage.run.memory import plan_memory
-from tutelage.run.parse import parse_config
-from tutelage.run.setup import build
-from tutelage.run.train import train
+from tutelage.setup.components import build
+from tutelage.train.loop import train
 
 HERE = Path(__file__).parent
 LEDGER = "package:tutelage/assets/ledger-teacher"

@@ -4,7 +4,7 @@
     python scripts/plan_recipes.py --check    # ends with status 1 where a header is stale
 
 Plans are made from the sizes of the architectures alone, by what `tutelage check` plans on the
-machine itself (`src/tutelage/run/memory_cuda.py`); measurements are those of `benchmarks/gpu.py`.
+machine itself (`src/tutelage/memory/cuda.py`); measurements are those of `benchmarks/gpu.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_models  # noqa: E402
-from tutelage.run.config import Config  # noqa: E402
-from tutelage.run.memory import MemoryPlan  # noqa: E402
-from tutelage.run.memory_cuda import Facts, plan_cuda  # noqa: E402
-from tutelage.run.parse import load_config  # noqa: E402
+from tutelage.config.parse import load_config  # noqa: E402
+from tutelage.config.schema import Config  # noqa: E402
+from tutelage.memory.cpu import MemoryPlan  # noqa: E402
+from tutelage.memory.cuda import Facts, plan_cuda  # noqa: E402
 
 GIB = 1 << 30
 CARDS = {"80gb": 79 * GIB, "24gb": int(23.5 * GIB)}

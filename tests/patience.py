@@ -7,9 +7,10 @@ from collections.abc import Callable
 from subprocess import Popen
 from typing import Any
 
-from tutelage.data import child, grading_pool
-from tutelage.models import templates
-from tutelage.run import launch, progress
+from tutelage.commands import launch, progress
+from tutelage.grading import child
+from tutelage.grading import pool as grading_pool
+from tutelage.models import chat_template as templates
 
 HANG_S = 1800.0
 """Only what would never end takes so long."""

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.fsdp import fully_shard  # noqa: F401
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from tutelage.run.launch import rendezvous
+from tutelage.commands.launch import rendezvous
 
 HERE = Path(__file__).parent
 GLOO_THREADS = ("pt_gloo_runloop", "gloo_tcp_loop")

@@ -18,46 +18,61 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "tutelage"
 FILES = sorted(SOURCE.rglob("*.py"))
 
+_ORDER = ("core", "grading", "data", "models", "rollout", "setup", "memory", "evaluation", "train")
+"""Rooms of which each may import those before it."""
 MAY_IMPORT = {
     "errors": (),
+    "files": ("files", "errors"),
+    "config": ("config", "errors"),
     "core": ("core",),
-    "data": ("data", "core", "errors"),
-    "models": ("models", "rollout", "data", "core", "errors"),
-    "rollout": ("rollout", "models", "data", "core", "errors"),
-    "evaluation": ("evaluation", "models", "data", "core", "errors"),
-    "report": ("report", "evaluation.metrics", "errors"),
-    "run": ("run", "evaluation", "models", "data", "core", "errors", ""),
-    "options": ("errors",),
-    "cli": ("options", "run", "evaluation", "report", "errors", ""),
+    "grading": ("grading", "errors"),
+    **{
+        room: (*_ORDER[: place + 1], "files", "config", "errors", *([""] if place >= 5 else []))
+        for place, room in enumerate(_ORDER)
+        if place >= 2
+    },
+    "report": ("report", "evaluation.metrics", "files", "errors"),
+    "commands": ("commands", *_ORDER, "report", "files", "config", "errors", ""),
+    "cli": ("commands", *_ORDER, "report", "config", "errors", ""),
     "__init__": ("core", "errors"),
     "__main__": ("cli",),
 }
 """Parts of the package that each part may import; "" is the package itself."""
 
 FENCES = {
-    "triton": ("core/kernels/", "rollout/"),
-    "torch": ("core/", "data/batch.py", "models/", "rollout/", "evaluation/evaluate.py", "run/"),
-    "transformers": ("models/", "rollout/kv_slots.py"),
+    "triton": ("core/kernels/", "rollout/cuda/"),
+    "torch": (
+        "core/",
+        "data/batch.py",
+        "models/",
+        "rollout/",
+        "setup/",
+        "memory/",
+        "evaluation/evaluate.py",
+        "train/",
+        "commands/",
+    ),
+    "transformers": ("models/", "rollout/", "memory/"),
     "tokenizers": ("models/",),
     "gguf": ("models/",),
-    "numpy": ("models/gguf_files.py",),
-    "peft": ("models/adapter.py",),
+    "numpy": ("models/gguf.py",),
+    "peft": ("models/lora.py",),
     "bitsandbytes": ("models/optimizer.py",),
     "liger_kernel": ("models/liger.py",),
-    "safetensors": ("models/", "run/"),
-    "accelerate": ("run/",),
+    "safetensors": ("models/", "rollout/", "train/", "commands/"),
+    "accelerate": ("setup/", "train/"),
     "datasets": ("data/formats.py",),
     "huggingface_hub": ("data/hub.py", "data/formats.py"),
     "pyarrow": ("data/formats.py",),
-    "vllm": ("models/vllm_engine.py",),
-    "math_verify": ("data/_grading_worker.py",),
-    "latex2sympy2_extended": ("data/_grading_worker.py",),
-    "antlr4": ("data/_grading_worker.py",),
-    "sympy": ("data/_grading_worker.py",),
+    "vllm": ("rollout/vllm_engine.py",),
+    "math_verify": ("grading/_worker.py",),
+    "latex2sympy2_extended": ("grading/_worker.py",),
+    "antlr4": ("grading/_worker.py",),
+    "sympy": ("grading/_worker.py",),
     "matplotlib": ("report/",),
     "jinja2": ("report/", "models/_template_worker.py"),
-    "pydantic": ("run/", "report/", "evaluation/server.py", "models/"),
-    "rich": ("run/progress.py", "cli.py"),
+    "pydantic": ("config/", "setup/", "report/", "evaluation/server.py", "rollout/"),
+    "rich": ("commands/progress.py", "cli.py"),
 }
 """Where each third party may be imported; one that is not listed may be nowhere."""
 
@@ -283,23 +298,31 @@ def test_functions_are_short() -> None:
     [
         (wrong_directions, "core/stats.py", "from tutelage.data.types import Prompt"),
         (wrong_directions, "core/stats.py", "from tutelage.errors import DataError"),
-        (wrong_directions, "models/load.py", "def f():\n    import tutelage.run.train"),
+        (wrong_directions, "models/load.py", "def f():\n    import tutelage.train.loop"),
         (wrong_directions, "report/plots.py", "from tutelage.core import entropy"),
         (wrong_directions, "report/plots.py", "from tutelage.evaluation.evaluate import x"),
         (wrong_directions, "data/batch.py", "from tutelage import LazyLogits"),
         (wrong_directions, "data/batch.py", "from ..models import load"),
         (wrong_directions, "data/batch.py", "from tutelage.corex import y"),
-        (wrong_directions, "evaluation/x.py", "if TYPE_CHECKING:\n    from tutelage.run import x"),
+        (
+            wrong_directions,
+            "evaluation/x.py",
+            "if TYPE_CHECKING:\n    from tutelage.train import x",
+        ),
         (wrong_directions, "new/x.py", "from tutelage.core import entropy"),
-        (broken_fences, "run/train.py", "from transformers import AutoModel"),
-        (broken_fences, "run/train.py", "def f():\n    from transformers.utils import logging"),
+        (broken_fences, "train/loop.py", "from transformers import AutoModel"),
+        (broken_fences, "train/loop.py", "def f():\n    from transformers.utils import logging"),
         (broken_fences, "models/load.py", "import accelerate.utils"),
         (broken_fences, "evaluation/evaluate.py", "try:\n    import matplotlib\nexcept OSError: 0"),
         (broken_fences, "data/batch.py", "import datasets"),
         (broken_fences, "core/stats.py", "import numpy as np"),
         (broken_fences, "core/stats.py", "if TYPE_CHECKING:\n    import transformers"),
         (broken_fences, "report/records.py", "import torch"),
-        (broken_fences, "run/x.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import transformers"),
+        (
+            broken_fences,
+            "train/x.py",
+            "if TYPE_CHECKING:\n    pass\nelse:\n    import transformers",
+        ),
         (dangers, "x.py", "eval(text)"),
         (dangers, "x.py", "exec(text)"),
         (dangers, "x.py", "compile(text, '', 'exec')"),
@@ -337,9 +360,9 @@ def test_each_detector_can_fail(detector: Detector, place: str, source: str) -> 
 @pytest.mark.parametrize(
     ("detector", "place", "source"),
     [
-        (wrong_directions, "run/train.py", "from tutelage.models.load import save_model"),
+        (wrong_directions, "train/loop.py", "from tutelage.models.load import save_model"),
         (wrong_directions, "cli.py", "from tutelage import __version__"),
-        (broken_fences, "run/train.py", "if TYPE_CHECKING:\n    from transformers import X"),
+        (broken_fences, "train/loop.py", "if TYPE_CHECKING:\n    from transformers import X"),
         (broken_fences, "models/load.py", "def f():\n    from transformers import X"),
         (dangers, "x.py", "re.compile('a'); model.eval(); json.load(file); load_file(path)"),
         (broad_handlers, "x.py", "try:\n    f()\nexcept (OSError, ValueError):\n    pass"),
@@ -379,7 +402,10 @@ def test_a_light_import_loads_nothing_heavy(program: str) -> None:
 
 
 def test_reading_a_run_loads_no_model_library_and_no_plots() -> None:
-    assert loaded("import tutelage.report.report, tutelage.report.compare") <= {"pydantic", "rich"}
+    assert loaded("import tutelage.report.run_page, tutelage.report.compare_runs") <= {
+        "pydantic",
+        "rich",
+    }
 
 
 def test_the_loading_detector_can_fail() -> None:

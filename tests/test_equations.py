@@ -8,15 +8,15 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from tutelage.core import EXTRAS, NORMALIZATIONS, RULES, terms
-from tutelage.core.weighting import GATES
-from tutelage.run.method import (
+from tutelage.config.method import (
     EOPDObjective,
     ObjectiveConfig,
     SelectionConfig,
     WeightingConfig,
 )
-from tutelage.run.parse import parse_config
+from tutelage.config.parse import parse_config
+from tutelage.core import EXTRAS, NORMALIZATIONS, RULES, terms
+from tutelage.core.weighting import GATES
 
 TEXT = (Path(__file__).parents[1] / "docs" / "equations.md").read_text(encoding="utf-8")
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tutelage.config.parse import parse_config
+from tutelage.config.schema import Config
 from tutelage.models.load import load_tokenizer, save_model
 from tutelage.models.tiny import tiny_tokenizer
-from tutelage.run.config import Config
-from tutelage.run.parse import parse_config
 
 TOKENIZER = "package:tutelage/assets/ledger-teacher"
 MEASURED = {"seconds", "peak_rss_bytes", "peak_device_bytes"}

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutelage.commands.launch import say_once
+from tutelage.commands.options import USER_ERROR, make_parser, request_of
 from tutelage.errors import (
     ConfigError,
     MissingExtraError,
@@ -21,14 +23,12 @@ from tutelage.errors import (
     is_out_of_memory,
     remedy,
 )
-from tutelage.options import USER_ERROR, make_parser, request_of
-from tutelage.run.garbage import without_collection
-from tutelage.run.launch import say_once
+from tutelage.setup.garbage import without_collection
 
 if TYPE_CHECKING:
+    from tutelage.config.schema import Config
     from tutelage.evaluation.evaluate import Evaluation
-    from tutelage.run.config import Config
-    from tutelage.run.score import ScoreRequest, Scores
+    from tutelage.train.token_scores import ScoreRequest, Scores
 
 _LESS_MEMORY = "Lower what is that large; `tutelage check` shows what memory goes to."
 _NO_DOCSTRINGS = (
@@ -104,7 +104,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _as_override(argv: Sequence[str], option: str) -> str:
     """How an option that is a key of the configuration is written."""
-    from tutelage.run.parse import find_key
+    from tutelage.config.parse import find_key
 
     name, equals, value = option.lstrip("-").partition("=")
     key = find_key(name.replace("-", "_"))
@@ -141,7 +141,7 @@ def _version() -> str:
 
 def _load(arguments: argparse.Namespace) -> Config:
     with without_collection():
-        from tutelage.run.parse import load_config
+        from tutelage.config.parse import load_config
 
         return load_config(arguments.config, arguments.overrides)
 
@@ -149,9 +149,9 @@ def _load(arguments: argparse.Namespace) -> Config:
 def _check(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
     with without_collection():
-        from tutelage.run.check import check
-        from tutelage.run.contamination import ALL, decontaminate
-        from tutelage.run.dryrun import dry_run
+        from tutelage.commands.check import check
+        from tutelage.commands.decontaminate import ALL, decontaminate
+        from tutelage.commands.dry_run import dry_run
     allowed = tuple(arguments.allow_change)
     if arguments.dry_run and allowed:
         raise ConfigError(
@@ -170,10 +170,10 @@ def _check(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
     with without_collection():
-        from tutelage.report.report import write_report
-        from tutelage.run.folder import describe_contents
-        from tutelage.run.progress import Reporter
-        from tutelage.run.train import train
+        from tutelage.commands.progress import Reporter
+        from tutelage.report.run_page import write_report
+        from tutelage.setup.run_folder import describe_contents
+        from tutelage.train.loop import train
 
     with Reporter(config.num_steps, as_json=arguments.json) as reporter:
         result = train(
@@ -220,8 +220,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _eval_suite(arguments: argparse.Namespace) -> int:
-    from tutelage.run.evaluation import SuiteRequest, evaluate_suite
-    from tutelage.run.progress import Counter
+    from tutelage.commands.progress import Counter
+    from tutelage.evaluation.benchmark import SuiteRequest, evaluate_suite
 
     request = request_of(SuiteRequest, arguments)
     with Counter() as counter:
@@ -247,8 +247,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
-    from tutelage.run.inspect import Inspection, evaluate_model
-    from tutelage.run.progress import Counter
+    from tutelage.commands.progress import Counter
+    from tutelage.evaluation.inspect import Inspection, evaluate_model
 
     request = request_of(Inspection, arguments)
     with Counter() as counter:
@@ -265,9 +265,9 @@ def _score(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
     request = _score_request(arguments)
     with without_collection():
-        from tutelage.run.progress import Counter
-        from tutelage.run.record import score_for_page
-        from tutelage.run.score import score
+        from tutelage.commands.progress import Counter
+        from tutelage.train.snapshot import score_for_page
+        from tutelage.train.token_scores import score
 
     with Counter() as counter:
         if arguments.html is None:
@@ -287,7 +287,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _score_request(arguments: argparse.Namespace) -> ScoreRequest:
-    from tutelage.run.score import ScoreRequest
+    from tutelage.train.token_scores import ScoreRequest
 
     rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
     if arguments.keep is not None and not rules and arguments.html is None:
@@ -316,8 +316,8 @@ def _write_scores(out: Path, scores: Scores) -> None:
 def _score_page(
     arguments: argparse.Namespace, config: Config, lines: list[dict[str, Any]], keep: float
 ) -> None:
-    from tutelage.report.report import write_score_page
-    from tutelage.run.parse import to_table
+    from tutelage.config.parse import to_table
+    from tutelage.report.run_page import write_score_page
 
     table = json.loads(json.dumps(to_table(config)))
     page = write_score_page(lines, table, keep, arguments.html)
@@ -325,7 +325,7 @@ def _score_page(
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from tutelage.report.report import write_report
+    from tutelage.report.run_page import write_report
 
     if arguments.figures is not None:
         from tutelage.report.figures import write_figures
@@ -337,11 +337,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from tutelage.report.compare import compare_records
-    from tutelage.report.comparison import write_comparison, write_evaluations
-    from tutelage.report.evaluations import compare_evaluations, is_evaluation
+    from tutelage.config.parse import current_table
+    from tutelage.report.compare_evaluations import compare_evaluations, is_evaluation
+    from tutelage.report.compare_page import write_comparison, write_evaluations
+    from tutelage.report.compare_runs import compare_records
     from tutelage.report.records import read_run
-    from tutelage.run.parse import current_table
 
     folders, page = arguments.run_folders, arguments.html
     comparison: Any

@@ -29,11 +29,11 @@ from claims_statistics import correlation_intervals, mean_interval, pearson, spe
 from claims_table import PER_PROBLEM, PER_SEED, Table
 from claims_verdicts import TESTS, Comparison, Verdict, judge, overall
 from claims_work import do, fresh, graded, hidden_start
+from tutelage.config.parse import changed_keys, to_table
 from tutelage.core.counter import counter_uniform
 from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation.evaluate import Evaluation
 from tutelage.evaluation.metrics import Interval
-from tutelage.run.parse import changed_keys, to_table
 
 ORDER = ["contradicted here", "not supported", "supported"]
 RATE = 1e-3

@@ -14,7 +14,7 @@ import gpu_card
 import gpu_learn
 import gpu_models
 import gpu_step
-from tutelage.run.parse import parse_config
+from tutelage.config.parse import parse_config
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 
 import gpu_models
 import gpu_step
-from tutelage.run.memory_cuda import Facts, plan_cuda
-from tutelage.run.parse import parse_config
+from tutelage.config.parse import parse_config
+from tutelage.memory.cuda import Facts, plan_cuda
 
 MIB, GIB = 1 << 20, 1 << 30
 MEASURED = json.loads(

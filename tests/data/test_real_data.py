@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data.grading_number import grade_number
 from tutelage.data.prompts import FileTask, load_prompts
 from tutelage.data.types import Prompt
+from tutelage.grading.number import grade_number
 
 FOLDER = os.environ.get("TUTELAGE_DATA", "")
 FILES = {"gsm8k_train.jsonl": 7471, "math_train12k.jsonl": 11884, "dapo_math_17k.jsonl": 16163}

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patience import HANG_S
-from tutelage.data.grading import answer_key
-from tutelage.data.grading_number import numbers_equal
 from tutelage.evaluation.metrics import problem_majorities, problem_pass_rates
 from tutelage.evaluation.scores import Voting, score, votes_of
+from tutelage.grading.mathematics import answer_key
+from tutelage.grading.number import numbers_equal
 
 verdict_lists = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=5)
 

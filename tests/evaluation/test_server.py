@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from faults import server as server_harness
-from faults.server import (
+from patience import HANG_S
+from reliability import server as server_harness
+from reliability.server import (
     JSON_MUTATIONS,
     MODEL,
     MUTATIONS,
@@ -25,14 +26,13 @@ from faults.server import (
     attack,
     good,
 )
-from patience import HANG_S
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
 from tutelage.evaluation.server import Server
-from tutelage.models.remote import Limits
-from tutelage.models.sampling import SamplingConfig
-from tutelage.models.wire import BadReply, Wire, resolve
+from tutelage.rollout.http_client import Limits
+from tutelage.rollout.wire import BadReply, Wire, resolve
 
 CHAT = Prompt("chat", ({"role": "user", "content": "2+2"},))
 PLAIN = Prompt("plain", "2+2=")

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.grading_text import opened_thought
+from tutelage.config.method import RewardWeighting
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.prompts import FileTask, Grader
 from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation import evaluate as evaluation
 from tutelage.evaluation.scores import voting_of
 from tutelage.evaluation.suite import Benchmark, Completion, run_benchmark
-from tutelage.models.sampling import SamplingConfig
-from tutelage.run.method import RewardWeighting
-from tutelage.run.step import Step
+from tutelage.grading.answer import opened_thought
+from tutelage.train.step import Step
 
 GUESS = r"First guess: \boxed{5}. No wait,"
 DONE = "so five</think>\n\n" + r"\boxed{5}"

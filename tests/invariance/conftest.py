@@ -9,7 +9,7 @@ from stepping import ragged_rollouts
 
 from tiny import tiny_config
 from tutelage.data.types import Rollout
-from tutelage.run.setup import build
+from tutelage.setup.components import build
 
 
 @pytest.fixture(scope="session")

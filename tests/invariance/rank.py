@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 
 from ranks import process_group
 from tiny import MEASURED, tiny_config
+from tutelage.config.schema import Config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Prompt
-from tutelage.run.config import Config
-from tutelage.run.gather import Gathered
-from tutelage.run.setup import build, trained_names
-from tutelage.run.step import Step
+from tutelage.setup.components import build, trained_names
+from tutelage.train.distributed import Gathered
+from tutelage.train.step import Step
 
 CASES: dict[str, dict[str, Any]] = {
     "all": {"selection": {"rule": "all"}},

@@ -16,10 +16,10 @@ from torch import Tensor
 from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
-from tutelage.models.sampling import Drawn
-from tutelage.run.gather import Gathered
-from tutelage.run.setup import Parts, build
-from tutelage.run.step import Step
+from tutelage.rollout.generate import Drawn
+from tutelage.setup.components import Parts, build
+from tutelage.train.distributed import Gathered
+from tutelage.train.step import Step
 
 RULES: dict[str, dict[str, Any]] = {
     "all": {"rule": "all"},

@@ -26,6 +26,9 @@ from torch import Tensor
 
 import reference
 from ranks import process_group
+from tutelage.config.method import SelectionConfig
+from tutelage.config.parse import parse_config
+from tutelage.config.schema import Config
 from tutelage.core import (
     EXTRAS,
     NORMALIZATIONS,
@@ -37,11 +40,8 @@ from tutelage.core import (
 )
 from tutelage.data.batch import Batch, Side, collate
 from tutelage.data.types import Prompt, Rollout
-from tutelage.run.config import Config
-from tutelage.run.gather import Gathered, Ranks
-from tutelage.run.method import SelectionConfig
-from tutelage.run.parse import parse_config
-from tutelage.run.plan import choose
+from tutelage.train.distributed import Gathered, Ranks
+from tutelage.train.selection import choose
 
 NUM_RANKS = 2
 VOCAB = 7

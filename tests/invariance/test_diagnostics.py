@@ -13,7 +13,7 @@ from tiny import tiny_config
 from tutelage.core import LazyLogits
 from tutelage.data.types import Rollout
 from tutelage.models.teacher import Teacher
-from tutelage.run.recipe import scores_teacher
+from tutelage.setup.objective import scores_teacher
 
 SPARED: dict[str, dict[str, Any]] = {
     "entropy": {"selection": {"rule": "entropy", "keep": 0.4}},

@@ -14,8 +14,8 @@ from tutelage.data.batch import pack
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.student import Student
-from tutelage.run.setup import build
-from tutelage.run.train import train
+from tutelage.setup.components import build
+from tutelage.train.loop import train
 
 
 def step(models: Path, rollouts: list[Rollout], **changes: Any) -> Taken:

@@ -14,7 +14,7 @@ import reference
 from tutelage.core import LazyLogits, Objective, TokenStats, counter_uniform
 from tutelage.data.batch import Batch, Side, collate
 from tutelage.data.types import Rollout
-from tutelage.run.setup import Parts
+from tutelage.setup.components import Parts
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
 DETERMINISTIC = ["all", "soft_or", "entropy", "q3", "divergence", "bottom"]
@@ -187,7 +187,7 @@ def test_a_tied_student_and_an_offloaded_teacher_give_the_plain_gradient(
     from tiny import save_tiny_model
 
     # As on an accelerator; on a CPU the teacher would be read again, in float32.
-    monkeypatch.setattr("tutelage.run.setup._resting_mode", lambda config, _: config.mode)
+    monkeypatch.setattr("tutelage.setup.components._resting_mode", lambda config, _: config.mode)
 
     tied = save_tiny_model(tmp_path / "tied", seed=3, is_tied=True)
     teacher = {"model": str(tiny_models / "teacher"), "mode": "offload"}

@@ -17,7 +17,7 @@ import reference
 from tiny import tiny_config
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError
-from tutelage.run.setup import build
+from tutelage.setup.components import build
 
 RATE = 0.3
 CLIP = 0.1

@@ -16,8 +16,8 @@ from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import use_own_attention
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
-from tutelage.run import setup
-from tutelage.run.learn import Learned, Learner
+from tutelage.setup import components as setup
+from tutelage.train.update import Learned, Learner
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

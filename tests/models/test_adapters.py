@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from tutelage.config.parse import parse_config
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.adapter import add_lora, load_adapter
 from tutelage.models.load import load_model, load_tokenizer, save_model
+from tutelage.models.lora import add_lora, load_adapter
 from tutelage.models.reference import resolve_model
 from tutelage.models.tiny import Architecture, save_tiny_model
-from tutelage.run.origin import _model_digest
-from tutelage.run.parse import parse_config
-from tutelage.run.train import train
+from tutelage.setup.manifest import _model_digest
+from tutelage.train.loop import train
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[7, 8, 9]])

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import sys, torch
-from tutelage.models.allocator import keep_freed_memory
+from tutelage.models.device import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 block = torch.empty(24 << 20, dtype=torch.uint8)

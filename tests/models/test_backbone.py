@@ -22,10 +22,10 @@ from transformers import (
 
 from tutelage.data.batch import Batch, Side, collate
 from tutelage.data.types import Prompt, Rollout
-from tutelage.models.adapter import add_lora, checkpoint_activations, learning
-from tutelage.models.backbone import is_written_out, last_hidden
-from tutelage.models.fast import use_fast_layers
 from tutelage.models.head import hidden_rows
+from tutelage.models.llama_cpu.forward import is_written_out, last_hidden
+from tutelage.models.llama_cpu.patch import use_fast_layers
+from tutelage.models.lora import add_lora, checkpoint_activations, learning
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -136,7 +136,7 @@ def test_columns_before_the_first_are_left_out_and_nothing_else() -> None:
 def test_a_forgotten_part_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: without rotary positions the rows are others."""
     model, batch = model_of(CONFIGS[name]), batch_of()
-    monkeypatch.setattr("tutelage.models.backbone.rotate", lambda x, *_: x)
+    monkeypatch.setattr("tutelage.models.llama_cpu.forward.rotate", lambda x, *_: x)
     with torch.no_grad():
         found, wanted = hidden_rows(model, batch), own_rows(model, batch)
     assert float((found - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())

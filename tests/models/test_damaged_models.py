@@ -24,8 +24,8 @@ from transformers import (
 
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
-from tutelage.models.claims import no_panic
-from tutelage.models.gguf_files import parsed_once
+from tutelage.models.file_checks import no_panic
+from tutelage.models.gguf import parsed_once
 from tutelage.models.load import load_model, load_model_config, load_tokenizer, save_model
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import encode_completion, encode_prompt, stop_ids
@@ -390,7 +390,7 @@ def test_weights_are_unpacked_as_by_the_library(kind: str, monkeypatch: pytest.M
     weights = torch.randn(3, 37, 64, generator=torch.Generator().manual_seed(0)).numpy()
     packed = gguf.quantize(weights, gguf.GGMLQuantizationType[kind])
     expected = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
-    monkeypatch.setattr("tutelage.models.gguf_files._PIECE_BYTES", 300)
+    monkeypatch.setattr("tutelage.models.gguf._PIECE_BYTES", 300)
     with parsed_once():
         found = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
+from tutelage.config.parse import parse_config
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
-from tutelage.models.draw import SamplingConfig
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer
-from tutelage.models.sampling import draw_rollouts
 from tutelage.models.tiny import Architecture, save_tiny_model
 from tutelage.models.tokenizers import vocabulary_size
-from tutelage.run.parse import parse_config
-from tutelage.run.train import train
+from tutelage.rollout.generate import draw_rollouts
+from tutelage.train.loop import train
 
 # Name, model type, tied head, and what is special about it.
 FAMILIES: dict[str, tuple[str, bool, dict[str, Any]]] = {

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from tiny import tiny_config
-from tutelage.core.decoder import rms_norm, swiglu
 from tutelage.data.batch import collate
 from tutelage.errors import ConfigError, MissingExtraError, ModelError
-from tutelage.models.adapter import add_lora, checkpoint_activations, learning
 from tutelage.models.head import hidden_rows
 from tutelage.models.liger import use_liger_layers
-from tutelage.run.validate import validate
+from tutelage.models.llama_cpu.ops import rms_norm, swiglu
+from tutelage.models.lora import add_lora, checkpoint_activations, learning
+from tutelage.setup.validate import validate
 
 FACTOR = {"norm": 1.0}
 """What the stand-in's norms are off by."""
@@ -73,7 +73,9 @@ def test_one_model_computes_by_other_layers_and_no_other_does(name: str) -> None
     model, plain = model_of(CONFIGS[name]), model_of(CONFIGS[name])
     names = {n: type(m).__name__ for n, m in model.named_modules()}
     use_liger_layers(model, "student", 16)
-    changed = [m for m in model.modules() if type(m).__module__ == "tutelage.models.fast"]
+    changed = [
+        m for m in model.modules() if type(m).__module__ == "tutelage.models.llama_cpu.patch"
+    ]
     per_layer = 5 if name == "qwen3" else 3
     assert len(changed) == 3 * per_layer + 1
     assert {n: type(m).__name__ for n, m in model.named_modules()} == names

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tutelage.models.load as load_module
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
+from tutelage.files import atomic
 from tutelage.models.load import (
     load_model,
     load_tokenizer,
@@ -27,7 +29,7 @@ from tutelage.models.load import (
 )
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
-from tutelage.models.sampling import SamplingConfig, sample
+from tutelage.rollout.generate import sample
 
 IDS = torch.tensor([[1, 7, 8, 9, 10]])
 
@@ -348,7 +350,7 @@ def test_a_failed_save_leaves_the_old_model(
     def full_disk(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(load_module, "_flush", full_disk)
+    monkeypatch.setattr(atomic, "sync_tree", full_disk)
     with pytest.raises(RunError, match=r"cannot save .*No space left"):
         save_model(make_qwen3(len(tokenizer), seed=1), tokenizer, folder)
     assert torch.equal(logits(load_model(str(folder))), logits(qwen3))
@@ -375,7 +377,7 @@ def test_only_a_full_disk_wants_space(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(load_module, "_flush", fail)
+    monkeypatch.setattr(atomic, "sync_tree", fail)
     with pytest.raises(RunError, match=f"What stood there stays. {advice} and start the same com"):
         save_model(qwen3, tokenizer, tmp_path / "model")
 

@@ -27,9 +27,9 @@ from transformers import (
 from tutelage.data.batch import collate, pack
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models import packing
+from tutelage.models.forward import read_alone
 from tutelage.models.head import hidden_rows
-from tutelage.models.rows import read_alone
-from tutelage.models.trial import try_model
+from tutelage.setup.trial import try_model
 
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES),

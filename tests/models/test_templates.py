@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.child import Child
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError, ModelError
-from tutelage.models import templates
+from tutelage.grading.child import Child
+from tutelage.models import chat_template as templates
+from tutelage.models.chat_template import Renderer, render_chat
 from tutelage.models.load import load_tokenizer
-from tutelage.models.templates import Renderer, render_chat
 from tutelage.models.tokenizers import encode_prompt
 
 MESSAGES = ({"role": "system", "content": "Be brief. "}, {"role": "user", "content": "hé\n  you"})

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from tutelage.data.grading_number import grade_number
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError, ModelError
+from tutelage.grading.number import grade_number
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.models.tokenizers import (
     control_ids,

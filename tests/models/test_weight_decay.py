@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from tiny import tiny_config
-from tutelage.models.adapter import add_lora
+from tutelage.models.lora import add_lora
 from tutelage.models.optimizer import (
     MasterWeights,
     OptimizerKind,
     make_optimizer,
     undecayed_weights,
 )
-from tutelage.run.setup import build
-from tutelage.run.train import _optimizer
+from tutelage.setup.components import build
+from tutelage.train.loop import _optimizer
 
 KINDS = [kind for kind in get_args(OptimizerKind) if not kind.startswith("paged")]
 

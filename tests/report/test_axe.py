@@ -18,11 +18,11 @@ import pytest
 from token_lines import token_lines
 
 from patience import HANG_S
-from tutelage.report.compare import compare_records
-from tutelage.report.comparison import write_comparison, write_evaluations
-from tutelage.report.evaluations import compare_evaluations
+from tutelage.report.compare_evaluations import compare_evaluations
+from tutelage.report.compare_page import write_comparison, write_evaluations
+from tutelage.report.compare_runs import compare_records
 from tutelage.report.records import read_run
-from tutelage.report.report import write_report, write_score_page
+from tutelage.report.run_page import write_report, write_score_page
 
 AXE = Path(os.environ.get("TUTELAGE_AXE") or Path(sys.prefix) / "axe" / "axe.min.js")
 pytestmark = pytest.mark.skipif(not AXE.is_file(), reason=f"axe-core is not at {AXE}")

@@ -9,14 +9,14 @@ from statistics import median
 from typing import Any
 
 import pytest
-from test_report import HOSTILE
+from test_run_page import HOSTILE
 from token_lines import NUM_TOKENS, RULES, token_lines
 
 from patience import HANG_S
-from tutelage.report.compare import compare_records
-from tutelage.report.comparison import write_comparison
+from tutelage.report.compare_page import write_comparison
+from tutelage.report.compare_runs import compare_records
 from tutelage.report.records import read_run
-from tutelage.report.report import write_report
+from tutelage.report.run_page import write_report
 from tutelage.report.token_plots import highest, plane_bins
 from tutelage.report.tokens import rows_of, snapshots
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from eager import make_tokenizer
 
-from tutelage.rollout import generate
+from eager import make_tokenizer as make_letters
+from random_models import gpt2, make_qwen3, make_tokenizer, qwen3, tokenizer
+from tutelage.rollout.cuda import generate
 
 
 @pytest.fixture(autouse=True)
@@ -22,4 +23,7 @@ def no_slots() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def letters() -> Any:
     """A tokenizer with one token for each letter, and six more."""
-    return make_tokenizer()
+    return make_letters()
+
+
+__all__ = ["gpt2", "make_qwen3", "make_tokenizer", "qwen3", "tokenizer"]

@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from eager import cpu_device, make_model
 from torch import Tensor
 
 from counting import Launches
+from eager import cpu_device, make_model
 
 pytest.importorskip("triton")
 
-from tutelage.models.adapter import add_lora
-from tutelage.models.draw import SamplingConfig
-from tutelage.rollout import kernels, sample_kernels, triton_operators
-from tutelage.rollout.kv_slots import Slots, make_picking
-from tutelage.rollout.operators import Heads, TorchOperators
-from tutelage.rollout.state import Rows, Sizes, Work, make_rows, make_work
-from tutelage.rollout.triton_operators import TritonOperators, num_vocab_blocks
+from tutelage.config.settings import SamplingConfig
+from tutelage.models.lora import add_lora
+from tutelage.rollout.cuda import kernels, sample_kernels, triton_operators
+from tutelage.rollout.cuda.kv_slots import Slots, make_picking
+from tutelage.rollout.cuda.operators import Heads, TorchOperators
+from tutelage.rollout.cuda.state import Rows, Sizes, Work, make_rows, make_work
+from tutelage.rollout.cuda.triton_operators import TritonOperators, num_vocab_blocks
 
 # Minus infinity minus itself is computed, and then masked.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from eager import make_model, write
 from safetensors.torch import load_file, save_file
 
+from eager import make_model, write
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
-from tutelage.models.adapter import add_lora, merge
-from tutelage.models.draw import SamplingConfig
-from tutelage.models.sampling import draw_rollouts
-from tutelage.rollout import generate, kv_slots
-from tutelage.rollout.decode_step import is_covered, windows_of
-from tutelage.rollout.operators import TorchOperators
+from tutelage.models.lora import add_lora, merge
+from tutelage.rollout.cuda import generate, kv_slots
+from tutelage.rollout.cuda.decode_step import is_covered, windows_of
+from tutelage.rollout.cuda.operators import TorchOperators
+from tutelage.rollout.generate import draw_rollouts
 
 RAGGED = [Prompt(f"p{i}", "abc defghij klmnop"[: 1 + 3 * i]) for i in range(6)]
 CONFIG = SamplingConfig(temperature=1.5, max_new_tokens=30, num_samples=3)
@@ -152,7 +152,7 @@ def test_a_wrong_step_is_not_taken(letters: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_a_wrong_window_is_not_taken(letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("mistral", sliding_window=6)
-    monkeypatch.setattr("tutelage.rollout.decode_step.windows_of", lambda config: [6, 0])
+    monkeypatch.setattr("tutelage.rollout.cuda.decode_step.windows_of", lambda config: [6, 0])
     with pytest.raises(AssertionError):
         write(model, letters, RAGGED, CONFIG, 8)
 

@@ -24,10 +24,10 @@ from tutelage.data.columns import (
     tools_of,
     unread,
 )
-from tutelage.data.grading_text import last_box
 from tutelage.data.hub import is_hub_reachable
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import DataError, MissingExtraError
+from tutelage.grading.answer import last_box
 
 _CONTENT_KEYS = ("prompt", "problem", "question", "messages")
 _ANSWERERS = ("assistant", "model", "gpt", "ai", "bot", "chatbot")

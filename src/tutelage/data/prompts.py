@@ -20,12 +20,12 @@ from tutelage.data.formats import (
     refuse_half_pairs,
     to_prompt,
 )
-from tutelage.data.grading import grade_completion
-from tutelage.data.grading_number import grade_number, is_number
-from tutelage.data.grading_text import after_thoughts
 from tutelage.data.suites import SETS, NamedSet
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
+from tutelage.grading.answer import after_thoughts
+from tutelage.grading.mathematics import grade_completion
+from tutelage.grading.number import grade_number, is_number
 
 __all__ = ["GRADERS", "FileTask", "Grader", "PromptFormat", "find_file", "load_prompts"]
 

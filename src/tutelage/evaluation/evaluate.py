@@ -9,16 +9,16 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.batch import micro_batches
-from tutelage.data.grading_pool import in_parallel
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 from tutelage.evaluation.metrics import Interval
 from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
-from tutelage.models.draw import SamplingConfig
-from tutelage.models.engine import Sampler
+from tutelage.grading.pool import in_parallel
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
+from tutelage.rollout.sampler import Sampler
 
 Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
 """Verdict on a prompt's completion, given whether it was cut off; None if it can't be graded."""

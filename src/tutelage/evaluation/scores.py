@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tutelage.data.grading import answer_key, answers_equal, extract_answer
-from tutelage.data.grading_number import number_answer, number_key, numbers_equal
-from tutelage.data.grading_pool import in_parallel
 from tutelage.evaluation.metrics import (
     Interval,
     clustered_interval,
@@ -17,6 +14,9 @@ from tutelage.evaluation.metrics import (
     problem_means,
     problem_pass_rates,
 )
+from tutelage.grading.mathematics import answer_key, answers_equal, extract_answer
+from tutelage.grading.number import number_answer, number_key, numbers_equal
+from tutelage.grading.pool import in_parallel
 
 _RIGHT = "the right answer"
 

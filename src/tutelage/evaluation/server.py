@@ -19,13 +19,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from tutelage.data.grading_text import closes_unopened, opened_thought
+from tutelage.config.settings import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation.suite import Completion
-from tutelage.models.draw import SamplingConfig
-from tutelage.models.remote import NEUTRAL, Client, Limits, Strict, parse
-from tutelage.models.wire import BadReply, RefusedRequest
+from tutelage.grading.answer import closes_unopened, opened_thought
+from tutelage.rollout.http_client import NEUTRAL, Client, Limits, Strict, parse
+from tutelage.rollout.wire import BadReply, RefusedRequest
 
 Value = TypeVar("Value")
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-from tutelage.data.grading_pool import in_parallel
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError
 from tutelage.evaluation.evaluate import Grade
 from tutelage.evaluation.folder import EvaluationFolder, Row
 from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
+from tutelage.grading.pool import in_parallel
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from tutelage.core import LazyLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
-from tutelage.models.backbone import is_written_out, last_hidden
-from tutelage.models.foreign import run
+from tutelage.models.forward import backbone, read_alone, rounding, run, trial_ids
 from tutelage.models.limits import refuse_beyond_table
+from tutelage.models.llama_cpu.forward import is_written_out, last_hidden
 from tutelage.models.packing import unmasked_inputs
-from tutelage.models.rows import backbone, read_alone, rounding, trial_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, MissingExtraError, ModelError
-from tutelage.models.fast import NORMS, faster
-from tutelage.models.layers import is_llama_like
-from tutelage.models.rows import relative_gap, rounding, trial_ids
+from tutelage.models.forward import is_llama_like, relative_gap, rounding, trial_ids
+from tutelage.models.llama_cpu.patch import NORMS, faster
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +26,9 @@ from tutelage.errors import (
     TutelageError,
     remedy,
 )
-from tutelage.models.adapter import with_adapter
-from tutelage.models.claims import (
+from tutelage.files.atomic import new_folder
+from tutelage.models.device import find_device
+from tutelage.models.file_checks import (
     no_panic,
     refuse_large_ids,
     refuse_large_sizes,
@@ -38,15 +36,16 @@ from tutelage.models.claims import (
     refuse_parts_elsewhere,
     refuse_unread_weights,
 )
-from tutelage.models.classes import causal_class, restore_padding_row
-from tutelage.models.device import find_device
-from tutelage.models.fast import use_fast_layers
-from tutelage.models.gguf_files import parsed_once
+from tutelage.models.gguf import parsed_once
+from tutelage.models.llama_cpu.patch import use_fast_layers
+from tutelage.models.lora import with_adapter
 from tutelage.models.reference import (
     TOKENIZER_FILES,
     ResolvedModel,
+    causal_class,
     has_tokenizer,
     resolve_model,
+    restore_padding_row,
     tokenizer_place,
 )
 from tutelage.models.tokenizers import save_tokenizer
@@ -178,13 +177,15 @@ def save_model(
     if target.exists() and not (target / "config.json").is_file():
         raise RunError(f"{target} exists and is not a model folder. Choose another folder.")
     try:
-        with _new_folder_beside(target) as new, _without_bars(is_reading=False):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            new_folder(target, is_private=False, replaces=True) as new,
+            _without_bars(is_reading=False),
+        ):
             model.save_pretrained(new, state_dict=tensors)
             save_tokenizer(tokenizer, new)
             if card is not None:
                 (new / "README.md").write_text(card, encoding="utf-8")
-            _flush(new)
-            _replace_folder(new, target)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot save the model to {target}: {_one_line(error).rstrip('.')}. "
@@ -358,37 +359,6 @@ def _explained(found: ResolvedModel, part: str) -> Iterator[None]:
         raise ModelError(
             f"cannot load the {part} {found.ref!r}{base}: {reason.rstrip('.')}. {hint}"
         ) from error
-
-
-@contextlib.contextmanager
-def _new_folder_beside(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The ending is that of all unfinished folders, which the next start of a run removes; the mode
-    # is that of any new folder: a thread cannot ask for the process's umask without changing it.
-    new = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    new.mkdir()
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    if not target.exists():
-        new.rename(target)
-        return
-    with _new_folder_beside(target) as old:
-        target.rename(old / target.name)
-        new.rename(target)
-
-
-def _flush(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _one_line(error: Exception) -> str:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from tutelage.config.settings import OptimizerKind
 from tutelage.errors import ConfigError, MissingExtraError, RunError
-from tutelage.models.mapped import MappedFile, whole_pages
-from tutelage.models.settings import OptimizerKind
+from tutelage.models.offload import MappedFile, whole_pages
 
 _PIECE = 1 << 22
 """Weights whose moments on disk are in memory at the same time; a whole number of pages."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError
-from tutelage.models.layers import is_llama_like
+from tutelage.models.forward import is_llama_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tutelage.core import LazyLogits, Objective, TokenStats, composite_objective, token_stats
 from tutelage.core.terms import ReverseKL, Term
 from tutelage.data.batch import Batch
+from tutelage.models.forward import rounding
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.rows import rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tutelage.config.settings import TeacherMode
 from tutelage.core import LazyLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError
-from tutelage.models.allocator import give_back
+from tutelage.models.device import give_back
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.mapped import MappedFile
-from tutelage.models.settings import TeacherMode
+from tutelage.models.offload import MappedFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tutelage.errors import ModelError
-from tutelage.models.classes import causal_class
-from tutelage.models.foreign import foreign
+from tutelage.models.forward import foreign
 from tutelage.models.load import load_model_config, save_model
-from tutelage.models.reference import resolve_model
+from tutelage.models.reference import causal_class, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast

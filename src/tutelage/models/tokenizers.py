@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutelage.data.grading_text import THOUGHT_TOKENS
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
-from tutelage.models.claims import no_panic
-from tutelage.models.templates import refuse_lost_turns, render_chat
+from tutelage.grading.answer import THOUGHT_TOKENS
+from tutelage.models.chat_template import refuse_lost_turns, render_chat
+from tutelage.models.file_checks import no_panic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

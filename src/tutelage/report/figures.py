@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from tutelage.errors import RunError
-from tutelage.report.files import write
+from tutelage.files.atomic import write_output
 from tutelage.report.panels import Panel, panels_of
 from tutelage.report.plots import LIGHT, Theme, draw_panel, render
 from tutelage.report.records import RunRecord, read_run
@@ -44,7 +44,7 @@ def write_figures(run: Path, folder: Path) -> list[Path]:
     for name, draw, size in _figures(record):
         for kind in ("svg", "png"):
             path = folder / f"{name}.{kind}"
-            write(path, render(draw, LIGHT, kind, size), "--figures")
+            write_output(path, render(draw, LIGHT, kind, size), "--figures")
             paths.append(path)
     if not paths:
         raise RunError(f"{run} has measured nothing that could be drawn. Train it further first.")

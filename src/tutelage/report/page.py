@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import MissingExtraError
+from tutelage.files.atomic import write_output
 from tutelage.report import plots, text
-from tutelage.report.files import write
-from tutelage.report.microscope import csp_hash, template_text
 from tutelage.report.panels import Panel
+from tutelage.report.token_viewer import csp_hash, template_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def write_page(path: Path, context: dict[str, Any]) -> None:
         RunError: the page cannot be written.
         MissingExtraError: jinja2 is not installed.
     """
-    write(path, render_page(context).encode("utf-8"))
+    write_output(path, render_page(context).encode("utf-8"))
 
 
 def render_page(context: dict[str, Any]) -> str:

@@ -1,69 +1,145 @@
-"""Rollouts by captured decoding steps: slots are refilled while other rows go on."""
+"""Completions from a causal language model, exactly reproducible token by token.
+
+Every token is drawn by inverting the cumulative distribution at one uniform number, and that
+number is a hash of (seed, prompt, sample, position). A token therefore does not depend on which
+other prompts share its batch, on their order, or on how many tokens were drawn before a restart.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
-from tutelage.data.types import Rollout
-from tutelage.models.draw import SamplingConfig, check_finite, uniforms
-from tutelage.models.head import output_embeddings
-from tutelage.models.jobs import Job, Open, in_reading_order, rollout_of
+from tutelage.config.settings import SamplingConfig
+from tutelage.data.types import Prompt, Rollout
+from tutelage.errors import ConfigError
+from tutelage.models.head import head, output_embeddings
 from tutelage.models.limits import refuse_beyond_table
-from tutelage.models.rows import Ids
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
-from tutelage.rollout.decode_step import is_covered
-from tutelage.rollout.kv_slots import STEPS, Device, Slots, bucket, cuda_device
-from tutelage.rollout.state import Rows
-from tutelage.rollout.transfer import Fetched, send
+from tutelage.rollout.cuda.generate import GraphWriter, graph_writer, tell_own_step
+from tutelage.rollout.request import (
+    Drawn,
+    Job,
+    Open,
+    earlier_samples,
+    in_reading_order,
+    jobs_of,
+    rollout_of,
+)
+from tutelage.rollout.sample_token import check_finite, draw, uniforms
+from tutelage.rollout.slots import open_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PREFILL_TOKENS = 16384
-"""Most tokens, padding included, that are read at once."""
-KEPT_SHARE = 16
-"""Caches that need more than this part of the device's memory are given back after a draw."""
+__all__ = ["Drawn", "SamplingConfig", "draw_rollouts", "earlier_samples", "sample"]
+
+_SEGMENT = 64
+"""Most steps between two looks at who has finished."""
 
 
-_SLOTS: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()
-"""The slots of each model that has drawn."""
-_TOLD: WeakSet[Any] = WeakSet()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    seed: tuple[int, ...],
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+    enable_thinking: bool | None = None,
+    first_sample: Sequence[int] | None = None,
+) -> list[Rollout]:
+    """The rollouts of `draw_rollouts`, with the same arguments."""
+    return draw_rollouts(
+        model, tokenizer, prompts, config, seed, batch_size, progress, enable_thinking, first_sample
+    ).rollouts
 
 
-@dataclass
-class _Row(Open):
-    """A completion that occupies a row."""
+def draw_rollouts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    seed: tuple[int, ...],
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+    enable_thinking: bool | None = None,
+    first_sample: Sequence[int] | None = None,
+    record: bool = False,
+    is_fast: bool = True,
+) -> Drawn:
+    """Draw completions, `config.num_samples` for each prompt.
 
-    slot: int = 0
-    """Where its keys and values are."""
-    num_started: int = 0
-    """Tokens whose steps have been started."""
-    has_ended: bool = False
+    Ids beyond the tokenizer's vocabulary (padding rows of the head) are never drawn. Recorded
+    log-probabilities are those of the temperature distribution before top-k and top-p; for greedy
+    sampling, those at temperature 1.
+
+    Args:
+        model: Causal language model; its mode and settings are left as they were.
+        tokenizer: The model's tokenizer.
+        prompts: Prompts to complete.
+        config: How to draw.
+        seed: Integers naming this draw, say (run seed, step).
+        batch_size: Completions decoded at the same time.
+        progress: Called with the number of completions that have just been finished.
+        enable_thinking: Passed to the chat template when not None.
+        first_sample: For each prompt the number of its samples that are drawn before under the same
+            seed, here or in another process; a prompt that comes again draws further samples. When
+            None, `earlier_samples(prompts, config.num_samples)`: nobody else draws.
+        record: Keep the hidden state that every token was drawn from.
+        is_fast: False forces the model's own forward pass for every token.
+
+    Returns:
+        Rollouts, all samples of the first prompt first, with their hidden states.
+
+    Raises:
+        ConfigError: batch_size is below 1.
+        DataError: A prompt cannot be encoded.
+        ModelError: The model gave logits that are not numbers.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}. Use 1 or more.")
+    jobs = jobs_of(tokenizer, prompts, config.num_samples, seed, first_sample, enable_thinking)
+    done: dict[int, tuple[Rollout, list[Tensor]]] = {}
+    with _evaluating(model), torch.no_grad():
+        writer = _writer(model, tokenizer, config, batch_size, record, is_fast, jobs)
+        for finished in writer.write(jobs):
+            for row in finished:
+                done[row.job.place] = (writer.rollout(row), row.hidden)
+            if progress is not None:
+                progress(len(finished))
+    order = [done[place] for place in range(len(jobs))]
+    hidden = [torch.cat(parts) for _, parts in order] if record else None
+    return Drawn([rollout for rollout, _ in order], hidden)
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Steps that have been started, and the rows that they are of."""
+def _writer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SamplingConfig,
+    batch_size: int,
+    record: bool,
+    is_fast: bool,
+    jobs: Sequence[Job],
+) -> _Writer | GraphWriter:
+    """Captured steps on a GPU where the model has them, the hand-written step on a CPU."""
+    if is_fast and jobs and model.device.type == "cuda":
+        writer = graph_writer(model, tokenizer, config, batch_size, record)
+        if writer is not None and writer.open_slots(jobs):
+            return writer
+        tell_own_step(model)
+    is_fast = is_fast and model.device.type == "cpu"
+    return _Writer(model, tokenizer, config, batch_size, record, is_fast)
 
-    rows: list[_Row | None]
-    count: int
-    written: Fetched
-    """Tokens and their log-probabilities `[2, B, count]`."""
-    states: Tensor | None
-    """The hidden states that they were drawn from `[B, count, D]`, if they are kept."""
 
-
-class GraphWriter:
-    """Completions of one draw; every step is one launch, and every few are looked at at once."""
+class _Writer:
+    """Prefill once per prompt, then one token a step for the completions that are open."""
 
     def __init__(
         self,
@@ -72,221 +148,156 @@ class GraphWriter:
         config: SamplingConfig,
         batch_size: int,
         record: bool,
-        device: Device,
+        is_fast: bool,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.batch_size = batch_size
         self.record = record
-        self.device = device
-        self.stops = stop_ids(model, tokenizer)
-        embeddings: Any = model.get_input_embeddings()
-        self.num_embeddings = embeddings.weight.shape[0]
-        num_rows = output_embeddings(model).weight.shape[0]
-        self.num_ids = min(vocabulary_size(tokenizer), self.num_embeddings, num_rows)
-        self.pad = pad_id(tokenizer, self.num_ids)
-        self.looks = 0
-        """Transfers from the device so far."""
-
-    def open_slots(self, jobs: Sequence[Job]) -> bool:
-        """Prepare the slots for these completions; False if a step is not the model's own."""
-        num_rows = min(self.batch_size, len(jobs))
-        capacity = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
-        refuse_beyond_table(self.model, capacity)
-        for job in jobs:
-            refuse_ids_beyond(self.tokenizer, job.ids, self.num_embeddings, job.prompt.id)
-        slots = _SLOTS.get(self.model)
-        if slots is None or not slots.serves(self.model, num_rows, capacity):
-            if slots is not None:
-                num_rows = max(num_rows, slots.num_slots)
-                capacity = max(capacity, slots.capacity)
-            _SLOTS.pop(self.model, None)
-            slots = None  # its memory is free before the next is taken
-            slots = Slots(self.model, self.device, num_rows, capacity)
-            if not slots.agrees(self.model, jobs[0].ids, self.pad):
-                return False
-            _SLOTS[self.model] = slots
-        self.slots = slots
-        return True
+        self.is_fast = is_fast
+        self.stops = frozenset(stop_ids(model, tokenizer))
 
     def write(self, jobs: Sequence[Job]) -> Iterator[list[Open]]:
-        """Completions as they are finished; `open_slots` comes first."""
-        self.waiting = deque(in_reading_order(jobs))
-        self.length = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
-        num_rows = min(self.batch_size, len(jobs))
-        self.open: list[_Row | None] = [None] * bucket(num_rows)
-        self.free_slots = list(range(num_rows))
-        self._upload()
-        ahead: _Segment | None = None
-        while True:
-            # The device has the next steps to do while the host looks at the last ones.
+        """Completions as they are finished."""
+        waiting = deque(in_reading_order(jobs))
+        if not waiting:
+            return
+        self.open: list[Open | None] = [None] * min(self.batch_size, len(waiting))
+        self.waiting = waiting
+        longest = len(waiting[-1].ids) + self.config.max_new_tokens
+        refuse_beyond_table(self.model, longest)
+        embeddings: Any = self.model.get_input_embeddings()
+        num_ids = min(
+            vocabulary_size(self.tokenizer),
+            embeddings.weight.shape[0],
+            output_embeddings(self.model).weight.shape[0],
+        )
+        for job in waiting:
+            refuse_ids_beyond(self.tokenizer, job.ids, embeddings.weight.shape[0], job.prompt.id)
+        self.rows = open_rows(
+            self.model,
+            waiting[0].ids,
+            pad_id(self.tokenizer, num_ids),
+            len(self.open),
+            longest,
+            self.is_fast,
+        )
+        self._change_members()
+        self.head = head(self.model, self.rows.hidden, num_ids)
+        self.logits = torch.empty(
+            len(self.open), num_ids, dtype=self.head.dtype, device=self.model.device
+        )
+        while any(self.open):
+            yield self._write_segment()
             self._change_members()
-            segment = self._start_segment()
-            if ahead is not None:
-                yield self._finish_segment(ahead)
-            elif segment is None:
-                break
-            ahead = segment
-        self._give_back()
 
     def rollout(self, row: Open) -> Rollout:
         """A finished completion."""
         return rollout_of(self.tokenizer, row.job, row.tokens, row.logprobs, self.stops)
 
-    def _rows(self) -> Rows:
-        return self.slots.rows.first(len(self.open))
-
-    def _upload(self) -> None:
-        """Tell the device which rows are open, and where."""
-        rows = self._rows()
-        done = [int(row is None) for row in self.open]
-        state = send([done, [row.slot if row else 0 for row in self.open]], rows.slot)
-        rows.done.copy_(state[0])
-        rows.slot.copy_(state[1])
+    def _is_due(self, num_open: int) -> bool:
+        """Whether so few rows are open that others should take the free places, or none."""
+        num_rows = len(self.open)
+        if self.waiting and self.rows.refills:
+            return num_rows - num_open >= max(1, num_rows // 8)
+        return num_open <= 3 * num_rows // 4 if num_open else bool(self.waiting)
 
     def _change_members(self) -> None:
-        """Let waiting completions in; when none waits, go on with fewer rows."""
-        free = [i for i, row in enumerate(self.open) if row is None]
-        num_rows = len(self.open)
-        num_open = num_rows - len(free)
-        if self.waiting:
-            num_free = len(self.free_slots)
-            if num_free >= max(1, (num_open + num_free) // 8):
-                self._start(free[: min(num_free, len(self.waiting))])
-        elif num_open and bucket(num_open) <= num_rows // 2:
-            self._keep(free, bucket(num_open))
-
-    def _keep(self, free: list[int], count: int) -> None:
-        """Go on with so many rows; the others are free."""
+        """Let waiting completions in or, when none can come in, let finished rows go."""
         places = [i for i, row in enumerate(self.open) if row is not None]
-        places = (places + free)[:count]
-        rows = self._rows()
-        index = send(places, rows.token)
-        for state in (rows.token, rows.position, rows.hidden):
-            state[:count] = state[index]
-        self.open = [self.open[i] for i in places]
-        self._upload()
+        if not self._is_due(len(places)):
+            return
+        if places and not (self.waiting and self.rows.refills):
+            self.open = [self.open[i] for i in places]
+            self.rows.keep(torch.tensor(places, device=self.model.device))
+            return
+        if not self.rows.refills:
+            self.open = [None] * min(self.batch_size, len(self.waiting))
+        free = [i for i, row in enumerate(self.open) if row is None][: len(self.waiting)]
+        jobs = [self.waiting.popleft() for _ in free]
+        for place, job in zip(free, jobs, strict=True):
+            self.open[place] = Open(job)
+        following = [job.ids for job in islice(self.waiting, len(self.open))]
+        self.rows.admit(free, [job.ids for job in jobs], following)
 
-    def _start(self, places: list[int]) -> None:
-        """Read the next prompts into these rows."""
-        jobs = [self.waiting.popleft() for _ in places]
-        by_prompt: dict[Ids, list[int]] = {}
-        for place, job in zip(places, jobs, strict=True):
-            self.open[place] = _Row(job, slot=self.free_slots.pop(0))
-            by_prompt.setdefault(job.ids, []).append(place)
-        rows = self._rows()
-        for prompts in _portions(list(by_prompt)):
-            states, read = self.slots.read(self.model, prompts, self.pad)
-            pairs = [(i, place) for i, ids in enumerate(prompts) for place in by_prompt[ids]]
-            sources, here = [i for i, _ in pairs], [place for _, place in pairs]
-            opened = [self.open[place] for place in here]
-            self.slots.place(read, sources, [row.slot for row in opened if row is not None])
-            lengths = [len(prompts[i]) for i in sources]
-            source, to, length = send([sources, here, lengths], rows.token)
-            rows.hidden[to] = states[source, length - 1]
-            rows.position[to] = length.int()
-        self._upload()
+    def _write_segment(self) -> list[Open]:
+        """Steps until somebody should come or go; the completions that they finished."""
+        left = {i: self._num_left(row) for i, row in enumerate(self.open) if row is not None}
+        count = min(_SEGMENT, *left.values())
+        uniform = self._uniforms(count)
+        tokens: list[list[int]] = []
+        logprobs: list[Tensor] = []
+        hidden: list[Tensor] = []
+        ended: dict[int, int] = {}
+        for step in range(count):
+            size = len(self.open)
+            logits = self.head.project(self.rows.hidden, self.logits[:size])
+            token, logprob = draw(logits, uniform[step], self.config)
+            tokens.append(token.tolist())
+            logprobs.append(logprob)
+            if self.record:
+                hidden.append(self.rows.hidden)
+            if not self.stops.isdisjoint(tokens[-1]) or step + 1 == count:
+                self._note_ends(tokens[-1], step + 1, left, ended)
+            if len(ended) == len(left):
+                break
+            self.rows.advance(token)
+            if self._is_due(len(left) - len(ended)):
+                break
+        return self._keep_written(tokens, logprobs, hidden, ended)
 
-    def _start_segment(self) -> _Segment | None:
-        """Start a few steps; None if every open row has all its steps already."""
-        rows, limit = self._rows(), self.config.max_new_tokens
-        left = [limit - row.num_started for row in self.open if row is not None]
-        count = min(STEPS, max(left, default=0))
-        if count == 0:
-            return None
+    def _num_left(self, row: Open) -> int:
+        return self.config.max_new_tokens - len(row.tokens)
+
+    def _uniforms(self, count: int) -> Tensor:
+        """The next numbers of every row `[count, B]`."""
         keys = [row.job.key if row else 0 for row in self.open]
-        drawn = [row.num_started if row else 0 for row in self.open]
-        stops = tuple(sorted(self.stops))
-        splits = self.slots.num_splits(len(self.open), self.length)
-        graph = self.slots.graph(len(self.open), splits, self.config, self.num_ids, stops)
-        rows.uniform[:, :count] = send(uniforms(keys, count, drawn), rows.uniform)
-        rows.column.zero_()
-        for _ in range(count):
-            graph.replay()
-        for row in self.open:
-            if row is not None:
-                row.num_started += count
-        states = rows.states[:, :count].clone() if self.record else None
-        both = (rows.tokens[:, :count].double(), rows.logprobs[:, :count].double())
-        return _Segment(list(self.open), count, Fetched(torch.stack(both)), states)
+        first = [len(row.tokens) if row else 0 for row in self.open]
+        return uniforms(keys, count, first).t().contiguous().to(self.model.device)
 
-    def _finish_segment(self, segment: _Segment) -> list[Open]:
+    def _note_ends(
+        self, tokens: list[int], step: int, left: dict[int, int], ended: dict[int, int]
+    ) -> None:
+        """Rows that have drawn a stop token or their last one, and how many they drew."""
+        for i, num_left in left.items():
+            if i not in ended and (tokens[i] in self.stops or num_left == step):
+                ended[i] = step
+
+    def _keep_written(
+        self,
+        tokens: list[list[int]],
+        logprobs: list[Tensor],
+        hidden: list[Tensor],
+        ended: dict[int, int],
+    ) -> list[Open]:
         """Hand each row what it drew; rows that have ended leave their places."""
-        tokens, logprobs = segment.written.tolist()
-        self.looks += 1
-        finished: list[Open] = []
-        for i, row in enumerate(segment.rows):
-            if row is None or row.has_ended:
+        finished = []
+        by_row = list(zip(*tokens, strict=True))
+        logprobs_by_row = torch.stack(logprobs, dim=1).tolist()
+        hidden_by_row = torch.stack(hidden, dim=1) if hidden else None
+        for i, row in enumerate(self.open):
+            if row is None:
                 continue
-            most = min(segment.count, self.config.max_new_tokens - len(row.tokens))
-            new = [int(token) for token in tokens[i][:most]]
-            end = next((n for n, token in enumerate(new, 1) if token in self.stops), most)
-            check_finite(logprobs[i][:end], len(row.tokens))
-            row.tokens += new[:end]
-            row.logprobs += logprobs[i][:end]
-            if segment.states is not None:
-                row.hidden.append(segment.states[i, :end])
-            row.has_ended = new[end - 1] in self.stops or (
-                len(row.tokens) == self.config.max_new_tokens
-            )
-            if row.has_ended:
+            stop = ended.get(i, len(tokens))
+            check_finite(logprobs_by_row[i][:stop], len(row.tokens))
+            row.tokens += by_row[i][:stop]
+            row.logprobs += logprobs_by_row[i][:stop]
+            if hidden_by_row is not None:
+                row.hidden.append(hidden_by_row[i, :stop])
+            if i in ended:
                 finished.append(row)
-                self.free_slots.append(row.slot)
-        if finished:
-            self.open = [None if row is None or row.has_ended else row for row in self.open]
-            self._upload()
+                self.open[i] = None
         return finished
 
-    def _give_back(self) -> None:
-        """Large caches are memory that learning needs."""
-        cache = self.slots.cache
-        if cache.is_cuda:
-            total = torch.cuda.get_device_properties(cache.device).total_memory
-            if cache.nbytes > total // KEPT_SHARE:
-                _SLOTS.pop(self.model, None)
 
-
-def _portions(prompts: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Prompts in portions that are read at once."""
-    portion: list[Ids] = []
-    width = 0
-    for ids in prompts:
-        width = max(width, len(ids))
-        if portion and (len(portion) + 1) * width > PREFILL_TOKENS:
-            yield portion
-            portion, width = [], len(ids)
-        portion.append(ids)
-    if portion:
-        yield portion
-
-
-def forget(model: PreTrainedModel) -> None:
-    """Give up a model's slots: its caches, and the memory of weights that are about to move."""
-    _SLOTS.pop(model, None)
-
-
-def graph_writer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: SamplingConfig,
-    batch_size: int,
-    record: bool,
-) -> GraphWriter | None:
-    """A writer for models on a CUDA device whose step is written here; else None."""
-    is_cuda = model.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if not is_cuda or not is_covered(model):
-        return None
-    device = cuda_device(model.device)
-    return GraphWriter(model, tokenizer, config, batch_size, record, device)
-
-
-def tell_own_step(model: PreTrainedModel) -> None:
-    """Say once that a model on a GPU is slower than it could be."""
-    if model not in _TOLD:
-        _TOLD.add(model)
-        warnings.warn(
-            f"{type(model).__name__} has no captured decoding step here, so rollouts run its own "
-            "forward pass for every token, which is several times slower.",
-            stacklevel=2,
-        )
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode (no dropout, no checkpointing); afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,63 @@
+"""`tutelage check`: load everything a run needs and take its measure before spending time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tutelage.config.method import AllTokens, FirstTokens
+from tutelage.config.schema import Config
+from tutelage.memory.cuda import plan_run
+from tutelage.setup.components import build
+from tutelage.setup.validate import validate
+from tutelage.train.loop import run_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iterator[str]:
+    """Lines saying that models, tokenizers and data fit, and what the run will do.
+
+    Args:
+        config: the run.
+        name: stem of the default folder's name.
+        allow_change: keys that may differ from the run that is to be continued.
+
+    Raises:
+        TutelageError: something does not fit.
+    """
+    inputs = validate(config, run_folder(config, name), allow_change=allow_change)
+    parts = build(config, inputs=inputs)
+    prompts = inputs.prompts or inputs.measure_prompts(config)
+    with parts.teacher.awake():
+        sides = [_model_line("student", parts.student.model)]
+        sides.append(_model_line("teacher", parts.teacher.model))
+    yield from sides
+    yield f"vocabulary: {parts.student.vocab_size:,} ids shared; tokenizers agree"
+    num_held_out = len(parts.task.held_out(config.evaluation.num_problems))
+    yield (
+        f"data: task {parts.task.name}, prompts of {prompts.shortest} to {prompts.longest} tokens, "
+        f"{num_held_out} held out for evaluation"
+    )
+    selection = config.selection
+    kept = "every token"
+    if isinstance(selection, FirstTokens):
+        kept = f"the first {selection.num_tokens} tokens"
+    elif not isinstance(selection, AllTokens):
+        kept = f"{100 * selection.keep:.3g} % of tokens"
+    yield (
+        f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
+        f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
+    )
+    yield from plan_run(config, parts, prompts.longest).lines()
+    yield from (f"warning: {line}" for line in parts.warnings)
+    yield f"folder: {run_folder(config, name)} on {parts.device}"
+
+
+def _model_line(who: str, model: PreTrainedModel) -> str:
+    size = sum(p.numel() for p in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = f", {trained:,} trained" if 0 < trained < size else ""
+    return f"{who}: {type(model).__name__}, {size:,} parameters, {dtype}{share}"

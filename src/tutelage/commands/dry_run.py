@@ -1,0 +1,252 @@
+"""`tutelage check --dry-run`: a recipe on tiny random models of its kinds, from start to export."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tutelage.config.parse import flat_values, to_table
+from tutelage.config.schema import Config, FileData, TransformersEngine
+from tutelage.data.formats import find_file, is_file_name
+from tutelage.data.prompts import load_prompts
+from tutelage.data.suites import SETS
+from tutelage.data.types import Prompt
+from tutelage.errors import DataError, RunError
+from tutelage.models.load import load_model
+from tutelage.models.tiny import architecture, save_tiny_model, tiny_tokenizer
+from tutelage.models.tokenizers import vocabulary_size
+from tutelage.setup.components import build
+from tutelage.setup.inputs import pick_device, prompt_format
+from tutelage.train.checkpoint import checkpoint_path
+from tutelage.train.loop import train
+
+_NUM_PROMPTS = 16
+_NUM_READ = 256
+_PADDING = (8, 136)
+"""Rows of a tiny head that no token uses: of the smaller vocabulary, and of a larger one."""
+_IDS_PER_STOP = 6
+_SAME = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest relative difference of logits between a student and its export, by dtype."""
+_SAME_MERGED = 0.1
+"""The same for an adapter on weights of few bits, which is merged into the whole ones."""
+_REPEATED = 1e-3
+"""Largest relative difference between a step and its repetition."""
+_LEAST_NORM = 1e-6
+"""A smaller gradient is rounding; those of the tiny models are about one."""
+_BUILT_IN = (
+    Prompt("dry/1", "What is 17 + 25?", "42"),
+    Prompt("dry/2", "A train has 6 cars with 48 seats each. How many seats are there?", "288"),
+    Prompt("dry/3", "Find x if 3x - 4 = 11.", "5"),
+)
+
+
+def dry_run(config: Config) -> Iterator[str]:
+    """Lines on what was scaled, and what a run of two steps did.
+
+    It keeps the recipe's selection, objective, weighting, optimizer, dtypes and memory modes. Each
+    prompt gets several completions of unequal length. The run evaluates, saves and exports; the
+    export is read back and compared, and the second step is repeated from the first checkpoint.
+
+    Raises:
+        TutelageError: the recipe does not run.
+    """
+    with tempfile.TemporaryDirectory(prefix="tutelage-dry-run-") as name:
+        folder = Path(name)
+        yield from _models(config, folder)
+        prompts, source = _prompts(config)
+        _write(prompts, folder / "prompts.jsonl")
+        yield f"data: {len(prompts)} prompts of {source}"
+        small = _scaled(config, folder)
+        yield from (f"scaled: {line}" for line in _changes(config, small))
+        steps: list[dict[str, Any]] = []
+        _train(small, steps)
+        yield _outcome(steps[0])
+        yield _reloaded(small)
+        yield _resumed(small, steps[1])
+
+
+def _models(config: Config, folder: Path) -> Iterator[str]:
+    found = [architecture(side.model) for side in (config.student, config.teacher)]
+    rows = [side.config.vocab_size for side in found]
+    num_ids = vocabulary_size(tiny_tokenizer())
+    sides = (("student", config.student.model), ("teacher", config.teacher.model))
+    for seed, ((who, ref), side) in enumerate(zip(sides, found, strict=True)):
+        num_rows = num_ids + _PADDING[rows[seed] > min(rows)]
+        kind = save_tiny_model(side, num_rows, seed, folder / who)
+        if who == "student":
+            _end_early(folder / who, num_ids)
+        tied = "tied" if side.config.tie_word_embeddings else "untied"
+        yield (
+            f"{who}: a tiny random {kind}, {tied} head of {num_rows} rows, for {ref} "
+            f"({side.origin}: {rows[seed]:,} rows)"
+        )
+
+
+def _end_early(model: Path, num_ids: int) -> None:
+    """Let many ids end a completion, so that lengths differ."""
+    path = model / "generation_config.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    declared = table.get("eos_token_id")
+    stops = declared if isinstance(declared, list) else [declared]
+    every = {*range(0, num_ids, _IDS_PER_STOP), *(i for i in stops if i is not None)}
+    path.write_text(json.dumps(table | {"eos_token_id": sorted(every)}), encoding="utf-8")
+
+
+def _prompts(config: Config) -> tuple[list[Prompt], str]:
+    """Short prompts of the recipe's own data where they lie here, else built-in ones."""
+    data = config.data
+    if not isinstance(data, FileData):
+        return list(_BUILT_IN), "a built-in list"
+    try:
+        if data.path in SETS:
+            is_here = SETS[data.path].local_file() is not None
+        else:
+            is_here = is_file_name(data.path) and find_file(data.path).is_file()
+    except DataError:
+        is_here = False
+    if not is_here:
+        return list(_BUILT_IN), f"a built-in list; {data.path} is not here"
+    every = load_prompts(data.path, prompt_format(data), limit=_NUM_READ)
+    shortest = sorted(every, key=lambda prompt: len(json.dumps(prompt.content)))
+    return shortest[:_NUM_PROMPTS], f"{data.path}, the shortest of its first {len(every)}"
+
+
+def _write(prompts: list[Prompt], path: Path) -> None:
+    records = (
+        {"id": p.id, "prompt": p.content, "answer": p.answer, "tools": p.tools} for p in prompts
+    )
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+
+
+def _scaled(config: Config, folder: Path) -> Config:
+    """The run with the tiny models, few and short completions, and one step."""
+    student = replace(config.student, model=str(folder / "student"))
+    if student.num_layers is not None:
+        student = replace(student, num_layers=1)
+    if pick_device(config.device).type == "cpu":  # which has no kernels for them
+        low = student.quantization if student.quantization != "4bit" else "none"
+        student = replace(student, quantization=low, layers="transformers")
+    path = folder / "prompts.jsonl"
+    data = config.data
+    if not isinstance(data, FileData):
+        data = FileData("file", str(path), chat=False, grader="number")
+    num_prompts = len(path.read_text(encoding="utf-8").splitlines())
+    evaluation, can_hold_out = config.evaluation, num_prompts > 1
+    updates, sampling = config.updates_per_step, config.sampling
+    return replace(
+        config,
+        student=student,
+        teacher=replace(config.teacher, model=str(folder / "teacher")),
+        data=replace(
+            data,
+            path=str(path),
+            subset=None,
+            prompt_column="prompt",
+            answer_column="answer",
+            suffix=None,
+            max_prompt_tokens=0,
+            num_held_out=int(can_hold_out),
+        ),
+        sampling=replace(
+            sampling,
+            num_samples=max(2, min(3, sampling.num_samples)),
+            max_new_tokens=min(16, sampling.max_new_tokens),
+        ),
+        engine=TransformersEngine(),
+        evaluation=replace(
+            evaluation, num_problems=min(int(can_hold_out), evaluation.num_problems), num_samples=2
+        ),
+        num_steps=2,
+        checkpoint_every=1,
+        keep_checkpoints=2,
+        prompts_per_step=updates if updates > 1 else min(2, config.prompts_per_step),
+        trackers=(),
+        out=str(folder / "run"),
+    )
+
+
+def _changes(before: Config, after: Config) -> Iterator[str]:
+    """What was scaled, apart from where models, data and results are."""
+    old, new = flat_values(to_table(before)), flat_values(to_table(after))
+    for key in sorted(old.keys() & new.keys()):
+        is_place = key == "out" or key.endswith((".model", ".path", "_column", ".subset"))
+        if old[key] != new[key] and not is_place:
+            yield f"{key} {old[key]} -> {new[key]}"
+
+
+def _outcome(metrics: dict[str, Any]) -> str:
+    if not math.isfinite(metrics["loss"]) or not metrics["grad_norm"] > _LEAST_NORM:
+        raise RunError(
+            f"the dry run's step taught nothing: loss {metrics['loss']}, gradient norm "
+            f"{metrics['grad_norm']}. Check the objective and the selection."
+        )
+    return (
+        f"one step ran: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3g}, "
+        f"{metrics['num_kept']} of {metrics['num_rows']} tokens taught"
+    )
+
+
+def _reloaded(config: Config) -> str:
+    """The export says what the last checkpoint says."""
+    run, start = Path(str(config.out)), config.student
+    trained = build(config, str(checkpoint_path(run, config.num_steps) / "model")).student.model
+    exported = load_model(str(run / "student"), start.dtype, str(trained.device))
+    ids = torch.arange(1, 9, device=trained.device)[None]
+    with torch.no_grad():
+        ours, theirs = (
+            model(input_ids=ids, use_cache=False).logits.double() for model in (trained, exported)
+        )
+    gap = float((ours - theirs).norm() / ours.norm())
+    limit = _SAME[start.dtype] if start.quantization == "none" else _SAME_MERGED
+    if not gap <= limit:
+        raise RunError(
+            f"the exported student is not the trained one: its logits differ by {gap:.2g} of their "
+            f"size, more than {limit:.2g}. This model cannot be saved as it is trained."
+        )
+    return f"saved and exported; read back, its logits differ by {gap:.1g} of their size"
+
+
+def _resumed(config: Config, metrics: dict[str, Any]) -> str:
+    """The second step again, from the first checkpoint, is the second step."""
+    run = Path(str(config.out))
+    last = checkpoint_path(run, config.num_steps)
+    moments = load_file(last / "optimizer.safetensors")
+    shutil.rmtree(last)
+    shutil.rmtree(run / "student")
+    again: list[dict[str, Any]] = []
+    _train(config, again)
+    (repeated,) = again
+    differing = [
+        name
+        for name in ("loss", "grad_norm", "num_rows", "num_kept")
+        if not math.isclose(repeated[name], metrics[name], rel_tol=1e-4, abs_tol=1e-6)
+    ]
+    for name, tensor in load_file(last / "optimizer.safetensors").items():
+        before = moments[name].double()
+        if not float((tensor.double() - before).norm()) <= _REPEATED * float(before.norm()):
+            differing.append(name)
+    if differing:
+        raise RunError(
+            f"a run continued from its checkpoint is another run: {differing[0]} differs after "
+            "step 2. Its checkpoints lack something."
+        )
+    return "continued from the checkpoint of step 1: step 2 is the same again"
+
+
+def _train(config: Config, steps: list[dict[str, Any]]) -> None:
+    """A run to its end, whose metrics join `steps`; a signal that stops it stops the command."""
+    if not train(config, say=_say_nothing, on_step=steps.append).is_finished:
+        raise KeyboardInterrupt
+
+
+def _say_nothing(_: str) -> None:
+    """A dry run keeps its run's voice to itself."""

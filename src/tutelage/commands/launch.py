@@ -1,0 +1,190 @@
+"""A run in several processes of this machine, which start, stop and end together.
+
+    python -m tutelage.commands.launch 2 train configs/ledger.toml
+
+runs `tutelage train configs/ledger.toml` in two processes. torchrun starts them too, but ends a run
+that Ctrl-C stopped with a traceback of its own and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+from tutelage.errors import RunError, TutelageError
+
+_PERIOD_S = 0.05
+_GRACE_S = 15.0
+"""Seconds that processes get to end by themselves after one of them failed."""
+ASK_LIMIT_S = 5.0
+"""Seconds in which the processes' common store has to answer who says a line."""
+
+
+@contextmanager
+def rendezvous() -> Iterator[dict[str, str]]:
+    """The environment in which processes of this machine find each other, as torchrun sets it.
+
+    The store listens on a port that the system chose, and keeps it: nobody else can take it between
+    its choice and its use.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # they are clients, and start no store of their own
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    del store
+
+
+@contextmanager
+def started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """`count` processes of one command, none of which outlives the block.
+
+    Args:
+        command: the same in every process; variables such as `RANK` tell them apart.
+        count: of processes.
+    """
+    with ExitStack() as stack:
+        common = os.environ | stack.enter_context(rendezvous())
+        common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        processes = []
+        for rank in range(count):
+            names = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # Sessions of their own: a terminal's Ctrl-C reaches them once, through `launch`.
+            process = subprocess.Popen(command, env=common | names, start_new_session=True)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Run a command in several processes; SIGINT and SIGTERM reach all of them.
+
+    Args:
+        command: the same in every process.
+        count: of processes.
+
+    Returns:
+        The exit code of the first that failed; else 130 if any was interrupted; else 0.
+
+    Raises:
+        RunError: fewer than one process, or one of them was ended by a signal.
+    """
+    if count < 1:
+        raise RunError(f"the number of processes must be 1 or more, got {count}.")
+    with _signals() as arrived, started(command, count) as processes:
+        while (codes := [process.poll() for process in processes]).count(None):
+            _pass_on(arrived, processes)
+            if failed := [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0, 130)]:
+                _give_time(arrived, processes)
+                return _explained(*failed[0])
+            time.sleep(_PERIOD_S)
+    return next((_explained(rank, code) for rank, code in enumerate(codes) if code), 0)
+
+
+def _pass_on(arrived: list[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    while arrived:
+        number = arrived.pop(0)
+        for process in processes:
+            process.send_signal(number)
+
+
+def _give_time(arrived: list[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Without one of them the others wait for ever, unless they end for the same reason."""
+    deadline = time.monotonic() + _GRACE_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        _pass_on(arrived, processes)
+        time.sleep(_PERIOD_S)
+
+
+def _explained(rank: int, code: int | None) -> int:
+    """An exit code; a process that could say nothing itself is spoken for."""
+    if code is not None and code >= 0:
+        return code
+    name = signal.Signals(-(code or 0)).name
+    raise RunError(
+        f"process {rank} was ended by {name}, and the others with it. The same command continues "
+        "from the last checkpoint."
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM only add themselves to this list, also before a process is there.
+
+    One that came while a process was being started would otherwise miss it, or end this one.
+    """
+    arrived: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_first_to_say(line: str) -> bool:
+    """Whether no other process of the run has said this line; alone, always.
+
+    The processes' common store counts. One that cannot be reached any more counts nothing, and a
+    line that is said twice is better than one that is not said.
+    """
+    place = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or None in place:
+        return True
+    from datetime import timedelta
+    from hashlib import sha256
+
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+    try:
+        store = TCPStore(
+            str(place[0]),
+            int(str(place[1])),
+            is_master=False,
+            timeout=timedelta(seconds=ASK_LIMIT_S),
+        )
+        key = f"tutelage/said/{sha256(line.encode()).hexdigest()}"
+        return int(store.add(key, 1)) == 1
+    except (DistError, OSError, RuntimeError, ValueError):
+        return True
+
+
+def say_once(line: str) -> None:
+    """Of several processes that end for the same reason, the first says so on standard error."""
+    if is_first_to_say(line):
+        print(line, file=sys.stderr)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`N COMMAND …`: run a command of tutelage in N processes; returns the exit code."""
+    try:
+        if not arguments or not arguments[0].isdecimal():
+            raise RunError(
+                f"the first argument must be a number of processes, got {list(arguments[:1])}. "
+                "Example: python -m tutelage.commands.launch 2 train configs/ledger.toml"
+            )
+        command = [sys.executable, "-m", "tutelage", *arguments[1:]]
+        return launch(command, int(arguments[0]))
+    except TutelageError as error:
+        print(f"tutelage: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,352 @@
+"""The method of a run as configuration: which tokens teach, by which objective, how heavily."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field
+
+from tutelage.config.settings import LARGEST_COUNT
+from tutelage.errors import ConfigError, as_share
+
+STRICT = ConfigDict(extra="forbid")
+
+
+def require(is_right: bool, key: str, rule: str, value: object, hint: str) -> None:
+    """Raises a one-line `ConfigError` unless `is_right`."""
+    if not is_right:
+        share = as_share(value) if rule.startswith(("in (0, 1", "in [0, 1")) else ""
+        raise ConfigError(f"{key} must be {rule}, got {value}. {share}{hint}")
+
+
+def require_least(table: str, values: Mapping[str, int], **least: int) -> None:
+    """Numbers of a table by their names, e.g. of "data.", that are at least so large."""
+    for name, lowest in least.items():
+        value = values[name]
+        require(value >= lowest, f"{table}{name}", f"at least {lowest}", value, "Raise it.")
+
+
+def require_counts(table: str, values: Mapping[str, int], **least: int) -> None:
+    """The same for numbers of things that are in memory together."""
+    require_least(table, values, **least)
+    for name in least:
+        most, value = LARGEST_COUNT, values[name]
+        require(value <= most, f"{table}{name}", f"at most {most}", value, "Lower it.")
+
+
+Scope: TypeAlias = Literal["completion", "batch"]
+Normalization: TypeAlias = Literal["minmax_p98", "minmax", "minmax_p98_both", "quantile_05_95"]
+
+
+def _require_keep(keep: float) -> None:
+    hint = "Use keep = 1.0 to train on every token."
+    require(0.0 < keep <= 1.0, "selection.keep", "in (0, 1]", keep, hint)
+
+
+@dataclass(frozen=True)
+class AllTokens:
+    """Train on every token."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal["all"] = "all"
+
+
+@dataclass(frozen=True)
+class SomeTokens:
+    """Train on the tokens that a rule scores highest."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal[
+        "entropy",
+        "soft_or",
+        "q3",
+        "divergence",
+        "forward_divergence",
+        "bottom",
+        "teachability",
+        "gradient_norm",
+        "local_oracle",
+        "local_gain",
+    ]
+    keep: float = 0.5
+    """Fraction of each completion's tokens to train on, in (0, 1]."""
+    scope: Scope = "completion"
+    """One budget per completion, or one for the whole global batch."""
+    normalization: Normalization = "minmax_p98"
+    """How entropy and divergence are brought to [0, 1] over the global batch."""
+
+    def __post_init__(self) -> None:
+        _require_keep(self.keep)
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """Train on tokens drawn without replacement, with probability proportional to a score."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal["entropy_sample", "soft_or_sample"]
+    keep: float = 0.5
+    """Fraction of each completion's tokens to train on, in (0, 1]."""
+    scope: Scope = "completion"
+    """One budget per completion, or one for the whole global batch."""
+    normalization: Normalization = "minmax_p98"
+    """How entropy and divergence are brought to [0, 1] over the global batch."""
+    correct_sampling: bool = False
+    """Weigh kept tokens by 1/π, which estimates the all-token gradient without bias."""
+
+    def __post_init__(self) -> None:
+        _require_keep(self.keep)
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """Train on tokens drawn uniformly without replacement: the control of every other rule."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal["random"]
+    keep: float = 0.5
+    """Fraction of each completion's tokens to train on, in (0, 1]."""
+    scope: Scope = "completion"
+    """One budget per completion, or one for the whole global batch."""
+    correct_sampling: bool = False
+    """Weigh kept tokens by 1/π, which estimates the all-token gradient without bias."""
+
+    def __post_init__(self) -> None:
+        _require_keep(self.keep)
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """Train on the first tokens of every completion."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal["first_n"]
+    num_tokens: int
+    """Tokens of each completion, at least 1."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_tokens >= 1,
+            "selection.num_tokens",
+            "at least 1",
+            self.num_tokens,
+            "Use rule 'all' for every token.",
+        )
+
+
+SelectionConfig: TypeAlias = Annotated[
+    AllTokens | SomeTokens | SampledTokens | RandomTokens | FirstTokens,
+    Field(discriminator="rule"),
+]
+
+
+@dataclass(frozen=True)
+class KLObjective:
+    """Exact full-vocabulary a·reverse_kl + b·forward_kl of every kept token."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["kl"] = "kl"
+    reverse_weight: float = 1.0
+    """a, the weight of KL(student‖teacher)."""
+    forward_weight: float = 0.0
+    """b, the weight of KL(teacher‖student)."""
+
+    def __post_init__(self) -> None:
+        weights = (self.reverse_weight, self.forward_weight)
+        require(
+            min(weights) >= 0.0 and sum(weights) > 0.0,
+            "objective.reverse_weight and forward_weight",
+            "at least 0 and not both 0",
+            weights,
+            "Use 1 and 0 for plain on-policy distillation.",
+        )
+
+
+@dataclass(frozen=True)
+class JSDObjective:
+    """Generalised Jensen-Shannon divergence."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["jsd"]
+    teacher_weight: float = 0.5
+    """The teacher's share of the mixture, strictly between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 < self.teacher_weight < 1.0,
+            "objective.teacher_weight",
+            "strictly between 0 and 1",
+            self.teacher_weight,
+            "Use objective.kind = 'kl' for the limits.",
+        )
+
+
+@dataclass(frozen=True)
+class SkewObjective:
+    """KL(p‖α p + (1 − α) q)."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["skew_reverse_kl"]
+    alpha: float = 0.1
+    """The student's share of the mixture, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 <= self.alpha < 1.0, "objective.alpha", "in [0, 1)", self.alpha, "0.1 is usual."
+        )
+
+
+@dataclass(frozen=True)
+class AdaptiveObjective:
+    """Adaptive KL: forward where the teacher's head disagrees, reverse where its tail does."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["akl"]
+
+
+@dataclass(frozen=True)
+class TopKObjective:
+    """A divergence over the teacher's k likeliest ids and one bucket for the rest."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["topk"]
+    direction: Literal["reverse", "forward"] = "reverse"
+    k: int = 16
+    """Ids with a bucket of their own, at least 1."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "objective.k", "at least 1", self.k, "16 is usual.")
+
+
+@dataclass(frozen=True)
+class SampledObjective:
+    """Reverse KL of the sampled token alone, as a PPO-clipped advantage ("k1")."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["sampled"]
+    clip: float = 0.2
+    """ε of the clip, above 0; it binds from the second update of a step on."""
+
+    def __post_init__(self) -> None:
+        require(self.clip > 0, "objective.clip", "above 0", self.clip, "0.2 is usual.")
+
+
+@dataclass(frozen=True)
+class EOPDObjective:
+    """Reverse KL, plus forward KL where the teacher's entropy is high (Entropy-Aware OPD)."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["eopd"]
+    estimator: Literal["exact", "sampled"] = "exact"
+    """exact: full-vocabulary reverse KL. sampled: PPO-clipped advantage of the sampled token."""
+    fkl: Literal["full", "topk_tail", "topk_renorm"] = "full"
+    """Forward KL over all ids, or the teacher's top k with a tail bucket or renormalised."""
+    forward_weight: float = 1.0
+    """α, the weight of the gated forward KL."""
+    gate: Literal["hard", "soft", "percentile"] = "hard"
+    """1[H ≥ τ], σ((H − τ)/width), or H at or above a quantile of the batch."""
+    threshold: float = 0.8
+    """τ in nats; for gate = "percentile" a share in [0, 1]."""
+    width: float = 0.1
+    """Softness of gate = "soft", nats, above 0."""
+    k: int = 16
+    """Ids of the top-k forms, at least 1."""
+    clip: float = 0.2
+    """ε of the sampled estimator's clip, above 0."""
+
+    def __post_init__(self) -> None:
+        is_share = self.gate == "percentile"
+        require(
+            self.threshold >= 0.0 and (self.threshold <= 1.0 or not is_share),
+            "objective.threshold",
+            "in [0, 1] for gate = 'percentile'" if is_share else "at least 0 nats",
+            self.threshold,
+            "0.8 is the paper's.",
+        )
+        for name in ("width", "k", "clip"):
+            value = self.__dict__[name]
+            require(value > 0, f"objective.{name}", "above 0", value, "Leave it out if unsure.")
+        require(
+            self.forward_weight >= 0,
+            "objective.forward_weight",
+            "at least 0",
+            self.forward_weight,
+            "0 is plain on-policy distillation.",
+        )
+
+
+ObjectiveConfig: TypeAlias = Annotated[
+    KLObjective
+    | JSDObjective
+    | SkewObjective
+    | AdaptiveObjective
+    | TopKObjective
+    | SampledObjective
+    | EOPDObjective,
+    Field(discriminator="kind"),
+]
+
+
+@dataclass(frozen=True)
+class NoWeighting:
+    """Every kept token weighs the same."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class SelectKDWeighting:
+    """Full weight where the student's likeliest id is among the teacher's five likeliest."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["selectkd"]
+    outside: float = 0.01
+    """Weight of the other tokens, at least 0."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.outside >= 0, "weighting.outside", "at least 0", self.outside, "0.01 is usual."
+        )
+
+
+@dataclass(frozen=True)
+class FireWeighting:
+    """High where the student is uncertain and the teacher is not; poor completions are dropped."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["fire"]
+    drop: float = 0.2
+    """Share of completions with the lowest mean teacher log-probability to drop, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.drop < 1.0, "weighting.drop", "in [0, 1)", self.drop, "0 drops none.")
+
+
+@dataclass(frozen=True)
+class PacedWeighting:
+    """s(1 − s) of each prompt, s being the student's pass rate; needs a graded task."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["paced"]
+
+
+@dataclass(frozen=True)
+class RewardWeighting:
+    """softmax(reward/β)·n over the step's n completions, reward 1 for a correct one."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["reward"]
+    beta: float = 1.0
+    """Temperature, above 0; large values weigh all completions alike."""
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, "weighting.beta", "above 0", self.beta, "1.0 is usual.")
+
+
+WeightingConfig: TypeAlias = Annotated[
+    NoWeighting | SelectKDWeighting | FireWeighting | PacedWeighting | RewardWeighting,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,316 @@
+"""From TOML and `key=value` overrides to a `Config`, with one clear line for every mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tutelage.config import suggest
+from tutelage.config.schema import Config
+from tutelage.errors import ConfigError
+
+_ADAPTER = TypeAdapter(Config)
+
+_RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
+
+SAFE_KEYS = (
+    "out",
+    "checkpoint_every",
+    "checkpoint_writer",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "trackers",
+)
+"""Keys that may change when a run is continued: they change no number in it."""
+_UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device", "recording")
+"""Keys that do not name a run: they change no more than rounding, or nothing."""
+
+
+_SMALLEST, _LARGEST = 1e-30, 1e9
+"""Sizes of numbers beyond which products of a few of them leave the range of float32."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a TOML file, with `key=value` overrides applied.
+
+    Args:
+        path: TOML file.
+        overrides: e.g. "selection.rule=soft_or"; values are TOML, or plain text.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"configuration {path} does not exist. Give the path of a TOML file, "
+            "such as configs/ledger.toml."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read: {error}. Give the path of a TOML file."
+        ) from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from None
+    for override in overrides:
+        _apply(table, override)
+    return parse_config(table)
+
+
+def parse_config(table: dict[str, Any]) -> Config:
+    """The configuration a nested table describes.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value does not fit; the first such.
+    """
+    config = _read(table)
+    _require_usable_numbers(config)
+    return config
+
+
+def _read(table: dict[str, Any]) -> Config:
+    if isinstance(objective := table.get("objective"), dict):
+        table = {**table, "objective": {"kind": "kl", **objective}}
+    try:
+        config = _ADAPTER.validate_python(table)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, table)) from None
+    _refuse_truth_values(config, table)
+    return config
+
+
+def parse_saved_config(table: dict[str, Any]) -> Config:
+    """`parse_config` of what an earlier version saved: keys it did not know have their effect then.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
+    optimizer = table.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("weight_decay"):
+        table = {**table, "optimizer": {"decay_all": True, **optimizer}}
+    return _read(table)  # with numbers of any size: what it did, it did
+
+
+def current_table(saved: Any) -> Any:
+    """A saved configuration with every key of this version, or as it is if it cannot be read."""
+    try:
+        return json.loads(json.dumps(to_table(parse_saved_config(saved))))
+    except (ConfigError, AttributeError, TypeError):
+        return saved
+
+
+def _refuse_truth_values(config: Config, table: dict[str, Any]) -> None:
+    # pydantic takes true for the number 1
+    found = flat_values(to_table(config))
+    for key, value in _flat(table):
+        read = found.get(key)
+        pairs = zip(value, read, strict=True) if isinstance(read, list) else [(value, read)]
+        for given, number in pairs:
+            if isinstance(given, bool) and type(number) in (int, float):
+                raise ConfigError(
+                    f"{key} must be a number, got {str(given).lower()}. Write a number."
+                )
+
+
+def _require_usable_numbers(config: Config) -> None:
+    """No infinity or NaN, which JSON lacks, and nothing that overflows in float32 or in 64 bits."""
+    for key, value in _flat(to_table(config)):
+        for number in value if isinstance(value, list) else [value]:
+            size = abs(number) if isinstance(number, int | float) else 0
+            if isinstance(size, int) and size >= 1 << 63:
+                got = number if size < 1 << 128 else f"{size.bit_length()} bits"
+                raise ConfigError(f"{key} must be a number of 64 bits, got {got}. Change it.")
+            if not math.isfinite(size):
+                raise ConfigError(f"{key} must be finite, got {number}. Change it.")
+            if isinstance(number, float) and not (_SMALLEST <= size <= _LARGEST or size == 0):
+                raise ConfigError(
+                    f"{key} must be 0 or have a size from {_SMALLEST:g} to {_LARGEST:g}, got "
+                    f"{number}. Change it."
+                )
+
+
+def to_table(config: Config) -> dict[str, Any]:
+    """The configuration as a nested table of plain values."""
+    return asdict(config)
+
+
+def fingerprint(config: Config) -> str:
+    """Eight hexadecimal digits naming everything in the configuration that changes results."""
+    table = {key: value for key, value in _chosen(config).items() if key not in _UNNAMED_KEYS}
+    text = json.dumps(table, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _chosen(table: Any) -> dict[str, Any]:
+    """What differs from the defaults, and the kinds of tables.
+
+    Later versions have more keys; while those have their defaults, a run keeps its name.
+    """
+    found: dict[str, Any] = {}
+    for field in fields(table):
+        value = getattr(table, field.name)
+        if is_dataclass(value):
+            make = field.default_factory
+            if make is MISSING or value != make():
+                found[field.name] = _chosen(value)
+        elif field.name in ("kind", "rule") or value != field.default:
+            found[field.name] = value
+    return found
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, safe keys aside, sorted."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    keys = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    is_safe = {key: key in SAFE_KEYS or key.startswith("recording.") for key in keys}
+    return sorted(key for key in keys if not is_safe[key])
+
+
+def flat_keys(table: dict[str, Any]) -> list[str]:
+    """Dotted names of all values of a nested table."""
+    return [key for key, _ in _flat(table)]
+
+
+def flat_values(table: dict[str, Any]) -> dict[str, Any]:
+    """All values of a nested table by their dotted names."""
+    return dict(_flat(table))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value. Write e.g. selection.keep=0.5."
+        )
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a table.")
+    table[last] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
+
+
+@lru_cache
+def _schema() -> dict[str, Any]:
+    return _ADAPTER.json_schema()
+
+
+def find_key(name: str) -> str | None:
+    """The dotted key of the configuration that a name stands for, with or without its table."""
+    return suggest.find_key(_schema(), name)
+
+
+def all_keys() -> list[str]:
+    """Every key that a configuration may have, tables not, by their dotted names."""
+    return list(dict.fromkeys(suggest.dotted_keys(_schema())))
+
+
+def _explain(error: ValidationError, table: dict[str, Any]) -> str:
+    """The first mistake as one line: key, what is wrong, the value seen, what to do."""
+    details = error.errors(include_url=False)
+    # An unknown key explains the missing one it was meant to be.
+    first = next((d for d in details if _kind(d) == "unknown"), details[0])
+    location = [str(part) for part in first["loc"]]
+    key = _key(location)
+    match _kind(first):
+        case "unknown" if key in _RENAMED:
+            return f"{key} is now {_RENAMED[key]}. Write that instead."
+        case "unknown":
+            return f"unknown key {key!r}.{_did_you_mean(location, table)}"
+        case "missing":
+            *parents, last = location
+            before = ".".join([*suggest.without_tags(_schema(), parents), ""])
+            keys = [before + k for k in suggest.required_keys(_schema(), parents, last)]
+            return (
+                f"{', '.join(keys)} is missing. Add it to the configuration or pass "
+                f"{' '.join(f'{k}=VALUE' for k in keys)}."
+            )
+        case "tag":
+            return _explain_tag(first, key)
+        case "ours":
+            return str(first["ctx"]["error"])
+    if first["type"] == "tuple_type" and isinstance(text := first["input"], str):
+        return (
+            f"{key} must be a list, got {text!r}. Write {key} = {json.dumps([text])}, in a shell "
+            f"'{key}={json.dumps([text])}'."
+        )
+    # A value that fits none of several types has one complaint for each.
+    same = [d for d in details if _key([str(p) for p in d["loc"]]) == key]
+    messages = [d["msg"] for d in same if _kind(d) == "other"]
+    message = " or ".join(message[0].lower() + message[1:] for message in messages)
+    return f"{key}: {message}, got {first['input']!r}.{_did_you_mean_value(first)}"
+
+
+def _did_you_mean_value(detail: Any) -> str:
+    """What to write instead of a value of the wrong kind, where that is known."""
+    value = detail["input"]
+    if detail["type"] == "literal_error":
+        # pydantic lists the words as 'a', 'b' or 'c'
+        return suggest.did_you_mean_value(value, detail["ctx"]["expected"].split("'")[1::2])
+    if isinstance(value, str) and (share := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)):
+        return f" Write {float(share[1]) / 100:g}."
+    return ""
+
+
+def _key(location: Sequence[str]) -> str:
+    """The dotted key of an error."""
+    return ".".join(suggest.without_tags(_schema(), location))
+
+
+def _kind(detail: Any) -> str:
+    kinds = {
+        "unexpected_keyword_argument": "unknown",
+        "missing": "missing",
+        "missing_argument": "missing",
+        "union_tag_invalid": "tag",
+        "union_tag_not_found": "tag",
+        "value_error": "ours",
+    }
+    return kinds.get(detail["type"], "other")
+
+
+def _explain_tag(detail: Any, key: str) -> str:
+    context = detail["ctx"]
+    field = context["discriminator"].strip("'")
+    if "tag" not in context:
+        schema = _schema()["properties"][key]
+        names = list(schema["discriminator"]["mapping"])
+        return f"{key}.{field} is missing. Choose one of {', '.join(names)}."
+    names = [name.strip("' ") for name in context["expected_tags"].split(",")]
+    hint = suggest.did_you_mean_value(context["tag"], names)
+    return f"{key}.{field} must be one of {', '.join(names)}, got {context['tag']!r}.{hint}"
+
+
+def _did_you_mean(location: list[str], table: dict[str, Any]) -> str:
+    *parents, last = location
+    rules = suggest.owners(_schema(), parents, last)
+    if rules and location[0] == "selection" and table["selection"].get("rule") == "all":
+        return " Rule 'all' keeps every token; choose another selection.rule to use it."
+    return suggest.did_you_mean_key(_schema(), parents, last)

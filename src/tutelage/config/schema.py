@@ -1,0 +1,400 @@
+"""The configuration of a run: one frozen dataclass per table of the TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from tutelage.config.method import (
+    STRICT,
+    AllTokens,
+    KLObjective,
+    NoWeighting,
+    ObjectiveConfig,
+    PacedWeighting,
+    SelectionConfig,
+    WeightingConfig,
+    require,
+    require_counts,
+    require_least,
+)
+from tutelage.config.settings import OptimizerKind, SamplingConfig, TeacherMode
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Trains low-rank updates of frozen weights; needs the extra `lora`."""
+
+    __pydantic_config__ = STRICT
+    rank: int = 16
+    """Rank of the updates."""
+    alpha: float = 32.0
+    """Scale of the updates, times the rank."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs dropped while learning, in [0, 1); never while sampling."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers to adapt; none means all but the head."""
+
+    def __post_init__(self) -> None:
+        rank, alpha, dropout = self.rank, self.alpha, self.dropout
+        require(1 <= rank <= 65536, "student.lora.rank", "from 1 to 65536", rank, "16 is usual.")
+        hint, rule = "Twice the rank is usual.", "above 0, at most 65536"
+        require(0 < alpha <= 65536, "student.lora.alpha", rule, alpha, hint)
+        require(0 <= dropout < 1, "student.lora.dropout", "in [0, 1)", dropout, "0 drops nothing.")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The model that learns."""
+
+    __pydantic_config__ = STRICT
+    model: str
+    """Folder, .gguf file, package:NAME/folder, or hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and forward pass; updates are summed in float32 in either case."""
+    num_layers: int | None = None
+    """Depth to prune the model to before training; None keeps all layers."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again for the backward pass instead of keeping them."""
+    layers: Literal["transformers", "liger"] = "transformers"
+    """Norms and gated units by transformers, or on CUDA by Liger's fused kernels (Llama, Mistral,
+    Qwen2 and Qwen3 models; extra `liger`), which round in another order."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the frozen weights under an adapter (QLoRA); needs the extra `lowbit`."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of the weights; None trains all weights."""
+
+    def __post_init__(self) -> None:
+        is_possible = self.quantization == "none" or self.lora is not None
+        hint = "Quantised weights cannot learn; add a table [student.lora]."
+        require(is_possible, "student.quantization", "none", self.quantization, hint)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model that supervises."""
+
+    __pydantic_config__ = STRICT
+    model: str
+    """Folder, .gguf file, package:NAME/folder, or hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights."""
+    mode: TeacherMode = "resident"
+    """Where it is while the student writes and learns: resident on the device, offload to main
+    memory, or reload, which reads it from its folder in every step. On a CPU, whose memory is main
+    memory, offload leaves the teacher in its folder where it has one (safetensors), like reload."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the weights; needs the extra `lowbit`."""
+    hidden_budget_bytes: int = 4 << 30
+    """Hidden states of one step kept in main memory; more go to a file in the run folder."""
+    stop_token: Literal["map", "refuse"] = "map"
+    """When student and teacher end a text with different ids: let them trade places, or stop."""
+
+    def __post_init__(self) -> None:
+        budget = self.hidden_budget_bytes
+        hint = "0 writes all hidden states to disk."
+        require(budget >= 0, "teacher.hidden_budget_bytes", "at least 0", budget, hint)
+
+
+@dataclass(frozen=True)
+class LedgerData:
+    """The embedded task: no download, strictly graded."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["ledger"] = "ledger"
+    num_items: int = 5
+    """Sums in a prompt, 1 to 16; the shipped models know 5."""
+
+    def __post_init__(self) -> None:
+        count, hint = self.num_items, "The shipped models know 5."
+        require(1 <= count <= 16, "data.num_items", "from 1 to 16", count, hint)
+
+
+@dataclass(frozen=True)
+class FileData:
+    """Prompts from a JSONL or parquet file, a named set or a `datasets` id."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["file"]
+    path: str
+    """JSONL or parquet file (also looked for in $TUTELAGE_DATA and ./data), a named set
+    (dapo-math-17k, math-train, gsm8k-train), or a data set's hub id."""
+    split: str = "train"
+    """Split of a hub data set; ignored for files."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    prompt_column: str | None = None
+    """Key of the prompt; None takes the first of prompt, problem, question, messages."""
+    answer_column: str = "answer"
+    """Key of the reference answer, which a record may lack."""
+    chat: bool = True
+    """Render a text prompt as one user message with the tokenizer's chat template."""
+    suffix: str | None = None
+    """Text appended to every prompt, e.g. how to mark the answer; None takes a named set's own."""
+    enable_thinking: bool | None = None
+    """Passed to the chat template (Qwen3 thinks unless False); None leaves it to the template."""
+    max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
+    """Longer prompts are left out and counted; 0 keeps all."""
+    grader: Literal["none", "number", "math", "exact"] = "none"
+    """How a completion is compared with the reference answer; `math` needs the extra math."""
+    num_held_out: int = 64
+    """Prompts kept out of training for evaluation."""
+
+
+DataConfig: TypeAlias = Annotated[LedgerData | FileData, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    __pydantic_config__ = STRICT
+    kind: OptimizerKind = "adamw"
+    """adamw; adamw_on_disk, the same with its moments in a file of the run folder; adamw_8bit or
+    paged_adamw_8bit with the extra `lowbit`; adafactor without moments."""
+    offload: bool = False
+    """Keep float32 weights and optimizer state in main memory and update there."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after warm-up, towards 0 for the last two."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; 0 starts at the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, of matrices only."""
+    decay_all: bool = False
+    """Decay norms, biases, embeddings and a head tied to them too, which are spared otherwise."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    """Norm the gradient is clipped to; 0 never clips."""
+
+    @property
+    def state_is_on_disk(self) -> bool:
+        """Whether moments take disk and no memory."""
+        return self.kind == "adamw_on_disk"
+
+    def __post_init__(self) -> None:
+        hint = "1e-6 is usual for large models, 1e-3 for the embedded ones."
+        rate = self.learning_rate
+        require(0 < rate <= 10, "optimizer.learning_rate", "above 0, at most 10", rate, hint)
+        change, hint = rate * self.weight_decay, "0.1 is usual."
+        rule = "at most 1 / optimizer.learning_rate, beyond which weights change their sign"
+        require(change <= 1, "optimizer.weight_decay", rule, self.weight_decay, hint)
+        for name in ("beta1", "beta2"):
+            beta = self.__dict__[name]
+            require(0 <= beta < 1, f"optimizer.{name}", "in [0, 1)", beta, "0.9 is usual.")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            value = self.__dict__[name]
+            require(value >= 0, f"optimizer.{name}", "at least 0", value, "0 switches it off.")
+
+
+@dataclass(frozen=True)
+class TransformersEngine:
+    """The student itself draws."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["transformers"] = "transformers"
+
+
+@dataclass(frozen=True)
+class VLLMEngine:
+    """vLLM in this process, given the student's weights before every step; extra `vllm`."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["vllm"]
+    max_model_len: int = 0
+    """Longest prompt and completion together in tokens; 0 takes the model's limit."""
+    gpu_memory_utilization: float = 0.4
+    """Share of the accelerator's memory vLLM may hold while it draws."""
+    max_logprob_gap: float | None = None
+    """Mean gap in nats between its log-probabilities and the trainer's at which the run stops;
+    None takes 0.001 for float32 and 0.05 for half precision."""
+
+    def __post_init__(self) -> None:
+        share = self.gpu_memory_utilization
+        require(0 < share < 1, "engine.gpu_memory_utilization", "in (0, 1)", share, "0.4 is usual.")
+        _require_length(self.max_model_len)
+        _require_gap(self.max_logprob_gap)
+
+
+@dataclass(frozen=True)
+class VLLMServer:
+    """A vLLM server in development mode, which reads the student's weights before every step."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["vllm_server"]
+    url: str
+    """Address without a path, such as http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
+    folder: str
+    """Where weights are handed over; the server must see it under the same name."""
+    num_concurrent: int = 64
+    """Completions asked for at the same time."""
+    max_logprob_gap: float | None = None
+    """As for the engine vllm."""
+
+    def __post_init__(self) -> None:
+        count = self.num_concurrent
+        require(count >= 1, "engine.num_concurrent", "at least 1", count, "64 is usual.")
+        _require_gap(self.max_logprob_gap)
+
+
+def _require_length(length: int) -> None:
+    require(length >= 0, "engine.max_model_len", "at least 0", length, "0 is the model's limit.")
+
+
+def _require_gap(gap: float | None) -> None:
+    is_good = gap is None or gap > 0
+    require(is_good, "engine.max_logprob_gap", "above 0", gap, "Leave it out for the default.")
+
+
+EngineConfig: TypeAlias = Annotated[
+    TransformersEngine | VLLMEngine | VLLMServer, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Measurements on held-out prompts, before, during and after training."""
+
+    __pydantic_config__ = STRICT
+    num_problems: int = 64
+    """Held-out prompts; 0 measures nothing."""
+    num_samples: int = 8
+    """Completions per prompt, the k of mean@k and pass@k."""
+    every: int = 0
+    """Steps between evaluations; 0 for only before and after."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus of the evaluation, in (0, 1]."""
+    teacher: bool = True
+    """Measure the teacher too, once."""
+
+    def __post_init__(self) -> None:
+        require_least("evaluation.", self.__dict__, every=0)
+        require_counts("evaluation.", self.__dict__, num_problems=0, num_samples=1)
+        temperature, top_p = self.temperature, self.top_p
+        is_warm = 0 <= temperature < float("inf")
+        require(is_warm, "evaluation.temperature", "at least 0", temperature, "0 is greedy.")
+        require(0 < top_p <= 1, "evaluation.top_p", "in (0, 1]", top_p, "1.0 keeps every token.")
+
+
+@dataclass(frozen=True)
+class RecordingConfig:
+    """Tokens kept for the report's microscope; changes no number of the run."""
+
+    __pydantic_config__ = STRICT
+    every: int = 0
+    """Steps between snapshots, one before the first and one after the last; 0 records nothing."""
+    num_prompts: int = 4
+    """Held-out prompts, the same in every snapshot; the student completes each once."""
+    num_rollouts: int = 4
+    """Rollouts of the step that are scored too, by the weights after it."""
+    max_new_tokens: int = 128
+    """Longest completion of a held-out prompt, and the most tokens kept of any."""
+    max_bytes: int = 6_000_000
+    """Size at which tokens.jsonl stops to grow; the run says so."""
+
+    def __post_init__(self) -> None:
+        require_least("recording.", self.__dict__, every=0, max_bytes=1)
+        require_counts("recording.", self.__dict__, num_prompts=0, num_rollouts=0, max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Everything that changes the weights is in here."""
+
+    __pydantic_config__ = STRICT
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig = field(default_factory=LedgerData)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=TransformersEngine)
+    selection: SelectionConfig = field(default_factory=AllTokens)
+    objective: ObjectiveConfig = field(default_factory=KLObjective)
+    weighting: WeightingConfig = field(default_factory=NoWeighting)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    recording: RecordingConfig = field(default_factory=RecordingConfig)
+    out: str | None = None
+    """Run folder; None names one after the config file and its fingerprint, under runs/."""
+    seed: int = 0
+    """Seed of prompts, completions and random selection."""
+    num_steps: int = 100
+    """Rounds of writing and learning."""
+    prompts_per_step: int = 32
+    """Prompts of one step over all processes; each gets sampling.num_samples completions."""
+    updates_per_step: int = 1
+    """Optimizer updates on the rollouts of a step, cut in order into that many mini-batches."""
+    micro_batch_tokens: int = 4096
+    """Tokens of one forward and backward pass, padding included where there is any; 0 sets no limit
+    but the size."""
+    micro_batch_size: int = 64
+    """Completions in one forward and backward pass, at most; changes memory, not the result."""
+    micro_batches: Literal["padded", "packed"] = "padded"
+    """How completions lie in one: padded to one length, neighbours together; or packed, one after
+    the other, each attending to itself (Llama, Mistral, Qwen2, Qwen3; on CUDA torch 2.11)."""
+    sampling_batch_size: int = 64
+    """Completions decoded at the same time."""
+    scoring: Literal["recorded", "forward"] = "recorded"
+    """Student states that tokens are scored by: those they were drawn from, which cost nothing, or
+    those of a pass of their own. Equal up to rounding; the first step verifies it."""
+    diagnostics: Literal["all", "kept"] = "all"
+    """Tokens that logged divergences and quadrants describe; with kept, rules that look at the
+    student alone never project the teacher's other tokens."""
+    quadrant_thresholds: Literal["median"] | tuple[float, float] = "median"
+    """Cuts of entropy and divergence for the quadrant table: medians, or two numbers in nats."""
+    renormalise: bool = True
+    """Divide by the kept tokens; False divides by all, so a token weighs as without selection."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; 0 for only the last."""
+    checkpoint_writer: Literal["auto", "thread", "inline"] = "auto"
+    """Who writes a checkpoint: a thread beside training, from a copy in main memory, which holds
+    weights and optimizer state once more; inline, while training waits; auto takes the thread where
+    the device has memory of its own and the copy is possible. The files are the same."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk, at least 1."""
+    max_skipped_steps: int = 3
+    """Stop after so many steps in a row whose loss or gradient is infinite or NaN, at least 1.
+    Such an update is skipped: weights and optimizer stay as they are."""
+    num_threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    device: str = "auto"
+    """auto (cuda where it is), cpu or cuda."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Services that receive every step's metrics besides the run folder, which always does."""
+
+    @property
+    def can_copy_checkpoints(self) -> bool:
+        """Whether all that a checkpoint holds has a copy in main memory that can be written later.
+
+        Moments on disk are there to be nowhere else; weights of few bits save a state of their own.
+        """
+        return not self.optimizer.state_is_on_disk and self.student.quantization == "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weighting, PacedWeighting):
+            samples = self.sampling.num_samples
+            hint = "With one sample a pass rate is 0 or 1, and every weight s(1 - s) is 0."
+            require(samples >= 2, "sampling.num_samples", "at least 2 for paced", samples, hint)
+        if not isinstance(self.engine, TransformersEngine):
+            temperature, hint = self.sampling.temperature, "Or use engine.kind = transformers."
+            is_one = temperature == 1
+            require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
+        require_counts("", self.__dict__, prompts_per_step=1)
+        require_least("", self.__dict__, checkpoint_every=0, micro_batch_tokens=0)
+        positive = ("num_steps", "micro_batch_size", "sampling_batch_size", "keep_checkpoints")
+        for key in (*positive, "max_skipped_steps", "updates_per_step"):
+            require_least("", self.__dict__, **{key: 1})
+        is_possible = self.can_copy_checkpoints or self.checkpoint_writer != "thread"
+        what = "auto or inline with adamw_on_disk or quantized weights"
+        hint = "A thread writes from a copy in memory."
+        require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
+        updates, prompts, threads = self.updates_per_step, self.prompts_per_step, self.num_threads
+        require(0 <= threads <= 1024, "num_threads", "from 0 to 1024", threads, "0 is torch's own.")
+        hint = "Every update learns from the same number of prompts."
+        is_even = prompts % updates == 0
+        require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)

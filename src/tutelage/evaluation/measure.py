@@ -1,0 +1,146 @@
+"""What a run measures on held-out prompts, before, during and after training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config.schema import Config
+from tutelage.config.settings import SamplingConfig
+from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl, mean_reverse_kl
+from tutelage.evaluation.scores import voting_of
+from tutelage.models.tokenizers import decode, pad_id
+from tutelage.rollout.sampler import Sampler, TransformersSampler
+from tutelage.setup.components import Parts
+from tutelage.setup.inputs import grader_of
+from tutelage.setup.progress import Watch, counting, unwatched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_EVALUATION_SEED = 424242
+"""Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""
+_NUM_SAVED_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation of the student, and perhaps of the teacher."""
+
+    summaries: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    """A verdict on every completion."""
+    samples: list[dict[str, Any]]
+    """Some of the student's completions."""
+
+    def logs(self) -> dict[str, list[dict[str, Any]]]:
+        """Lines for each log; the one that tells that an evaluation is complete comes last."""
+        return {
+            "evaluation_rows.jsonl": self.rows,
+            "samples.jsonl": self.samples,
+            "evaluation.jsonl": self.summaries[::-1],
+        }
+
+
+def measure(config: Config, parts: Parts, step: int, watch: Watch = unwatched) -> Measured:
+    """Evaluate the student after `step`, and once, before the first step, the teacher.
+
+    The student is drawn from by the run's own engine. The teacher, which no engine holds, is drawn
+    from by transformers.
+    """
+    sampler = parts.sampler
+    if not sampler.has_own_weights:  # the same model, in the evaluation's own batches
+        sampler = _transformers(config, parts, parts.student.model)
+    student = _evaluate(config, parts, sampler, "student", watch)
+    watch("held-out KL")
+    sums = held_out_reverse_kl(
+        parts.student,
+        parts.teacher,
+        student.rollouts,
+        pad_id(parts.tokenizer, parts.student.vocab_size),
+        config.micro_batch_size,
+        config.micro_batch_tokens,
+    )
+    kl = mean_reverse_kl(student.rollouts, sums)
+    found = [("student", student, kl)]
+    if step == 0 and config.evaluation.teacher and student.mean_at_k is not None:
+        with parts.teacher.awake():
+            sampler = _transformers(config, parts, parts.teacher.model)
+            result = _evaluate(config, parts, sampler, "teacher", watch)
+            sampler.close()
+            found.append(("teacher", result, None))
+    engines = {"student": config.engine.kind, "teacher": "transformers"}
+    heads = [{"step": step, "model": who, "engine": engines[who]} for who, _, _ in found]
+    pairs = list(zip(heads, found, strict=True))
+    return Measured(
+        [{**h, **result.summary(), "held_out_reverse_kl_nats": kl} for h, (_, result, kl) in pairs],
+        [
+            {**h, **row, "reverse_kl_nats": nats}
+            for h, (who, result, _) in pairs
+            for row, nats in zip(result.rows(), _per_row(who, result, sums), strict=True)
+        ],
+        _samples(parts, step, student),
+    )
+
+
+def _per_row(who: str, result: Evaluation, sums: list[float]) -> list[float | None]:
+    """Nats of each completion; the teacher's divergence from itself is not measured."""
+    if who == "teacher":
+        return [None] * len(result.rollouts)
+    return [nats if math.isfinite(nats) else None for nats in sums]
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """One line on an evaluation record."""
+    parts = [f"{summary['model']} at step {summary['step']}:"]
+    for name, title in (("mean_at_k", "mean"), ("pass_at_k", "pass")):
+        if summary[name] is not None:
+            low, high = summary[f"{name}_low"], summary[f"{name}_high"]
+            value = f"{title}@{summary['k']} {100 * summary[name]:.1f} %"
+            parts.append(f"{value} [{100 * low:.1f}, {100 * high:.1f}]")
+    if summary["held_out_reverse_kl_nats"] is not None:
+        parts.append(f"held-out reverse KL {summary['held_out_reverse_kl_nats']:.4f} nats")
+    return " ".join(parts)
+
+
+def _transformers(config: Config, parts: Parts, model: PreTrainedModel) -> Sampler:
+    size = max(config.sampling_batch_size, config.evaluation.num_samples)
+    return TransformersSampler(model, parts.tokenizer, size, parts.enable_thinking)
+
+
+def _evaluate(config: Config, parts: Parts, sampler: Sampler, who: str, watch: Watch) -> Evaluation:
+    settings, task = config.evaluation, parts.task
+    sampling = SamplingConfig(
+        settings.temperature,
+        settings.top_p,
+        0,
+        config.sampling.max_new_tokens,
+        settings.num_samples,
+    )
+    prompts = task.held_out(settings.num_problems)
+    num_completions = len(prompts) * settings.num_samples
+    progress = counting(watch, f"evaluating the {who}: completions", num_completions)
+    return evaluate(
+        sampler,
+        task.grade,
+        prompts,
+        sampling,
+        (_EVALUATION_SEED,),
+        progress,
+        voting=voting_of(grader_of(task)),
+    )
+
+
+def _samples(parts: Parts, step: int, result: Evaluation) -> list[dict[str, Any]]:
+    chosen = range(0, len(result.rollouts), result.num_samples)
+    return [
+        {
+            "step": step,
+            "prompt_id": result.rollouts[i].prompt.id,
+            "prompt": decode(parts.tokenizer, result.rollouts[i].prompt_ids),
+            "completion": result.rollouts[i].text,
+            "is_correct": result.is_correct[i],
+        }
+        for i in list(chosen)[:_NUM_SAVED_SAMPLES]
+    ]

@@ -1,0 +1,381 @@
+"""What a run will need of a CUDA device and of main memory, from shapes and a few facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tutelage.config.schema import Config, TransformersEngine, VLLMEngine
+from tutelage.core._block import ACCELERATOR_CHUNK_BYTES
+from tutelage.core.kernels import is_supported
+from tutelage.core.kernels.buffers import Buffers
+from tutelage.errors import ModelError
+from tutelage.memory.cpu import (
+    STATE_BYTES,
+    UNCOUNTED,
+    MemoryPlan,
+    Phase,
+    Sizes,
+    available_bytes,
+    copied_bytes,
+    plan_memory,
+)
+from tutelage.memory.meta_model import Learning, learning_from, reading, shadow, stored_bytes
+from tutelage.memory.rollout_cuda import DrawMemory, draw_memory
+from tutelage.models.teacher import DEVICE_SHARE
+from tutelage.setup.components import Parts
+from tutelage.setup.objective import needs_scoring, scores_teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONTEXT_BYTES = 640 << 20
+"""What a process takes of a device before its first tensor: the driver's context, the kernels of
+torch and cuBLAS, captured graphs. Between 0.5 and 0.7 GiB on the cards of the last years."""
+NUM_WORKSPACES = 3
+"""Where cuBLAS works: once for the forward pass, for the thread of the backward pass, and for the
+stream that graphs are captured on."""
+ALLOCATOR_SHARE = 1 / 20
+"""What torch's allocator holds beyond the tensors in it, as a share of them: sizes rounded up to
+512 bytes and 2 MiB, and gaps that no later tensor fits. An assumption, not a measurement."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan has to know of a CUDA device."""
+
+    name: str
+    total_bytes: int
+    available_bytes: int
+    """Free now, with what this process holds already."""
+    capability: tuple[int, int]
+    has_kernels: bool
+    """Whether the objective runs by fused kernels."""
+    host_bytes: int
+    """Main memory that is free now."""
+
+    @staticmethod
+    def of(device: torch.device) -> Facts:
+        """What is known of the device that is here."""
+        about = torch.cuda.get_device_properties(device)
+        return Facts(
+            about.name,
+            about.total_memory,
+            available_bytes(device) + CONTEXT_BYTES,
+            (about.major, about.minor),
+            is_supported(device),
+            available_bytes(torch.device("cpu")),
+        )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """cuBLAS's memory, which torch allocates: 32 MiB from Hopper on, before 8.125 MiB."""
+        return NUM_WORKSPACES * ((32 << 20) if self.capability >= (9, 0) else 8_519_680)
+
+
+def plan_run(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
+    """The plan of a run on the device it has; arguments as for `plan_memory`."""
+    if parts.device.type != "cuda":
+        return plan_memory(config, parts, prompt_tokens)
+    try:
+        student, teacher = shadows(parts)
+        return plan_cuda(config, student, teacher, Facts.of(parts.device), prompt_tokens)
+    except ModelError:  # a class that cannot do without numbers, or weights of few bits
+        return plan_memory(config, parts, prompt_tokens)
+
+
+def shadows(parts: Parts) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Student and teacher without numbers.
+
+    Raises:
+        ModelError: a class that cannot do without them.
+    """
+    is_there = parts.teacher.mode != "reload"
+    with nullcontext() if is_there else parts.teacher.awake():
+        return shadow(parts.student.model), shadow(parts.teacher.model)
+
+
+def plan_cuda(
+    config: Config,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    facts: Facts,
+    prompt_tokens: int,
+) -> MemoryPlan:
+    """What each phase of a step needs on a CUDA device, and what all of them need beside it.
+
+    Every tensor is counted where it lives: passes of the models run on shapes alone, slots and
+    buffers by the functions that allocate them. A phase's `allocated_bytes` are what
+    `torch.cuda.max_memory_allocated` shows; context and allocator come on top.
+
+    Args:
+        config: the run.
+        student: from `shadow`, with its adapter and its checkpointed activations.
+        teacher: from `shadow`.
+        facts: of the device.
+        prompt_tokens: length of the longest prompt.
+
+    Raises:
+        ModelError: a class cannot be run without numbers.
+    """
+    plan = _Plan(config, student, teacher, facts, prompt_tokens)
+    phases = [plan.rollout(), plan.teacher_reads(), plan.learn()]
+    if needs_scoring(config) or not isinstance(config.engine, TransformersEngine):
+        phases.insert(2, plan.score())
+    if config.evaluation.num_problems and config.evaluation.teacher:
+        phases.insert(0, plan.evaluate())
+    host = MemoryPlan((plan.host(),), facts.host_bytes, what="main memory")
+    return MemoryPlan(tuple(_outside(x) for x in phases), facts.available_bytes, host)
+
+
+def _outside(phase: Phase) -> Phase:
+    """The phase with what is no tensor."""
+    allocator = int(phase.allocated_bytes * ALLOCATOR_SHARE)
+    return Phase(
+        phase.name, phase.parts | dict(zip(UNCOUNTED, (CONTEXT_BYTES, allocator), strict=True))
+    )
+
+
+class _Plan:
+    def __init__(
+        self,
+        config: Config,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        facts: Facts,
+        prompt_tokens: int,
+    ) -> None:
+        self.config, self.facts = config, facts
+        self.student, self.teacher = student, teacher
+        self.prompt_tokens = prompt_tokens
+        self.sizes = sizes = Sizes(config, prompt_tokens)
+        self.shape = (sizes.micro_batch // sizes.length, sizes.length)
+        """Sequences of the largest micro-batch, and their length."""
+        completions = config.prompts_per_step * config.sampling.num_samples
+        each = completions // config.updates_per_step
+        if config.micro_batches == "packed":  # one row, which need not hold whole sequences
+            most = min(config.micro_batch_size, completions) * sizes.length
+            limit = config.micro_batch_tokens or most
+            self.shape = (1, max(sizes.length, min(most, limit)))
+        tokens = self.shape[0] * self.shape[1]
+        self.num_rows = tokens * config.sampling.max_new_tokens // sizes.length
+        self.num_passes = -(-each * sizes.length // tokens)
+        """Micro-batches of an update."""
+        self.head: Tensor = student.get_output_embeddings().weight
+        self.teacher_head: Tensor = teacher.get_output_embeddings().weight
+        self.vocab_size = min(len(self.head), len(self.teacher_head))
+        self.is_drawn_here = isinstance(config.engine, TransformersEngine)
+        trained: list[Tensor] = [w for w in student.parameters() if w.requires_grad]
+        self.trained = sum(w.numel() for w in trained)
+        self.trained_bytes = _bytes(trained)
+        self.largest = max((w.numel() for w in trained), default=0)
+        self.masters = sum(4 * w.numel() for w in trained if w.itemsize < 4)
+
+    # --- what is there all the time
+
+    @cached_property
+    def draws(self) -> DrawMemory:
+        """Of the student's draws; evaluation may open more completions than a step."""
+        config, each = self.config, self.config.evaluation
+        most = max(self.sizes.decoded, each.num_problems * each.num_samples)
+        rows = min(config.sampling_batch_size, most)
+        return self._draws(self.student, rows, config.sampling.num_samples)
+
+    def _draws(self, model: PreTrainedModel, rows: int, num_samples: int) -> DrawMemory:
+        """With completions of a prompt side by side, of which the first and last may be some."""
+        lengths = (self.prompt_tokens, self.config.sampling.max_new_tokens)
+        prompts = min(rows, 1 + -(-(rows - 1) // num_samples))
+        return draw_memory(model, rows, prompts, lengths, self.facts.total_bytes)
+
+    @cached_property
+    def rest(self) -> dict[str, int]:
+        """Without the teacher."""
+        optimizer = self.config.optimizer
+        is_here = not optimizer.offload
+        state = 0 if optimizer.state_is_on_disk else STATE_BYTES[optimizer.kind]
+        is_kept = self.is_drawn_here and self.draws.is_kept
+        return {
+            "workspaces": self.facts.workspace_bytes,
+            "student": stored_bytes(self.student),
+            "masters": self.masters * is_here,
+            "optimizer": int(self.trained * state) * is_here,
+            "KV cache": self.draws.cache if is_kept else 0,
+            "decoding step": self.draws.step if is_kept else 0,
+        }
+
+    @property
+    def teacher_at_rest(self) -> int:
+        """All of it, or the head, which the objective reads."""
+        is_resident = self.config.teacher.mode == "resident"
+        return stored_bytes(self.teacher) if is_resident else self.teacher_head.nbytes
+
+    @property
+    def _all_hidden(self) -> int:
+        return self.sizes.rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
+
+    @property
+    def _kept_hidden(self) -> int:
+        """The teacher's hidden states that stay on the device."""
+        is_resident = self.config.teacher.mode == "resident"
+        return min(self._all_hidden, self.facts.total_bytes // DEVICE_SHARE) if is_resident else 0
+
+    @property
+    def hidden_states(self) -> int:
+        """The same, and those of the micro-batch that come back from main memory."""
+        here = self.num_rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
+        return min(self._all_hidden, self._kept_hidden + here)
+
+    @property
+    def recorded(self) -> int:
+        """The student's hidden states from when a step's tokens were drawn."""
+        is_recorded = self.is_drawn_here and self.config.scoring == "recorded"
+        if not (is_recorded and needs_scoring(self.config)):
+            return 0
+        return self.sizes.rows * self.head.shape[1] * self.head.itemsize
+
+    # --- phases
+
+    def evaluate(self) -> Phase:
+        """The teacher draws beside the student."""
+        config, each = self.config, self.config.evaluation
+        rows = min(config.sampling_batch_size, each.num_problems * each.num_samples)
+        draws = self._draws(self.teacher, rows, each.num_samples)
+        rest = self.rest | {"optimizer": 0}
+        mine = {"KV cache": rest["KV cache"] + draws.cache}
+        mine |= {"decoding step": rest["decoding step"] + draws.step, "prefill": draws.prefill}
+        return Phase("evaluate", rest | mine | {"teacher": stored_bytes(self.teacher)})
+
+    def rollout(self) -> Phase:
+        """The student draws, or vLLM does."""
+        rest = self.rest | {"teacher": self.teacher_at_rest, "recorded states": self.recorded}
+        if isinstance(self.config.engine, VLLMEngine):
+            share = self.config.engine.gpu_memory_utilization
+            rest["vLLM"] = int(share * self.facts.total_bytes)
+        elif self.is_drawn_here:
+            rest["KV cache"], rest["decoding step"] = self.draws.cache, self.draws.step
+            rest["prefill"] = self.draws.prefill
+        return Phase("rollout", rest)
+
+    def teacher_reads(self) -> Phase:
+        """A pass of the teacher."""
+        parts = {
+            "recorded states": self.recorded,
+            "teacher": stored_bytes(self.teacher),
+            "activations": reading(self.teacher, self.shape).peak,
+            "hidden states": self.hidden_states,
+        }
+        return Phase("teacher", self.rest | parts)
+
+    def score(self) -> Phase:
+        """Statistics of all tokens; where states were recorded, the first step compares them."""
+        activations = reading(self.student, self.shape).peak
+        width = self.num_rows * self.head.shape[1]
+        if self.recorded:
+            # the fresh states, theirs and the difference in float64
+            activations = max(activations, 3 * 8 * width)
+        parts = {
+            "teacher": self.teacher_at_rest,
+            "hidden states": self.hidden_states,
+            # those of each micro-batch are put together, and the rollouts still hold theirs
+            "recorded states": 2 * self.recorded,
+        }
+        head = self._buffers(has_gradient=False)
+        if activations > head:
+            return Phase("score", self.rest | parts | {"activations": activations})
+        return Phase("score", self.rest | parts | {"activations": 0, "head": head})
+
+    def learn(self) -> Phase:
+        """The largest of three moments: the objective, the backward pass, the sum of gradients."""
+        is_later = self.num_passes > 1
+        own = self.trained_bytes if is_later and not self.masters else 0
+        found = learning_from(self.student, self.shape, self.num_rows, has_gradients=own > 0)
+        summed = 0 if self.config.optimizer.offload else self.masters
+        before = own + summed * is_later
+        parts = {"teacher": self.teacher_at_rest, "hidden states": self.hidden_states}
+        moments = [
+            {"gradients": before, "activations": found.forward.kept, "head": self._objective()},
+            {"gradients": before, "activations": found.forward.peak},
+            {"gradients": before + self._made(found), "activations": self._beside(found)},
+            {"gradients": self._collected(summed, is_later)},
+        ]
+        largest = max(moments, key=lambda moment: sum(moment.values()))
+        return Phase("learn", self.rest | parts | largest)
+
+    def _made(self, found: Learning) -> int:
+        """Gradients at the end of a backward pass that were not there before it."""
+        is_added = self.num_passes > 1 and not self.masters
+        return 0 if is_added else min(self.trained_bytes, found.backward)
+
+    def _beside(self, found: Learning) -> int:
+        return found.backward - self._made(found)
+
+    def _collected(self, summed: int, is_later: bool) -> int:
+        """Gradients while those of narrow weights are added to float32 sums."""
+        if not self.masters:
+            return self.trained_bytes
+        if is_later or not summed:
+            return self.trained_bytes + summed + 4 * self.largest
+        return max(summed, self.trained_bytes + 4 * self.largest)
+
+    def _buffers(self, has_gradient: bool) -> int:
+        """What the objective's chunks take."""
+        if not self.facts.has_kernels:
+            return min(ACCELERATOR_CHUNK_BYTES, 5 * 4 * self.num_rows * self.vocab_size)
+        return self._chunks(has_gradient).num_bytes
+
+    def _chunks(self, has_gradient: bool) -> Buffers:
+        is_narrow = has_gradient and self.head.itemsize < 4
+        has_teacher = has_gradient or scores_teacher(self.config)
+        return Buffers.of(self.num_rows, self.vocab_size, has_teacher, is_narrow)
+
+    def _objective(self) -> int:
+        """Chunks of logits, rows of both sides, and gradients as they are summed and handed on."""
+        widths = (self.head.shape[1], self.teacher_head.shape[1])
+        rows = self.num_rows * sum(widths) * self.head.itemsize
+        hidden, buffers = self.num_rows * widths[0], self._buffers(has_gradient=True)
+        weight = self.vocab_size * widths[0] * self.head.requires_grad
+        narrow = self.head.itemsize * (hidden + weight)
+        if self.facts.has_kernels and self._chunks(has_gradient=True).is_one_chunk:
+            return rows + buffers + 4 * hidden + narrow
+        summed = 4 * (hidden + weight)
+        return rows + summed + max(buffers, narrow)
+
+    def host(self) -> Phase:
+        """Main memory: what was moved there, and the copy that checkpoints are written from."""
+        config = self.config
+        is_offloaded = config.optimizer.offload
+        state = 0 if config.optimizer.state_is_on_disk else STATE_BYTES[config.optimizer.kind]
+        moments = int(self.trained * state)
+        masters = self.masters if is_offloaded else 0
+        hidden = self._all_hidden - self._kept_hidden
+        parts = {
+            "float32 weights": masters,
+            "moments": moments * is_offloaded,
+            "float32 gradients": masters,
+            "teacher weights": stored_bytes(self.teacher)
+            if config.teacher.mode == "offload"
+            else 0,
+            "hidden states": min(hidden, config.teacher.hidden_budget_bytes),
+        }
+        copy = self._checkpoint_copy()
+        is_asked = config.checkpoint_writer == "thread"
+        if is_asked or sum(parts.values()) + copy <= self.facts.host_bytes:
+            parts["checkpoint copy"] = copy
+        return Phase("run", parts)
+
+    def _checkpoint_copy(self) -> int:
+        config = self.config
+        if config.checkpoint_writer == "inline" or not config.can_copy_checkpoints:
+            return 0
+        trained = [w for w in self.student.parameters() if w.requires_grad]
+        return copied_bytes(config, trained, torch.device("cuda"))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,260 @@
+"""Rows of open completions: the hidden state that predicts each row's next token.
+
+`rows_for` runs any causal language model through its own forward pass. `FastRows` writes the
+one-token step of the Llama family out by hand over preallocated caches: the same arithmetic in as
+few calls as possible, without the bookkeeping around it, and a place that has become free can be
+taken by another prompt at any time. `open_rows` tries a step against the model's own before
+trusting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tutelage.models.forward import Ids
+from tutelage.models.llama_cpu.layers import Layer, Norm, interleaved, parts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRIAL_TOKENS = 8
+"""Tokens that a fast step is tried on."""
+_READ_AHEAD = 1024
+"""Most tokens, padding included, up to which coming prompts are read with those due."""
+
+
+class _Prefill(NamedTuple):
+    """Prompts that have been read, one row each, padded on the right."""
+
+    prompts: list[Ids]
+    hidden: Tensor
+    """Last hidden state of each prompt `[P, D]`."""
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values of each layer `[P, groups, width, head width]`."""
+
+    def only(self, wanted: AbstractSet[Ids]) -> _Prefill:
+        """Some of the prompts, without the memory of the others."""
+        rows = [i for i, ids in enumerate(self.prompts) if ids in wanted]
+        if len(rows) == len(self.prompts):
+            return self
+        layers = [(k[rows], v[rows]) for k, v in self.layers]
+        return _Prefill([self.prompts[i] for i in rows], self.hidden[rows], layers)
+
+
+class _Index(NamedTuple):
+    """Where the rows of a cache begin, as if it had two dimensions, and what they have filled."""
+
+    rows: Tensor
+    """First column of the keys of each row and group `[B, groups]`."""
+    first: Tensor
+    """The same, followed by that of the values `[B, 2 · groups]`."""
+    bias: Tensor
+    """0 where a column is filled, -inf elsewhere `[B · groups, 1, columns]`."""
+    caches: list[tuple[Tensor, Tensor, Tensor]]
+    """Of each layer everything `[2 · B · groups · columns, width]`, its keys `[B · groups, width,
+    columns]` and its values `[B · groups, columns, width]`."""
+
+
+class FastRows:
+    """The Llama family. Row r keeps token i of its sequence in column i of every cache."""
+
+    refills = True
+
+    def __init__(self, model: PreTrainedModel, pad: int, num_rows: int, max_length: int) -> None:
+        self.base: Any = model.base_model
+        self.pad = pad
+        self.max_length = max_length
+        config, attention = self.base.config, self.base.layers[0].self_attn
+        self.num_heads: int = config.num_attention_heads
+        self.num_groups: int = config.num_key_value_heads
+        heads = (self.num_heads, self.num_groups)
+        self.layers = [parts_of(layer, *heads) for layer in self.base.layers]
+        self.norm = Norm(self.base.norm.weight, self.base.norm.variance_epsilon)
+        self.head_dim: int = attention.head_dim
+        self.scale: float = attention.scaling
+        self.columns = torch.arange(max_length, device=model.device)
+        self.hidden = self.base.norm.weight.new_zeros(num_rows, config.hidden_size)
+        cos, sin = (x[0, :, None, : self.head_dim // 2] for x in self._angles())
+        self.turn = torch.complex(cos, sin)
+        """What turns the pairs of a query or key at each position `[max_length, 1, width / 2]`."""
+        empty = self.hidden.new_zeros(2, num_rows, self.num_groups, 0, self.head_dim)
+        self.caches = [empty for _ in self.layers]
+        """Keys (interleaved) and values of each layer `[2, B, groups, columns, width]`."""
+        self.position = self.columns.new_zeros(num_rows)
+        """Column of the next token of each row."""
+        self.end = 0
+        """The furthest of these columns."""
+        self.index: _Index | None = None
+        """Where the rows are; None after they have changed."""
+        self.reads: list[_Prefill] = []
+        """Prompts that have been read and are still to be started."""
+
+    @torch.no_grad()
+    def agrees(self, prompt: Ids) -> bool:
+        """Whether a step by hand gives the model's own hidden states, in two rows at once."""
+        # Different ones: among equal tokens, wrong positions and scales cancel out.
+        others = range(min(TRIAL_TOKENS, self.base.embed_tokens.num_embeddings))
+        ids = (tuple(dict.fromkeys((*prompt, *others))) * TRIAL_TOKENS)[:TRIAL_TOKENS]
+        device = self.columns.device
+        own, layers = self._read([ids])
+        lengths = [TRIAL_TOKENS - 1, TRIAL_TOKENS // 2]
+        self._place([0, 1], _Prefill([ids], own[:, -1], layers), [0, 0])
+        self.position = torch.tensor(lengths, device=device)
+        self.end = max(lengths)
+        self.advance(torch.tensor([ids[n] for n in lengths], device=device))
+        expected = own[0, lengths].double()
+        error = (self.hidden.double() - expected).norm() / expected.norm()
+        # Transformers computes norms in float32 at most.
+        eps = max(torch.finfo(dtype).eps for dtype in (self.hidden.dtype, torch.float32))
+        return bool(error <= eps**0.5)
+
+    def admit(
+        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    ) -> None:
+        """Start the prompts in these rows; equal prompts share one prefill."""
+        known = {ids for read in self.reads for ids in read.prompts}
+        unread = [ids for ids in dict.fromkeys(prompts) if ids not in known]
+        if unread:
+            self.reads.append(self._prefill(self._with_following(unread, known, following)))
+        for read in self.reads:
+            row = {ids: i for i, ids in enumerate(read.prompts)}
+            pairs = zip(places, prompts, strict=True)
+            found = [(place, row[ids]) for place, ids in pairs if ids in row]
+            if found:  # what was read ahead may be for later
+                self._place([place for place, _ in found], read, [start for _, start in found])
+        self.end = int(self.position.max())
+        wanted = set(following)
+        self.reads = [
+            read.only(wanted) for read in self.reads if not wanted.isdisjoint(read.prompts)
+        ]
+
+    def _with_following(
+        self, unread: list[Ids], known: set[Ids], following: Sequence[Ids]
+    ) -> list[Ids]:
+        """Prompts to read now: those due, and of the next ones what is cheap to read with them."""
+        chosen = dict.fromkeys(unread)
+        width = max(map(len, unread))
+        for ids in following:
+            width = max(width, len(ids))
+            if (len(chosen) + 1) * width > _READ_AHEAD:
+                break
+            if ids not in known:
+                chosen[ids] = None
+        return list(chosen)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Feed one token to every row."""
+        self._grow(self.end + 1)
+        index = self.index = self.index or self._locate()
+        slots = (index.first + self.position[:, None]).view(-1)
+        index.bias.view(-1).index_fill_(0, (index.rows + self.position[:, None]).view(-1), 0.0)
+        width = self.end + 1
+        bias = index.bias[:, :, :width].expand(-1, self.num_heads // self.num_groups, -1)
+        turn = self.turn.index_select(0, self.position)
+        x = self.base.embed_tokens(tokens)
+        for layer, (every, keys, values) in zip(self.layers, index.caches, strict=True):
+            q, kv = self._project(layer, x, turn)
+            every.index_copy_(0, slots, kv)
+            y = self._attend(q, keys[:, :, :width], values[:, :width], bias)
+            x = layer.o(x, y.view(len(x), -1))
+            gate, up = layer.gate_up(x).chunk(2, dim=-1)
+            x = layer.down(x, layer.act(gate) * up)
+        self.hidden = self.norm(x)
+        # A row that has ended waits for its successor without running out of its cache.
+        self.position = (self.position + 1).clamp_(max=self.max_length - 1)
+        self.end = min(self.end + 1, self.max_length - 1)
+
+    def keep(self, index: Tensor) -> None:
+        """Drop all rows but these."""
+        self.caches = [cache[:, index] for cache in self.caches]
+        self.hidden, self.position = self.hidden[index], self.position[index]
+        self.end = int(self.position.max())
+        self.index = None
+
+    def _angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the model's own rotary embedding, as exact as it gives them."""
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        cos, sin = self.base.rotary_emb(self.hidden, self.columns[None])
+        return cos.to(wide), sin.to(wide)
+
+    def _locate(self) -> _Index:
+        """Where every row's columns begin, and which of them it has filled."""
+        room, num_rows = self.caches[0].shape[3], len(self.position)
+        rows = torch.arange(num_rows * self.num_groups, device=self.position.device) * room
+        rows = rows.view(num_rows, self.num_groups)
+        seen = self.columns[:room] < self.position[:, None]
+        bias = self.hidden.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        bias = bias.repeat_interleave(self.num_groups, 0)[:, None]
+        caches = []
+        for cache in self.caches:
+            keys, values = cache.flatten(1, 2)
+            caches.append((cache.view(-1, self.head_dim), keys.transpose(1, 2), values))
+        return _Index(rows, torch.cat((rows, rows + rows.numel() * room), dim=1), bias, caches)
+
+    def _project(self, layer: Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, heads, width]`, then keys and values of each row `[B·2·groups, width]`."""
+        every = layer.qkv(x).view(len(x), -1, self.head_dim)
+        both = every[:, : -self.num_groups]
+        if layer.qk_norm is not None:
+            layer.qk_norm(both, out=both)
+        wide = turn.dtype.to_real()
+        if wide == x.dtype:
+            both.view(turn.dtype).mul_(turn)
+        else:
+            both.copy_((both.to(wide).view(turn.dtype) * turn).view(wide))
+        return every[:, : self.num_heads], every[:, self.num_heads :].reshape(-1, self.head_dim)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attention of one query a head; heads that share a key are its queries."""
+        q = q.reshape(len(keys), -1, self.head_dim)
+        if q.is_cuda or q.dtype != torch.float32:
+            # Fused kernels want a batch; here it is one of many heads.
+            q, keys, values, bias = q[None], keys.mT[None], values[None], bias[None]
+            return F.scaled_dot_product_attention(q, keys, values, bias, scale=self.scale)[0]
+        # On a CPU two batched products take two thirds of the time of the fused kernel.
+        scores = torch.baddbmm(bias, q, keys, alpha=self.scale)
+        return torch.bmm(scores.softmax(-1), values)
+
+    def _prefill(self, prompts: list[Ids]) -> _Prefill:
+        states, layers = self._read(prompts)
+        last = torch.tensor([len(ids) - 1 for ids in prompts], device=states.device)
+        rows = torch.arange(len(prompts), device=states.device)
+        return _Prefill(prompts, states[rows, last], layers)
+
+    def _read(self, prompts: list[Ids]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Hidden states `[P, width, D]`, and keys and values of each layer, by the model itself."""
+        width = max(len(ids) for ids in prompts)
+        # Padded on the right nothing needs a mask: a token never sees what comes after it.
+        padded = [list(ids) + [self.pad] * (width - len(ids)) for ids in prompts]
+        ids = torch.tensor(padded, device=self.columns.device)
+        output = self.base(input_ids=ids, use_cache=True)
+        layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return output.last_hidden_state, layers
+
+    def _place(self, places: list[int], source: _Prefill, starts: list[int]) -> None:
+        """Copy prompts that have been read into rows."""
+        to, start = (torch.tensor(i, device=self.columns.device) for i in (places, starts))
+        lengths = [len(source.prompts[i]) for i in starts]
+        width = max(lengths)
+        self._grow(width)
+        self.hidden[to] = source.hidden[start]
+        self.position[to] = torch.tensor(lengths, device=self.columns.device)
+        self.index = None
+        for cache, (keys, values) in zip(self.caches, source.layers, strict=True):
+            cache[:, to] = 0  # a masked NaN of the row before would still be a NaN
+            cache[0][to, :, :width] = interleaved(keys[start, :, :width])
+            cache[1][to, :, :width] = values[start, :, :width]
+
+    def _grow(self, columns: int) -> None:
+        """Room for so many columns; new ones are 0, since a masked NaN would still be a NaN."""
+        room = self.caches[0].shape[3]
+        if columns > room:
+            added = min(self.max_length, max(columns, room + room // 2) + 32) - room
+            self.caches = [F.pad(cache, (0, 0, 0, added)) for cache in self.caches]
+            self.index = None

@@ -1,0 +1,268 @@
+"""One self-contained HTML page about a run, and its curves as a picture."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tutelage.evaluation.metrics import Interval, paired_difference
+from tutelage.files.atomic import write_output
+from tutelage.report import plots, text
+from tutelage.report.page import panel_views, render_page, write_page
+from tutelage.report.panels import Panel, panels_of, points_per_mark
+from tutelage.report.records import (
+    EvaluationRecord,
+    Quadrant,
+    RunRecord,
+    SampleRecord,
+    StepRecord,
+    TokenRecord,
+    read_run,
+)
+from tutelage.report.token_viewer import microscope_context
+
+_MAX_PROMPTS = 8
+_MAX_COMPLETIONS = 2
+
+_QUADRANTS = {
+    "q1": ("high", "high", "uncertain and wrong"),
+    "q2": ("high", "low", "uncertain and right"),
+    "q3": ("low", "high", "overconfident and wrong"),
+    "q4": ("low", "low", "solved"),
+}
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """Completions of one prompt at one step."""
+
+    step: int
+    completions: tuple[tuple[str, str, str], ...]
+    """(verdict in words, CSS class, text)."""
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write `report.html` and `curves.png` about a run folder.
+
+    The page is one file that fetches nothing. Everything the run wrote is escaped, and a content
+    security policy forbids the browser all but its own style and, where tokens were recorded, its
+    own script.
+
+    Args:
+        run: run folder with manifest.json and metrics.jsonl.
+        out: where the page goes: a file name, or an existing folder; by default the run folder.
+
+    Returns:
+        The path of the page; the picture lies beside it.
+
+    Raises:
+        RunError: the folder is no run folder, has no metrics yet, holds a malformed line, or the
+            page cannot be written.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    record = read_run(run)
+    page = _page_path(run, out)
+    panels = panels_of(record)
+    html = render_page(_context(record, panels))
+    if panels:
+        write_output(page.with_name("curves.png"), plots.render_png(panels))
+    write_output(page, html.encode("utf-8"))
+    return page
+
+
+def write_score_page(
+    lines: Sequence[dict[str, Any]], config: dict[str, Any], keep: float, out: Path
+) -> Path:
+    """Write a page about scored completions without a run.
+
+    Args:
+        lines: records as in tokens.jsonl.
+        config: the configuration they were scored with, as a table.
+        keep: budget of the rules.
+        out: HTML file.
+
+    Raises:
+        RunError: the page cannot be written.
+        MissingExtraError: jinja2 is not installed.
+    """
+    tokens = [TokenRecord.model_validate(line) for line in lines]
+    facts = [("completions", text.number(len(tokens))),
+             ("tokens", text.number(sum(len(record.token) for record in tokens)))]  # fmt: skip
+    context = {
+        "overview": None,
+        "kicker": "Scored completions, nothing was trained",
+        "name": text.visible(out.stem, 120),
+        "facts": facts,
+        "notes": [],
+        **microscope_context(tokens, {**config, "selection": {"keep": keep}}),
+    }
+    write_page(out, context)
+    return out
+
+
+def _page_path(run: Path, out: Path | None) -> Path:
+    if out is None:
+        return run / "report.html"
+    return out / "report.html" if out.is_dir() else out
+
+
+def _context(record: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
+    environment = {key: value for key, value in record.manifest.items() if key != "config"}
+    return {
+        **microscope_context(record.tokens, record.config),
+        "overview": "run.html",
+        "kicker": "On-policy distillation run",
+        "name": text.visible(record.path.resolve().name, 120),
+        "facts": _facts(record),
+        "notes": [*record.notes, *_thinning_note(record)],
+        "evaluations": _evaluation_rows(record),
+        "evaluation_set": _evaluation_set(record),
+        "is_graded": any(e.mean_at_k is not None for e in record.evaluations),
+        "change": _paired_change(record),
+        "panels": panel_views(panels),
+        "quadrants": _quadrant_rows(record.steps),
+        "quadrant_steps": _quadrant_steps(record.steps),
+        "quadrant_cuts": _quadrant_cuts(record.config),
+        "figures": _figures(record.steps),
+        "samples": _samples(record.samples),
+        "config_toml": text.visible(text.toml(record.config), 20_000),
+        "environment": text.visible_rows(environment),
+    }
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """The run in a handful of label and value pairs."""
+    rows = sum(step.num_rows or 0 for step in record.steps)
+    kept = sum(step.num_kept or 0 for step in record.steps)
+    seconds = sum(s or 0.0 for step in record.steps for s in (step.seconds or {}).values())
+    facts = [("steps", text.number(len(record.steps)))]
+    if rows:
+        facts.append(("completion tokens", f"{rows:,}"))
+        facts.append(("trained on", f"{kept:,} ({text.percent(kept / rows)})"))
+    if seconds:
+        facts.append(("time", text.duration(seconds)))
+    return facts
+
+
+def _thinning_note(record: RunRecord) -> list[str]:
+    size = points_per_mark(len(record.steps))
+    return [f"Each point of a curve is the mean of {size} steps."] if size > 1 else []
+
+
+def _evaluation_rows(record: RunRecord) -> list[tuple[str, EvaluationRecord]]:
+    """The student before and after, and the teacher, as far as they were evaluated."""
+    student, teacher = record.evaluations_of("student"), record.evaluations_of("teacher")
+    rows = []
+    if student:
+        rows.append((f"student, step {student[0].step}", student[0]))
+    if len(student) > 1:
+        rows.append((f"student, step {student[-1].step}", student[-1]))
+    if teacher:
+        rows.append(("teacher", teacher[-1]))
+    return rows
+
+
+def _evaluation_set(record: RunRecord) -> EvaluationRecord | None:
+    return next(iter(record.evaluations_of("student") or record.evaluations), None)
+
+
+def _paired_change(record: RunRecord) -> Interval | None:
+    """How much the student changed on the same problems, when their verdicts were saved."""
+    steps = record.evaluated_steps("student")
+    if len(steps) < 2:
+        return None
+    before = record.problem_scores("student", steps[0])
+    after = record.problem_scores("student", steps[-1])
+    shared = sorted(before.keys() & after.keys())
+    if not shared:
+        return None
+    return paired_difference([after[p] for p in shared], [before[p] for p in shared])
+
+
+def _with_quadrants(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    return [step for step in steps if step.quadrants]
+
+
+def _quadrant_steps(steps: Sequence[StepRecord]) -> tuple[int, int] | None:
+    measured = _with_quadrants(steps)
+    return (measured[0].step, measured[-1].step) if measured else None
+
+
+def _quadrant_rows(
+    steps: Sequence[StepRecord],
+) -> list[tuple[str, tuple[str, str, str], Quadrant, Quadrant]]:
+    """Each quadrant with its meaning, at the first and at the last step that measured it."""
+    measured = _with_quadrants(steps)
+    if not measured:
+        return []
+    first, last = measured[0].quadrants or {}, measured[-1].quadrants or {}
+    return [
+        (key.upper(), meaning, first.get(key, Quadrant()), last.get(key, Quadrant()))
+        for key, meaning in _QUADRANTS.items()
+    ]
+
+
+def _quadrant_cuts(config: dict[str, Any]) -> str | None:
+    """What counts as high, in words: the shares mean nothing without it."""
+    match config.get("quadrant_thresholds"):
+        case "median":
+            return "above the median of the step"
+        case [int() | float() as entropy, int() | float() as divergence]:
+            return f"entropy above {entropy:g} nats and divergence above {divergence:g} nats"
+    return None
+
+
+def _figures(steps: Sequence[StepRecord]) -> list[tuple[str, str, str, str]]:
+    """(name, unit, first, last) of every scalar the run measured."""
+    names = {
+        "loss": "per kept token",
+        "reverse_kl_nats": "nats per token",
+        "forward_kl_nats": "nats per token",
+        "entropy_nats": "nats per token",
+        "teacher_entropy_nats": "nats per token",
+        "keep": "share of tokens",
+        "grad_norm": "before clipping",
+        "learning_rate": "",
+        "completion_length_mean": "tokens",
+        "truncated_share": "share of completions",
+    }
+    rows = []
+    for name, unit in names.items():
+        values = [v for step in steps if (v := getattr(step, name)) is not None]
+        if values:
+            label = name.removesuffix("_nats").replace("_", " ").replace("kl", "KL")
+            rows.append((label, unit, text.number(values[0]), text.number(values[-1])))
+    return rows
+
+
+def _samples(samples: Sequence[SampleRecord]) -> list[tuple[str, list[SampleView]]]:
+    """Prompts with their completions at the first and the last step that sampled them."""
+    by_prompt: dict[str, list[SampleRecord]] = defaultdict(list)
+    for sample in samples:
+        by_prompt[sample.prompt_id].append(sample)
+    shown = list(by_prompt.values())[:_MAX_PROMPTS]
+    return [(text.visible(group[0].prompt), _first_and_last(group)) for group in shown]
+
+
+def _first_and_last(samples: Sequence[SampleRecord]) -> list[SampleView]:
+    steps = sorted({sample.step for sample in samples})
+    return [
+        SampleView(step, tuple(map(_completion, _at_step(samples, step)[:_MAX_COMPLETIONS])))
+        for step in dict.fromkeys((steps[0], steps[-1]))
+    ]
+
+
+def _at_step(samples: Sequence[SampleRecord], step: int) -> list[SampleRecord]:
+    return [sample for sample in samples if sample.step == step]
+
+
+def _completion(sample: SampleRecord) -> tuple[str, str, str]:
+    verdict, css_class = {
+        True: ("correct", "correct"),
+        False: ("wrong", "wrong"),
+        None: ("not graded", "ungraded"),
+    }[sample.is_correct]
+    return verdict, css_class, text.visible(sample.completion)

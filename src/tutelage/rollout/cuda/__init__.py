@@ -1,0 +1,1 @@
+"""Rollouts on a GPU: static caches, one captured graph a decoding step."""

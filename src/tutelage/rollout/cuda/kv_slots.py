@@ -1,0 +1,210 @@
+"""Static caches of keys and values, and the graphs of the steps that run over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tutelage.config.settings import SamplingConfig
+from tutelage.models.forward import Ids
+from tutelage.rollout.cuda.cuda_graph import Capture, CudaGraph, Graph
+from tutelage.rollout.cuda.decode_step import DecodeStep, sizes_of
+from tutelage.rollout.cuda.operators import Operators, Picking
+from tutelage.rollout.cuda.state import Sizes, Work, make_rows, make_work
+from tutelage.rollout.cuda.transfer import send
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STEPS = 4
+"""Steps between two looks at who has finished."""
+_TRIAL = 8
+"""Tokens that a step is tried on; beyond a window, as many more."""
+_COLUMNS = 256
+"""The room of a row grows by so many columns, so that draws of similar length share graphs."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a decoding step runs with."""
+
+    operators: Operators
+    capture: Capture
+    processors: int
+    """Multiprocessors of the device."""
+    num_blocks: Callable[[int], int]
+    """Blocks in which so many ids are summed."""
+    num_splits: Callable[[int, int, int, int], int]
+    """Splits of a cache for rows, groups, capacity and processors."""
+
+
+def cuda_device(device: torch.device) -> Device:
+    """Triton kernels in CUDA graphs."""
+    from tutelage.rollout.cuda.triton_operators import TritonOperators, num_splits, num_vocab_blocks
+
+    pool = torch.cuda.graph_pool_handle()
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Device(
+        TritonOperators(),
+        lambda run: CudaGraph(run, pool),
+        processors,
+        num_vocab_blocks,
+        num_splits,
+    )
+
+
+class Slots:
+    """Static caches of one model, and the graphs that were captured over them."""
+
+    def __init__(
+        self, model: PreTrainedModel, device: Device, num_rows: int, capacity: int
+    ) -> None:
+        self.device = device
+        self.step = DecodeStep(model, device.operators)
+        self.sizes = sizes = sizes_of(model)
+        self.rows = make_rows(sizes, bucket(num_rows), STEPS)
+        self.cache = make_cache(sizes, num_rows, capacity)
+        self.num_slots, self.capacity = self.cache.shape[2], self.cache.shape[4]
+        self.turn = _angles(model, self.capacity, sizes)
+        self._graphs: dict[tuple[int, int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
+
+    def serves(self, model: PreTrainedModel, num_rows: int, capacity: int) -> bool:
+        """Whether another draw can use these slots."""
+        is_large = num_rows <= self.num_slots and capacity <= self.capacity
+        return is_large and self.step.is_current(model)
+
+    def num_splits(self, count: int, length: int) -> int:
+        """Splits of attention; it depends on the draw alone, as results do in their last bits."""
+        device = self.device
+        return device.num_splits(count, self.sizes.num_groups, length, device.processors)
+
+    def graph(
+        self, count: int, splits: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
+    ) -> Graph:
+        """The graph of a step of the first `count` rows."""
+        key = (count, splits, config, num_ids, stops)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        return self._graphs[key]
+
+    def _capture(
+        self, count: int, splits: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
+    ) -> Graph:
+        rows, work = self.rows.first(count), self.work(count, splits, num_ids)
+        picking = make_picking(config, num_ids, stops, self.sizes.device)
+        changed = (rows.token, rows.position, rows.done, rows.column, rows.hidden)
+        kept = [tensor.clone() for tensor in changed]
+        rows.done.fill_(1)  # so that a first run writes nothing into the caches
+        rows.column.zero_()
+        # Not `self`, which holds the graphs: in a cycle its memory would outlive it.
+        step, cache, turn = self.step, self.cache, self.turn
+        graph = self.device.capture(lambda: step(rows, work, cache, turn, picking))
+        for tensor, value in zip(changed, kept, strict=True):
+            tensor.copy_(value)
+        return graph
+
+    def work(self, count: int, splits: int, num_ids: int) -> Work:
+        """Memory for a step of so many rows."""
+        return make_work(self.sizes, count, self.device.num_blocks(num_ids), splits)
+
+    def read(self, model: PreTrainedModel, prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Any]:
+        """Hidden states `[P, width, D]` and the cache of prompts, by the model's own forward."""
+        from transformers import DynamicCache
+
+        width = max(len(ids) for ids in prompts)
+        # Padded on the right nothing needs a mask: a token never sees what comes after it.
+        padded = [list(ids) + [pad] * (width - len(ids)) for ids in prompts]
+        ids = send(padded, self.rows.token)
+        base: Any = model.base_model
+        # A cache without a configuration keeps every column, beyond a window too.
+        with _attention(self.sizes.device):
+            output = base(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+        return output.last_hidden_state, output.past_key_values
+
+    def place(self, read: Any, sources: list[int], slots: list[int]) -> None:
+        """Copy prompts that have been read into slots."""
+        source, slot = send([sources, slots], self.rows.token)
+        for i, layer in enumerate(read.layers):
+            width = layer.keys.shape[2]
+            for kind, values in enumerate((layer.keys, layer.values)):
+                self.cache[i, kind][slot, :, :width] = values[source]
+
+    def agrees(self, model: PreTrainedModel, prompt: Ids, pad: int) -> bool:
+        """Whether a step gives the model's own hidden states, in two rows at once."""
+        num_ids = len(self.step.table)
+        length = _TRIAL + (self.step.window if self.step.window + _TRIAL <= self.capacity else 0)
+        # Different tokens: among equal ones, wrong positions and scales cancel out.
+        others = range(min(_TRIAL, num_ids))
+        ids = (tuple(dict.fromkeys((*prompt[:_TRIAL], *others))) * length)[:length]
+        own, read = self.read(model, [ids], pad)
+        self.place(read, [0, 0], [0, 1])
+        lengths = [length - 1, length // 2]
+        rows = self.rows.first(2)
+        rows.slot.copy_(torch.arange(2))
+        rows.token.copy_(torch.tensor([ids[n] for n in lengths]))
+        rows.position.copy_(torch.tensor(lengths))
+        rows.done.zero_()
+        rows.column.zero_()
+        self.step.feed(rows, self.work(2, 2, 1), self.cache, self.turn)
+        rows.done.fill_(1)
+        expected = own[0, lengths].double()
+        error = (rows.hidden.double() - expected).norm() / expected.norm()
+        eps = max(torch.finfo(dtype).eps for dtype in (self.sizes.dtype, torch.float32))
+        return bool(error <= eps**0.5)
+
+
+def make_cache(sizes: Sizes, num_rows: int, capacity: int) -> Tensor:
+    """Keys and values `[layers, 2, slots, groups, capacity, head_dim]` for so many columns."""
+    room = -(-capacity // _COLUMNS) * _COLUMNS
+    return torch.empty(
+        *(sizes.num_layers, 2, max(2, num_rows), sizes.num_groups, room, sizes.head_dim),
+        dtype=sizes.dtype,
+        device=sizes.device,
+    )
+
+
+def bucket(num_rows: int) -> int:
+    """The number of rows, at least these, that a graph is captured for."""
+    power = 1 << max(num_rows - 1, 1).bit_length()
+    between = 3 * power // 4
+    return between if power >= 32 and num_rows <= between else power
+
+
+def make_picking(
+    config: SamplingConfig, num_ids: int, stops: Sequence[int], device: torch.device
+) -> Picking:
+    """How tokens are drawn, on the device."""
+    room = 1 << max(len(stops) - 1, 0).bit_length()
+    padded = [*stops, *[-1] * (room - len(stops))]
+    return Picking(
+        config,
+        num_ids,
+        torch.tensor(padded, device=device),
+        torch.tensor([config.top_p], dtype=torch.float64, device=device),
+    )
+
+
+def _angles(model: PreTrainedModel, count: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the model's own rotary embedding, as exact as it gives them."""
+    base: Any = model.base_model
+    wide = torch.promote_types(sizes.dtype, torch.float32)
+    like = torch.empty(0, dtype=sizes.dtype, device=sizes.device)
+    tables = base.rotary_emb(like, torch.arange(count, device=sizes.device)[None])
+    half = sizes.head_dim // 2
+    cos, sin = (table[0, :, :half].to(wide).contiguous() for table in tables)
+    return cos, sin
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """Fused attention without cuDNN's, which plans anew for every width."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kinds)

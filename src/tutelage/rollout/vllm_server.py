@@ -1,0 +1,189 @@
+"""Completions from a vLLM server, which reads the student's weights from a folder both can see."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+from safetensors.torch import save_file
+
+from tutelage.config.settings import SamplingConfig
+from tutelage.data.types import Prompt, Rollout
+from tutelage.errors import ModelError, RunError, remedy
+from tutelage.models.lora import full_weights
+from tutelage.models.tokenizers import stop_ids, vocabulary_size
+from tutelage.rollout.http_client import Client, Limits, Strict, parse
+from tutelage.rollout.request import Drawn, Job, jobs_of, rollout_of
+from tutelage.rollout.vllm_engine import sampling_options, seed_of
+from tutelage.rollout.wire import BadReply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NAME = "model.safetensors"
+
+
+class _Logprobs(Strict):
+    token_logprobs: list[float]
+
+
+class _Choice(Strict):
+    index: Literal[0]
+    token_ids: list[int] = Field(min_length=1)
+    prompt_token_ids: list[int]
+    logprobs: _Logprobs
+    finish_reason: Literal["stop", "length"]
+
+
+class _Completion(Strict):
+    object: Literal["text_completion"]
+    choices: list[_Choice] = Field(min_length=1, max_length=1)
+
+
+class _Done(Strict):
+    success: Literal[True]
+
+
+class _Results(Strict):
+    results: list[None]
+
+
+class _Model(Strict):
+    id: str
+
+
+class _Models(Strict):
+    object: Literal["list"]
+    data: list[_Model] = Field(min_length=1, max_length=1)
+
+
+class VLLMServerSampler:
+    """A vLLM server of one model. Before every draw it is told to read the student's weights.
+
+    It has to be started with the student's architecture, in development mode, and to report
+    log-probabilities as the model gives them::
+
+        VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT --logprobs-mode raw_logprobs
+
+    Development mode lets whoever reaches the port command the server: keep it on a trusted network.
+
+    Args:
+        model: the student; what it is at the time of `draw` is what draws.
+        tokenizer: its tokenizer.
+        url: the server's address without a path, such as http://127.0.0.1:8000.
+        folder: where weights are handed over; the server must see it under the same name.
+        num_concurrent: completions asked for at the same time.
+        limits: how long and how often the server is asked.
+        enable_thinking: passed to the chat template when not None.
+
+    Raises:
+        ConfigError: the address is none that may be asked.
+        ModelError: the server does not answer as vLLM does.
+    """
+
+    has_own_weights = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        url: str,
+        folder: Path,
+        num_concurrent: int = 64,
+        limits: Limits | None = None,
+        enable_thinking: bool | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.folder = folder.absolute()
+        self.enable_thinking = enable_thinking
+        self._client = Client(url, limits or Limits(), num_concurrent)
+        models = self._client.ask("/v1/models", None, partial(parse, schema=_Models))
+        self._name = models.data[0].id
+        self._stops = stop_ids(model, tokenizer)
+        self._num_ids = vocabulary_size(tokenizer)
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        seed: tuple[int, ...],
+        first_sample: Sequence[int] | None = None,
+        record: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Drawn:
+        """Completions of the prompts, from the student's present weights, or an error and none.
+
+        Raises:
+            ModelError: a completion could not be had.
+            RunError: the weights cannot be written.
+        """
+        jobs = jobs_of(
+            self.tokenizer, prompts, config.num_samples, seed, first_sample, self.enable_thinking
+        )
+        options = sampling_options(self.model, self.tokenizer, config)
+        self._push()
+        asked = [partial(self._one, job, options) for job in jobs]
+        return Drawn(self._client.each(asked, progress), None)
+
+    def close(self) -> None:
+        """The server stays; the weights handed over last are removed."""
+        (self.folder / _NAME).unlink(missing_ok=True)
+
+    def _push(self) -> None:
+        """Write the weights, have the server read them, and forget what the old ones computed."""
+        weights = {name: weight.cpu().contiguous() for name, weight in full_weights(self.model)}
+        new = self.folder / f"{_NAME}.new"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, new, {"format": "pt"})
+            os.replace(new, self.folder / _NAME)
+        except OSError as error:
+            raise RunError(
+                f"weights cannot be written to engine.folder {self.folder}: {error.strerror}. "
+                + remedy(error, "Name a folder that the server reads, too.")
+            ) from None
+        path = {"weights_path": str(self.folder)}
+        order = {"method": "reload_weights", "kwargs": path}
+        self._client.ask("/collective_rpc", order, partial(parse, schema=_Results))
+        self._client.ask("/reset_prefix_cache", {}, partial(parse, schema=_Done))
+
+    def _one(self, job: Job, options: dict[str, Any]) -> Rollout:
+        body = {
+            **options,
+            "model": self._name,
+            "prompt": list(job.ids),
+            "seed": seed_of(job),
+            "return_token_ids": True,
+            "n": 1,
+            "stream": False,
+        }
+        accept = partial(self._rollout, job, options["max_tokens"])
+        return self._client.ask("/v1/completions", body, accept)
+
+    def _rollout(self, job: Job, max_new_tokens: int, content: bytes) -> Rollout:
+        choice = parse(content, _Completion).choices[0]
+        tokens, logprobs = choice.token_ids, choice.logprobs.token_logprobs
+        if tuple(choice.prompt_token_ids) != job.ids:
+            raise BadReply("a completion of another prompt")
+        if len(tokens) > max_new_tokens or len(tokens) != len(logprobs):
+            raise BadReply(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
+        if min(tokens) < 0 or max(logprobs) > 1e-3:
+            raise BadReply("tokens that are no ids, or log-probabilities above 0")
+        if max(tokens) >= self._num_ids:  # the server would draw it again
+            raise ModelError(
+                f"the server drew the id {max(tokens)}, but the tokenizer's ids end at "
+                f"{self._num_ids - 1}: the student's head is padded beyond them. Nothing of this "
+                'batch was kept. Use engine.kind = "transformers", or cut the head to its ids.'
+            )
+        if not self._stops.isdisjoint(tokens[:-1]) or (
+            (tokens[-1] in self._stops) != (choice.finish_reason == "stop")
+        ):
+            raise BadReply("a completion that does not end where it should")
+        if choice.finish_reason == "length" and len(tokens) < max_new_tokens:
+            raise BadReply(f"a completion cut off after {len(tokens)} tokens")
+        return rollout_of(self.tokenizer, job, tokens, logprobs, self._stops)

@@ -1,0 +1,281 @@
+"""From a configuration to models, tokenizer and task that are known to fit each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.config.schema import (
+    Config,
+    TeacherConfig,
+    TransformersEngine,
+    VLLMEngine,
+    VLLMServer,
+)
+from tutelage.config.settings import TeacherMode
+from tutelage.data.tasks import Task
+from tutelage.errors import ConfigError, ModelError, RunError
+from tutelage.models.device import keep_freed_memory
+from tutelage.models.head import output_embeddings
+from tutelage.models.liger import use_liger_layers
+from tutelage.models.load import load_model
+from tutelage.models.lora import (
+    add_lora,
+    checkpoint_activations,
+    load_adapter,
+    merge,
+    set_adapter_weights,
+)
+from tutelage.models.optimizer import MasterWeights
+from tutelage.models.packing import require_packed, use_own_attention
+from tutelage.models.prune import prune_layers
+from tutelage.models.reference import ResolvedModel, resolve_model
+from tutelage.models.student import Student
+from tutelage.models.teacher import HiddenStore, Teacher
+from tutelage.models.tokenizers import refuse_swap_beyond, shared_vocabulary
+from tutelage.rollout.sampler import Sampler, TransformersSampler
+from tutelage.rollout.vllm_engine import VLLMSampler
+from tutelage.rollout.vllm_server import VLLMServerSampler
+from tutelage.setup.garbage import without_collection
+from tutelage.setup.inputs import Inputs, load_inputs, thinking
+from tutelage.setup.progress import Watch, unwatched
+from tutelage.setup.savable import refuse_quantised, require_savable
+from tutelage.setup.trial import try_model
+from tutelage.setup.warnings import model_traps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run works with."""
+
+    student: Student
+    masters: MasterWeights
+    """The tensors that the optimizer updates for the student."""
+    teacher: Teacher
+    sampler: Sampler
+    """Draws the student's completions."""
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    device: torch.device
+    enable_thinking: bool | None = None
+    """Passed to the chat template of every prompt when not None."""
+    warnings: tuple[str, ...] = ()
+    """What a user should know before the run: legal settings that seldom do what is meant."""
+
+
+def trained_names(student: Student) -> list[str]:
+    """Names of the weights that learn, in the order of their masters."""
+    named = student.model.named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad]
+
+
+def _student(
+    config: Config, saved: str | None, teacher: PreTrainedModel, device: torch.device
+) -> PreTrainedModel:
+    """The student's weights: saved ones as they are, or the configured start, perhaps pruned."""
+    start = config.student
+    if start.lora is None and saved is not None:
+        model = load_model(saved, start.dtype, str(device))
+    else:
+        model = _start(config, teacher, device)
+    if start.quantization == "none":
+        refuse_quantised(model, start.model)
+    if start.lora is not None:
+        _add_adapter(model, config)
+        if saved is not None:
+            load_adapter(model, Path(saved))
+    if start.activation_checkpointing:
+        checkpoint_activations(model)
+    if start.layers == "liger":
+        use_liger_layers(model, f"student {start.model!r}")
+    _set_attention(config, model, f"student {start.model!r}", device)
+    return model
+
+
+def _set_attention(config: Config, model: PreTrainedModel, who: str, device: torch.device) -> None:
+    """An attention that reads packed rows, or on CUDA one that asks the device for no mask."""
+    if config.micro_batches == "packed":
+        require_packed(model, who, device)
+    elif device.type == "cuda":
+        use_own_attention(model)
+
+
+def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The configured start, perhaps pruned or quantised."""
+    start, other = config.student, config.teacher
+    same = (start.model, start.dtype, start.quantization)
+    if same == (other.model, other.dtype, other.quantization) and start.quantization == "none":
+        model = copy.deepcopy(teacher)  # reading a GGUF file twice takes many seconds
+        model.to(device)
+    else:
+        model = load_model(start.model, start.dtype, str(device), quantization=start.quantization)
+    return model if start.num_layers is None else prune_layers(model, start.num_layers)
+
+
+def _add_adapter(model: PreTrainedModel, config: Config) -> None:
+    lora = config.student.lora
+    if lora is not None:
+        names = lora.target_modules
+        add_lora(model, lora.rank, lora.alpha, lora.dropout, names, config.seed)
+
+
+def plain_student(config: Config, student: PreTrainedModel) -> PreTrainedModel:
+    """The student as a plain model: an adapter is added to a fresh copy of the weights."""
+    if config.student.lora is None:
+        return student
+    model = load_model(config.student.model, config.student.dtype)
+    if config.student.num_layers is not None:
+        prune_layers(model, config.student.num_layers)
+    _add_adapter(model, config)
+    set_adapter_weights(model, student.get_adapter_state_dict())
+    return merge(model)
+
+
+def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
+    """Weights that are no numbers would spoil every loss, and none could be learned from."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            low, high = torch.aminmax(weight.detach())  # one pass, no copy
+            if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+                raise ModelError(
+                    f"the {who} has numbers in {name} that are not finite, from {float(low)} to "
+                    f"{float(high)}. Copy or download it again."
+                )
+
+
+def make_sampler(
+    config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Sampler:
+    """Who draws the student's completions."""
+    engine, thinks = config.engine, thinking(config.data)
+    if isinstance(engine, VLLMEngine):
+        memory = engine.gpu_memory_utilization
+        return VLLMSampler(student, tokenizer, engine.max_model_len, memory, thinks)
+    if isinstance(engine, VLLMServer):
+        folder, at_once = Path(engine.folder), engine.num_concurrent
+        return VLLMServerSampler(
+            student, tokenizer, engine.url, folder, at_once, enable_thinking=thinks
+        )
+    return TransformersSampler(student, tokenizer, config.sampling_batch_size, thinks)
+
+
+def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
+    """Reads the teacher to where it rests, again if need be, but never another one."""
+    teacher = config.teacher
+    found = resolve_model(teacher.model)
+    if teacher.mode == "reload" and found.gguf_file is not None:
+        raise ConfigError(
+            f"teacher.mode 'reload' would unpack {teacher.model!r} in every step: it is a GGUF "
+            "file. Use offload, or a folder with safetensors."
+        )
+    place = "cpu" if teacher.mode == "offload" else str(device)
+    known = _versions(found)
+
+    def load() -> PreTrainedModel:
+        if _versions(found) != known:
+            raise RunError(
+                f"the files of teacher {teacher.model!r} have changed since the run began. "
+                "Restore them and start the same command again."
+            )
+        model = load_model(teacher.model, teacher.dtype, place, quantization=teacher.quantization)
+        _set_attention(config, model, f"teacher {teacher.model!r}", device)
+        return model
+
+    return load
+
+
+def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of each file of a folder; a hub's cache does not change."""
+    try:
+        folders = [found.source] * found.is_local + [found.adapter] * (found.adapter is not None)
+        files = {path: path.stat() for name in folders for path in Path(str(name)).iterdir()}
+    except OSError:
+        return {}  # gone, or not to be read
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
+
+
+def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
+    """Where the teacher rests: a CPU has no other memory to offload to, but files can be mapped."""
+    found = resolve_model(config.model)
+    is_mapped = found.is_local and found.gguf_file is None and config.quantization == "none"
+    if config.mode == "offload" and device.type == "cpu" and is_mapped:
+        return "reload"
+    return config.mode
+
+
+@without_collection()
+def build(
+    config: Config,
+    student_model: str | None = None,
+    scratch: Path | None = None,
+    inputs: Inputs | None = None,
+    watch: Watch = unwatched,
+) -> Parts:
+    """Load both models and check that they fit the task, the tokenizers and each other.
+
+    Args:
+        config: the run's configuration.
+        student_model: folder of the student's weights or adapter; None for the configured start.
+        scratch: folder for what does not fit in memory; None for the system's temporary one.
+        inputs: what was read before, by `validate` or `load_inputs`; None reads it now.
+        watch: told which model is being loaded.
+
+    Raises:
+        TutelageError: a model, a tokenizer or the data cannot be used together.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    found = load_inputs(config) if inputs is None else inputs
+    device, task, tokenizer = found.device, found.task, found.tokenizer
+    if device.type == "cpu":
+        keep_freed_memory()
+    load = _load_teacher(config, device)
+    watch(f"loading the teacher {config.teacher.model}")
+    model = load()
+    watch(f"loading the student {student_model or config.student.model}")
+    student = _student(config, student_model, model, device)
+    vocab_size = shared_vocabulary(
+        tokenizer,
+        found.teacher_tokenizer,
+        output_embeddings(student).weight.shape[0],
+        output_embeddings(model).weight.shape[0],
+    )
+    refuse_swap_beyond(found.swap, vocab_size)
+    warnings = (*found.warnings, *model_traps(config, found, student, model, vocab_size))
+    if inputs is not None:
+        warnings += tuple(require_savable(student, tokenizer))
+    store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
+    mode = _resting_mode(config.teacher, device)
+    teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
+    watch("trying both models")
+    _refuse_nonfinite(student, f"student {config.student.model!r}")
+    _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
+    decodes = isinstance(config.engine, TransformersEngine)
+    is_packed, who = config.micro_batches == "packed", f"student {config.student.model!r}"
+    notes = try_model(student, who, vocab_size, decodes, is_packed)
+    with teacher.awake():
+        who = f"teacher {config.teacher.model!r}"
+        notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
+    return Parts(
+        Student(student, vocab_size),
+        MasterWeights(
+            (weight for weight in student.parameters() if weight.requires_grad),
+            "cpu" if config.optimizer.offload else None,
+        ),
+        teacher,
+        make_sampler(config, student, tokenizer),
+        tokenizer,
+        task,
+        device,
+        thinking(config.data),
+        (*warnings, *notes),
+    )

@@ -1,0 +1,171 @@
+"""What a run is made of besides weights: device, task, tokenizers, and how they fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.config.schema import Config, FileData, LedgerData
+from tutelage.config.suggest import did_you_mean_value
+from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
+from tutelage.data.tasks import LedgerTask, Task
+from tutelage.data.types import Prompt
+from tutelage.errors import ConfigError
+from tutelage.models.device import find_device
+from tutelage.models.load import load_tokenizer
+from tutelage.models.reference import tokenizer_place
+from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
+from tutelage.setup.garbage import without_collection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptStats:
+    """Tokens of the prompts that a run uses."""
+
+    shortest: int
+    longest: int
+    num_tokens: int
+    num_unknown: int
+    """Tokens, of all, that stand for text which the tokenizer does not know."""
+    unknown: str | None
+    """What such a token is called; None where the tokenizer has none."""
+    is_chat: bool
+    """Whether any of them is rendered with the chat template."""
+    num_ended: int = 0
+    """Prompts that end with the end-of-sequence token, spaces aside."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run needs that is read before any weights."""
+
+    device: torch.device
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    teacher_tokenizer: PreTrainedTokenizerBase
+    swap: tuple[int, int] | None
+    """End-of-sequence ids of student and teacher where they differ."""
+    prompts: PromptStats | None = None
+    """Known once the prompts were validated."""
+    warnings: tuple[str, ...] = ()
+
+    def measure_prompts(self, config: Config) -> PromptStats:
+        """Encode every prompt that the run uses: of a generated task, those of the first step.
+
+        Raises:
+            DataError: one of them cannot be encoded.
+        """
+        thinks = thinking(config.data)
+        unknown = self.tokenizer.unk_token_id
+        prompts = _used_prompts(self.task, config)
+        counts, num_ended = [], 0
+        for prompt in prompts:
+            ids = encode_prompt(self.tokenizer, prompt, thinks)
+            counts.append((len(ids), 0 if unknown is None else ids.count(unknown)))
+            num_ended += _is_ended(self.tokenizer, ids)
+        lengths = [length for length, _ in counts]
+        is_chat = any(not isinstance(prompt.content, str) for prompt in prompts)
+        num_unknown = sum(number for _, number in counts)
+        name = self.tokenizer.unk_token
+        return PromptStats(
+            min(lengths), max(lengths), sum(lengths), num_unknown, name, is_chat, num_ended
+        )
+
+
+def _is_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
+    end = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == tokenizer.eos_token_id), None)
+    return end is not None and not tokenizer.decode(ids[end + 1 :]).strip()
+
+
+def _used_prompts(task: Task, config: Config) -> list[Prompt]:
+    """Prompts of all steps, or of the first where they are generated, and held-out ones."""
+    held_out = task.held_out(max(config.evaluation.num_problems, config.recording.num_prompts))
+    size = config.prompts_per_step
+    if not isinstance(task, FileTask):
+        return [*task.prompts(0, size, config.seed), *held_out]
+    if config.num_steps * size >= len(task.training):
+        return [*task.training, *held_out]
+    steps = range(config.num_steps)
+    return [p for step in steps for p in task.prompts(step, size, config.seed)] + held_out
+
+
+@without_collection()
+def load_inputs(config: Config) -> Inputs:
+    """Device, task and tokenizers of a run.
+
+    Raises:
+        TutelageError: one of them cannot be used, or the tokenizers differ.
+    """
+    task = build_task(config.data)  # the cheapest thing that can be wrong comes first
+    device = pick_device(config.device)
+    if config.student.quantization == "4bit" and device.type == "cpu":
+        raise ConfigError(
+            "student.quantization '4bit' needs CUDA: on a CPU, bitsandbytes gives no gradient "
+            "through 4-bit weights. Use 8bit or none."
+        )
+    tokenizer = load_tokenizer(config.student.model)
+    is_shared = tokenizer_place(config.student.model) == tokenizer_place(config.teacher.model)
+    teacher = tokenizer if is_shared else load_tokenizer(config.teacher.model)
+    refuse_different_vocabularies(tokenizer, teacher)
+    swap = stop_swap(tokenizer, teacher, config.teacher.stop_token)
+    task = without_long_prompts(task, config.data, tokenizer)
+    return Inputs(device, task, tokenizer, teacher, swap)
+
+
+def build_task(data: LedgerData | FileData) -> Task:
+    """The task of a `[data]` table."""
+    if isinstance(data, LedgerData):
+        return LedgerTask(data.num_items)
+    prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
+    name = Path(data.path).stem
+    return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
+
+
+def grader_of(task: Task) -> str:
+    """What a task's `grade` is called: a file's grader, or the name of a task with its own."""
+    return task.grader if isinstance(task, FileTask) else task.name
+
+
+def prompt_format(data: LedgerData | FileData) -> PromptFormat:
+    """How records of a file become prompts."""
+    if isinstance(data, LedgerData):
+        return PromptFormat()
+    return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
+
+
+def without_long_prompts(
+    task: Task, data: LedgerData | FileData, tokenizer: PreTrainedTokenizerBase
+) -> Task:
+    """The task without prompts over `data.max_prompt_tokens`."""
+    if isinstance(data, LedgerData) or not isinstance(task, FileTask):
+        return task
+    limit, thinks = data.max_prompt_tokens, data.enable_thinking
+    if not limit:
+        return task
+    return task.without(lambda prompt: len(encode_prompt(tokenizer, prompt, thinks)) > limit)
+
+
+def thinking(data: LedgerData | FileData) -> bool | None:
+    """What a `[data]` table passes to the chat template as `enable_thinking`."""
+    return data.enable_thinking if isinstance(data, FileData) else None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a configuration: `auto` takes CUDA where it is, else the CPU.
+
+    Raises:
+        ConfigError: the device is unknown or not there.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        hint = did_you_mean_value(name, ("auto", "cpu", "cuda"))
+        raise ConfigError(
+            f"device must be auto, cpu or cuda, got {name!r}.{hint} auto takes cuda where it is."
+        )
+    return find_device(name)

@@ -1,0 +1,213 @@
+"""From the configured method to what the core is asked for: extras, weights, gate and terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tutelage.config.method import (
+    AdaptiveObjective,
+    AllTokens,
+    EOPDObjective,
+    FireWeighting,
+    JSDObjective,
+    KLObjective,
+    NoWeighting,
+    ObjectiveConfig,
+    PacedWeighting,
+    RewardWeighting,
+    SampledObjective,
+    SelectKDWeighting,
+    SkewObjective,
+    TopKObjective,
+)
+from tutelage.config.schema import Config
+from tutelage.core import RULES, STUDENT_RULES, TokenStats
+from tutelage.core.terms import (
+    JSD,
+    ForwardKL,
+    ReverseKL,
+    SampledReverseKL,
+    SkewReverseKL,
+    Term,
+    TopKForwardKL,
+    TopKReverseKL,
+)
+from tutelage.core.weighting import (
+    entropy_gate,
+    fire_weights,
+    paced_weights,
+    reward_weights,
+    selectkd_weights,
+)
+from tutelage.errors import ConfigError
+
+DIAGNOSTICS = ("teacher_top_mass",)
+"""Extra statistics that every step reports."""
+
+
+def needed_extras(config: Config) -> tuple[str, ...]:
+    """Names of the extra statistics that the method and its diagnostics need."""
+    names = [*DIAGNOSTICS, *RULES[config.selection.rule].extras]
+    if isinstance(config.objective, AdaptiveObjective):
+        names.append("head_share")
+    if isinstance(config.weighting, SelectKDWeighting):
+        names.append("is_in_teacher_top5")
+    return tuple(dict.fromkeys(names))
+
+
+def needs_scoring(config: Config) -> bool:
+    """Whether a pass over all tokens has to come before learning.
+
+    Without selection and weights, the learning pass itself yields the statistics, and a gate that
+    looks at one token at a time opens and shuts within it.
+    """
+    return not (
+        isinstance(config.selection, AllTokens)
+        and isinstance(config.weighting, NoWeighting)
+        and _is_plain(config.objective)
+    )
+
+
+def _is_plain(objective: ObjectiveConfig) -> bool:
+    """Whether the objective of a token depends on that token's two distributions alone."""
+    if isinstance(objective, EOPDObjective):
+        is_exact = objective.estimator == "exact" and objective.fkl == "full"
+        return is_exact and objective.gate != "percentile"
+    return isinstance(objective, KLObjective | JSDObjective | SkewObjective | TopKObjective)
+
+
+def scores_teacher(config: Config) -> bool:
+    """Whether the pass over all tokens reads the teacher's head too.
+
+    Without, the statistics that need a teacher are known of the kept tokens only.
+    """
+    objective = config.objective
+    looks_at_student = (
+        config.selection.rule in STUDENT_RULES
+        and (_is_plain(objective) or isinstance(objective, SampledObjective))
+        and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
+    )
+    return config.diagnostics == "all" or not looks_at_student
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What the objective needs to know about each row, `[N]` or, once indexed, `[K]` each."""
+
+    weights: Tensor
+    """Loss weight."""
+    gate: Tensor
+    """How far EOPD's forward KL is switched on; 0 for other objectives."""
+    head_share: Tensor
+    """Adaptive KL's share of the forward KL; 0 for other objectives."""
+    tokens: Tensor
+    old_logprobs: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Guidance:
+        return Guidance(*(x[rows] for x in self.__dict__.values()))
+
+
+def guidance(stats: TokenStats, tokens: Tensor, weights: Tensor, gate: Tensor) -> Guidance:
+    """Guidance of N rows from their statistics."""
+    nothing = torch.zeros_like(stats.entropy)
+    return Guidance(weights, gate, stats.extras.get("head_share", nothing), tokens, stats.log_p)
+
+
+def gate_of(objective: ObjectiveConfig, stats: TokenStats) -> Tensor:
+    """EOPD's gate over the global batch `[N]`; 0 for other objectives."""
+    if not isinstance(objective, EOPDObjective):
+        return torch.zeros_like(stats.teacher_entropy)
+    return entropy_gate(stats.teacher_entropy, objective.threshold, objective.gate, objective.width)
+
+
+def row_weights(
+    config: Config, stats: TokenStats, completion: Tensor, is_correct: Sequence[bool | None]
+) -> Tensor:
+    """Loss weights of the configured weighting over the global batch `[N]`.
+
+    Args:
+        config: the run.
+        stats: statistics of all rows.
+        completion: completion index of each row `[N]`.
+        is_correct: verdict on every completion of the step, for paced and reward weights.
+
+    Raises:
+        ConfigError: the weighting needs verdicts that the task does not give.
+    """
+    match config.weighting:
+        case NoWeighting():
+            return torch.ones_like(stats.entropy)
+        case SelectKDWeighting(outside=outside):
+            return selectkd_weights(stats, outside)
+        case FireWeighting(drop=drop):
+            return fire_weights(stats, completion, drop)
+        case PacedWeighting():
+            verdicts = _verdicts(is_correct, "paced").to(stats.entropy.device)
+            return paced_weights(verdicts, config.sampling.num_samples)[completion]
+        case RewardWeighting(beta=beta):
+            verdicts = _verdicts(is_correct, "reward").to(stats.entropy.device)
+            return reward_weights(verdicts, beta)[completion]
+
+
+def _verdicts(is_correct: Sequence[bool | None], kind: str) -> Tensor:
+    if None in is_correct:
+        raise ConfigError(
+            f"weighting.kind = {kind!r} needs a verdict on every completion, but the task cannot "
+            "grade them all. Set data.grader, or use another weighting."
+        )
+    return torch.tensor([bool(verdict) for verdict in is_correct])
+
+
+def plain_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float]]:
+    """Terms of an objective that needs no guidance, each with one weight for all rows."""
+    match objective:
+        case KLObjective(reverse_weight=a, forward_weight=b):
+            return [(ReverseKL(), a), (ForwardKL(), b)]
+        case JSDObjective(teacher_weight=teacher_weight):
+            return [(JSD(teacher_weight), 1.0)]
+        case SkewObjective(alpha=alpha):
+            return [(SkewReverseKL(alpha), 1.0)]
+        case TopKObjective(direction="reverse", k=k):
+            return [(TopKReverseKL(k), 1.0)]
+        case TopKObjective(k=k):
+            return [(TopKForwardKL(k), 1.0)]
+        case EOPDObjective() if _is_plain(objective):
+            gate = partial(
+                entropy_gate,
+                threshold=objective.threshold,
+                kind=objective.gate,
+                width=objective.width,
+            )
+            return [(ReverseKL(), 1.0), (ForwardKL(gate), objective.forward_weight)]
+    raise ValueError(f"objective {objective.kind!r} needs statistics of its rows.")
+
+
+def guided_terms(objective: ObjectiveConfig, rows: Guidance) -> list[tuple[Term, Tensor | float]]:
+    """Terms of any objective with a weight for each of the K rows to learn from."""
+    w = rows.weights
+    match objective:
+        case AdaptiveObjective():
+            return [(ForwardKL(), w * rows.head_share), (ReverseKL(), w * (1 - rows.head_share))]
+        case SampledObjective(clip=clip):
+            return [(SampledReverseKL(rows.tokens, rows.old_logprobs, clip), w)]
+        case EOPDObjective() if not _is_plain(objective):
+            forward: Term = ForwardKL()
+            if objective.fkl != "full":
+                forward = TopKForwardKL(objective.k, tail=objective.fkl == "topk_tail")
+            base: Term = ReverseKL()
+            if objective.estimator == "sampled":
+                base = SampledReverseKL(rows.tokens, rows.old_logprobs, objective.clip)
+            return [(base, w), (forward, w * rows.gate * objective.forward_weight)]
+    return [(term, w * scale) for term, scale in plain_terms(objective)]
+
+
+def culprit(config: Config, stats: TokenStats) -> str:
+    """Whose logits are to blame where no row has finite statistics."""
+    if not bool(torch.isfinite(stats.entropy).any()):
+        return f"the student {config.student.model!r}"
+    return f"the teacher {config.teacher.model!r}"

@@ -1,0 +1,176 @@
+"""Everything that `check` and `train` refuse before any weights are read: one function for both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from tutelage.config.method import PacedWeighting, RewardWeighting
+from tutelage.config.schema import Config, FileData, TransformersEngine, VLLMEngine
+from tutelage.config.settings import LARGEST_COUNT
+from tutelage.data.prompts import FileTask
+from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
+from tutelage.setup.inputs import Inputs, load_inputs, pick_device
+from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
+from tutelage.setup.run_folder import RunFolder
+from tutelage.setup.trackers import require_trackers
+from tutelage.setup.warnings import input_traps
+
+_MOST_COMPLETIONS = 16 * LARGEST_COUNT
+
+
+def validate(
+    config: Config, folder: Path, num_processes: int = 1, allow_change: tuple[str, ...] = ()
+) -> Inputs:
+    """What a run reads before its models, known to fit the configuration and one another.
+
+    Args:
+        config: the run.
+        folder: its run folder, which need not exist.
+        num_processes: processes that share the run.
+        allow_change: keys that may differ from the run being continued.
+
+    Returns:
+        The inputs, with warnings about settings that seldom do what is meant.
+
+    Raises:
+        TutelageError: the run cannot be trained as configured.
+    """
+    _refuse_processes(config, num_processes)
+    _refuse_too_many_completions(config)
+    require_trackers(config)
+    _refuse_layers(config)
+    _require_packages(config)
+    earlier = RunFolder(folder, is_writer=False).read_manifest()
+    refuse_another_run(config, folder, earlier, allow_change)
+    _require_folder(folder)
+    inputs = load_inputs(config)
+    refuse_other_inputs(config, inputs, earlier, allow_change)
+    _refuse_optimizer(config, inputs)
+    _refuse_ungraded(config, inputs)
+    _refuse_nothing_held_out(config, inputs)
+    prompts = inputs.measure_prompts(config)
+    return replace(inputs, prompts=prompts, warnings=tuple(input_traps(config, inputs, prompts)))
+
+
+def _refuse_processes(config: Config, num_processes: int) -> None:
+    shares = num_processes * config.updates_per_step
+    if config.prompts_per_step % shares:
+        raise ConfigError(
+            f"prompts_per_step must be a multiple of {shares} (processes times "
+            f"updates_per_step), got {config.prompts_per_step}."
+        )
+    if num_processes > 1 and not isinstance(config.engine, TransformersEngine):
+        raise ConfigError(
+            f"engine.kind {config.engine.kind!r} works with one process, got "
+            f'{num_processes}. Use engine.kind = "transformers".'
+        )
+
+
+def _refuse_too_many_completions(config: Config) -> None:
+    """Those of a step, and of an evaluation, are in memory together."""
+    measured = config.evaluation
+    for prompts, count, samples, key in (
+        ("prompts_per_step", config.prompts_per_step, config.sampling.num_samples, "sampling"),
+        ("evaluation.num_problems", measured.num_problems, measured.num_samples, "evaluation"),
+    ):
+        if count * samples > _MOST_COMPLETIONS:
+            raise ConfigError(
+                f"{prompts} times {key}.num_samples must be at most {_MOST_COMPLETIONS}, got "
+                f"{count} times {samples}. Lower one of them."
+            )
+
+
+def _require_packages(config: Config) -> None:
+    for package, extra, purpose in _packages(config):
+        if find_spec(package.replace("-", "_")) is None:
+            raise MissingExtraError(package, extra, purpose)
+
+
+def _packages(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Optional packages that a run needs, the extra that installs each, and what for."""
+    if config.student.lora is not None:
+        yield "peft", "lora", "student.lora"
+    if config.student.layers == "liger":
+        yield "liger-kernel", "liger", "student.layers = 'liger'"
+    for who, side in (("student", config.student), ("teacher", config.teacher)):
+        if side.quantization != "none":
+            yield "bitsandbytes", "lowbit", f"{who}.quantization = {side.quantization!r}"
+    if config.optimizer.kind in ("adamw_8bit", "paged_adamw_8bit"):
+        yield "bitsandbytes", "lowbit", f"optimizer.kind = {config.optimizer.kind!r}"
+    if isinstance(config.engine, VLLMEngine):
+        yield "vllm", "vllm", "engine.kind = 'vllm'"
+    if isinstance(config.data, FileData) and config.data.grader == "math":
+        yield "math-verify", "math", "data.grader = 'math'"
+
+
+def _refuse_optimizer(config: Config, inputs: Inputs) -> None:
+    kind, is_on_cpu = config.optimizer.kind, inputs.device.type == "cpu"
+    if kind == "paged_adamw_8bit" and is_on_cpu:
+        raise ConfigError(
+            "optimizer.kind 'paged_adamw_8bit' pages between CUDA and main memory, and there is "
+            "no CUDA device. Use adamw_8bit."
+        )
+    if config.optimizer.state_is_on_disk and not (is_on_cpu or config.optimizer.offload):
+        raise ConfigError(
+            "optimizer.kind 'adamw_on_disk' updates weights in main memory, got a run on "
+            f"{inputs.device.type}. Set optimizer.offload = true."
+        )
+
+
+def _refuse_layers(config: Config) -> None:
+    if config.student.layers == "liger" and (kind := pick_device(config.device).type) != "cuda":
+        raise ConfigError(
+            f"student.layers 'liger' runs on CUDA, got a run on {kind}. "
+            'Use student.layers = "transformers".'
+        )
+
+
+def _require_folder(folder: Path) -> None:
+    """Folders above may be made, so the nearest that exists has to be a folder one may write."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        reason = f"{nearest} is not a folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = f"{nearest} is not writable"
+    else:
+        return
+    raise RunError(
+        f"run folder {folder} cannot be written: {reason}. Choose another with out=FOLDER."
+    )
+
+
+def _refuse_ungraded(config: Config, inputs: Inputs) -> None:
+    """Weightings by verdicts, where the task cannot grade every completion."""
+    task = inputs.task
+    if not isinstance(config.weighting, PacedWeighting | RewardWeighting):
+        return
+    if not isinstance(task, FileTask):
+        return
+    kind = config.weighting.kind
+    if task.grader == "none":
+        raise ConfigError(
+            f"weighting.kind = {kind!r} needs a verdict on every completion, but data.grader is "
+            "'none'. Set data.grader, or use another weighting."
+        )
+    ungraded = [prompt.id for prompt in task.training if prompt.answer is None]
+    if ungraded:
+        raise DataError(
+            f"weighting.kind = {kind!r} needs a verdict on every completion, but "
+            f"{len(ungraded)} of {len(task.training)} prompts have no reference answer, first "
+            f"{ungraded[0]!r}. Set data.answer_column, or use another weighting."
+        )
+
+
+def _refuse_nothing_held_out(config: Config, inputs: Inputs) -> None:
+    wanted = config.evaluation.num_problems
+    if wanted and not inputs.task.held_out(wanted):
+        raise ConfigError(
+            f"evaluation.num_problems is {wanted}, but data.num_held_out is 0: there is nothing "
+            "to evaluate on. Raise data.num_held_out, or set evaluation.num_problems = 0."
+        )

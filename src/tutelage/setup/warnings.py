@@ -1,0 +1,235 @@
+"""Legal settings that seldom do what is meant: one line each, said by `check` and by `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.config.method import AllTokens, FirstTokens
+from tutelage.config.schema import Config, FileData
+from tutelage.data.columns import notes_of
+from tutelage.data.prompts import FileTask
+from tutelage.errors import ConfigError
+from tutelage.models.limits import context_limit, has_position_table
+from tutelage.models.reference import resolve_model
+from tutelage.models.tokenizers import stop_ids
+from tutelage.setup.inputs import Inputs, PromptStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LARGE_RATE = 0.05
+"""Adam moves every weight by about the learning rate in each update."""
+_SMALL_RATE = 1e-8
+_SMALL_LORA_RATE = 1e-5
+_UNKNOWN_SHARE = 0.1
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+
+
+def input_traps(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterator[str]:
+    """Warnings that need no weights."""
+    yield from _sampling_traps(config)
+    yield from _optimizer_traps(config)
+    yield from _keep_traps(config)
+    if isinstance(config.data, FileData) and isinstance(inputs.task, FileTask):
+        yield from _file_traps(config, config.data, inputs, inputs.task)
+    share = prompts.num_unknown / max(1, prompts.num_tokens)
+    if share > _UNKNOWN_SHARE:
+        yield (
+            f"{share:.0%} of the prompts' tokens are unknown to the student's tokenizer "
+            f"({prompts.unknown!r}). Use prompts in its alphabet, or other models"
+        )
+    if prompts.num_ended:
+        yield (
+            f"{prompts.num_ended} prompts end with the end-of-sequence token "
+            f"{inputs.tokenizer.eos_token!r}: the student's chat template opens no turn for the "
+            "answer. Let it write one where add_generation_prompt is set"
+        )
+    if inputs.tokenizer.chat_template != inputs.teacher_tokenizer.chat_template and prompts.is_chat:
+        yield (
+            "student and teacher have different chat templates; prompts are rendered with the "
+            "student's, which the teacher may not know"
+        )
+
+
+def _sampling_traps(config: Config) -> Iterator[str]:
+    sampling = config.sampling
+    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+        yield (
+            "completions are not drawn from the distribution that is trained "
+            "(sampling.temperature, top_p or top_k differ from 1, 1, 0)"
+        )
+
+
+def _optimizer_traps(config: Config) -> Iterator[str]:
+    optimizer, lora = config.optimizer, config.student.lora
+    rate = optimizer.learning_rate
+    if rate > _LARGE_RATE:
+        yield (
+            f"optimizer.learning_rate = {rate:g} moves every weight by about as much in each "
+            "update, which destroys the student. 1e-6 to 1e-3 is usual"
+        )
+    elif lora is not None and rate < _SMALL_LORA_RATE:
+        yield (
+            f"optimizer.learning_rate = {rate:g} hardly changes an adapter, whose updates start "
+            "at 0. 1e-4 is usual with student.lora"
+        )
+    elif rate < _SMALL_RATE:
+        yield f"optimizer.learning_rate = {rate:g} changes next to nothing. 1e-6 is usual"
+    if optimizer.kind == "adafactor" and (optimizer.beta1, optimizer.beta2) != (0.9, 0.95):
+        yield "optimizer.beta1 and beta2 have no effect: adafactor has no moments. Leave them out"
+    if optimizer.warmup_steps > config.num_steps:
+        highest = rate * config.num_steps / optimizer.warmup_steps
+        yield (
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} outlast the run of num_steps = "
+            f"{config.num_steps}: the learning rate ends at {highest:g}. Lower warmup_steps"
+        )
+
+
+def _keep_traps(config: Config) -> Iterator[str]:
+    selection = config.selection
+    if isinstance(selection, AllTokens | FirstTokens):
+        return
+    tokens = config.sampling.max_new_tokens
+    where = "a completion"
+    if selection.scope == "batch":
+        tokens *= config.prompts_per_step * config.sampling.num_samples
+        where = "the batch"
+    if Fraction(str(selection.keep)) * tokens < 1:
+        yield (
+            f"selection.keep = {selection.keep:g} of at most {tokens} tokens of {where} rounds to "
+            "0, so 1 is kept. Raise selection.keep"
+        )
+
+
+def _file_traps(config: Config, data: FileData, inputs: Inputs, task: FileTask) -> Iterator[str]:
+    yield from notes_of([*task.pool, *task.held_out_prompts])
+    template = inputs.tokenizer.chat_template
+    if template and not data.chat and any(isinstance(p.content, str) for p in task.pool):
+        yield (
+            f"student {config.student.model!r} has a chat template, which data.chat = false leaves "
+            "out. Set data.chat = true if it is a chat model"
+        )
+    if data.enable_thinking is not None:
+        yield from _thinking_traps(data, str(template), task)
+    if data.path.endswith(_FILE_ENDINGS) and (data.split != "train" or data.subset is not None):
+        yield (
+            f"data.path = {data.path!r} is a file, which has no splits and no subsets: data.split "
+            "and data.subset have no effect. Leave them out"
+        )
+    if task.num_dropped:
+        yield f"{task.num_dropped} prompts over data.max_prompt_tokens left out"
+    count = config.evaluation.num_problems
+    held_out = task.held_out(count)
+    if len(held_out) < count:
+        yield (
+            f"evaluation.num_problems = {count}, but {len(held_out)} prompts are held out. Raise "
+            "data.num_held_out or lower evaluation.num_problems"
+        )
+    missing = sum(prompt.answer is None for prompt in held_out)
+    if task.grader != "none" and missing:
+        yield (
+            f"data.grader = {task.grader!r}, but {missing} of {len(held_out)} held-out prompts "
+            f"have no reference answer, so {_unmeasured(missing, held_out)}. Set "
+            "data.answer_column"
+        )
+    if task.grader == "none" and held_out and not missing:
+        yield (
+            "held-out prompts have reference answers, but data.grader = 'none': accuracy is not "
+            "measured. Set data.grader"
+        )
+
+
+def _thinking_traps(data: FileData, template: str, task: FileTask) -> Iterator[str]:
+    name = f"data.enable_thinking = {str(data.enable_thinking).lower()}"
+    if all(isinstance(prompt.content, str) for prompt in task.pool):
+        yield f"{name} has no effect: no prompt is rendered with a chat template. Leave it out"
+    elif "enable_thinking" not in template:
+        yield f"{name} has no effect: the student's chat template does not read it. Leave it out"
+
+
+def _unmeasured(missing: int, held_out: Sequence[object]) -> str:
+    return "no accuracy is measured" if missing == len(held_out) else "they do not count"
+
+
+def model_traps(
+    config: Config,
+    inputs: Inputs,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    vocab_size: int,
+) -> Iterator[str]:
+    """Warnings that need both models, whose shared vocabulary has `vocab_size` ids.
+
+    Raises:
+        ConfigError: a model has no positions for the longest prompt and completion.
+    """
+    if inputs.prompts is not None:
+        yield from _context_traps(config, inputs.prompts.longest, student, teacher)
+    stops = stop_ids(student, inputs.tokenizer)
+    if not any(i < vocab_size for i in stops):
+        beyond = f" among its {vocab_size} ids, only {sorted(stops)}" if stops else ""
+        yield (
+            f"student {config.student.model!r} has no end-of-sequence token{beyond}, so that every "
+            "completion runs to sampling.max_new_tokens. Add eos_token_id to its "
+            "generation_config.json"
+        )
+    if config.student.num_layers is None and _is_same(config, student, teacher):
+        yield (
+            "student and teacher have the same weights: there is nothing to learn. Choose "
+            "another teacher.model"
+        )
+    elif config.student.quantization == config.teacher.quantization == "none":
+        sizes = [_size(model) for model in (student, teacher)]
+        if sizes[1] < sizes[0]:
+            yield (
+                f"the teacher has {sizes[1]:,} parameters and the student {sizes[0]:,}: it is "
+                "smaller than what it teaches. Check student.model and teacher.model"
+            )
+
+
+def _size(model: PreTrainedModel) -> int:
+    """Parameters, those of an adapter aside."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+
+
+def _is_same(config: Config, student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Whether the run starts with equal weights, by name of the model or number by number."""
+    if resolve_model(config.student.model) == resolve_model(config.teacher.model):
+        return True
+    if config.student.lora is not None or type(student) is not type(teacher):
+        return False
+    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        ours[name].shape == weight.shape
+        and ours[name].dtype == weight.dtype
+        and torch.equal(ours[name].to(weight.device), weight)
+        for name, weight in theirs.items()
+    )
+
+
+def _context_traps(
+    config: Config, longest: int, student: PreTrainedModel, teacher: PreTrainedModel
+) -> Iterator[str]:
+    new = config.sampling.max_new_tokens
+    limits = [
+        (limit, not has_position_table(model), who)
+        for who, model in (("student", student), ("teacher", teacher))
+        if (limit := context_limit(model)) is not None and longest + new > limit
+    ]
+    if not limits:
+        return
+    limit, can_exceed, who = min(limits, key=lambda found: (found[1], found[0]))
+    text = (
+        f"the longest prompt has {longest} tokens and sampling.max_new_tokens is {new}: more than "
+        f"the {limit} positions of the {who}"
+    )
+    remedy = f"Lower sampling.max_new_tokens to {limit - longest}"
+    if longest >= limit:
+        remedy = f"Set data.max_prompt_tokens below {limit}"
+    if not can_exceed:
+        raise ConfigError(f"{text}, which has no more. {remedy}.")
+    yield f"{text}, which was trained on no more. {remedy}"

@@ -1,0 +1,277 @@
+"""Checkpoints: an HF folder with the optimizer's tensors beside it, whole or not there at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tutelage.errors import RunError, remedy
+from tutelage.files.atomic import discard, new_folder, sync
+from tutelage.files.checksums import DamagedError, seal, unseal
+from tutelage.models.load import save_model
+from tutelage.models.optimizer import DiskAdamW
+from tutelage.setup.components import trained_names
+
+if TYPE_CHECKING:
+    from tutelage.setup.components import Parts
+
+_PREFIX = "checkpoint-"
+_MASTER = "master"
+"""Name of a float32 master weight among its moments."""
+_NUMBER = "#"
+"""Ends the name of an optimizer's entry that is a plain number."""
+_OPTIMIZER = "optimizer"
+"""Stem of the files of an optimizer's state."""
+_FILE_BYTES = 1 << 30
+"""Most bytes of state in one file; more are written, and summed, by several threads."""
+_NUM_THREADS = 8
+_SPARE_BYTES = 16 << 20
+"""Room that a checkpoint needs beside its tensors: tokenizer, headers, logs."""
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Folder of the checkpoint taken after `step` updates."""
+    return run / f"{_PREFIX}{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, oldest first; `newest_checkpoint` looks into them."""
+    found = []
+    for path in run.glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdigit() and path.is_dir():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[int, Path] | None:
+    """(step, folder) of the newest checkpoint whose every byte is as it was written.
+
+    Damaged ones after it are named, and set aside as `checkpoint-….damaged`.
+
+    Raises:
+        RunError: there are checkpoints, and all are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for step, path in reversed(list_checkpoints(run)):
+        try:
+            if unseal(path) != {"step": step}:
+                raise DamagedError("it belongs to another step")
+        except (DamagedError, OSError) as error:
+            damaged.append((path, str(error)))
+            continue
+        _set_aside(damaged, path, say)
+        return step, path
+    if damaged:
+        path, why = damaged[0]
+        raise RunError(
+            f"no checkpoint of {run} is whole; of {path.name}, {why}. "
+            "Restore one, or delete them to start anew."
+        )
+    return None
+
+
+def _set_aside(damaged: Iterable[tuple[Path, str]], used: Path, say: Callable[[str], None]) -> None:
+    for path, why in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        if aside.exists():
+            discard(aside)
+        path.rename(aside)
+        sync(path.parent)
+        say(f"warning: {path.name} is damaged ({why}) and set aside; {used.name} is used")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The numbers of one moment, which a checkpoint is written from."""
+
+    step: int
+    model: dict[str, Tensor] | None
+    """Weights by name; None for those that the model holds while it is written."""
+    optimizer: dict[str, Tensor]
+    """Moments and master weights by name."""
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> Path:
+    """Write weights, optimizer state and step, then drop checkpoints beyond the `keep` newest.
+
+    Of a student with an adapter only the adapter is written; of one with master weights, both.
+
+    No random state is saved because there is none: prompts, completions and random selections
+    are functions of (seed, step).
+
+    Raises:
+        RunError: the disk is full, the folder cannot be written, or a number to be saved is not
+            finite; older checkpoints stay.
+    """
+    tensors = savable_tensors(run, step, parts, optimizer)
+    try:
+        return write_snapshot(run, Snapshot(step, None, tensors), parts, keep)
+    finally:
+        if isinstance(optimizer, DiskAdamW):
+            optimizer.release()
+
+
+def write_snapshot(run: Path, snapshot: Snapshot, parts: Parts, keep: int) -> Path:
+    """The part of `save_checkpoint` that needs no number but the snapshot's."""
+    final = checkpoint_path(run, snapshot.step)
+    try:
+        with new_folder(final) as temporary:
+            model, folder = parts.student.model, temporary / "model"
+            save_model(model, parts.tokenizer, folder, tensors=snapshot.model)
+            _save_tensors(snapshot.optimizer, temporary)
+            seal(temporary, {"step": snapshot.step})  # reads every byte back
+    except (OSError, SafetensorError, RunError) as error:
+        cause = error.__cause__ or error
+        raise RunError(
+            f"checkpoint {final} cannot be written: {_sentence(cause)} "
+            f"Earlier checkpoints are untouched. {remedy(cause)}"
+        ) from None
+    rotate(run, keep)
+    return final
+
+
+def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """`optimizer.safetensors`, or several files of at most `_FILE_BYTES`, written side by side."""
+    groups: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > _FILE_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    if len(groups) == 1:
+        save_file(groups[0], folder / f"{_OPTIMIZER}.safetensors")
+        return
+    count = len(groups)
+    names = [f"{_OPTIMIZER}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        list(pool.map(save_file, groups, [folder / name for name in names]))
+
+
+def savable_tensors(
+    run: Path, step: int, parts: Parts, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Moments and master weights, once all of a checkpoint is known to be finite and to fit.
+
+    Raises:
+        RunError: it is not.
+    """
+    tensors = _optimizer_tensors(parts, optimizer)
+    weights = {name: p for name, p in parts.student.model.named_parameters() if p.requires_grad}
+    _refuse_nonfinite(step, weights | tensors)
+    require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
+    return tensors
+
+
+def require_space(run: Path, num_bytes: int) -> None:
+    """Refuse to fill a disk that has too little room for a checkpoint's tensors.
+
+    Raises:
+        RunError: the file system of `run` has fewer bytes left.
+    """
+    needed, free = num_bytes + _SPARE_BYTES, shutil.disk_usage(run).free
+    if free < needed:
+        raise RunError(
+            f"a checkpoint needs {needed:,} bytes and the disk of {run} has {free:,} left. "
+            "Checkpoints there are untouched; free some space and start the same command again."
+        )
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Drop all but the `keep` newest checkpoints, the newest of which is known to be whole.
+
+    Raises:
+        RunError: one cannot be removed.
+    """
+    for _, old in list_checkpoints(run)[:-keep]:
+        try:
+            discard(old)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint {old} is no longer needed and cannot be removed: {error.strerror}. "
+                "Remove it, then start the same command again."
+            ) from None
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error).removesuffix(".") + "."
+
+
+def _refuse_nonfinite(step: int, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"{name} holds numbers that are not finite after step {step}, so nothing was "
+                "saved. Lower optimizer.learning_rate and start the same command again."
+            )
+
+
+def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer's state, and master weights, from a checkpoint.
+
+    Raises:
+        RunError: the file is damaged or belongs to another model.
+    """
+    tensors: dict[str, Tensor] = {}
+    whole = path / f"{_OPTIMIZER}.safetensors"
+    for file in sorted(path.glob(f"{_OPTIMIZER}-*.safetensors")) or [whole]:
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{file} cannot be read: {error}. Delete {path} to use an older one."
+            ) from None
+    masters = dict(zip(trained_names(parts.student), parts.masters.masters, strict=True))
+    # torch numbers weights in the order of the optimizer's groups, which need not be the model's
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    number = {id(weight): i for i, weight in enumerate(weights)}
+    place = {name: number[id(master)] for name, master in masters.items()}
+    state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(weights))}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("|")
+        if name not in masters:
+            raise RunError(f"{file} has moments of {name!r}, which the model does not have.")
+        index = place[name]
+        if entry == _MASTER:
+            masters[name].data.copy_(tensor)
+        elif entry.endswith(_NUMBER):
+            state[index][entry.removesuffix(_NUMBER)] = int(tensor)
+        else:
+            state[index][entry] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    filled = {index: entries for index, entries in state.items() if entries}
+    optimizer.load_state_dict({"state": filled, "param_groups": groups})
+
+
+def _optimizer_tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    masters = parts.masters
+    both = zip(masters.weights, masters.masters, strict=True)
+    for name, (weight, master) in zip(trained_names(parts.student), both, strict=True):
+        if weight is not master:
+            tensors[f"{name}|{_MASTER}"] = master.detach()
+        for entry, value in optimizer.state[master].items():
+            if isinstance(value, Tensor):
+                # cloned where several weights share one table, which a file would refuse
+                tensor = value.clone() if entry.startswith("qmap") else value
+                tensors[f"{name}|{entry}"] = tensor.contiguous()
+            elif value is not None:
+                tensors[f"{name}|{entry}{_NUMBER}"] = torch.tensor(value)
+    return tensors

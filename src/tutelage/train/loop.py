@@ -1,0 +1,399 @@
+"""A run from start to end: evaluate, take steps, checkpoint, evaluate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tutelage.config.parse import fingerprint
+from tutelage.config.schema import Config, OptimizerConfig
+from tutelage.errors import RunError
+from tutelage.evaluation.measure import describe, measure
+from tutelage.evaluation.verdict import Verdict, verdict_of
+from tutelage.memory.cpu import STATE_BYTES, copied_bytes
+from tutelage.models.chat_template import printed_date
+from tutelage.models.load import save_model
+from tutelage.models.optimizer import MasterWeights, make_optimizer, undecayed_weights
+from tutelage.setup.components import build, plain_student
+from tutelage.setup.inputs import pick_device
+from tutelage.setup.manifest import input_digests, manifest_of
+from tutelage.setup.numerics import open_accelerator, plain_arithmetic
+from tutelage.setup.progress import Watch, unwatched
+from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, environment, started_at
+from tutelage.setup.trackers import numbers, require_trackers, start_trackers
+from tutelage.setup.validate import validate
+from tutelage.train.checkpoint import (
+    checkpoint_path,
+    load_optimizer,
+    newest_checkpoint,
+    require_space,
+    rotate,
+    save_checkpoint,
+)
+from tutelage.train.checkpoint_thread import CheckpointThread, is_written_beside
+from tutelage.train.model_card import model_card
+from tutelage.train.schedule import learning_rate
+from tutelage.train.signals import Stop, StoppedError, listening
+from tutelage.train.snapshot import snapshot
+from tutelage.train.step import Step
+
+Say = Callable[[str], None]
+OnStep = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended."""
+
+    folder: Path
+    step: int
+    """Updates done."""
+    is_finished: bool
+    """False when a signal stopped the run early; the same command continues it."""
+    is_writer: bool = True
+    """False in every process but the main one, which alone writes files."""
+
+
+def run_folder(config: Config, name: str = "run") -> Path:
+    """The folder of a run: `out`, or runs/NAME-FINGERPRINT."""
+    return Path(config.out) if config.out else Path("runs") / f"{name}-{fingerprint(config)}"
+
+
+@plain_arithmetic()
+def train(
+    config: Config,
+    name: str = "run",
+    allow_change: tuple[str, ...] = (),
+    say: Say = print,
+    on_step: OnStep | None = None,
+    watch: Watch = unwatched,
+) -> RunResult:
+    """Train the student, or continue an earlier run in the same folder.
+
+    Args:
+        config: the run.
+        name: stem of the default folder's name.
+        allow_change: keys that may differ from the run being continued.
+        say: receives one line of text for every event a user should see.
+        on_step: receives the metrics of every step.
+        watch: told what is done between steps.
+
+    Returns:
+        `RunResult`.
+
+    Raises:
+        TutelageError: whatever a user can mend.
+    """
+    require_trackers(config)
+    path = run_folder(config, name)
+    accelerator = open_accelerator(config, path, pick_device(config.device))
+    folder = RunFolder(path, accelerator.is_main_process)
+    stop = Stop(may_interrupt=accelerator.num_processes == 1)
+    with ExitStack() as stack:
+        stack.callback(accelerator.end_training)  # a group that is left may abort its process
+        folder.open()
+        stack.callback(folder.close)
+        earlier = started_at(folder.read_manifest())
+        started = _same_everywhere(accelerator, earlier or datetime.now())
+        stack.enter_context(listening(stop))
+        stack.enter_context(printed_date(started))
+        run = _Run(config, folder, accelerator, started, allow_change, say, on_step, stop, watch)
+        stack.callback(run.close)
+        return run.go()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        started: datetime,
+        allow_change: tuple[str, ...],
+        say: Say,
+        on_step: OnStep | None,
+        stop: Stop,
+        watch: Watch,
+    ) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.stop = stop
+        self.say = say if accelerator.is_main_process else _say_nothing
+        self.on_step = on_step if accelerator.is_main_process else None
+        self.watch = watch if accelerator.is_main_process else unwatched
+        inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
+        manifest = manifest_of(config, input_digests(config, inputs), started)
+        done, checkpoint = self._start()
+        self.first_step = done + 1
+        saved = None if checkpoint is None else str(checkpoint / "model")
+        self.parts = build(config, saved, folder.path, inputs, self.watch)
+        self._require_space()
+        self._write_manifest(manifest)
+        start_trackers(accelerator, config, folder.path.name)
+        optimizer = _optimizer(
+            config.optimizer, self.parts.student, self.parts.masters, folder.path
+        )
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.parts, optimizer)
+        self.checkpoint_thread = None
+        device = self.parts.device
+        copied = copied_bytes(config, self.parts.masters.weights, device)
+        if self.folder.is_writer and is_written_beside(config, device, copied):
+            keep = config.keep_checkpoints
+            self.checkpoint_thread = CheckpointThread(folder.path, self.parts, optimizer, keep)
+        self.optimizer = optimizer
+        self.step = Step(config, self.parts, accelerator, self.parts.student, optimizer, stop)
+        self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
+
+    def go(self) -> RunResult:
+        """Steps `first_step` to `num_steps`, with evaluations around them."""
+        num_steps = self.config.num_steps
+        self.done = saved = self.first_step - 1
+        for line in self.parts.warnings:
+            self.say(f"warning: {line}")
+        try:
+            if self._is_evaluation_due() and not self.folder.has_evaluation(self.done):
+                self._evaluate()
+            if self.done == 0 and not self.folder.read("tokens.jsonl"):
+                self._record()
+            while self.done < num_steps and not self._any_process():
+                self._take()
+                if self.checkpoint_thread is not None:
+                    self.checkpoint_thread.look()
+                self._record()
+                if self._is_due(self.config.checkpoint_every):
+                    self._save()
+                    saved = self.done
+                if self._is_evaluation_due():
+                    self._evaluate()
+        except StoppedError:
+            pass  # whatever it was given up for did not count yet
+        self.watch("")
+        if self.done < num_steps or self._any_process():
+            if self.done > saved:
+                self._save()
+            self._wait_for_checkpoint()
+            self.say(f"stopped after step {self.done}; the same command continues from there")
+            return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
+        if self.done >= self.first_step or not (self.folder.path / "student").exists():
+            self._export()
+        self._wait_for_checkpoint()
+        self._conclude()
+        return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
+
+    def _take(self) -> None:
+        """One step, which is logged as soon as it is done."""
+        step = self.done + 1
+        self.watch("first step" if step == self.first_step else "")
+        self._set_learning_rate(step)
+        try:
+            metrics = self.step.take(step)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"step {step} ran out of memory: {str(error).split('. ')[0]}. Lower "
+                "sampling_batch_size or micro_batch_tokens; `tutelage check` shows what memory "
+                "goes to."
+            ) from None
+        self.folder.append("metrics.jsonl", [metrics])
+        self.accelerator.log(numbers(metrics), step=step)
+        self.done = step
+        if self.on_step is not None:
+            self.on_step(metrics)
+        self._report_skipped(metrics)
+
+    def _report_skipped(self, metrics: dict[str, Any]) -> None:
+        if not metrics["num_skipped_updates"]:
+            self._num_skipped = 0
+            return
+        self._num_skipped += 1
+        names = metrics["nonfinite"]
+        what = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        self.say(f"warning: step {self.done} skipped {metrics['num_skipped_updates']} of "
+                 f"{self.config.updates_per_step} updates: not finite in {what}")  # fmt: skip
+        if self._num_skipped >= self.config.max_skipped_steps:
+            raise RunError(
+                f"{self._num_skipped} steps in a row had a loss or gradient that is not finite, "
+                f"the last in {what}. None of them was applied; lower optimizer.learning_rate, "
+                "use float32, or raise max_skipped_steps."
+            )
+
+    def _any_process(self) -> bool:
+        """Whether a signal reached any process: all of them have to stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.stop)
+        flag = torch.tensor([int(bool(self.stop))], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        count = self.accelerator.num_processes
+        self.folder.write_manifest(manifest | {"num_processes": count})
+        device = self.accelerator.device.type
+        self.say(f"{count} {'process' if count == 1 else 'processes'} on {device}")
+
+    def _start(self) -> tuple[int, Path | None]:
+        """Steps that are done, and the checkpoint after them; the logs end there too."""
+        found = newest_checkpoint(self.folder.path, self.say) if self.folder.is_writer else None
+        step = _main_says(self.accelerator, -1 if found is None else found[0])
+        if step < 0:
+            self.folder.rewind(-1)
+            self.accelerator.wait_for_everyone()
+            return 0, None
+        path = checkpoint_path(self.folder.path, step)
+        if self.folder.is_writer:  # it may have died between a save and the removal of older ones
+            rotate(self.folder.path, self.config.keep_checkpoints)
+        self.folder.rewind(step)
+        if not self.folder.has_evaluation(step):  # it died while it evaluated
+            self.folder.rewind(step - 1, EVALUATION_LOGS)
+        self.accelerator.wait_for_everyone()
+        what = "is finished" if step >= self.config.num_steps else "continues"
+        self.say(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
+        return step, path
+
+    def _checkpoint_bytes(self) -> int:
+        """What a checkpoint will hold: weights, float32 masters and the optimizer's state."""
+        masters = self.parts.masters
+        state = STATE_BYTES[self.config.optimizer.kind] * sum(m.numel() for m in masters.masters)
+        own = sum(master.nbytes for _, master in masters.pairs)
+        return sum(weight.nbytes for weight in masters.weights) + own + int(state)
+
+    def _require_space(self) -> None:
+        """Better now than after the first hours."""
+        needed = self._checkpoint_bytes()
+        if self.config.optimizer.state_is_on_disk:  # in use and in the checkpoint
+            count = sum(master.numel() for master in self.parts.masters.masters)
+            needed += int(STATE_BYTES[self.config.optimizer.kind] * count)
+        if self.folder.is_writer and self.first_step <= self.config.num_steps:
+            require_space(self.folder.path, needed)
+
+    def _is_due(self, every: int) -> bool:
+        return self.done == self.config.num_steps or (every > 0 and self.done % every == 0)
+
+    def _is_evaluation_due(self) -> bool:
+        return self.done == 0 or self._is_due(self.config.evaluation.every)
+
+    def _set_learning_rate(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optimizer, step, self.config.num_steps)
+
+    def _save(self) -> None:
+        self.watch("saving a checkpoint")
+        if self.accelerator.is_main_process:
+            if self.checkpoint_thread is not None:
+                self.checkpoint_thread.save(self.done)
+            else:
+                keep = self.config.keep_checkpoints
+                save_checkpoint(self.folder.path, self.done, self.parts, self.optimizer, keep)
+        self.accelerator.wait_for_everyone()
+
+    def _wait_for_checkpoint(self) -> None:
+        if self.checkpoint_thread is not None:
+            self.checkpoint_thread.wait()
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End what works beside the run."""
+        if self.checkpoint_thread is not None:
+            self.checkpoint_thread.close()
+        self.parts.sampler.close()
+
+    def _evaluate(self) -> None:
+        """The main process evaluates; the others wait for it at the next gradient.
+
+        Raises:
+            StoppedError: a signal came meanwhile; the evaluation is repeated by the next start.
+        """
+        if not self.config.evaluation.num_problems or not self.accelerator.is_main_process:
+            return
+        with self.stop.interruptible():
+            measured = measure(self.config, self.parts, self.done, self.watch)
+        for name, rows in measured.logs().items():
+            self.folder.append(name, rows)
+        for summary in measured.summaries:
+            found = numbers(summary, f"evaluation.{summary['model']}.")
+            self.accelerator.log(found, step=self.done)
+            self.say(describe(summary))
+
+    def _record(self) -> None:
+        """A snapshot of tokens for the report, on the main process alone."""
+        every = self.config.recording.every
+        if not every or not (self._is_due(every) or self.done == 0) or not self.folder.is_writer:
+            return
+        self.watch("recording tokens")
+        lines = snapshot(self.config, self.parts, self.step.rollouts, self.done)
+        if (
+            self.folder.size("tokens.jsonl") + sum(map(len, lines))
+            > self.config.recording.max_bytes
+        ):
+            limit = self.config.recording.max_bytes
+            self.say(f"no tokens recorded at step {self.done}: recording.max_bytes is {limit:,}")
+            return
+        self.folder.append_text("tokens.jsonl", "".join(lines))
+
+    def _verdict(self) -> Verdict | None:
+        return verdict_of(self.folder.read("evaluation_rows.jsonl"), self.done)
+
+    def _conclude(self) -> None:
+        """The verdict, kept in the manifest, and said where this start did a step."""
+        verdict = self._verdict()
+        if verdict is not None:
+            manifest = self.folder.read_manifest() or {}
+            self.folder.write_manifest(manifest | {"verdict": asdict(verdict)})
+            if self.done >= self.first_step:
+                self.say(f"verdict: {verdict}")
+
+    def _export(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.watch("exporting the student")
+        target = self.folder.path / "student"
+        model = plain_student(self.config, self.parts.student.model)
+        records = self.folder.read("evaluation.jsonl")
+        card = model_card(self.config, records, environment(), self._verdict())
+        save_model(model, self.parts.tokenizer, target, card)
+        self.watch("")
+        self.say(f"student exported to {target}")
+
+
+def _main_says(accelerator: Accelerator, number: int) -> int:
+    """A number, from -1, that is known to the main process."""
+    if accelerator.num_processes == 1:
+        return number
+    mine = number if accelerator.is_main_process else -1
+    return int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())
+
+
+def _same_everywhere(accelerator: Accelerator, date: datetime) -> datetime:
+    """The main process's date, to the second."""
+    digits = "%Y%m%d%H%M%S"
+    return datetime.strptime(str(_main_says(accelerator, int(date.strftime(digits)))), digits)
+
+
+def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
+    """Steps at the end of the log with a skipped update."""
+    return len(list(takewhile(lambda m: m["num_skipped_updates"], reversed(metrics))))
+
+
+def _say_nothing(_: str) -> None:
+    """The voice of every process but the main one."""
+
+
+def _optimizer(
+    config: OptimizerConfig, student: nn.Module, masters: MasterWeights, folder: Path
+) -> torch.optim.Optimizer:
+    betas = (config.beta1, config.beta2)
+    rate, decay = config.learning_rate, config.weight_decay
+    spared = set() if config.decay_all else {id(weight) for weight in undecayed_weights(student)}
+    both = zip(masters.weights, masters.masters, strict=True)
+    undecayed = [master for weight, master in both if id(weight) in spared]
+    every = masters.masters
+    optimizer = make_optimizer(config.kind, every, rate, betas, decay, folder, undecayed)
+    masters.follow(optimizer)
+    return optimizer

@@ -1,0 +1,87 @@
+"""What a step reports about its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutelage.config.method import EOPDObjective, SampledObjective
+from tutelage.config.schema import Config
+from tutelage.core import TokenStats, quadrant_table, quadrants
+
+HIGH_ENTROPY_NATS = 0.8
+"""Entropy from which a token counts as high-entropy (EOPD's threshold)."""
+
+
+def token_metrics(
+    stats: TokenStats, is_kept: Tensor, gate: Tensor, config: Config
+) -> dict[str, Any]:
+    """Means over rows of the global batch, and the quadrant table.
+
+    Args:
+        stats: statistics of N rows, with the extra `teacher_top_mass`.
+        is_kept: whether each row was kept `[N]`.
+        gate: EOPD's gate `[N]`.
+        config: for the quadrant thresholds.
+
+    Returns:
+        Plain JSON values. Rows with a non-finite statistic are counted in `num_nonfinite` and left
+        out of every mean and share; a mean over no tokens is None.
+    """
+    is_finite = torch.isfinite(stats.stack()).all(0)
+    num_nonfinite = int((~is_finite).sum())
+    stats, gate, is_kept = stats[is_finite], gate[is_finite], is_kept[is_finite]
+    quadrant = quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds)
+    share = _share(stats.reverse_kl[is_kept], stats.reverse_kl)
+    names = ("reverse_kl", "forward_kl", "entropy", "teacher_entropy")
+    return {
+        "num_nonfinite": num_nonfinite,
+        "kept_kl_share": share if config.diagnostics == "all" else None,
+        **{f"{name}_nats": _mean(stats.__dict__[name]) for name in names},
+        "teacher_top16_mass": _mean(stats.extras["teacher_top_mass"]),
+        **_gated(gate if isinstance(config.objective, EOPDObjective) else None, stats),
+        "high_entropy": _high_entropy(stats),
+        "quadrants": quadrant_table(quadrant, stats.reverse_kl, is_kept),
+    }
+
+
+def clip_share(config: Config, num_clipped: int, num_rows: int) -> float | None:
+    """Share of the rows learned from whose PPO clip took effect; None for exact objectives."""
+    objective = config.objective
+    is_sampled = isinstance(objective, SampledObjective) or (
+        isinstance(objective, EOPDObjective) and objective.estimator == "sampled"
+    )
+    return num_clipped / max(num_rows, 1) if is_sampled else None
+
+
+def _high_entropy(stats: TokenStats) -> dict[str, float | None]:
+    """Shares of tokens with H ≥ 0.8 nats, and the divergences where the teacher's is."""
+    is_high = stats.teacher_entropy >= HIGH_ENTROPY_NATS
+    return {
+        "teacher_share": _mean(is_high),
+        "student_share": _mean(stats.entropy >= HIGH_ENTROPY_NATS),
+        "reverse_kl_nats": _mean(stats.reverse_kl[is_high]),
+        "forward_kl_nats": _mean(stats.forward_kl[is_high]),
+    }
+
+
+def _gated(gate: Tensor | None, stats: TokenStats) -> dict[str, float | None]:
+    """Mean gate g, and Σ g KL(q‖p) / Σ g in nats; None without a gate, or where none is open."""
+    if gate is None:
+        return {"gate_share": None, "gated_forward_kl_nats": None}
+    weights = gate.double()
+    total = weights.sum()
+    mean = float(weights @ stats.forward_kl.double() / total) if total > 0 else None
+    return {"gate_share": _mean(gate), "gated_forward_kl_nats": mean}
+
+
+def _mean(x: Tensor) -> float | None:
+    return float(x.double().mean()) if len(x) else None
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """Sum of a part as a share of the sum of the whole; 0 where the whole is 0."""
+    total = float(whole.sum())
+    return float(part.sum()) / total if total > 0 else 0.0

@@ -1,0 +1,226 @@
+"""What the report's microscope shows: every token of a few completions, as compact JSON lines.
+
+A snapshot is one line a completion, with a column for each number. Lines go to the log
+`tokens.jsonl`, so that torn lines and continued runs are dealt with as in every other log.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutelage.config.method import EOPDObjective, RandomTokens, SampledTokens, SomeTokens
+from tutelage.config.schema import Config
+from tutelage.core.weighting import entropy_gate
+from tutelage.data.types import Rollout
+from tutelage.models.tokenizers import decode
+from tutelage.setup.components import Parts
+from tutelage.setup.numerics import plain_arithmetic
+from tutelage.setup.objective import gate_of
+from tutelage.setup.progress import Watch, unsaid, unwatched
+from tutelage.train.token_scores import (
+    ScoreRequest,
+    Scores,
+    components,
+    rollouts_of,
+    score_rollouts,
+)
+
+NUM_TOP = 5
+"""Likeliest tokens kept of student and teacher."""
+PANEL_RULES = ("soft_or", "q3", "entropy", "divergence", "random")
+"""Rules whose ranks are always kept; the run's own joins them."""
+_PANEL_SEED = 777
+"""The panel draws the same numbers in every snapshot, so that only the weights differ."""
+_DIGITS = 4
+_MAX_PAGE_TOKENS = 1024
+"""Tokens of a completion that a page without a run shows."""
+
+
+def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: int) -> list[str]:
+    """JSON lines of the panel's completions, drawn now, and of some of the step's rollouts.
+
+    Args:
+        config: the run; its `recording` says how much.
+        parts: the models after `step`.
+        rollouts: what the step learned from; of these every n-th is taken.
+        step: updates done.
+
+    Returns:
+        One line a completion, none if there is nothing to record.
+    """
+    start, settings = time.perf_counter(), config.recording
+    panel = _panel(config, parts)
+    every = max(1, len(rollouts) // max(1, settings.num_rollouts))
+    trained = list(rollouts[::every][: settings.num_rollouts])
+    lines: list[dict[str, Any]] = []
+    for kind, chosen in (("held-out", panel), ("training", trained)):
+        chosen = [rollout for rollout in chosen if rollout.completion_ids]
+        if chosen:
+            scores = score_rollouts(config, parts, chosen, request_of(config))
+            lines += token_lines(config, parts, scores, step, kind)
+    seconds = round(time.perf_counter() - start, 4)
+    return [_dump({**line, "seconds": seconds}) for line in lines]
+
+
+@plain_arithmetic()
+def score_for_page(
+    config: Config,
+    request: ScoreRequest,
+    watch: Watch = unwatched,
+    say: Callable[[str], None] = unsaid,
+) -> tuple[Scores, list[dict[str, Any]]]:
+    """`score`, and its completions as the lines that a page is made of.
+
+    Args:
+        config: names student, teacher, data and sampling.
+        request: which completions and rules; without rules those of a recording.
+        watch: told what is being done.
+        say: receives a line for what was left out of the prompts' records.
+
+    Raises:
+        TutelageError: models, data or request cannot be used.
+    """
+    request = replace(request, rules=request.rules or PANEL_RULES, num_top=NUM_TOP)
+    config = replace(config, recording=replace(config.recording, max_new_tokens=_MAX_PAGE_TOKENS))
+    with components(config, watch) as parts:
+        rollouts = rollouts_of(config, parts, request, watch, say)
+        watch("scoring")
+        scores = score_rollouts(config, parts, rollouts, request)
+    kind = "sampled" if request.completions is None else "given"
+    return scores, list(token_lines(config, parts, scores, 0, kind))
+
+
+def request_of(config: Config) -> ScoreRequest:
+    """The rules to rank tokens by, at the run's own budget or a fifth."""
+    selection = config.selection
+    names, keep = [*PANEL_RULES], 0.2
+    if isinstance(selection, SomeTokens | SampledTokens | RandomTokens):
+        names, keep = [*names, selection.rule], selection.keep
+    return ScoreRequest(rules=tuple(dict.fromkeys(names)), keep=keep, num_top=NUM_TOP)
+
+
+def token_lines(
+    config: Config, parts: Parts, scores: Scores, step: int, kind: str
+) -> Iterator[dict[str, Any]]:
+    """One record a completion; columns have one entry a token.
+
+    Budgets and ranks are those of whole completions; what is kept of a long one is its start.
+
+    Args:
+        config: the run.
+        parts: for the tokenizer.
+        scores: statistics, selections and likeliest tokens.
+        step: updates done.
+        kind: "held-out", "training" or "given".
+    """
+    gate = _gate(config, scores)
+    texts: dict[int, str] = {}
+    start = 0
+    for rollout in scores.rollouts:
+        size = len(rollout.completion_ids)
+        shown = slice(start, start + min(size, config.recording.max_new_tokens))
+        whole, start = slice(start, start + size), start + size
+        yield {
+            "step": step,
+            "kind": kind,
+            "prompt_id": rollout.prompt.id,
+            "sample": rollout.sample,
+            "prompt": decode(parts.tokenizer, rollout.prompt_ids),
+            "num_tokens": size,
+            "token": list(rollout.completion_ids[: config.recording.max_new_tokens]),
+            "entropy": _rounded(scores.stats.entropy[shown]),
+            "reverse_kl": _rounded(scores.stats.reverse_kl[shown]),
+            "forward_kl": _rounded(scores.stats.forward_kl[shown]),
+            "teacher_entropy": _rounded(scores.stats.teacher_entropy[shown]),
+            "log_p": _rounded(scores.stats.log_p[shown]),
+            "log_q": _rounded(scores.stats.log_q[shown]),
+            "gate": _rounded(gate[shown]),
+            **_ranks(scores, whole, shown),
+            **_candidates(parts, scores, rollout, shown, texts),
+        }
+
+
+def _panel(config: Config, parts: Parts) -> list[Rollout]:
+    settings = config.recording
+    if not settings.num_prompts:
+        return []
+    longest = min(settings.max_new_tokens, config.sampling.max_new_tokens)
+    once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
+    prompts = parts.task.held_out(settings.num_prompts)
+    seed = (config.seed, _PANEL_SEED)
+    return parts.sampler.draw(prompts, once, seed).rollouts
+
+
+def _gate(config: Config, scores: Scores) -> Tensor:
+    """EOPD's gate, the paper's where the run has another objective."""
+    if isinstance(config.objective, EOPDObjective):
+        return gate_of(config.objective, scores.stats)
+    return entropy_gate(scores.stats.teacher_entropy)
+
+
+def _ranks(scores: Scores, whole: slice, shown: slice) -> dict[str, Any]:
+    """Each rule's order within the completion, 1 first, and the positions it keeps."""
+    ranks, kept = {}, {}
+    count = shown.stop - shown.start
+    for rule, selection in scores.selections.items():
+        score = selection.importance[whole]
+        order = torch.where(torch.isfinite(score), score, -torch.inf).argsort(
+            descending=True, stable=True
+        )
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(1, len(order) + 1)
+        ranks[rule] = rank[:count].tolist()
+        kept[rule] = selection.mask[shown].nonzero().squeeze(1).tolist()
+    return {"rank": ranks, "kept": kept}
+
+
+def _candidates(
+    parts: Parts, scores: Scores, rollout: Rollout, shown: slice, texts: dict[int, str]
+) -> dict[str, Any]:
+    """The likeliest tokens of both sides, and the text of every id that the line names.
+
+    `texts` remembers what was decoded for other lines.
+    """
+    if scores.top is None:
+        raise ValueError("token_lines needs scores with num_top above 0.")
+    top = scores.top
+    ids = {
+        "student_top": top.student_ids[shown].tolist(),
+        "teacher_top": top.teacher_ids[shown].tolist(),
+    }
+    named = {i for rows in ids.values() for row in rows for i in row}
+    named |= set(rollout.completion_ids[: shown.stop - shown.start])
+    texts |= {i: parts.tokenizer.decode([i]) for i in named - texts.keys()}
+    return {
+        **ids,
+        "student_share": _rounded(top.student[shown]),
+        "teacher_share": _rounded(top.teacher[shown]),
+        "texts": {str(i): texts[i] for i in sorted(named)},
+    }
+
+
+def _rounded(values: Tensor) -> list[Any]:
+    """Four significant digits; None for what is not finite, which JSON does not know.
+
+    Args:
+        values: `[N]`, or `[N, k]` for lists of k.
+    """
+    flat = [
+        float(f"{x:.{_DIGITS}g}") if math.isfinite(x) else None for x in values.flatten().tolist()
+    ]
+    if values.ndim == 1:
+        return flat
+    size = values.shape[1]
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+
+def _dump(line: dict[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n"

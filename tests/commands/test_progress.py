@@ -1,0 +1,227 @@
+"""What `train` shows: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calling import LEDGER, TEACHER, TINY, call, read_jsonl, succeed
+
+from tutelage import cli
+from tutelage.cli import main
+from tutelage.commands import progress
+from tutelage.commands.progress import PlainPhases, Reporter
+from tutelage.report import run_page as report
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+LINE = re.compile(
+    r"loss (?P<loss>\S+) KL (?P<kl>\S+) entropy (?P<entropy>\S+) kept (?P<kept>\d+)% "
+    r"(?P<speed>\d+) tokens/s"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report takes longer than these runs."""
+    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")
+
+
+def in_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int, action: Callable[[], Any]
+) -> list[str]:
+    """Frames that a terminal of this width got while the action ran."""
+    ours, theirs = pty.openpty()
+    got = bytearray()
+
+    def listen() -> None:
+        try:
+            while part := os.read(ours, 4096):
+                got.extend(part)
+        except OSError:  # how Linux says that the other side was closed
+            return
+
+    reader = threading.Thread(target=listen)
+    reader.start()
+    with monkeypatch.context() as patch, os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", str(columns))
+        for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            patch.delenv(name, raising=False)
+        action()
+    reader.join()
+    os.close(ours)
+    return [ANSI.sub("", frame).strip() for frame in re.split(r"[\r\n]+", got.decode())]
+
+
+def test_a_terminal_shows_every_number_of_the_last_step_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [
+        "train",
+        str(LEDGER),
+        *TINY,
+        f"out={folder}",
+        "num_steps=2",
+        "evaluation.num_problems=0",
+    ]
+    frames = in_terminal(monkeypatch, 80, lambda: main(command))
+    last = read_jsonl(folder / "metrics.jsonl")[-1]
+    live = [frame for frame in frames if frame.startswith("2/2")]
+    shown = LINE.search(live[-1])
+    assert shown, live
+    for name, key in {"loss": "loss", "kl": "reverse_kl_nats", "entropy": "entropy_nats"}.items():
+        assert float(shown[name]) == pytest.approx(last[key], abs=6e-4)
+    assert int(shown["kept"]) == round(100 * last["num_kept"] / last["num_rows"])
+    speed = last["num_rows"] / sum(last["seconds"].values())
+    assert int(shown["speed"]) == pytest.approx(speed, abs=1)
+    assert re.search(r" \d\d:\d\d ", live[-1]), "no time to go"
+    assert all(len(frame) <= 80 for frame in frames if frame.startswith("2/2"))
+    assert any(frame == f"report: {folder / 'report.html'}" for frame in frames)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_longest_line_fits(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    metrics = {
+        "step": 123, "loss": 12.3456, "reverse_kl_nats": 2.34567, "entropy_nats": 1.23456,
+        "num_rows": 98765, "num_kept": 98765, "seconds": {"learn_s": 60.0},
+    }  # fmt: skip
+
+    def show() -> None:
+        with Reporter(999) as reporter:
+            reporter.say("warning: [bold] stays as it is")
+            reporter.on_step(metrics)
+
+    frames = in_terminal(monkeypatch, columns, show)
+    assert "warning: [bold] stays as it is" in frames
+    (found, *_) = [frame for frame in frames if frame.startswith("123/999")]
+    assert ("━" in found) == (columns == 120)
+    assert found.endswith("loss 12.346 KL 2.346 entropy 1.235 kept 100% 1646 tokens/s")
+
+
+def test_elsewhere_steps_are_plain_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    out = succeed("train", LEDGER, *TINY, f"out={folder}", "num_steps=2",
+                  "evaluation.num_problems=0").out  # fmt: skip
+    assert "\x1b" not in out
+    assert "\r" not in out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    for line, step in zip(lines, metrics, strict=True):
+        shown = LINE.search(line)
+        assert shown
+        assert float(shown["loss"]) == pytest.approx(step["loss"], abs=6e-5)
+        assert line.endswith(f"{sum(step['seconds'].values()):.2f} s")
+
+
+# --- phases ---------------------------------------------------------------------------------------
+
+EVALUATED = ("evaluation.num_problems=3", "evaluation.num_samples=2", "num_steps=1")
+
+
+class AtOnce:
+    """A timer that does not wait."""
+
+    daemon = False
+
+    def __init__(self, seconds: float, action: Callable[..., None], arguments: list[str]) -> None:
+        self.action, self.arguments = action, arguments
+
+    def start(self) -> None:
+        self.action(*self.arguments)
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_training_tells_what_it_does_before_and_between_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(progress, "Timer", AtOnce)
+    out = succeed("train", LEDGER, *TINY, *EVALUATED, f"out={tmp_path / 'run'}").out
+    told = [
+        "loading the teacher package:", "loading the student package:", "trying both models",
+        "evaluating the student: completions", "evaluating the student: completions 6 of 6",
+        "held-out KL", "evaluating the teacher: completions 6 of 6", "student at step 0:",
+        "first step", "step 1/1", "saving a checkpoint", "exporting the student", "report: ",
+        f"results in {tmp_path / 'run'}: student (the trained model), metrics.jsonl (every step)",
+    ]  # fmt: skip
+    place = 0
+    for line in told:
+        assert line in out[place:], (line, out)
+        place = out.index(line, place)
+
+
+def test_a_terminal_shows_the_phase_in_the_line_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def show() -> None:
+        with Reporter(6) as reporter:
+            reporter.phase("loading the teacher [x]")
+            reporter._progress.refresh()
+            reporter.phase("evaluating: completions", 12, 64)
+            reporter._progress.refresh()
+
+    frames = in_terminal(monkeypatch, 80, show)
+    live = [frame for frame in frames if frame.startswith("0/6")]
+    assert any(frame.endswith("loading the teacher [x]") for frame in live)
+    assert live[-1].endswith("evaluating: completions 12 of 64")
+
+
+@pytest.mark.parametrize("command", ["eval", "sample", "score"])
+def test_other_commands_tell_what_they_do_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(progress, "Timer", AtOnce)
+    options = ("--num-prompts", 3, "--num-samples", 2, "--max-new-tokens", 8)
+    if command == "score":
+        model, options = str(LEDGER), ("--num-prompts", 3, "sampling.max_new_tokens=8")
+    else:
+        model = TEACHER
+    outcome = succeed(command, model, *options)
+    assert "loading" in outcome.err.splitlines()[0]
+    assert re.search(r"^sampling: completions (\d+) of \1$", outcome.err, re.MULTILINE)
+    assert "sampling" not in outcome.out
+
+
+def test_counts_are_told_in_at_most_eleven_lines_and_short_phases_are_not() -> None:
+    told: list[str] = []
+    phases = PlainPhases(told.append)
+    phases("loading")
+    phases("work", 0, 1000)
+    for done in range(1, 1001):
+        phases("work", done, 1000)
+    phases("")
+    assert len(told) <= 11
+    assert told[-1] == "work 1000 of 1000"
+    assert not any("loading" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("eval", TEACHER), "nothing was saved"),
+        (("sample", TEACHER), "nothing was saved"),
+        (("eval", TEACHER, "--suite", "x.jsonl"), "the same command continues"),
+        (("train", str(LEDGER)), "the same command continues"),
+    ],
+)
+def test_control_c_promises_only_what_holds(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], said: str
+) -> None:
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, command[0], interrupt)
+    outcome = call(*command)
+    assert outcome.code == 130
+    assert outcome.err == f"tutelage: interrupted; {said}\n"

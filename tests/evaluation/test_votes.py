@@ -1,0 +1,67 @@
+"""A run's maj@k votes as its grader reads answers, wherever the run is measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tutelage.config.schema import Config, EvaluationConfig, StudentConfig, TeacherConfig
+from tutelage.data.prompts import FileTask
+from tutelage.data.types import Prompt, Rollout
+from tutelage.evaluation import inspect
+from tutelage.evaluation.inspect import Inspection, evaluate_model
+from tutelage.evaluation.measure import _evaluate
+from tutelage.rollout.request import Drawn
+from tutelage.rollout.sampler import TransformersSampler
+from tutelage.setup.progress import unwatched
+
+pytest.importorskip("math_verify")
+ANSWERS = (r"\boxed{2\sqrt{3}}", r"\boxed{\sqrt{12}}", r"\boxed{5}")
+"""Twice the same wrong formula, which no number tells, and once the right answer."""
+POOL = (Prompt("a", "q", "5"), Prompt("b", "r", "5"))
+
+
+@pytest.fixture(autouse=True)
+def _sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(self: TransformersSampler, prompts: Any, *_: Any, **__: Any) -> Drawn:
+        rollouts = [
+            Rollout(prompt, i, (1,), (2,), text=text)
+            for prompt in prompts
+            for i, text in enumerate(ANSWERS)
+        ]
+        return Drawn(rollouts, None)
+
+    monkeypatch.setattr(TransformersSampler, "draw", draw)
+
+
+@pytest.mark.parametrize(("grader", "expected"), [("math", 0.0), ("number", 1 / 3)])
+def test_equal_formulas_are_one_vote_where_the_grader_reads_formulas(
+    grader: Any, expected: float
+) -> None:
+    task = FileTask("t", POOL, grader, num_held_out=1)
+    config = Config(
+        StudentConfig("s"),
+        TeacherConfig("t"),
+        evaluation=EvaluationConfig(num_samples=len(ANSWERS)),
+    )
+    parts: Any = SimpleNamespace(task=task, tokenizer=None, enable_thinking=None)
+    sampler = TransformersSampler(parts, parts, 1)
+    found = _evaluate(config, parts, sampler, "student", unwatched)
+    assert found.maj_at_k is not None
+    assert found.maj_at_k.value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("grader", "expected"), [("math", 0.0), ("number", 1 / 3)])
+def test_a_model_on_a_file_of_prompts_votes_alike(
+    grader: Any, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "load_model", lambda *_, **__: None)
+    plain = SimpleNamespace(chat_template=None)
+    monkeypatch.setattr(inspect, "load_tokenizer", lambda *_, **__: plain)
+    monkeypatch.setattr(inspect, "load_prompts", lambda *_, **__: list(POOL))
+    asked = Inspection("m", prompts="file", grader=grader, num_samples=len(ANSWERS))
+    found, _ = evaluate_model(asked)
+    assert found.maj_at_k is not None
+    assert found.maj_at_k.value == pytest.approx(expected)

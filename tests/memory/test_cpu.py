@@ -1,0 +1,100 @@
+"""The memory plan: its parts against real tensors, and what it says when a run does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny import tiny_config
+from tutelage.commands.check import check
+from tutelage.memory.cpu import (
+    MemoryPlan,
+    Phase,
+    _cache_bytes,
+    _saved_bytes,
+    _saved_bytes_per_token,
+    copied_bytes,
+    plan_memory,
+)
+from tutelage.models.load import load_model
+from tutelage.setup.components import build
+
+
+def phases_of(models: Path, out: Path, **changes: Any) -> dict[str, dict[str, int]]:
+    config = tiny_config(models, out, **changes)
+    return {phase.name: phase.parts for phase in plan_memory(config, build(config), 10).phases}
+
+
+def test_the_cache_is_as_large_as_planned(tiny_models: Path) -> None:
+    model = load_model(str(tiny_models / "student"))
+    cache = model(torch.arange(14).view(2, 7), use_cache=True).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert real == 14 * _cache_bytes(model)
+
+
+def test_what_autograd_keeps_is_proportional_to_tokens(tiny_models: Path) -> None:
+    model = load_model(str(tiny_models / "student"))
+    per_token = _saved_bytes_per_token(model)
+    assert abs(_saved_bytes(model, 100) / (100 * per_token) - 1) < 0.1
+    # a layer keeps at least the inputs of its seven products
+    settings = model.config
+    attention = settings.num_attention_heads * settings.head_dim
+    least = 2 * settings.hidden_size + attention + settings.intermediate_size
+    assert per_token > 4 * settings.num_hidden_layers * least
+    model.requires_grad_(False)
+    assert _saved_bytes(model, 100) == 0  # the control: without gradients nothing is kept
+
+
+def test_each_saving_shows_in_its_phase(tmp_path: Path, tiny_models: Path) -> None:
+    student = {"model": str(tiny_models / "student")}
+    teacher = {"model": str(tiny_models / "teacher")}
+    plain = phases_of(tiny_models, tmp_path)
+    weights = sum(p.nbytes for p in load_model(student["model"]).parameters())
+    assert plain["learn"]["student"] == plain["learn"]["gradients"] == weights
+    assert plain["learn"]["optimizer"] == 2 * weights
+
+    reload = phases_of(tiny_models, tmp_path, teacher=teacher | {"mode": "reload"})
+    assert reload["learn"]["teacher"] < plain["learn"]["teacher"] == reload["teacher"]["teacher"]
+    checkpointed = student | {"activation_checkpointing": True}
+    again = phases_of(tiny_models, tmp_path, student=checkpointed)
+    assert again["learn"]["activations"] < plain["learn"]["activations"]
+    half = phases_of(tiny_models, tmp_path, student=student | {"dtype": "bfloat16"})
+    assert half["learn"]["student"] == weights // 2
+    assert half["learn"]["masters"] == weights
+    fewer = phases_of(tiny_models, tmp_path, micro_batch_size=1)
+    assert fewer["learn"]["activations"] < plain["learn"]["activations"]
+    assert fewer["rollout"] | {"process": 0} == plain["rollout"] | {"process": 0}
+
+
+def test_a_plan_that_does_not_fit_names_what_to_turn() -> None:
+    phases = (
+        Phase("rollout", {"process": 300 << 20, "KV cache": 50 << 20}),
+        Phase("learn", {"process": 300 << 20, "activations": 200 << 20}),
+    )
+    text = "\n".join(MemoryPlan(phases, 400 << 20).lines())
+    assert "warning: learn needs 100 MiB more than there is" in text
+    assert "activations. Turn to micro_batch_tokens" in text
+    assert "warning" not in "\n".join(MemoryPlan(phases, 600 << 20).lines())
+
+
+def test_check_prints_the_plan_of_a_teacher_that_is_not_there(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    config = tiny_config(tiny_models, tmp_path / "out")
+    config = replace(config, teacher=replace(config.teacher, mode="reload"))
+    lines = list(check(config, "x"))
+    assert sum(line.startswith("memory: ") for line in lines) == 5
+    assert any("teacher: Qwen3ForCausalLM" in line for line in lines)
+
+
+def test_a_pinned_copy_is_as_large_as_what_torch_pins(tmp_path: Path, tiny_models: Path) -> None:
+    config = tiny_config(tiny_models, tmp_path)
+    away = replace(config, optimizer=replace(config.optimizer, offload=True))
+    weights = [torch.empty(100), torch.empty(64, dtype=torch.bfloat16)]
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert copied_bytes(config, weights, cpu) == (400 + 800) + (128 + 256 + 512)
+    assert copied_bytes(config, weights, cuda) == (512 + 2 * 512) + (128 + 256 + 512)
+    assert copied_bytes(away, weights, cuda) == (512 + 800) + (128 + 256 + 512)

@@ -1,0 +1,152 @@
+"""The plan of a CUDA device, made for cards that are not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import save_tiny_model, tiny_config
+from tutelage.errors import ModelError
+from tutelage.memory import cpu as memory
+from tutelage.memory import cuda as memory_cuda
+from tutelage.memory.cpu import available_bytes, plan_memory
+from tutelage.memory.cuda import ALLOCATOR_SHARE, CONTEXT_BYTES, Facts, plan_cuda, plan_run
+from tutelage.memory.meta_model import shadow
+from tutelage.models.load import load_model
+from tutelage.models.lora import checkpoint_activations
+from tutelage.setup.components import build
+
+MIB, GIB = 1 << 20, 1 << 30
+CARD = Facts("a card", 140 * GIB, 100 * GIB, (9, 0), True, 200 * GIB)
+
+
+def phases_of(models: Path, out: Path, facts: Facts = CARD, **changes: Any) -> Any:
+    """Parts of each phase of a tiny run on a card that is not there, and main memory's."""
+    config = tiny_config(models, out, **changes)
+    sides = [load_model(str(models / who), config.student.dtype) for who in ("student", "teacher")]
+    if config.student.activation_checkpointing:
+        checkpoint_activations(sides[0])
+    plan = plan_cuda(config, shadow(sides[0]), shadow(sides[1]), facts, 10)
+    assert plan.host is not None
+    return {phase.name: phase.parts for phase in (*plan.phases, *plan.host.phases)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_models`, with heads as wide as a captured step needs them."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, who in enumerate(("student", "teacher")):
+        save_tiny_model(folder / who, seed=seed, head_dim=32)
+    return folder
+
+
+def test_slots_stay_between_draws_where_they_are_small(tmp_path: Path, models: Path) -> None:
+    kept = phases_of(models, tmp_path)
+    assert kept["learn"]["KV cache"] == kept["rollout"]["KV cache"] > 0
+    small = phases_of(models, tmp_path, replace(CARD, total_bytes=MIB))
+    assert small["learn"]["KV cache"] == 0 < small["rollout"]["KV cache"]
+
+
+def test_each_saving_shows_in_its_phase(tmp_path: Path, models: Path) -> None:
+    student = {"model": str(models / "student"), "dtype": "bfloat16"}
+    teacher = {"model": str(models / "teacher"), "dtype": "bfloat16"}
+    plain = phases_of(models, tmp_path, student=student, teacher=teacher)
+    weights = sum(p.numel() for p in load_model(str(models / "student")).parameters())
+    learn = plain["learn"]
+    assert (learn["student"], learn["masters"], learn["optimizer"]) == (
+        2 * weights,
+        4 * weights,
+        8 * weights,
+    )
+    assert plain["run"]["checkpoint copy"] >= 14 * weights
+
+    moved = {"optimizer": {"learning_rate": 1e-3, "offload": True}}
+    moved |= {"teacher": teacher | {"mode": "offload"}}
+    away = phases_of(models, tmp_path, student=student, **moved)
+    assert away["learn"]["masters"] == away["learn"]["optimizer"] == 0
+    assert away["learn"]["teacher"] < learn["teacher"] == away["teacher"]["teacher"]
+    assert away["run"]["float32 weights"] == away["run"]["float32 gradients"] == 4 * weights
+    assert away["run"]["moments"] == 8 * weights
+    assert away["run"]["teacher weights"] == learn["teacher"]
+    inline = phases_of(models, tmp_path, student=student, checkpoint_writer="inline")
+    assert inline["run"]["checkpoint copy"] == 0
+
+    # what a micro-batch holds shows where activations are the most that learning needs
+    long = {"sampling": {"num_samples": 2, "max_new_tokens": 100}, "micro_batch_tokens": 0}
+    much = phases_of(models, tmp_path, student=student, **long)
+    again = student | {"activation_checkpointing": True}
+    less = phases_of(models, tmp_path, student=again, **long)
+    assert less["learn"]["activations"] < 0.7 * much["learn"]["activations"]
+    assert less["teacher"] == much["teacher"]
+
+
+def test_packed_rows_are_filled_to_the_limit(tmp_path: Path, models: Path) -> None:
+    padded, packed = (
+        phases_of(models, tmp_path, micro_batches=way, micro_batch_tokens=50)
+        for way in ("padded", "packed")
+    )
+    # two sequences of 20 tokens, or 50 in a row, with an angle for each
+    activations = padded["teacher"]["activations"]
+    assert packed["teacher"]["activations"] == pytest.approx(50 / 40 * activations, rel=0.1)
+
+
+def test_engines_scoring_and_evaluation_have_their_parts(tmp_path: Path, models: Path) -> None:
+    soft_or = {"rule": "soft_or", "keep": 0.5}
+    scored = phases_of(models, tmp_path, selection=soft_or)
+    recorded = 4 * 2 * 10 * 32 * 4
+    assert scored["rollout"]["recorded states"] == recorded
+    assert scored["score"]["recorded states"] == 2 * recorded
+    assert "recorded states" not in scored["learn"]
+    vllm = {"kind": "vllm", "gpu_memory_utilization": 0.5}
+    drawn = phases_of(models, tmp_path, engine=vllm)
+    assert drawn["rollout"]["vLLM"] == CARD.total_bytes // 2
+    assert "KV cache" not in drawn["learn"] or drawn["learn"]["KV cache"] == 0
+    evaluated = phases_of(models, tmp_path, evaluation={"num_problems": 4})
+    assert evaluated["evaluate"]["KV cache"] > evaluated["rollout"]["KV cache"]
+    assert evaluated["evaluate"]["optimizer"] == 0
+    for parts in evaluated.values():
+        rest = sum(size for name, size in parts.items() if name not in memory.UNCOUNTED)
+        if "context" in parts:
+            assert parts["context"] == CONTEXT_BYTES
+            assert parts["allocator"] == int(ALLOCATOR_SHARE * rest)
+
+
+def test_check_plans_a_device_and_a_class_without_shapes_as_before(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(models, tmp_path)
+    parts = build(config)
+    monkeypatch.setattr(Facts, "of", lambda device: CARD)
+    here = replace(parts, device=torch.device("cuda"))
+    lines = list(plan_run(config, here, 10).lines())
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["memory:", name] for name in ("rollout", "teacher", "learn")
+    ]
+    assert lines[3].startswith("memory: peak ")
+    assert lines[4].startswith("main memory: run ")
+    warned = replace(CARD, available_bytes=GIB // 2, host_bytes=0)
+    monkeypatch.setattr(Facts, "of", lambda device: warned)
+    table = {"teacher": {"model": str(models / "teacher"), "mode": "offload"}}
+    config = tiny_config(models, tmp_path, **table)
+    text = "\n".join(plan_run(config, here, 10).lines())
+    assert "needs" in text
+    assert "Turn to teacher.mode" in text.splitlines()[-1]
+
+    def refuse(_: Any) -> Any:
+        raise ModelError("a class that computes with numbers.")
+
+    monkeypatch.setattr(memory_cuda, "shadow", refuse)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 7)
+    monkeypatch.setattr(memory, "is_supported", lambda device: True)
+    monkeypatch.setattr(memory, "chunk_budget", lambda device: MIB)
+    assert plan_run(config, here, 10) == plan_memory(config, here, 10)
+
+
+def test_what_torch_holds_already_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 9 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    assert available_bytes(torch.device("cuda")) == 5 * GIB
