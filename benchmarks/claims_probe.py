@@ -19,7 +19,7 @@ from tutelage.data.batch import collate, micro_batches
 from tutelage.data.types import Rollout
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.generate import sample
-from tutelage.setup.components import Parts
+from tutelage.setup.components import Components
 
 SCORES = (
     *("random", "entropy", "soft_or", "q3", "divergence", "forward_divergence"),
@@ -44,39 +44,41 @@ Values = dict[str, list[float]]
 
 
 def score(
-    parts: Parts, rollouts: Sequence[Rollout], extras: Sequence[str] = ()
+    components: Components, rollouts: Sequence[Rollout], extras: Sequence[str] = ()
 ) -> tuple[TokenStats, Tensor, Tensor]:
     """Statistics of all tokens of rollouts, and each token's rollout and position."""
     found, completion, position = [], [], []
-    for batch in micro_batches(rollouts, 64, pad_id(parts.tokenizer)):
-        stats = parts.student(batch, parts.teacher.view(parts.teacher.read(batch)), extras=extras)
+    for batch in micro_batches(rollouts, 64, pad_id(components.tokenizer)):
+        stats = components.student(
+            batch, components.teacher.view(components.teacher.read(batch)), extras=extras
+        )
         found.append(stats)
         completion.append(batch.completion)
         position.append(batch.position)
     return TokenStats.cat(found), torch.cat(completion), torch.cat(position)
 
 
-def probe(parts: Parts, config: Config, num_tokens: int) -> dict[str, Values]:
+def probe(components: Components, config: Config, num_tokens: int) -> dict[str, Values]:
     """Scores of randomly drawn tokens of one batch, and what learning each of them alone gives.
 
     `gradient` is the squared norm of the gradient g of one token's reverse KL over all parameters.
     `decrease` is g·G, G being the gradient of the batch's mean reverse KL: by how much that mean
     falls, per unit of learning rate, in one small gradient step on the token alone.
     """
-    prompts = parts.task.prompts(0, PROBE_PROMPTS, config.seed)
+    prompts = components.task.prompts(0, PROBE_PROMPTS, config.seed)
     seed = (config.seed, 1)
-    model, tokenizer = parts.student.model, parts.tokenizer
+    model, tokenizer = components.student.model, components.tokenizer
     rollouts = sample(model, tokenizer, prompts, config.sampling, seed, PROBE_PROMPTS)
     extras = tuple(dict.fromkeys(name for rule in SCORES for name in RULES[rule].extras))
-    stats, completion, position = score(parts, rollouts, extras)
+    stats, completion, position = score(components, rollouts, extras)
     uniform = counter_uniform((config.seed, 2), completion, position)
     drawn = uniform.argsort()[:num_tokens].sort().values
     noise = counter_uniform((config.seed, 3), completion, position)
     values = {rule: importance(stats, rule, uniform=noise)[drawn].tolist() for rule in SCORES}
     places = [(int(completion[i]), int(position[i])) for i in drawn.tolist()]
     whole = [(row, slice(None)) for row in range(len(rollouts))]
-    mean = sum(_token_gradient(parts, rollouts, *place) for place in whole) / len(stats)
-    gradients = (_token_gradient(parts, rollouts, *place) for place in places)
+    mean = sum(_token_gradient(components, rollouts, *place) for place in whole) / len(stats)
+    gradients = (_token_gradient(components, rollouts, *place) for place in places)
     worth = [(float(g.square().sum()), float(g @ mean)) for g in gradients]
     cuts = config.quadrant_thresholds
     return {
@@ -90,11 +92,11 @@ def probe(parts: Parts, config: Config, num_tokens: int) -> dict[str, Values]:
 
 
 def _token_gradient(
-    parts: Parts, rollouts: Sequence[Rollout], completion: int, position: int | slice
+    components: Components, rollouts: Sequence[Rollout], completion: int, position: int | slice
 ) -> Tensor:
     """Gradient of the reverse KL of some tokens of a completion over all parameters, float64."""
-    student, teacher = parts.student, parts.teacher
-    batch = collate([rollouts[completion]], pad_id(parts.tokenizer))
+    student, teacher = components.student, components.teacher
+    batch = collate([rollouts[completion]], pad_id(components.tokenizer))
     rows = torch.arange(batch.num_rows)[position].reshape(-1)
     objective = student(batch, teacher.view(teacher.read(batch)), rows)
     parameters = [p for p in student.parameters() if p.requires_grad]

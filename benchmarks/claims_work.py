@@ -22,7 +22,7 @@ from tutelage.config.settings import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.evaluation.evaluate import Evaluation, evaluate
 from tutelage.rollout.sampler import TransformersSampler
-from tutelage.setup.components import Parts, build
+from tutelage.setup.components import Components, build_components
 from tutelage.train.metrics import HIGH_ENTROPY_NATS
 from tutelage.train.schedule import learning_rate
 from tutelage.train.step import Step
@@ -52,35 +52,35 @@ def do(cell: Cell) -> dict[str, Any]:
 
 
 @cache
-def _loaded(student: str) -> Parts:
-    return build(config_of(Cell("arm", student, "all", 0, 0.0, 0)))
+def _loaded(student: str) -> Components:
+    return build_components(config_of(Cell("arm", student, "all", 0, 0.0, 0)))
 
 
-def fresh(cell: Cell) -> Parts:
+def fresh(cell: Cell) -> Components:
     """The models of a cell's setting, the student an untouched copy."""
-    parts = _loaded(cell.setting)
-    return replace(parts, student=copy.deepcopy(parts.student))
+    components = _loaded(cell.setting)
+    return replace(components, student=copy.deepcopy(components.student))
 
 
 def learn_and_measure(cell: Cell) -> dict[str, Any]:
     """Train one arm with one seed and evaluate it; `start` and `teacher` are only evaluated."""
-    parts = fresh(cell)
+    components = fresh(cell)
     if cell.arm == "teacher":
-        parts.student.model = copy.deepcopy(parts.teacher.model)
-    learned = {} if cell.arm in ("start", "teacher") else learn(parts, config_of(cell))
-    problems = measure(parts, cell.num_problems, cell.seed)
+        components.student.model = copy.deepcopy(components.teacher.model)
+    learned = {} if cell.arm in ("start", "teacher") else learn(components, config_of(cell))
+    problems = measure(components, cell.num_problems, cell.seed)
     means = {name: fmean(values) for name, values in problems.items()}
-    return {**learned, **means, "weights": digest(parts.student), "problems": problems}
+    return {**learned, **means, "weights": digest(components.student), "problems": problems}
 
 
-def learn(parts: Parts, config: Config) -> dict[str, float]:
+def learn(components: Components, config: Config) -> dict[str, float]:
     """Take all steps of a run and sum up what they trained on."""
     optimizer = torch.optim.AdamW(
-        parts.student.parameters(),
+        components.student.parameters(),
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         weight_decay=config.optimizer.weight_decay,
     )
-    stepper = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
+    stepper = Step(config, components, Accelerator(cpu=True), components.student, optimizer)
     records = []
     for step in range(1, config.num_steps + 1):
         for group in optimizer.param_groups:
@@ -99,16 +99,16 @@ def learn(parts: Parts, config: Config) -> dict[str, float]:
     }
 
 
-def measure(parts: Parts, num_problems: int, seed: int) -> dict[str, list[float]]:
+def measure(components: Components, num_problems: int, seed: int) -> dict[str, list[float]]:
     """One value a held-out problem of every figure; the same problems and draws for every arm."""
     result = evaluate(
-        TransformersSampler(parts.student.model, parts.tokenizer, _EVALUATION_BATCH),
-        parts.task.grade,
-        parts.task.held_out(num_problems),
+        TransformersSampler(components.student.model, components.tokenizer, _EVALUATION_BATCH),
+        components.task.grade,
+        components.task.held_out(num_problems),
         SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_samples=NUM_SAMPLES),
         (_EVALUATION_SEED, seed),
     )
-    return {**graded(result), **compared(parts, result)}
+    return {**graded(result), **compared(components, result)}
 
 
 def graded(result: Evaluation) -> dict[str, list[float]]:
@@ -142,10 +142,10 @@ def hidden_start(prompt: Prompt) -> str:
     return letters[int.from_bytes(digest, "big") % len(letters)]
 
 
-def compared(parts: Parts, result: Evaluation) -> dict[str, list[float]]:
+def compared(components: Components, result: Evaluation) -> dict[str, list[float]]:
     """Mean over tokens, problem by problem, of divergences and entropy of the student's text."""
     rollouts = [r for r in result.rollouts if r.sample < _SAMPLES_SCORED]
-    stats, completion, _ = score(parts, rollouts)
+    stats, completion, _ = score(components, rollouts)
     problem = completion // _SAMPLES_SCORED
     is_high = stats.teacher_entropy >= HIGH_ENTROPY_NATS
     everywhere = torch.ones_like(is_high)

@@ -94,17 +94,17 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     from tutelage.config.parse import parse_config
     from tutelage.models.optimizer import make_optimizer
     from tutelage.rollout.request import Drawn
-    from tutelage.setup.components import build
+    from tutelage.setup.components import build_components
     from tutelage.setup.numerics import open_accelerator
     from tutelage.train.step import Step
 
     config = parse_config(configuration(folder, prompts_per_step=SEQUENCES, **changes))
     gpu_card.reset_peak()
-    parts = build(config)
-    accelerator = open_accelerator(config, folder, parts.device)
-    optimizer = make_optimizer("adamw", parts.masters.masters, 1e-6, (0.9, 0.95), 0.0)
-    parts.masters.follow(optimizer)
-    step = Step(config, parts, accelerator, parts.student, optimizer)
+    components = build_components(config)
+    accelerator = open_accelerator(config, folder, components.device)
+    optimizer = make_optimizer("adamw", components.masters.masters, 1e-6, (0.9, 0.95), 0.0)
+    components.masters.follow(optimizer)
+    step = Step(config, components, accelerator, components.student, optimizer)
     drawn = Drawn(list(rollouts), None)
     with mock.patch.object(step, "write", return_value=drawn):
         metrics = [step.take(number) for number in range(1, NUM_STEPS + 1)]
@@ -119,7 +119,7 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
         "peak_mib": gpu_card.peak_bytes() / gpu_card.MIB,
     }
     print(changes, found, flush=True)
-    del step, optimizer, parts, batches
+    del step, optimizer, components, batches
     gpu_card.empty_cache()
     return found
 

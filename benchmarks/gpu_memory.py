@@ -28,7 +28,7 @@ from tutelage.data.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from tutelage.config.schema import Config
-    from tutelage.setup.components import Parts
+    from tutelage.setup.components import Components
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 1 << 30
@@ -92,7 +92,7 @@ def measure_recipe(name: str) -> dict[str, Any]:
     """
     from tutelage.config.parse import parse_config
     from tutelage.memory.cuda import plan_cuda, shadows
-    from tutelage.setup.components import build
+    from tutelage.setup.components import build_components
 
     recipe, started = RECIPES[name], time.perf_counter()
     with scratch() as place:
@@ -109,14 +109,14 @@ def measure_recipe(name: str) -> dict[str, Any]:
         step = {"prompts_per_step": size, "updates_per_step": 1}
         learned = parse_config(table | step | {"sampling": {**table["sampling"], "num_samples": 1}})
         with _random_models({"student": recipe.student, "teacher": recipe.teacher}):
-            parts = build(drawn)
+            components = build_components(drawn)
             prompt = long.data.max_prompt_tokens  # type: ignore[union-attr]
             with _limited(recipe.limit_bytes):
-                sides, facts = shadows(parts), _facts()
+                sides, facts = shadows(components), _facts()
                 built = time.perf_counter()
-                draw = _draw(drawn, parts, recipe)
-                rollouts = _long_rollouts(learned, parts, prompt)
-                phases, reserved = _learn(learned, parts, rollouts, folder)
+                draw = _draw(drawn, components, recipe)
+                rollouts = _long_rollouts(learned, components, prompt)
+                phases, reserved = _learn(learned, components, rollouts, folder)
         planned = {
             "rollout": plan_cuda(drawn, *sides, facts, prompt).phases[0],
             **{p.name: p for p in plan_cuda(learned, *sides, facts, prompt).phases[1:]},
@@ -201,28 +201,28 @@ def _micro_batch(config: Config) -> int:
     return max(1, min(config.micro_batch_size, config.micro_batch_tokens // length))
 
 
-def _draw(config: Config, parts: Parts, recipe: Recipe) -> Peak:
+def _draw(config: Config, components: Components, recipe: Recipe) -> Peak:
     """The peak of a few tokens of each completion of a step."""
     from tutelage.rollout.cuda.generate import graph_writer
     from tutelage.rollout.request import jobs_of
 
-    prompts = parts.task.prompts(0, config.prompts_per_step, 0)
+    prompts = components.task.prompts(0, config.prompts_per_step, 0)
     with measured() as peak, torch.no_grad():
         if recipe.has_long_slots:
-            arguments = (parts.tokenizer, config.sampling, config.sampling_batch_size, False)
-            writer = graph_writer(parts.student.model, *arguments)
-            jobs = jobs_of(parts.tokenizer, prompts, config.sampling.num_samples, (0,))
+            arguments = (components.tokenizer, config.sampling, config.sampling_batch_size, False)
+            writer = graph_writer(components.student.model, *arguments)
+            jobs = jobs_of(components.tokenizer, prompts, config.sampling.num_samples, (0,))
             if writer is not None and not writer.open_slots(jobs):
                 raise RuntimeError("the captured step is not the model's own.")
         few = replace(config.sampling, max_new_tokens=FEW_TOKENS)
-        parts.sampler.draw(prompts, few, (0, 1))
+        components.sampler.draw(prompts, few, (0, 1))
     return peak
 
 
-def _long_rollouts(config: Config, parts: Parts, prompt_tokens: int) -> list[Rollout]:
+def _long_rollouts(config: Config, components: Components, prompt_tokens: int) -> list[Rollout]:
     """Random completions of full length."""
     generator = torch.Generator().manual_seed(0)
-    prompts = parts.task.prompts(0, config.prompts_per_step, 0)
+    prompts = components.task.prompts(0, config.prompts_per_step, 0)
     count = config.sampling.max_new_tokens
     return [_rollout(prompt, prompt_tokens, count, generator) for prompt in prompts]
 
@@ -236,17 +236,17 @@ def _rollout(prompt: Prompt, num_read: int, num_new: int, generator: torch.Gener
 
 
 def _learn(
-    config: Config, parts: Parts, rollouts: Sequence[Rollout], folder: Path
+    config: Config, components: Components, rollouts: Sequence[Rollout], folder: Path
 ) -> tuple[dict[str, int], int]:
     """Peaks of the phases of a step whose rollouts are given, and what torch reserved."""
     from tutelage.rollout.request import Drawn
     from tutelage.setup.numerics import open_accelerator
     from tutelage.train.step import Step
 
-    accelerator = open_accelerator(config, folder, parts.device)
-    optimizer = torch.optim.SGD(parts.masters.masters, lr=0.0)
-    parts.masters.follow(optimizer)
-    step = Step(config, parts, accelerator, parts.student, optimizer)
+    accelerator = open_accelerator(config, folder, components.device)
+    optimizer = torch.optim.SGD(components.masters.masters, lr=0.0)
+    components.masters.follow(optimizer)
+    step = Step(config, components, accelerator, components.student, optimizer)
     given = mock.patch.object(step, "write", return_value=Drawn(list(rollouts), None))
     with given, measured() if gpu_card.is_cuda() else nullcontext(Peak()) as peak:
         metrics = step.take(1)

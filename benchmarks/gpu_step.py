@@ -131,7 +131,7 @@ def _train(table: dict[str, Any], last_step: int = NUM_STEPS) -> list[dict[str, 
 
     gpu_card.reset_peak()
     with contextlib.suppress(_EnoughStepsError):
-        train(config, say=print, on_step=on_step)
+        train(config, log=print, on_step=on_step)
     return steps
 
 
@@ -384,10 +384,10 @@ def _embedded_run(config: Any, stop_after: int | None) -> None:
 
         early = dataclasses.replace(config, checkpoint_every=10)
         with contextlib.suppress(_EnoughStepsError):
-            train(early, say=lambda _: None, on_step=on_step)
-        train(early, say=lambda _: None)
+            train(early, log=lambda _: None, on_step=on_step)
+        train(early, log=lambda _: None)
         return
-    train(dataclasses.replace(config, checkpoint_every=10), say=lambda _: None)
+    train(dataclasses.replace(config, checkpoint_every=10), log=lambda _: None)
 
 
 def _digest(path: Path) -> str:

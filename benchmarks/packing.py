@@ -32,7 +32,7 @@ from tutelage.config.parse import parse_config
 from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Rollout
 from tutelage.rollout.generate import Drawn
-from tutelage.setup.components import Parts, build
+from tutelage.setup.components import Components, build_components
 from tutelage.train.step import Step
 
 PAIRS: dict[str, dict[str, Any]] = {
@@ -69,17 +69,17 @@ class Padded(Given):
         ]
 
 
-def ragged(parts: Parts, count: int, longest: int, seed: int = 0) -> list[Rollout]:
+def ragged(components: Components, count: int, longest: int, seed: int = 0) -> list[Rollout]:
     """Random completions of geometric lengths, a quarter of the longest on average."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.empty(count).exponential_(4 / longest, generator=generator)
     lengths = lengths.ceil().clamp(1, longest).long()
     lengths[0] = longest
-    prompts = parts.task.prompts(0, count, seed)
+    prompts = components.task.prompts(0, count, seed)
     rollouts = []
     for prompt, length in zip(prompts, lengths.tolist(), strict=True):
-        ids = torch.randint(parts.student.vocab_size, (length,), generator=generator)
-        prompt_ids = tuple(parts.tokenizer(str(prompt.content)).input_ids[:16])
+        ids = torch.randint(components.student.vocab_size, (length,), generator=generator)
+        prompt_ids = tuple(components.tokenizer(str(prompt.content)).input_ids[:16])
         rollouts.append(Rollout(prompt, 0, prompt_ids, tuple(ids.tolist())))
     return rollouts
 
@@ -94,17 +94,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": arguments.device,
     }
     config = parse_config(table)
-    parts = build(config)
-    rollouts = ragged(parts, arguments.completions, arguments.longest)
-    optimizer = torch.optim.SGD(parts.student.parameters(), lr=0.0)
-    accelerator = Accelerator(cpu=parts.device.type == "cpu")
-    student, optimizer = accelerator.prepare(parts.student, optimizer)
+    components = build_components(config)
+    rollouts = ragged(components, arguments.completions, arguments.longest)
+    optimizer = torch.optim.SGD(components.student.parameters(), lr=0.0)
+    accelerator = Accelerator(cpu=components.device.type == "cpu")
+    student, optimizer = accelerator.prepare(components.student, optimizer)
     seconds: dict[str, list[float]] = {"padded": [], "neighbours": []}
     losses: dict[str, float] = {}
     num_padded = {}
     for number in range(arguments.rounds + 1):  # the first warms up
         for name, kind in (("padded", Padded), ("neighbours", Given)):
-            step = kind(config, parts, accelerator, student, optimizer)
+            step = kind(config, components, accelerator, student, optimizer)
             step.rollouts = rollouts
             metrics = step.take(1)
             losses[name] = metrics["loss"]

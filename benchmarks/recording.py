@@ -101,7 +101,7 @@ def measure(config: Config, num_steps: int, every: int) -> dict[str, Any]:
             replace(
                 config, out=str(out), num_steps=num_steps, checkpoint_every=0, recording=recording
             ),
-            say=lambda _: None,
+            log=lambda _: None,
             on_step=mark,
         )
         spent = [after - before for before, after in zip(marks[0], marks[-1], strict=True)]
@@ -119,7 +119,7 @@ def whole(config: Config) -> dict[str, Any]:
         out = Path(folder) / "run"
         steps: list[dict[str, Any]] = []
         start = time.perf_counter()
-        train(replace(config, out=str(out)), say=lambda _: None, on_step=steps.append)
+        train(replace(config, out=str(out)), log=lambda _: None, on_step=steps.append)
         run_s = time.perf_counter() - start
         steps_s = sum(seconds for step in steps for seconds in step["seconds"].values())
         found = snapshots(out / "tokens.jsonl")

@@ -63,7 +63,7 @@ def run_all(
     for seed in seeds:
         for arm in arms:
             config = settings(arm, seed, folder, overrides)
-            if not train(config, say=partial(print, f"[{arm}]")).is_finished:
+            if not train(config, log=partial(print, f"[{arm}]")).is_finished:
                 return
 
 

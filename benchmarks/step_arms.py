@@ -166,7 +166,7 @@ def ours(
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
         config = configuration(pair, folder, num_steps, means)
-        train(_with_out(config, Path(out) / "run"), say=lambda _: None, on_step=on_step)
+        train(_with_out(config, Path(out) / "run"), log=lambda _: None, on_step=on_step)
     return {"steps": steps[1:], "peak_bytes": steps[-1]["peak_bytes"]}
 
 

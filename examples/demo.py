@@ -80,9 +80,9 @@ def run(config: Config, name: str, is_quiet: bool = False) -> RunResult:
     """Train from scratch: what an earlier demo left behind is removed, stopped or not."""
     shutil.rmtree(run_folder(config, name), ignore_errors=True)
     if is_quiet:
-        return train(config, name, say=lambda _: None)
+        return train(config, name, log=lambda _: None)
     with Reporter(config.num_steps) as reporter:
-        return train(config, name, say=reporter.say, on_step=reporter.on_step)
+        return train(config, name, log=reporter.log, on_step=reporter.on_step)
 
 
 def arm(config: Config, rule: SelectionConfig) -> Arm | None:

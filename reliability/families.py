@@ -40,7 +40,7 @@ from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture, save_tiny_model, tiny_tokenizer
 from tutelage.rollout import slots as rows_module
 from tutelage.rollout.generate import sample
-from tutelage.setup.components import Parts, build
+from tutelage.setup.components import Components, build_components
 from tutelage.train.loop import train
 
 from .record import Outcome
@@ -269,26 +269,26 @@ def settings(folder: Path, out: str, **changes: Any) -> Config:
 def judge(case: Case, folder: Path) -> None:
     """Fill in what became of it."""
     try:
-        parts = build(settings(folder, "run"))
+        components = build_components(settings(folder, "run"))
     except TutelageError as error:
         is_line = "\n" not in str(error)
         case.result, case.message = ("refused" if is_line else "BROKEN"), str(error)
         case.message = case.message.replace(f"student {str(folder / 'student')!r}", "student")
         return
-    model = parts.student.model
+    model = components.student.model
     form = type(rows_module.rows_for(model, 0)).__name__
     case.decoding = "by hand" if is_fast_family(model) else form.removesuffix("Rows").lower()
     with torch.no_grad():
-        rollouts = sampled(case, parts)
-        compared(case, parts, rollouts)
+        rollouts = sampled(case, components)
+        compared(case, components, rollouts)
     trained(case, folder)
     worst = max(case.gaps.values())
     case.result = "exact" if worst <= TOLERANCE_NATS and not case.message else "BROKEN"
 
 
-def sampled(case: Case, parts: Parts) -> list[Rollout]:
+def sampled(case: Case, components: Components) -> list[Rollout]:
     """Rollouts of padded batches, the same as those of each prompt alone."""
-    model, tokenizer = parts.student.model, parts.tokenizer
+    model, tokenizer = components.student.model, components.tokenizer
     together = sample(model, tokenizer, PROMPTS, _SAMPLING, (1,), batch_size=4)
     alone = [
         rollout
@@ -301,18 +301,22 @@ def sampled(case: Case, parts: Parts) -> list[Rollout]:
     return together
 
 
-def compared(case: Case, parts: Parts, rollouts: Sequence[Rollout]) -> None:
+def compared(case: Case, components: Components, rollouts: Sequence[Rollout]) -> None:
     """Log-probabilities and divergences are those of plain forward passes of both models."""
-    plain = [plain_rows(parts.student.model, r, parts.student.vocab_size) for r in rollouts]
+    plain = [
+        plain_rows(components.student.model, r, components.student.vocab_size) for r in rollouts
+    ]
     logprobs = [
         p.gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0].tolist()
         for p, r in zip(plain, rollouts, strict=True)
     ]
     case.gaps["drawn"] = largest([r.logprobs for r in rollouts], logprobs)
-    with parts.teacher.awake():
+    with components.teacher.awake():
         batch = collate(rollouts, 0)
-        stats = parts.student(batch, parts.teacher.read(batch))
-        wanted = [plain_rows(parts.teacher.model, r, parts.student.vocab_size) for r in rollouts]
+        stats = components.student(batch, components.teacher.read(batch))
+        wanted = [
+            plain_rows(components.teacher.model, r, components.student.vocab_size) for r in rollouts
+        ]
     p, q = torch.cat(plain), torch.cat(wanted)
     case.gaps["divergence"] = gap(stats.reverse_kl, (p.exp() * (p - q)).sum(-1))
     tokens = batch.tokens[:, None]
@@ -344,11 +348,11 @@ def largest(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) 
 def trained(case: Case, folder: Path) -> None:
     """Two steps, and the second again from a checkpoint, lead to the same weights, which load."""
     seen: list[dict[str, Any]] = []
-    train(settings(folder, "whole"), say=lambda _: None, on_step=seen.append)
+    train(settings(folder, "whole"), log=lambda _: None, on_step=seen.append)
     shutil.copytree(folder / "whole", folder / "parts")
     for later in ("checkpoint-000002", "student"):  # as if it had stopped after the first step
         shutil.rmtree(folder / "parts" / later)
-    train(settings(folder, "parts"), say=lambda _: None)
+    train(settings(folder, "parts"), log=lambda _: None)
     whole, resumed = (weights(folder / out / "student") for out in ("whole", "parts"))
     start = weights(folder / "student")
     if not all(math.isfinite(s["loss"]) and s["grad_norm"] > 0 for s in seen):
@@ -382,10 +386,10 @@ def _seen(name: str, form: type[rows_module.PlainRows]) -> int:
     case = Case(name)
     with in_memory() as folder:
         make_pair(name, folder, case)
-        parts = build(settings(folder, "run"))
-        rows_module._KNOWN[parts.student.model] = form
+        components = build_components(settings(folder, "run"))
+        rows_module._KNOWN[components.student.model] = form
         with torch.no_grad():
-            sampled(case, parts)
+            sampled(case, components)
     return int(case.gaps["padded"] > TOLERANCE_NATS)
 
 

@@ -42,7 +42,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "lock": (FolderLock, "take"),
     "rewind": (RunFolder, "rewind"),
     "verify": (checkpoint, "unseal"),
-    "build": (train, "build"),
+    "build_components": (train, "build_components"),
     "load moments": (train, "load_optimizer"),
     "sample": (TransformersSampler, "draw"),
     "teacher": (Teacher, "read"),
@@ -160,7 +160,7 @@ def run(models: Path, out: Path, event: Event | None, **changes: Any) -> int:
     if event is not None:
         watch_points(event)
     try:
-        return 0 if train.train(config, say=print).is_finished else 130
+        return 0 if train.train(config, log=print).is_finished else 130
     except TutelageError as error:
         print(f"tutelage: {error}")
         return 2

@@ -21,7 +21,7 @@ from . import forked, progress
 from .record import Outcome
 
 PHASES = (
-    "build",
+    "build_components",
     "load moments",
     "sample",
     "teacher",

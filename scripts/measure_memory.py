@@ -29,7 +29,7 @@ from tutelage.memory.cpu import plan_memory
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.prune import prune_layers
 from tutelage.models.tokenizers import encode_prompt
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.train.loop import train
 
 HERE = Path(__file__).parent
@@ -112,10 +112,10 @@ def tables(folder: Path) -> dict[str, dict[str, Any]]:
 def plan(table: dict[str, Any]) -> dict[str, Any]:
     """The plan, from this process's memory."""
     config = parse_config(table)
-    parts = build(config)
-    prompts = parts.task.prompts(0, config.prompts_per_step, config.seed)
-    longest = max(len(encode_prompt(parts.tokenizer, prompt)) for prompt in prompts)
-    found = plan_memory(config, parts, longest)
+    components = build_components(config)
+    prompts = components.task.prompts(0, config.prompts_per_step, config.seed)
+    longest = max(len(encode_prompt(components.tokenizer, prompt)) for prompt in prompts)
+    found = plan_memory(config, components, longest)
     return {phase.name: phase.parts for phase in found.phases}
 
 
@@ -129,7 +129,7 @@ def measure(table: dict[str, Any], folder: Path) -> int:
         peaks.append(int(line.split()[1]) * 1024)
 
     config = parse_config(table | {"out": str(folder / "run")})
-    train(config, say=lambda _: None, on_step=on_step)
+    train(config, log=lambda _: None, on_step=on_step)
     return peaks[-1]
 
 

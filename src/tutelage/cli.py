@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.commands.launch import say_once
+from tutelage.commands.launch import print_once
 from tutelage.commands.options import USER_ERROR, make_parser, request_of
 from tutelage.errors import (
     ConfigError,
@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()  # so that a reader who left is noticed here and not at exit
     except TutelageError as error:
-        say_once(f"tutelage: {' '.join(str(error).split())}")
+        print_once(f"tutelage: {' '.join(str(error).split())}")
         return USER_ERROR
     except KeyboardInterrupt:
         is_saved = arguments.command == "train" or vars(arguments).get("suite")
         left = "the same command continues" if is_saved else "nothing was saved"
-        say_once(f"tutelage: interrupted; {left}")
+        print_once(f"tutelage: interrupted; {left}")
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has seen enough
         _close_output()
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0][-200:] if str(error).strip() else "Python"
-        say_once(f"tutelage: out of memory: {reason.rstrip('.')}. {_LESS_MEMORY}")
+        print_once(f"tutelage: out of memory: {reason.rstrip('.')}. {_LESS_MEMORY}")
         return USER_ERROR
     except OSError as error:
         print(f"tutelage: {explained(error, _has_output_failed())}", file=sys.stderr)
@@ -180,7 +180,7 @@ def _train(arguments: argparse.Namespace) -> int:
             config,
             Path(arguments.config).stem,
             tuple(arguments.allow_change),
-            reporter.say,
+            reporter.log,
             reporter.on_step,
             reporter.phase,
         )
@@ -225,7 +225,7 @@ def _eval_suite(arguments: argparse.Namespace) -> int:
 
     request = request_of(SuiteRequest, arguments)
     with Counter() as counter:
-        result = evaluate_suite(request, counter, counter.say)
+        result = evaluate_suite(request, counter, counter.log)
     print(json.dumps(result.record) if arguments.json else result.table)
     if not arguments.json:
         print(f"\nsamples and tables: {result.folder}")
@@ -252,7 +252,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
 
     request = request_of(Inspection, arguments)
     with Counter() as counter:
-        return evaluate_model(request, counter, counter.say)
+        return evaluate_model(request, counter, counter.log)
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -271,9 +271,9 @@ def _score(arguments: argparse.Namespace) -> int:
 
     with Counter() as counter:
         if arguments.html is None:
-            scores = score(config, request, counter, counter.say)
+            scores = score(config, request, counter, counter.log)
         else:
-            scores, lines = score_for_page(config, request, counter, counter.say)
+            scores, lines = score_for_page(config, request, counter, counter.log)
     if arguments.html is not None:
         _score_page(arguments, config, lines, request.keep)
     if to_stdout:

@@ -313,10 +313,12 @@ def test_baselines_are_measured_untrained() -> None:
 @pytest.mark.usefixtures("short")
 def test_a_probed_step_is_undone_and_finds_tokens_that_help() -> None:
     cell = Cell("probe", "overconfident", "", 1, 0.0, 0, 4)
-    parts = fresh(cell)
-    before = [p.clone() for p in parts.student.parameters()]
-    tokens = probe(parts, config_of(cell), 4)["tokens"]
-    assert all(torch.equal(a, b) for a, b in zip(before, parts.student.parameters(), strict=True))
+    components = fresh(cell)
+    before = [p.clone() for p in components.student.parameters()]
+    tokens = probe(components, config_of(cell), 4)["tokens"]
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, components.student.parameters(), strict=True)
+    )
     assert len(tokens["decrease"]) == 4
     assert any(tokens["decrease"])
     assert min(tokens["gradient"]) > 0

@@ -173,8 +173,8 @@ def test_an_export_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_continuation_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(path: Path, parts: Any, optimizer: Any) -> None:
-        load_optimizer(path, parts, optimizer)
+    def forgetful(path: Path, components: Any, optimizer: Any) -> None:
+        load_optimizer(path, components, optimizer)
         for state in optimizer.state.values():
             state["exp_avg"].zero_()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.commands.launch import is_first_to_say, launch, rendezvous
+from tutelage.commands.launch import is_first_to_print, launch, rendezvous
 from tutelage.errors import RunError
 
 STOPPABLE = """
@@ -85,11 +85,11 @@ def test_no_process_at_all_is_refused() -> None:
 
 
 def test_a_line_is_said_by_the_first_process_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [is_first_to_say("alone") for _ in range(2)] == [True, True]
+    assert [is_first_to_print("alone") for _ in range(2)] == [True, True]
     with rendezvous() as common:
         for name, value in (common | {"WORLD_SIZE": "2"}).items():
             monkeypatch.setenv(name, value)
-        assert [is_first_to_say(line) for line in ("a", "a", "b", "b")] == [
+        assert [is_first_to_print(line) for line in ("a", "a", "b", "b")] == [
             True,
             False,
             True,

@@ -97,7 +97,7 @@ def test_the_longest_line_fits(monkeypatch: pytest.MonkeyPatch, columns: int) ->
 
     def show() -> None:
         with Reporter(999) as reporter:
-            reporter.say("warning: [bold] stays as it is")
+            reporter.log("warning: [bold] stays as it is")
             reporter.on_step(metrics)
 
     frames = in_terminal(monkeypatch, columns, show)

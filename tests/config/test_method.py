@@ -23,7 +23,7 @@ from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError
 from tutelage.models.student import Student
-from tutelage.setup.components import Parts, build
+from tutelage.setup.components import Components, build_components
 from tutelage.setup.objective import row_weights
 from tutelage.train.loop import train
 from tutelage.train.step import Step
@@ -104,13 +104,13 @@ def take(
 
 def one_step(config: Config) -> dict[str, Any]:
     """One plain gradient step; every prompt's first sample counts as correct."""
-    parts = build(config)
+    components = build_components(config)
     graded = itertools.cycle([True, False])
-    object.__setattr__(parts, "task", Graded(parts.task, graded))
-    before = [p.detach().clone() for p in parts.student.parameters()]
-    optimizer = torch.optim.SGD(parts.student.parameters(), lr=0.1)
-    metrics = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer).take(1)
-    pairs = zip(before, parts.student.parameters(), strict=True)
+    object.__setattr__(components, "task", Graded(components.task, graded))
+    before = [p.detach().clone() for p in components.student.parameters()]
+    optimizer = torch.optim.SGD(components.student.parameters(), lr=0.1)
+    metrics = Step(config, components, Accelerator(cpu=True), components.student, optimizer).take(1)
+    pairs = zip(before, components.student.parameters(), strict=True)
     return metrics | {"change": max(float((a - b).detach().abs().max()) for a, b in pairs)}
 
 
@@ -296,7 +296,7 @@ def test_paced_on_prompts_without_a_grader_is_refused_and_writes_nothing(
     data = {"kind": "file", "path": str(prompts), "chat": False, "num_held_out": 1}
     table = tiny_table(tiny_models, tmp_path / "run", data=data, weighting={"kind": "paced"})
     with pytest.raises(ConfigError, match=r"but data\.grader is 'none'\. Set data\.grader"):
-        train(parse_config(table), say=lambda _: None)
+        train(parse_config(table), log=lambda _: None)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
@@ -305,7 +305,7 @@ def test_paced_on_prompts_without_a_grader_is_refused_and_writes_nothing(
 
 def trained(models: Path, out: Path, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Metrics without times and memory, and final weights, of two steps."""
-    train(tiny_config(models, out, num_steps=2, **changes), say=lambda _: None)
+    train(tiny_config(models, out, num_steps=2, **changes), log=lambda _: None)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [{k: v for k, v in step.items() if k not in MEASURED} for step in steps]
     return steps, load_file(out / "student" / "model.safetensors")
@@ -332,15 +332,15 @@ def test_a_batch_without_a_supervised_token_gives_a_counted_connected_zero(
     tiny_models: Path,
 ) -> None:
     """Sampling cannot write empty completions, but a micro-batch may keep no row of its own."""
-    parts: Parts = build(tiny_config(tiny_models, Path("unused")))
+    components: Components = build_components(tiny_config(tiny_models, Path("unused")))
     prompt = Prompt("p", "a1+7;>")
-    ids = tuple(parts.tokenizer(prompt.content).input_ids)
+    ids = tuple(components.tokenizer(prompt.content).input_ids)
     empty: Batch = collate([Rollout(prompt, 0, ids, ()), Rollout(prompt, 1, ids, ())], 0)
     full: Batch = collate([Rollout(prompt, 0, ids, (4, 5, 6))], 0)
-    student: Student = parts.student
+    student: Student = components.student
     for batch, rows in ((empty, torch.arange(0)), (full, torch.arange(0))):
         student.zero_grad()
-        found = student(batch, parts.teacher.read(batch), rows, [(ReverseKL(), 1.0)])
+        found = student(batch, components.teacher.read(batch), rows, [(ReverseKL(), 1.0)])
         assert found.total.item() == 0.0
         assert len(found.value) == 0
         found.total.backward()

@@ -367,7 +367,7 @@ def test_a_field_that_the_server_does_not_know_is_left_out_and_told_once(
     said: list[str] = []
     server = EvilServer(lambda body: reply)
     with server.running() as url:
-        client = Server(url, SamplingConfig(num_samples=6), MODEL, say=said.append)
+        client = Server(url, SamplingConfig(num_samples=6), MODEL, log=said.append)
         assert len(client.complete([CHAT], 64)) == 6
         before = len(server.seen)
         client.complete([CHAT], 64)

@@ -109,7 +109,7 @@ def test_a_run_says_it_last_and_keeps_it(tiny_models: Path, tmp_path: Path) -> N
     evaluation = {"num_problems": 8, "num_samples": 2, "teacher": True}
     config = tiny_config(tiny_models, tmp_path / "run", num_steps=1, evaluation=evaluation)
     said: list[str] = []
-    train(config, say=said.append)
+    train(config, log=said.append)
     assert said[-1].startswith("verdict: ")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     kept = f"verdict: {manifest['verdict']['word']}: {manifest['verdict']['reason']}"
@@ -117,7 +117,7 @@ def test_a_run_says_it_last_and_keeps_it(tiny_models: Path, tmp_path: Path) -> N
     card = (tmp_path / "run" / "student" / "README.md").read_text()
     assert f"Verdict: **{manifest['verdict']['word']}**" in card
     again: list[str] = []
-    train(config, say=again.append)
+    train(config, log=again.append)
     assert not [line for line in again if line.startswith("verdict")]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["verdict"]
 
@@ -128,7 +128,7 @@ def test_completions_are_measured_one_by_one(tiny_models: Path, tmp_path: Path, 
     config = tiny_config(
         tiny_models, tmp_path / "run", num_steps=1, evaluation=evaluation, micro_batch_size=2
     )
-    train(config, say=lambda _: None)
+    train(config, log=lambda _: None)
     lines = (tmp_path / "run" / "evaluation_rows.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     mine = [r for r in found if (r["model"], r["step"]) == ("student", step)]

@@ -15,7 +15,7 @@ from tutelage.evaluation.inspect import Inspection, evaluate_model
 from tutelage.evaluation.measure import _evaluate
 from tutelage.rollout.request import Drawn
 from tutelage.rollout.sampler import TransformersSampler
-from tutelage.setup.progress import unwatched
+from tutelage.setup.phases import no_phases
 
 pytest.importorskip("math_verify")
 ANSWERS = (r"\boxed{2\sqrt{3}}", r"\boxed{\sqrt{12}}", r"\boxed{5}")
@@ -46,9 +46,9 @@ def test_equal_formulas_are_one_vote_where_the_grader_reads_formulas(
         TeacherConfig("t"),
         evaluation=EvaluationConfig(num_samples=len(ANSWERS)),
     )
-    parts: Any = SimpleNamespace(task=task, tokenizer=None, enable_thinking=None)
-    sampler = TransformersSampler(parts, parts, 1)
-    found = _evaluate(config, parts, sampler, "student", unwatched)
+    components: Any = SimpleNamespace(task=task, tokenizer=None, enable_thinking=None)
+    sampler = TransformersSampler(components, components, 1)
+    found = _evaluate(config, components, sampler, "student", no_phases)
     assert found.maj_at_k is not None
     assert found.maj_at_k.value == pytest.approx(expected)
 

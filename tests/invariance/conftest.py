@@ -9,9 +9,9 @@ from stepping import ragged_rollouts
 
 from tiny import tiny_config
 from tutelage.data.types import Rollout
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 
 
 @pytest.fixture(scope="session")
 def rollouts(tiny_models: Path) -> list[Rollout]:
-    return ragged_rollouts(build(tiny_config(tiny_models, Path("unused"))))
+    return ragged_rollouts(build_components(tiny_config(tiny_models, Path("unused"))))

@@ -19,7 +19,7 @@ from tiny import MEASURED, tiny_config
 from tutelage.config.schema import Config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Prompt
-from tutelage.setup.components import build, trained_names
+from tutelage.setup.components import build_components, trained_names
 from tutelage.train.distributed import Gathered
 from tutelage.train.step import Step
 
@@ -90,24 +90,24 @@ class Repeated:
 def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Kept rows, metrics and final weights of two AdamW steps, in float64 unless `HALF`."""
     config = case_config(models, case)
-    parts = build(config)
+    components = build_components(config)
     if case == "repeated":
-        object.__setattr__(parts, "task", Repeated(parts.task))
+        object.__setattr__(components, "task", Repeated(components.task))
     if case == "ties":
-        torch.nn.init.zeros_(parts.student.model.get_output_embeddings().weight)
+        torch.nn.init.zeros_(components.student.model.get_output_embeddings().weight)
     if case not in HALF:
-        parts.student.model.double()
-        parts.teacher.model.double()
-    optimizer = torch.optim.AdamW(parts.masters.masters, lr=1e-2)
-    parts.masters.follow(optimizer)
-    step = Watched(config, parts, accelerator, parts.student, optimizer)
+        components.student.model.double()
+        components.teacher.model.double()
+    optimizer = torch.optim.AdamW(components.masters.masters, lr=1e-2)
+    components.masters.follow(optimizer)
+    step = Watched(config, components, accelerator, components.student, optimizer)
     step.chosen = []
     metrics = [step.take(1), step.take(2)]
     metrics = [{k: v for k, v in m.items() if k not in MEASURED} for m in metrics]
     rollouts = step.write(2).rollouts
     names = [str(i) for i in step.share(len(rollouts))]
     share = {i: r.completion_ids for i, r in zip(names, rollouts, strict=True)}
-    pairs = zip(trained_names(parts.student), parts.masters.masters, strict=True)
+    pairs = zip(trained_names(components.student), components.masters.masters, strict=True)
     weights = {name: master.detach().clone() for name, master in pairs}
     return {"chosen": step.chosen, "metrics": metrics, "completions": share, "weights": weights}
 

@@ -17,7 +17,7 @@ from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
 from tutelage.rollout.generate import Drawn
-from tutelage.setup.components import Parts, build
+from tutelage.setup.components import Components, build_components
 from tutelage.train.distributed import Gathered
 from tutelage.train.step import Step
 
@@ -53,7 +53,7 @@ class Taken:
     gradients: list[Tensor]
     kept: set[tuple[int, int]] = field(default_factory=set)
     """(completion, position) of every kept row."""
-    parts: Parts | None = None
+    components: Components | None = None
 
 
 def take_step(
@@ -62,16 +62,16 @@ def take_step(
     """Step 1 of a tiny run, on the given rollouts."""
     changes = {"optimizer": {"learning_rate": 1.0, "max_grad_norm": 0}} | changes
     config = tiny_config(models, Path("unused"), **changes)
-    parts = build(config)
-    parts.student.model.to(dtype)
-    parts.teacher.model.to(dtype)
-    recorder = Recorder(list(parts.student.parameters()), lr=1.0)
+    components = build_components(config)
+    components.student.model.to(dtype)
+    components.teacher.model.to(dtype)
+    recorder = Recorder(list(components.student.parameters()), lr=1.0)
     accelerator = Accelerator(cpu=True)
-    student, optimizer = accelerator.prepare(parts.student, recorder)
-    step = Watched(config, parts, accelerator, student, optimizer)
+    student, optimizer = accelerator.prepare(components.student, recorder)
+    step = Watched(config, components, accelerator, student, optimizer)
     step.rollouts = list(rollouts)
     metrics = step.take(1)
-    return Taken(metrics, recorder.gradients, step.kept, parts)
+    return Taken(metrics, recorder.gradients, step.kept, components)
 
 
 class Watched(Step):
@@ -91,17 +91,17 @@ class Watched(Step):
         return chosen
 
 
-def ragged_rollouts(parts: Parts, count: int = 8, seed: int = 0) -> list[Rollout]:
+def ragged_rollouts(components: Components, count: int = 8, seed: int = 0) -> list[Rollout]:
     """Completions of 1 to 9 random ids, two for each prompt."""
     rng = random.Random(seed)
-    prompts = parts.task.prompts(0, count // 2, 0)
+    prompts = components.task.prompts(0, count // 2, 0)
     rollouts = []
     for i in range(count):
         prompt = prompts[i // 2]
-        ids = parts.tokenizer(prompt.content).input_ids
+        ids = components.tokenizer(prompt.content).input_ids
         # The first length is always 1: a completion of a single token is a row too.
         length = 1 if i == 0 else rng.randint(2, 9)
-        completion = tuple(rng.randrange(parts.student.vocab_size) for _ in range(length))
+        completion = tuple(rng.randrange(components.student.vocab_size) for _ in range(length))
         rollouts.append(Rollout(prompt, i % 2, tuple(ids), completion))
     return rollouts
 

@@ -14,7 +14,7 @@ from tutelage.data.batch import pack
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.student import Student
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.train.loop import train
 
 
@@ -132,11 +132,11 @@ def test_a_run_from_packed_rows_resumes_bit_for_bit(tiny_models: Path, tmp_path:
                 raise KeyboardInterrupt
 
         try:
-            train(config, say=lambda _: None, on_step=on_step)
+            train(config, log=lambda _: None, on_step=on_step)
         except KeyboardInterrupt:
             del steps[1:]  # the second step's checkpoint was not written
             last: list[dict[str, Any]] = []
-            train(config, say=lambda _: None, on_step=last.append)
+            train(config, log=lambda _: None, on_step=last.append)
             steps += [{k: v for k, v in m.items() if k not in MEASURED} for m in last]
         seen[arm] = steps
     assert seen["stopped"] == seen["whole"]
@@ -157,5 +157,5 @@ def test_a_teacher_that_cannot_be_packed_is_one_line(tiny_models: Path, tmp_path
     changes = {"teacher": {"model": str(tmp_path / "gpt2")}, "micro_batches": "packed"}
     config = tiny_config(tiny_models, tmp_path / "run", **changes)
     with pytest.raises(ConfigError, match=r"got the teacher .*, a GPT2LMHeadModel. Use") as error:
-        build(config)
+        build_components(config)
     assert "\n" not in str(error.value)

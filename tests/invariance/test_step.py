@@ -14,7 +14,7 @@ import reference
 from tutelage.core import LazyLogits, Objective, TokenStats, counter_uniform
 from tutelage.data.batch import Batch, Side, collate
 from tutelage.data.types import Rollout
-from tutelage.setup.components import Parts
+from tutelage.setup.components import Components
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
 DETERMINISTIC = ["all", "soft_or", "entropy", "q3", "divergence", "bottom"]
@@ -28,10 +28,10 @@ def plain_logprobs(model: torch.nn.Module, rollout: Rollout, vocab_size: int) ->
     return reference.log_softmax(logits[first : first + len(rollout.completion_ids)])
 
 
-def plain_step(parts: Parts, rollouts: Sequence[Rollout], rule: str) -> Taken:
+def plain_step(components: Components, rollouts: Sequence[Rollout], rule: str) -> Taken:
     """A step, naively: score every token, keep, average the reverse KL of the kept."""
-    student, teacher = parts.student.model, parts.teacher.model
-    size = parts.student.vocab_size
+    student, teacher = components.student.model, components.teacher.model
+    size = components.student.vocab_size
     student.zero_grad()
     log_p = torch.cat([plain_logprobs(student, r, size) for r in rollouts])
     with torch.no_grad():
@@ -53,7 +53,7 @@ def plain_step(parts: Parts, rollouts: Sequence[Rollout], rule: str) -> Taken:
     loss = kls[rows].sum() / len(rows)
     loss.backward()
     gradients = [
-        torch.zeros_like(p) if p.grad is None else p.grad for p in parts.student.parameters()
+        torch.zeros_like(p) if p.grad is None else p.grad for p in components.student.parameters()
     ]
     metrics = {"loss": float(loss.detach()), "num_kept": len(rows), "num_rows": len(group)}
     return Taken(metrics, gradients, {(group[i], position[i]) for i in rows})
@@ -64,8 +64,8 @@ def test_a_step_equals_the_plain_computation(
     tiny_models: Path, rollouts: list[Rollout], rule: str
 ) -> None:
     found = take_step(tiny_models, rollouts, torch.float64, selection=RULES[rule])
-    assert found.parts is not None
-    expected = plain_step(found.parts, rollouts, rule)
+    assert found.components is not None
+    expected = plain_step(found.components, rollouts, rule)
     assert found.kept == expected.kept
     for key, value in expected.metrics.items():
         assert found.metrics[key] == pytest.approx(value, rel=1e-12)
@@ -137,27 +137,27 @@ def test_padding_and_its_side_change_nothing(
 ) -> None:
     """Statistics and gradients of a padded batch are those of each rollout on its own."""
     taken = take_step(tiny_models, rollouts, torch.float64)
-    parts = taken.parts
-    assert parts is not None
-    padded = learn(parts, [collate(rollouts, 0, side)])
-    alone = learn(parts, [collate([r], 0) for r in rollouts])
+    components = taken.components
+    assert components is not None
+    padded = learn(components, [collate(rollouts, 0, side)])
+    alone = learn(components, [collate([r], 0) for r in rollouts])
     torch.testing.assert_close(padded[0], alone[0], rtol=1e-11, atol=1e-12)
     assert distance(padded[1], alone[1]) <= 1e-12
 
 
-def learn(parts: Parts, batches: list[Batch]) -> tuple[Tensor, list[Tensor]]:
+def learn(components: Components, batches: list[Batch]) -> tuple[Tensor, list[Tensor]]:
     """Statistics and summed gradients over batches, without the loop around them."""
-    parts.student.zero_grad()
+    components.student.zero_grad()
     tables = []
     for batch in batches:
-        view: LazyLogits = parts.teacher.read(batch)
-        stats = parts.student(batch, view)
+        view: LazyLogits = components.teacher.read(batch)
+        stats = components.student(batch, view)
         assert isinstance(stats, TokenStats)
         tables.append(stats.stack())
-        objective = parts.student(batch, view, torch.arange(batch.num_rows))
+        objective = components.student(batch, view, torch.arange(batch.num_rows))
         assert isinstance(objective, Objective)
         objective.total.backward()
-    gradients = [p.grad.clone() for p in parts.student.parameters() if p.grad is not None]
+    gradients = [p.grad.clone() for p in components.student.parameters() if p.grad is not None]
     return torch.cat(tables, 1), gradients
 
 
@@ -194,6 +194,6 @@ def test_a_tied_student_and_an_offloaded_teacher_give_the_plain_gradient(
     found = take_step(
         tiny_models, rollouts, torch.float64, student={"model": str(tied)}, teacher=teacher
     )
-    assert found.parts is not None
-    expected = plain_step(found.parts, rollouts, "all")
+    assert found.components is not None
+    expected = plain_step(found.components, rollouts, "all")
     assert distance(found.gradients, expected.gradients) <= 1e-11

@@ -17,7 +17,7 @@ import reference
 from tiny import tiny_config
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 
 RATE = 0.3
 CLIP = 0.1
@@ -29,14 +29,14 @@ def taken(models: Path, rollouts: Sequence[Rollout], **changes: Any) -> tuple[An
     """Metrics and weights of one step of plain gradient descent in float64."""
     optimizer = {"learning_rate": RATE, "max_grad_norm": 0}
     config = tiny_config(models, Path("unused"), **({"optimizer": optimizer} | changes))
-    parts = build(config)
-    parts.student.model.double()
-    parts.teacher.model.double()
-    descent = torch.optim.SGD(parts.student.parameters(), lr=RATE)
-    step = Watched(config, parts, Accelerator(cpu=True), parts.student, descent)
+    components = build_components(config)
+    components.student.model.double()
+    components.teacher.model.double()
+    descent = torch.optim.SGD(components.student.parameters(), lr=RATE)
+    step = Watched(config, components, Accelerator(cpu=True), components.student, descent)
     step.rollouts = list(rollouts)
     metrics = step.take(1)
-    return metrics, [p.detach().clone() for p in parts.student.parameters()]
+    return metrics, [p.detach().clone() for p in components.student.parameters()]
 
 
 def plainly(
@@ -46,9 +46,9 @@ def plainly(
 
     Without `is_stale` every update compares with itself, as if its tokens had just been drawn.
     """
-    parts = build(tiny_config(models, Path("unused")))
-    student, teacher = parts.student.model.double(), parts.teacher.model.double()
-    size, per_update = parts.student.vocab_size, len(rollouts) // num_updates
+    components = build_components(tiny_config(models, Path("unused")))
+    student, teacher = components.student.model.double(), components.teacher.model.double()
+    size, per_update = components.student.vocab_size, len(rollouts) // num_updates
     tokens = [torch.tensor(r.completion_ids)[:, None] for r in rollouts]
 
     def logprobs(model: torch.nn.Module, i: int) -> Tensor:
@@ -112,9 +112,9 @@ def test_every_update_has_its_own_denominator(
         selection["keep"] = 1.0
     changes: dict[str, Any] = {"selection": selection, "micro_batch_size": 3}
     metrics, found = taken(tiny_models, rollouts, updates_per_step=2, **changes)
-    parts = build(tiny_config(tiny_models, Path("unused")))
-    student, teacher = parts.student.model.double(), parts.teacher.model.double()
-    size, total = parts.student.vocab_size, 0.0
+    components = build_components(tiny_config(tiny_models, Path("unused")))
+    student, teacher = components.student.model.double(), components.teacher.model.double()
+    size, total = components.student.vocab_size, 0.0
     for half in (rollouts[:4], rollouts[4:]):
         log_p = torch.cat([plain_logprobs(student, r, size) for r in half])
         with torch.no_grad():

@@ -20,12 +20,15 @@ from tutelage.memory.cpu import (
     plan_memory,
 )
 from tutelage.models.load import load_model
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 
 
 def phases_of(models: Path, out: Path, **changes: Any) -> dict[str, dict[str, int]]:
     config = tiny_config(models, out, **changes)
-    return {phase.name: phase.parts for phase in plan_memory(config, build(config), 10).phases}
+    return {
+        phase.name: phase.parts
+        for phase in plan_memory(config, build_components(config), 10).phases
+    }
 
 
 def test_the_cache_is_as_large_as_planned(tiny_models: Path) -> None:

@@ -18,7 +18,7 @@ from tutelage.memory.cuda import ALLOCATOR_SHARE, CONTEXT_BYTES, Facts, plan_cud
 from tutelage.memory.meta_model import shadow
 from tutelage.models.load import load_model
 from tutelage.models.lora import checkpoint_activations
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 
 MIB, GIB = 1 << 20, 1 << 30
 CARD = Facts("a card", 140 * GIB, 100 * GIB, (9, 0), True, 200 * GIB)
@@ -119,9 +119,9 @@ def test_check_plans_a_device_and_a_class_without_shapes_as_before(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(models, tmp_path)
-    parts = build(config)
+    components = build_components(config)
     monkeypatch.setattr(Facts, "of", lambda device: CARD)
-    here = replace(parts, device=torch.device("cuda"))
+    here = replace(components, device=torch.device("cuda"))
     lines = list(plan_run(config, here, 10).lines())
     assert [line.split()[:2] for line in lines[:3]] == [
         ["memory:", name] for name in ("rollout", "teacher", "learn")

@@ -108,7 +108,7 @@ def test_adapters_train_as_student_and_as_teacher(
             "device": "cpu",
             "out": str(out / "run"),
         }
-        train(parse_config(table), say=lambda _: None, on_step=seen.append)
+        train(parse_config(table), log=lambda _: None, on_step=seen.append)
         assert seen[0]["loss"] > 1e-3
         assert not (out / "run" / "student" / "adapter_config.json").exists()
         assert logits(load_model(str(out / "run" / "student"))).isfinite().all()

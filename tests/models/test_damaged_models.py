@@ -380,7 +380,9 @@ def test_settings_are_those_of_the_library_s_own_reader(order: str, tmp_path: Pa
     for name, field in own.fields.items():
         found = ours.fields[name]
         assert (found.offset, found.data, found.types) == (field.offset, field.data, field.types)
-        assert [part.tobytes() for part in found.parts] == [part.tobytes() for part in field.parts]
+        assert [part.tobytes() for part in found.components] == [
+            part.tobytes() for part in field.parts
+        ]
     assert [t.data.tolist() for t in ours.tensors] == [t.data.tolist() for t in own.tensors]
 
 

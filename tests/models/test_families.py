@@ -153,7 +153,7 @@ def test_steps_bring_the_student_to_its_teacher(
 ) -> None:
     seen: list[dict[str, Any]] = []
     config = settings(folders[name], tmp_path / "run", prompts, num_steps=6)
-    train(config, say=lambda _: None, on_step=seen.append)
+    train(config, log=lambda _: None, on_step=seen.append)
     assert seen[-1]["loss"] < 0.9 * seen[0]["loss"]
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
 
@@ -176,7 +176,7 @@ def test_padded_heads_train_as_if_they_were_cut(
     weights = []
     for place in (folders[name], tmp_path / "cut"):
         out = tmp_path / f"run-{place.name}"
-        train(settings(place, out, prompts), say=lambda _: None)
+        train(settings(place, out, prompts), log=lambda _: None)
         weights.append(load_file(out / "student" / "model.safetensors"))
     padded, plain = weights
     start = load_file(folders[name] / "student" / "model.safetensors")
@@ -196,6 +196,6 @@ def test_a_real_pair_of_padded_heads_takes_a_step(tmp_path: Path, prompts: Path)
         found = Architecture(AutoConfig.for_model("qwen2", **sizes), "a test", is_base=False)
         save_tiny_model(found, rows, seed, tmp_path / who)
     seen: list[dict[str, Any]] = []
-    train(settings(tmp_path, tmp_path / "run", prompts), say=lambda _: None, on_step=seen.append)
+    train(settings(tmp_path, tmp_path / "run", prompts), log=lambda _: None, on_step=seen.append)
     assert seen[0]["grad_norm"] > 0
     assert load_model(str(tmp_path / "run" / "student")).config.vocab_size == 151936

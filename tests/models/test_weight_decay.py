@@ -19,7 +19,7 @@ from tutelage.models.optimizer import (
     make_optimizer,
     undecayed_weights,
 )
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.train.loop import _optimizer
 
 KINDS = [kind for kind in get_args(OptimizerKind) if not kind.startswith("paged")]
@@ -92,14 +92,14 @@ def test_a_step_without_a_gradient_shrinks_matrices_alone(
         "kind": kind, "learning_rate": 0.1, "weight_decay": 0.5, "decay_all": decay_all
     }  # fmt: skip
     config = tiny_config(tiny_models, tmp_path, optimizer=settings)
-    parts = build(config)
-    model = parts.student.model
+    components = build_components(config)
+    model = components.student.model
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    optimizer = _optimizer(config.optimizer, parts.student, parts.masters, tmp_path)
+    optimizer = _optimizer(config.optimizer, components.student, components.masters, tmp_path)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    for master in parts.masters.masters:
+    for master in components.masters.masters:
         master.grad = torch.zeros_like(master)
     optimizer.step()
     spared = undecayed_names(model)

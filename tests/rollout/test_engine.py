@@ -71,7 +71,7 @@ def run(
 
     monkeypatch.setattr(setup, "make_sampler", make_sampler)
     steps: list[dict[str, Any]] = []
-    train(tiny_config(models, out, **changes), say=lambda _: None, on_step=steps.append)
+    train(tiny_config(models, out, **changes), log=lambda _: None, on_step=steps.append)
     return steps
 
 
@@ -100,7 +100,7 @@ def test_evaluations_snapshots_and_scores_are_drawn_by_the_engine(
     config = tiny_config(
         tiny_models, tmp_path / "run", evaluation=evaluation, recording=recording, num_steps=1
     )
-    train(config, say=lambda _: None)
+    train(config, log=lambda _: None)
     own = SamplingConfig(0.5, 1.0, 0, config.sampling.max_new_tokens, 2)
     panel = replace(config.sampling, num_samples=1)
     kinds = [(len(ids), sampling) for ids, sampling in engines[0].asked]
@@ -133,7 +133,7 @@ def test_the_tolerance_can_be_set(
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_vllm_that_is_missing_is_one_line(tiny_models: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingExtraError, match="pip install 'vllm'"):
-        train(tiny_config(tiny_models, tmp_path, engine={"kind": "vllm"}), say=lambda _: None)
+        train(tiny_config(tiny_models, tmp_path, engine={"kind": "vllm"}), log=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -165,11 +165,11 @@ def test_the_teacher_gives_back_what_its_evaluation_drew_with(
         tmp_path / "run",
         evaluation={"num_problems": 1, "num_samples": 1, "teacher": True},
     )
-    parts = setup.build(config)
+    components = setup.build_components(config)
     forgotten: list[Any] = []
     monkeypatch.setattr("tutelage.rollout.sampler.forget", forgotten.append)
-    measure(config, parts, 0)
-    assert [model is parts.teacher.model for model in forgotten] == [True]
+    measure(config, components, 0)
+    assert [model is components.teacher.model for model in forgotten] == [True]
 
 
 def test_an_adapter_that_changed_under_a_run_is_not_read_again(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def run(tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
     tables = {"student": {"model": STUDENT}, "teacher": {"model": teacher}}
     steps: list[dict[str, Any]] = []
     config = tiny_config(tmp_path, tmp_path / "run", engine={"kind": "vllm"}, **tables, **changes)
-    train(config, say=lambda _: None, on_step=steps.append)
+    train(config, log=lambda _: None, on_step=steps.append)
     return steps
 
 
@@ -211,7 +211,7 @@ def test_an_exported_student_is_read_by_vllm_itself(
         "student": {"model": STUDENT},
         "teacher": {"model": "package:tutelage/assets/ledger-teacher"},
     }
-    train(tiny_config(tmp_path, tmp_path / "run", num_steps=1, **table), say=lambda _: None)
+    train(tiny_config(tmp_path, tmp_path / "run", num_steps=1, **table), log=lambda _: None)
     folder = str(tmp_path / "run" / "student")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     ids = list(tokenizer(PROMPTS[0].content).input_ids)

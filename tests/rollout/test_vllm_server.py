@@ -257,7 +257,7 @@ def run(server: FakeVLLM, models: Path, out: Path) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     optimizer = {"learning_rate": 1e-2, "schedule": "constant"}
     config = tiny_config(models, out, engine=engine, optimizer=optimizer)
-    train(config, say=lambda _: None, on_step=steps.append)
+    train(config, log=lambda _: None, on_step=steps.append)
     return steps
 
 

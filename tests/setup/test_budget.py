@@ -32,7 +32,7 @@ from tutelage.models.lora import add_lora, checkpoint_activations, learning
 from tutelage.models.offload import MappedFile
 from tutelage.models.optimizer import DiskAdamW, MasterWeights, make_optimizer
 from tutelage.models.teacher import HiddenStore, Teacher
-from tutelage.setup.components import _load_teacher, build
+from tutelage.setup.components import _load_teacher, build_components
 from tutelage.train.loop import train
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
@@ -51,7 +51,7 @@ def run(models: Path, out: Path, **changes: Any) -> dict[str, Tensor]:
     """The student's weights after a tiny run."""
     for who in ("student", "teacher"):
         changes[who] = {"model": str(models / who)} | changes.get(who, {})
-    train(tiny_config(models, out, **changes), say=lambda _: None)
+    train(tiny_config(models, out, **changes), log=lambda _: None)
     return weights_of(out / "student")
 
 
@@ -64,10 +64,10 @@ def are_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def some_batch(parts: Any) -> Batch:
+def some_batch(components: Any) -> Batch:
     from invariance.stepping import ragged_rollouts
 
-    return collate(ragged_rollouts(parts), 0)
+    return collate(ragged_rollouts(components), 0)
 
 
 # --- where the teacher rests ---------------------------------------------------------------------
@@ -111,8 +111,8 @@ def test_a_teacher_whose_files_changed_is_not_loaded_again(
 ) -> None:
     folder = shutil.copytree(tiny_models / "teacher", tmp_path / "teacher")
     teacher = {"model": str(folder), "mode": "offload"}
-    parts = build(tiny_config(tiny_models, tmp_path / "out", teacher=teacher))
-    with parts.teacher.awake():
+    components = build_components(tiny_config(tiny_models, tmp_path / "out", teacher=teacher))
+    with components.teacher.awake():
         pass  # unchanged files are read again
     if change == "touched":
         os.utime(folder / "model.safetensors", (1, 1))
@@ -120,7 +120,7 @@ def test_a_teacher_whose_files_changed_is_not_loaded_again(
         shutil.rmtree(folder)
     with (
         pytest.raises(RunError, match=r"teacher '.*' have changed.*Restore them and start"),
-        parts.teacher.awake(),
+        components.teacher.awake(),
     ):
         pass
 
@@ -277,7 +277,7 @@ def test_a_checkpoint_gives_the_moments_memory_back(tmp_path: Path, tiny_models:
     models = {who: {"model": str(tiny_models / who)} for who in ("student", "teacher")}
     optimizer = {"kind": "adamw_on_disk"}
     config = tiny_config(tiny_models, out, **models, optimizer=optimizer, checkpoint_every=1)
-    train(config, say=lambda _: None, on_step=lambda _: seen.append(resident_bytes(tmp_path)))
+    train(config, log=lambda _: None, on_step=lambda _: seen.append(resident_bytes(tmp_path)))
     assert len(seen) > 2
     assert set(seen) == {0}
 
@@ -334,7 +334,7 @@ def test_freed_memory_goes_back_to_the_system() -> None:
 def test_a_cpu_offloads_to_the_teachers_own_files(tmp_path: Path, tiny_models: Path) -> None:
     def mode(**changes: Any) -> str:
         teacher = {"model": str(tiny_models / "teacher"), "mode": "offload"} | changes
-        return build(tiny_config(tiny_models, tmp_path, teacher=teacher)).teacher.mode
+        return build_components(tiny_config(tiny_models, tmp_path, teacher=teacher)).teacher.mode
 
     assert mode() == "reload"
     assert mode(mode="resident") == "resident"
@@ -440,7 +440,7 @@ def test_an_adapter_starts_as_nothing_and_is_exported_as_a_plain_model(
     config = tiny_config(
         tiny_models, out, student={"model": str(tiny_models / "student")} | student
     )
-    trained = build(config, str(out / "checkpoint-000004" / "model")).student.model
+    trained = build_components(config, str(out / "checkpoint-000004" / "model")).student.model
     exported = load_model(str(out / "student"))
     assert (trained(ids).logits - exported(ids).logits).abs().max() < 1e-4
     assert (exported(ids).logits - expected).abs().max() > 1e-3
@@ -506,7 +506,7 @@ def test_learning_through_4_bits_is_refused_on_a_cpu(tmp_path: Path, tiny_models
     # bitsandbytes packs the weights there for a kernel that has no gradient
     student = {"model": str(tiny_models / "student"), "quantization": "4bit", "lora": {}}
     with pytest.raises(ConfigError, match="needs CUDA"):
-        build(tiny_config(tiny_models, tmp_path, student=student))
+        build_components(tiny_config(tiny_models, tmp_path, student=student))
 
 
 # --- what cannot be had ---------------------------------------------------------------------------

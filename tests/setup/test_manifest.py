@@ -70,7 +70,7 @@ def config_of(pair: Path, out: Path, **changes: Any) -> Config:
 
 
 def run(config: Config, *allow_change: str) -> None:
-    train(config, allow_change=allow_change, say=lambda _: None)
+    train(config, allow_change=allow_change, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")

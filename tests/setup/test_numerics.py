@@ -73,7 +73,7 @@ PLAIN = {
 
 def metrics_of(models: Path, out: Path) -> list[dict[str, Any]]:
     """Two steps, and what of their metrics repeats."""
-    train(tiny_config(models, out, num_steps=2), say=lambda _: None)
+    train(tiny_config(models, out, num_steps=2), log=lambda _: None)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if k not in MEASURED} for x in lines]
 
@@ -89,7 +89,7 @@ def test_a_request_for_other_arithmetic_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match=f"{name}='{value}' .* unset the variable") as caught:
-        train(tiny_config(tiny_models, tmp_path / "run"), say=lambda _: None)
+        train(tiny_config(tiny_models, tmp_path / "run"), log=lambda _: None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -193,7 +193,7 @@ def test_what_an_earlier_accelerator_of_the_process_asked_for_is_refused(
     try:
         Accelerator(cpu=True, mixed_precision="bf16")
         with pytest.raises(RunError, match="accelerate cannot be set up") as caught:
-            train(tiny_config(tiny_models, tmp_path / "run"), say=lambda _: None)
+            train(tiny_config(tiny_models, tmp_path / "run"), log=lambda _: None)
         assert str(caught.value).count("\n") == 0
     finally:
         AcceleratorState._reset_state(True)

@@ -39,7 +39,7 @@ def test_settings_without_effect_are_left_out_and_said(
     models = with_settings(tiny_models, tmp_path / "models", **values)
     config = tiny_config(models, tmp_path / "run", num_steps=1)
     said: list[str] = []
-    train(config, say=said.append)
+    train(config, log=said.append)
     (line,) = [line for line in said if "generation_config.json" in line]
     assert all(name in line for name in values.keys() - {"do_sample", "num_beams"})
     saved = GenerationConfig.from_pretrained(tmp_path / "run" / "student")

@@ -42,7 +42,7 @@ def test_every_step_and_evaluation_reaches_the_tracker(
     )
     # accelerate warns about the package that is only pretended to be here
     with pytest.warns(UserWarning, match="no supported trackers"):
-        train(config, say=lambda _: None)
+        train(config, log=lambda _: None)
     assert started == ["tutelage"]
     assert [step for step, _ in told] == [0, 0, 1, 2, 2]
     logged = read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -56,7 +56,7 @@ def test_every_step_and_evaluation_reaches_the_tracker(
 def test_tensorboard_writes_its_file(tiny_models: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     config = tiny_config(tiny_models, tmp_path / "run", num_steps=1, trackers=["tensorboard"])
-    train(config, say=lambda _: None)
+    train(config, log=lambda _: None)
     (events,) = (tmp_path / "run" / "tutelage").glob("events.out.*")
     assert b"grad_norm" in events.read_bytes()
 
@@ -67,7 +67,7 @@ def test_a_missing_package_is_one_line_before_anything_starts(
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     config = tiny_config(tiny_models, tmp_path / "run", trackers=["wandb"])
     with pytest.raises(MissingExtraError, match=r"not installed.*pip install 'wandb'"):
-        train(config, say=lambda _: None)
+        train(config, log=lambda _: None)
     assert not (tmp_path / "run").exists()
 
 

@@ -26,7 +26,7 @@ def said(config: Config, command: str) -> list[str]:
         lines = list(check(config, "run"))
     else:
         lines = []
-        train(config, say=lines.append)
+        train(config, log=lines.append)
     return [line for line in lines if line.startswith("warning: ")]
 
 

@@ -47,7 +47,7 @@ def trained(models: Path, seed: int = 0) -> tuple[Any, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def parts_of(models: Path, model: Any) -> Any:
+def components_of(models: Path, model: Any) -> Any:
     """What a checkpoint needs of a run's parts."""
     tokenizer = load_tokenizer(str(models / "student"))
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +57,7 @@ def parts_of(models: Path, model: Any) -> Any:
 
 def save(run: Path, step: int, models: Path, keep: int = 2) -> Path:
     model, optimizer = trained(models, seed=step)
-    return save_checkpoint(run, step, parts_of(models, model), optimizer, keep)
+    return save_checkpoint(run, step, components_of(models, model), optimizer, keep)
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -70,7 +70,7 @@ def test_weights_and_moments_come_back_bit_by_bit(tmp_path: Path, tiny_models: P
     model, optimizer = trained(tiny_models, seed=3)
     again = AutoModelForCausalLM.from_pretrained(path / "model")
     fresh = torch.optim.AdamW(again.parameters(), lr=0.5)
-    load_optimizer(path, parts_of(tiny_models, again), fresh)
+    load_optimizer(path, components_of(tiny_models, again), fresh)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     found, expected = state_of(fresh), state_of(optimizer)
@@ -171,11 +171,11 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path, tiny_models
     weight = model.get_parameter("model.norm.weight")
     weight.data[3] = torch.inf
     with pytest.raises(RunError, match=r"model\.norm\.weight holds numbers that are not finite"):
-        save_checkpoint(tmp_path, 2, parts_of(tiny_models, model), optimizer, 1)
+        save_checkpoint(tmp_path, 2, components_of(tiny_models, model), optimizer, 1)
     weight.data[3] = 1.0
     optimizer.state[weight]["exp_avg"][0] = torch.nan
     with pytest.raises(RunError, match=r"norm\.weight\|exp_avg holds numbers that are not finite"):
-        save_checkpoint(tmp_path, 2, parts_of(tiny_models, model), optimizer, 1)
+        save_checkpoint(tmp_path, 2, components_of(tiny_models, model), optimizer, 1)
     assert list(tmp_path.iterdir()) == [good]
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_optimizer_file_is_one_line(
     parameters = [p for p in model.parameters() if p.requires_grad]
     message = "which the model does not have" if damage == "foreign" else "cannot be read"
     with pytest.raises(RunError, match=message) as caught:
-        load_optimizer(path, parts_of(tiny_models, model), torch.optim.AdamW(parameters))
+        load_optimizer(path, components_of(tiny_models, model), torch.optim.AdamW(parameters))
     assert "\n" not in str(caught.value)
 
 
@@ -271,9 +271,9 @@ def test_a_folder_is_flushed_then_renamed_then_its_name_is_flushed(
 
 def beside(models: Path, run: Path, seed: int = 3) -> tuple[Any, torch.optim.Optimizer, Any]:
     model, optimizer = trained(models, seed)
-    parts = parts_of(models, model)
-    parts.device = torch.device("cpu")
-    return model, optimizer, CheckpointThread(run, parts, optimizer, keep=2)
+    components = components_of(models, model)
+    components.device = torch.device("cpu")
+    return model, optimizer, CheckpointThread(run, components, optimizer, keep=2)
 
 
 def test_a_thread_writes_the_files_that_are_written_inline(
@@ -311,7 +311,7 @@ def test_what_changes_while_the_thread_writes_is_not_in_its_checkpoint(
     again = load_model(str(path / "model"))
     assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
     fresh = torch.optim.AdamW(again.parameters())
-    load_optimizer(path, parts_of(tiny_models, again), fresh)
+    load_optimizer(path, components_of(tiny_models, again), fresh)
     assert all(torch.equal(a, b) for a, b in zip(moments, state_of(fresh), strict=True))
     thread.close()
 
@@ -358,7 +358,7 @@ def test_a_run_whose_thread_writes_equals_one_that_writes_inline(
             checkpoint_writer=writer,
             evaluation={"num_problems": 0},
         )
-        assert train(config, say=lambda _: None).is_finished
+        assert train(config, log=lambda _: None).is_finished
     one, other = (tmp_path / w / "checkpoint-000003" for w in ("thread", "inline"))
     assert unseal(one) == unseal(other)
     for name in ("optimizer.safetensors", "model/model.safetensors"):
@@ -375,7 +375,7 @@ def test_large_states_lie_in_several_files_and_come_back(
     assert files[0] == f"optimizer-00001-of-{len(files):05d}.safetensors"
     again = AutoModelForCausalLM.from_pretrained(path / "model")
     fresh = torch.optim.AdamW(again.parameters())
-    load_optimizer(path, parts_of(tiny_models, again), fresh)
+    load_optimizer(path, components_of(tiny_models, again), fresh)
     _, optimizer = trained(tiny_models, seed=3)
     found, expected = state_of(fresh), state_of(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

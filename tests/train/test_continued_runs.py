@@ -15,7 +15,7 @@ from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.rollout.generate import sample
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.train.checkpoint import list_checkpoints
 from tutelage.train.loop import train
 
@@ -24,10 +24,10 @@ def test_a_run_extended_after_its_end_exports_the_new_weights(
     tmp_path: Path, tiny_models: Path
 ) -> None:
     out = tmp_path / "run"
-    train(tiny_config(tiny_models, out, num_steps=2), say=lambda _: None)
+    train(tiny_config(tiny_models, out, num_steps=2), log=lambda _: None)
     before = load_file(out / "student" / "model.safetensors")
     longer = tiny_config(tiny_models, out, num_steps=4)
-    train(longer, allow_change=("num_steps",), say=lambda _: None)
+    train(longer, allow_change=("num_steps",), log=lambda _: None)
     after = load_file(out / "student" / "model.safetensors")
     last = load_file(out / "checkpoint-000004" / "model" / "model.safetensors")
     assert all(torch.equal(after[name], last[name]) for name in last)
@@ -37,12 +37,12 @@ def test_a_run_extended_after_its_end_exports_the_new_weights(
 
 def test_a_finished_run_exports_what_is_missing(tmp_path: Path, tiny_models: Path) -> None:
     config = tiny_config(tiny_models, tmp_path / "run", num_steps=2)
-    train(config, say=lambda _: None)
+    train(config, log=lambda _: None)
     (tmp_path / "run" / "student" / "model.safetensors").rename(tmp_path / "kept")
     for file in (tmp_path / "run" / "student").iterdir():
         file.unlink()
     (tmp_path / "run" / "student").rmdir()
-    train(config, say=lambda _: None)
+    train(config, log=lambda _: None)
     again = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert all(torch.equal(again[n], x) for n, x in load_file(tmp_path / "kept").items())
 
@@ -51,14 +51,14 @@ def test_remnants_of_a_killed_save_are_swept(tmp_path: Path, tiny_models: Path) 
     remnant = tmp_path / "run" / ".checkpoint-000001.123.tmp"
     remnant.mkdir(parents=True)
     (remnant / "optimizer.safetensors").write_bytes(b"half")
-    train(tiny_config(tiny_models, tmp_path / "run", num_steps=1), say=lambda _: None)
+    train(tiny_config(tiny_models, tmp_path / "run", num_steps=1), log=lambda _: None)
     assert not remnant.exists()
 
 
 def test_an_unknown_key_to_allow_is_refused(tmp_path: Path, tiny_models: Path) -> None:
     config = tiny_config(tiny_models, tmp_path / "run", num_steps=1)
     with pytest.raises(ConfigError, match="'num_stesp' is no key"):
-        train(config, allow_change=("num_stesp",), say=lambda _: None)
+        train(config, allow_change=("num_stesp",), log=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_sampling_another_distribution_is_said_aloud(
     tmp_path: Path, tiny_models: Path, changes: dict[str, object], part: str | None
 ) -> None:
     said: list[str] = []
-    train(tiny_config(tiny_models, tmp_path / "run", num_steps=1, **changes), say=said.append)
+    train(tiny_config(tiny_models, tmp_path / "run", num_steps=1, **changes), log=said.append)
     warned = [line for line in said if line.startswith("warning")]
     assert len(warned) == (part is not None)
     assert part is None or part in warned[0]
@@ -92,7 +92,7 @@ def test_an_architecture_whose_logits_are_more_than_scaled_and_capped_is_refused
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tiny_models, tmp_path / "run")
-    build(config)  # as it is, head and hidden states give the logits
+    build_components(config)  # as it is, head and hidden states give the logits
     plain = Qwen3ForCausalLM.forward
 
     def shifted(self: Qwen3ForCausalLM, *args: object, **kwargs: object) -> object:
@@ -102,16 +102,16 @@ def test_an_architecture_whose_logits_are_more_than_scaled_and_capped_is_refused
 
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", shifted)
     with pytest.raises(ModelError, match="more than its head times its hidden states"):
-        build(config)
+        build_components(config)
 
 
 def test_checkpoints_that_a_killed_run_did_not_remove_go_at_the_next_start(
     tmp_path: Path, tiny_models: Path
 ) -> None:
     out = tmp_path / "run"
-    train(tiny_config(tiny_models, out, keep_checkpoints=9), say=lambda _: None)
+    train(tiny_config(tiny_models, out, keep_checkpoints=9), log=lambda _: None)
     assert [step for step, _ in list_checkpoints(out)] == [2, 4]
-    train(tiny_config(tiny_models, out, keep_checkpoints=1), say=lambda _: None)
+    train(tiny_config(tiny_models, out, keep_checkpoints=1), log=lambda _: None)
     assert [step for step, _ in list_checkpoints(out)] == [4]
 
 
@@ -122,15 +122,15 @@ def test_a_run_with_weight_decay_goes_on_with_every_weight_s_own_moments(
     """Decayed weights and others are two groups, whose order is not that of the model."""
     optimizer = {"kind": kind, "weight_decay": 0.5, "schedule": "constant", "learning_rate": 1e-2}
     changes = {"optimizer": optimizer, "num_steps": 2, "checkpoint_every": 1}
-    train(tiny_config(tiny_models, tmp_path / "whole", **changes), say=lambda _: None)
+    train(tiny_config(tiny_models, tmp_path / "whole", **changes), log=lambda _: None)
     train(
         tiny_config(tiny_models, tmp_path / "two", **changes | {"num_steps": 1}),
-        say=lambda _: None,
+        log=lambda _: None,
     )
     train(
         tiny_config(tiny_models, tmp_path / "two", **changes),
         allow_change=("num_steps",),
-        say=lambda _: None,
+        log=lambda _: None,
     )
     whole, two = (
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "two")

@@ -68,7 +68,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues(
     def stop(metrics: dict[str, Any]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    result = train(load_config(path), "tiny", say=lines.append, on_step=stop)
+    result = train(load_config(path), "tiny", log=lines.append, on_step=stop)
     assert not result.is_finished
     assert f"continues: found checkpoint-{steps[-1]:06d} of 100000" in lines[0]
     assert logged_steps(out) == [*steps, steps[-1] + 1]
@@ -84,7 +84,7 @@ def test_a_second_signal_interrupts_at_once(tmp_path: Path, tiny_models: Path) -
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(load_config(path), "tiny", say=lambda _: None, on_step=twice)
+        train(load_config(path), "tiny", log=lambda _: None, on_step=twice)
     assert signal.getsignal(signal.SIGINT) is before
     assert not (tmp_path / "run" / "lock").exists()
     assert list_checkpoints(tmp_path / "run") == []
@@ -116,7 +116,7 @@ def test_a_signal_ends_a_phase_at_once_until_the_first_update(
 
     logged: list[dict[str, Any]] = []
     monkeypatch.setattr(kind, name, interrupted)
-    result = train(load_config(path), "tiny", say=lambda _: None, on_step=logged.append)
+    result = train(load_config(path), "tiny", log=lambda _: None, on_step=logged.append)
     # After an update the step has to be finished, or half of it would be saved.
     is_finished_first = phase == "updating"
     assert bool(went_on) == is_finished_first

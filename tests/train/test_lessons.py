@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tiny import tiny_config
 from tutelage.config.method import EOPDObjective
 from tutelage.core import TokenStats
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.setup.objective import gate_of
 from tutelage.train.selection import lessons_of
 from tutelage.train.step import Step
@@ -30,13 +30,13 @@ def test_kept_rows_carry_their_inverse_probability(
 ) -> None:
     rule = {"rule": "entropy_sample", "keep": 0.4, "correct_sampling": is_corrected}
     config = tiny_config(tiny_models, tmp_path / "run", selection=rule)
-    parts = build(config)
-    optimizer = torch.optim.SGD(parts.student.parameters(), lr=0.0)
-    step = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
+    components = build_components(config)
+    optimizer = torch.optim.SGD(components.student.parameters(), lr=0.0)
+    step = Step(config, components, Accelerator(cpu=True), components.student, optimizer)
     drawn = step.write(1)
     rollouts = drawn.rollouts
     batches = [batch for update in step.cut(rollouts) for batch in update]
-    views = [parts.teacher.read(batch) for batch in batches]
+    views = [components.teacher.read(batch) for batch in batches]
     plan = step._plan(batches, views, step._known(batches, drawn), rollouts, 1)
     lessons = lessons_of(config, batches, plan)
     given = {}

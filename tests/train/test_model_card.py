@@ -22,7 +22,7 @@ def run(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     config = tiny_config(
         tiny_models, folder, num_steps=2, seed=7, evaluation={"num_problems": 2, "num_samples": 2}
     )
-    train(config, say=lambda _: None)
+    train(config, log=lambda _: None)
     return config, folder
 
 

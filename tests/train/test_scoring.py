@@ -17,7 +17,7 @@ from tutelage.core import TokenSelection
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError
 from tutelage.rollout.generate import Drawn
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.train.distributed import Gathered
 from tutelage.train.loop import train
 from tutelage.train.step import Step
@@ -49,9 +49,11 @@ class Watched(Step):
 
 def stepper(models: Path, **changes: Any) -> Watched:
     config = tiny_config(models, Path("unused"), **(METHOD | changes))
-    parts = build(config)
-    descent = torch.optim.SGD([p for p in parts.student.parameters() if p.requires_grad], lr=0.1)
-    step = Watched(config, parts, Accelerator(cpu=True), parts.student, descent)
+    components = build_components(config)
+    descent = torch.optim.SGD(
+        [p for p in components.student.parameters() if p.requires_grad], lr=0.1
+    )
+    step = Watched(config, components, Accelerator(cpu=True), components.student, descent)
     step.chosen = []
     return step
 
@@ -82,7 +84,7 @@ def test_recorded_states_choose_as_a_pass_of_their_own(
         metrics.append(step.take(2))
         batches = passes.count(True)
         assert passes.count(False) == (0 if scoring == "recorded" else batches)
-        taken[scoring] = (step.chosen, metrics, step.parts.student.state_dict())
+        taken[scoring] = (step.chosen, metrics, step.components.student.state_dict())
     (rows, metrics, weights), (expected, others, plain) = taken["recorded"], taken["forward"]
     assert rows == expected
     for found, other in zip(metrics, others, strict=True):
@@ -99,10 +101,10 @@ def test_states_that_are_not_the_tokens_own_stop_the_run(tiny_models: Path) -> N
     """Negative control: one percent off is found, and nothing is learned."""
     step = stepper(tiny_models)
     step.spoil = 0.01
-    before = [p.detach().clone() for p in step.parts.student.parameters()]
+    before = [p.detach().clone() for p in step.components.student.parameters()]
     with pytest.raises(RunError, match=r"differ from a fresh forward pass by .* Use scoring ="):
         step.take(1)
-    assert all(map(torch.equal, before, step.parts.student.parameters()))
+    assert all(map(torch.equal, before, step.components.student.parameters()))
 
 
 @pytest.mark.parametrize("factor", [1.0, 1000.0])
@@ -110,7 +112,7 @@ def test_a_massive_activation_hides_no_other_row(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     """Half precision: one row is far larger than the others, of which one is wrong by a half."""
-    student = build(tiny_config(tiny_models, Path("unused"))).student
+    student = build_components(tiny_config(tiny_models, Path("unused"))).student
     fresh = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     fresh[0] *= factor
     known = fresh.clone()
@@ -125,7 +127,7 @@ def test_rounding_may_send_some_tokens_to_other_experts(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A minority of the rows of a mixture may differ by any amount, but not most of them."""
-    student = build(tiny_config(tiny_models, Path("unused"))).student
+    student = build_components(tiny_config(tiny_models, Path("unused"))).student
     fresh = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     monkeypatch.setattr(tutelage.models.student, "hidden_rows", lambda *_: fresh)
     known = fresh.clone()
@@ -172,11 +174,11 @@ def test_a_continued_run_repeats_every_bit(tmp_path: Path, tiny_models: Path, sc
         if name == "continued":  # as if the run had died after its checkpoint
             optimizer = replace(config.optimizer, schedule="constant")
             config = replace(config, optimizer=optimizer)
-            train(replace(config, num_steps=2), say=lambda _: None)
-            train(config, allow_change=("num_steps",), say=lambda _: None)
+            train(replace(config, num_steps=2), log=lambda _: None)
+            train(config, allow_change=("num_steps",), log=lambda _: None)
         else:
             config = replace(config, optimizer=replace(config.optimizer, schedule="constant"))
-            train(config, say=lambda _: None)
+            train(config, log=lambda _: None)
         text = (tmp_path / name / "metrics.jsonl").read_text()
         lines[name] = [line.partition('"seconds"')[0] for line in text.splitlines()]
     assert lines["continued"] == lines["whole"]

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tiny import tiny_config
 from tutelage.errors import RunError
 from tutelage.models.student import Student
-from tutelage.setup.components import build, trained_names
+from tutelage.setup.components import build_components, trained_names
 from tutelage.train.checkpoint import list_checkpoints
 from tutelage.train.loop import train
 from tutelage.train.step import Step
@@ -31,7 +31,7 @@ class Spoiler:
         now: list[Any] = []
 
         def spoiled_take(step: Step, number: int) -> dict[str, Any]:
-            now[:] = [step.parts.student.model, number]
+            now[:] = [step.components.student.model, number]
             return take(step, number)
 
         def spoiled_backward(loss: torch.Tensor, *rest: Any) -> None:
@@ -52,7 +52,7 @@ def state_of(step: Step) -> list[torch.Tensor]:
     """All that learning may change."""
     moments = step.optimizer.state_dict()["state"]
     tensors = [moments[i][name] for i in sorted(moments) for name in sorted(moments[i])]
-    return [t.clone() for t in (*step.parts.student.parameters(), *tensors)]
+    return [t.clone() for t in (*step.components.student.parameters(), *tensors)]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -60,14 +60,14 @@ def test_a_bad_gradient_of_any_weight_leaves_weights_and_moments(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     config = tiny_config(tiny_models, tmp_path)
-    parts = build(config)
-    optimizer = torch.optim.AdamW(parts.student.parameters(), lr=1e-2, weight_decay=0.1)
-    step = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
+    components = build_components(config)
+    optimizer = torch.optim.AdamW(components.student.parameters(), lr=1e-2, weight_decay=0.1)
+    step = Step(config, components, Accelerator(cpu=True), components.student, optimizer)
     first = step.take(1)
     assert first["num_skipped_updates"] == 0
     assert "nonfinite" not in first
     before = state_of(step)
-    for name in trained_names(parts.student):
+    for name in trained_names(components.student):
         with monkeypatch.context() as patch:
             Spoiler(name, value, {2}).install(patch)
             metrics = step.take(2)
@@ -83,9 +83,9 @@ def test_a_loss_that_is_no_number_is_a_skip_too(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tiny_models, tmp_path)
-    parts = build(config)
-    optimizer = torch.optim.AdamW(parts.student.parameters(), lr=1e-2)
-    step = Step(config, parts, Accelerator(cpu=True), parts.student, optimizer)
+    components = build_components(config)
+    optimizer = torch.optim.AdamW(components.student.parameters(), lr=1e-2)
+    step = Step(config, components, Accelerator(cpu=True), components.student, optimizer)
     forward = Student.forward
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ def test_a_run_skips_says_so_and_goes_on(
     Spoiler("model.norm.weight", torch.nan, {2}).install(monkeypatch)
     said: list[str] = []
     config = tiny_config(tiny_models, tmp_path / "run", max_skipped_steps=2)
-    assert train(config, say=said.append).is_finished
+    assert train(config, log=said.append).is_finished
     found = lines(tmp_path / "run")
     assert [m["num_skipped_updates"] for m in found] == [0, 1, 0, 0]
     assert [m["loss"] is None for m in found] == [False, True, False, False]
@@ -126,9 +126,9 @@ def test_several_in_a_row_end_the_run_before_anything_is_saved(
             if metrics["step"] == resumed_after:
                 signal.raise_signal(signal.SIGTERM)
 
-        assert train(config, say=lambda _: None, on_step=stop).step == resumed_after
+        assert train(config, log=lambda _: None, on_step=stop).step == resumed_after
     with pytest.raises(RunError, match=r"3 steps in a row .* model\.norm\.weight") as caught:
-        train(config, say=lambda _: None)
+        train(config, log=lambda _: None)
     assert "\n" not in str(caught.value)
     assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
     assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3, 4]

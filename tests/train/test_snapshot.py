@@ -15,7 +15,7 @@ from tiny import tiny_config
 from tutelage.config.parse import changed_keys, fingerprint, to_table
 from tutelage.errors import ConfigError
 from tutelage.models.load import load_model, load_tokenizer
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.setup.run_folder import RunFolder
 from tutelage.train.loop import train
 
@@ -31,14 +31,14 @@ def lines_of(folder: Path) -> Lines:
 def recorded(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("recorded") / "run"
     config = tiny_config(tiny_models, out, recording=RECORDING)
-    train(config, say=lambda _: None)
+    train(config, log=lambda _: None)
     return out
 
 
 def test_recording_leaves_every_weight_as_it_is(
     recorded: Path, tiny_models: Path, tmp_path: Path
 ) -> None:
-    train(tiny_config(tiny_models, tmp_path / "plain"), say=lambda _: None)
+    train(tiny_config(tiny_models, tmp_path / "plain"), log=lambda _: None)
     assert not (tmp_path / "plain" / "tokens.jsonl").exists()
     with_it, without = (
         load_file(folder / "student" / "model.safetensors")
@@ -60,7 +60,7 @@ def test_numbers_equal_a_plain_computation(recorded: Path, tiny_models: Path) ->
     """The last snapshot is of the weights that were exported."""
     tokenizer = load_tokenizer(str(recorded / "student"))
     config = tiny_config(tiny_models, recorded)
-    num_ids = build(config).student.vocab_size
+    num_ids = build_components(config).student.vocab_size
     sides = [load_model(str(f), "float64") for f in (recorded / "student", tiny_models / "teacher")]
     for line in [line for line in lines_of(recorded) if line["step"] == 4]:
         prompt = tokenizer.encode(line["prompt"])
@@ -111,7 +111,7 @@ def test_every_named_id_has_its_text(recorded: Path) -> None:
 
 def test_long_completions_are_cut_but_ranked_whole(tiny_models: Path, tmp_path: Path) -> None:
     changes = {"recording": RECORDING | {"max_new_tokens": 3}, "num_steps": 2}
-    train(tiny_config(tiny_models, tmp_path / "run", **changes), say=lambda _: None)
+    train(tiny_config(tiny_models, tmp_path / "run", **changes), log=lambda _: None)
     for line in lines_of(tmp_path / "run"):
         shown = min(3, line["num_tokens"])
         columns = [line[n] for n in ("token", "entropy", "student_top", "teacher_share", "gate")]
@@ -125,7 +125,7 @@ def test_the_size_limit_holds_and_is_said(tiny_models: Path, tmp_path: Path) -> 
     said: list[str] = []
     limit = 9_000
     changes = {"recording": RECORDING | {"max_bytes": limit}}
-    train(tiny_config(tiny_models, tmp_path / "run", **changes), say=said.append)
+    train(tiny_config(tiny_models, tmp_path / "run", **changes), log=said.append)
     assert (tmp_path / "run" / "tokens.jsonl").stat().st_size <= limit
     assert any("recording.max_bytes is 9,000" in line for line in said)
 

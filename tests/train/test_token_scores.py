@@ -25,7 +25,7 @@ from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, DataError
 from tutelage.models.load import load_model
 from tutelage.models.prune import prune_layers
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.train.token_scores import ScoreRequest, Scores, rollouts_of, score, score_rollouts
 
 ASSETS = "package:tutelage/assets/"
@@ -207,16 +207,16 @@ def test_tokens_without_finite_statistics_are_counted_and_in_no_quadrant(
 ) -> None:
     """What the teacher says about a text with one id is NaN, as after an overflow."""
     config = parse_config(tiny_table(tiny_models, tmp_path))
-    parts = build(config)
+    components = build_components(config)
     with torch.no_grad():
-        parts.teacher.model.get_input_embeddings().weight[9] = torch.nan
+        components.teacher.model.get_input_embeddings().weight[9] = torch.nan
     texts = [
         {"id": str(i), "prompt": "a1+7;>", "completion_ids": ids}
         for i, ids in enumerate(([5, 4, 6], [5, 9, 4]))
     ]
     request = given(tmp_path, *texts)
     request = replace(request, rules=("q3", "random", "local_gain", "local_oracle"))
-    found = score_rollouts(config, parts, rollouts_of(config, parts, request), request)
+    found = score_rollouts(config, components, rollouts_of(config, components, request), request)
     rows = list(found.rows())
     assert [row["quadrant"] is None for row in rows] == [False] * 3 + [True] * 3
     assert [row["reverse_kl_nats"] is None for row in rows] == [False] * 3 + [True] * 3

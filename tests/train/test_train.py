@@ -62,7 +62,7 @@ class Events:
 
 def go(config: Config, events: Events | None = None, allow: tuple[str, ...] = ()) -> RunResult:
     events = events or Events()
-    return train(config, allow_change=allow, say=events.lines.append, on_step=events.on_step)
+    return train(config, allow_change=allow, log=events.lines.append, on_step=events.on_step)
 
 
 def read(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -290,7 +290,7 @@ def test_the_teacher_stays_as_it_is_without_gradient(
     take = Step.take
 
     def recorded(self: Step, step: int) -> dict[str, Any]:
-        teachers.append(self.parts.teacher.model)
+        teachers.append(self.components.teacher.model)
         return take(self, step)
 
     monkeypatch.setattr(Step, "take", recorded)
@@ -347,7 +347,7 @@ def test_a_teacher_that_gives_no_numbers_any_more_is_named(
     config = tiny_config(tiny_models, tmp_path / "run", selection={"rule": rule})
 
     def spoiled(step: Step, number: int) -> dict[str, Any]:
-        step.parts.teacher.model.model.norm.weight.data.fill_(math.nan)
+        step.components.teacher.model.model.norm.weight.data.fill_(math.nan)
         return take(step, number)
 
     take = Step.take
@@ -363,7 +363,7 @@ def test_without_out_the_folder_is_named_after_configuration_and_fingerprint(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = replace(tiny_config(tiny_models, tmp_path, num_steps=1), out=None)
-    result = train(config, "my-run", say=lambda _: None)
+    result = train(config, "my-run", log=lambda _: None)
     assert result.folder.parent == Path("runs")
     assert result.folder.name.startswith("my-run-")
     assert (tmp_path / result.folder / "metrics.jsonl").exists()

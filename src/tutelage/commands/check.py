@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.schema import Config
 from tutelage.memory.cuda import plan_run
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.setup.validate import validate
 from tutelage.train.loop import run_folder
 
@@ -28,17 +28,17 @@ def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iter
         TutelageError: something does not fit.
     """
     inputs = validate(config, run_folder(config, name), allow_change=allow_change)
-    parts = build(config, inputs=inputs)
+    components = build_components(config, inputs=inputs)
     prompts = inputs.prompts or inputs.measure_prompts(config)
-    with parts.teacher.awake():
-        sides = [_model_line("student", parts.student.model)]
-        sides.append(_model_line("teacher", parts.teacher.model))
+    with components.teacher.awake():
+        sides = [_model_line("student", components.student.model)]
+        sides.append(_model_line("teacher", components.teacher.model))
     yield from sides
-    yield f"vocabulary: {parts.student.vocab_size:,} ids shared; tokenizers agree"
-    num_held_out = len(parts.task.held_out(config.evaluation.num_problems))
+    yield f"vocabulary: {components.student.vocab_size:,} ids shared; tokenizers agree"
+    num_held_out = len(components.task.held_out(config.evaluation.num_problems))
     yield (
-        f"data: task {parts.task.name}, prompts of {prompts.shortest} to {prompts.longest} tokens, "
-        f"{num_held_out} held out for evaluation"
+        f"data: task {components.task.name}, prompts of {prompts.shortest} to {prompts.longest} "
+        f"tokens, {num_held_out} held out for evaluation"
     )
     selection = config.selection
     kept = "every token"
@@ -50,9 +50,9 @@ def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iter
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
-    yield from plan_run(config, parts, prompts.longest).lines()
-    yield from (f"warning: {line}" for line in parts.warnings)
-    yield f"folder: {run_folder(config, name)} on {parts.device}"
+    yield from plan_run(config, components, prompts.longest).lines()
+    yield from (f"warning: {line}" for line in components.warnings)
+    yield f"folder: {run_folder(config, name)} on {components.device}"
 
 
 def _model_line(who: str, model: PreTrainedModel) -> str:

@@ -24,8 +24,9 @@ from tutelage.errors import DataError, RunError
 from tutelage.models.load import load_model
 from tutelage.models.tiny import architecture, save_tiny_model, tiny_tokenizer
 from tutelage.models.tokenizers import vocabulary_size
-from tutelage.setup.components import build
+from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device, prompt_format
+from tutelage.setup.phases import no_log
 from tutelage.train.checkpoint import checkpoint_path
 from tutelage.train.loop import train
 
@@ -198,7 +199,9 @@ def _outcome(metrics: dict[str, Any]) -> str:
 def _reloaded(config: Config) -> str:
     """The export says what the last checkpoint says."""
     run, start = Path(str(config.out)), config.student
-    trained = build(config, str(checkpoint_path(run, config.num_steps) / "model")).student.model
+    trained = build_components(
+        config, str(checkpoint_path(run, config.num_steps) / "model")
+    ).student.model
     exported = load_model(str(run / "student"), start.dtype, str(trained.device))
     ids = torch.arange(1, 9, device=trained.device)[None]
     with torch.no_grad():
@@ -244,9 +247,5 @@ def _resumed(config: Config, metrics: dict[str, Any]) -> str:
 
 def _train(config: Config, steps: list[dict[str, Any]]) -> None:
     """A run to its end, whose metrics join `steps`; a signal that stops it stops the command."""
-    if not train(config, say=_say_nothing, on_step=steps.append).is_finished:
+    if not train(config, log=no_log, on_step=steps.append).is_finished:
         raise KeyboardInterrupt
-
-
-def _say_nothing(_: str) -> None:
-    """A dry run keeps its run's voice to itself."""

@@ -138,7 +138,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def is_first_to_say(line: str) -> bool:
+def is_first_to_print(line: str) -> bool:
     """Whether no other process of the run has said this line; alone, always.
 
     The processes' common store counts. One that cannot be reached any more counts nothing, and a
@@ -165,9 +165,9 @@ def is_first_to_say(line: str) -> bool:
         return True
 
 
-def say_once(line: str) -> None:
+def print_once(line: str) -> None:
     """Of several processes that end for the same reason, the first says so on standard error."""
-    if is_first_to_say(line):
+    if is_first_to_print(line):
         print(line, file=sys.stderr)
 
 

@@ -35,7 +35,7 @@ class PlainPhases:
         self._last_time = 0.0
 
     def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
-        """See `Watch`."""
+        """See `PhaseCallback`."""
         self.close()
         if text and not done:
             self._timer = Timer(DELAY_S, self._show, [text])
@@ -58,7 +58,7 @@ class Counter:
 
     def __init__(self) -> None:
         self._is_live = sys.stderr.isatty()
-        self._plain = PlainPhases(self.say)
+        self._plain = PlainPhases(self.log)
 
     def __enter__(self) -> Counter:
         return self
@@ -67,13 +67,13 @@ class Counter:
         self("")
 
     def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
-        """See `Watch`."""
+        """See `PhaseCallback`."""
         if self._is_live:
             print(f"\r\x1b[K{_phase(text, done, total)}", end="", file=sys.stderr, flush=True)
         else:
             self._plain(text, done, total)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one event."""
         start = "\r\x1b[K" if self._is_live else ""
         print(f"{start}{text}", file=sys.stderr, flush=True)
@@ -105,7 +105,7 @@ class Reporter:
         self._task = self._progress.add_task("train", total=num_steps, line="")
         self._last_line = time.monotonic()
         self._metrics = ""
-        self._plain = PlainPhases(self.say)
+        self._plain = PlainPhases(self.log)
 
     def __enter__(self) -> Reporter:
         self._progress.start()
@@ -120,12 +120,12 @@ class Reporter:
         self._plain.close()
         self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one event; model text never passes here, markup is off all the same."""
         self.console.print(text, markup=False)
 
     def phase(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Show what is done between steps, see `Watch`; without a text the last step again."""
+        """Show what is done between steps, see `PhaseCallback`; no text: the last step."""
         if self.console.is_terminal:
             line = escape(_phase(text, done, total)) if text else self._metrics
             self._progress.update(self._task, line=line)
@@ -141,7 +141,7 @@ class Reporter:
         if not self.console.is_terminal and not self.as_json and self._is_due(metrics["step"]):
             seconds = sum(metrics["seconds"].values())
             line = _line(metrics, 4)
-            self.say(f"step {metrics['step']}/{self.num_steps} {line} {seconds:.2f} s")
+            self.log(f"step {metrics['step']}/{self.num_steps} {line} {seconds:.2f} s")
 
     def _is_due(self, step: int) -> bool:
         """Plain output: about twenty lines a run, and one at least every half minute."""

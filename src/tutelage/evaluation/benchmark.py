@@ -39,7 +39,7 @@ from tutelage.setup.inputs import (
 )
 from tutelage.setup.manifest import at_the_date_of_the_run
 from tutelage.setup.numerics import plain_arithmetic
-from tutelage.setup.progress import Watch, unwatched
+from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.run_folder import RunFolder, environment
 
 if TYPE_CHECKING:
@@ -106,15 +106,15 @@ class _Plan:
 @at_the_date_of_the_run
 def evaluate_suite(
     request: SuiteRequest,
-    watch: Watch = unwatched,
-    say: Callable[[str], None] | None = None,
+    on_phase: PhaseCallback = no_phases,
+    log: Callable[[str], None] | None = None,
 ) -> SuiteResult:
     """Measure a model on a suite; an earlier evaluation with the same settings is continued.
 
     Args:
         request: the model, the suite and how to sample.
-        watch: told what is being done.
-        say: receives a line for every sampling setting that a server does not know.
+        on_phase: told what is being done.
+        log: receives a line for every sampling setting that a server does not know.
 
     Returns:
         Scores, one JSON record, a Markdown table and the folder with all samples.
@@ -130,18 +130,18 @@ def evaluate_suite(
                 f"--{flag} must be at least 1, got {value}. Leave it out or raise it."
             )
     _refuse_unused(request)
-    plan = _server_plan(request, say) if is_url(request.model) else _model_plan(request, watch)
+    plan = _server_plan(request, log) if is_url(request.model) else _model_plan(request, on_phase)
     notes = [f"{b.name}: {note}" for b in plan.benchmarks for note in notes_of(b.prompts)]
-    if say is not None:
+    if log is not None:
         for note in notes:
-            say(note)
+            log(note)
     folder = Path(request.out) if request.out else _default_folder(request, plan)
     results = []
     with EvaluationFolder(folder, plan.settings) as saved, printed_date_of(saved.started):
         for benchmark in plan.benchmarks:
             k = plan.sampling.num_samples
             chunk_size = max(1, _CHUNKS_OF_BATCHES * request.batch_size // k)
-            told = partial(watch, f"{benchmark.name}: problems")
+            told = partial(on_phase, f"{benchmark.name}: problems")
             results.append(run_benchmark(benchmark, plan.complete, k, chunk_size, saved, told))
         head = {"model": request.model, "suite": request.suite, "folder": str(folder)}
         record = summarise(results, head | {"sampling": plan.sent()})
@@ -192,7 +192,7 @@ def student_of(model: str) -> str:
 # --- what to ask ----------------------------------------------------------------------------------
 
 
-def _model_plan(request: SuiteRequest, watch: Watch) -> _Plan:
+def _model_plan(request: SuiteRequest, on_phase: PhaseCallback) -> _Plan:
     """Problems first, since they are the cheapest thing that can be wrong; then the model."""
     device, dtype = find_device(request.device or "auto"), request.dtype or "float32"
     run = _run_config(request) if request.suite == HELD_OUT else None
@@ -208,7 +208,7 @@ def _model_plan(request: SuiteRequest, watch: Watch) -> _Plan:
     benchmarks = [_held_out(request, run, tokenizer)] if run else _benchmarks(request, suite, chat)
     if run is None or request.thinking != thinking(run.data):
         refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts], tokenizer)
-    watch(f"loading {request.model}")
+    on_phase(f"loading {request.model}")
     model = load_model(source, dtype, str(device))
     benchmarks = [_within_context(request, b, model, tokenizer) for b in benchmarks]
 
@@ -230,7 +230,7 @@ def _model_plan(request: SuiteRequest, watch: Watch) -> _Plan:
     return _Plan(benchmarks, sampling, complete, settings, lambda: sent)
 
 
-def _server_plan(request: SuiteRequest, say: Callable[[str], None] | None) -> _Plan:
+def _server_plan(request: SuiteRequest, log: Callable[[str], None] | None) -> _Plan:
     from tutelage.evaluation.server import Server
 
     if request.suite == HELD_OUT:
@@ -247,7 +247,7 @@ def _server_plan(request: SuiteRequest, say: Callable[[str], None] | None) -> _P
         request.seed,
         request.thinking,
         request.batch_size,
-        say=say,
+        log=log,
     )
     settings = _settings(request, benchmarks, sampling, chat)
     settings |= {"model_name": server.model_name, "sent": server.sent}

@@ -22,7 +22,7 @@ from tutelage.models.tokenizers import refuse_thinking
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.manifest import at_the_date_of_the_run
 from tutelage.setup.numerics import plain_arithmetic
-from tutelage.setup.progress import Watch, counting, unsaid, unwatched
+from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,14 +58,14 @@ class Inspection:
 @plain_arithmetic()
 @at_the_date_of_the_run
 def evaluate_model(
-    request: Inspection, watch: Watch = unwatched, say: Callable[[str], None] = unsaid
+    request: Inspection, on_phase: PhaseCallback = no_phases, log: Callable[[str], None] = no_log
 ) -> tuple[Evaluation, str]:
     """Sample and grade a model on held-out prompts.
 
     Args:
         request: the model, the prompts and how to sample.
-        watch: told what is being done.
-        say: receives a line for what was left out of the prompts' records.
+        on_phase: told what is being done.
+        log: receives a line for what was left out of the prompts' records.
 
     Returns:
         The evaluation, and in words what was measured and how.
@@ -88,11 +88,11 @@ def evaluate_model(
     tokenizer = load_tokenizer(source)
     prompts, grade, grader, rendering = _problems(request, tokenizer)
     for note in notes_of(prompts):
-        say(f"warning: {note}")
-    watch(f"loading {request.model}")
+        log(f"warning: {note}")
+    on_phase(f"loading {request.model}")
     model = load_model(source, request.dtype, str(device))
     sampler = TransformersSampler(model, tokenizer, request.batch_size, request.thinking)
-    progress = counting(watch, "sampling: completions", len(prompts) * request.num_samples)
+    progress = counting(on_phase, "sampling: completions", len(prompts) * request.num_samples)
     voting = voting_of(grader)
     result = evaluate(sampler, grade, prompts, sampling, (request.seed,), progress, voting)
     return result, f"{rendering}, grader {grader}, {request.dtype} on {device}"

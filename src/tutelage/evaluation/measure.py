@@ -12,9 +12,9 @@ from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_
 from tutelage.evaluation.scores import voting_of
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.rollout.sampler import Sampler, TransformersSampler
-from tutelage.setup.components import Parts
+from tutelage.setup.components import Components
 from tutelage.setup.inputs import grader_of
-from tutelage.setup.progress import Watch, counting, unwatched
+from tutelage.setup.phases import PhaseCallback, counting, no_phases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,31 +43,33 @@ class Measured:
         }
 
 
-def measure(config: Config, parts: Parts, step: int, watch: Watch = unwatched) -> Measured:
+def measure(
+    config: Config, components: Components, step: int, on_phase: PhaseCallback = no_phases
+) -> Measured:
     """Evaluate the student after `step`, and once, before the first step, the teacher.
 
     The student is drawn from by the run's own engine. The teacher, which no engine holds, is drawn
     from by transformers.
     """
-    sampler = parts.sampler
+    sampler = components.sampler
     if not sampler.has_own_weights:  # the same model, in the evaluation's own batches
-        sampler = _transformers(config, parts, parts.student.model)
-    student = _evaluate(config, parts, sampler, "student", watch)
-    watch("held-out KL")
+        sampler = _transformers(config, components, components.student.model)
+    student = _evaluate(config, components, sampler, "student", on_phase)
+    on_phase("held-out KL")
     sums = held_out_reverse_kl(
-        parts.student,
-        parts.teacher,
+        components.student,
+        components.teacher,
         student.rollouts,
-        pad_id(parts.tokenizer, parts.student.vocab_size),
+        pad_id(components.tokenizer, components.student.vocab_size),
         config.micro_batch_size,
         config.micro_batch_tokens,
     )
     kl = mean_reverse_kl(student.rollouts, sums)
     found = [("student", student, kl)]
     if step == 0 and config.evaluation.teacher and student.mean_at_k is not None:
-        with parts.teacher.awake():
-            sampler = _transformers(config, parts, parts.teacher.model)
-            result = _evaluate(config, parts, sampler, "teacher", watch)
+        with components.teacher.awake():
+            sampler = _transformers(config, components, components.teacher.model)
+            result = _evaluate(config, components, sampler, "teacher", on_phase)
             sampler.close()
             found.append(("teacher", result, None))
     engines = {"student": config.engine.kind, "teacher": "transformers"}
@@ -80,7 +82,7 @@ def measure(config: Config, parts: Parts, step: int, watch: Watch = unwatched) -
             for h, (who, result, _) in pairs
             for row, nats in zip(result.rows(), _per_row(who, result, sums), strict=True)
         ],
-        _samples(parts, step, student),
+        _samples(components, step, student),
     )
 
 
@@ -104,13 +106,15 @@ def describe(summary: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _transformers(config: Config, parts: Parts, model: PreTrainedModel) -> Sampler:
+def _transformers(config: Config, components: Components, model: PreTrainedModel) -> Sampler:
     size = max(config.sampling_batch_size, config.evaluation.num_samples)
-    return TransformersSampler(model, parts.tokenizer, size, parts.enable_thinking)
+    return TransformersSampler(model, components.tokenizer, size, components.enable_thinking)
 
 
-def _evaluate(config: Config, parts: Parts, sampler: Sampler, who: str, watch: Watch) -> Evaluation:
-    settings, task = config.evaluation, parts.task
+def _evaluate(
+    config: Config, components: Components, sampler: Sampler, who: str, on_phase: PhaseCallback
+) -> Evaluation:
+    settings, task = config.evaluation, components.task
     sampling = SamplingConfig(
         settings.temperature,
         settings.top_p,
@@ -120,7 +124,7 @@ def _evaluate(config: Config, parts: Parts, sampler: Sampler, who: str, watch: W
     )
     prompts = task.held_out(settings.num_problems)
     num_completions = len(prompts) * settings.num_samples
-    progress = counting(watch, f"evaluating the {who}: completions", num_completions)
+    progress = counting(on_phase, f"evaluating the {who}: completions", num_completions)
     return evaluate(
         sampler,
         task.grade,
@@ -132,13 +136,13 @@ def _evaluate(config: Config, parts: Parts, sampler: Sampler, who: str, watch: W
     )
 
 
-def _samples(parts: Parts, step: int, result: Evaluation) -> list[dict[str, Any]]:
+def _samples(components: Components, step: int, result: Evaluation) -> list[dict[str, Any]]:
     chosen = range(0, len(result.rollouts), result.num_samples)
     return [
         {
             "step": step,
             "prompt_id": result.rollouts[i].prompt.id,
-            "prompt": decode(parts.tokenizer, result.rollouts[i].prompt_ids),
+            "prompt": decode(components.tokenizer, result.rollouts[i].prompt_ids),
             "completion": result.rollouts[i].text,
             "is_correct": result.is_correct[i],
         }

@@ -100,7 +100,7 @@ class Server:
     enable_thinking: bool | None = None
     num_concurrent: int = 16
     limits: Limits = field(default_factory=Limits)
-    say: Callable[[str], None] | None = None
+    log: Callable[[str], None] | None = None
     """Receives one line for every field of the requests that the server does not know."""
 
     def __post_init__(self) -> None:
@@ -181,8 +181,8 @@ class Server:
         with self._lock:
             new = [name for name in self._neutral if name in named]
             self._neutral = {k: v for k, v in self._neutral.items() if k not in named}
-        if new and self.say is not None:
-            self.say(f"the server does not know {', '.join(new)}: requests go without")
+        if new and self.log is not None:
+            self.log(f"the server does not know {', '.join(new)}: requests go without")
         return True
 
     def _completion(

@@ -15,7 +15,7 @@ from tutelage.core._block import chunk_budget
 from tutelage.core.kernels import is_supported
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.limits import context_limit
-from tutelage.setup.components import Parts
+from tutelage.setup.components import Components
 from tutelage.setup.objective import needs_scoring
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class MemoryPlan:
             yield from self.host.lines()
 
 
-def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
+def plan_memory(config: Config, components: Components, prompt_tokens: int) -> MemoryPlan:
     """What each phase of a step needs on the device of the run.
 
     Weights are counted, what the backward pass keeps is measured on a short forward pass of this
@@ -128,20 +128,22 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
 
     Args:
         config: the run.
-        parts: its models, loaded and at rest.
+        components: its models, loaded and at rest.
         prompt_tokens: length of the longest prompt.
     """
     sizes = Sizes(config, prompt_tokens)
-    model, teacher = parts.student.model, parts.teacher
+    model, teacher = components.student.model, components.teacher
     weights = list(model.parameters())
-    loaded = _bytes(weights) + _bytes(_own_masters(parts)) + teacher.resting_bytes
-    on_cpu = parts.device.type == "cpu"
+    loaded = _bytes(weights) + _bytes(_own_masters(components)) + teacher.resting_bytes
+    on_cpu = components.device.type == "cpu"
     base = {
         "process": max(0, status_bytes("VmRSS") - loaded) if on_cpu else 0,
         "student": _bytes(weights),
-        "masters": 0 if config.optimizer.offload and not on_cpu else _bytes(_own_masters(parts)),
+        "masters": 0
+        if config.optimizer.offload and not on_cpu
+        else _bytes(_own_masters(components)),
     }
-    trained = sum(w.numel() for w in parts.masters.weights)
+    trained = sum(w.numel() for w in components.masters.weights)
     state = int(trained * STATE_BYTES[config.optimizer.kind])
     is_elsewhere = config.optimizer.state_is_on_disk or (config.optimizer.offload and not on_cpu)
     base["optimizer"] = 0 if is_elsewhere else state
@@ -158,12 +160,14 @@ def plan_memory(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
     base["recorded states"] = rest["recorded states"] = recorded
     phases = [
         Phase("rollout", rest | _rollout(model, sizes)),
-        Phase("teacher", base | _teacher(parts, sizes) | {"hidden states": kept, "file": read}),
-        Phase("learn", rest | _learn(config, parts, sizes) | {"hidden states": kept}),
+        Phase(
+            "teacher", base | _teacher(components, sizes) | {"hidden states": kept, "file": read}
+        ),
+        Phase("learn", rest | _learn(config, components, sizes) | {"hidden states": kept}),
     ]
     if on_cpu:
         phases.insert(0, Phase("load", {"read at once": status_bytes("VmHWM")}))
-    return MemoryPlan(tuple(phases), available_bytes(parts.device))
+    return MemoryPlan(tuple(phases), available_bytes(components.device))
 
 
 def _copied_bytes(config: Config, teacher: Teacher) -> int:
@@ -200,9 +204,9 @@ def _rollout(model: PreTrainedModel, sizes: Sizes) -> dict[str, int]:
     }
 
 
-def _teacher(parts: Parts, sizes: Sizes) -> dict[str, int]:
+def _teacher(components: Components, sizes: Sizes) -> dict[str, int]:
     """The teacher and the widest tensors of a forward pass without gradient."""
-    teacher = parts.teacher
+    teacher = components.teacher
     width = 8 * teacher.head_shape[1]
     return {
         "teacher": teacher.full_bytes,
@@ -210,8 +214,8 @@ def _teacher(parts: Parts, sizes: Sizes) -> dict[str, int]:
     }
 
 
-def _learn(config: Config, parts: Parts, sizes: Sizes) -> dict[str, int]:
-    model, masters = parts.student.model, parts.masters
+def _learn(config: Config, components: Components, sizes: Sizes) -> dict[str, int]:
+    model, masters = components.student.model, components.masters
     head = model.get_output_embeddings().weight
     per_token = _saved_bytes_per_token(model)
     layers = model.config.get_text_config().num_hidden_layers
@@ -220,9 +224,9 @@ def _learn(config: Config, parts: Parts, sizes: Sizes) -> dict[str, int]:
     if config.student.activation_checkpointing:
         width = head.shape[1] * model.dtype.itemsize
         activations = layers * width + 2 * per_token // layers
-    logits, budget = 8 * sizes.micro_rows * head.shape[0], chunk_budget(parts.device)
+    logits, budget = 8 * sizes.micro_rows * head.shape[0], chunk_budget(components.device)
     # logits of one chunk wait for backward, where the head's gradient is not summed
-    is_summed = not is_supported(parts.device) or logits + logits // 32 > budget
+    is_summed = not is_supported(components.device) or logits + logits // 32 > budget
     gradients = sum(4 * m.numel() for m in masters.masters)
     gradients += sum(w.nbytes for w, _ in masters.pairs)
     # the head's gradient is summed in float32 beside that of the backward pass
@@ -304,8 +308,8 @@ def _pinned(num_bytes: int) -> int:
     return 1 << max(0, num_bytes - 1).bit_length()
 
 
-def _own_masters(parts: Parts) -> list[Tensor]:
-    return [master.detach() for _, master in parts.masters.pairs]
+def _own_masters(components: Components) -> list[Tensor]:
+    return [master.detach() for _, master in components.masters.pairs]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

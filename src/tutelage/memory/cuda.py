@@ -29,7 +29,7 @@ from tutelage.memory.cpu import (
 from tutelage.memory.meta_model import Learning, learning_from, reading, shadow, stored_bytes
 from tutelage.memory.rollout_cuda import DrawMemory, draw_memory
 from tutelage.models.teacher import DEVICE_SHARE
-from tutelage.setup.components import Parts
+from tutelage.setup.components import Components
 from tutelage.setup.objective import needs_scoring, scores_teacher
 
 if TYPE_CHECKING:
@@ -79,26 +79,26 @@ class Facts:
         return NUM_WORKSPACES * ((32 << 20) if self.capability >= (9, 0) else 8_519_680)
 
 
-def plan_run(config: Config, parts: Parts, prompt_tokens: int) -> MemoryPlan:
+def plan_run(config: Config, components: Components, prompt_tokens: int) -> MemoryPlan:
     """The plan of a run on the device it has; arguments as for `plan_memory`."""
-    if parts.device.type != "cuda":
-        return plan_memory(config, parts, prompt_tokens)
+    if components.device.type != "cuda":
+        return plan_memory(config, components, prompt_tokens)
     try:
-        student, teacher = shadows(parts)
-        return plan_cuda(config, student, teacher, Facts.of(parts.device), prompt_tokens)
+        student, teacher = shadows(components)
+        return plan_cuda(config, student, teacher, Facts.of(components.device), prompt_tokens)
     except ModelError:  # a class that cannot do without numbers, or weights of few bits
-        return plan_memory(config, parts, prompt_tokens)
+        return plan_memory(config, components, prompt_tokens)
 
 
-def shadows(parts: Parts) -> tuple[PreTrainedModel, PreTrainedModel]:
+def shadows(components: Components) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Student and teacher without numbers.
 
     Raises:
         ModelError: a class that cannot do without them.
     """
-    is_there = parts.teacher.mode != "reload"
-    with nullcontext() if is_there else parts.teacher.awake():
-        return shadow(parts.student.model), shadow(parts.teacher.model)
+    is_there = components.teacher.mode != "reload"
+    with nullcontext() if is_there else components.teacher.awake():
+        return shadow(components.student.model), shadow(components.teacher.model)
 
 
 def plan_cuda(

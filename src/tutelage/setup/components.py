@@ -44,7 +44,7 @@ from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.setup.garbage import without_collection
 from tutelage.setup.inputs import Inputs, load_inputs, thinking
-from tutelage.setup.progress import Watch, unwatched
+from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantised, require_savable
 from tutelage.setup.trial import try_model
 from tutelage.setup.warnings import model_traps
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """Everything a run works with."""
 
     student: Student
@@ -213,13 +213,13 @@ def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
 
 
 @without_collection()
-def build(
+def build_components(
     config: Config,
     student_model: str | None = None,
     scratch: Path | None = None,
     inputs: Inputs | None = None,
-    watch: Watch = unwatched,
-) -> Parts:
+    on_phase: PhaseCallback = no_phases,
+) -> Components:
     """Load both models and check that they fit the task, the tokenizers and each other.
 
     Args:
@@ -227,7 +227,7 @@ def build(
         student_model: folder of the student's weights or adapter; None for the configured start.
         scratch: folder for what does not fit in memory; None for the system's temporary one.
         inputs: what was read before, by `validate` or `load_inputs`; None reads it now.
-        watch: told which model is being loaded.
+        on_phase: told which model is being loaded.
 
     Raises:
         TutelageError: a model, a tokenizer or the data cannot be used together.
@@ -239,9 +239,9 @@ def build(
     if device.type == "cpu":
         keep_freed_memory()
     load = _load_teacher(config, device)
-    watch(f"loading the teacher {config.teacher.model}")
+    on_phase(f"loading the teacher {config.teacher.model}")
     model = load()
-    watch(f"loading the student {student_model or config.student.model}")
+    on_phase(f"loading the student {student_model or config.student.model}")
     student = _student(config, student_model, model, device)
     vocab_size = shared_vocabulary(
         tokenizer,
@@ -256,7 +256,7 @@ def build(
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     mode = _resting_mode(config.teacher, device)
     teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
-    watch("trying both models")
+    on_phase("trying both models")
     _refuse_nonfinite(student, f"student {config.student.model!r}")
     _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
     decodes = isinstance(config.engine, TransformersEngine)
@@ -265,7 +265,7 @@ def build(
     with teacher.awake():
         who = f"teacher {config.teacher.model!r}"
         notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
-    return Parts(
+    return Components(
         Student(student, vocab_size),
         MasterWeights(
             (weight for weight in student.parameters() if weight.requires_grad),

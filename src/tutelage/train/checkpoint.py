@@ -22,7 +22,7 @@ from tutelage.models.optimizer import DiskAdamW
 from tutelage.setup.components import trained_names
 
 if TYPE_CHECKING:
-    from tutelage.setup.components import Parts
+    from tutelage.setup.components import Components
 
 _PREFIX = "checkpoint-"
 _MASTER = "master"
@@ -53,7 +53,7 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[int, Path] | None:
+def newest_checkpoint(run: Path, log: Callable[[str], None]) -> tuple[int, Path] | None:
     """(step, folder) of the newest checkpoint whose every byte is as it was written.
 
     Damaged ones after it are named, and set aside as `checkpoint-….damaged`.
@@ -69,7 +69,7 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[int, Path]
         except (DamagedError, OSError) as error:
             damaged.append((path, str(error)))
             continue
-        _set_aside(damaged, path, say)
+        _set_aside(damaged, path, log)
         return step, path
     if damaged:
         path, why = damaged[0]
@@ -80,14 +80,14 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[int, Path]
     return None
 
 
-def _set_aside(damaged: Iterable[tuple[Path, str]], used: Path, say: Callable[[str], None]) -> None:
+def _set_aside(damaged: Iterable[tuple[Path, str]], used: Path, log: Callable[[str], None]) -> None:
     for path, why in damaged:
         aside = path.with_name(f"{path.name}.damaged")
         if aside.exists():
             discard(aside)
         path.rename(aside)
         sync(path.parent)
-        say(f"warning: {path.name} is damaged ({why}) and set aside; {used.name} is used")
+        log(f"warning: {path.name} is damaged ({why}) and set aside; {used.name} is used")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Snapshot:
 def save_checkpoint(
     run: Path,
     step: int,
-    parts: Parts,
+    components: Components,
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> Path:
@@ -119,21 +119,21 @@ def save_checkpoint(
         RunError: the disk is full, the folder cannot be written, or a number to be saved is not
             finite; older checkpoints stay.
     """
-    tensors = savable_tensors(run, step, parts, optimizer)
+    tensors = savable_tensors(run, step, components, optimizer)
     try:
-        return write_snapshot(run, Snapshot(step, None, tensors), parts, keep)
+        return write_snapshot(run, Snapshot(step, None, tensors), components, keep)
     finally:
         if isinstance(optimizer, DiskAdamW):
             optimizer.release()
 
 
-def write_snapshot(run: Path, snapshot: Snapshot, parts: Parts, keep: int) -> Path:
+def write_snapshot(run: Path, snapshot: Snapshot, components: Components, keep: int) -> Path:
     """The part of `save_checkpoint` that needs no number but the snapshot's."""
     final = checkpoint_path(run, snapshot.step)
     try:
         with new_folder(final) as temporary:
-            model, folder = parts.student.model, temporary / "model"
-            save_model(model, parts.tokenizer, folder, tensors=snapshot.model)
+            model, folder = components.student.model, temporary / "model"
+            save_model(model, components.tokenizer, folder, tensors=snapshot.model)
             _save_tensors(snapshot.optimizer, temporary)
             seal(temporary, {"step": snapshot.step})  # reads every byte back
     except (OSError, SafetensorError, RunError) as error:
@@ -166,15 +166,17 @@ def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def savable_tensors(
-    run: Path, step: int, parts: Parts, optimizer: torch.optim.Optimizer
+    run: Path, step: int, components: Components, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Moments and master weights, once all of a checkpoint is known to be finite and to fit.
 
     Raises:
         RunError: it is not.
     """
-    tensors = _optimizer_tensors(parts, optimizer)
-    weights = {name: p for name, p in parts.student.model.named_parameters() if p.requires_grad}
+    tensors = _optimizer_tensors(components, optimizer)
+    weights = {
+        name: p for name, p in components.student.model.named_parameters() if p.requires_grad
+    }
     _refuse_nonfinite(step, weights | tensors)
     require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
     return tensors
@@ -223,7 +225,7 @@ def _refuse_nonfinite(step: int, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(path: Path, components: Components, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimizer's state, and master weights, from a checkpoint.
 
     Raises:
@@ -238,7 +240,7 @@ def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -
             raise RunError(
                 f"{file} cannot be read: {error}. Delete {path} to use an older one."
             ) from None
-    masters = dict(zip(trained_names(parts.student), parts.masters.masters, strict=True))
+    masters = dict(zip(trained_names(components.student), components.masters.masters, strict=True))
     # torch numbers weights in the order of the optimizer's groups, which need not be the model's
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     number = {id(weight): i for i, weight in enumerate(weights)}
@@ -260,11 +262,13 @@ def load_optimizer(path: Path, parts: Parts, optimizer: torch.optim.Optimizer) -
     optimizer.load_state_dict({"state": filled, "param_groups": groups})
 
 
-def _optimizer_tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(
+    components: Components, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    masters = parts.masters
+    masters = components.masters
     both = zip(masters.weights, masters.masters, strict=True)
-    for name, (weight, master) in zip(trained_names(parts.student), both, strict=True):
+    for name, (weight, master) in zip(trained_names(components.student), both, strict=True):
         if weight is not master:
             tensors[f"{name}|{_MASTER}"] = master.detach()
         for entry, value in optimizer.state[master].items():

@@ -15,7 +15,7 @@ from tutelage.train.checkpoint import Snapshot, savable_tensors, write_snapshot
 
 if TYPE_CHECKING:
     from tutelage.config.schema import Config
-    from tutelage.setup.components import Parts
+    from tutelage.setup.components import Components
 
 
 def is_written_beside(config: Config, device: torch.device, num_bytes: int) -> bool:
@@ -51,9 +51,9 @@ class CheckpointThread:
     """
 
     def __init__(
-        self, run: Path, parts: Parts, optimizer: torch.optim.Optimizer, keep: int
+        self, run: Path, components: Components, optimizer: torch.optim.Optimizer, keep: int
     ) -> None:
-        self._run, self._parts, self._optimizer, self._keep = run, parts, optimizer, keep
+        self._run, self._components, self._optimizer, self._keep = run, components, optimizer, keep
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
         self._copies: dict[str, Tensor] = {}
@@ -65,12 +65,12 @@ class CheckpointThread:
             RunError: as `save_checkpoint`, about this checkpoint or the one before.
         """
         self.wait()
-        tensors = savable_tensors(self._run, step, self._parts, self._optimizer)
+        tensors = savable_tensors(self._run, step, self._components, self._optimizer)
         weights = self._weights()
         snapshot = Snapshot(step, self._copy(weights), self._copy(tensors))
-        if self._parts.device.type == "cuda":
-            torch.cuda.synchronize(self._parts.device)  # whole before a weight changes
-        arguments = (self._run, snapshot, self._parts, self._keep)
+        if self._components.device.type == "cuda":
+            torch.cuda.synchronize(self._components.device)  # whole before a weight changes
+        arguments = (self._run, snapshot, self._components, self._keep)
         self._writing = self._pool.submit(write_snapshot, *arguments)
 
     def look(self) -> None:
@@ -98,7 +98,7 @@ class CheckpointThread:
 
     def _weights(self) -> dict[str, Tensor]:
         """What `save_model` writes: of a student with an adapter, the adapter alone."""
-        model = self._parts.student.model
+        model = self._components.student.model
         weights: dict[str, Tensor] = model.state_dict()
         if model._hf_peft_config_loaded:
             trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -23,11 +23,11 @@ from tutelage.memory.cpu import STATE_BYTES, copied_bytes
 from tutelage.models.chat_template import printed_date
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import MasterWeights, make_optimizer, undecayed_weights
-from tutelage.setup.components import build, plain_student
+from tutelage.setup.components import build_components, plain_student
 from tutelage.setup.inputs import pick_device
 from tutelage.setup.manifest import input_digests, manifest_of
 from tutelage.setup.numerics import open_accelerator, plain_arithmetic
-from tutelage.setup.progress import Watch, unwatched
+from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, environment, started_at
 from tutelage.setup.trackers import numbers, require_trackers, start_trackers
 from tutelage.setup.validate import validate
@@ -46,7 +46,7 @@ from tutelage.train.signals import Stop, StoppedError, listening
 from tutelage.train.snapshot import snapshot
 from tutelage.train.step import Step
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 OnStep = Callable[[dict[str, Any]], None]
 
 
@@ -73,9 +73,9 @@ def train(
     config: Config,
     name: str = "run",
     allow_change: tuple[str, ...] = (),
-    say: Say = print,
+    log: Log = print,
     on_step: OnStep | None = None,
-    watch: Watch = unwatched,
+    on_phase: PhaseCallback = no_phases,
 ) -> RunResult:
     """Train the student, or continue an earlier run in the same folder.
 
@@ -83,9 +83,9 @@ def train(
         config: the run.
         name: stem of the default folder's name.
         allow_change: keys that may differ from the run being continued.
-        say: receives one line of text for every event a user should see.
+        log: receives one line of text for every event a user should see.
         on_step: receives the metrics of every step.
-        watch: told what is done between steps.
+        on_phase: told what is done between steps.
 
     Returns:
         `RunResult`.
@@ -106,7 +106,7 @@ def train(
         started = _same_everywhere(accelerator, earlier or datetime.now())
         stack.enter_context(listening(stop))
         stack.enter_context(printed_date(started))
-        run = _Run(config, folder, accelerator, started, allow_change, say, on_step, stop, watch)
+        run = _Run(config, folder, accelerator, started, allow_change, log, on_step, stop, on_phase)
         stack.callback(run.close)
         return run.go()
 
@@ -119,46 +119,48 @@ class _Run:
         accelerator: Accelerator,
         started: datetime,
         allow_change: tuple[str, ...],
-        say: Say,
+        log: Log,
         on_step: OnStep | None,
         stop: Stop,
-        watch: Watch,
+        on_phase: PhaseCallback,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.stop = stop
-        self.say = say if accelerator.is_main_process else _say_nothing
+        self.log = log if accelerator.is_main_process else no_log
         self.on_step = on_step if accelerator.is_main_process else None
-        self.watch = watch if accelerator.is_main_process else unwatched
+        self.on_phase = on_phase if accelerator.is_main_process else no_phases
         inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
         manifest = manifest_of(config, input_digests(config, inputs), started)
         done, checkpoint = self._start()
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
-        self.parts = build(config, saved, folder.path, inputs, self.watch)
+        self.components = build_components(config, saved, folder.path, inputs, self.on_phase)
         self._require_space()
         self._write_manifest(manifest)
         start_trackers(accelerator, config, folder.path.name)
         optimizer = _optimizer(
-            config.optimizer, self.parts.student, self.parts.masters, folder.path
+            config.optimizer, self.components.student, self.components.masters, folder.path
         )
         if checkpoint is not None:
-            load_optimizer(checkpoint, self.parts, optimizer)
+            load_optimizer(checkpoint, self.components, optimizer)
         self.checkpoint_thread = None
-        device = self.parts.device
-        copied = copied_bytes(config, self.parts.masters.weights, device)
+        device = self.components.device
+        copied = copied_bytes(config, self.components.masters.weights, device)
         if self.folder.is_writer and is_written_beside(config, device, copied):
             keep = config.keep_checkpoints
-            self.checkpoint_thread = CheckpointThread(folder.path, self.parts, optimizer, keep)
+            self.checkpoint_thread = CheckpointThread(folder.path, self.components, optimizer, keep)
         self.optimizer = optimizer
-        self.step = Step(config, self.parts, accelerator, self.parts.student, optimizer, stop)
+        self.step = Step(
+            config, self.components, accelerator, self.components.student, optimizer, stop
+        )
         self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
 
     def go(self) -> RunResult:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
         num_steps = self.config.num_steps
         self.done = saved = self.first_step - 1
-        for line in self.parts.warnings:
-            self.say(f"warning: {line}")
+        for line in self.components.warnings:
+            self.log(f"warning: {line}")
         try:
             if self._is_evaluation_due() and not self.folder.has_evaluation(self.done):
                 self._evaluate()
@@ -176,12 +178,12 @@ class _Run:
                     self._evaluate()
         except StoppedError:
             pass  # whatever it was given up for did not count yet
-        self.watch("")
+        self.on_phase("")
         if self.done < num_steps or self._any_process():
             if self.done > saved:
                 self._save()
             self._wait_for_checkpoint()
-            self.say(f"stopped after step {self.done}; the same command continues from there")
+            self.log(f"stopped after step {self.done}; the same command continues from there")
             return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
         if self.done >= self.first_step or not (self.folder.path / "student").exists():
             self._export()
@@ -192,7 +194,7 @@ class _Run:
     def _take(self) -> None:
         """One step, which is logged as soon as it is done."""
         step = self.done + 1
-        self.watch("first step" if step == self.first_step else "")
+        self.on_phase("first step" if step == self.first_step else "")
         self._set_learning_rate(step)
         try:
             metrics = self.step.take(step)
@@ -216,7 +218,7 @@ class _Run:
         self._num_skipped += 1
         names = metrics["nonfinite"]
         what = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        self.say(f"warning: step {self.done} skipped {metrics['num_skipped_updates']} of "
+        self.log(f"warning: step {self.done} skipped {metrics['num_skipped_updates']} of "
                  f"{self.config.updates_per_step} updates: not finite in {what}")  # fmt: skip
         if self._num_skipped >= self.config.max_skipped_steps:
             raise RunError(
@@ -236,11 +238,11 @@ class _Run:
         count = self.accelerator.num_processes
         self.folder.write_manifest(manifest | {"num_processes": count})
         device = self.accelerator.device.type
-        self.say(f"{count} {'process' if count == 1 else 'processes'} on {device}")
+        self.log(f"{count} {'process' if count == 1 else 'processes'} on {device}")
 
     def _start(self) -> tuple[int, Path | None]:
         """Steps that are done, and the checkpoint after them; the logs end there too."""
-        found = newest_checkpoint(self.folder.path, self.say) if self.folder.is_writer else None
+        found = newest_checkpoint(self.folder.path, self.log) if self.folder.is_writer else None
         step = _main_says(self.accelerator, -1 if found is None else found[0])
         if step < 0:
             self.folder.rewind(-1)
@@ -254,12 +256,12 @@ class _Run:
             self.folder.rewind(step - 1, EVALUATION_LOGS)
         self.accelerator.wait_for_everyone()
         what = "is finished" if step >= self.config.num_steps else "continues"
-        self.say(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
+        self.log(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
         return step, path
 
     def _checkpoint_bytes(self) -> int:
         """What a checkpoint will hold: weights, float32 masters and the optimizer's state."""
-        masters = self.parts.masters
+        masters = self.components.masters
         state = STATE_BYTES[self.config.optimizer.kind] * sum(m.numel() for m in masters.masters)
         own = sum(master.nbytes for _, master in masters.pairs)
         return sum(weight.nbytes for weight in masters.weights) + own + int(state)
@@ -268,7 +270,7 @@ class _Run:
         """Better now than after the first hours."""
         needed = self._checkpoint_bytes()
         if self.config.optimizer.state_is_on_disk:  # in use and in the checkpoint
-            count = sum(master.numel() for master in self.parts.masters.masters)
+            count = sum(master.numel() for master in self.components.masters.masters)
             needed += int(STATE_BYTES[self.config.optimizer.kind] * count)
         if self.folder.is_writer and self.first_step <= self.config.num_steps:
             require_space(self.folder.path, needed)
@@ -284,13 +286,13 @@ class _Run:
             group["lr"] = learning_rate(self.config.optimizer, step, self.config.num_steps)
 
     def _save(self) -> None:
-        self.watch("saving a checkpoint")
+        self.on_phase("saving a checkpoint")
         if self.accelerator.is_main_process:
             if self.checkpoint_thread is not None:
                 self.checkpoint_thread.save(self.done)
             else:
                 keep = self.config.keep_checkpoints
-                save_checkpoint(self.folder.path, self.done, self.parts, self.optimizer, keep)
+                save_checkpoint(self.folder.path, self.done, self.components, self.optimizer, keep)
         self.accelerator.wait_for_everyone()
 
     def _wait_for_checkpoint(self) -> None:
@@ -302,7 +304,7 @@ class _Run:
         """End what works beside the run."""
         if self.checkpoint_thread is not None:
             self.checkpoint_thread.close()
-        self.parts.sampler.close()
+        self.components.sampler.close()
 
     def _evaluate(self) -> None:
         """The main process evaluates; the others wait for it at the next gradient.
@@ -313,27 +315,27 @@ class _Run:
         if not self.config.evaluation.num_problems or not self.accelerator.is_main_process:
             return
         with self.stop.interruptible():
-            measured = measure(self.config, self.parts, self.done, self.watch)
+            measured = measure(self.config, self.components, self.done, self.on_phase)
         for name, rows in measured.logs().items():
             self.folder.append(name, rows)
         for summary in measured.summaries:
             found = numbers(summary, f"evaluation.{summary['model']}.")
             self.accelerator.log(found, step=self.done)
-            self.say(describe(summary))
+            self.log(describe(summary))
 
     def _record(self) -> None:
         """A snapshot of tokens for the report, on the main process alone."""
         every = self.config.recording.every
         if not every or not (self._is_due(every) or self.done == 0) or not self.folder.is_writer:
             return
-        self.watch("recording tokens")
-        lines = snapshot(self.config, self.parts, self.step.rollouts, self.done)
+        self.on_phase("recording tokens")
+        lines = snapshot(self.config, self.components, self.step.rollouts, self.done)
         if (
             self.folder.size("tokens.jsonl") + sum(map(len, lines))
             > self.config.recording.max_bytes
         ):
             limit = self.config.recording.max_bytes
-            self.say(f"no tokens recorded at step {self.done}: recording.max_bytes is {limit:,}")
+            self.log(f"no tokens recorded at step {self.done}: recording.max_bytes is {limit:,}")
             return
         self.folder.append_text("tokens.jsonl", "".join(lines))
 
@@ -347,19 +349,19 @@ class _Run:
             manifest = self.folder.read_manifest() or {}
             self.folder.write_manifest(manifest | {"verdict": asdict(verdict)})
             if self.done >= self.first_step:
-                self.say(f"verdict: {verdict}")
+                self.log(f"verdict: {verdict}")
 
     def _export(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        self.watch("exporting the student")
+        self.on_phase("exporting the student")
         target = self.folder.path / "student"
-        model = plain_student(self.config, self.parts.student.model)
+        model = plain_student(self.config, self.components.student.model)
         records = self.folder.read("evaluation.jsonl")
         card = model_card(self.config, records, environment(), self._verdict())
-        save_model(model, self.parts.tokenizer, target, card)
-        self.watch("")
-        self.say(f"student exported to {target}")
+        save_model(model, self.components.tokenizer, target, card)
+        self.on_phase("")
+        self.log(f"student exported to {target}")
 
 
 def _main_says(accelerator: Accelerator, number: int) -> int:
@@ -379,10 +381,6 @@ def _same_everywhere(accelerator: Accelerator, date: datetime) -> datetime:
 def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
     """Steps at the end of the log with a skipped update."""
     return len(list(takewhile(lambda m: m["num_skipped_updates"], reversed(metrics))))
-
-
-def _say_nothing(_: str) -> None:
-    """The voice of every process but the main one."""
 
 
 def _optimizer(

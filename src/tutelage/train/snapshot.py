@@ -21,14 +21,14 @@ from tutelage.config.schema import Config
 from tutelage.core.weighting import entropy_gate
 from tutelage.data.types import Rollout
 from tutelage.models.tokenizers import decode
-from tutelage.setup.components import Parts
+from tutelage.setup.components import Components
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import gate_of
-from tutelage.setup.progress import Watch, unsaid, unwatched
+from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.train.token_scores import (
     ScoreRequest,
     Scores,
-    components,
+    loaded_components,
     rollouts_of,
     score_rollouts,
 )
@@ -44,12 +44,14 @@ _MAX_PAGE_TOKENS = 1024
 """Tokens of a completion that a page without a run shows."""
 
 
-def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: int) -> list[str]:
+def snapshot(
+    config: Config, components: Components, rollouts: Sequence[Rollout], step: int
+) -> list[str]:
     """JSON lines of the panel's completions, drawn now, and of some of the step's rollouts.
 
     Args:
         config: the run; its `recording` says how much.
-        parts: the models after `step`.
+        components: the models after `step`.
         rollouts: what the step learned from; of these every n-th is taken.
         step: updates done.
 
@@ -57,15 +59,15 @@ def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: in
         One line a completion, none if there is nothing to record.
     """
     start, settings = time.perf_counter(), config.recording
-    panel = _panel(config, parts)
+    panel = _panel(config, components)
     every = max(1, len(rollouts) // max(1, settings.num_rollouts))
     trained = list(rollouts[::every][: settings.num_rollouts])
     lines: list[dict[str, Any]] = []
     for kind, chosen in (("held-out", panel), ("training", trained)):
         chosen = [rollout for rollout in chosen if rollout.completion_ids]
         if chosen:
-            scores = score_rollouts(config, parts, chosen, request_of(config))
-            lines += token_lines(config, parts, scores, step, kind)
+            scores = score_rollouts(config, components, chosen, request_of(config))
+            lines += token_lines(config, components, scores, step, kind)
     seconds = round(time.perf_counter() - start, 4)
     return [_dump({**line, "seconds": seconds}) for line in lines]
 
@@ -74,28 +76,28 @@ def snapshot(config: Config, parts: Parts, rollouts: Sequence[Rollout], step: in
 def score_for_page(
     config: Config,
     request: ScoreRequest,
-    watch: Watch = unwatched,
-    say: Callable[[str], None] = unsaid,
+    on_phase: PhaseCallback = no_phases,
+    log: Callable[[str], None] = no_log,
 ) -> tuple[Scores, list[dict[str, Any]]]:
     """`score`, and its completions as the lines that a page is made of.
 
     Args:
         config: names student, teacher, data and sampling.
         request: which completions and rules; without rules those of a recording.
-        watch: told what is being done.
-        say: receives a line for what was left out of the prompts' records.
+        on_phase: told what is being done.
+        log: receives a line for what was left out of the prompts' records.
 
     Raises:
         TutelageError: models, data or request cannot be used.
     """
     request = replace(request, rules=request.rules or PANEL_RULES, num_top=NUM_TOP)
     config = replace(config, recording=replace(config.recording, max_new_tokens=_MAX_PAGE_TOKENS))
-    with components(config, watch) as parts:
-        rollouts = rollouts_of(config, parts, request, watch, say)
-        watch("scoring")
-        scores = score_rollouts(config, parts, rollouts, request)
+    with loaded_components(config, on_phase) as components:
+        rollouts = rollouts_of(config, components, request, on_phase, log)
+        on_phase("scoring")
+        scores = score_rollouts(config, components, rollouts, request)
     kind = "sampled" if request.completions is None else "given"
-    return scores, list(token_lines(config, parts, scores, 0, kind))
+    return scores, list(token_lines(config, components, scores, 0, kind))
 
 
 def request_of(config: Config) -> ScoreRequest:
@@ -108,7 +110,7 @@ def request_of(config: Config) -> ScoreRequest:
 
 
 def token_lines(
-    config: Config, parts: Parts, scores: Scores, step: int, kind: str
+    config: Config, components: Components, scores: Scores, step: int, kind: str
 ) -> Iterator[dict[str, Any]]:
     """One record a completion; columns have one entry a token.
 
@@ -116,7 +118,7 @@ def token_lines(
 
     Args:
         config: the run.
-        parts: for the tokenizer.
+        components: for the tokenizer.
         scores: statistics, selections and likeliest tokens.
         step: updates done.
         kind: "held-out", "training" or "given".
@@ -133,7 +135,7 @@ def token_lines(
             "kind": kind,
             "prompt_id": rollout.prompt.id,
             "sample": rollout.sample,
-            "prompt": decode(parts.tokenizer, rollout.prompt_ids),
+            "prompt": decode(components.tokenizer, rollout.prompt_ids),
             "num_tokens": size,
             "token": list(rollout.completion_ids[: config.recording.max_new_tokens]),
             "entropy": _rounded(scores.stats.entropy[shown]),
@@ -144,19 +146,19 @@ def token_lines(
             "log_q": _rounded(scores.stats.log_q[shown]),
             "gate": _rounded(gate[shown]),
             **_ranks(scores, whole, shown),
-            **_candidates(parts, scores, rollout, shown, texts),
+            **_candidates(components, scores, rollout, shown, texts),
         }
 
 
-def _panel(config: Config, parts: Parts) -> list[Rollout]:
+def _panel(config: Config, components: Components) -> list[Rollout]:
     settings = config.recording
     if not settings.num_prompts:
         return []
     longest = min(settings.max_new_tokens, config.sampling.max_new_tokens)
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
-    prompts = parts.task.held_out(settings.num_prompts)
+    prompts = components.task.held_out(settings.num_prompts)
     seed = (config.seed, _PANEL_SEED)
-    return parts.sampler.draw(prompts, once, seed).rollouts
+    return components.sampler.draw(prompts, once, seed).rollouts
 
 
 def _gate(config: Config, scores: Scores) -> Tensor:
@@ -183,7 +185,7 @@ def _ranks(scores: Scores, whole: slice, shown: slice) -> dict[str, Any]:
 
 
 def _candidates(
-    parts: Parts, scores: Scores, rollout: Rollout, shown: slice, texts: dict[int, str]
+    components: Components, scores: Scores, rollout: Rollout, shown: slice, texts: dict[int, str]
 ) -> dict[str, Any]:
     """The likeliest tokens of both sides, and the text of every id that the line names.
 
@@ -198,7 +200,7 @@ def _candidates(
     }
     named = {i for rows in ids.values() for row in rows for i in row}
     named |= set(rollout.completion_ids[: shown.stop - shown.start])
-    texts |= {i: parts.tokenizer.decode([i]) for i in named - texts.keys()}
+    texts |= {i: components.tokenizer.decode([i]) for i in named - texts.keys()}
     return {
         **ids,
         "student_share": _rounded(top.student[shown]),

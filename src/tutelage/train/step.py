@@ -19,7 +19,7 @@ from tutelage.evaluation.evaluate import grade_rollouts
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.request import Drawn, earlier_samples
-from tutelage.setup.components import Parts
+from tutelage.setup.components import Components
 from tutelage.setup.objective import (
     culprit,
     gate_of,
@@ -46,7 +46,7 @@ class Step:
     def __init__(
         self,
         config: Config,
-        parts: Parts,
+        components: Components,
         accelerator: Accelerator,
         student: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -54,13 +54,13 @@ class Step:
     ) -> None:
         self.stop = Stop() if stop is None else stop  # one that is not set yet counts as false
         self.config = config
-        self.parts = parts
+        self.components = components
         self.accelerator = accelerator
         self.ranks = Ranks(accelerator)
         self.student = student
         self.optimizer = optimizer
-        self.learner = Learner(config, parts, self.ranks, student, optimizer, self.stop)
-        self.pad_id = pad_id(parts.tokenizer, parts.student.vocab_size)
+        self.learner = Learner(config, components, self.ranks, student, optimizer, self.stop)
+        self.pad_id = pad_id(components.tokenizer, components.student.vocab_size)
         self.rollouts: list[Rollout] = []
         """This process's rollouts of the last step."""
 
@@ -77,7 +77,7 @@ class Step:
         with self.stop.interruptible():
             ready = self._prepare(step, clock)
         seed = (self.config.seed, step, _DROPOUT_SEED)
-        with clock.phase("learn"), learning(self.parts.student.model, seed):
+        with clock.phase("learn"), learning(self.components.student.model, seed):
             learned = self.learner.learn(ready, step)
         plan, rollouts = ready.plan, ready.rollouts
         self.rollouts = rollouts
@@ -108,12 +108,12 @@ class Step:
         updates = self.cut(rollouts)
         batches = [batch for update in updates for batch in update]
         engine: dict[str, float] = {}
-        if self.parts.sampler.has_own_weights:
+        if self.components.sampler.has_own_weights:
             with clock.phase("score"):
                 said = dict(zip(self.share(len(rollouts)), rollouts, strict=True))
                 distance = engine_gap(self.config, self.student, batches, said, step)
                 engine["engine_logprob_gap_nats"] = distance
-        teacher = self.parts.teacher
+        teacher = self.components.teacher
         with clock.phase("teacher"), teacher.awake():
             views = [teacher.read(batch) for batch in batches]
         plan, gap = None, None
@@ -127,10 +127,10 @@ class Step:
     def write(self, step: int) -> Drawn:
         """This process's share of the step's rollouts."""
         config = self.config
-        prompts = self.parts.task.prompts(step - 1, config.prompts_per_step, config.seed)
+        prompts = self.components.task.prompts(step - 1, config.prompts_per_step, config.seed)
         earlier = earlier_samples(prompts, config.sampling.num_samples)
         share = self.share(len(prompts) // self.ranks.count)
-        return self.parts.sampler.draw(
+        return self.components.sampler.draw(
             [prompts[i] for i in share],
             config.sampling,
             (config.seed, step),
@@ -200,7 +200,7 @@ class Step:
         """
         if step != 1 or known[0] is None:
             return None
-        gap, limit = self.ranks.max(self.parts.student.hidden_gap(batches[0], known[0]))
+        gap, limit = self.ranks.max(self.components.student.hidden_gap(batches[0], known[0]))
         if not gap <= limit:
             raise RunError(
                 f"hidden states recorded while sampling differ from a fresh forward pass by "
@@ -220,7 +220,7 @@ class Step:
         extras = needed_extras(self.config) if reads_teacher else ()
         stats = []
         for batch, read, hidden in zip(batches, views, known, strict=True):
-            view = self.parts.teacher.view(read) if reads_teacher else None
+            view = self.components.teacher.view(read) if reads_teacher else None
             with torch.no_grad():
                 stats.append(self.student(batch, view, extras=extras, hidden=hidden))
         return self._plan_of(self.ranks.rows(batches, TokenStats.cat(stats)), rollouts, step)
@@ -241,7 +241,7 @@ class Step:
         """Verdict on every completion of the step; none where no weighting asks for them."""
         if not isinstance(self.config.weighting, PacedWeighting | RewardWeighting):
             return []
-        local = grade_rollouts(self.parts.task.grade, rollouts)
+        local = grade_rollouts(self.components.task.grade, rollouts)
         codes = [-1 if verdict is None else int(verdict) for verdict in local]
         table = self.ranks.by_completion(codes, self.share(len(rollouts)))
         return [None if code < 0 else bool(code) for code in table]

@@ -31,11 +31,11 @@ from tutelage.data.prompts import load_completions
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
-from tutelage.setup.components import Parts, build
+from tutelage.setup.components import Components, build_components
 from tutelage.setup.inputs import prompt_format
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
-from tutelage.setup.progress import Watch, counting, unsaid, unwatched
+from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
 from tutelage.train.selection import reading
 
 
@@ -160,44 +160,44 @@ class Scores:
 def score(
     config: Config,
     request: ScoreRequest,
-    watch: Watch = unwatched,
-    say: Callable[[str], None] = unsaid,
+    on_phase: PhaseCallback = no_phases,
+    log: Callable[[str], None] = no_log,
 ) -> Scores:
     """Score the student's own completions of held-out prompts, or given ones.
 
     Args:
         config: names student, teacher, data and sampling.
         request: which completions, and which rules to report.
-        watch: told what is being done.
-        say: receives a line for what was left out of the prompts' records.
+        on_phase: told what is being done.
+        log: receives a line for what was left out of the prompts' records.
 
     Raises:
         TutelageError: models, data or request cannot be used.
     """
-    with components(config, watch) as parts:
-        rollouts = rollouts_of(config, parts, request, watch, say)
-        watch("scoring")
-        return score_rollouts(config, parts, rollouts, request)
+    with loaded_components(config, on_phase) as components:
+        rollouts = rollouts_of(config, components, request, on_phase, log)
+        on_phase("scoring")
+        return score_rollouts(config, components, rollouts, request)
 
 
 @contextmanager
-def components(config: Config, watch: Watch) -> Iterator[Parts]:
+def loaded_components(config: Config, on_phase: PhaseCallback) -> Iterator[Components]:
     """Models, tokenizer and task, whose engine is closed in the end."""
-    parts = build(config, watch=watch)
+    components = build_components(config, on_phase=on_phase)
     try:
-        yield parts
+        yield components
     finally:
-        parts.sampler.close()
+        components.sampler.close()
 
 
 def score_rollouts(
-    config: Config, parts: Parts, rollouts: list[Rollout], request: ScoreRequest
+    config: Config, components: Components, rollouts: list[Rollout], request: ScoreRequest
 ) -> Scores:
     """Score every token of some rollouts with loaded models.
 
     Args:
         config: names batch sizes, seed and quadrant thresholds.
-        parts: student and teacher.
+        components: student and teacher.
         rollouts: at least one, with at least one token.
         request: rules to report, their budget, and how many of the likeliest tokens to return.
 
@@ -205,16 +205,16 @@ def score_rollouts(
         ModelError: no token has finite statistics.
     """
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
-    pad = pad_id(parts.tokenizer, parts.student.vocab_size)
+    pad = pad_id(components.tokenizer, components.student.vocab_size)
     limit = config.micro_batch_tokens
     batches = micro_batches(rollouts, config.micro_batch_size, pad, max_tokens=limit)
     tables, tops = [], []
-    with parts.teacher.awake(), torch.no_grad():
+    with components.teacher.awake(), torch.no_grad():
         for batch in batches:
-            here = batch.to(parts.device)
-            view = parts.teacher.view(parts.teacher.read(here))
-            logits = parts.student.logits(here)
-            tables.append(parts.student(here, view, extras=extras, hidden=logits.hidden))
+            here = batch.to(components.device)
+            view = components.teacher.view(components.teacher.read(here))
+            logits = components.student.logits(here)
+            tables.append(components.student(here, view, extras=extras, hidden=logits.hidden))
             if request.num_top:
                 tops.append((*_top(logits, request.num_top), *_top(view, request.num_top)))
     stats = TokenStats.unstack(TokenStats.cat(tables).stack().cpu(), extras)
@@ -227,7 +227,7 @@ def score_rollouts(
     completion = torch.cat([batch.completion for batch in batches])
     position = torch.cat([batch.position for batch in batches])
     tokens = torch.cat([batch.tokens for batch in batches]).tolist()
-    texts = {token: parts.tokenizer.decode([token]) for token in set(tokens)}
+    texts = {token: components.tokenizer.decode([token]) for token in set(tokens)}
     uniform = counter_uniform((config.seed,), completion, position)
     options: dict[str, Any] = {"keep": request.keep, "uniform": uniform, "position": position}
     options |= reading(config.selection)
@@ -236,7 +236,7 @@ def score_rollouts(
         stats,
         _quadrants(stats, config.quadrant_thresholds),
         {r: select_tokens(stats, completion, r, **options) for r in request.rules},
-        parts.student.vocab_size,
+        components.student.vocab_size,
         [texts[token] for token in tokens],
         config.quadrant_thresholds,
         Top(*map(torch.cat, zip(*tops, strict=True))) if tops else None,
@@ -255,44 +255,46 @@ def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tenso
 
 def rollouts_of(
     config: Config,
-    parts: Parts,
+    components: Components,
     request: ScoreRequest,
-    watch: Watch = unwatched,
-    say: Callable[[str], None] = unsaid,
+    on_phase: PhaseCallback = no_phases,
+    log: Callable[[str], None] = no_log,
 ) -> list[Rollout]:
     """The given completions, or the student's own of held-out prompts, by the run's engine."""
-    rollouts = _rollouts_of(config, parts, request, watch)
+    rollouts = _rollouts_of(config, components, request, on_phase)
     prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
     for note in notes_of(prompts.values()):
-        say(f"warning: {note}")
+        log(f"warning: {note}")
     return rollouts
 
 
 def _rollouts_of(
-    config: Config, parts: Parts, request: ScoreRequest, watch: Watch
+    config: Config, components: Components, request: ScoreRequest, on_phase: PhaseCallback
 ) -> list[Rollout]:
     if request.completions is not None:
         pairs = load_completions(request.completions, prompt_format(config.data))
         number: dict[str, Iterator[int]] = defaultdict(itertools.count)
-        return [_given(parts, prompt, next(number[prompt.id]), text) for prompt, text in pairs]
-    prompts = parts.task.held_out(request.num_prompts)
+        return [_given(components, prompt, next(number[prompt.id]), text) for prompt, text in pairs]
+    prompts = components.task.held_out(request.num_prompts)
     num_completions = len(prompts) * config.sampling.num_samples
-    progress = counting(watch, "sampling: completions", num_completions)
+    progress = counting(on_phase, "sampling: completions", num_completions)
     seed = (config.seed, 0)
-    return parts.sampler.draw(prompts, config.sampling, seed, progress=progress).rollouts
+    return components.sampler.draw(prompts, config.sampling, seed, progress=progress).rollouts
 
 
-def _given(parts: Parts, prompt: Prompt, sample: int, completion: str | list[int]) -> Rollout:
+def _given(
+    components: Components, prompt: Prompt, sample: int, completion: str | list[int]
+) -> Rollout:
     ids = completion
     if isinstance(ids, str):
-        ids = encode_completion(parts.tokenizer, ids)
-    beyond = [i for i in ids if i >= parts.student.vocab_size]
+        ids = encode_completion(components.tokenizer, ids)
+    beyond = [i for i in ids if i >= components.student.vocab_size]
     if beyond or not ids:
         raise DataError(
             f"completion of prompt {prompt.id!r} must have ids from 0 to "
-            f"{parts.student.vocab_size - 1}, got {beyond[:1] or 'none'}."
+            f"{components.student.vocab_size - 1}, got {beyond[:1] or 'none'}."
         )
-    prompt_ids = encode_prompt(parts.tokenizer, prompt, parts.enable_thinking)
+    prompt_ids = encode_prompt(components.tokenizer, prompt, components.enable_thinking)
     return Rollout(prompt, sample, tuple(prompt_ids), tuple(ids))
 
 

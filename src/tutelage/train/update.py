@@ -16,7 +16,7 @@ from tutelage.data.batch import Batch
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
-from tutelage.setup.components import Parts, trained_names
+from tutelage.setup.components import Components, trained_names
 from tutelage.setup.objective import needed_extras, needs_scoring, scores_teacher
 from tutelage.train.distributed import Ranks
 from tutelage.train.micro_batch import Attempt, Portion, halves_of, portions_of
@@ -67,14 +67,14 @@ class Learner:
     def __init__(
         self,
         config: Config,
-        parts: Parts,
+        components: Components,
         ranks: Ranks,
         student: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         stop: Stop,
     ) -> None:
         self.config = config
-        self.parts = parts
+        self.components = components
         self.ranks = ranks
         self.student = student
         self.optimizer = optimizer
@@ -128,7 +128,7 @@ class Learner:
                 return attempt
             # What was summed so far includes part of the one that failed.
             self.optimizer.zero_grad()
-            self.parts.student.zero_grad()
+            self.components.student.zero_grad()
             if self.ranks.accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
             place = attempt.too_large
@@ -150,10 +150,10 @@ class Learner:
         for i, portion in enumerate(portions):
             batch, lesson = portion.batch, portion.lesson
             try:
-                teacher = self.parts.teacher.view(portion.view)
+                teacher = self.components.teacher.view(portion.view)
                 objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
                 (objective.total * scale).backward()
-                self.parts.masters.collect()
+                self.components.masters.collect()
             except torch.OutOfMemoryError:
                 return Attempt(portions, total, stats, num_splits, too_large=i)
             total = total + objective.total.detach()
@@ -171,7 +171,7 @@ class Learner:
         Returns:
             The sum of the objective, the norm of the gradient, and what was not finite.
         """
-        masters = self.parts.masters.masters
+        masters = self.components.masters.masters
         self.ranks.add_gradients(masters)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.config.optimizer.max_grad_norm
@@ -180,7 +180,9 @@ class Learner:
         total = self.ranks.sum(total)
         if not (math.isfinite(norm) and math.isfinite(total)):
             named = zip(
-                trained_names(self.parts.student), (master.grad for master in masters), strict=True
+                trained_names(self.components.student),
+                (master.grad for master in masters),
+                strict=True,
             )
             bad = [n for n, g in named if g is not None and not bool(torch.isfinite(g).all())]
             self.optimizer.zero_grad()
@@ -190,7 +192,7 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, found)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.parts.teacher.mode == "reload" or self.config.optimizer.state_is_on_disk:
+        if self.components.teacher.mode == "reload" or self.config.optimizer.state_is_on_disk:
             give_back()  # to the teacher, which reads next
         return total, norm, []
 

@@ -1,4 +1,4 @@
-"""Where a command says what it is doing while nothing else is to be seen."""
+"""How a long operation reports its phases and its lines of text to a caller that shows them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections.abc import Callable
 from typing import Protocol
 
 
-class Watch(Protocol):
+class PhaseCallback(Protocol):
     """Receives each phase as it begins, and counts within it; an empty text ends the last one."""
 
     def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
         """The phase, and how much of it is done where that is known (`total` above 0)."""
 
 
-def unwatched(text: str, done: int = 0, total: int = 0) -> None:
-    """Nobody watches."""
+def no_phases(text: str, done: int = 0, total: int = 0) -> None:
+    """A `PhaseCallback` that ignores its calls."""
 
 
-def unsaid(text: str) -> None:
-    """Where a line that a user should see goes if nobody asked for such lines."""
+def no_log(text: str) -> None:
+    """A log function that drops its lines."""
 
 
-def counting(watch: Watch, text: str, total: int) -> Callable[[int], None]:
+def counting(on_phase: PhaseCallback, text: str, total: int) -> Callable[[int], None]:
     """Begins a phase; the result is called with the number of things that were just finished."""
     done = 0
-    watch(text, 0, total)
+    on_phase(text, 0, total)
 
     def progress(count: int) -> None:
         nonlocal done
         done += count
-        watch(text, done, total)
+        on_phase(text, done, total)
 
     return progress
