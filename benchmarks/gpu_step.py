@@ -360,7 +360,7 @@ def embedded() -> dict[str, Any]:
     root = Path(__file__).parent.parent
     with scratch() as name:
         folder = Path(name)
-        config = load_config(root / "configs" / "ledger.toml", [])
+        config = load_config(root / "configs" / "examples" / "ledger.toml", [])
         hashes = {}
         for arm, steps in (("whole", None), ("stopped", 20)):
             out = str(folder / arm)

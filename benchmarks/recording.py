@@ -1,7 +1,8 @@
 """What recording tokens costs: a snapshot in steps, and all of a run's as a share of its steps.
 
     python benchmarks/recording.py                                   # the demo's run
-    python benchmarks/recording.py --config configs/smollm2_gsm8k_200.toml --steps 4 --no-whole
+    python benchmarks/recording.py --config configs/examples/smollm2_gsm8k_200.toml --steps 4 \
+        --no-whole
 
 Whole runs with and without recording differ by less than two runs of one kind do. So the cost is
 measured large: short runs in turns, one with a snapshot after every step, one with none, which
@@ -40,7 +41,9 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Write and print one JSON object."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("--config", default=str(HERE.parent / "configs" / "ledger.toml"))
+    options.add_argument(
+        "--config", default=str(HERE.parent / "configs" / "examples" / "ledger.toml")
+    )
     options.add_argument("overrides", nargs="*", help="e.g. sampling.max_new_tokens=32")
     options.add_argument("--rounds", type=int, default=8)
     options.add_argument("--steps", type=int, default=9, help="of a short run, at least 2")

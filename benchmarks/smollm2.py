@@ -25,7 +25,7 @@ from tutelage.config.schema import Config
 from tutelage.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "smollm2_gsm8k_200.toml"
+CONFIG = ROOT / "configs" / "examples" / "smollm2_gsm8k_200.toml"
 RESULT = ROOT / "benchmarks" / "results" / "smollm2.json"
 FIGURE = ROOT / "docs" / "images" / "smollm2.svg"
 ARMS = {

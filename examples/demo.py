@@ -55,7 +55,7 @@ class Arm:
 
 def main() -> None:
     start = time.monotonic()
-    config = load_config(ROOT / "configs" / "ledger.toml")
+    config = load_config(ROOT / "configs" / "examples" / "ledger.toml")
     console.rule("1. An overconfident student learns from its own completions")
     result = run(config, "demo")
     if not result.is_finished:

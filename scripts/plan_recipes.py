@@ -1,6 +1,6 @@
 """Write into the headers of recipes for one GPU what they are planned to take.
 
-    python scripts/plan_recipes.py            # writes configs/*_1gpu_*.toml
+    python scripts/plan_recipes.py            # writes configs/*/*_1gpu_*.toml
     python scripts/plan_recipes.py --check    # ends with status 1 where a header is stale
 
 Plans are made from the sizes of the architectures alone, by what `tutelage check` plans on the
@@ -29,7 +29,7 @@ from tutelage.memory.cuda import Facts, plan_cuda  # noqa: E402
 GIB = 1 << 30
 CARDS = {"80gb": 79 * GIB, "24gb": int(23.5 * GIB)}
 """What a driver leaves of cards that are sold as so large."""
-_BLOCK = re.compile(r"#\n# Planned, not measured:.*?(?=\nnum_steps)", re.DOTALL)
+_BLOCK = re.compile(r"#\n# Planned, not measured:.*?(?=\nbase = )", re.DOTALL)
 
 
 def facts_of(card: str) -> Facts:
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     given = parser.parse_args()
     stale: list[str] = []
-    for path in sorted((ROOT / "configs").glob("*_1gpu_*.toml")):
+    for path in sorted((ROOT / "configs").rglob("*_1gpu_*.toml")):
         before = path.read_text(encoding="utf-8")
         block = block_of(path)
         after = _BLOCK.sub(lambda _: block, before)  # noqa: B023

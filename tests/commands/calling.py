@@ -13,7 +13,7 @@ from tutelage.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "src" / "tutelage" / "assets"
-LEDGER = ROOT / "configs" / "ledger.toml"
+LEDGER = ROOT / "configs" / "examples" / "ledger.toml"
 STUDENT = "package:tutelage/assets/ledger-overconfident"
 TEACHER = "package:tutelage/assets/ledger-teacher"
 TINY = (

@@ -19,11 +19,18 @@ from tutelage.train.checkpoint import load_optimizer
 from tutelage.train.step import Step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-RECIPES = sorted(path.name for path in CONFIGS.glob("*.toml") if "smollm2" not in path.name)
+RECIPES = sorted(
+    path.relative_to(CONFIGS).as_posix()
+    for path in CONFIGS.rglob("*.toml")
+    if "smollm2" not in path.name
+)
 HUB = {"student": {"model": "Qwen/Qwen3-0.6B"}, "teacher": {"model": "Qwen/Qwen3-8B"}}
 
 
-QUICK_VARIANTS = ("tip_qwen3_8b_4b_1gpu_24gb.toml", "eopd_qwen3_4b_1gpu_24gb.toml")
+QUICK_VARIANTS = (
+    "tip/tip_qwen3_8b_4b_1gpu_24gb.toml",
+    "eopd/eopd_qwen3_4b_1gpu_24gb.toml",
+)
 """Of the recipes for one GPU, those that are tried every time."""
 
 
@@ -59,7 +66,9 @@ def test_every_recipe_takes_a_step(name: str) -> None:
 
 
 def test_layers_that_run_on_cuda_alone_are_tried_as_transformers_own() -> None:
-    config = load_config(CONFIGS / "ledger.toml", ["student.layers=liger", "device=cpu"])
+    config = load_config(
+        CONFIGS / "examples" / "ledger.toml", ["student.layers=liger", "device=cpu"]
+    )
     lines = list(dry_run(config))
     assert lines[-1].startswith("continued from the checkpoint of step 1")
     assert any(line.startswith("scaled: student.layers ") for line in lines)
@@ -67,7 +76,7 @@ def test_layers_that_run_on_cuda_alone_are_tried_as_transformers_own() -> None:
 
 def test_the_papers_settings() -> None:
     """What the methods' notes say, read from the files and not from what made them."""
-    tip = {name: tomllib.loads((CONFIGS / f"tip_{name}.toml").read_text()) for name in
+    tip = {name: tomllib.loads((CONFIGS / "tip" / f"tip_{name}.toml").read_text()) for name in
            ("qwen3_8b_4b", "llama_70b_8b", "qwen25_14b_1_5b")}  # fmt: skip
     rates = {name: table["optimizer"]["learning_rate"] for name, table in tip.items()}
     assert rates == {"qwen3_8b_4b": 1e-6, "llama_70b_8b": 3e-7, "qwen25_14b_1_5b": 1e-6}
@@ -79,7 +88,7 @@ def test_the_papers_settings() -> None:
         )
         assert (table["selection"]["rule"], table["selection"]["keep"]) == ("soft_or", 0.5)
     for size in ("0_6b", "1_7b", "4b"):
-        table = tomllib.loads((CONFIGS / f"eopd_qwen3_{size}.toml").read_text())
+        table = tomllib.loads((CONFIGS / "eopd" / f"eopd_qwen3_{size}.toml").read_text())
         objective = {"kind": "eopd", "estimator": "sampled", "fkl": "topk_renorm", "k": 16,
                      "threshold": 0.8, "forward_weight": 1.0, "clip": 0.2}  # fmt: skip
         assert table["objective"] == objective
@@ -106,7 +115,7 @@ def test_known_families_without_network(ref: str, kind: str, tied: str) -> None:
 
 
 def test_heads_of_different_size_stay_different() -> None:
-    config = load_config(CONFIGS / "tip_qwen25_14b_1_5b.toml")
+    config = load_config(CONFIGS / "tip" / "tip_qwen25_14b_1_5b.toml")
     student, teacher, *_ = dry_run(config)
     assert "head of 267 rows" in student
     assert "151,936" in student

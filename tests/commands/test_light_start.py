@@ -19,7 +19,7 @@ except SystemExit as end:
     code = end.code
 print([name for name in {HEAVY} if name in sys.modules], code, file=sys.stderr)
 """
-LEDGER = "configs/ledger.toml"
+LEDGER = "configs/examples/ledger.toml"
 
 
 def run(*arguments: str) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ import pytest
 from tutelage.cli import main
 
 ARGUMENTS = ("num_threads=1", "sampling.max_new_tokens=12", "--num-prompts", "2")
-CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "ledger.toml")
+CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "examples" / "ledger.toml")
 
 
 def test_the_page_holds_the_numbers_of_the_rows(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_an_overlong_option_is_still_one_line() -> None:
 
 
 def test_missing_configuration(tmp_path: Path) -> None:
-    refused("train", tmp_path / "no.toml")("no.toml does not exist", "configs/ledger.toml")
+    refused("train", tmp_path / "no.toml")("no.toml does not exist", "configs/examples/ledger.toml")
     refused("train", tmp_path)("cannot be read")
 
 

@@ -142,6 +142,36 @@ def test_a_folder_in_place_of_a_file_is_one_line(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+def test_a_file_is_read_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        'num_steps = 7\nseed = 3\nstudent.model = "s"\n[teacher]\nmodel = "t"\ndtype = "float32"\n'
+    )
+    (tmp_path / "sub").mkdir()
+    middle, path = tmp_path / "sub" / "middle.toml", tmp_path / "sub" / "mine.toml"
+    middle.write_text('base = "../base.toml"\nseed = 4\nnum_steps = 8\n')
+    path.write_text('base = "middle.toml"\nnum_steps = 9\n[teacher]\ndtype = "bfloat16"\n')
+    config = load_config(path, ["teacher.model=u"])
+    assert (config.num_steps, config.seed, config.student.model) == (9, 4, "s")
+    assert (config.teacher.model, config.teacher.dtype) == ("u", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('base = "none.toml"', "none.toml does not exist"),
+        ("base = 3", "base must be the path of a TOML file, got 3"),
+        ('base = "bad.toml"', "bad.toml is its own base"),
+        ('[base]\nmodel = "s"', "base must be the path of a TOML file"),
+    ],
+)
+def test_a_wrong_base_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_overrides_are_toml_or_plain_text(tmp_path: Path) -> None:
     config = with_overrides(
         tmp_path,

@@ -35,7 +35,7 @@ def arguments(out: Path, **changes: Any) -> list[str]:
         "evaluation.teacher": "false", "device": "cpu", "out": out,
     }  # fmt: skip
     overrides = [f"{key}={value}" for key, value in (values | changes).items()]
-    return ["train", str(ROOT / "configs/ledger.toml"), *overrides]
+    return ["train", str(ROOT / "configs/examples/ledger.toml"), *overrides]
 
 
 def two(*arguments: str) -> list[Ended]:

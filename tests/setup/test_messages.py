@@ -241,7 +241,7 @@ def test_advice_to_install_names_what_the_extra_asks_for() -> None:
 @pytest.mark.parametrize("key", ["num_steps", "seed", "optimizer.weight_decay", "sampling.top_k"])
 def test_a_truth_value_is_no_number(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{re.escape(key)} must be a number, got true"):
-        load_config(ROOT / "configs" / "ledger.toml", [f"{key}=true"])
+        load_config(ROOT / "configs" / "examples" / "ledger.toml", [f"{key}=true"])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from tutelage.setup.components import build_components
 from tutelage.train.token_scores import ScoreRequest, Scores, rollouts_of, score, score_rollouts
 
 ASSETS = "package:tutelage/assets/"
-REAL = Path(__file__).resolve().parents[2] / "configs" / "smollm2_gsm8k.toml"
+REAL = Path(__file__).resolve().parents[2] / "configs" / "examples" / "smollm2_gsm8k.toml"
 STATISTICS = (
     "entropy_nats",
     "normalized_entropy",

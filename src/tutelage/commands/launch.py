@@ -1,9 +1,9 @@
 """A run in several processes of this machine, which start, stop and end together.
 
-    python -m tutelage.commands.launch 2 train configs/ledger.toml
+    python -m tutelage.commands.launch 2 train configs/examples/ledger.toml
 
-runs `tutelage train configs/ledger.toml` in two processes. torchrun starts them too, but ends a run
-that Ctrl-C stopped with a traceback of its own and exit code 1.
+runs `tutelage train configs/examples/ledger.toml` in two processes. torchrun starts them too, but
+ends a run that Ctrl-C stopped with a traceback of its own and exit code 1.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
         if not arguments or not arguments[0].isdecimal():
             raise RunError(
                 f"the first argument must be a number of processes, got {list(arguments[:1])}. "
-                "Example: python -m tutelage.commands.launch 2 train configs/ledger.toml"
+                "Example: python -m tutelage.commands.launch 2 train configs/examples/ledger.toml"
             )
         command = [sys.executable, "-m", "tutelage", *arguments[1:]]
         return launch(command, int(arguments[0]))

@@ -16,11 +16,11 @@ USER_ERROR = 2
 """Exit code for everything a user can mend."""
 
 _EXAMPLES = {
-    "check": "tutelage check configs/ledger.toml",
-    "train": "tutelage train configs/ledger.toml selection.rule=soft_or selection.keep=0.5",
+    "check": "tutelage check configs/examples/ledger.toml",
+    "train": "tutelage train configs/examples/ledger.toml selection.rule=soft_or",
     "eval": "tutelage eval package:tutelage/assets/ledger-teacher --json",
     "sample": "tutelage sample package:tutelage/assets/ledger-teacher --num-prompts 3",
-    "score": "tutelage score configs/ledger.toml --rules soft_or,entropy,q3 --out tokens.jsonl",
+    "score": "tutelage score configs/examples/ledger.toml --rules soft_or,q3 --out tokens.jsonl",
     "report": "tutelage report runs/ledger-1a2b3c4d",
     "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
 }

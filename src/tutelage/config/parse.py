@@ -44,19 +44,52 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a TOML file, with `key=value` overrides applied.
 
     Args:
-        path: TOML file.
+        path: TOML file, with its base where it names one.
         overrides: e.g. "selection.rule=soft_or"; values are TOML, or plain text.
 
     Raises:
         ConfigError: the file, a key or a value is wrong.
     """
-    path = Path(path)
+    table = read_table(path)
+    for override in overrides:
+        _apply(table, override)
+    return parse_config(table)
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """The nested table of a TOML file; `base = "other.toml"` puts its values over those of another.
+
+    Args:
+        path: TOML file; the path of its base is relative to its own folder.
+
+    Raises:
+        ConfigError: the file or one of its bases cannot be read, or is its own base.
+    """
+    path, table = Path(path), _toml(Path(path))
+    seen = [path.resolve()]
+    while "base" in table:
+        name = table.pop("base")
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"base must be the path of a TOML file, got {name!r}. Write its path."
+            )
+        path = path.parent / name
+        if path.resolve() in seen:
+            raise ConfigError(
+                f"configuration {path} is its own base. Let base name another TOML file."
+            )
+        seen.append(path.resolve())
+        table = _over(_toml(path), table)
+    return table
+
+
+def _toml(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"configuration {path} does not exist. Give the path of a TOML file, "
-            "such as configs/ledger.toml."
+            "such as configs/examples/ledger.toml."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
@@ -64,9 +97,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from None
-    for override in overrides:
-        _apply(table, override)
-    return parse_config(table)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(value, dict) and isinstance(under, dict):
+            value = _over(under, value)
+        merged[key] = value
+    return merged
 
 
 def parse_config(table: dict[str, Any]) -> Config:
