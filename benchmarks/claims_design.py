@@ -22,15 +22,10 @@ from tutelage.config.method import (
     SelectionConfig,
     SomeTokens,
 )
+from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
 from tutelage.config.parse import fingerprint
-from tutelage.config.schema import (
-    Config,
-    LedgerData,
-    OptimizerConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
+from tutelage.config.schema import Config, LedgerData
 
 MAX_NEW_TOKENS = 64
 NUM_SAMPLES = 8

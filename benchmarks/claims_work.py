@@ -17,8 +17,8 @@ from torch import Tensor
 
 from claims_design import MAX_NEW_TOKENS, NUM_SAMPLES, Cell, config_of
 from claims_probe import bias, oscillation, probe, score
+from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
-from tutelage.config.settings import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.evaluation.evaluate import Evaluation, evaluate
 from tutelage.rollout.sampler import TransformersSampler

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.models.tokenizers import stop_ids
 from tutelage.rollout.cuda import generate, kv_slots, triton_operators

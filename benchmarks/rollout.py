@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM
 
 from objective import HERE, environment
 from operators import Operators
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.tasks.ledger import LedgerTask
 from tutelage.data.types import Prompt, Rollout
 from tutelage.models.llama_cpu.decode import FastRows

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from tutelage.config.method import ObjectiveConfig, SelectionConfig, WeightingConfig
 from tutelage.config.parse import all_keys
-from tutelage.config.schema import EngineConfig
+from tutelage.config.sampling import EngineConfig
 
 Keys = dict[str, tuple[str, ...]]
 
@@ -121,7 +121,7 @@ VALUES: dict[str, Values] = {
     "scoring": (["recorded", "forward"], [], ["none"]),
     "diagnostics": (["all", "kept"], [], ["some"]),
     "quadrant_thresholds": (["median", [0.5, 0.1]], [[-1.0, 1e9]], [[0.5], "mean", [0.1, 1e300]]),
-    "renormalise": ([True, False], [], ["off"]),
+    "renormalize": ([True, False], [], ["off"]),
     "checkpoint_every": ([0, 1], [_HUGE], [-1]),
     "checkpoint_writer": (["auto", "thread", "inline"], [], ["later"]),
     "keep_checkpoints": ([1, 2], [_HUGE], [0]),

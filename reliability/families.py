@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tutelage.config.parse import parse_config
+from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
-from tutelage.config.settings import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import TutelageError

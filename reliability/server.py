@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patience import HANG_S
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
 from tutelage.evaluation.server import Server

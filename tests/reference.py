@@ -285,7 +285,7 @@ def topk_kl(log_p: Tensor, log_q: Tensor, k: int, is_forward: bool) -> Tensor:
     return torch.stack(rows)
 
 
-def topk_renormalised(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
+def topk_renormalized(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
     """EOPD's code: the teacher renormalised on its top k, the student not."""
     rows = []
     for a, b in zip(log_p, log_q, strict=True):

@@ -23,7 +23,6 @@ from tutelage.errors import (
     is_out_of_memory,
     remedy,
 )
-from tutelage.setup.garbage import without_collection
 
 if TYPE_CHECKING:
     from tutelage.config.schema import Config
@@ -140,18 +139,17 @@ def _version() -> str:
 
 
 def _load(arguments: argparse.Namespace) -> Config:
-    with without_collection():
-        from tutelage.config.parse import load_config
+    from tutelage.config.parse import load_config
 
-        return load_config(arguments.config, arguments.overrides)
+    return load_config(arguments.config, arguments.overrides)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
-    with without_collection():
-        from tutelage.commands.check import check
-        from tutelage.commands.decontaminate import ALL, decontaminate
-        from tutelage.commands.dry_run import dry_run
+    from tutelage.commands.check import check
+    from tutelage.commands.decontaminate import ALL, decontaminate
+    from tutelage.commands.dry_run import dry_run
+
     allowed = tuple(arguments.allow_change)
     if arguments.dry_run and allowed:
         raise ConfigError(
@@ -169,11 +167,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)  # before the libraries that a mistake in it can do without
-    with without_collection():
-        from tutelage.commands.progress import Reporter
-        from tutelage.report.run_page import write_report
-        from tutelage.setup.run_folder import describe_contents
-        from tutelage.train.loop import train
+    from tutelage.commands.progress import Reporter
+    from tutelage.report.run_page import write_report
+    from tutelage.setup.run_folder import describe_contents
+    from tutelage.train.loop import train
 
     with Reporter(config.num_steps, as_json=arguments.json) as reporter:
         result = train(
@@ -264,10 +261,9 @@ def _score(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out} cannot be written: {out.parent} is no folder. Make it.")
     config = _load(arguments)  # before the libraries that a mistake in it can do without
     request = _score_request(arguments)
-    with without_collection():
-        from tutelage.commands.progress import Counter
-        from tutelage.train.snapshot import score_for_page
-        from tutelage.train.token_scores import score
+    from tutelage.commands.progress import Counter
+    from tutelage.train.snapshot import score_for_page
+    from tutelage.train.token_scores import score
 
     with Counter() as counter:
         if arguments.html is None:

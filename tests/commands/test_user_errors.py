@@ -212,7 +212,7 @@ KEYS = st.sampled_from(
     (
         *("num_steps", "seed", "out", "device", "student", "student.model", "student.num_layers"),
         *("data", "data.kind", "data.path", "selection", "selection.rule", "selection.keep"),
-        *("quadrant_thresholds", "sampling", "sampling.top_p", "evaluation.every", "renormalise"),
+        *("quadrant_thresholds", "sampling", "sampling.top_p", "evaluation.every", "renormalize"),
         *("a", "a.b", ".", "selection."),
     )
 )

@@ -180,7 +180,7 @@ def test_overrides_are_toml_or_plain_text(tmp_path: Path) -> None:
         "selection.rule=soft_or",
         'selection.normalization="minmax"',
         "quadrant_thresholds=[0.5, 1]",
-        "renormalise=false",
+        "renormalize=false",
         "student.model=a=b",
     )
     assert (config.num_steps, config.out) == (7, "runs/my folder")
@@ -191,7 +191,7 @@ def test_overrides_are_toml_or_plain_text(tmp_path: Path) -> None:
         "normalization": "minmax",
     }
     assert config.quadrant_thresholds == (0.5, 1.0)
-    assert config.renormalise is False
+    assert config.renormalize is False
     assert config.student.model == "a=b"
 
 
@@ -271,3 +271,25 @@ def test_a_saved_number_of_any_size_is_still_read() -> None:
     with pytest.raises(ConfigError, match="max_grad_norm must be 0 or have a size"):
         parse_config(table)
     assert parse_saved_config(table).optimizer.max_grad_norm == 1e10
+
+
+def test_a_key_of_an_earlier_version_is_read_and_names_the_same_run(tmp_path: Path) -> None:
+    now, earlier = (
+        with_overrides(tmp_path, f"{key}=false") for key in ("renormalize", "renormalise")
+    )
+    assert not now.renormalize
+    assert earlier == now
+    assert parse_config(BASE | {"renormalise": False}) == parse_config(
+        BASE | {"renormalize": False}
+    )
+    assert fingerprint(parse_config(BASE | {"renormalize": False})) == "0895a356"
+    with pytest.raises(ConfigError, match="renormalise is the earlier name of renormalize"):
+        parse_config(BASE | {"renormalise": False, "renormalize": False})
+
+
+def test_an_override_goes_before_a_file_with_the_earlier_name(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('renormalise = false\nstudent.model = "s"\nteacher.model = "t"\n')
+    assert not load_config(path).renormalize
+    assert load_config(path, ["renormalize=true"]).renormalize
+    assert load_config(path, ["renormalise=true"]).renormalize

@@ -370,7 +370,7 @@ CLIP = 50.0  # so wide that some rows have a slope
     ("term", "function"),
     [
         (TopKForwardKL(5), lambda p, q: reference.topk_kl(p, q, 5, True)),
-        (TopKForwardKL(5, tail=False), lambda p, q: reference.topk_renormalised(p, q, 5)),
+        (TopKForwardKL(5, tail=False), lambda p, q: reference.topk_renormalized(p, q, 5)),
         (TopKForwardKL(99), lambda p, q: reference.topk_kl(p, q, 37, True)),
         (TopKReverseKL(5), lambda p, q: reference.topk_kl(p, q, 5, False)),
         (

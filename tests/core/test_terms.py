@@ -59,7 +59,7 @@ TERMS: dict[str, tuple[Term, reference.Function]] = {
     "topk_tail_all": (TopKForwardKL(99), reference.forward_kl),
     "topk_renorm": (
         TopKForwardKL(5, tail=False),
-        lambda p, q: reference.topk_renormalised(p, q, 5),
+        lambda p, q: reference.topk_renormalized(p, q, 5),
     ),
     "topk_renorm_all": (TopKForwardKL(VOCAB, tail=False), reference.forward_kl),
     "topk_reverse": (TopKReverseKL(5), lambda p, q: reference.topk_kl(p, q, 5, False)),
@@ -331,7 +331,7 @@ def test_the_top_of_a_certain_teacher_is_found_among_underflowed_probabilities(
 @pytest.mark.parametrize(
     ("term", "function"),
     [
-        (TopKForwardKL(3, tail=False), lambda p, q: reference.topk_renormalised(p, q, 3)),
+        (TopKForwardKL(3, tail=False), lambda p, q: reference.topk_renormalized(p, q, 3)),
         (SkewReverseKL(0.0), reference.reverse_kl),
         (SkewReverseKL(), lambda p, q: reference.skew_reverse_kl(p, q, 0.1)),
         (JSD(), lambda p, q: reference.jsd(p, q, 0.5)),

@@ -26,7 +26,7 @@ from reliability.server import (
     attack,
     good,
 )
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tutelage.config.method import RewardWeighting
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.prompts import FileTask, Grader
 from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation import evaluate as evaluation

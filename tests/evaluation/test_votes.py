@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.config.schema import Config, EvaluationConfig, StudentConfig, TeacherConfig
+from tutelage.config.models import StudentConfig, TeacherConfig
+from tutelage.config.schema import Config, EvaluationConfig
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation import inspect

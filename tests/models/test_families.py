@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
 from tutelage.config.parse import parse_config
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.models.head import head, hidden_rows

@@ -54,7 +54,7 @@ def with_config(run: Path, changes: dict[str, object]) -> Path:
         ({"objective": {"kind": "jsd"}}, "objective.kind"),
         ({"selection": {"rule": "q3", "keep": 0.1}}, "selection.rule"),
         ({"weighting": {"kind": "fire"}}, "weighting.kind"),
-        ({"renormalise": False}, "renormalise"),
+        ({"renormalize": False}, "renormalize"),
         ({"teacher": {"model": "other"}}, "teacher.model"),
         ({"data": {"kind": "ledger", "num_items": 3}}, "data.num_items"),
     ],

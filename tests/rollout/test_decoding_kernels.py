@@ -18,7 +18,7 @@ from eager import cpu_device, make_model
 
 pytest.importorskip("triton")
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.models.lora import add_lora
 from tutelage.rollout.cuda import kernels, sample_kernels, triton_operators
 from tutelage.rollout.cuda.kv_slots import Slots, make_picking

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tiny import tiny_config
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.evaluation.measure import measure

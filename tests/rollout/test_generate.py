@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eager import make_model, write
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
 from tutelage.models.lora import add_lora, merge

@@ -20,7 +20,7 @@ pytest.importorskip("vllm", reason="needs vllm: make test-vllm")
 
 from patience import wait_until
 from tiny import tiny_config
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.tasks import LedgerTask
 from tutelage.errors import RunError

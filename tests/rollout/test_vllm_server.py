@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tiny import tiny_config
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.tasks import LedgerTask
 from tutelage.errors import ModelError, RunError
 from tutelage.models.load import load_model, load_tokenizer

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import tutelage.rollout.slots as rows_module
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError, ModelError

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from tiny import TOKENIZER, tiny_config
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models.load import load_model, load_tokenizer

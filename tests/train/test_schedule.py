@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.config.schema import OptimizerConfig
+from tutelage.config.models import OptimizerConfig
 from tutelage.train.schedule import learning_rate
 
 SCHEDULES = st.sampled_from(["constant", "linear", "cosine"])

@@ -313,7 +313,7 @@ def test_dividing_by_all_rows_only_rescales(tmp_path: Path, tiny_models: Path) -
     first = {}
     for flag in (True, False):
         out = tmp_path / str(flag)
-        go(tiny_config(tiny_models, out, selection=SOFT_OR, renormalise=flag, num_steps=1))
+        go(tiny_config(tiny_models, out, selection=SOFT_OR, renormalize=flag, num_steps=1))
         first[flag] = read(out)[0]
     kept, rows = first[True]["num_kept"], first[True]["num_rows"]
     for key in ("loss", "grad_norm"):

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from tutelage.config.parse import flat_values, to_table
-from tutelage.config.schema import Config, FileData, TransformersEngine
+from tutelage.config.sampling import TransformersEngine
+from tutelage.config.schema import Config, FileData
 from tutelage.data.formats import find_file, is_file_name
 from tutelage.data.prompts import load_prompts
 from tutelage.data.suites import SETS

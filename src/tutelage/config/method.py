@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from tutelage.config.settings import LARGEST_COUNT
-from tutelage.errors import ConfigError, as_share
-
-STRICT = ConfigDict(extra="forbid")
-
-
-def require(is_right: bool, key: str, rule: str, value: object, hint: str) -> None:
-    """Raises a one-line `ConfigError` unless `is_right`."""
-    if not is_right:
-        share = as_share(value) if rule.startswith(("in (0, 1", "in [0, 1")) else ""
-        raise ConfigError(f"{key} must be {rule}, got {value}. {share}{hint}")
-
-
-def require_least(table: str, values: Mapping[str, int], **least: int) -> None:
-    """Numbers of a table by their names, e.g. of "data.", that are at least so large."""
-    for name, lowest in least.items():
-        value = values[name]
-        require(value >= lowest, f"{table}{name}", f"at least {lowest}", value, "Raise it.")
-
-
-def require_counts(table: str, values: Mapping[str, int], **least: int) -> None:
-    """The same for numbers of things that are in memory together."""
-    require_least(table, values, **least)
-    for name in least:
-        most, value = LARGEST_COUNT, values[name]
-        require(value <= most, f"{table}{name}", f"at most {most}", value, "Lower it.")
-
+from tutelage.config.bounds import STRICT, require
 
 Scope: TypeAlias = Literal["completion", "batch"]
 Normalization: TypeAlias = Literal["minmax_p98", "minmax", "minmax_p98_both", "quantile_05_95"]

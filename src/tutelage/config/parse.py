@@ -22,6 +22,8 @@ from tutelage.errors import ConfigError
 _ADAPTER = TypeAdapter(Config)
 
 _RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
+_EARLIER_NAMES = {"renormalise": "renormalize"}
+"""Keys of earlier versions and their names now; both are read, and name the same run."""
 
 SAFE_KEYS = (
     "out",
@@ -85,7 +87,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return _with_current_names(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise ConfigError(
             f"configuration {path} does not exist. Give the path of a TOML file, "
@@ -120,7 +122,20 @@ def parse_config(table: dict[str, Any]) -> Config:
     return config
 
 
+def current_name(key: str) -> str:
+    """The name of a key in this version."""
+    return _EARLIER_NAMES.get(key, key)
+
+
+def _with_current_names(table: dict[str, Any]) -> dict[str, Any]:
+    for earlier, now in _EARLIER_NAMES.items():
+        if earlier in table and now in table:
+            raise ConfigError(f"{earlier} is the earlier name of {now}. Write {now} alone.")
+    return {current_name(key): value for key, value in table.items()}
+
+
 def _read(table: dict[str, Any]) -> Config:
+    table = _with_current_names(table)
     if isinstance(objective := table.get("objective"), dict):
         table = {**table, "objective": {"kind": "kl", **objective}}
     try:
@@ -188,7 +203,9 @@ def to_table(config: Config) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits naming everything in the configuration that changes results."""
-    table = {key: value for key, value in _chosen(config).items() if key not in _UNNAMED_KEYS}
+    earlier = {now: key for key, now in _EARLIER_NAMES.items()}
+    chosen = _chosen(config).items()
+    table = {earlier.get(key, key): value for key, value in chosen if key not in _UNNAMED_KEYS}
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -247,7 +264,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a table.")
-    table[last] = _value(text.strip())
+    table[last if parents else current_name(last)] = _value(text.strip())
 
 
 def _value(text: str) -> Any:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from tutelage.config.bounds import STRICT, require, require_counts, require_least
 from tutelage.config.method import (
-    STRICT,
     AllTokens,
     KLObjective,
     NoWeighting,
@@ -16,86 +16,14 @@ from tutelage.config.method import (
     PacedWeighting,
     SelectionConfig,
     WeightingConfig,
-    require,
-    require_counts,
-    require_least,
 )
-from tutelage.config.settings import OptimizerKind, SamplingConfig, TeacherMode
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Trains low-rank updates of frozen weights; needs the extra `lora`."""
-
-    __pydantic_config__ = STRICT
-    rank: int = 16
-    """Rank of the updates."""
-    alpha: float = 32.0
-    """Scale of the updates, times the rank."""
-    dropout: float = 0.0
-    """Share of the adapter's inputs dropped while learning, in [0, 1); never while sampling."""
-    target_modules: tuple[str, ...] = ()
-    """Names of the linear layers to adapt; none means all but the head."""
-
-    def __post_init__(self) -> None:
-        rank, alpha, dropout = self.rank, self.alpha, self.dropout
-        require(1 <= rank <= 65536, "student.lora.rank", "from 1 to 65536", rank, "16 is usual.")
-        hint, rule = "Twice the rank is usual.", "above 0, at most 65536"
-        require(0 < alpha <= 65536, "student.lora.alpha", rule, alpha, hint)
-        require(0 <= dropout < 1, "student.lora.dropout", "in [0, 1)", dropout, "0 drops nothing.")
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """The model that learns."""
-
-    __pydantic_config__ = STRICT
-    model: str
-    """Folder, .gguf file, package:NAME/folder, or hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and forward pass; updates are summed in float32 in either case."""
-    num_layers: int | None = None
-    """Depth to prune the model to before training; None keeps all layers."""
-    activation_checkpointing: bool = False
-    """Compute each layer's activations again for the backward pass instead of keeping them."""
-    layers: Literal["transformers", "liger"] = "transformers"
-    """Norms and gated units by transformers, or on CUDA by Liger's fused kernels (Llama, Mistral,
-    Qwen2 and Qwen3 models; extra `liger`), which round in another order."""
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Bits of the frozen weights under an adapter (QLoRA); needs the extra `lowbit`."""
-    lora: LoraConfig | None = None
-    """Train an adapter instead of the weights; None trains all weights."""
-
-    def __post_init__(self) -> None:
-        is_possible = self.quantization == "none" or self.lora is not None
-        hint = "Quantised weights cannot learn; add a table [student.lora]."
-        require(is_possible, "student.quantization", "none", self.quantization, hint)
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """The frozen model that supervises."""
-
-    __pydantic_config__ = STRICT
-    model: str
-    """Folder, .gguf file, package:NAME/folder, or hub id."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the weights."""
-    mode: TeacherMode = "resident"
-    """Where it is while the student writes and learns: resident on the device, offload to main
-    memory, or reload, which reads it from its folder in every step. On a CPU, whose memory is main
-    memory, offload leaves the teacher in its folder where it has one (safetensors), like reload."""
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Bits of the weights; needs the extra `lowbit`."""
-    hidden_budget_bytes: int = 4 << 30
-    """Hidden states of one step kept in main memory; more go to a file in the run folder."""
-    stop_token: Literal["map", "refuse"] = "map"
-    """When student and teacher end a text with different ids: let them trade places, or stop."""
-
-    def __post_init__(self) -> None:
-        budget = self.hidden_budget_bytes
-        hint = "0 writes all hidden states to disk."
-        require(budget >= 0, "teacher.hidden_budget_bytes", "at least 0", budget, hint)
+from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
+from tutelage.config.sampling import (
+    EngineConfig,
+    SamplingConfig,
+    TransformersEngine,
+    require_filters,
+)
 
 
 @dataclass(frozen=True)
@@ -147,115 +75,6 @@ DataConfig: TypeAlias = Annotated[LedgerData | FileData, Field(discriminator="ki
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its schedule."""
-
-    __pydantic_config__ = STRICT
-    kind: OptimizerKind = "adamw"
-    """adamw; adamw_on_disk, the same with its moments in a file of the run folder; adamw_8bit or
-    paged_adamw_8bit with the extra `lowbit`; adafactor without moments."""
-    offload: bool = False
-    """Keep float32 weights and optimizer state in main memory and update there."""
-    learning_rate: float = 1e-6
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after warm-up, towards 0 for the last two."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up; 0 starts at the peak."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, of matrices only."""
-    decay_all: bool = False
-    """Decay norms, biases, embeddings and a head tied to them too, which are spared otherwise."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    """Norm the gradient is clipped to; 0 never clips."""
-
-    @property
-    def state_is_on_disk(self) -> bool:
-        """Whether moments take disk and no memory."""
-        return self.kind == "adamw_on_disk"
-
-    def __post_init__(self) -> None:
-        hint = "1e-6 is usual for large models, 1e-3 for the embedded ones."
-        rate = self.learning_rate
-        require(0 < rate <= 10, "optimizer.learning_rate", "above 0, at most 10", rate, hint)
-        change, hint = rate * self.weight_decay, "0.1 is usual."
-        rule = "at most 1 / optimizer.learning_rate, beyond which weights change their sign"
-        require(change <= 1, "optimizer.weight_decay", rule, self.weight_decay, hint)
-        for name in ("beta1", "beta2"):
-            beta = self.__dict__[name]
-            require(0 <= beta < 1, f"optimizer.{name}", "in [0, 1)", beta, "0.9 is usual.")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            value = self.__dict__[name]
-            require(value >= 0, f"optimizer.{name}", "at least 0", value, "0 switches it off.")
-
-
-@dataclass(frozen=True)
-class TransformersEngine:
-    """The student itself draws."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["transformers"] = "transformers"
-
-
-@dataclass(frozen=True)
-class VLLMEngine:
-    """vLLM in this process, given the student's weights before every step; extra `vllm`."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["vllm"]
-    max_model_len: int = 0
-    """Longest prompt and completion together in tokens; 0 takes the model's limit."""
-    gpu_memory_utilization: float = 0.4
-    """Share of the accelerator's memory vLLM may hold while it draws."""
-    max_logprob_gap: float | None = None
-    """Mean gap in nats between its log-probabilities and the trainer's at which the run stops;
-    None takes 0.001 for float32 and 0.05 for half precision."""
-
-    def __post_init__(self) -> None:
-        share = self.gpu_memory_utilization
-        require(0 < share < 1, "engine.gpu_memory_utilization", "in (0, 1)", share, "0.4 is usual.")
-        _require_length(self.max_model_len)
-        _require_gap(self.max_logprob_gap)
-
-
-@dataclass(frozen=True)
-class VLLMServer:
-    """A vLLM server in development mode, which reads the student's weights before every step."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["vllm_server"]
-    url: str
-    """Address without a path, such as http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
-    folder: str
-    """Where weights are handed over; the server must see it under the same name."""
-    num_concurrent: int = 64
-    """Completions asked for at the same time."""
-    max_logprob_gap: float | None = None
-    """As for the engine vllm."""
-
-    def __post_init__(self) -> None:
-        count = self.num_concurrent
-        require(count >= 1, "engine.num_concurrent", "at least 1", count, "64 is usual.")
-        _require_gap(self.max_logprob_gap)
-
-
-def _require_length(length: int) -> None:
-    require(length >= 0, "engine.max_model_len", "at least 0", length, "0 is the model's limit.")
-
-
-def _require_gap(gap: float | None) -> None:
-    is_good = gap is None or gap > 0
-    require(is_good, "engine.max_logprob_gap", "above 0", gap, "Leave it out for the default.")
-
-
-EngineConfig: TypeAlias = Annotated[
-    TransformersEngine | VLLMEngine | VLLMServer, Field(discriminator="kind")
-]
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     """Measurements on held-out prompts, before, during and after training."""
 
@@ -276,10 +95,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_least("evaluation.", self.__dict__, every=0)
         require_counts("evaluation.", self.__dict__, num_problems=0, num_samples=1)
-        temperature, top_p = self.temperature, self.top_p
-        is_warm = 0 <= temperature < float("inf")
-        require(is_warm, "evaluation.temperature", "at least 0", temperature, "0 is greedy.")
-        require(0 < top_p <= 1, "evaluation.top_p", "in (0, 1]", top_p, "1.0 keeps every token.")
+        require_filters("evaluation.", self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -347,7 +163,7 @@ class Config:
     student alone never project the teacher's other tokens."""
     quadrant_thresholds: Literal["median"] | tuple[float, float] = "median"
     """Cuts of entropy and divergence for the quadrant table: medians, or two numbers in nats."""
-    renormalise: bool = True
+    renormalize: bool = True
     """Divide by the kept tokens; False divides by all, so a token weighs as without selection."""
     checkpoint_every: int = 50
     """Steps between checkpoints; 0 for only the last."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.parse import parse_saved_config
+from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
-from tutelage.config.settings import SamplingConfig
 from tutelage.data.columns import notes_of
 from tutelage.data.formats import PromptFormat, is_file_name
 from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import micro_batches
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError

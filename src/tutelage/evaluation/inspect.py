@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask, Grader, PromptFormat, fitting_grader, load_prompts
 from tutelage.data.tasks import LedgerTask

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
-from tutelage.config.settings import SamplingConfig
 from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl, mean_reverse_kl
 from tutelage.evaluation.scores import voting_of
 from tutelage.models.tokenizers import decode, pad_id

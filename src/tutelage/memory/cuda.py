@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tutelage.config.schema import Config, TransformersEngine, VLLMEngine
+from tutelage.config.sampling import TransformersEngine, VLLMEngine
+from tutelage.config.schema import Config
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES
 from tutelage.core.kernels import is_supported
 from tutelage.core.kernels.buffers import Buffers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from tutelage.config.settings import OptimizerKind
+from tutelage.config.models import OptimizerKind
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.models.offload import MappedFile, whole_pages
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tutelage.config.settings import TeacherMode
+from tutelage.config.models import TeacherMode
 from tutelage.core import LazyLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError

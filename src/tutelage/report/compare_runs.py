@@ -13,7 +13,7 @@ from tutelage.report import text
 from tutelage.report.records import EvaluationRecord, RunRecord, read_run
 
 _LOSS_KEYS = (
-    "objective.", "selection.", "weighting.", "renormalise",
+    "objective.", "selection.", "weighting.", "renormalize",
     "teacher.model", "teacher.quantization", "data.",
 )  # fmt: skip
 """Keys, or tables of keys, that decide what a run's loss is the mean of."""

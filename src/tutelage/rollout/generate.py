@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError
 from tutelage.models.head import head, output_embeddings

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from safetensors.torch import save_file
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ModelError, RunError, remedy
 from tutelage.models.lora import full_weights

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config.schema import (
-    Config,
-    TeacherConfig,
-    TransformersEngine,
-    VLLMEngine,
-    VLLMServer,
-)
-from tutelage.config.settings import TeacherMode
+from tutelage.config.models import TeacherConfig, TeacherMode
+from tutelage.config.sampling import TransformersEngine, VLLMEngine, VLLMServer
+from tutelage.config.schema import Config
 from tutelage.data.tasks import Task
 from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.device import keep_freed_memory
@@ -42,7 +37,6 @@ from tutelage.models.tokenizers import refuse_swap_beyond, shared_vocabulary
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
-from tutelage.setup.garbage import without_collection
 from tutelage.setup.inputs import Inputs, load_inputs, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantised, require_savable
@@ -212,7 +206,6 @@ def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
     return config.mode
 
 
-@without_collection()
 def build_components(
     config: Config,
     student_model: str | None = None,

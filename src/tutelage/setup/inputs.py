@@ -18,7 +18,6 @@ from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
 from tutelage.models.reference import tokenizer_place
 from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
-from tutelage.setup.garbage import without_collection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +95,6 @@ def _used_prompts(task: Task, config: Config) -> list[Prompt]:
     return [p for step in steps for p in task.prompts(step, size, config.seed)] + held_out
 
 
-@without_collection()
 def load_inputs(config: Config) -> Inputs:
     """Device, task and tokenizers of a run.
 

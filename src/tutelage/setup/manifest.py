@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from tutelage.config.parse import (
     changed_keys,
+    current_name,
     fingerprint,
     flat_keys,
     parse_saved_config,
@@ -66,7 +67,8 @@ def refuse_another_run(
         ConfigError: a key of `allow_change` does not exist.
     """
     table = to_table(config)
-    unknown = set(allow_change) - set(flat_keys(table))
+    allowed = set(map(current_name, allow_change))
+    unknown = allowed - set(flat_keys(table))
     if unknown:
         raise ConfigError(f"--allow-change {min(unknown)!r} is no key of the configuration.")
     if earlier is None:
@@ -78,7 +80,7 @@ def refuse_another_run(
             f"run folder {folder} holds a configuration that this version cannot read: {error} "
             "Choose another out=FOLDER."
         ) from None
-    changed = [key for key in changed_keys(before, table) if key not in allow_change]
+    changed = [key for key in changed_keys(before, table) if key not in allowed]
     if changed:
         raise RunError(
             f"run folder {folder} holds another run: {', '.join(changed)} "

@@ -8,9 +8,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.method import PacedWeighting, RewardWeighting
-from tutelage.config.schema import Config, FileData, TransformersEngine, VLLMEngine
-from tutelage.config.settings import LARGEST_COUNT
+from tutelage.config.sampling import TransformersEngine, VLLMEngine
+from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device

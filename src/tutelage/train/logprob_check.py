@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tutelage.config.schema import Config, TransformersEngine
+from tutelage.config.sampling import TransformersEngine
+from tutelage.config.schema import Config
 from tutelage.data.batch import Batch
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from tutelage.config.models import OptimizerConfig
 from tutelage.config.parse import fingerprint
-from tutelage.config.schema import Config, OptimizerConfig
+from tutelage.config.schema import Config
 from tutelage.errors import RunError
 from tutelage.evaluation.measure import describe, measure
 from tutelage.evaluation.verdict import Verdict, verdict_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tutelage.config.schema import OptimizerConfig
+from tutelage.config.models import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

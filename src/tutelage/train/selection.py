@@ -104,7 +104,7 @@ def divisors(config: Config, plan: Plan, completions_per_update: int) -> list[in
     is_corrected = isinstance(selection, SampledTokens | RandomTokens) and (
         selection.correct_sampling
     )
-    if config.renormalise and not is_corrected:
+    if config.renormalize and not is_corrected:
         completion = completion[plan.chosen.rows]
     counts = completion.new_zeros(config.updates_per_step)
     counts.index_add_(0, completion // completions_per_update, torch.ones_like(completion))

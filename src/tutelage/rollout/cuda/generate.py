@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Rollout
 from tutelage.models.forward import Ids
 from tutelage.models.head import output_embeddings

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tutelage.config.settings import SamplingConfig
+from tutelage.config.sampling import SamplingConfig
 from tutelage.models.forward import Ids
 from tutelage.rollout.cuda.cuda_graph import Capture, CudaGraph, Graph
 from tutelage.rollout.cuda.decode_step import DecodeStep, sizes_of
