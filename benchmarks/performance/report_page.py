@@ -1,6 +1,6 @@
 """Size of a page and how long headless Chromium takes to open it.
 
-    python benchmarks/report_page.py runs/ledger-1a2b3c4d/report.html --rounds 5
+    python benchmarks/performance/report_page.py runs/ledger-1a2b3c4d/report.html --rounds 5
 
 Every round starts a fresh browser. Seconds are those of the browser's navigation timing, from the
 start of the navigation to the end of the load event: by then scripts have run and the first view

@@ -357,7 +357,7 @@ def embedded() -> dict[str, Any]:
     """The ledger run on CUDA: accuracy, and whether a stopped run ends bit for bit the same."""
     from tutelage.config.parse import load_config
 
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parents[2]
     with scratch() as name:
         folder = Path(name)
         config = load_config(root / "configs" / "examples" / "ledger.toml", [])

@@ -1,7 +1,7 @@
 """A real language model on a CPU: all tokens, Soft-OR 50 % and random 50 %, same prompts and steps.
 
-    TUTELAGE_DATA=folder/with/gsm8k_train.jsonl python benchmarks/smollm2.py --seeds 0
-    python benchmarks/smollm2.py --page-only       # figure and JSON from runs that are there
+    TUTELAGE_DATA=folder/with/gsm8k_train.jsonl python benchmarks/claims/smollm2.py --seeds 0
+    python benchmarks/claims/smollm2.py --page-only  # figure and JSON from runs that are there
 
 Ctrl-C saves the run; the same command continues it. Unfinished runs are drawn as far as they got
 and marked in the JSON.
@@ -24,10 +24,10 @@ from tutelage.config.parse import load_config
 from tutelage.config.schema import Config
 from tutelage.train.loop import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "examples" / "smollm2_gsm8k_200.toml"
 RESULT = ROOT / "benchmarks" / "results" / "smollm2.json"
-FIGURE = ROOT / "docs" / "images" / "smollm2.svg"
+FIGURE = ROOT / "docs" / "results" / "images" / "smollm2.svg"
 ARMS = {
     "all": (),
     "soft_or": ("selection.rule=soft_or", "selection.keep=0.5"),

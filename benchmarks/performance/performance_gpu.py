@@ -1,4 +1,4 @@
-"""The part of docs/performance.md about one CUDA device, from `results/gpu-*.json` alone."""
+"""The page on performance, its part about one CUDA device, from `results/gpu-*.json` alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Table = list[list[str]]
 INTRO = """\
 ## On one GPU
 
-Hidden states and heads in bfloat16; `benchmarks/gpu.py` takes the measurements, each part in a
-process of its own with both sides of a ratio. Times are medians of CUDA events; extra memory is
-what one call needs beyond what was allocated, gradients included. `generate` is the model's own,
-with its dynamic cache. In the whole steps below the objective still ran in plain torch, because the
-statistics that diagnostics ask for had no kernels yet.
+Hidden states and heads in bfloat16; `benchmarks/performance/gpu.py` takes the measurements, each
+part in a process of its own with both sides of a ratio. Times are medians of CUDA events; extra
+memory is what one call needs beyond what was allocated, gradients included. `generate` is the
+model's own, with its dynamic cache. In the whole steps below the objective still ran in plain
+torch, because the statistics that diagnostics ask for had no kernels yet.
 """
 WAYS = {
     "products_bf16": "the four products, bfloat16 weight gradient",

@@ -6,10 +6,10 @@ both entropies of every row besides. Times are taken in one process, in turns; e
 one process for each. About ten minutes on two quiet cores.
 
     pip install -e '.[bench]'
-    python benchmarks/objective.py --threads 2
-    python benchmarks/objective.py --cases 2 4    # these again, into the same file
-    python benchmarks/objective.py --quick        # the smallest case, one round: does it run?
-    python benchmarks/performance_page.py         # docs/performance.md from the results
+    python benchmarks/performance/objective.py --threads 2
+    python benchmarks/performance/objective.py --cases 2 4  # these again, into the same file
+    python benchmarks/performance/objective.py --quick  # the smallest case, one round: does it run?
+    python benchmarks/performance/performance_page.py  # the page from the results
 
 The result is written after every case.
 
@@ -53,7 +53,7 @@ from objective_contestants import (
 )
 from operators import Operators
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 SMALL, LARGE = (49152, 576), (151936, 1024)
 """V and D of SmolLM2-135M and of Qwen3-0.6B."""

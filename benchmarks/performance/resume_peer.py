@@ -8,8 +8,8 @@ moments, logged numbers, sampled completions. Then every file of a finished chec
 half, or has one bit flipped, and the run is continued from it.
 
     pip install -e '.[bench]'
-    OMP_NUM_THREADS=1 python benchmarks/resume_peer.py            # about ten minutes
-    OMP_NUM_THREADS=1 python benchmarks/resume_peer.py --kills 2  # does it run?
+    OMP_NUM_THREADS=1 python benchmarks/performance/resume_peer.py            # about ten minutes
+    OMP_NUM_THREADS=1 python benchmarks/performance/resume_peer.py --kills 2  # does it run?
 
 Our own figures are those of `python -m reliability kill corruption`.
 """

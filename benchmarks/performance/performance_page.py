@@ -1,6 +1,6 @@
-"""docs/performance.md and its plots, from the published JSON alone.
+"""docs/results/performance.md and its plots, from the published JSON alone.
 
-    python benchmarks/performance_page.py
+    python benchmarks/performance/performance_page.py
 
 Takes the newest `results/NAME-*.json` of every part; a part without results is left out. Single
 rounds and single operators are left to the JSON.
@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from performance_gpu import gpu
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+HERE = Path(__file__).resolve().parents[1]
+DOCS = HERE.parent / "docs" / "results"
 MIB = 1 << 20
 LOOKS = {
     "all_tokens": ("#0072B2", "o"),
@@ -38,9 +38,10 @@ Goal = tuple[str, float, float | None]
 INTRO = """\
 # Performance
 
-This page is generated from `benchmarks/results` by `python benchmarks/performance_page.py`; do not
-edit it. `make bench` takes the measurements. Seconds are medians of runs in turns; a figure belongs
-to the machine and the versions beside it and to nothing else.
+This page is generated from `benchmarks/results` by
+`python benchmarks/performance/performance_page.py`; do not edit it. `make bench` takes
+the measurements. Seconds are medians of runs in turns; a figure belongs to the machine and the
+versions beside it and to nothing else.
 """
 OBJECTIVE = """\
 ## The objective

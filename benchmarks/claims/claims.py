@@ -1,10 +1,10 @@
 """Which claims about TIP and EOPD hold on the embedded task? Seeds, controls, intervals, verdicts.
 
-    python benchmarks/claims.py              # everything; continues where it stopped
-    python benchmarks/claims.py --quick      # fewer arms, two seeds: a check, not evidence
-    python benchmarks/claims.py --judge      # tables and verdicts again, from finished cells
-    python benchmarks/claims.py --page       # docs/claims.md and figures again, from the JSON
-    python benchmarks/claims.py --verify 4   # run four random cells again and compare exactly
+    python benchmarks/claims/claims.py  # everything; continues where it stopped
+    python benchmarks/claims/claims.py --quick  # fewer arms, two seeds: a check, not evidence
+    python benchmarks/claims/claims.py --judge  # tables and verdicts again, from finished cells
+    python benchmarks/claims/claims.py --page  # page and figures again, from the JSON
+    python benchmarks/claims/claims.py --verify 4  # run four random cells again and compare exactly
 
 Every finished cell (setting, arm, seed) is a line of runs/claims-NAME.jsonl; the published JSON,
 figures and page follow from these lines. The full design lands in benchmarks/results and docs, the
@@ -47,7 +47,7 @@ from claims_work import do
 from tutelage.files.atomic import write_atomically
 from tutelage.setup.run_folder import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOT_PUBLISHED = ("key", "problems", "tokens", "commit")
 """What the JSON leaves out of a cell: what a digest stands for, and what is noted once."""
 TIMES = ("cpu_s", "wall_s")
@@ -67,7 +67,11 @@ def results_file(design: Design) -> Path:
 
 def page_folder(design: Design) -> Path:
     """Where claims.md and its images are written."""
-    return ROOT / "docs" if design.name == "full" else ROOT / "runs" / f"claims-{design.name}"
+    return (
+        ROOT / "docs" / "results"
+        if design.name == "full"
+        else ROOT / "runs" / f"claims-{design.name}"
+    )
 
 
 def finished(path: Path) -> dict[str, Record]:
@@ -206,7 +210,7 @@ def publish(records: dict[str, Record], design: Design) -> None:
 
 
 def make_page(design: Design) -> None:
-    """Write docs/claims.md and its figures from the published JSON alone."""
+    """Write docs/results/claims.md and its figures from the published JSON alone."""
     from claims_figures import draw_all
     from claims_page import page
 

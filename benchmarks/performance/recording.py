@@ -1,8 +1,8 @@
 """What recording tokens costs: a snapshot in steps, and all of a run's as a share of its steps.
 
-    python benchmarks/recording.py                                   # the demo's run
-    python benchmarks/recording.py --config configs/examples/smollm2_gsm8k_200.toml --steps 4 \
-        --no-whole
+    python benchmarks/performance/recording.py  # the demo's run
+    python benchmarks/performance/recording.py --config configs/examples/smollm2_gsm8k_200.toml \
+        --steps 4 --no-whole
 
 Whole runs with and without recording differ by less than two runs of one kind do. So the cost is
 measured large: short runs in turns, one with a snapshot after every step, one with none, which
@@ -35,7 +35,7 @@ from tutelage.config.schema import Config
 from tutelage.setup.run_folder import environment
 from tutelage.train.loop import train
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:

@@ -567,4 +567,4 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "objective_tune": tune_part,
     "objective_scoring": scoring_part,
 }
-"""Parts of `benchmarks/gpu.py`, each within a minute on one card."""
+"""Parts of `benchmarks/performance/gpu.py`, each within a minute on one card."""
