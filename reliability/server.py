@@ -6,7 +6,6 @@ python -m reliability server      # the long version; writes benchmarks/results
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import os
 import random
@@ -158,9 +157,6 @@ JSON_MUTATIONS: dict[str, Mutation] = {
     "deep nesting": lambda x: x.send("[" * 40_000 + "]" * 40_000),
     "a huge integer": replaced('"completion_tokens": 9', f'"completion_tokens": {"9" * 5000}'),
     "NaN": replaced('"completion_tokens": 9', '"completion_tokens": NaN'),
-    "Infinity beside": replaced('"id": "x"', '"id": Infinity'),
-    "a repeated content": replaced('"content": ', '"content": "other", "content": '),
-    "repeated choices": replaced('"choices": ', '"choices": [], "choices": '),
     "no choices": with_reply(choices=[]),
     "choices missing": without("choices"),
     "two choices": lambda x: x.send_json(x.good() | {"choices": x.good()["choices"] * 2}),
@@ -170,12 +166,7 @@ JSON_MUTATIONS: dict[str, Mutation] = {
     "index as boolean": with_choice(index=False),
     "index missing": without("choices", 0, "index"),
     "no reason to stop": with_choice(finish_reason=None),
-    "filtered": with_choice(finish_reason="content_filter"),
-    "a tool call": with_message(tool_calls=[{"id": "t", "function": {"name": "f"}}]),
-    "a refusal": with_message(refusal="No."),
-    "content null": with_message(content=None),
     "content a number": with_message(content=4),
-    "content a list": with_message(content=[{"type": "text", "text": TEXT}]),
     "content missing": without("choices", 0, "message", "content"),
     "message missing": without("choices", 0, "message"),
     "half a surrogate pair": replaced("The answer", "The \\ud83d answer"),
@@ -189,7 +180,6 @@ JSON_MUTATIONS: dict[str, Mutation] = {
     "too many tokens": with_reply(usage={"completion_tokens": 10**6}),
     "tokens as text": with_reply(usage={"completion_tokens": "9"}),
     "half a token": with_reply(usage={"completion_tokens": 8.5}),
-    "the key in the text": with_message(content=f"Bearer {KEY}"),
 }
 
 
@@ -264,16 +254,8 @@ HTTP_MUTATIONS: dict[str, Mutation] = {
     "a bad chunk size": chunked(b"zz\r\nTEXT\r\n0\r\n\r\n"),
     "chunks cut off": chunked(b"ffff\r\nTEXT\r\n"),
     "no last chunk": chunked(b"4\r\nnull\r\n"),
-    "HTML": lambda x: x.send(json.dumps(x.good()), kind="text/html"),
-    "no type": lambda x: x.send(json.dumps(x.good()), kind=None),
-    "two types": lambda x: x.send(
-        json.dumps(x.good()), kind="text/html", headers=("Content-Type: application/json",)
-    ),
     "an event stream": lambda x: x.send(
         f"data: {json.dumps(x.good())}\n\n", kind="text/event-stream"
-    ),
-    "gzip": lambda x: x.send(
-        gzip.compress(json.dumps(x.good()).encode()), headers=("Content-Encoding: gzip",)
     ),
     "said to be gzip": lambda x: x.send(json.dumps(x.good()), headers=("Content-Encoding: gzip",)),
     "too large": lambda x: x.send(json.dumps(x.good()) + " " * (MAX_REPLY_BYTES + 1)),
@@ -285,9 +267,7 @@ HTTP_MUTATIONS: dict[str, Mutation] = {
     "status 404": status("404 Not Found"),
     "status 201": status("201 Created"),
     "status 204": raw(b"HTTP/1.1 204 No Content\r\n\r\n"),
-    "redirect to metadata": status("301 Moved", "Location: http://169.254.169.254/latest"),
     "redirect to itself": status("307 Temporary Redirect", "Location: /elsewhere"),
-    "redirect to a file": status("302 Found", "Location: file:///etc/passwd"),
 }
 SLOW_MUTATIONS: dict[str, Mutation] = {
     "silence": hang(),
@@ -399,7 +379,7 @@ def attack(
             prompt = Prompt(f"{number}", ({"role": "user", "content": name},))
             try:
                 # A loaded machine may be late with a good reply; that is no refusal.
-                text = (client if name[0] == "#" else patient)._one(prompt, 0, 64).text
+                text = (client if name[0] == "#" else patient).complete([prompt], 64)[0].text
             except ModelError as error:
                 text, problem = "", str(error)
             seconds = time.monotonic() - began

@@ -70,13 +70,24 @@ FENCES = {
     "antlr4": ("grading/_worker.py",),
     "sympy": ("grading/_worker.py",),
     "matplotlib": ("report/",),
-    "jinja2": ("report/", "models/_template_worker.py"),
+    "jinja2": ("report/", "models/chat_template.py", "models/_template_worker.py"),
+    "httpx2": ("rollout/http_client.py",),
+    "anyio": ("rollout/http_client.py",),
     "pydantic": ("config/", "setup/", "report/", "evaluation/server.py", "rollout/"),
     "rich": ("commands/progress.py", "cli.py"),
 }
 """Where each third party may be imported; one that is not listed may be nowhere."""
 
-HEAVY = ("transformers", "accelerate", "matplotlib", "datasets", "pydantic", "rich", "jinja2")
+HEAVY = (
+    "transformers",
+    "accelerate",
+    "matplotlib",
+    "datasets",
+    "pydantic",
+    "rich",
+    "jinja2",
+    "httpx2",
+)
 
 
 # --- detectors ------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
-"""Completions from an OpenAI-compatible server that is not trusted.
+"""Completions from an OpenAI-compatible server.
 
-The address is resolved once and pinned, cloud metadata addresses are refused, redirects and
-proxies are not followed. Every completion has a deadline that a slow drip of bytes cannot
-stretch. A reply that is not exactly what was asked for is asked for again, and in the end an
-error: nothing is ever filled in. Nor may the server fill in what a request leaves out: every
-request states all sampling settings.
+Every completion has a deadline that a slow drip of bytes cannot stretch. A reply that is not what
+was asked for is asked for again, and in the end an error: nothing is ever filled in. Nor may the
+server fill in what a request leaves out: every request states all sampling settings.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Lock
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
@@ -24,8 +21,15 @@ from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation.suite import Completion
 from tutelage.grading.answer import closes_unopened, opened_thought
-from tutelage.rollout.http_client import NEUTRAL, Client, Limits, Strict, parse
-from tutelage.rollout.wire import BadReply, RefusedRequest
+from tutelage.rollout.http_client import (
+    BadReply,
+    Client,
+    Limits,
+    RefusedRequest,
+    Strict,
+    parse,
+)
+from tutelage.rollout.request import NEUTRAL
 
 Value = TypeVar("Value")
 
@@ -37,26 +41,38 @@ _UNKNOWN = re.compile(
 """How servers say that a request has a field which they do not know."""
 
 
+_THOUGHT_PARTS = ("thinking", "reasoning")
+"""Parts of a message before its answer, which are no part of it."""
+_Reason = Literal["stop", "length", "content_filter", "tool_calls", "function_call"]
+
+
+class _Part(Strict):
+    type: str
+    text: str = ""
+
+
 class _Message(Strict):
     role: Literal["assistant"]
-    content: str | None = None
+    content: str | list[_Part] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     """The older name of `reasoning`."""
-    refusal: None = None
-    tool_calls: list[Any] | None = Field(default=None, max_length=0)
+    refusal: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
+    """The older form of `tool_calls`."""
 
 
 class _ChatChoice(Strict):
     index: int = Field(ge=0, le=0)
     message: _Message
-    finish_reason: Literal["stop", "length"]
+    finish_reason: _Reason
 
 
 class _TextChoice(Strict):
     index: int = Field(ge=0, le=0)
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: _Reason
 
 
 class _Usage(Strict):
@@ -101,12 +117,13 @@ class Server:
     num_concurrent: int = 16
     limits: Limits = field(default_factory=Limits)
     log: Callable[[str], None] | None = None
-    """Receives one line for every field of the requests that the server does not know."""
+    """Receives one line for every field of the requests that the server does not know, and for
+    every kind of reply that holds no answer."""
 
     def __post_init__(self) -> None:
         self._neutral = {"top_k": self.sampling.top_k or -1} | NEUTRAL
-        self._lock = Lock()
         self._opens_thoughts = False
+        self._logged: set[str] = set()
         self._client = Client(self.url, self.limits, self.num_concurrent)
         self.model_name = self.model_name or self._client.ask("/models", None, self._only_model)
 
@@ -140,7 +157,7 @@ class Server:
             return replace(completion, thought=opened_thought(completion.prompt.content))
         return replace(completion, thought="<think>") if self._opens_thoughts else completion
 
-    def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Completion:
+    async def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Completion:
         body: dict[str, Any] = {
             "model": self.model_name,
             "max_tokens": max_new_tokens,
@@ -156,18 +173,20 @@ class Server:
             return Completion(prompt, sample, text, reason == "length", num_tokens)
 
         if isinstance(prompt.content, str):
-            return self._ask("/completions", body | {"prompt": prompt.content}, accept)
+            return await self._ask("/completions", body | {"prompt": prompt.content}, accept)
         body["messages"] = list(prompt.content)
         if self.enable_thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self.enable_thinking}
-        return self._ask("/chat/completions", body, accept)
+        return await self._ask("/chat/completions", body, accept)
 
-    def _ask(self, path: str, body: dict[str, Any], accept: Callable[[bytes], Value]) -> Value:
+    async def _ask(
+        self, path: str, body: dict[str, Any], accept: Callable[[bytes], Value]
+    ) -> Value:
         """Ask with all sampling settings, but for those that the server does not know."""
         while True:
             sent = self.sent
             try:
-                return self._client.ask(path, body | sent, accept)
+                return await self._client.send(path, body | sent, accept)
             except RefusedRequest as error:
                 if not self._leave_out(error, sent):
                     raise
@@ -178,32 +197,37 @@ class Server:
         named = set(re.findall(r"\w+", error.reason)) & (sent.keys() - {"temperature", "top_p"})
         if not is_unknown or not named:
             return False
-        with self._lock:
-            new = [name for name in self._neutral if name in named]
-            self._neutral = {k: v for k, v in self._neutral.items() if k not in named}
-        if new and self.log is not None:
-            self.log(f"the server does not know {', '.join(new)}: requests go without")
+        new = [name for name in self._neutral if name in named]
+        self._neutral = {k: v for k, v in self._neutral.items() if k not in named}
+        if new:
+            self._log_once(f"the server does not know {', '.join(new)}: requests go without")
         return True
 
     def _completion(
         self, content: bytes, prompt: Prompt, max_new_tokens: int
     ) -> tuple[str, str, int | None]:
         """Text, reason to stop and number of tokens of a reply."""
+        reply: _TextReply | _ChatReply
         if isinstance(prompt.content, str):
-            text = parse(content, _TextReply)
-            model, usage, said = text.model, text.usage, text.choices[0].text
-            reason = text.choices[0].finish_reason
+            reply = parse(content, _TextReply)
         else:
-            chat = parse(content, _ChatReply)
-            model, usage, said = chat.model, chat.usage, _spoken(chat.choices[0])
-            reason = chat.choices[0].finish_reason
-        if model != self.model_name:
-            raise BadReply(f"a reply of model {model!r} instead of {self.model_name!r}")
+            reply = parse(content, _ChatReply)
+        choice, usage = reply.choices[0], reply.usage
+        if reply.model != self.model_name:
+            raise BadReply(f"a reply of model {reply.model!r} instead of {self.model_name!r}")
         if usage is not None and usage.completion_tokens > max_new_tokens:
             raise BadReply(f"{usage.completion_tokens} tokens instead of at most {max_new_tokens}")
-        if not said.isascii() and any("\ud800" <= char <= "\udfff" for char in said):
-            raise BadReply("text with half a surrogate pair")
-        return said, reason, None if usage is None else usage.completion_tokens
+        missing = _missing_answer(choice)
+        if missing:
+            self._log_once(f"a reply holds {missing}: such replies count as empty completions")
+        text = "" if missing else _text_of(choice)
+        return text, choice.finish_reason, None if usage is None else usage.completion_tokens
+
+    def _log_once(self, line: str) -> None:
+        """Logs a line, once."""
+        if self.log is not None and line not in self._logged:
+            self.log(line)
+        self._logged.add(line)
 
     def _only_model(self, content: bytes) -> str:
         names = [model.id for model in parse(content, _Models).data]
@@ -215,12 +239,40 @@ class Server:
         return names[0]
 
 
-def _spoken(choice: _ChatChoice) -> str:
-    """The text of a message; a thought that never came to an answer stays a thought."""
+def _missing_answer(choice: _ChatChoice | _TextChoice) -> str:
+    """What a reply holds instead of an answer; empty if it holds one."""
+    if choice.finish_reason == "content_filter":
+        return "what a filter left"
+    if isinstance(choice, _TextChoice):
+        return ""
     message = choice.message
-    if message.content is not None:
-        return message.content
+    parts = message.content if isinstance(message.content, list) else []
+    if message.refusal or any(part.type == "refusal" for part in parts):
+        return "a refusal"
+    if message.content or message.reasoning is not None or message.reasoning_content is not None:
+        return ""
+    if message.tool_calls or message.function_call:
+        return "a tool call"
+    is_stated = "content" in message.model_fields_set and choice.finish_reason == "stop"
+    return "no content" if is_stated and message.content is None else ""
+
+
+def _text_of(choice: _ChatChoice | _TextChoice) -> str:
+    """The text of a reply; a thought that never came to an answer stays a thought."""
+    if isinstance(choice, _TextChoice):
+        return choice.text
+    message = choice.message
     thought = message.reasoning_content if message.reasoning is None else message.reasoning
+    if isinstance(message.content, str):
+        return message.content
+    if message.content is not None:
+        texts = [part.text for part in message.content if part.type == "text"]
+        others = {part.type for part in message.content} - {"text", *_THOUGHT_PARTS}
+        if others:
+            raise BadReply(f"a message with a part of type {min(others)!r}, which is no text")
+        if texts or not message.content:
+            return "".join(texts)
+        thought = ""
     if thought is None and choice.finish_reason != "length":
         raise BadReply("a message without content")
     return f"<think>{thought or ''}"

@@ -1,35 +1,43 @@
-"""Asking a server that is not trusted: growing waits, one deadline, strict replies, all or none."""
+"""Requests to a model server: retries with growing waits, one deadline, all replies or an error."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
+import ssl
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+import anyio
+import httpx2
+from anyio.from_thread import start_blocking_portal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tutelage.errors import ConfigError, ModelError
-from tutelage.rollout.wire import BadReply, Wire, resolve, seconds_left
 
 KEY_VARIABLE = "TUTELAGE_API_KEY"
 """Environment variable with the key of a server; there is no other way to give it."""
 
+_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
-NEUTRAL: dict[str, Any] = {
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "min_tokens": 0,
-    "stop": None,
-}
-"""Settings that change nothing, said in every request for a completion: what a request leaves out,
-a server fills in from the model's generation_config.json or from its own defaults."""
+
+class BadReply(Exception):
+    """The server did not answer, or not with what it was asked for; worth another try."""
+
+
+class RefusedRequest(ModelError):
+    """The server says that the request itself is wrong: the same one will be refused again."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status = status
+        self.reason = reason
+        """What the server said, of up to 2,000 characters, printable and without the key."""
+        super().__init__(f"the server refuses the request: status {status}: {reason[:200]}.")
 
 
 class Strict(BaseModel):
@@ -61,96 +69,158 @@ class Limits:
 class Client:
     """Sends requests to one server, several at the same time.
 
-    Args:
-        url: base URL of the server.
-        limits: how long and how often it is asked.
-        num_concurrent: requests under way at the same time.
+    Raises:
+        ConfigError: the URL names no server, or the environment's key cannot be one.
     """
 
     def __init__(self, url: str, limits: Limits, num_concurrent: int = 16) -> None:
         self.limits = limits
         self.num_concurrent = num_concurrent
-        self._wire = Wire(resolve(url), read_key(), limits.max_reply_bytes)
+        self._url = _checked(url)
+        self._key = _read_key()
+        headers = {"Accept-Encoding": "identity", "User-Agent": "tutelage"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._session: Callable[[], httpx2.AsyncClient] = partial(
+            httpx2.AsyncClient,
+            headers=headers,
+            verify=ssl.create_default_context(),
+            timeout=None,  # one read's; the deadline is the whole request's
+            trust_env=False,  # no proxy and no other key because of an environment variable
+        )
 
     def each(
         self,
-        requests: Sequence[Callable[[], Value]],
+        requests: Sequence[Callable[[], Awaitable[Value]]],
         progress: Callable[[int], None] | None = None,
     ) -> list[Value]:
         """What all requests return, in order, or the first error and nothing.
 
-        Args:
-            requests: called in threads, several at the same time.
-            progress: called, in this thread, with the number of requests just answered.
+        They run in an event loop of another thread, so that a signal ends the wait for them.
+        `progress` is called in this thread with the number of requests just answered.
         """
-        with ThreadPoolExecutor(self.num_concurrent) as pool:
-            futures = [pool.submit(request) for request in requests]
-            try:
-                values = []
-                for future in futures:
-                    values.append(future.result())
-                    if progress is not None:
-                        progress(1)
-                return values
-            finally:
-                if not all(future.done() for future in futures):  # an error, or Ctrl-C
-                    self._wire.stop()
-                    pool.shutdown(wait=False, cancel_futures=True)
+        places = asyncio.Semaphore(self.num_concurrent)
+
+        async def limited(request: Callable[[], Awaitable[Value]]) -> Value:
+            async with places:
+                return await request()
+
+        values = []
+        with start_blocking_portal() as portal:  # an error, or Ctrl-C, cancels what is left
+            for future in [portal.start_task_soon(limited, request) for request in requests]:
+                values.append(future.result())
+                if progress is not None:
+                    progress(1)
+        return values
 
     def ask(
         self, path: str, body: dict[str, Any] | None, accept: Callable[[bytes], Value]
     ) -> Value:
-        """Ask until a reply is accepted, with growing waits, within tries and deadline."""
+        """One request of `send`, and the wait for it."""
+        return self.each([partial(self.send, path, body, accept)])[0]
+
+    async def send(
+        self, path: str, body: dict[str, Any] | None, accept: Callable[[bytes], Value]
+    ) -> Value:
+        """POST (GET without a body) until a reply is accepted, within tries and deadline."""
         end = time.monotonic() + self.limits.deadline_s
         num_tries, delay = 0, self.limits.first_delay_s
         while True:
             num_tries += 1
             try:
-                return accept(self._wire.send(path, body, seconds_left(end)))
+                return accept(await self._exchange(path, body, end))
             except BadReply as error:
-                is_late = time.monotonic() + delay >= end
-                if num_tries >= self.limits.num_tries or is_late or self._wire.stopped.is_set():
+                if num_tries >= self.limits.num_tries or time.monotonic() + delay >= end:
                     raise ModelError(
                         f"the server gave no usable reply in {num_tries} tries: "
-                        f"{self._wire.clean(str(error))}. Nothing of this batch was kept; run the "
+                        f"{self._clean(str(error))}. Nothing of this batch was kept; run the "
                         "command again to continue."
                     ) from None
-            self._wire.stopped.wait(delay * random.uniform(0.5, 1.0))
+            await anyio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, self.limits.max_delay_s)
+
+    async def _exchange(self, path: str, body: dict[str, Any] | None, end: float) -> bytes:
+        """The body of one reply."""
+        seconds = max(0.1, end - time.monotonic())
+        method, content, headers = "GET", None, {}
+        if body is not None:
+            method, content = "POST", json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"}
+        try:
+            with anyio.fail_after(seconds):
+                async with (
+                    self._session() as session,
+                    session.stream(
+                        method, self._url + path, content=content, headers=headers
+                    ) as reply,
+                ):
+                    return await self._read(reply)
+        except TimeoutError:
+            raise BadReply(f"no whole reply within {seconds:.0f} s") from None
+        except httpx2.RequestError as error:
+            raise BadReply(f"{self._url}: {str(error) or type(error).__name__}") from None
+
+    async def _read(self, reply: httpx2.Response) -> bytes:
+        content = bytearray()
+        async for piece in reply.aiter_bytes():
+            content += piece
+            if len(content) > self.limits.max_reply_bytes:
+                raise BadReply(f"a reply of more than {self.limits.max_reply_bytes} bytes")
+        if reply.status_code != 200:
+            self._refuse(reply.status_code, bytes(content))
+        return bytes(content)
+
+    def _refuse(self, status: int, content: bytes) -> NoReturn:
+        said = self._clean(content[:2000].decode("utf-8", "replace"), 2000)
+        if status in _RETRIED:
+            raise BadReply(f"status {status}: {said}")
+        if status in (401, 403):
+            raise ModelError(
+                f"the server refuses the key (status {status}). Set {KEY_VARIABLE} in the "
+                "environment."
+            )
+        if 300 <= status < 400:
+            said = "it redirects, which is not followed"
+        raise RefusedRequest(status, said)
+
+    def _clean(self, text: str, length: int = 200) -> str:
+        """Foreign text for one line of an error: short, printable, without the key."""
+        if self._key is not None:
+            text = text.replace(self._key, "***")
+        shown = "".join(char if char.isprintable() else " " for char in text)
+        return " ".join(shown.split())[:length]
 
 
 def parse(content: bytes, schema: type[Schema]) -> Schema:
-    """A reply as its schema wants it, from JSON without repeated keys or odd numbers."""
+    """A reply as its schema wants it."""
     try:
-        value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse_constant
-        )
-        return schema.model_validate(value)
+        return schema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the reply"
+        place = ".".join(map(str, first["loc"])) or "JSON"
         raise BadReply(f"a reply whose {place} does not fit: {first['msg']}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadReply(f"a reply that is not JSON: {str(error)[:100]}") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key is repeated")
-    return value
+def _checked(url: str) -> str:
+    """A base URL that names a server and holds no secret, without its last slash."""
+    try:
+        parsed = httpx2.URL(url)
+        parsed.host.encode("idna")  # as a look-up will
+    except (httpx2.InvalidURL, UnicodeError):  # its reason may show a part of a password
+        parsed = httpx2.URL()
+    is_port = parsed.port is None or parsed.port < 1 << 16
+    if parsed.scheme not in ("http", "https") or not parsed.host or not is_port:
+        raise ConfigError("the server's URL is malformed. Write it as http://host:8000/v1.")
+    if parsed.userinfo or parsed.query or parsed.fragment:
+        raise ConfigError(
+            "the server's URL holds a user, a password or more than a path. Write it as "
+            f"http://host:8000/v1, and set {KEY_VARIABLE} where a key is needed."
+        )
+    return str(parsed).rstrip("/")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def read_key() -> str | None:
-    """The key from the environment, None without one.
-
-    Raises:
-        ConfigError: it holds spaces or unprintable characters; it is not shown.
-    """
+def _read_key() -> str | None:
+    """The key from the environment, None without one; what cannot be a key is not shown."""
     key = os.environ.get(KEY_VARIABLE)
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError(f"{KEY_VARIABLE} holds spaces or unprintable characters. Set it anew.")

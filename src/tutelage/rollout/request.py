@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,17 @@ from tutelage.models.tokenizers import decode, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NEUTRAL: dict[str, Any] = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "stop": None,
+}
+"""Settings that change nothing, stated in every request to a server: what a request leaves out, a
+server fills in from the model's generation_config.json or from its own defaults."""
 
 _LONGEST_MARK = 32
 """Tokens of a prompt's end in which the mark of a thought and the spaces behind it fit."""

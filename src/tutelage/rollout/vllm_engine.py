@@ -14,8 +14,7 @@ from tutelage.data.types import Prompt
 from tutelage.errors import MissingExtraError, ModelError
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
-from tutelage.rollout.http_client import NEUTRAL
-from tutelage.rollout.request import Drawn, Job, jobs_of, rollout_of
+from tutelage.rollout.request import NEUTRAL, Drawn, Job, jobs_of, rollout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,10 +16,9 @@ from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ModelError, RunError, remedy
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
-from tutelage.rollout.http_client import Client, Limits, Strict, parse
+from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse
 from tutelage.rollout.request import Drawn, Job, jobs_of, rollout_of
 from tutelage.rollout.vllm_engine import sampling_options, seed_of
-from tutelage.rollout.wire import BadReply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +151,7 @@ class VLLMServerSampler:
         self._client.ask("/collective_rpc", order, partial(parse, schema=_Results))
         self._client.ask("/reset_prefix_cache", {}, partial(parse, schema=_Done))
 
-    def _one(self, job: Job, options: dict[str, Any]) -> Rollout:
+    async def _one(self, job: Job, options: dict[str, Any]) -> Rollout:
         body = {
             **options,
             "model": self._name,
@@ -163,7 +162,7 @@ class VLLMServerSampler:
             "stream": False,
         }
         accept = partial(self._rollout, job, options["max_tokens"])
-        return self._client.ask("/v1/completions", body, accept)
+        return await self._client.send("/v1/completions", body, accept)
 
     def _rollout(self, job: Job, max_new_tokens: int, content: bytes) -> Rollout:
         choice = parse(content, _Completion).choices[0]
