@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from tutelage.models.llama_cpu.layers import is_fast_family
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture, save_tiny_model, tiny_tokenizer
 from tutelage.rollout import slots as rows_module
-from tutelage.rollout.generate import sample
+from tutelage.rollout.request import RolloutRequest
+from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components, build_components
 from tutelage.train.loop import train
 
@@ -276,8 +277,8 @@ def judge(case: Case, folder: Path) -> None:
         case.message = case.message.replace(f"student {str(folder / 'student')!r}", "student")
         return
     model = components.student.model
-    form = type(rows_module.rows_for(model, 0)).__name__
-    case.decoding = "by hand" if is_fast_family(model) else form.removesuffix("Rows").lower()
+    form = type(rows_module.slots_for(model, 0)).__name__
+    case.decoding = "by hand" if is_fast_family(model) else form.removesuffix("Slots").lower()
     with torch.no_grad():
         rollouts = sampled(case, components)
         compared(case, components, rollouts)
@@ -289,11 +290,13 @@ def judge(case: Case, folder: Path) -> None:
 def sampled(case: Case, components: Components) -> list[Rollout]:
     """Rollouts of padded batches, the same as those of each prompt alone."""
     model, tokenizer = components.student.model, components.tokenizer
-    together = sample(model, tokenizer, PROMPTS, _SAMPLING, (1,), batch_size=4)
+    request = RolloutRequest(PROMPTS, _SAMPLING, (1,))
+    together = TransformersSampler(model, tokenizer, 4).sample(request).rollouts
+    single = TransformersSampler(model, tokenizer, 1)
     alone = [
         rollout
         for prompt in PROMPTS
-        for rollout in sample(model, tokenizer, [prompt], _SAMPLING, (1,), batch_size=1)
+        for rollout in single.sample(replace(request, prompts=[prompt])).rollouts
     ]
     if [r.completion_ids for r in together] != [r.completion_ids for r in alone]:
         case.message = "other tokens in a padded batch than alone"
@@ -376,12 +379,12 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def seen_of_wrong_code() -> dict[str, int]:
     """What the same comparisons see where padding is read, and where states are not selected."""
     return {
-        "padding_read": _seen("mamba", rows_module.PlainRows),
+        "padding_read": _seen("mamba", rows_module.PlainSlots),
         "states_not_selected": _seen("lfm2", _KeysOnly),
     }
 
 
-def _seen(name: str, form: type[rows_module.PlainRows]) -> int:
+def _seen(name: str, form: type[rows_module.PlainSlots]) -> int:
     """1 if a sample in a form that is wrong for an architecture is seen."""
     case = Case(name)
     with in_memory() as folder:
@@ -393,7 +396,7 @@ def _seen(name: str, form: type[rows_module.PlainRows]) -> int:
     return int(case.gaps["padded"] > TOLERANCE_NATS)
 
 
-class _KeysOnly(rows_module.PlainRows):
+class _KeysOnly(rows_module.PlainSlots):
     """Selects rows of keys and values; convolution states are those of other rows."""
 
     def keep(self, index: Tensor) -> None:

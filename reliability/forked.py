@@ -44,7 +44,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "verify": (checkpoint, "unseal"),
     "build_components": (train, "build_components"),
     "load moments": (train, "load_optimizer"),
-    "sample": (TransformersSampler, "draw"),
+    "sample": (TransformersSampler, "sample"),
     "teacher": (Teacher, "read"),
     "forward": (Student, "forward"),
     "backward": (torch.Tensor, "backward"),

@@ -219,9 +219,9 @@ MUTANTS: dict[str, Group] = {
                 "if gap <= rounding(model):\n            return form",
                 "if True:\n            return form",
             ),
-            ("[places.argsort()]", ""),
-            ("groups.append((rows, new))", "groups.append((rows, places))"),
-            (".agrees(prompt)", ".refills"),
+            ("[index.argsort()]", ""),
+            ("groups.append((slots, new))", "groups.append((slots, mine))"),
+            (".matches_model(prompt)", ".refills"),
         ],
     ),
     "models/llama_cpu/decode.py": (
@@ -515,7 +515,7 @@ MUTANTS: dict[str, Group] = {
             ("rows.position[to] = length.int()", "rows.position[to] = length.int() - 1"),
             ("state[:count] = state[index]", "pass"),
             ("row.hidden.append(segment.states[i, :end])", "row.hidden.append(segment.states[i])"),
-            ("drawn = [row.num_started if row", "drawn = [0 if row"),
+            ("started = [row.num_started if row", "started = [0 if row"),
         ],
     ),
     "rollout/cuda/kv_slots.py": (

@@ -17,7 +17,8 @@ DECODING = {
     "by hand": "by hand",
     "plain": "padded batches",
     "aligned": "batches of one length",
-    "reread": "without a cache",
+    "reread": "without a cache",  # of results before the form was renamed
+    "recomputed": "without a cache",
 }
 
 

@@ -16,9 +16,9 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.rollout.cuda import kv_slots
 from tutelage.rollout.cuda.cuda_graph import EagerGraph
-from tutelage.rollout.cuda.generate import GraphWriter
+from tutelage.rollout.cuda.generate import GraphGenerator
 from tutelage.rollout.cuda.operators import Operators, TorchOperators
-from tutelage.rollout.request import Drawn, jobs_of
+from tutelage.rollout.request import RolloutRequest, Rollouts, completion_requests
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
@@ -73,20 +73,20 @@ def cpu_device(operators: Operators | None = None) -> kv_slots.Device:
     return kv_slots.Device(operators, EagerGraph, 4, num_vocab_blocks, num_splits)
 
 
-def write(
+def generate_captured(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     config: SamplingConfig,
     batch_size: int,
     operators: Operators | None = None,
-) -> tuple[Drawn, GraphWriter]:
-    """What `draw_rollouts` does on a GPU."""
-    writer = GraphWriter(model, tokenizer, config, batch_size, True, cpu_device(operators))
-    jobs = jobs_of(tokenizer, prompts, config.num_samples, (1,))
+) -> tuple[Rollouts, GraphGenerator]:
+    """What `generate` does on a GPU."""
+    generator = GraphGenerator(model, tokenizer, config, batch_size, True, cpu_device(operators))
+    requests = completion_requests(tokenizer, RolloutRequest(prompts, config, (1,)))
     with torch.no_grad():
-        assert writer.open_slots(jobs)
-        done = {row.job.place: row for rows in writer.write(jobs) for row in rows}
-    order = [done[place] for place in range(len(jobs))]
-    rollouts = [writer.rollout(row) for row in order]
-    return Drawn(rollouts, [torch.cat(row.hidden) for row in order]), writer
+        assert generator.open_slots(requests)
+        done = {row.request.index: row for rows in generator.generate(requests) for row in rows}
+    order = [done[index] for index in range(len(requests))]
+    rollouts = [generator.rollout(row) for row in order]
+    return Rollouts(rollouts, [torch.cat(row.hidden) for row in order]), generator

@@ -18,7 +18,8 @@ from tutelage.core.terms import ForwardKL, SampledReverseKL, Term, TopKForwardKL
 from tutelage.data.batch import collate, micro_batches
 from tutelage.data.types import Rollout
 from tutelage.models.tokenizers import pad_id
-from tutelage.rollout.generate import sample
+from tutelage.rollout.request import RolloutRequest
+from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components
 
 SCORES = (
@@ -67,8 +68,8 @@ def probe(components: Components, config: Config, num_tokens: int) -> dict[str, 
     """
     prompts = components.task.prompts(0, PROBE_PROMPTS, config.seed)
     seed = (config.seed, 1)
-    model, tokenizer = components.student.model, components.tokenizer
-    rollouts = sample(model, tokenizer, prompts, config.sampling, seed, PROBE_PROMPTS)
+    sampler = TransformersSampler(components.student.model, components.tokenizer, PROBE_PROMPTS)
+    rollouts = sampler.sample(RolloutRequest(prompts, config.sampling, seed)).rollouts
     extras = tuple(dict.fromkeys(name for rule in SCORES for name in RULES[rule].extras))
     stats, completion, position = score(components, rollouts, extras)
     uniform = counter_uniform((config.seed, 2), completion, position)

@@ -93,7 +93,7 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     """Seconds of the phases (medians from the second step on), loss, and tokens that were read."""
     from tutelage.config.parse import parse_config
     from tutelage.models.optimizer import make_optimizer
-    from tutelage.rollout.request import Drawn
+    from tutelage.rollout.request import Rollouts
     from tutelage.setup.components import build_components
     from tutelage.setup.numerics import open_accelerator
     from tutelage.train.step import Step
@@ -105,7 +105,7 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     optimizer = make_optimizer("adamw", components.masters.masters, 1e-6, (0.9, 0.95), 0.0)
     components.masters.follow(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
-    drawn = Drawn(list(rollouts), None)
+    drawn = Rollouts(list(rollouts), None)
     with mock.patch.object(step, "write", return_value=drawn):
         metrics = [step.take(number) for number in range(1, NUM_STEPS + 1)]
         batches = [batch for update in step.cut(rollouts) for batch in update]

@@ -204,19 +204,20 @@ def _micro_batch(config: Config) -> int:
 
 def _draw(config: Config, components: Components, recipe: Recipe) -> Peak:
     """The peak of a few tokens of each completion of a step."""
-    from tutelage.rollout.cuda.generate import graph_writer
-    from tutelage.rollout.request import jobs_of
+    from tutelage.rollout.cuda.generate import graph_generator
+    from tutelage.rollout.request import RolloutRequest, completion_requests
 
     prompts = components.task.prompts(0, config.prompts_per_step, 0)
     with measured() as peak, torch.no_grad():
         if recipe.has_long_slots:
             arguments = (components.tokenizer, config.sampling, config.sampling_batch_size, False)
-            writer = graph_writer(components.student.model, *arguments)
-            jobs = jobs_of(components.tokenizer, prompts, config.sampling.num_samples, (0,))
-            if writer is not None and not writer.open_slots(jobs):
+            request = RolloutRequest(prompts, config.sampling, (0,))
+            writer = graph_generator(components.student.model, *arguments)
+            requests = completion_requests(components.tokenizer, request)
+            if writer is not None and not writer.open_slots(requests):
                 raise RuntimeError("the captured step is not the model's own.")
         few = replace(config.sampling, max_new_tokens=FEW_TOKENS)
-        components.sampler.draw(prompts, few, (0, 1))
+        components.sampler.sample(RolloutRequest(prompts, few, (0, 1)))
     return peak
 
 
@@ -240,7 +241,7 @@ def _learn(
     config: Config, components: Components, rollouts: Sequence[Rollout], folder: Path
 ) -> tuple[dict[str, int], int]:
     """Peaks of the phases of a step whose rollouts are given, and what torch reserved."""
-    from tutelage.rollout.request import Drawn
+    from tutelage.rollout.request import Rollouts
     from tutelage.setup.numerics import open_accelerator
     from tutelage.train.step import Step
 
@@ -248,7 +249,7 @@ def _learn(
     optimizer = torch.optim.SGD(components.masters.masters, lr=0.0)
     components.masters.follow(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
-    given = mock.patch.object(step, "write", return_value=Drawn(list(rollouts), None))
+    given = mock.patch.object(step, "write", return_value=Rollouts(list(rollouts), None))
     with given, measured() if gpu_card.is_cuda() else nullcontext(Peak()) as peak:
         metrics = step.take(1)
     if metrics["num_memory_splits"]:

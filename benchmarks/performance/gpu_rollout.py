@@ -24,11 +24,17 @@ from tutelage.data.types import Prompt
 from tutelage.models.tokenizers import stop_ids
 from tutelage.rollout.cuda import generate, kv_slots, triton_operators
 from tutelage.rollout.cuda.cuda_graph import CudaGraph, EagerGraph
-from tutelage.rollout.cuda.generate import GraphWriter
-from tutelage.rollout.cuda.kv_slots import Device, cuda_device, make_picking
+from tutelage.rollout.cuda.generate import GraphGenerator
+from tutelage.rollout.cuda.kv_slots import Device, cuda_device, make_token_sampling
 from tutelage.rollout.cuda.operators import TorchOperators
-from tutelage.rollout.generate import Drawn, draw_rollouts
-from tutelage.rollout.request import Job, Open, jobs_of
+from tutelage.rollout.generate import generate as generate_rollouts
+from tutelage.rollout.request import (
+    CompletionRequest,
+    OpenRollout,
+    RolloutRequest,
+    Rollouts,
+    completion_requests,
+)
 
 IS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if IS_CUDA else "cpu")
@@ -123,26 +129,43 @@ def _clear() -> None:
         torch.cuda.empty_cache()
 
 
-def open_writer(
-    model: Any, tokenizer: Any, config: SamplingConfig, batch_size: int, jobs: Sequence[Job]
-) -> GraphWriter:
-    """The writer that `draw_rollouts` takes on a GPU; on a CPU the same without a graph."""
+def open_generator(
+    model: Any,
+    tokenizer: Any,
+    config: SamplingConfig,
+    batch_size: int,
+    requests: Sequence[CompletionRequest],
+) -> GraphGenerator:
+    """The generator that `generate` takes on a GPU; on a CPU the same without a graph."""
     if IS_CUDA:
         device = cuda_device(DEVICE)
     else:
         ops = triton_operators
         device = Device(TorchOperators(), EagerGraph, 4, ops.num_vocab_blocks, ops.num_splits)
-    writer = GraphWriter(model, tokenizer, config, batch_size, False, device)
-    if not writer.open_slots(jobs):
+    generator = GraphGenerator(model, tokenizer, config, batch_size, False, device)
+    if not generator.open_slots(requests):
         raise RuntimeError("a step does not give the model's own hidden states.")
-    return writer
+    return generator
 
 
-def draw_all(writer: GraphWriter, jobs: Sequence[Job]) -> list[Open]:
-    """Every completion, in the order of the jobs."""
+def generate_all(
+    generator: GraphGenerator, requests: Sequence[CompletionRequest]
+) -> list[OpenRollout]:
+    """Every completion, in the order of the requests."""
     with torch.no_grad():
-        done = [row for finished in writer.write(jobs) for row in finished]
-    return sorted(done, key=lambda row: row.job.place)
+        done = [row for finished in generator.generate(requests) for row in finished]
+    return sorted(done, key=lambda row: row.request.index)
+
+
+def _requests(
+    tokenizer: Any, prompts: Sequence[Prompt], seed: tuple[int, ...]
+) -> list[CompletionRequest]:
+    return completion_requests(tokenizer, RolloutRequest(prompts, SamplingConfig(), seed))
+
+
+def _own_step(model: Any, tokenizer: Any, request: RolloutRequest) -> Rollouts:
+    """Rollouts by the model's own forward pass."""
+    return generate_rollouts(model, tokenizer, request, 16, is_fast=False)
 
 
 def copy_speed() -> float:
@@ -191,10 +214,10 @@ def correctness_small() -> dict[str, Any]:
         model, tokenizer, num_words = make_model("0.6b", torch.float32, **options)
         prompts = make_prompts(24, num_words, (5, 17, 40))
         for name, config in ways.items():
-            jobs = jobs_of(tokenizer, prompts, 1, (7,))
-            writer = open_writer(model, tokenizer, config, 16, jobs)
-            ours = draw_all(writer, jobs)
-            own = draw_rollouts(model, tokenizer, prompts, config, (7,), 16, is_fast=False)
+            requests = _requests(tokenizer, prompts, (7,))
+            generator = open_generator(model, tokenizer, config, 16, requests)
+            ours = generate_all(generator, requests)
+            own = _own_step(model, tokenizer, RolloutRequest(prompts, config, (7,)))
             result[f"{name}, window {window}"] = _compared(ours, own)
         _clear()
     for name, numbers in result.items():
@@ -202,7 +225,7 @@ def correctness_small() -> dict[str, Any]:
     return result
 
 
-def _compared(ours: Sequence[Open], own: Drawn) -> dict[str, float]:
+def _compared(ours: Sequence[OpenRollout], own: Rollouts) -> dict[str, float]:
     pairs = [(a, b) for a, b in zip(ours, own.rollouts, strict=True)]
     same = [tuple(a.tokens) == b.completion_ids for a, b in pairs]
     first = [a.tokens[0] == b.completion_ids[0] for a, b in pairs]
@@ -224,14 +247,14 @@ def correctness_large() -> dict[str, Any]:
     model, tokenizer, num_words = make_model("1.7b", initializer_range=0.03)
     prompts = make_prompts(16, num_words, (PROMPT, PROMPT // 2))
     config = SamplingConfig(max_new_tokens=min(NEW, 64))
-    jobs = jobs_of(tokenizer, prompts, 1, (3,))
-    writer = open_writer(model, tokenizer, config, 16, jobs)
-    ours = draw_all(writer, jobs)
-    own = draw_rollouts(model, tokenizer, prompts, config, (3,), 16, is_fast=False)
+    requests = _requests(tokenizer, prompts, (3,))
+    generator = open_generator(model, tokenizer, config, 16, requests)
+    ours = generate_all(generator, requests)
+    own = _own_step(model, tokenizer, RolloutRequest(prompts, config, (3,)))
     result: dict[str, Any] = {"against the own step": _compared(ours, own)}
-    drawn = [(row.job.ids, tuple(row.tokens), row.logprobs) for row in ours]
+    drawn = [(row.request.ids, tuple(row.tokens), row.logprobs) for row in ours]
     theirs = [(r.prompt_ids, r.completion_ids, list(r.logprobs or ())) for r in own.rollouts]
-    result["step against the model's own"] = step_error(model, writer, jobs)
+    result["step against the model's own"] = step_error(model, generator, requests)
     _clear()
     exact = model.float()
     for name, rows in (("captured step", drawn), ("own step", theirs)):
@@ -258,19 +281,21 @@ def _gaps(model: Any, prompt: Sequence[int], tokens: Sequence[int], got: Sequenc
 
 
 @torch.no_grad()
-def step_error(model: Any, writer: GraphWriter, jobs: Sequence[Job]) -> dict[str, float]:
+def step_error(
+    model: Any, generator: GraphGenerator, requests: Sequence[CompletionRequest]
+) -> dict[str, float]:
     """Relative error of one step's hidden states against the model's own, each to float32's."""
-    slots, ids = writer.slots, list(jobs[0].ids)
-    own, read = slots.read(model, [tuple(ids)], 0)
+    slots, ids = generator.slots, list(requests[0].ids)
+    own, read = slots.prefill(model, [tuple(ids)], 0)
     rows = slots.rows.first(min(8, slots.num_slots))
     count, length = len(rows.token), len(ids) - 1
-    slots.place(read, [0] * count, list(range(count)))
+    slots.copy_prompts(read, [0] * count, list(range(count)))
     rows.slot.copy_(torch.arange(count))
     rows.token.fill_(ids[-1])
     rows.position.fill_(length)
     rows.done.zero_()
     rows.column.zero_()
-    slots.step.feed(rows, make_memory(slots, count, writer.num_ids), slots.cache, slots.turn)
+    slots.step.feed(rows, make_memory(slots, count, generator.num_ids), slots.cache, slots.turn)
     expected = own[0, -1].float()
     errors = (rows.hidden.float() - expected).norm(dim=1) / expected.norm()
     return {"largest of the rows": float(errors.max()), "smallest": float(errors.min())}
@@ -313,12 +338,12 @@ def _ours(
     entry: dict[str, Any] = {}
     walls = []
     for i in range(3):
-        jobs = jobs_of(tokenizer, prompts, 1, (i,))
+        requests = _requests(tokenizer, prompts, (i,))
         with timed() as seconds:
-            writer = open_writer(model, tokenizer, config, batch, jobs)
-            rows = draw_all(writer, jobs)
+            generator = open_generator(model, tokenizer, config, batch, requests)
+            rows = generate_all(generator, requests)
         walls.append(seconds[0])
-    slots = writer.slots
+    slots = generator.slots
     graph: Any = next(iter(slots._graphs.values()))
     rows_now = slots.rows
     rows_now.done.zero_()
@@ -345,7 +370,9 @@ def _ours(
     entry["share of the limit"] = limit / entry["ms/step"]
     with timed() as seconds, torch.no_grad():
         count = len(slots.rows.token)
-        slots._capture(count, slots.num_splits(count, PROMPT + NEW), config, writer.num_ids, (2,))
+        slots._capture(
+            count, slots.num_splits(count, PROMPT + NEW), config, generator.num_ids, (2,)
+        )
     entry["capture s"] = seconds[0]
     entry["cache GB"] = slots.cache.nbytes / 1e9
     return entry
@@ -353,7 +380,9 @@ def _ours(
 
 @torch.no_grad()
 def _peer(model: Any, prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, Any]:
-    ids = torch.tensor([job.ids for job in jobs_of(tokenizer, prompts, 1, (0,))], device=DEVICE)
+    ids = torch.tensor(
+        [request.ids for request in _requests(tokenizer, prompts, (0,))], device=DEVICE
+    )
     mask = torch.ones_like(ids)
     new = NEW // 2
 
@@ -407,10 +436,10 @@ def ragged() -> dict[str, Any]:
     config = SamplingConfig(max_new_tokens=NEW)
     walls = []
     for _ in range(2):
-        jobs = jobs_of(tokenizer, prompts, 1, (0,))
+        requests = _requests(tokenizer, prompts, (0,))
         with timed() as seconds:
-            writer = open_writer(model, tokenizer, config, batch, jobs)
-            rows = draw_all(writer, jobs)
+            generator = open_generator(model, tokenizer, config, batch, requests)
+            rows = generate_all(generator, requests)
         walls.append(seconds[0])
     tokens = sum(len(row.tokens) for row in rows)
     result: dict[str, Any] = {
@@ -418,7 +447,7 @@ def ragged() -> dict[str, Any]:
         "draw s": walls[1],
         "tokens": tokens,
         "tokens/s": tokens / walls[1],
-        "looks": writer.looks,
+        "looks": generator.num_transfers,
         "stop ids": len(stop_ids(model, tokenizer)),
     }
     say({k: _short(v) for k, v in result.items()})
@@ -431,12 +460,12 @@ def ragged() -> dict[str, Any]:
 
 @torch.no_grad()
 def _ragged_peer(model: Any, tokenizer: Any, prompts: Any, batch: int) -> dict[str, Any]:
-    jobs = jobs_of(tokenizer, prompts, 1, (0,))
+    requests = _requests(tokenizer, prompts, (0,))
     ends = torch.tensor(model.generation_config.eos_token_id, device=DEVICE)
     counts, walls = [], []
-    for start in range(0, len(jobs), batch):
+    for start in range(0, len(requests), batch):
         with timed() as seconds:
-            ids = [job.ids for job in jobs[start : start + batch]]
+            ids = [request.ids for request in requests[start : start + batch]]
             width = max(map(len, ids))
             padded = torch.tensor([[0] * (width - len(x)) + list(x) for x in ids], device=DEVICE)
             mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=DEVICE)
@@ -463,8 +492,8 @@ def variants() -> dict[str, Any]:
     config = SamplingConfig(max_new_tokens=NEW)
     for batch in (64, 8) if IS_CUDA else (8,):
         prompts = make_prompts(batch, num_words, (PROMPT,))
-        jobs = jobs_of(tokenizer, prompts, 1, (0,))
-        slots = open_writer(model, tokenizer, config, batch, jobs).slots
+        requests = _requests(tokenizer, prompts, (0,))
+        slots = open_generator(model, tokenizer, config, batch, requests).slots
         result |= _products(slots, batch)
         for block, warps, stages in ATTENTION:
             triton_operators.COLUMN_BLOCK = block
@@ -540,10 +569,10 @@ def _sampling(slots: Any, batch: int, num_words: int) -> dict[str, float]:
         "top-k 20, top-p 0.95": SamplingConfig(0.6, 0.95, 20),
         "top-p 0.95": SamplingConfig(1.0, 0.95),
     }.items():
-        picking = make_picking(config, num_words, [2], DEVICE)
+        sampling = make_token_sampling(config, num_words, [2], DEVICE)
         key = f"batch {batch}, {name}, us"
         found[key] = (
-            time_graph(lambda p=picking: slots.step.operators.pick(rows, work, p)) * 1e3  # type: ignore[misc]
+            time_graph(lambda p=sampling: slots.step.operators.sample(rows, work, p)) * 1e3  # type: ignore[misc]
         )
         say(key, _short(found[key]))
     return found

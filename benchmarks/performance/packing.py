@@ -31,7 +31,7 @@ from objective import HERE, environment
 from tutelage.config.parse import parse_config
 from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Rollout
-from tutelage.rollout.generate import Drawn
+from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import Components, build_components
 from tutelage.train.step import Step
 
@@ -52,8 +52,8 @@ class Given(Step):
 
     rollouts: list[Rollout]
 
-    def write(self, step: int) -> Drawn:
-        return Drawn(self.rollouts, None)
+    def write(self, step: int) -> Rollouts:
+        return Rollouts(self.rollouts, None)
 
 
 class Padded(Given):

@@ -44,11 +44,12 @@ from operators import Operators
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.tasks.ledger import LedgerTask
 from tutelage.data.types import Prompt, Rollout
-from tutelage.models.llama_cpu.decode import FastRows
+from tutelage.models.llama_cpu.decode import FastSlots
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.tokenizers import encode_prompt, pad_id, stop_ids
-from tutelage.rollout.generate import draw_rollouts
-from tutelage.rollout.slots import open_rows
+from tutelage.rollout import generate as rollout
+from tutelage.rollout.request import RolloutRequest
+from tutelage.rollout.slots import open_slots
 
 EMBEDDED = "package:tutelage/assets/ledger-overconfident"
 
@@ -84,9 +85,9 @@ def ours_plain(job: Job, seed: int) -> list[int]:
 
 
 def _draw(job: Job, seed: int, is_fast: bool) -> list[Rollout]:
-    size = job.batch_size
-    return draw_rollouts(
-        job.model, job.tokenizer, job.prompts, job.config, (seed,), size, is_fast=is_fast
+    request = RolloutRequest(job.prompts, job.config, (seed,))
+    return rollout.generate(
+        job.model, job.tokenizer, request, job.batch_size, is_fast=is_fast
     ).rollouts
 
 
@@ -283,13 +284,13 @@ def run_workload(
     finally:
         model.generation_config.eos_token_id = original
     trial = encode_prompt(tokenizer, prompts[0])
-    rows = open_rows(model, tuple(trial), pad_id(tokenizer), 1, len(trial) + 8)
+    rows = open_slots(model, tuple(trial), pad_id(tokenizer), 1, len(trial) + 8)
     base = results["generate"]["tokens_per_s"] if "generate" in results else None
     return {
         "batch_size": batch_size,
         "lengths": kind,
         "num_prompts": count,
-        "has_fast_step": isinstance(rows, FastRows),
+        "has_fast_step": isinstance(rows, FastSlots),
         "results": results,
         "profiled_batch": seen,
         "times_generate": {n: r["tokens_per_s"] / base for n, r in results.items()} if base else {},

@@ -27,6 +27,7 @@ from calling import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sampling import sample
 from tutelage import __version__
 from tutelage.commands.progress import Reporter
 from tutelage.config.parse import load_config
@@ -34,7 +35,6 @@ from tutelage.data.columns import LAST_ANSWER
 from tutelage.data.tasks import LedgerTask
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture, save_tiny_model
-from tutelage.rollout.generate import sample
 from tutelage.setup.inputs import build_task
 
 COMMANDS = ("check", "train", "eval", "sample", "score", "report", "compare")

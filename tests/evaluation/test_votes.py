@@ -14,7 +14,7 @@ from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation import inspect
 from tutelage.evaluation.inspect import Inspection, evaluate_model
 from tutelage.evaluation.measure import _evaluate
-from tutelage.rollout.request import Drawn
+from tutelage.rollout.request import RolloutRequest, Rollouts
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.phases import no_phases
 
@@ -26,15 +26,15 @@ POOL = (Prompt("a", "q", "5"), Prompt("b", "r", "5"))
 
 @pytest.fixture(autouse=True)
 def _sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(self: TransformersSampler, prompts: Any, *_: Any, **__: Any) -> Drawn:
+    def sample(self: TransformersSampler, request: RolloutRequest) -> Rollouts:
         rollouts = [
             Rollout(prompt, i, (1,), (2,), text=text)
-            for prompt in prompts
+            for prompt in request.prompts
             for i, text in enumerate(ANSWERS)
         ]
-        return Drawn(rollouts, None)
+        return Rollouts(rollouts, None)
 
-    monkeypatch.setattr(TransformersSampler, "draw", draw)
+    monkeypatch.setattr(TransformersSampler, "sample", sample)
 
 
 @pytest.mark.parametrize(("grader", "expected"), [("math", 0.0), ("number", 1 / 3)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
-from tutelage.rollout.generate import Drawn
+from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import Components, build_components
 from tutelage.train.distributed import Gathered
 from tutelage.train.step import Step
@@ -80,8 +80,8 @@ class Watched(Step):
     rollouts: list[Rollout]
     kept: set[tuple[int, int]]
 
-    def write(self, step: int) -> Drawn:
-        return Drawn(self.rollouts, None)
+    def write(self, step: int) -> Rollouts:
+        return Rollouts(self.rollouts, None)
 
     def choose(self, gathered: Gathered, step: int) -> TokenSelection:
         chosen = super().choose(gathered, step)

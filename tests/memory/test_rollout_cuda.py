@@ -6,12 +6,12 @@ from eager import cpu_device, make_model
 from tutelage.memory.meta_model import shadow
 from tutelage.memory.rollout_cuda import draw_memory
 from tutelage.rollout.cuda.generate import KEPT_SHARE
-from tutelage.rollout.cuda.kv_slots import Slots
+from tutelage.rollout.cuda.kv_slots import KVSlots
 
 
 def test_slots_are_planned_by_their_shape() -> None:
     model = make_model("qwen3")
-    real = Slots(model, cpu_device(), 5, 20)
+    real = KVSlots(model, cpu_device(), 5, 20)
     twin = shadow(model)
     planned = draw_memory(twin, 5, 4, (10, 10), 1 << 40)
     assert planned.cache == real.cache.nbytes == 2 * 2 * 5 * 2 * 256 * 32 * 4

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
+from sampling import sample_rollouts
 from tutelage.config.parse import parse_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import collate
@@ -19,7 +20,6 @@ from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture, save_tiny_model
 from tutelage.models.tokenizers import vocabulary_size
-from tutelage.rollout.generate import draw_rollouts
 from tutelage.train.loop import train
 
 # Name, model type, tied head, and what is special about it.
@@ -110,7 +110,7 @@ def test_a_forgotten_soft_cap_would_be_seen(folders: dict[str, Path]) -> None:
 def test_greedy_sampling_is_what_generate_says(folders: dict[str, Path], name: str) -> None:
     model = student(folders[name])
     tokenizer = load_tokenizer(str(folders[name] / "student"))
-    drawn = draw_rollouts(model, tokenizer, PROMPTS, SamplingConfig(0.0, 1.0, 0, 12), (0,))
+    drawn = sample_rollouts(model, tokenizer, PROMPTS, SamplingConfig(0.0, 1.0, 0, 12), (0,))
     for rollout in drawn.rollouts:
         ids = torch.tensor([rollout.prompt_ids])
         beyond = list(range(vocabulary_size(tokenizer), 267))

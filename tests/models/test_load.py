@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tutelage.models.load as load_module
+from sampling import sample
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, MissingExtraError, ModelError, RunError
@@ -29,7 +30,6 @@ from tutelage.models.load import (
 )
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
-from tutelage.rollout.generate import sample
 
 IDS = torch.tensor([[1, 7, 8, 9, 10]])
 

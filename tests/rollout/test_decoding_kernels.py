@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from tutelage.config.sampling import SamplingConfig
 from tutelage.models.lora import add_lora
 from tutelage.rollout.cuda import kernels, sample_kernels, triton_operators
-from tutelage.rollout.cuda.kv_slots import Slots, make_picking
+from tutelage.rollout.cuda.kv_slots import KVSlots, make_token_sampling
 from tutelage.rollout.cuda.operators import Heads, TorchOperators
 from tutelage.rollout.cuda.state import Rows, Sizes, Work, make_rows, make_work
 from tutelage.rollout.cuda.triton_operators import TritonOperators, num_vocab_blocks
@@ -148,7 +148,7 @@ def test_attention_in_half_precision() -> None:
     ],
 )
 def test_picks(config: SamplingConfig) -> None:
-    picking = make_picking(config, 4500, [3, 17, 2], torch.device("cpu"))
+    sampling = make_token_sampling(config, 4500, [3, 17, 2], torch.device("cpu"))
 
     def run(operators: Any, rows: Rows, work: Work, cache: Tensor) -> None:
         work.logits[:, 4500:] = 50.0  # padding rows of the head
@@ -156,7 +156,7 @@ def test_picks(config: SamplingConfig) -> None:
         work.logits[2, 100:] = -torch.inf
         work.logits[3, :] = -60.0
         work.logits[3, 17] = 60.0  # a stop token, for sure
-        operators.pick(rows, work, picking)
+        operators.sample(rows, work, sampling)
 
     pairs = both(run)
     check(pairs, "token", "tokens", "logprobs", "done")
@@ -176,8 +176,8 @@ def test_logits_that_are_not_numbers_give_a_logprob_that_is_none(
 ) -> None:
     rows, work, _ = scene()
     work.logits[0, 2100] = value
-    picking = make_picking(config, 4500, [3], torch.device("cpu"))
-    TritonOperators().pick(rows, work, picking)
+    sampling = make_token_sampling(config, 4500, [3], torch.device("cpu"))
+    TritonOperators().sample(rows, work, sampling)
     written = rows.logprobs.gather(1, rows.column.long()[:, None])[:, 0]
     assert written.isfinite().tolist() == [False, True, True, True]
     assert 0 <= rows.token[0] < 4500
@@ -188,8 +188,8 @@ def test_ends_of_the_interval_stay_inside_the_vocabulary() -> None:
     work.logits[:, :2] = work.logits[:, 4490:] = -torch.inf
     for uniform, token in ((0.0, 2), (1.0 - 2.0**-53, 4489)):
         rows.uniform.fill_(uniform)
-        picking = make_picking(SamplingConfig(), 4500, [3], torch.device("cpu"))
-        TritonOperators().pick(rows, work, picking)
+        sampling = make_token_sampling(SamplingConfig(), 4500, [3], torch.device("cpu"))
+        TritonOperators().sample(rows, work, sampling)
         assert rows.token.tolist() == [token] * 4
 
 
@@ -200,11 +200,11 @@ def launches(monkeypatch: pytest.MonkeyPatch, config: SamplingConfig, splits: in
     operators, model = TritonOperators(), make_model(**options)
     if rank:
         add_lora(model, rank, 2.0 * rank)
-    slots = Slots(model, cpu_device(operators), 8, 40)
+    slots = KVSlots(model, cpu_device(operators), 8, 40)
     rows, work = slots.rows, make_work(slots.sizes, 8, 1, splits)
-    picking = make_picking(config, 33, [2], torch.device("cpu"))
+    sampling = make_token_sampling(config, 33, [2], torch.device("cpu"))
     with torch.no_grad(), Launches() as seen:
-        slots.step(rows, work, slots.cache, slots.turn, picking)
+        slots.step(rows, work, slots.cache, slots.turn, sampling)
     return operators.launches, seen.found
 
 
@@ -272,7 +272,7 @@ def test_no_kernel_stores_a_number_that_another_of_its_warps_may_still_load() ->
         loaded, stored = numbers(inspect.getsource(kernels.__dict__[name].fn))
         assert loaded
         assert not stored
-    for kernel in (sample_kernels.pick, sample_kernels.pick_filtered):
+    for kernel in (sample_kernels.sample, sample_kernels.sample_filtered):
         assert "column" not in numbers(inspect.getsource(kernel.fn))[1]
     assert "column" not in numbers(inspect.getsource(sample_kernels._note.fn))[1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import torch
 
 from tiny import tiny_config
 from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.evaluation.measure import measure
 from tutelage.models.load import load_model
 from tutelage.models.lora import add_lora, full_weights, merge
 from tutelage.models.reference import ResolvedModel
-from tutelage.rollout.request import Drawn
+from tutelage.rollout.request import RolloutRequest, Rollouts
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup import components as setup
 from tutelage.setup import validate
@@ -40,21 +38,12 @@ class OwnWeights:
         self.is_closed = False
         self.asked: list[tuple[list[str], SamplingConfig]] = []
 
-    def draw(
-        self,
-        prompts: Sequence[Prompt],
-        config: SamplingConfig,
-        seed: tuple[int, ...],
-        first_sample: Sequence[int] | None = None,
-        record: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> Drawn:
-        self.asked.append(([prompt.id for prompt in prompts], config))
+    def sample(self, request: RolloutRequest) -> Rollouts:
+        self.asked.append(([prompt.id for prompt in request.prompts], request.sampling))
         if self.num_syncs:
             self.num_syncs -= 1
             self.copy.model.load_state_dict(self.student.state_dict())
-        drawn = self.copy.draw(prompts, config, seed, first_sample)
-        return Drawn(drawn.rollouts, None)
+        return self.copy.sample(replace(request, record_hidden=False, progress=None))
 
     def close(self) -> None:
         self.is_closed = True

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eager import make_model, write
+from eager import generate_captured, make_model
+from sampling import sample_rollouts
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
@@ -19,7 +20,6 @@ from tutelage.models.lora import add_lora, merge
 from tutelage.rollout.cuda import generate, kv_slots
 from tutelage.rollout.cuda.decode_step import is_covered, windows_of
 from tutelage.rollout.cuda.operators import TorchOperators
-from tutelage.rollout.generate import draw_rollouts
 
 RAGGED = [Prompt(f"p{i}", "abc defghij klmnop"[: 1 + 3 * i]) for i in range(6)]
 CONFIG = SamplingConfig(temperature=1.5, max_new_tokens=30, num_samples=3)
@@ -36,7 +36,9 @@ def outcome(drawn: Any) -> list[tuple[tuple[int, ...], bool]]:
 
 
 def own(model: Any, letters: Any, config: SamplingConfig = CONFIG) -> Any:
-    return draw_rollouts(model, letters, RAGGED, config, (1,), 4, record=True, is_fast=False)
+    return sample_rollouts(
+        model, letters, RAGGED, config, (1,), 4, record_hidden=True, is_fast=False
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,7 +46,7 @@ def own(model: Any, letters: Any, config: SamplingConfig = CONFIG) -> Any:
 def test_slots_draw_what_the_model_draws(family: str, batch_size: int, letters: Any) -> None:
     model = make_model(family, **FAMILIES[family])
     expected = own(model, letters)
-    ours, _ = write(model, letters, RAGGED, CONFIG, batch_size)
+    ours, _ = generate_captured(model, letters, RAGGED, CONFIG, batch_size)
     assert outcome(ours) == outcome(expected)
     assert len({len(r.completion_ids) for r in ours.rollouts}) > 3  # they left at different times
     for a, b in zip(ours.rollouts, expected.rollouts, strict=True):
@@ -65,17 +67,17 @@ def test_filters_and_greedy_draw_what_they_draw_elsewhere(
     config: SamplingConfig, letters: Any
 ) -> None:
     model = make_model("qwen3")
-    ours, _ = write(model, letters, RAGGED, config, 8)
+    ours, _ = generate_captured(model, letters, RAGGED, config, 8)
     assert outcome(ours) == outcome(own(model, letters, config))
 
 
 def test_a_step_reads_weights_that_were_written_in_place(letters: Any) -> None:
     model = make_model("qwen3")
-    before, first = write(model, letters, RAGGED, CONFIG, 8)
+    before, first = generate_captured(model, letters, RAGGED, CONFIG, 8)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    after, second = write(model, letters, RAGGED, CONFIG, 8)
+    after, second = generate_captured(model, letters, RAGGED, CONFIG, 8)
     assert second.slots is first.slots  # nothing was captured anew
     assert outcome(after) == outcome(own(model, letters)) != outcome(before)
 
@@ -85,38 +87,38 @@ def test_adapters_are_part_of_the_step(letters: Any) -> None:
     model = make_model("qwen2", num_key_value_heads=1, hidden_size=128)
     add_lora(model, 3, 6.0)
     assert is_covered(model)
-    before, first = write(model, letters, RAGGED, CONFIG, 8)
+    before, first = generate_captured(model, letters, RAGGED, CONFIG, 8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_()
-    after, second = write(model, letters, RAGGED, CONFIG, 8)
+    after, second = generate_captured(model, letters, RAGGED, CONFIG, 8)
     assert second.slots is first.slots
     assert outcome(after) == outcome(own(model, letters)) != outcome(before)
     merge(model)
-    merged, _ = write(model, letters, RAGGED, CONFIG, 8)
+    merged, _ = generate_captured(model, letters, RAGGED, CONFIG, 8)
     assert outcome(merged) == outcome(own(model, letters))
 
 
 def test_weights_that_have_moved_are_found(letters: Any) -> None:
     model = make_model("qwen3")
-    _, first = write(model, letters, RAGGED, CONFIG, 8)
+    _, first = generate_captured(model, letters, RAGGED, CONFIG, 8)
     layer = model.model.layers[1].mlp.up_proj
     layer.weight.data = layer.weight.data * 1.5
-    after, second = write(model, letters, RAGGED, CONFIG, 8)
+    after, second = generate_captured(model, letters, RAGGED, CONFIG, 8)
     assert second.slots is not first.slots
     assert outcome(after) == outcome(own(model, letters))
 
 
 def test_slots_serve_shorter_and_smaller_draws_and_grow_for_longer_ones(letters: Any) -> None:
     model = make_model("qwen3")
-    _, first = write(model, letters, RAGGED, CONFIG, 16)
-    _, smaller = write(model, letters, RAGGED[:2], SamplingConfig(max_new_tokens=5), 4)
+    _, first = generate_captured(model, letters, RAGGED, CONFIG, 16)
+    _, smaller = generate_captured(model, letters, RAGGED[:2], SamplingConfig(max_new_tokens=5), 4)
     assert smaller.slots is first.slots
     longer = [Prompt("long", "ab " * 90)]
-    drawn, grown = write(model, letters, longer, SamplingConfig(max_new_tokens=20), 4)
+    drawn, grown = generate_captured(model, letters, longer, SamplingConfig(max_new_tokens=20), 4)
     assert grown.slots.capacity > first.slots.capacity
-    expected = draw_rollouts(
+    expected = sample_rollouts(
         model, letters, longer, SamplingConfig(max_new_tokens=20), (1,), 4, is_fast=False
     )
     assert outcome(drawn) == outcome(expected)
@@ -125,17 +127,19 @@ def test_slots_serve_shorter_and_smaller_draws_and_grow_for_longer_ones(letters:
 def test_the_host_looks_once_in_a_few_steps(letters: Any) -> None:
     model = make_model("qwen3")
     model.generation_config.eos_token_id = 2
-    drawn, writer = write(model, letters, RAGGED, SamplingConfig(max_new_tokens=20), 8)
+    drawn, generator = generate_captured(
+        model, letters, RAGGED, SamplingConfig(max_new_tokens=20), 8
+    )
     assert any(r.is_truncated for r in drawn.rollouts)
-    assert writer.looks == 5  # after every fourth token
+    assert generator.num_transfers == 5  # after every fourth token
 
 
 def test_rows_that_are_free_are_refilled_while_others_go_on(letters: Any) -> None:
     model = make_model("qwen3")
-    drawn, writer = write(model, letters, RAGGED, CONFIG, 8)
+    drawn, generator = generate_captured(model, letters, RAGGED, CONFIG, 8)
     longest = max(len(r.completion_ids) for r in drawn.rollouts)
     batches = -(-len(drawn.rollouts) // 8)
-    assert writer.looks < batches * -(-longest // kv_slots.STEPS)
+    assert generator.num_transfers < batches * -(-longest // kv_slots.STEPS)
 
 
 def test_a_wrong_step_is_not_taken(letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,23 +151,23 @@ def test_a_wrong_step_is_not_taken(letters: Any, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(TorchOperators, "swiglu", wrong)
     with pytest.raises(AssertionError):
-        write(model, letters, RAGGED, CONFIG, 8)
+        generate_captured(model, letters, RAGGED, CONFIG, 8)
 
 
 def test_a_wrong_window_is_not_taken(letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("mistral", sliding_window=6)
     monkeypatch.setattr("tutelage.rollout.cuda.decode_step.windows_of", lambda config: [6, 0])
     with pytest.raises(AssertionError):
-        write(model, letters, RAGGED, CONFIG, 8)
+        generate_captured(model, letters, RAGGED, CONFIG, 8)
 
 
 def test_logits_that_are_not_numbers_are_told(letters: Any) -> None:
     model = make_model("qwen3")
-    write(model, letters, RAGGED, CONFIG, 8)
+    generate_captured(model, letters, RAGGED, CONFIG, 8)
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(ModelError, match="not numbers"):
-        write(model, letters, RAGGED, CONFIG, 8)
+        generate_captured(model, letters, RAGGED, CONFIG, 8)
 
 
 def test_parameters_that_share_a_matrix_are_saved_and_optimised_as_before(
@@ -172,7 +176,7 @@ def test_parameters_that_share_a_matrix_are_saved_and_optimised_as_before(
     model = make_model("qwen3")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     names = list(before)
-    write(model, letters, RAGGED, CONFIG, 8)
+    generate_captured(model, letters, RAGGED, CONFIG, 8)
     assert [name for name, _ in model.named_parameters()] == names
     save_file(dict(model.named_parameters()), tmp_path / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
@@ -182,7 +186,7 @@ def test_parameters_that_share_a_matrix_are_saved_and_optimised_as_before(
     model(torch.tensor([[3, 7, 9]])).logits.square().sum().backward()
     optimizer.step()
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before[names[-5]])
-    after, _ = write(model, letters, RAGGED, CONFIG, 8)
+    after, _ = generate_captured(model, letters, RAGGED, CONFIG, 8)
     assert outcome(after) == outcome(own(model, letters))
 
 
@@ -217,29 +221,29 @@ def test_buckets_hold_the_rows_with_little_to_spare() -> None:
 
 def test_what_was_drawn_before_changes_no_bit(letters: Any) -> None:
     config = SamplingConfig(max_new_tokens=12)
-    fresh, _ = write(make_model("qwen3"), letters, RAGGED[:3], config, 3)
+    fresh, _ = generate_captured(make_model("qwen3"), letters, RAGGED[:3], config, 3)
     model = make_model("qwen3")
-    _, larger = write(model, letters, [*RAGGED, Prompt("long", "ab " * 90)], CONFIG, 64)
-    again, writer = write(model, letters, RAGGED[:3], config, 3)
-    assert writer.slots is larger.slots
+    _, larger = generate_captured(model, letters, [*RAGGED, Prompt("long", "ab " * 90)], CONFIG, 64)
+    again, generator = generate_captured(model, letters, RAGGED[:3], config, 3)
+    assert generator.slots is larger.slots
     assert again.rollouts == fresh.rollouts
     assert all(
         torch.equal(a, b) for a, b in zip(again.hidden or [], fresh.hidden or [], strict=True)
     )
-    longest = writer.length
-    assert writer.slots.num_splits(4, longest) == kv_slots.Slots(
-        model, writer.device, 3, longest
+    longest = generator.length
+    assert generator.slots.num_splits(4, longest) == kv_slots.KVSlots(
+        model, generator.device, 3, longest
     ).num_splits(4, longest)
 
 
 def test_slots_that_are_forgotten_are_freed_at_once(letters: Any) -> None:
     """No cycle holds them: a collector that comes later would leave their memory to no one."""
     model = make_model("qwen3")
-    _, writer = write(model, letters, RAGGED[:2], CONFIG, 4)
-    slots = weakref.ref(writer.slots)
+    _, generator = generate_captured(model, letters, RAGGED[:2], CONFIG, 4)
+    slots = weakref.ref(generator.slots)
     gc.disable()
     try:
-        del writer
+        del generator
         assert slots() is not None  # kept for the next draw
         generate.forget(model)
         assert slots() is None

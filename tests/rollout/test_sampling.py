@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
+from sampling import sample
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, ModelError
-from tutelage.rollout.generate import sample
-from tutelage.rollout.sample_token import draw, filter_probs, uniforms
+from tutelage.rollout.sample_token import filter_probs, sample_token, uniforms
 
 RAGGED = [Prompt(f"p{i}", "abc defghij klm"[: 1 + 3 * i]) for i in range(5)]
 
@@ -226,7 +226,7 @@ def test_draw_inverts_the_cumulative_distribution(
 ) -> None:
     logits = torch.tensor([numbers], dtype=torch.float64).log()
     config = SamplingConfig(top_k=top_k)
-    token, logprob = draw(logits, torch.tensor([uniform], dtype=torch.float64), config)
+    token, logprob = sample_token(logits, torch.tensor([uniform], dtype=torch.float64), config)
     probs = [n / sum(numbers) for n in numbers]
     kept = filter_probs(torch.tensor([probs], dtype=torch.float64), config)[0].tolist()
     shares = [p / math.fsum(kept) for p in kept]
@@ -240,14 +240,14 @@ def test_draw_inverts_the_cumulative_distribution(
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(config: SamplingConfig) -> None:
     logits = torch.tensor([[-math.inf, 1.0, 0.5, -math.inf]] * 2)
     edges = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw(logits, edges, config)[0].tolist() == [1, 2]
+    assert sample_token(logits, edges, config)[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_numbers_are_reported(value: float) -> None:
     logits = torch.tensor([[0.0, 1.0], [0.0, value]])
     half = torch.full((2,), 0.5, dtype=torch.float64)
-    token, logprob = draw(logits, half, SamplingConfig())
+    token, logprob = sample_token(logits, half, SamplingConfig())
     assert token[0] == 1
     assert logprob.isfinite().tolist() == [True, False]
 

@@ -10,13 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from sampling import sample, sample_rollouts
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ModelError
-from tutelage.models.llama_cpu.decode import FastRows
-from tutelage.rollout.generate import Drawn, draw_rollouts, earlier_samples, sample
-from tutelage.rollout.sample_token import draw
-from tutelage.rollout.slots import PlainRows, open_rows
+from tutelage.models.llama_cpu.decode import FastSlots
+from tutelage.rollout.request import Rollouts, earlier_samples
+from tutelage.rollout.sample_token import sample_token
+from tutelage.rollout.slots import PlainSlots, open_slots
 
 RAGGED = [Prompt(f"p{i}", "abc defghij klm"[: 1 + 3 * i]) for i in range(5)]
 WRITING = SamplingConfig(temperature=1.5, max_new_tokens=24, num_samples=3)
@@ -84,9 +85,9 @@ def make(family: str, vocab_size: int, dtype: torch.dtype, **options: Any) -> An
     return model
 
 
-def rows_of(model: Any, is_fast: bool = True) -> FastRows | PlainRows:
-    rows = open_rows(model, (1, 7, 8), 0, 4, 48, is_fast)
-    assert isinstance(rows, FastRows | PlainRows)
+def rows_of(model: Any, is_fast: bool = True) -> FastSlots | PlainSlots:
+    rows = open_slots(model, (1, 7, 8), 0, 4, 48, is_fast)
+    assert isinstance(rows, FastSlots | PlainSlots)
     return rows
 
 
@@ -106,9 +107,9 @@ def fresh_hidden(model: Any, rollout: Rollout) -> torch.Tensor:
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_fast_rows_draw_what_the_model_draws(family: str, batch_size: int, tokenizer: Any) -> None:
     model = make(family, len(tokenizer), torch.float32, **FAST[family])
-    assert isinstance(rows_of(model), FastRows)
+    assert isinstance(rows_of(model), FastSlots)
     fast, plain = (
-        draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), batch_size, is_fast=is_fast)
+        sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), batch_size, is_fast=is_fast)
         for is_fast in (True, False)
     )
     assert outcome(fast.rollouts) == outcome(plain.rollouts)
@@ -122,9 +123,9 @@ def test_layers_too_large_to_be_joined_draw_the_same(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make("qwen2", len(tokenizer), torch.float64)
-    joined = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
+    joined = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
     monkeypatch.setattr("tutelage.models.llama_cpu.layers._SMALL_BYTES", 0)
-    apart = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
+    apart = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
     assert outcome(apart) == outcome(joined)
 
 
@@ -133,17 +134,17 @@ def test_every_prompt_is_read_once(
     ahead: int, num_reads: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make("qwen3", len(tokenizer), torch.float64)
-    expected = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 64).rollouts
+    expected = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 64).rollouts
     read: list[list[Any]] = []
-    original = FastRows._prefill
+    original = FastSlots._prefill_batch
 
-    def counting(rows: FastRows, prompts: list[Any]) -> Any:
+    def counting(rows: FastSlots, prompts: list[Any]) -> Any:
         read.append(prompts)
         return original(rows, prompts)
 
-    monkeypatch.setattr(FastRows, "_prefill", counting)
-    monkeypatch.setattr("tutelage.models.llama_cpu.decode._READ_AHEAD", ahead)
-    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 8).rollouts
+    monkeypatch.setattr(FastSlots, "_prefill_batch", counting)
+    monkeypatch.setattr("tutelage.models.llama_cpu.decode._PREFILL_AHEAD", ahead)
+    drawn = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 8).rollouts
     assert outcome(drawn) == outcome(expected)
     prompts = [ids for each in read for ids in each]
     assert len(prompts) == len(set(prompts)) == len(RAGGED)
@@ -164,16 +165,16 @@ def test_any_prompts_in_any_order_and_batch_are_read_once_and_drawn_alike(
 ) -> None:
     config = SamplingConfig(temperature=1.5, max_new_tokens=6)
     read: list[Any] = []
-    original = FastRows._prefill
+    original = FastSlots._prefill_batch
 
-    def counting(rows: FastRows, distinct: list[Any]) -> Any:
+    def counting(rows: FastSlots, distinct: list[Any]) -> Any:
         read.extend(distinct)
         return original(rows, distinct)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FastRows, "_prefill", counting)
-        fast = draw_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size)
-    plain = draw_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size, is_fast=False)
+        patch.setattr(FastSlots, "_prefill_batch", counting)
+        fast = sample_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size)
+    plain = sample_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size, is_fast=False)
     assert outcome(fast.rollouts) == outcome(plain.rollouts)
     assert len(read) == len(set(read)) == len(set(prompts))
 
@@ -182,13 +183,13 @@ def test_any_prompts_in_any_order_and_batch_are_read_once_and_drawn_alike(
 def test_what_was_read_ahead_may_wait(tokenizer: Any) -> None:
     model = make("qwen3", len(tokenizer), torch.float64)
     rows, apart = rows_of(model), rows_of(model)
-    assert isinstance(rows, FastRows)
+    assert isinstance(rows, FastSlots)
     early, late = (1, 7, 8), (1, 9)
-    rows.admit([0], [early], [late])
-    rows.admit([1], [(1, 4)], [late])
-    assert [ids for read in rows.reads for ids in read.prompts] == [late]
-    rows.admit([2, 3], [late, early])
-    apart.admit(range(4), [early, (1, 4), late, early])
+    rows.prefill([0], [early], [late])
+    rows.prefill([1], [(1, 4)], [late])
+    assert [ids for done in rows.prefills for ids in done.prompts] == [late]
+    rows.prefill([2, 3], [late, early])
+    apart.prefill(range(4), [early, (1, 4), late, early])
     torch.testing.assert_close(rows.hidden, apart.hidden)
 
 
@@ -197,17 +198,17 @@ def test_a_row_that_has_ended_waits_beyond_the_longest_completion(tokenizer: Any
     """Others start late beside a row at the end of its cache, which must not leave it."""
     rows = rows_of(make("qwen3", len(tokenizer), torch.float64))
     prompts = [(1, 7, 8), (1, 9), (1, 6, 5, 4), (1, 7)]
-    rows.admit(range(4), prompts)
+    rows.prefill(range(4), prompts)
     token = torch.tensor([3, 4, 5, 6])
     for _ in range(44):  # to the end of what 48 columns hold
-        rows.advance(token)
-    rows.admit([1], [(1, 9)])
+        rows.decode_step(token)
+    rows.prefill([1], [(1, 9)])
     expected = rows_of(make("qwen3", len(tokenizer), torch.float64), is_fast=False)
-    expected.admit([0], [(1, 9)])
+    expected.prefill([0], [(1, 9)])
     for _ in range(20):
         assert torch.allclose(rows.hidden[1], expected.hidden[0], atol=1e-6)
-        rows.advance(token)
-        expected.advance(token[1:2])
+        rows.decode_step(token)
+        expected.decode_step(token[1:2])
 
 
 @pytest.mark.parametrize("change", ["a bias less", "a layer of another kind"])
@@ -222,15 +223,17 @@ def test_layers_that_do_not_fit_together_are_called_one_by_one(change: str, toke
         layer.self_attn.k_proj.bias = None
     else:
         layer.mlp.up_proj.__class__ = layer.mlp.down_proj.__class__ = Doubled
-    assert isinstance(rows_of(model), FastRows)
-    check_hidden(model, draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record=True), 1e-6)
+    assert isinstance(rows_of(model), FastSlots)
+    check_hidden(
+        model, sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record_hidden=True), 1e-6
+    )
 
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_other_models_take_their_own_forward_pass(family: str, tokenizer: Any) -> None:
     model = make(family, len(tokenizer), torch.float32, **PLAIN[family])
-    assert isinstance(rows_of(model), PlainRows)
-    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4, record=True)
+    assert isinstance(rows_of(model), PlainSlots)
+    drawn = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4, record_hidden=True)
     check_hidden(model, drawn, 1e-4)
 
 
@@ -238,23 +241,23 @@ def test_other_models_take_their_own_forward_pass(family: str, tokenizer: Any) -
     "rope", [LONG_ROPE, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}]
 )
 def test_other_rotary_embeddings_are_left_to_the_model(rope: Any, tokenizer: Any) -> None:
-    assert isinstance(rows_of(make("llama", len(tokenizer), torch.float32)), FastRows)
+    assert isinstance(rows_of(make("llama", len(tokenizer), torch.float32)), FastSlots)
     model = make("llama", len(tokenizer), torch.float32, rope_parameters=rope)
-    assert isinstance(rows_of(model), PlainRows)
+    assert isinstance(rows_of(model), PlainSlots)
 
 
 def test_a_trial_on_one_repeated_token_still_sees_a_wrong_step(tokenizer: Any) -> None:
     model = make("qwen3", len(tokenizer), torch.float32)
-    assert FastRows(model, 0, 2, 8).agrees((7,))
+    assert FastSlots(model, 0, 2, 8).matches_model((7,))
     model.base_model.layers[1].self_attn.scaling *= 2
-    assert not FastRows(model, 0, 2, 8).agrees((7, 7))
+    assert not FastSlots(model, 0, 2, 8).matches_model((7, 7))
 
 
 def test_numbers_gone_wrong_are_not_trusted(tokenizer: Any) -> None:
     model = make("qwen3", len(tokenizer), torch.float32)
     with torch.no_grad():
         model.base_model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
-    assert isinstance(rows_of(model), PlainRows)
+    assert isinstance(rows_of(model), PlainSlots)
 
 
 def test_numbers_gone_wrong_are_placed(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,27 +281,27 @@ def test_what_comes_after_the_end_harms_nobody(is_fast: bool, tokenizer: Any) ->
     model = make("llama", len(tokenizer), torch.float32)
     prompts = [Prompt(f"p{i}", "a" if i % 2 else "ba") for i in range(12)]
     config = SamplingConfig(max_new_tokens=20, num_samples=3)
-    first = draw_rollouts(model, tokenizer, prompts, config, (1,), 16).rollouts
+    first = sample_rollouts(model, tokenizer, prompts, config, (1,), 16).rollouts
     read = {token for rollout in first for token in rollout.prompt_ids}
     stops = [token for token in range(9, len(tokenizer)) if token not in read][::2]
     model.generation_config.eos_token_id = stops
     with torch.no_grad():
         model.get_input_embeddings().weight[stops] = torch.nan
-    assert isinstance(rows_of(model), FastRows)
-    drawn = draw_rollouts(model, tokenizer, prompts, config, (1,), 16, is_fast=is_fast).rollouts
+    assert isinstance(rows_of(model), FastSlots)
+    drawn = sample_rollouts(model, tokenizer, prompts, config, (1,), 16, is_fast=is_fast).rollouts
     assert {len(rollout.completion_ids) for rollout in drawn} > {1}
 
 
 @pytest.mark.parametrize("family", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_right_step_is_trusted(family: str, dtype: torch.dtype, tokenizer: Any) -> None:
-    assert isinstance(rows_of(make(family, len(tokenizer), dtype, **FAST[family])), FastRows)
+    assert isinstance(rows_of(make(family, len(tokenizer), dtype, **FAST[family])), FastSlots)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fault", ["position", "scale", "sign", "norm", "order"])
 def test_a_wrong_step_is_seen(fault: str, dtype: torch.dtype, tokenizer: Any) -> None:
-    rows = FastRows(make("qwen3", len(tokenizer), dtype), 0, 2, 8)
+    rows = FastSlots(make("qwen3", len(tokenizer), dtype), 0, 2, 8)
     first = rows.layers[0]
     match fault:
         case "position":  # every new token would sit one place too far to the right
@@ -311,24 +314,24 @@ def test_a_wrong_step_is_seen(fault: str, dtype: torch.dtype, tokenizer: Any) ->
             rows.layers[0] = first._replace(qk_norm=None)
         case "order":
             rows.layers.reverse()
-    assert not rows.agrees((1, 7, 8))
+    assert not rows.matches_model((1, 7, 8))
 
 
 def test_a_variant_of_a_family_falls_back(tokenizer: Any) -> None:
     model = make("qwen3", len(tokenizer), torch.float32)
     model.base_model.layers[1].self_attn.scaling *= 2  # the step by hand has one scale
-    assert isinstance(rows_of(model), PlainRows)
-    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record=True)
+    assert isinstance(rows_of(model), PlainSlots)
+    drawn = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record_hidden=True)
     check_hidden(model, drawn, 1e-5)
 
 
 def test_adapters_take_part(tokenizer: Any) -> None:
     peft = pytest.importorskip("peft")
     model = make("qwen3", len(tokenizer), torch.float32)
-    bare = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,))
+    bare = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,))
     model.add_adapter(peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    assert isinstance(rows_of(model.eval()), FastRows)
-    adapted = draw_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record=True)
+    assert isinstance(rows_of(model.eval()), FastSlots)
+    adapted = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record_hidden=True)
     check_hidden(model, adapted, 1e-5)
     assert outcome(adapted.rollouts) != outcome(bare.rollouts)
 
@@ -342,18 +345,18 @@ def test_hooks_are_not_passed_by(tokenizer: Any) -> None:
     (rollout,) = sample(model, tokenizer, RAGGED[:1], SamplingConfig(max_new_tokens=9), (0,))
     assert len(calls) == len(rollout.completion_ids)
     handle.remove()
-    assert isinstance(rows_of(model), FastRows)
+    assert isinstance(rows_of(model), FastSlots)
     handle = model.base_model.layers[1].register_forward_pre_hook(lambda *_: None)
-    assert isinstance(rows_of(model), PlainRows)
+    assert isinstance(rows_of(model), PlainSlots)
     handle.remove()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(rows_of(model), PlainRows)
+        assert isinstance(rows_of(model), PlainSlots)
 
 
 # --- recorded hidden states -----------------------------------------------------------------------
 
 
-def check_hidden(model: Any, drawn: Drawn, tolerance: float) -> None:
+def check_hidden(model: Any, drawn: Rollouts, tolerance: float) -> None:
     """Recorded states and their entropies are those of a fresh pass, relative to their size."""
     assert drawn.hidden is not None
     weight = model.get_output_embeddings().weight
@@ -377,15 +380,19 @@ def test_recorded_states_are_those_of_a_fresh_pass(
     family: str, dtype: torch.dtype, tolerance: float, is_fast: bool, tokenizer: Any
 ) -> None:
     model = make(family, len(tokenizer), dtype, **FAST[family])
-    drawn = draw_rollouts(model, tokenizer, RAGGED, WRITING, (2,), 4, record=True, is_fast=is_fast)
+    drawn = sample_rollouts(
+        model, tokenizer, RAGGED, WRITING, (2,), 4, record_hidden=True, is_fast=is_fast
+    )
     check_hidden(model, drawn, tolerance)
     assert drawn.hidden is not None
     with pytest.raises(AssertionError):  # a state of the wrong position would be seen
-        check_hidden(model, Drawn(drawn.rollouts, [h.roll(1, 0) for h in drawn.hidden]), tolerance)
+        check_hidden(
+            model, Rollouts(drawn.rollouts, [h.roll(1, 0) for h in drawn.hidden]), tolerance
+        )
 
 
 def test_nothing_is_recorded_unasked(qwen3: Any, tokenizer: Any) -> None:
-    assert draw_rollouts(qwen3, tokenizer, RAGGED, WRITING, (0,)).hidden is None
+    assert sample_rollouts(qwen3, tokenizer, RAGGED, WRITING, (0,)).hidden is None
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -419,7 +426,7 @@ def test_blocks_draw_what_one_long_sum_draws(num_ids: int) -> None:
     uniform[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     cumulative = logits.softmax(-1).cumsum(-1)
     expected = (cumulative <= (uniform * cumulative[:, -1])[:, None]).sum(-1)
-    token, logprob = draw(logits, uniform, SamplingConfig())
+    token, logprob = sample_token(logits, uniform, SamplingConfig())
     assert (token == expected).sum() >= 299  # the last bit may decide at an edge
     assert logits.gather(1, token[:, None]).isfinite().all()
     torch.testing.assert_close(logprob, logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
@@ -432,7 +439,7 @@ def test_the_ends_of_blocks_draw_possible_tokens() -> None:
     logits[..., 200:] = -torch.inf
     edge = logits.flatten(1).softmax(-1).view(400, 16, 256).sum(-1).cumsum(-1)
     below = torch.nextafter(edge[:, 7] / edge[:, -1], torch.zeros(400, dtype=torch.float64))
-    token, _ = draw(logits.flatten(1), below, SamplingConfig())
+    token, _ = sample_token(logits.flatten(1), below, SamplingConfig())
     assert logits.flatten(1).gather(1, token[:, None]).isfinite().all()
     assert (token // 256).unique().tolist() == [7]
 
@@ -440,6 +447,8 @@ def test_the_ends_of_blocks_draw_possible_tokens() -> None:
 def test_numbers_gone_wrong_are_reported_in_a_large_vocabulary() -> None:
     logits = torch.zeros(3, 1025)
     logits[1, 7], logits[2] = torch.nan, -torch.inf
-    token, logprob = draw(logits, torch.full((3,), 0.99, dtype=torch.float64), SamplingConfig())
+    token, logprob = sample_token(
+        logits, torch.full((3,), 0.99, dtype=torch.float64), SamplingConfig()
+    )
     assert token[0] == 1014
     assert logprob.isfinite().tolist() == [True, False, False]

@@ -23,6 +23,7 @@ from tutelage.errors import ModelError, RunError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.rollout.http_client import Limits
+from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.train.loop import train
 
@@ -159,7 +160,7 @@ def sampler(
 def test_weights_are_read_before_completions_are_asked_for(
     sampler: VLLMServerSampler, server: FakeVLLM, tmp_path: Path
 ) -> None:
-    rollouts = sampler.draw(PROMPTS, CONFIG, (0,)).rollouts
+    rollouts = sampler.sample(RolloutRequest(PROMPTS, CONFIG, (0,))).rollouts
     assert [(r.prompt.id, r.sample) for r in rollouts] == [
         (p.id, s) for p in PROMPTS for s in (0, 1)
     ]
@@ -217,7 +218,7 @@ def test_a_reply_that_is_not_what_was_asked_for_is_an_error(
 ) -> None:
     server.change = change
     with pytest.raises(ModelError, match="no usable reply in 2 tries") as caught:
-        sampler.draw(PROMPTS[:1], CONFIG, (0,))
+        sampler.sample(RolloutRequest(PROMPTS[:1], CONFIG, (0,)))
     assert "\n" not in str(caught.value)
 
 
@@ -226,7 +227,7 @@ def test_an_id_beyond_the_tokenizer_fails_the_batch_at_once(
 ) -> None:
     server.change = lambda r: choice_of(r)["token_ids"].__setitem__(0, 10**6)
     with pytest.raises(ModelError, match=r"drew the id 1000000, .* end at \d+: .*padded") as caught:
-        sampler.draw(PROMPTS[:1], SamplingConfig(max_new_tokens=6), (0,))
+        sampler.sample(RolloutRequest(PROMPTS[:1], SamplingConfig(max_new_tokens=6), (0,)))
     assert "\n" not in str(caught.value)
     assert [path for path, _ in server.asked].count("/v1/completions") == 1
 
@@ -244,7 +245,7 @@ def test_requests_carry_no_vocabulary_and_the_tokenizer_is_listed_once(
     monkeypatch.setattr(tokenizer, "get_vocab", lambda: listed.append(1) or vocabulary)
     sampler = VLLMServerSampler(student, tokenizer, server.url, tmp_path / "w", 4, QUICK)
     for step in range(2):
-        sampler.draw(PROMPTS, CONFIG, (step,))
+        sampler.sample(RolloutRequest(PROMPTS, CONFIG, (step,)))
     assert len(listed) <= 1
     bodies = [body for path, body in server.asked if path == "/v1/completions"]
     assert len(bodies) == 12

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import tutelage.rollout.slots as rows_module
+from sampling import sample
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
@@ -20,8 +21,7 @@ from tutelage.models.limits import context_limit, has_position_table
 from tutelage.models.load import load_model
 from tutelage.models.tiny import Architecture, save_tiny_model, tiny_config, tiny_tokenizer
 from tutelage.models.tokenizers import shared_vocabulary
-from tutelage.rollout.generate import sample
-from tutelage.rollout.slots import AlignedRows, OwnRows, PlainRows, RereadRows, rows_for
+from tutelage.rollout.slots import AlignedSlots, ModelSlots, PlainSlots, RecomputedSlots, slots_for
 from tutelage.setup.trial import try_model
 
 NUM_ROWS = 267
@@ -117,23 +117,23 @@ def test_a_backbone_under_an_undeclared_name_is_found() -> None:
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
-        ("gemma3_text", PlainRows),
-        ("qwen3_next", PlainRows),  # a linear attention, which masks padding
-        ("lfm2", PlainRows),
-        ("jamba", PlainRows),
-        ("mamba", AlignedRows),  # whose states would take padding in
-        ("recurrent_gemma", RereadRows),  # which keeps its states in itself
-        ("rwkv", RereadRows),
-        ("openai-gpt", RereadRows),  # without a cache
+        ("gemma3_text", PlainSlots),
+        ("qwen3_next", PlainSlots),  # a linear attention, which masks padding
+        ("lfm2", PlainSlots),
+        ("jamba", PlainSlots),
+        ("mamba", AlignedSlots),  # whose states would take padding in
+        ("recurrent_gemma", RecomputedSlots),  # which keeps its states in itself
+        ("rwkv", RecomputedSlots),
+        ("openai-gpt", RecomputedSlots),  # without a cache
     ],
 )
-def test_decoding_takes_the_first_form_that_is_exact(kind: str, form: type[OwnRows]) -> None:
+def test_decoding_takes_the_first_form_that_is_exact(kind: str, form: type[ModelSlots]) -> None:
     given = {"layer_types": ["conv", "full_attention"] * 16} if kind == "lfm2" else {}
     model = tiny(kind, **given)
     notes = try_model(model, "student 'x'", 259)
-    assert isinstance(rows_for(model, 0), form)
-    assert bool(notes) == (form is not PlainRows)
-    check_rows(rows_for(model, 0), model)
+    assert isinstance(slots_for(model, 0), form)
+    assert bool(notes) == (form is not PlainSlots)
+    check_rows(slots_for(model, 0), model)
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def check_rows(rows: Any, model: PreTrainedModel) -> None:
         tuple(torch.randint(5, 250, (n,), generator=generator).tolist()) for n in (3, 11, 3, 6)
     ]
     order = [3, 1, 0, 1, 2]
-    rows.admit(range(len(order)), [prompts[i] for i in order])
+    rows.prefill(range(len(order)), [prompts[i] for i in order])
     texts = [prompts[i] for i in order]
     for step in range(9):
         states = torch.stack([read_alone(model, ids)[-1] for ids in texts])
@@ -154,15 +154,15 @@ def check_rows(rows: Any, model: PreTrainedModel) -> None:
             rows.keep(index)
             texts = [texts[i] for i in index.tolist()]
         tokens = torch.randint(5, 250, (len(texts),), generator=generator)
-        rows.advance(tokens)
+        rows.decode_step(tokens)
         texts = [(*ids, token) for ids, token in zip(texts, tokens.tolist(), strict=True)]
 
 
 def test_a_form_that_is_not_exact_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: Mamba in one padded cache."""
-    monkeypatch.setattr(rows_module, "_FORMS", (PlainRows,))
+    monkeypatch.setattr(rows_module, "_FORMS", (PlainSlots,))
     with pytest.raises(ModelError, match=r"MambaForCausalLM cannot be decoded .* differ by 1") as x:
-        rows_for(tiny("mamba"), 0)
+        slots_for(tiny("mamba"), 0)
     assert "\n" not in str(x.value)
 
 
@@ -266,7 +266,7 @@ def test_a_model_of_images_and_text_reads_text(tmp_path: Path) -> None:
     model = load_model(saved("qwen2_5_vl", tmp_path / "vl", text_config={"rope_parameters": MROPE}))
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert try_model(model, "student 'x'", 259) == []
-    check_rows(rows_for(model, 0), model)
+    check_rows(slots_for(model, 0), model)
 
 
 def test_a_text_part_without_a_class_of_its_own_is_not_blamed_on_its_files(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
+from sampling import sample
 from tiny import TOKENIZER, tiny_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models.load import load_model, load_tokenizer
-from tutelage.rollout.generate import sample
 from tutelage.setup.components import build_components
 from tutelage.train.checkpoint import list_checkpoints
 from tutelage.train.loop import train

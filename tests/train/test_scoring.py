@@ -16,7 +16,7 @@ from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError
-from tutelage.rollout.generate import Drawn
+from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import build_components
 from tutelage.train.distributed import Gathered
 from tutelage.train.loop import train
@@ -40,7 +40,7 @@ class Watched(Step):
         self.chosen.append(chosen.rows.tolist())
         return chosen
 
-    def write(self, step: int) -> Drawn:
+    def write(self, step: int) -> Rollouts:
         drawn = super().write(step)
         if self.spoil and drawn.hidden is not None:
             drawn = replace(drawn, hidden=[x * (1 + self.spoil) for x in drawn.hidden])

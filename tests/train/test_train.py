@@ -24,7 +24,7 @@ from tutelage.config.schema import Config
 from tutelage.errors import ModelError, RunError
 from tutelage.files.checksums import seal
 from tutelage.models.load import load_model
-from tutelage.rollout.generate import Drawn
+from tutelage.rollout.request import Rollouts
 from tutelage.train.checkpoint import list_checkpoints
 from tutelage.train.loop import RunResult, train
 from tutelage.train.step import Step
@@ -115,9 +115,9 @@ def test_exactly_the_promised_rows_are_trained(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, rule: str, keep: str
 ) -> None:
     lengths: list[list[int]] = []
-    write: Callable[[Step, int], Drawn] = Step.write
+    write: Callable[[Step, int], Rollouts] = Step.write
 
-    def recorded(self: Step, step: int) -> Drawn:
+    def recorded(self: Step, step: int) -> Rollouts:
         drawn = write(self, step)
         lengths.append([len(r.completion_ids) for r in drawn.rollouts])
         return drawn

@@ -29,7 +29,8 @@ from tutelage.models.device import find_device
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import encode_prompt, refuse_thinking
-from tutelage.rollout.generate import sample
+from tutelage.rollout.request import RolloutRequest
+from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.inputs import (
     build_task,
     grader_of,
@@ -214,10 +215,8 @@ def _model_plan(request: SuiteRequest, on_phase: PhaseCallback) -> _Plan:
 
     def complete(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
         config = _limited(sampling, max_new_tokens)
-        seed, size = (request.seed,), request.batch_size
-        rollouts = sample(
-            model, tokenizer, prompts, config, seed, size, enable_thinking=request.thinking
-        )
+        sampler = TransformersSampler(model, tokenizer, request.batch_size, request.thinking)
+        rollouts = sampler.sample(RolloutRequest(prompts, config, (request.seed,))).rollouts
         return [
             Completion(r.prompt, r.sample, r.text, r.is_truncated, len(r.completion_ids), r.thought)
             for r in rollouts

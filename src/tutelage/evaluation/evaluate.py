@@ -18,6 +18,7 @@ from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
 from tutelage.grading.pool import in_parallel
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
+from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import Sampler
 
 Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
@@ -92,7 +93,8 @@ def evaluate(
     """
     if not prompts:
         raise DataError("there are no held-out prompts, got 0. Raise data.num_held_out.")
-    rollouts = sampler.draw(prompts, sampling, seed, progress=progress).rollouts
+    request = RolloutRequest(prompts, sampling, seed, progress=progress)
+    rollouts = sampler.sample(request).rollouts
     verdicts = grade_rollouts(grade, rollouts)
     answers = [voting.answer_of(r.graded_text, r.is_truncated) for r in rollouts]
     k = sampling.num_samples

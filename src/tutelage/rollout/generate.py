@@ -1,14 +1,14 @@
 """Completions from a causal language model, exactly reproducible token by token.
 
-Every token is drawn by inverting the cumulative distribution at one uniform number, and that
+Every token is sampled by inverting the cumulative distribution at one uniform number, and that
 number is a hash of (seed, prompt, sample, position). A token therefore does not depend on which
-other prompts share its batch, on their order, or on how many tokens were drawn before a restart.
+other prompts share its batch, on their order, or on how many tokens were sampled before a restart.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,86 +17,52 @@ import torch
 from torch import Tensor
 
 from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt, Rollout
+from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError
 from tutelage.models.head import head, output_embeddings
 from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
-from tutelage.rollout.cuda.generate import GraphWriter, graph_writer, tell_own_step
+from tutelage.rollout.cuda.generate import GraphGenerator, graph_generator, warn_uncaptured
 from tutelage.rollout.request import (
-    Drawn,
-    Job,
-    Open,
-    earlier_samples,
-    in_reading_order,
-    jobs_of,
-    rollout_of,
+    CompletionRequest,
+    OpenRollout,
+    RolloutRequest,
+    Rollouts,
+    completion_requests,
+    in_prefill_order,
+    to_rollout,
 )
-from tutelage.rollout.sample_token import check_finite, draw, uniforms
-from tutelage.rollout.slots import open_rows
+from tutelage.rollout.sample_token import check_finite, sample_token, uniforms
+from tutelage.rollout.slots import open_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Drawn", "SamplingConfig", "draw_rollouts", "earlier_samples", "sample"]
-
 _SEGMENT = 64
-"""Most steps between two looks at who has finished."""
+"""Most steps of a segment, after which finished completions are taken out."""
 
 
-def sample(
+def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    config: SamplingConfig,
-    seed: tuple[int, ...],
+    request: RolloutRequest,
     batch_size: int = 64,
-    progress: Callable[[int], None] | None = None,
     enable_thinking: bool | None = None,
-    first_sample: Sequence[int] | None = None,
-) -> list[Rollout]:
-    """The rollouts of `draw_rollouts`, with the same arguments."""
-    return draw_rollouts(
-        model, tokenizer, prompts, config, seed, batch_size, progress, enable_thinking, first_sample
-    ).rollouts
-
-
-def draw_rollouts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    config: SamplingConfig,
-    seed: tuple[int, ...],
-    batch_size: int = 64,
-    progress: Callable[[int], None] | None = None,
-    enable_thinking: bool | None = None,
-    first_sample: Sequence[int] | None = None,
-    record: bool = False,
     is_fast: bool = True,
-) -> Drawn:
-    """Draw completions, `config.num_samples` for each prompt.
+) -> Rollouts:
+    """Sample completions, `request.sampling.num_samples` for each prompt.
 
-    Ids beyond the tokenizer's vocabulary (padding rows of the head) are never drawn. Recorded
+    Ids beyond the tokenizer's vocabulary (padding rows of the head) are never sampled. Recorded
     log-probabilities are those of the temperature distribution before top-k and top-p; for greedy
     sampling, those at temperature 1.
 
     Args:
         model: Causal language model; its mode and settings are left as they were.
         tokenizer: The model's tokenizer.
-        prompts: Prompts to complete.
-        config: How to draw.
-        seed: Integers naming this draw, say (run seed, step).
+        request: What to sample.
         batch_size: Completions decoded at the same time.
-        progress: Called with the number of completions that have just been finished.
         enable_thinking: Passed to the chat template when not None.
-        first_sample: For each prompt the number of its samples that are drawn before under the same
-            seed, here or in another process; a prompt that comes again draws further samples. When
-            None, `earlier_samples(prompts, config.num_samples)`: nobody else draws.
-        record: Keep the hidden state that every token was drawn from.
         is_fast: False forces the model's own forward pass for every token.
-
-    Returns:
-        Rollouts, all samples of the first prompt first, with their hidden states.
 
     Raises:
         ConfigError: batch_size is below 1.
@@ -105,40 +71,40 @@ def draw_rollouts(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}. Use 1 or more.")
-    jobs = jobs_of(tokenizer, prompts, config.num_samples, seed, first_sample, enable_thinking)
+    requests = completion_requests(tokenizer, request, enable_thinking)
     done: dict[int, tuple[Rollout, list[Tensor]]] = {}
     with _evaluating(model), torch.no_grad():
-        writer = _writer(model, tokenizer, config, batch_size, record, is_fast, jobs)
-        for finished in writer.write(jobs):
+        generator = _generator(model, tokenizer, request, batch_size, is_fast, requests)
+        for finished in generator.generate(requests):
             for row in finished:
-                done[row.job.place] = (writer.rollout(row), row.hidden)
-            if progress is not None:
-                progress(len(finished))
-    order = [done[place] for place in range(len(jobs))]
-    hidden = [torch.cat(parts) for _, parts in order] if record else None
-    return Drawn([rollout for rollout, _ in order], hidden)
+                done[row.request.index] = (generator.rollout(row), row.hidden)
+            if request.progress is not None:
+                request.progress(len(finished))
+    order = [done[index] for index in range(len(requests))]
+    hidden = [torch.cat(parts) for _, parts in order] if request.record_hidden else None
+    return Rollouts([rollout for rollout, _ in order], hidden)
 
 
-def _writer(
+def _generator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: SamplingConfig,
+    request: RolloutRequest,
     batch_size: int,
-    record: bool,
     is_fast: bool,
-    jobs: Sequence[Job],
-) -> _Writer | GraphWriter:
+    requests: Sequence[CompletionRequest],
+) -> _Generator | GraphGenerator:
     """Captured steps on a GPU where the model has them, the hand-written step on a CPU."""
-    if is_fast and jobs and model.device.type == "cuda":
-        writer = graph_writer(model, tokenizer, config, batch_size, record)
-        if writer is not None and writer.open_slots(jobs):
-            return writer
-        tell_own_step(model)
+    config, record = request.sampling, request.record_hidden
+    if is_fast and requests and model.device.type == "cuda":
+        captured = graph_generator(model, tokenizer, config, batch_size, record)
+        if captured is not None and captured.open_slots(requests):
+            return captured
+        warn_uncaptured(model)
     is_fast = is_fast and model.device.type == "cpu"
-    return _Writer(model, tokenizer, config, batch_size, record, is_fast)
+    return _Generator(model, tokenizer, config, batch_size, record, is_fast)
 
 
-class _Writer:
+class _Generator:
     """Prefill once per prompt, then one token a step for the completions that are open."""
 
     def __init__(
@@ -158,12 +124,12 @@ class _Writer:
         self.is_fast = is_fast
         self.stops = frozenset(stop_ids(model, tokenizer))
 
-    def write(self, jobs: Sequence[Job]) -> Iterator[list[Open]]:
+    def generate(self, requests: Sequence[CompletionRequest]) -> Iterator[list[OpenRollout]]:
         """Completions as they are finished."""
-        waiting = deque(in_reading_order(jobs))
+        waiting = deque(in_prefill_order(requests))
         if not waiting:
             return
-        self.open: list[Open | None] = [None] * min(self.batch_size, len(waiting))
+        self.open: list[OpenRollout | None] = [None] * min(self.batch_size, len(waiting))
         self.waiting = waiting
         longest = len(waiting[-1].ids) + self.config.max_new_tokens
         refuse_beyond_table(self.model, longest)
@@ -173,9 +139,11 @@ class _Writer:
             embeddings.weight.shape[0],
             output_embeddings(self.model).weight.shape[0],
         )
-        for job in waiting:
-            refuse_ids_beyond(self.tokenizer, job.ids, embeddings.weight.shape[0], job.prompt.id)
-        self.rows = open_rows(
+        for request in waiting:
+            refuse_ids_beyond(
+                self.tokenizer, request.ids, embeddings.weight.shape[0], request.prompt.id
+            )
+        self.slots = open_slots(
             self.model,
             waiting[0].ids,
             pad_id(self.tokenizer, num_ids),
@@ -183,46 +151,46 @@ class _Writer:
             longest,
             self.is_fast,
         )
-        self._change_members()
-        self.head = head(self.model, self.rows.hidden, num_ids)
+        self._fill_slots()
+        self.head = head(self.model, self.slots.hidden, num_ids)
         self.logits = torch.empty(
             len(self.open), num_ids, dtype=self.head.dtype, device=self.model.device
         )
         while any(self.open):
-            yield self._write_segment()
-            self._change_members()
+            yield self._generate_segment()
+            self._fill_slots()
 
-    def rollout(self, row: Open) -> Rollout:
+    def rollout(self, row: OpenRollout) -> Rollout:
         """A finished completion."""
-        return rollout_of(self.tokenizer, row.job, row.tokens, row.logprobs, self.stops)
+        return to_rollout(self.tokenizer, row.request, row.tokens, row.logprobs, self.stops)
 
     def _is_due(self, num_open: int) -> bool:
-        """Whether so few rows are open that others should take the free places, or none."""
+        """Whether enough slots are free to fill them, or to go on with fewer."""
         num_rows = len(self.open)
-        if self.waiting and self.rows.refills:
+        if self.waiting and self.slots.refills:
             return num_rows - num_open >= max(1, num_rows // 8)
         return num_open <= 3 * num_rows // 4 if num_open else bool(self.waiting)
 
-    def _change_members(self) -> None:
-        """Let waiting completions in or, when none can come in, let finished rows go."""
-        places = [i for i, row in enumerate(self.open) if row is not None]
-        if not self._is_due(len(places)):
+    def _fill_slots(self) -> None:
+        """Start waiting completions in free slots or, when none can start, drop the free slots."""
+        occupied = [i for i, row in enumerate(self.open) if row is not None]
+        if not self._is_due(len(occupied)):
             return
-        if places and not (self.waiting and self.rows.refills):
-            self.open = [self.open[i] for i in places]
-            self.rows.keep(torch.tensor(places, device=self.model.device))
+        if occupied and not (self.waiting and self.slots.refills):
+            self.open = [self.open[i] for i in occupied]
+            self.slots.keep(torch.tensor(occupied, device=self.model.device))
             return
-        if not self.rows.refills:
+        if not self.slots.refills:
             self.open = [None] * min(self.batch_size, len(self.waiting))
         free = [i for i, row in enumerate(self.open) if row is None][: len(self.waiting)]
-        jobs = [self.waiting.popleft() for _ in free]
-        for place, job in zip(free, jobs, strict=True):
-            self.open[place] = Open(job)
-        following = [job.ids for job in islice(self.waiting, len(self.open))]
-        self.rows.admit(free, [job.ids for job in jobs], following)
+        requests = [self.waiting.popleft() for _ in free]
+        for slot, request in zip(free, requests, strict=True):
+            self.open[slot] = OpenRollout(request)
+        following = [request.ids for request in islice(self.waiting, len(self.open))]
+        self.slots.prefill(free, [request.ids for request in requests], following)
 
-    def _write_segment(self) -> list[Open]:
-        """Steps until somebody should come or go; the completions that they finished."""
+    def _generate_segment(self) -> list[OpenRollout]:
+        """Steps until slots should be filled or dropped; the completions that they finished."""
         left = {i: self._num_left(row) for i, row in enumerate(self.open) if row is not None}
         count = min(_SEGMENT, *left.values())
         uniform = self._uniforms(count)
@@ -232,46 +200,46 @@ class _Writer:
         ended: dict[int, int] = {}
         for step in range(count):
             size = len(self.open)
-            logits = self.head.project(self.rows.hidden, self.logits[:size])
-            token, logprob = draw(logits, uniform[step], self.config)
+            logits = self.head.project(self.slots.hidden, self.logits[:size])
+            token, logprob = sample_token(logits, uniform[step], self.config)
             tokens.append(token.tolist())
             logprobs.append(logprob)
             if self.record:
-                hidden.append(self.rows.hidden)
+                hidden.append(self.slots.hidden)
             if not self.stops.isdisjoint(tokens[-1]) or step + 1 == count:
                 self._note_ends(tokens[-1], step + 1, left, ended)
             if len(ended) == len(left):
                 break
-            self.rows.advance(token)
+            self.slots.decode_step(token)
             if self._is_due(len(left) - len(ended)):
                 break
-        return self._keep_written(tokens, logprobs, hidden, ended)
+        return self._append_tokens(tokens, logprobs, hidden, ended)
 
-    def _num_left(self, row: Open) -> int:
+    def _num_left(self, row: OpenRollout) -> int:
         return self.config.max_new_tokens - len(row.tokens)
 
     def _uniforms(self, count: int) -> Tensor:
         """The next numbers of every row `[count, B]`."""
-        keys = [row.job.key if row else 0 for row in self.open]
+        keys = [row.request.key if row else 0 for row in self.open]
         first = [len(row.tokens) if row else 0 for row in self.open]
         return uniforms(keys, count, first).t().contiguous().to(self.model.device)
 
     def _note_ends(
         self, tokens: list[int], step: int, left: dict[int, int], ended: dict[int, int]
     ) -> None:
-        """Rows that have drawn a stop token or their last one, and how many they drew."""
+        """Note rows whose token is a stop token or their last one, with their number of tokens."""
         for i, num_left in left.items():
             if i not in ended and (tokens[i] in self.stops or num_left == step):
                 ended[i] = step
 
-    def _keep_written(
+    def _append_tokens(
         self,
         tokens: list[list[int]],
         logprobs: list[Tensor],
         hidden: list[Tensor],
         ended: dict[int, int],
-    ) -> list[Open]:
-        """Hand each row what it drew; rows that have ended leave their places."""
+    ) -> list[OpenRollout]:
+        """Append each row's tokens; rows that have ended free their slots."""
         finished = []
         by_row = list(zip(*tokens, strict=True))
         logprobs_by_row = torch.stack(logprobs, dim=1).tolist()

@@ -1,16 +1,17 @@
-"""What is to be drawn, and what was: the same for every engine."""
+"""Requests for rollouts and their results: the same for every engine."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.grading.answer import opened_thought
 from tutelage.models.forward import Ids
@@ -35,23 +36,43 @@ _LONGEST_MARK = 32
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Rollouts, and the hidden states their tokens were drawn from."""
+class RolloutRequest:
+    """What to sample: `sampling.num_samples` completions of each prompt."""
 
-    rollouts: list[Rollout]
-    hidden: list[Tensor] | None
-    """For each rollout `[num completion tokens, D]`: what the head multiplied when it drew them, in
-    the model's dtype and on its device. None unless recorded."""
+    prompts: Sequence[Prompt]
+    sampling: SamplingConfig
+    seed: tuple[int, ...]
+    """Integers that name this batch, say (run seed, step)."""
+    first_sample: Sequence[int] | None = None
+    """For each prompt the number of its samples that are sampled before under the same seed, here
+    or in another process. When None, `earlier_samples(prompts, sampling.num_samples)`: no other
+    process samples under this seed."""
+    record_hidden: bool = False
+    """Keep the hidden state that every token was sampled from; engines with weights of their own
+    have none."""
+    progress: Callable[[int], None] | None = None
+    """Called with the number of completions that have just been finished."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One completion to draw: a place in the output and what determines its tokens."""
+class Rollouts:
+    """Rollouts, all samples of the first prompt first, and their hidden states."""
 
-    place: int
+    rollouts: list[Rollout]
+    hidden: list[Tensor] | None
+    """For each rollout `[num completion tokens, D]`: what the head multiplied when its tokens were
+    sampled, in the model's dtype and on its device. None unless recorded."""
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """One completion to sample: its index in the output and what determines its tokens."""
+
+    index: int
     prompt: Prompt
     sample: int
     ids: Ids
+    """Tokens of the prompt."""
     key: int
     """Names its random numbers: a signed 64-bit hash of seed, prompt and sample."""
     thought: str = ""
@@ -59,72 +80,83 @@ class Job:
 
 
 @dataclass
-class Open:
+class OpenRollout:
     """A completion under way."""
 
-    job: Job
+    request: CompletionRequest
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
 
-def jobs_of(
+def completion_requests(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    num_samples: int,
-    seed: tuple[int, ...],
-    first_sample: Sequence[int] | None = None,
+    request: RolloutRequest,
     enable_thinking: bool | None = None,
-) -> list[Job]:
-    """All samples of the first prompt, then those of the second; arguments as in `draw_rollouts`.
+) -> list[CompletionRequest]:
+    """All samples of the first prompt, then those of the second.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        request: the prompts, and how many samples of each.
+        enable_thinking: passed to the chat template when not None.
 
     Raises:
         DataError: a prompt cannot be encoded.
     """
-    first = earlier_samples(prompts, num_samples) if first_sample is None else first_sample
+    prompts, num_samples, first = (
+        request.prompts,
+        request.sampling.num_samples,
+        request.first_sample,
+    )
+    if first is None:
+        first = earlier_samples(prompts, num_samples)
     ids = [tuple(encode_prompt(tokenizer, prompt, enable_thinking)) for prompt in prompts]
     thoughts = [opened_thought(decode(tokenizer, i[-_LONGEST_MARK:])) for i in ids]
     numbers = [(i, s) for i in range(len(prompts)) for s in range(num_samples)]
+    keys = [_key(request.seed, prompts[i].id, first[i] + s) for i, s in numbers]
     return [
-        Job(place, prompts[i], s, ids[i], _key(seed, prompts[i].id, first[i] + s), thoughts[i])
-        for place, (i, s) in enumerate(numbers)
+        CompletionRequest(index, prompts[i], s, ids[i], key, thoughts[i])
+        for index, ((i, s), key) in enumerate(zip(numbers, keys, strict=True))
     ]
 
 
-def in_reading_order(jobs: Sequence[Job]) -> list[Job]:
+def in_prefill_order(requests: Sequence[CompletionRequest]) -> list[CompletionRequest]:
     """Neighbours in length together, so that little of a prefill is padding; equal prompts one
     after the other, so that each is read once."""
     first: dict[Ids, int] = {}
-    for job in jobs:
-        first.setdefault(job.ids, job.place)
-    return sorted(jobs, key=lambda job: (len(job.ids), first[job.ids], job.place))
+    for request in requests:
+        first.setdefault(request.ids, request.index)
+    return sorted(
+        requests, key=lambda request: (len(request.ids), first[request.ids], request.index)
+    )
 
 
-def rollout_of(
+def to_rollout(
     tokenizer: PreTrainedTokenizerBase,
-    job: Job,
+    request: CompletionRequest,
     tokens: Sequence[int],
     logprobs: Sequence[float],
     stops: AbstractSet[int],
 ) -> Rollout:
     """The record of a finished completion; without a stop token at its end it was cut off."""
     return Rollout(
-        prompt=job.prompt,
-        sample=job.sample,
-        prompt_ids=job.ids,
+        prompt=request.prompt,
+        sample=request.sample,
+        prompt_ids=request.ids,
         completion_ids=tuple(tokens),
         is_truncated=tokens[-1] not in stops,
         logprobs=tuple(logprobs),
         text=decode(tokenizer, tokens),
-        thought=job.thought,
+        thought=request.thought,
     )
 
 
 def earlier_samples(prompts: Sequence[Prompt], num_samples: int) -> list[int]:
-    """For each prompt, how many samples of the same prompt the ones before it draw.
+    """For each prompt, how many samples of the same prompt the ones before it ask for.
 
     Several processes that share the prompts of a step compute this over all of them and pass their
-    part on as `first_sample`; they then draw what one process would.
+    part on as `first_sample`; together they then sample what one process would.
     """
     seen: Counter[str] = Counter()
     first = []

@@ -12,14 +12,14 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.core.counter import GOLDEN, random_bits, splitmix64
 from tutelage.errors import ModelError
 
-__all__ = ["SamplingConfig", "check_finite", "draw", "filter_probs", "uniforms"]
+__all__ = ["SamplingConfig", "check_finite", "filter_probs", "sample_token", "uniforms"]
 
 _BLOCK = 256
 """Ids whose probabilities are first summed together; only one block a row is searched id by id."""
 
 
-def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse CDF: the first v with sum_{w <= v} p(w) > u.
+def sample_token(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Sample one token a row by inverse CDF: the first v with sum_{w <= v} p(w) > u.
 
     Args:
         logits: Next-token logits, float32 or wider, [B, V].
@@ -65,20 +65,20 @@ def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
 
 def _search(cumulative: Tensor, threshold: Tensor) -> Tensor:
     """First index of each row above the threshold, [B, 1]."""
-    # Only a row that is not finite points past the end; `draw` reports it.
+    # Only a row that is not finite points past the end; `sample_token` reports it.
     index = torch.searchsorted(cumulative, threshold, right=True)
     return index.clamp(max=cumulative.shape[-1] - 1)
 
 
 def filter_probs(probs: Tensor, config: SamplingConfig) -> Tensor:
-    """Zero every token outside the top-k and the top-p set (in this order), not renormalised.
+    """Zero every token outside the top-k and the top-p set (in this order), not renormalized.
 
     Args:
         probs: Probabilities, [B, V].
         config: Its top_k and top_p; ties are broken by the smaller id.
 
     Returns:
-        The probabilities of the tokens that may be drawn, 0 elsewhere, [B, V].
+        The probabilities of the tokens that may be sampled, 0 elsewhere, [B, V].
     """
     keeps_k = 0 < config.top_k < probs.shape[-1]
     if not keeps_k and config.top_p == 1.0:

@@ -1,76 +1,48 @@
-"""Who writes the completions."""
+"""The interface of the engines that sample completions, and the engine of transformers' models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt
 from tutelage.rollout.cuda.generate import forget
-from tutelage.rollout.generate import draw_rollouts
-from tutelage.rollout.request import Drawn
+from tutelage.rollout.generate import generate
+from tutelage.rollout.request import RolloutRequest, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Sampler(Protocol):
-    """Draws completions from the student as it is at that moment."""
+    """Samples completions from the student's present weights."""
 
     has_own_weights: bool
-    """Whether it holds weights of its own, which have to be proven; without hidden states."""
+    """Whether it holds a copy of the weights, whose log-probabilities have to be compared with the
+    student's; it records no hidden states."""
 
-    def draw(
-        self,
-        prompts: Sequence[Prompt],
-        config: SamplingConfig,
-        seed: tuple[int, ...],
-        first_sample: Sequence[int] | None = None,
-        record: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> Drawn:
-        """Completions of the prompts; arguments and result as in `draw_rollouts`."""
+    def sample(self, request: RolloutRequest) -> Rollouts:
+        """Completions of the request's prompts."""
 
     def close(self) -> None:
-        """Give back what the engine holds; it draws no more."""
+        """Release the engine's memory; nothing is sampled afterwards."""
 
 
 @dataclass
 class TransformersSampler:
-    """Draws from the student itself; nothing has to be copied."""
+    """Samples from the student itself; no weights are copied."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    batch_size: int
+    batch_size: int = 64
     """Completions decoded at the same time."""
     enable_thinking: bool | None = None
+    """Passed to the chat template when not None."""
     has_own_weights: bool = False
 
-    def draw(
-        self,
-        prompts: Sequence[Prompt],
-        config: SamplingConfig,
-        seed: tuple[int, ...],
-        first_sample: Sequence[int] | None = None,
-        record: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> Drawn:
-        """Completions of the prompts."""
-        return draw_rollouts(
-            self.model,
-            self.tokenizer,
-            prompts,
-            config,
-            seed,
-            self.batch_size,
-            progress,
-            enable_thinking=self.enable_thinking,
-            first_sample=first_sample,
-            record=record,
-        )
+    def sample(self, request: RolloutRequest) -> Rollouts:
+        """Completions of the request's prompts."""
+        return generate(self.model, self.tokenizer, request, self.batch_size, self.enable_thinking)
 
     def close(self) -> None:
-        """Give back what draws keep on the device; the model is the trainer's."""
+        """Release what stays on the device between batches; the model is the trainer's."""
         forget(self.model)

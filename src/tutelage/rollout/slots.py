@@ -1,9 +1,9 @@
-"""Rows of open completions by a model's own forward pass, for any causal architecture.
+"""KV slots of open completions by a model's own forward pass, for any causal architecture.
 
 Architectures differ in what their caches hold (keys and values, recurrent and convolution states)
-and in whether padding leaves those states alone. `rows_for` tries the forms below on a few short
+and in whether padding leaves those states alone. `slots_for` tries the forms below on a few short
 prompts, in the order of their speed, and takes the first that gives the hidden states of each
-sequence read alone.
+sequence computed alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tutelage.models.forward import (
     trial_ids,
 )
 from tutelage.models.llama_cpu.decode import TRIAL_TOKENS as DECODE_TRIAL
-from tutelage.models.llama_cpu.decode import FastRows
+from tutelage.models.llama_cpu.decode import FastSlots
 from tutelage.models.llama_cpu.layers import is_fast_family
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ TRIAL_TOKENS = max(_LENGTHS) + _NUM_STEPS
 """The longest sequence of a trial."""
 
 
-class PlainRows:
+class PlainSlots:
     """One cache for all rows; a batch is padded on the left and starts as a whole."""
 
     refills = False
@@ -60,10 +60,10 @@ class PlainRows:
         parameters = inspect.signature(self.base.forward).parameters
         self.cache_name = next((name for name in _CACHES if name in parameters), _CACHES[0])
 
-    def admit(
-        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    def prefill(
+        self, slots: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
     ) -> None:
-        """Start the prompts in all rows; those of before are gone."""
+        """Start the prompts in all slots; their former rows are gone."""
         self.cache: Any = None  # the model makes one of the kind that it needs
         distinct = list(dict.fromkeys(prompts))
         width = max(len(ids) for ids in distinct)
@@ -79,7 +79,7 @@ class PlainRows:
             row = {ids: i for i, ids in enumerate(distinct)}
             self.keep(torch.tensor([row[ids] for ids in prompts], device=device))
 
-    def advance(self, tokens: Tensor) -> None:
+    def decode_step(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         self.hidden = self._forward(tokens[:, None], self.position[:, None])
@@ -104,8 +104,8 @@ class PlainRows:
         return hidden
 
 
-class AlignedRows:
-    """A cache for each length of prompt, so that nothing is padded."""
+class AlignedSlots:
+    """One cache for each length of prompt, so that nothing is padded."""
 
     refills = False
     hidden: Tensor
@@ -115,43 +115,43 @@ class AlignedRows:
         self.model = model
         self.pad = pad
 
-    def admit(
-        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    def prefill(
+        self, slots: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
     ) -> None:
-        """Start the prompts in all rows; those of before are gone."""
-        self.groups: list[tuple[PlainRows, Tensor]] = []
-        """Rows of one length, and their places among all."""
+        """Start the prompts in all slots; their former rows are gone."""
+        self.groups: list[tuple[PlainSlots, Tensor]] = []
+        """Slots of one length, and their indices among all."""
         for length in sorted({len(ids) for ids in prompts}):
             found = [i for i, ids in enumerate(prompts) if len(ids) == length]
-            rows = PlainRows(self.model, self.pad)
-            rows.admit(range(len(found)), [prompts[i] for i in found])
-            self.groups.append((rows, torch.tensor(found, device=self.model.device)))
+            aligned = PlainSlots(self.model, self.pad)
+            aligned.prefill(range(len(found)), [prompts[i] for i in found])
+            self.groups.append((aligned, torch.tensor(found, device=self.model.device)))
         self._join()
 
-    def advance(self, tokens: Tensor) -> None:
+    def decode_step(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
-        for rows, places in self.groups:
-            rows.advance(tokens[places])
+        for slots, index in self.groups:
+            slots.decode_step(tokens[index])
         self._join()
 
     def keep(self, index: Tensor) -> None:
         """Drop all rows but these."""
         groups = []
-        for rows, places in self.groups:
-            new, old = (index[:, None] == places).nonzero(as_tuple=True)
+        for slots, mine in self.groups:
+            new, old = (index[:, None] == mine).nonzero(as_tuple=True)
             if len(new):
-                rows.keep(old)
-                groups.append((rows, new))
+                slots.keep(old)
+                groups.append((slots, new))
         self.groups = groups
         self._join()
 
     def _join(self) -> None:
-        places = torch.cat([places for _, places in self.groups])
-        self.hidden = torch.cat([rows.hidden for rows, _ in self.groups])[places.argsort()]
+        index = torch.cat([index for _, index in self.groups])
+        self.hidden = torch.cat([slots.hidden for slots, _ in self.groups])[index.argsort()]
 
 
-class RereadRows:
-    """No cache: for every token the whole sequences are read again, padded on the right."""
+class RecomputedSlots:
+    """No cache: every token is a forward pass over the whole sequences, padded on the right."""
 
     refills = False
     hidden: Tensor
@@ -162,25 +162,25 @@ class RereadRows:
         self.pad = pad
         self.base = backbone(model)
 
-    def admit(
-        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    def prefill(
+        self, slots: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
     ) -> None:
-        """Start the prompts in all rows; those of before are gone."""
+        """Start the prompts in all slots; their former rows are gone."""
         self.rows = list(prompts)
-        self._read()
+        self._forward()
 
-    def advance(self, tokens: Tensor) -> None:
+    def decode_step(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
         pairs = zip(self.rows, tokens.tolist(), strict=True)
         self.rows = [(*ids, token) for ids, token in pairs]
-        self._read()
+        self._forward()
 
     def keep(self, index: Tensor) -> None:
         """Drop all rows but these."""
         self.rows = [self.rows[i] for i in index.tolist()]
         self.hidden = self.hidden[index]
 
-    def _read(self) -> None:
+    def _forward(self) -> None:
         device = self.model.device
         width = max(map(len, self.rows))
         padded = [list(ids) + [self.pad] * (width - len(ids)) for ids in self.rows]
@@ -190,13 +190,13 @@ class RereadRows:
         self.hidden = states.last_hidden_state[rows, last]
 
 
-OwnRows = PlainRows | AlignedRows | RereadRows
-_FORMS: tuple[type[OwnRows], ...] = (PlainRows, AlignedRows, RereadRows)
-_KNOWN: WeakKeyDictionary[PreTrainedModel, type[OwnRows]] = WeakKeyDictionary()
+ModelSlots = PlainSlots | AlignedSlots | RecomputedSlots
+_FORMS: tuple[type[ModelSlots], ...] = (PlainSlots, AlignedSlots, RecomputedSlots)
+_KNOWN: WeakKeyDictionary[PreTrainedModel, type[ModelSlots]] = WeakKeyDictionary()
 
 
-def rows_for(model: PreTrainedModel, pad: int) -> OwnRows:
-    """Rows in the fastest form that gives what the model gives for each sequence alone.
+def slots_for(model: PreTrainedModel, pad: int) -> ModelSlots:
+    """Slots in the fastest form that gives what the model gives for each sequence alone.
 
     Raises:
         ModelError: there is no such form; transformers' own reason is in it.
@@ -207,7 +207,7 @@ def rows_for(model: PreTrainedModel, pad: int) -> OwnRows:
     sequences = [trial_ids(model, length + _NUM_STEPS, i) for i, length in enumerate(_LENGTHS)]
     trial = _Trial(sequences, [read_alone(model, ids) for ids in sequences])
     if not all(bool(states.isfinite().all()) for states in trial.states):
-        return PlainRows(model, pad)  # which says that the model gives no numbers
+        return PlainSlots(model, pad)  # which says that the model gives no numbers
     form = _KNOWN[model] = _first_exact(model, pad, trial)
     return form(model, pad)
 
@@ -219,7 +219,7 @@ class _Trial(NamedTuple):
     states: list[Tensor]
 
 
-def _first_exact(model: PreTrainedModel, pad: int, trial: _Trial) -> type[OwnRows]:
+def _first_exact(model: PreTrainedModel, pad: int, trial: _Trial) -> type[ModelSlots]:
     reason = ""
     for form in _FORMS:
         try:
@@ -238,72 +238,76 @@ def _first_exact(model: PreTrainedModel, pad: int, trial: _Trial) -> type[OwnRow
 
 
 @torch.no_grad()
-def _gap(rows: OwnRows, trial: _Trial) -> float:
+def _gap(slots: ModelSlots, trial: _Trial) -> float:
     """Largest difference of rows that share a prompt, end early and are followed by others."""
-    device = rows.model.device
+    device = slots.model.device
     gaps = []
     for order in ([0, 1, 0, 2], [2, 1], [0]):
-        rows.admit(range(len(order)), [trial.sequences[i][: _LENGTHS[i]] for i in order])
+        slots.prefill(range(len(order)), [trial.sequences[i][: _LENGTHS[i]] for i in order])
         for step in range(_NUM_STEPS + 1):
             ends = [_LENGTHS[i] + step for i in order]
             expected = [trial.states[i][end - 1] for i, end in zip(order, ends, strict=True)]
-            gaps.append(relative_gap(rows.hidden, torch.stack(expected)))
+            gaps.append(relative_gap(slots.hidden, torch.stack(expected)))
             if step == _NUM_STEPS:
                 break
             tokens = [trial.sequences[i][end] for i, end in zip(order, ends, strict=True)]
-            rows.advance(torch.tensor(tokens, device=device))
+            slots.decode_step(torch.tensor(tokens, device=device))
             if step == 1 and len(order) > 1:
                 order = order[1:]
-                rows.keep(torch.arange(1, len(order) + 1, device=device))
+                slots.keep(torch.arange(1, len(order) + 1, device=device))
     return max(gaps) if not any(map(math.isnan, gaps)) else float("nan")
 
 
-class Rows(Protocol):
-    """Completions that are decoded together, one row each."""
+class Slots(Protocol):
+    """Completions that are decoded together, one slot each."""
 
     refills: bool
-    """Whether `admit` can put prompts beside rows that are still open."""
+    """Whether `prefill` can fill free slots while other rows are open."""
 
     @property
     def hidden(self) -> Tensor:
         """Hidden states after the final norm that predict the next tokens `[B, D]`."""
 
-    def admit(
-        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    def prefill(
+        self, slots: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
     ) -> None:
-        """Start the prompts in these rows; equal prompts share one prefill.
+        """Start the prompts in these slots; equal prompts share one prefill.
 
         Args:
-            places: Rows to fill.
+            slots: Slots to fill.
             prompts: One for each of them.
-            following: Prompts to be started next, which may be read in the same go.
+            following: Prompts to be started next, which may be prefilled with them.
         """
 
-    def advance(self, tokens: Tensor) -> None:
+    def decode_step(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
 
     def keep(self, index: Tensor) -> None:
         """Drop all rows but these."""
 
 
-def open_rows(
+def open_slots(
     model: PreTrainedModel,
     prompt: Ids,
     pad: int,
-    num_rows: int,
+    num_slots: int,
     max_length: int,
     is_fast: bool = True,
-) -> Rows:
-    """Rows without prompts, in the fastest form that computes what the model computes.
+) -> Slots:
+    """Slots without prompts, in the fastest form that computes what the model computes.
 
     Args:
         model: Causal language model.
         prompt: Ids to try the fast form on.
         pad: Padding id.
-        num_rows: Number of rows.
+        num_slots: Number of slots.
         max_length: Most tokens of a prompt with its completion.
         is_fast: False forces the model's own forward pass.
     """
-    if is_fast and is_fast_family(model) and FastRows(model, pad, 2, DECODE_TRIAL).agrees(prompt):
-        return FastRows(model, pad, num_rows, max_length)
-    return rows_for(model, pad)
+    if (
+        is_fast
+        and is_fast_family(model)
+        and FastSlots(model, pad, 2, DECODE_TRIAL).matches_model(prompt)
+    ):
+        return FastSlots(model, pad, num_slots, max_length)
+    return slots_for(model, pad)

@@ -5,32 +5,38 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt
 from tutelage.errors import MissingExtraError, ModelError
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
-from tutelage.rollout.request import NEUTRAL, Drawn, Job, jobs_of, rollout_of
+from tutelage.rollout.request import (
+    NEUTRAL,
+    CompletionRequest,
+    RolloutRequest,
+    Rollouts,
+    completion_requests,
+    to_rollout,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class VLLMSampler:
-    """vLLM in this process. Before every draw it takes over the student's weights.
+    """vLLM in this process. Before every batch the student's weights are copied into it.
 
     Reported log-probabilities are those at temperature 1 before any filter. Seeds are those of
-    `draw_rollouts`, but vLLM turns them into other tokens, and its sums depend on the batch.
+    `generate`, but vLLM turns them into other tokens, and its sums depend on the batch.
 
     Args:
-        model: the student; what it is at the time of `draw` is what draws.
+        model: the student; `sample` uses the weights it has at that time.
         tokenizer: its tokenizer.
         max_model_len: longest prompt and completion together; 0 takes the model's limit.
-        gpu_memory_utilization: share of the accelerator's memory vLLM may take while it draws.
+        gpu_memory_utilization: share of the accelerator's memory vLLM may take while it samples.
         enable_thinking: passed to the chat template when not None.
 
     Raises:
@@ -54,46 +60,39 @@ class VLLMSampler:
         self.sleeps = model.device.type == "cuda"
         self.llm = _load(model, max_model_len, gpu_memory_utilization, self.sleeps)
 
-    def draw(
-        self,
-        prompts: Sequence[Prompt],
-        config: SamplingConfig,
-        seed: tuple[int, ...],
-        first_sample: Sequence[int] | None = None,
-        record: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> Drawn:
+    def sample(self, request: RolloutRequest) -> Rollouts:
         """Completions of the prompts, from the student's present weights.
 
         Raises:
             ModelError: vLLM returned something else than was asked for.
         """
-        jobs = jobs_of(
-            self.tokenizer, prompts, config.num_samples, seed, first_sample, self.enable_thinking
-        )
+        requests = completion_requests(self.tokenizer, request, self.enable_thinking)
         from vllm import SamplingParams
 
         stops = stop_ids(self.model, self.tokenizer)
-        options = sampling_options(self.model, self.tokenizer, config)
+        options = sampling_options(self.model, self.tokenizer, request.sampling)
         num_ids = vocabulary_size(self.tokenizer)
         if num_ids < self.model.get_output_embeddings().weight.shape[0]:
             options["allowed_token_ids"] = list(range(num_ids))
-        with self._awake():
-            self._push()
+        with self._on_device():
+            self._update_weights()
             outputs = self.llm.generate(
-                [{"prompt_token_ids": list(job.ids)} for job in jobs],
-                [SamplingParams(**options, seed=seed_of(job), detokenize=False) for job in jobs],
+                [{"prompt_token_ids": list(one.ids)} for one in requests],
+                [
+                    SamplingParams(**options, seed=seed_of(one), detokenize=False)
+                    for one in requests
+                ],
                 use_tqdm=False,
             )
-        if len(outputs) != len(jobs):
-            raise ModelError(f"vLLM gave {len(outputs)} completions of {len(jobs)}.")
-        written = [_written(output.outputs[0]) for output in outputs]
-        if progress is not None:
-            progress(len(written))
-        return Drawn(
+        if len(outputs) != len(requests):
+            raise ModelError(f"vLLM gave {len(outputs)} completions of {len(requests)}.")
+        sampled = [_sampled(output.outputs[0]) for output in outputs]
+        if request.progress is not None:
+            request.progress(len(sampled))
+        return Rollouts(
             [
-                rollout_of(self.tokenizer, job, tokens, logprobs, stops)
-                for job, (tokens, logprobs) in zip(jobs, written, strict=True)
+                to_rollout(self.tokenizer, one, tokens, logprobs, stops)
+                for one, (tokens, logprobs) in zip(requests, sampled, strict=True)
             ],
             None,
         )
@@ -105,7 +104,7 @@ class VLLMSampler:
         del self.llm
         cleanup_dist_env_and_memory()
 
-    def _push(self) -> None:
+    def _update_weights(self) -> None:
         """Copy the student's weights into vLLM's model, and forget what the old ones computed."""
         weights = full_weights(self.model)
 
@@ -116,8 +115,8 @@ class VLLMSampler:
         self.llm.reset_prefix_cache()
 
     @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """On CUDA vLLM holds memory inside only; its weights need not survive, they are pushed."""
+    def _on_device(self) -> Iterator[None]:
+        """On CUDA vLLM holds memory inside only; its weights are copied anew each time."""
         if self.sleeps:
             self.llm.wake_up()
         try:
@@ -130,7 +129,7 @@ class VLLMSampler:
 def sampling_options(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig
 ) -> dict[str, Any]:
-    """What vLLM is told of every completion of a draw, in this process or over HTTP."""
+    """vLLM's options of every completion of a batch, in this process or over HTTP."""
     return {
         **NEUTRAL,
         "temperature": config.temperature,
@@ -143,12 +142,12 @@ def sampling_options(
     }
 
 
-def seed_of(job: Job) -> int:
-    """The number that vLLM draws a completion with."""
-    return job.key % 2**63
+def seed_of(request: CompletionRequest) -> int:
+    """vLLM's seed of a completion."""
+    return request.key % 2**63
 
 
-def _written(completion: Any) -> tuple[list[int], list[float]]:
+def _sampled(completion: Any) -> tuple[list[int], list[float]]:
     tokens = list(completion.token_ids)
     logprobs = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
     return tokens, logprobs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,13 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from safetensors.torch import save_file
 
-from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt, Rollout
+from tutelage.data.types import Rollout
 from tutelage.errors import ModelError, RunError, remedy
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse
-from tutelage.rollout.request import Drawn, Job, jobs_of, rollout_of
+from tutelage.rollout.request import (
+    CompletionRequest,
+    RolloutRequest,
+    Rollouts,
+    completion_requests,
+    to_rollout,
+)
 from tutelage.rollout.vllm_engine import sampling_options, seed_of
 
 if TYPE_CHECKING:
@@ -61,7 +65,7 @@ class _Models(Strict):
 
 
 class VLLMServerSampler:
-    """A vLLM server of one model. Before every draw it is told to read the student's weights.
+    """A vLLM server of one model. Before every batch it reads the student's weights.
 
     It has to be started with the student's architecture, in development mode, and to report
     log-probabilities as the model gives them::
@@ -71,7 +75,7 @@ class VLLMServerSampler:
     Development mode lets whoever reaches the port command the server: keep it on a trusted network.
 
     Args:
-        model: the student; what it is at the time of `draw` is what draws.
+        model: the student; `sample` uses the weights it has at that time.
         tokenizer: its tokenizer.
         url: the server's address without a path, such as http://127.0.0.1:8000.
         folder: where weights are handed over; the server must see it under the same name.
@@ -106,28 +110,18 @@ class VLLMServerSampler:
         self._stops = stop_ids(model, tokenizer)
         self._num_ids = vocabulary_size(tokenizer)
 
-    def draw(
-        self,
-        prompts: Sequence[Prompt],
-        config: SamplingConfig,
-        seed: tuple[int, ...],
-        first_sample: Sequence[int] | None = None,
-        record: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> Drawn:
+    def sample(self, request: RolloutRequest) -> Rollouts:
         """Completions of the prompts, from the student's present weights, or an error and none.
 
         Raises:
             ModelError: a completion could not be had.
             RunError: the weights cannot be written.
         """
-        jobs = jobs_of(
-            self.tokenizer, prompts, config.num_samples, seed, first_sample, self.enable_thinking
-        )
-        options = sampling_options(self.model, self.tokenizer, config)
+        requests = completion_requests(self.tokenizer, request, self.enable_thinking)
+        options = sampling_options(self.model, self.tokenizer, request.sampling)
         self._push()
-        asked = [partial(self._one, job, options) for job in jobs]
-        return Drawn(self._client.each(asked, progress), None)
+        asked = [partial(self._one, one, options) for one in requests]
+        return Rollouts(self._client.each(asked, request.progress), None)
 
     def close(self) -> None:
         """The server stays; the weights handed over last are removed."""
@@ -151,23 +145,23 @@ class VLLMServerSampler:
         self._client.ask("/collective_rpc", order, partial(parse, schema=_Results))
         self._client.ask("/reset_prefix_cache", {}, partial(parse, schema=_Done))
 
-    async def _one(self, job: Job, options: dict[str, Any]) -> Rollout:
+    async def _one(self, request: CompletionRequest, options: dict[str, Any]) -> Rollout:
         body = {
             **options,
             "model": self._name,
-            "prompt": list(job.ids),
-            "seed": seed_of(job),
+            "prompt": list(request.ids),
+            "seed": seed_of(request),
             "return_token_ids": True,
             "n": 1,
             "stream": False,
         }
-        accept = partial(self._rollout, job, options["max_tokens"])
+        accept = partial(self._rollout, request, options["max_tokens"])
         return await self._client.send("/v1/completions", body, accept)
 
-    def _rollout(self, job: Job, max_new_tokens: int, content: bytes) -> Rollout:
+    def _rollout(self, request: CompletionRequest, max_new_tokens: int, content: bytes) -> Rollout:
         choice = parse(content, _Completion).choices[0]
         tokens, logprobs = choice.token_ids, choice.logprobs.token_logprobs
-        if tuple(choice.prompt_token_ids) != job.ids:
+        if tuple(choice.prompt_token_ids) != request.ids:
             raise BadReply("a completion of another prompt")
         if len(tokens) > max_new_tokens or len(tokens) != len(logprobs):
             raise BadReply(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
@@ -185,4 +179,4 @@ class VLLMServerSampler:
             raise BadReply("a completion that does not end where it should")
         if choice.finish_reason == "length" and len(tokens) < max_new_tokens:
             raise BadReply(f"a completion cut off after {len(tokens)} tokens")
-        return rollout_of(self.tokenizer, job, tokens, logprobs, self._stops)
+        return to_rollout(self.tokenizer, request, tokens, logprobs, self._stops)

@@ -15,7 +15,7 @@ from tutelage.models.forward import foreign, read_alone, relative_gap, rounding,
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.limits import context_limit
 from tutelage.models.llama_cpu.layers import is_fast_family
-from tutelage.rollout.slots import rows_for
+from tutelage.rollout.slots import slots_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ def try_model(
         alone = [read_alone(model, ids) for ids in sequences]
         _check_head(model, who, vocab_size, sequences[0], alone[0])
         _check_neighbours(model, who, sequences, alone, is_packed)
-        rows = rows_for(model, 0) if decodes and not is_fast_family(model) else None
+        rows = slots_for(model, 0) if decodes and not is_fast_family(model) else None
     notes = [rows.note] if rows is not None and rows.note else []
     if model.config._attn_implementation == "eager":
         notes.append("has no fused attention in transformers: it attends eagerly, and slower")

@@ -21,6 +21,7 @@ from tutelage.config.schema import Config
 from tutelage.core.weighting import entropy_gate
 from tutelage.data.types import Rollout
 from tutelage.models.tokenizers import decode
+from tutelage.rollout.request import RolloutRequest
 from tutelage.setup.components import Components
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import gate_of
@@ -158,7 +159,7 @@ def _panel(config: Config, components: Components) -> list[Rollout]:
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
     prompts = components.task.held_out(settings.num_prompts)
     seed = (config.seed, _PANEL_SEED)
-    return components.sampler.draw(prompts, once, seed).rollouts
+    return components.sampler.sample(RolloutRequest(prompts, once, seed)).rollouts
 
 
 def _gate(config: Config, scores: Scores) -> Tensor:

@@ -18,7 +18,7 @@ from tutelage.errors import RunError
 from tutelage.evaluation.evaluate import grade_rollouts
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
-from tutelage.rollout.request import Drawn, earlier_samples
+from tutelage.rollout.request import RolloutRequest, Rollouts, earlier_samples
 from tutelage.setup.components import Components
 from tutelage.setup.objective import (
     culprit,
@@ -124,18 +124,20 @@ class Step:
                 plan = self._plan(batches, views, known, rollouts, step)
         return Ready(rollouts, updates, views, plan, engine, gap)
 
-    def write(self, step: int) -> Drawn:
+    def write(self, step: int) -> Rollouts:
         """This process's share of the step's rollouts."""
         config = self.config
         prompts = self.components.task.prompts(step - 1, config.prompts_per_step, config.seed)
         earlier = earlier_samples(prompts, config.sampling.num_samples)
         share = self.share(len(prompts) // self.ranks.count)
-        return self.components.sampler.draw(
-            [prompts[i] for i in share],
-            config.sampling,
-            (config.seed, step),
-            [earlier[i] for i in share],
-            record=needs_scoring(config) and config.scoring == "recorded",
+        return self.components.sampler.sample(
+            RolloutRequest(
+                [prompts[i] for i in share],
+                config.sampling,
+                (config.seed, step),
+                [earlier[i] for i in share],
+                record_hidden=needs_scoring(config) and config.scoring == "recorded",
+            )
         )
 
     def cut(self, rollouts: Sequence[Rollout]) -> list[list[Batch]]:
@@ -179,7 +181,7 @@ class Step:
         size = count // updates
         return [i + size * ((ranks - 1) * (i // size) + rank) for i in range(count)]
 
-    def _known(self, batches: Sequence[Batch], drawn: Drawn) -> list[Tensor | None]:
+    def _known(self, batches: Sequence[Batch], drawn: Rollouts) -> list[Tensor | None]:
         """Each batch's hidden states from when its tokens were drawn `[N, D]`, if recorded.
 
         They are those of the weights about to be scored: nothing was updated since.

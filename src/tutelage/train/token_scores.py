@@ -31,6 +31,7 @@ from tutelage.data.prompts import load_completions
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
+from tutelage.rollout.request import RolloutRequest
 from tutelage.setup.components import Components, build_components
 from tutelage.setup.inputs import prompt_format
 from tutelage.setup.numerics import plain_arithmetic
@@ -279,7 +280,8 @@ def _rollouts_of(
     num_completions = len(prompts) * config.sampling.num_samples
     progress = counting(on_phase, "sampling: completions", num_completions)
     seed = (config.seed, 0)
-    return components.sampler.draw(prompts, config.sampling, seed, progress=progress).rollouts
+    sampled = RolloutRequest(prompts, config.sampling, seed, progress=progress)
+    return components.sampler.sample(sampled).rollouts
 
 
 def _given(

@@ -1,10 +1,9 @@
-"""Rows of open completions: the hidden state that predicts each row's next token.
+"""KV slots of open completions for the Llama family on a CPU.
 
-`rows_for` runs any causal language model through its own forward pass. `FastRows` writes the
-one-token step of the Llama family out by hand over preallocated caches: the same arithmetic in as
-few calls as possible, without the bookkeeping around it, and a place that has become free can be
-taken by another prompt at any time. `open_rows` tries a step against the model's own before
-trusting it.
+`FastSlots` writes the one-token step out by hand over preallocated caches: the same arithmetic as
+the model's own forward pass in as few calls as possible, and a free slot can be filled with another
+prompt at any time. `rollout.slots.open_slots` compares a step with the model's own before it uses
+this form; other models run their own forward pass.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
 
 TRIAL_TOKENS = 8
 """Tokens that a fast step is tried on."""
-_READ_AHEAD = 1024
-"""Most tokens, padding included, up to which coming prompts are read with those due."""
+_PREFILL_AHEAD = 1024
+"""Most tokens, padding included, up to which later prompts are prefilled with those due."""
 
 
 class _Prefill(NamedTuple):
-    """Prompts that have been read, one row each, padded on the right."""
+    """Prompts with their keys and values, one row each, padded on the right."""
 
     prompts: list[Ids]
     hidden: Tensor
@@ -61,8 +60,8 @@ class _Index(NamedTuple):
     columns]` and its values `[B · groups, columns, width]`."""
 
 
-class FastRows:
-    """The Llama family. Row r keeps token i of its sequence in column i of every cache."""
+class FastSlots:
+    """The Llama family. Slot r keeps token i of its sequence in column i of every cache."""
 
     refills = True
 
@@ -92,67 +91,69 @@ class FastRows:
         """The furthest of these columns."""
         self.index: _Index | None = None
         """Where the rows are; None after they have changed."""
-        self.reads: list[_Prefill] = []
-        """Prompts that have been read and are still to be started."""
+        self.prefills: list[_Prefill] = []
+        """Prompts whose keys and values are computed and that are still to be started."""
 
     @torch.no_grad()
-    def agrees(self, prompt: Ids) -> bool:
+    def matches_model(self, prompt: Ids) -> bool:
         """Whether a step by hand gives the model's own hidden states, in two rows at once."""
         # Different ones: among equal tokens, wrong positions and scales cancel out.
         others = range(min(TRIAL_TOKENS, self.base.embed_tokens.num_embeddings))
         ids = (tuple(dict.fromkeys((*prompt, *others))) * TRIAL_TOKENS)[:TRIAL_TOKENS]
         device = self.columns.device
-        own, layers = self._read([ids])
+        own, layers = self._forward([ids])
         lengths = [TRIAL_TOKENS - 1, TRIAL_TOKENS // 2]
-        self._place([0, 1], _Prefill([ids], own[:, -1], layers), [0, 0])
+        self._copy_prompts([0, 1], _Prefill([ids], own[:, -1], layers), [0, 0])
         self.position = torch.tensor(lengths, device=device)
         self.end = max(lengths)
-        self.advance(torch.tensor([ids[n] for n in lengths], device=device))
+        self.decode_step(torch.tensor([ids[n] for n in lengths], device=device))
         expected = own[0, lengths].double()
         error = (self.hidden.double() - expected).norm() / expected.norm()
         # Transformers computes norms in float32 at most.
         eps = max(torch.finfo(dtype).eps for dtype in (self.hidden.dtype, torch.float32))
         return bool(error <= eps**0.5)
 
-    def admit(
-        self, places: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
+    def prefill(
+        self, slots: Sequence[int], prompts: Sequence[Ids], following: Sequence[Ids] = ()
     ) -> None:
-        """Start the prompts in these rows; equal prompts share one prefill."""
-        known = {ids for read in self.reads for ids in read.prompts}
-        unread = [ids for ids in dict.fromkeys(prompts) if ids not in known]
-        if unread:
-            self.reads.append(self._prefill(self._with_following(unread, known, following)))
-        for read in self.reads:
-            row = {ids: i for i, ids in enumerate(read.prompts)}
-            pairs = zip(places, prompts, strict=True)
-            found = [(place, row[ids]) for place, ids in pairs if ids in row]
-            if found:  # what was read ahead may be for later
-                self._place([place for place, _ in found], read, [start for _, start in found])
+        """Start the prompts in these slots; equal prompts share one prefill."""
+        known = {ids for done in self.prefills for ids in done.prompts}
+        missing = [ids for ids in dict.fromkeys(prompts) if ids not in known]
+        if missing:
+            self.prefills.append(
+                self._prefill_batch(self._with_following(missing, known, following))
+            )
+        for done in self.prefills:
+            row = {ids: i for i, ids in enumerate(done.prompts)}
+            pairs = zip(slots, prompts, strict=True)
+            found = [(slot, row[ids]) for slot, ids in pairs if ids in row]
+            if found:  # what was prefilled ahead may be for later
+                self._copy_prompts([slot for slot, _ in found], done, [start for _, start in found])
         self.end = int(self.position.max())
         wanted = set(following)
-        self.reads = [
-            read.only(wanted) for read in self.reads if not wanted.isdisjoint(read.prompts)
+        self.prefills = [
+            done.only(wanted) for done in self.prefills if not wanted.isdisjoint(done.prompts)
         ]
 
     def _with_following(
-        self, unread: list[Ids], known: set[Ids], following: Sequence[Ids]
+        self, missing: list[Ids], known: set[Ids], following: Sequence[Ids]
     ) -> list[Ids]:
-        """Prompts to read now: those due, and of the next ones what is cheap to read with them."""
-        chosen = dict.fromkeys(unread)
-        width = max(map(len, unread))
+        """Prompts to prefill now: those due, and of the next ones what is cheap to add."""
+        chosen = dict.fromkeys(missing)
+        width = max(map(len, missing))
         for ids in following:
             width = max(width, len(ids))
-            if (len(chosen) + 1) * width > _READ_AHEAD:
+            if (len(chosen) + 1) * width > _PREFILL_AHEAD:
                 break
             if ids not in known:
                 chosen[ids] = None
         return list(chosen)
 
-    def advance(self, tokens: Tensor) -> None:
+    def decode_step(self, tokens: Tensor) -> None:
         """Feed one token to every row."""
         self._grow(self.end + 1)
         index = self.index = self.index or self._locate()
-        slots = (index.first + self.position[:, None]).view(-1)
+        columns = (index.first + self.position[:, None]).view(-1)
         index.bias.view(-1).index_fill_(0, (index.rows + self.position[:, None]).view(-1), 0.0)
         width = self.end + 1
         bias = index.bias[:, :, :width].expand(-1, self.num_heads // self.num_groups, -1)
@@ -160,13 +161,13 @@ class FastRows:
         x = self.base.embed_tokens(tokens)
         for layer, (every, keys, values) in zip(self.layers, index.caches, strict=True):
             q, kv = self._project(layer, x, turn)
-            every.index_copy_(0, slots, kv)
+            every.index_copy_(0, columns, kv)
             y = self._attend(q, keys[:, :, :width], values[:, :width], bias)
             x = layer.o(x, y.view(len(x), -1))
             gate, up = layer.gate_up(x).chunk(2, dim=-1)
             x = layer.down(x, layer.act(gate) * up)
         self.hidden = self.norm(x)
-        # A row that has ended waits for its successor without running out of its cache.
+        # A slot whose row has ended stays within its cache until it is filled again.
         self.position = (self.position + 1).clamp_(max=self.max_length - 1)
         self.end = min(self.end + 1, self.max_length - 1)
 
@@ -221,13 +222,13 @@ class FastRows:
         scores = torch.baddbmm(bias, q, keys, alpha=self.scale)
         return torch.bmm(scores.softmax(-1), values)
 
-    def _prefill(self, prompts: list[Ids]) -> _Prefill:
-        states, layers = self._read(prompts)
+    def _prefill_batch(self, prompts: list[Ids]) -> _Prefill:
+        states, layers = self._forward(prompts)
         last = torch.tensor([len(ids) - 1 for ids in prompts], device=states.device)
         rows = torch.arange(len(prompts), device=states.device)
         return _Prefill(prompts, states[rows, last], layers)
 
-    def _read(self, prompts: list[Ids]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _forward(self, prompts: list[Ids]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Hidden states `[P, width, D]`, and keys and values of each layer, by the model itself."""
         width = max(len(ids) for ids in prompts)
         # Padded on the right nothing needs a mask: a token never sees what comes after it.
@@ -237,9 +238,9 @@ class FastRows:
         layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
         return output.last_hidden_state, layers
 
-    def _place(self, places: list[int], source: _Prefill, starts: list[int]) -> None:
-        """Copy prompts that have been read into rows."""
-        to, start = (torch.tensor(i, device=self.columns.device) for i in (places, starts))
+    def _copy_prompts(self, slots: list[int], source: _Prefill, starts: list[int]) -> None:
+        """Copy prefilled prompts into slots."""
+        to, start = (torch.tensor(i, device=self.columns.device) for i in (slots, starts))
         lengths = [len(source.prompts[i]) for i in starts]
         width = max(lengths)
         self._grow(width)

@@ -1,4 +1,4 @@
-"""One token for every row: draw it from the hidden state, and compute the next hidden state."""
+"""One token for every row: sample it from the hidden state, and compute the next hidden state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tutelage.core.products import Linear
 from tutelage.models.forward import is_llama_like
-from tutelage.rollout.cuda.operators import Heads, Operators, Picking
+from tutelage.rollout.cuda.operators import Heads, Operators, TokenSampling
 from tutelage.rollout.cuda.state import Rows, Sizes, Work
 
 if TYPE_CHECKING:
@@ -100,19 +100,24 @@ class DecodeStep:
         return self._memory == _memory(model)
 
     def __call__(
-        self, rows: Rows, work: Work, cache: Tensor, turn: tuple[Tensor, Tensor], picking: Picking
+        self,
+        rows: Rows,
+        work: Work,
+        cache: Tensor,
+        turn: tuple[Tensor, Tensor],
+        sampling: TokenSampling,
     ) -> None:
-        """Draw a token for every row and feed it.
+        """Sample a token for every row and feed it.
 
         Args:
             rows: B completions.
             work: memory for intermediate results.
             cache: keys and values `[layers, 2, slots, groups, capacity, head_dim]`.
             turn: cosines and sines `[capacity, head_dim / 2]`.
-            picking: how tokens are drawn.
+            sampling: how tokens are sampled.
         """
         self._project(rows.hidden, work.logits)
-        self.operators.pick(rows, work, picking)
+        self.operators.sample(rows, work, sampling)
         self.feed(rows, work, cache, turn)
 
     def feed(self, rows: Rows, work: Work, cache: Tensor, turn: tuple[Tensor, Tensor]) -> None:

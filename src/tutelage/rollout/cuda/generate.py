@@ -20,28 +20,28 @@ from tutelage.models.head import output_embeddings
 from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
 from tutelage.rollout.cuda.decode_step import is_covered
-from tutelage.rollout.cuda.kv_slots import STEPS, Device, Slots, bucket, cuda_device
+from tutelage.rollout.cuda.kv_slots import STEPS, Device, KVSlots, bucket, cuda_device
 from tutelage.rollout.cuda.state import Rows
 from tutelage.rollout.cuda.transfer import Fetched, send
-from tutelage.rollout.request import Job, Open, in_reading_order, rollout_of
+from tutelage.rollout.request import CompletionRequest, OpenRollout, in_prefill_order, to_rollout
 from tutelage.rollout.sample_token import check_finite, uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFILL_TOKENS = 16384
-"""Most tokens, padding included, that are read at once."""
+"""Most tokens, padding included, of one prefill."""
 KEPT_SHARE = 16
-"""Caches that need more than this part of the device's memory are given back after a draw."""
+"""Caches that need more than this part of the device's memory are given back after a batch."""
 
 
-_SLOTS: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()
-"""The slots of each model that has drawn."""
+_SLOTS: WeakKeyDictionary[Any, KVSlots] = WeakKeyDictionary()
+"""The slots of each model that has sampled."""
 _TOLD: WeakSet[Any] = WeakSet()
 
 
 @dataclass
-class _Row(Open):
+class _Row(OpenRollout):
     """A completion that occupies a row."""
 
     slot: int = 0
@@ -57,14 +57,14 @@ class _Segment:
 
     rows: list[_Row | None]
     count: int
-    written: Fetched
+    sampled: Fetched
     """Tokens and their log-probabilities `[2, B, count]`."""
     states: Tensor | None
-    """The hidden states that they were drawn from `[B, count, D]`, if they are kept."""
+    """The hidden states that they were sampled from `[B, count, D]`, if they are kept."""
 
 
-class GraphWriter:
-    """Completions of one draw; every step is one launch, and every few are looked at at once."""
+class GraphGenerator:
+    """Completions of one batch; a step is one launch, and tokens are fetched every few steps."""
 
     def __init__(
         self,
@@ -87,42 +87,42 @@ class GraphWriter:
         num_rows = output_embeddings(model).weight.shape[0]
         self.num_ids = min(vocabulary_size(tokenizer), self.num_embeddings, num_rows)
         self.pad = pad_id(tokenizer, self.num_ids)
-        self.looks = 0
+        self.num_transfers = 0
         """Transfers from the device so far."""
 
-    def open_slots(self, jobs: Sequence[Job]) -> bool:
+    def open_slots(self, requests: Sequence[CompletionRequest]) -> bool:
         """Prepare the slots for these completions; False if a step is not the model's own."""
-        num_rows = min(self.batch_size, len(jobs))
-        capacity = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
+        num_rows = min(self.batch_size, len(requests))
+        capacity = max(len(request.ids) for request in requests) + self.config.max_new_tokens
         refuse_beyond_table(self.model, capacity)
-        for job in jobs:
-            refuse_ids_beyond(self.tokenizer, job.ids, self.num_embeddings, job.prompt.id)
+        for request in requests:
+            refuse_ids_beyond(self.tokenizer, request.ids, self.num_embeddings, request.prompt.id)
         slots = _SLOTS.get(self.model)
-        if slots is None or not slots.serves(self.model, num_rows, capacity):
+        if slots is None or not slots.fits(self.model, num_rows, capacity):
             if slots is not None:
                 num_rows = max(num_rows, slots.num_slots)
                 capacity = max(capacity, slots.capacity)
             _SLOTS.pop(self.model, None)
             slots = None  # its memory is free before the next is taken
-            slots = Slots(self.model, self.device, num_rows, capacity)
-            if not slots.agrees(self.model, jobs[0].ids, self.pad):
+            slots = KVSlots(self.model, self.device, num_rows, capacity)
+            if not slots.matches_model(self.model, requests[0].ids, self.pad):
                 return False
             _SLOTS[self.model] = slots
         self.slots = slots
         return True
 
-    def write(self, jobs: Sequence[Job]) -> Iterator[list[Open]]:
+    def generate(self, requests: Sequence[CompletionRequest]) -> Iterator[list[OpenRollout]]:
         """Completions as they are finished; `open_slots` comes first."""
-        self.waiting = deque(in_reading_order(jobs))
-        self.length = max(len(job.ids) for job in jobs) + self.config.max_new_tokens
-        num_rows = min(self.batch_size, len(jobs))
+        self.waiting = deque(in_prefill_order(requests))
+        self.length = max(len(request.ids) for request in requests) + self.config.max_new_tokens
+        num_rows = min(self.batch_size, len(requests))
         self.open: list[_Row | None] = [None] * bucket(num_rows)
         self.free_slots = list(range(num_rows))
         self._upload()
         ahead: _Segment | None = None
         while True:
-            # The device has the next steps to do while the host looks at the last ones.
-            self._change_members()
+            # The device runs the next steps while the host handles the last ones.
+            self._fill_slots()
             segment = self._start_segment()
             if ahead is not None:
                 yield self._finish_segment(ahead)
@@ -131,58 +131,58 @@ class GraphWriter:
             ahead = segment
         self._give_back()
 
-    def rollout(self, row: Open) -> Rollout:
+    def rollout(self, row: OpenRollout) -> Rollout:
         """A finished completion."""
-        return rollout_of(self.tokenizer, row.job, row.tokens, row.logprobs, self.stops)
+        return to_rollout(self.tokenizer, row.request, row.tokens, row.logprobs, self.stops)
 
     def _rows(self) -> Rows:
         return self.slots.rows.first(len(self.open))
 
     def _upload(self) -> None:
-        """Tell the device which rows are open, and where."""
+        """Copy to the device which rows are open, and their slots."""
         rows = self._rows()
         done = [int(row is None) for row in self.open]
         state = send([done, [row.slot if row else 0 for row in self.open]], rows.slot)
         rows.done.copy_(state[0])
         rows.slot.copy_(state[1])
 
-    def _change_members(self) -> None:
-        """Let waiting completions in; when none waits, go on with fewer rows."""
+    def _fill_slots(self) -> None:
+        """Start waiting completions in free slots; when none waits, go on with fewer rows."""
         free = [i for i, row in enumerate(self.open) if row is None]
         num_rows = len(self.open)
         num_open = num_rows - len(free)
         if self.waiting:
             num_free = len(self.free_slots)
             if num_free >= max(1, (num_open + num_free) // 8):
-                self._start(free[: min(num_free, len(self.waiting))])
+                self._prefill(free[: min(num_free, len(self.waiting))])
         elif num_open and bucket(num_open) <= num_rows // 2:
             self._keep(free, bucket(num_open))
 
     def _keep(self, free: list[int], count: int) -> None:
         """Go on with so many rows; the others are free."""
-        places = [i for i, row in enumerate(self.open) if row is not None]
-        places = (places + free)[:count]
+        indices = [i for i, row in enumerate(self.open) if row is not None]
+        indices = (indices + free)[:count]
         rows = self._rows()
-        index = send(places, rows.token)
+        index = send(indices, rows.token)
         for state in (rows.token, rows.position, rows.hidden):
             state[:count] = state[index]
-        self.open = [self.open[i] for i in places]
+        self.open = [self.open[i] for i in indices]
         self._upload()
 
-    def _start(self, places: list[int]) -> None:
-        """Read the next prompts into these rows."""
-        jobs = [self.waiting.popleft() for _ in places]
+    def _prefill(self, indices: list[int]) -> None:
+        """Prefill the next prompts in these rows."""
+        requests = [self.waiting.popleft() for _ in indices]
         by_prompt: dict[Ids, list[int]] = {}
-        for place, job in zip(places, jobs, strict=True):
-            self.open[place] = _Row(job, slot=self.free_slots.pop(0))
-            by_prompt.setdefault(job.ids, []).append(place)
+        for index, request in zip(indices, requests, strict=True):
+            self.open[index] = _Row(request, slot=self.free_slots.pop(0))
+            by_prompt.setdefault(request.ids, []).append(index)
         rows = self._rows()
-        for prompts in _portions(list(by_prompt)):
-            states, read = self.slots.read(self.model, prompts, self.pad)
-            pairs = [(i, place) for i, ids in enumerate(prompts) for place in by_prompt[ids]]
-            sources, here = [i for i, _ in pairs], [place for _, place in pairs]
-            opened = [self.open[place] for place in here]
-            self.slots.place(read, sources, [row.slot for row in opened if row is not None])
+        for prompts in _prefill_batches(list(by_prompt)):
+            states, read = self.slots.prefill(self.model, prompts, self.pad)
+            pairs = [(i, index) for i, ids in enumerate(prompts) for index in by_prompt[ids]]
+            sources, here = [i for i, _ in pairs], [index for _, index in pairs]
+            opened = [self.open[index] for index in here]
+            self.slots.copy_prompts(read, sources, [row.slot for row in opened if row is not None])
             lengths = [len(prompts[i]) for i in sources]
             source, to, length = send([sources, here, lengths], rows.token)
             rows.hidden[to] = states[source, length - 1]
@@ -196,12 +196,12 @@ class GraphWriter:
         count = min(STEPS, max(left, default=0))
         if count == 0:
             return None
-        keys = [row.job.key if row else 0 for row in self.open]
-        drawn = [row.num_started if row else 0 for row in self.open]
+        keys = [row.request.key if row else 0 for row in self.open]
+        started = [row.num_started if row else 0 for row in self.open]
         stops = tuple(sorted(self.stops))
         splits = self.slots.num_splits(len(self.open), self.length)
         graph = self.slots.graph(len(self.open), splits, self.config, self.num_ids, stops)
-        rows.uniform[:, :count] = send(uniforms(keys, count, drawn), rows.uniform)
+        rows.uniform[:, :count] = send(uniforms(keys, count, started), rows.uniform)
         rows.column.zero_()
         for _ in range(count):
             graph.replay()
@@ -212,11 +212,11 @@ class GraphWriter:
         both = (rows.tokens[:, :count].double(), rows.logprobs[:, :count].double())
         return _Segment(list(self.open), count, Fetched(torch.stack(both)), states)
 
-    def _finish_segment(self, segment: _Segment) -> list[Open]:
-        """Hand each row what it drew; rows that have ended leave their places."""
-        tokens, logprobs = segment.written.tolist()
-        self.looks += 1
-        finished: list[Open] = []
+    def _finish_segment(self, segment: _Segment) -> list[OpenRollout]:
+        """Append each row's tokens; rows that have ended free their slots."""
+        tokens, logprobs = segment.sampled.tolist()
+        self.num_transfers += 1
+        finished: list[OpenRollout] = []
         for i, row in enumerate(segment.rows):
             if row is None or row.has_ended:
                 continue
@@ -240,7 +240,7 @@ class GraphWriter:
         return finished
 
     def _give_back(self) -> None:
-        """Large caches are memory that learning needs."""
+        """Free large caches, whose memory training needs."""
         cache = self.slots.cache
         if cache.is_cuda:
             total = torch.cuda.get_device_properties(cache.device).total_memory
@@ -248,42 +248,42 @@ class GraphWriter:
                 _SLOTS.pop(self.model, None)
 
 
-def _portions(prompts: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Prompts in portions that are read at once."""
-    portion: list[Ids] = []
+def _prefill_batches(prompts: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """Prompts in batches of at most `PREFILL_TOKENS` tokens."""
+    batch: list[Ids] = []
     width = 0
     for ids in prompts:
         width = max(width, len(ids))
-        if portion and (len(portion) + 1) * width > PREFILL_TOKENS:
-            yield portion
-            portion, width = [], len(ids)
-        portion.append(ids)
-    if portion:
-        yield portion
+        if batch and (len(batch) + 1) * width > PREFILL_TOKENS:
+            yield batch
+            batch, width = [], len(ids)
+        batch.append(ids)
+    if batch:
+        yield batch
 
 
 def forget(model: PreTrainedModel) -> None:
-    """Give up a model's slots: its caches, and the memory of weights that are about to move."""
+    """Free a model's slots: its caches, and the memory of weights that are about to move."""
     _SLOTS.pop(model, None)
 
 
-def graph_writer(
+def graph_generator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: SamplingConfig,
     batch_size: int,
     record: bool,
-) -> GraphWriter | None:
-    """A writer for models on a CUDA device whose step is written here; else None."""
+) -> GraphGenerator | None:
+    """A generator for models on a CUDA device that `DecodeStep` covers; else None."""
     is_cuda = model.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     if not is_cuda or not is_covered(model):
         return None
     device = cuda_device(model.device)
-    return GraphWriter(model, tokenizer, config, batch_size, record, device)
+    return GraphGenerator(model, tokenizer, config, batch_size, record, device)
 
 
-def tell_own_step(model: PreTrainedModel) -> None:
-    """Say once that a model on a GPU is slower than it could be."""
+def warn_uncaptured(model: PreTrainedModel) -> None:
+    """Warn once that a model on a GPU is slower than it could be."""
     if model not in _TOLD:
         _TOLD.add(model)
         warnings.warn(

@@ -14,7 +14,7 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.models.forward import Ids
 from tutelage.rollout.cuda.cuda_graph import Capture, CudaGraph, Graph
 from tutelage.rollout.cuda.decode_step import DecodeStep, sizes_of
-from tutelage.rollout.cuda.operators import Operators, Picking
+from tutelage.rollout.cuda.operators import Operators, TokenSampling
 from tutelage.rollout.cuda.state import Sizes, Work, make_rows, make_work
 from tutelage.rollout.cuda.transfer import send
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEPS = 4
-"""Steps between two looks at who has finished."""
+"""Steps of a segment, after which finished completions are taken out."""
 _TRIAL = 8
 """Tokens that a step is tried on; beyond a window, as many more."""
 _COLUMNS = 256
-"""The room of a row grows by so many columns, so that draws of similar length share graphs."""
+"""The room of a row grows by so many columns, so that batches of similar length share graphs."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def cuda_device(device: torch.device) -> Device:
     )
 
 
-class Slots:
+class KVSlots:
     """Static caches of one model, and the graphs that were captured over them."""
 
     def __init__(
@@ -73,13 +73,13 @@ class Slots:
         self.turn = _angles(model, self.capacity, sizes)
         self._graphs: dict[tuple[int, int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
 
-    def serves(self, model: PreTrainedModel, num_rows: int, capacity: int) -> bool:
-        """Whether another draw can use these slots."""
+    def fits(self, model: PreTrainedModel, num_rows: int, capacity: int) -> bool:
+        """Whether a batch of so many rows and columns can use these slots."""
         is_large = num_rows <= self.num_slots and capacity <= self.capacity
         return is_large and self.step.is_current(model)
 
     def num_splits(self, count: int, length: int) -> int:
-        """Splits of attention; it depends on the draw alone, as results do in their last bits."""
+        """Splits of attention; they depend on the batch alone, as results do in their last bits."""
         device = self.device
         return device.num_splits(count, self.sizes.num_groups, length, device.processors)
 
@@ -96,14 +96,14 @@ class Slots:
         self, count: int, splits: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
     ) -> Graph:
         rows, work = self.rows.first(count), self.work(count, splits, num_ids)
-        picking = make_picking(config, num_ids, stops, self.sizes.device)
+        sampling = make_token_sampling(config, num_ids, stops, self.sizes.device)
         changed = (rows.token, rows.position, rows.done, rows.column, rows.hidden)
         kept = [tensor.clone() for tensor in changed]
         rows.done.fill_(1)  # so that a first run writes nothing into the caches
         rows.column.zero_()
         # Not `self`, which holds the graphs: in a cycle its memory would outlive it.
         step, cache, turn = self.step, self.cache, self.turn
-        graph = self.device.capture(lambda: step(rows, work, cache, turn, picking))
+        graph = self.device.capture(lambda: step(rows, work, cache, turn, sampling))
         for tensor, value in zip(changed, kept, strict=True):
             tensor.copy_(value)
         return graph
@@ -112,7 +112,9 @@ class Slots:
         """Memory for a step of so many rows."""
         return make_work(self.sizes, count, self.device.num_blocks(num_ids), splits)
 
-    def read(self, model: PreTrainedModel, prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Any]:
+    def prefill(
+        self, model: PreTrainedModel, prompts: Sequence[Ids], pad: int
+    ) -> tuple[Tensor, Any]:
         """Hidden states `[P, width, D]` and the cache of prompts, by the model's own forward."""
         from transformers import DynamicCache
 
@@ -126,7 +128,7 @@ class Slots:
             output = base(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
         return output.last_hidden_state, output.past_key_values
 
-    def place(self, read: Any, sources: list[int], slots: list[int]) -> None:
+    def copy_prompts(self, read: Any, sources: list[int], slots: list[int]) -> None:
         """Copy prompts that have been read into slots."""
         source, slot = send([sources, slots], self.rows.token)
         for i, layer in enumerate(read.layers):
@@ -134,15 +136,15 @@ class Slots:
             for kind, values in enumerate((layer.keys, layer.values)):
                 self.cache[i, kind][slot, :, :width] = values[source]
 
-    def agrees(self, model: PreTrainedModel, prompt: Ids, pad: int) -> bool:
+    def matches_model(self, model: PreTrainedModel, prompt: Ids, pad: int) -> bool:
         """Whether a step gives the model's own hidden states, in two rows at once."""
         num_ids = len(self.step.table)
         length = _TRIAL + (self.step.window if self.step.window + _TRIAL <= self.capacity else 0)
         # Different tokens: among equal ones, wrong positions and scales cancel out.
         others = range(min(_TRIAL, num_ids))
         ids = (tuple(dict.fromkeys((*prompt[:_TRIAL], *others))) * length)[:length]
-        own, read = self.read(model, [ids], pad)
-        self.place(read, [0, 0], [0, 1])
+        own, read = self.prefill(model, [ids], pad)
+        self.copy_prompts(read, [0, 0], [0, 1])
         lengths = [length - 1, length // 2]
         rows = self.rows.first(2)
         rows.slot.copy_(torch.arange(2))
@@ -175,13 +177,13 @@ def bucket(num_rows: int) -> int:
     return between if power >= 32 and num_rows <= between else power
 
 
-def make_picking(
+def make_token_sampling(
     config: SamplingConfig, num_ids: int, stops: Sequence[int], device: torch.device
-) -> Picking:
-    """How tokens are drawn, on the device."""
+) -> TokenSampling:
+    """How tokens are sampled, with its tensors on the device."""
     room = 1 << max(len(stops) - 1, 0).bit_length()
     padded = [*stops, *[-1] * (room - len(stops))]
-    return Picking(
+    return TokenSampling(
         config,
         num_ids,
         torch.tensor(padded, device=device),

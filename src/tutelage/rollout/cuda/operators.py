@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.rollout.cuda.state import Rows, Work
-from tutelage.rollout.sample_token import draw
+from tutelage.rollout.sample_token import sample_token
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Picking:
-    """How tokens are drawn, and which end a completion."""
+class TokenSampling:
+    """How tokens are sampled, and which of them end a completion."""
 
     config: SamplingConfig
     num_ids: int
-    """Ids from here on are never drawn."""
+    """Ids from here on are never sampled."""
     stops: Tensor
     """Stop tokens, filled with -1 to a power of two, int64."""
     top_p: Tensor
@@ -81,8 +81,8 @@ class Operators(Protocol):
     def swiglu(self, work: Work) -> None:
         """opened ← silu(gate) · up."""
 
-    def pick(self, rows: Rows, work: Work, picking: Picking) -> None:
-        """Draw each row's token from logits and its uniform number of this column."""
+    def sample(self, rows: Rows, work: Work, sampling: TokenSampling) -> None:
+        """Sample each row's token from logits and its uniform number of this column."""
 
 
 class TorchOperators:
@@ -147,16 +147,16 @@ class TorchOperators:
         gate, up = work.gate_up.chunk(2, dim=-1)
         work.opened.copy_(F.silu(gate) * up)
 
-    def pick(self, rows: Rows, work: Work, picking: Picking) -> None:
-        """Draw each row's token from logits and its uniform number of this column."""
+    def sample(self, rows: Rows, work: Work, sampling: TokenSampling) -> None:
+        """Sample each row's token from logits and its uniform number of this column."""
         every, column = torch.arange(len(rows.token)), rows.column.long()
-        logits = work.logits[:, : picking.num_ids]
+        logits = work.logits[:, : sampling.num_ids]
         uniform = rows.uniform[every, column]
-        token, logprob = draw(logits.contiguous(), uniform, picking.config)
+        token, logprob = sample_token(logits.contiguous(), uniform, sampling.config)
         rows.token.copy_(token)
         rows.tokens[every, column] = token
         rows.logprobs[every, column] = logprob
-        rows.done.copy_(rows.done | torch.isin(token, picking.stops).int())
+        rows.done.copy_(rows.done | torch.isin(token, sampling.stops).int())
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -58,7 +58,7 @@ def _by_block(block_max, block_sum, row, num_blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def pick(
+def sample(
     logits, block_max, block_sum, block_best, uniform, stops,
     token, tokens, logprobs, column, done,
     temperature, stride, num_ids, num_blocks, columns,
@@ -179,7 +179,7 @@ def _kept(
 
 
 @triton.jit
-def pick_filtered(
+def sample_filtered(
     logits, block_max, block_sum, uniform, stops,
     token, tokens, logprobs, column, done,
     temperature, stride, num_ids, num_blocks, columns, top_k, top_p,

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from tutelage.rollout.cuda import kernels, sample_kernels
-from tutelage.rollout.cuda.operators import Heads, Picking
+from tutelage.rollout.cuda.operators import Heads, TokenSampling
 from tutelage.rollout.cuda.state import Rows, Work
 
 VOCAB_BLOCK = 2048
@@ -139,12 +139,12 @@ class TritonOperators:
             num_warps=4,
         )
 
-    def pick(self, rows: Rows, work: Work, picking: Picking) -> None:
-        """Draw each row's token from logits and its uniform number of this column."""
-        config, num_ids = picking.config, picking.num_ids
+    def sample(self, rows: Rows, work: Work, sampling: TokenSampling) -> None:
+        """Sample each row's token from logits and its uniform number of this column."""
+        config, num_ids = sampling.config, sampling.num_ids
         size, stride = work.logits.shape
         num_blocks = num_vocab_blocks(num_ids)
-        # As `draw` has it: greedy tokens are scored at temperature 1.
+        # As `sample_token` has it: greedy tokens are scored at temperature 1.
         temperature = config.temperature or 1.0
         blocks = (work.block_max, work.block_sum, work.block_best)
         self._start(
@@ -156,13 +156,13 @@ class TritonOperators:
         )
         written = (rows.token, rows.tokens, rows.logprobs, rows.column, rows.done)
         numbers = (temperature, stride, num_ids, num_blocks, rows.num_columns)
-        common = {"BLOCKS": triton.next_power_of_2(num_blocks), "STOPS": len(picking.stops)}
+        common = {"BLOCKS": triton.next_power_of_2(num_blocks), "STOPS": len(sampling.stops)}
         keeps_k, keeps_p = 0 < config.top_k < num_ids, config.top_p < 1.0
         if config.temperature == 0.0 or not (keeps_k or keeps_p):
             self._start(
-                sample_kernels.pick,
+                sample_kernels.sample,
                 (size,),
-                *(work.logits, *blocks, rows.uniform, picking.stops, *written, *numbers),
+                *(work.logits, *blocks, rows.uniform, sampling.stops, *written, *numbers),
                 BLOCK=VOCAB_BLOCK,
                 GREEDY=config.temperature == 0.0,
                 num_warps=8,
@@ -170,10 +170,10 @@ class TritonOperators:
             )
             return
         self._start(
-            sample_kernels.pick_filtered,
+            sample_kernels.sample_filtered,
             (size,),
-            *(work.logits, *blocks[:2], rows.uniform, picking.stops, *written, *numbers),
-            *(config.top_k, picking.top_p),
+            *(work.logits, *blocks[:2], rows.uniform, sampling.stops, *written, *numbers),
+            *(config.top_k, sampling.top_p),
             BLOCK=4 * VOCAB_BLOCK,
             KEEPS_K=keeps_k,
             KEEPS_P=keeps_p,
