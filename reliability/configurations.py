@@ -31,7 +31,7 @@ import transformers
 
 from patience import unhurried
 from tutelage import cli
-from tutelage.report import run_page as report
+from tutelage.commands import train as train_command
 
 from .config_values import (
     ALWAYS_REFUSED,
@@ -253,12 +253,12 @@ def is_refusal(code: int, err: str) -> bool:
 @contextmanager
 def short_reports() -> Iterator[None]:
     """No report: its plots take longer than everything else, and have tests of their own."""
-    write = report.write_report
-    report.write_report = lambda folder, *_: folder / "report.html"
+    write = train_command.write_report
+    train_command.write_report = lambda folder, *_: folder / "report.html"
     try:
         yield
     finally:
-        report.write_report = write
+        train_command.write_report = write
 
 
 def too_generous(arguments: list[str]) -> tuple[int, str, str]:

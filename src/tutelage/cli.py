@@ -9,33 +9,27 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tutelage.commands.launch import print_once
-from tutelage.commands.options import USER_ERROR, make_parser, request_of
+from tutelage.commands.options import INTERRUPTED, USER_ERROR, make_parser, request_of
 from tutelage.errors import (
     ConfigError,
-    MissingExtraError,
     TutelageError,
     explained,
     is_out_of_memory,
-    remedy,
 )
 
 if TYPE_CHECKING:
     from tutelage.config.schema import Config
     from tutelage.evaluation.evaluate import Evaluation
-    from tutelage.train.token_scores import ScoreRequest, Scores
 
 _LESS_MEMORY = "Lower what is that large; `tutelage check` shows what memory goes to."
 _NO_DOCSTRINGS = (
     "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
     f"got optimisation {sys.flags.optimize}. Use -O at most."
 )
-INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,62 +133,24 @@ def _version() -> str:
 
 
 def _load(arguments: argparse.Namespace) -> Config:
+    """The configuration, read before torch is imported: a mistake in it is reported at once."""
     from tutelage.config.parse import load_config
 
     return load_config(arguments.config, arguments.overrides)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    config = _load(arguments)  # before the libraries that a mistake in it can do without
-    from tutelage.commands.check import check
-    from tutelage.commands.decontaminate import ALL, decontaminate
-    from tutelage.commands.dry_run import dry_run
+    config = _load(arguments)
+    from tutelage.commands.check import run
 
-    allowed = tuple(arguments.allow_change)
-    if arguments.dry_run and allowed:
-        raise ConfigError(
-            f"--allow-change {allowed[0]} is for continuing a run, and --dry-run has a run of its "
-            "own. Give one of the two."
-        )
-    name = Path(arguments.config).stem
-    for line in dry_run(config) if arguments.dry_run else check(config, name, allowed):
-        print(line, flush=True)
-    if arguments.decontaminate is not None:
-        for line in decontaminate(config, arguments.decontaminate or ALL):
-            print(line)
-    return 0
+    return run(config, arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = _load(arguments)  # before the libraries that a mistake in it can do without
-    from tutelage.commands.progress import Reporter
-    from tutelage.report.run_page import write_report
-    from tutelage.setup.run_folder import describe_contents
-    from tutelage.train.loop import train
+    config = _load(arguments)
+    from tutelage.commands.train import run
 
-    with Reporter(config.num_steps, as_json=arguments.json) as reporter:
-        result = train(
-            config,
-            Path(arguments.config).stem,
-            tuple(arguments.allow_change),
-            reporter.log,
-            reporter.on_step,
-            reporter.phase,
-        )
-    if not result.is_finished:
-        return INTERRUPTED
-    if not result.is_writer:
-        return 0
-    try:
-        path = write_report(result.folder)
-    except MissingExtraError as error:
-        print(f"no report: {error}", file=sys.stderr)
-    else:
-        if not arguments.json:
-            print(f"report: {path}")
-    if not arguments.json:
-        print(describe_contents(result.folder))
-    return 0
+    return run(config, arguments)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -253,108 +209,31 @@ def _inspect(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    to_stdout = arguments.out == "-" or (arguments.out is None and arguments.html is None)
-    out = None if arguments.out in (None, "-") else Path(arguments.out)
-    if out is not None and out.exists():
+    if arguments.out not in (None, "-"):
+        _require_new_file(Path(arguments.out))
+    config = _load(arguments)
+    from tutelage.commands.score import run
+
+    return run(config, arguments)
+
+
+def _require_new_file(out: Path) -> None:
+    if out.exists():
         raise ConfigError(f"--out {out} exists and stays as it is. Name a new file.")
-    if out is not None and not out.parent.is_dir():
+    if not out.parent.is_dir():
         raise ConfigError(f"--out {out} cannot be written: {out.parent} is no folder. Make it.")
-    config = _load(arguments)  # before the libraries that a mistake in it can do without
-    request = _score_request(arguments)
-    from tutelage.commands.progress import Counter
-    from tutelage.train.snapshot import score_for_page
-    from tutelage.train.token_scores import score
-
-    with Counter() as counter:
-        if arguments.html is None:
-            scores = score(config, request, counter, counter.log)
-        else:
-            scores, lines = score_for_page(config, request, counter, counter.log)
-    if arguments.html is not None:
-        _score_page(arguments, config, lines, request.keep)
-    if to_stdout:
-        for row in scores.rows():
-            print(json.dumps(row))
-    print(scores.table(), file=sys.stderr if to_stdout else sys.stdout)
-    if out is not None:
-        _write_scores(out, scores)
-        print(f"{len(scores.tokens)} tokens written to {out}")
-    return 0
-
-
-def _score_request(arguments: argparse.Namespace) -> ScoreRequest:
-    from tutelage.train.token_scores import ScoreRequest
-
-    rules = tuple(rule.strip() for rule in arguments.rules.split(",") if rule.strip())
-    if arguments.keep is not None and not rules and arguments.html is None:
-        raise ConfigError(
-            f"--keep is the budget of --rules, got {arguments.keep} without rules. Add --rules."
-        )
-    chosen = {name: vars(arguments)[name] for name in ("num_prompts", "keep", "completions")}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return ScoreRequest(rules=rules, **given)
-
-
-def _write_scores(out: Path, scores: Scores) -> None:
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in scores.rows())
-    except OSError as error:
-        if not isinstance(error, FileExistsError):
-            with suppress(OSError):
-                out.unlink()  # a part of it would be in the way of the next try
-        raise ConfigError(
-            f"--out {out} cannot be written: {error.strerror}. "
-            + remedy(error, "Name another file.")
-        ) from None
-
-
-def _score_page(
-    arguments: argparse.Namespace, config: Config, lines: list[dict[str, Any]], keep: float
-) -> None:
-    from tutelage.config.parse import to_table
-    from tutelage.report.run_page import write_score_page
-
-    table = json.loads(json.dumps(to_table(config)))
-    page = write_score_page(lines, table, keep, arguments.html)
-    print(f"page: {page}", file=sys.stderr if arguments.out == "-" else sys.stdout)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from tutelage.report.run_page import write_report
+    from tutelage.commands.report import run
 
-    if arguments.figures is not None:
-        from tutelage.report.figures import write_figures
-
-        print(*write_figures(arguments.run_folder, arguments.figures), sep="\n")
-        return 0
-    print(write_report(arguments.run_folder, arguments.out))
-    return 0
+    return run(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from tutelage.config.parse import current_table
-    from tutelage.report.compare_evaluations import compare_evaluations, is_evaluation
-    from tutelage.report.compare_page import write_comparison, write_evaluations
-    from tutelage.report.compare_runs import compare_records
-    from tutelage.report.records import read_run
+    from tutelage.commands.compare import run
 
-    folders, page = arguments.run_folders, arguments.html
-    comparison: Any
-    if any(map(is_evaluation, folders)):
-        comparison = compare_evaluations(folders)
-        if page is not None:
-            write_evaluations(comparison, page)
-    else:
-        # what an earlier version saved is completed, so that keys which came later do not differ
-        records = [read_run(folder).with_config(current_table) for folder in folders]
-        comparison = compare_records(records)
-        if page is not None:
-            write_comparison(comparison, records, page)
-    print(json.dumps(comparison.as_dict()) if arguments.json else comparison.as_text())
-    if page is not None:
-        print(f"page: {page}", file=sys.stderr if arguments.json else sys.stdout)
-    return 0
+    return run(arguments)
 
 
 _COMMANDS = {

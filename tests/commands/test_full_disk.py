@@ -130,7 +130,7 @@ def test_standard_output(
 
 def test_a_file_without_a_name_is_not_called_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed write does not say of which file."""
-    monkeypatch.setattr("tutelage.commands.dry_run.dry_run", fail)
+    monkeypatch.setattr("tutelage.commands.check.dry_run", fail)
     line = refused("check", "--dry-run", LEDGER)
     assert line.startswith("tutelage: a file, perhaps a temporary one in ")
     assert "output" not in line
@@ -142,6 +142,6 @@ def test_other_failures_are_still_seen(monkeypatch: pytest.MonkeyPatch, run: Pat
     def broken(*_: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr("tutelage.report.run_page.write_report", broken)
+    monkeypatch.setattr("tutelage.commands.report.write_report", broken)
     with pytest.raises(OSError, match="Bad file descriptor"):
         call("report", run)

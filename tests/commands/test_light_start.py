@@ -30,6 +30,17 @@ def run(*arguments: str) -> tuple[str, list[str]]:
     return last, said
 
 
+def test_command_line_configuration_and_errors_import_no_torch() -> None:
+    program = (
+        "import pkgutil, sys, tutelage.cli, tutelage.errors, tutelage.config\n"
+        "for module in pkgutil.iter_modules(tutelage.config.__path__, 'tutelage.config.'):\n"
+        "    __import__(module.name)\n"
+        "assert 'tutelage.config.schema' in sys.modules\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=HANG_S)
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("--version",)])
 def test_help_and_version(arguments: tuple[str, ...]) -> None:
     assert run(*arguments) == ("[] 0", [])

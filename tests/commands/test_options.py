@@ -12,9 +12,7 @@ import pytest
 import torch
 from calling import LEDGER, TEACHER, call, write_jsonl
 
-from tutelage.commands import check
-from tutelage.commands import decontaminate as contamination
-from tutelage.commands import dry_run as dryrun
+from tutelage.commands import check, compare, report, score, train
 from tutelage.commands.options import make_parser
 from tutelage.config.parse import load_config
 from tutelage.data.types import Prompt
@@ -24,14 +22,7 @@ from tutelage.evaluation.evaluate import Evaluation
 from tutelage.evaluation.metrics import Interval
 from tutelage.evaluation.suite import Completion
 from tutelage.models.load import load_tokenizer
-from tutelage.report import compare_evaluations as evaluations
-from tutelage.report import compare_page as comparison
-from tutelage.report import compare_runs as compare
-from tutelage.report import figures, records
-from tutelage.report import run_page as report
-from tutelage.train import loop as train
-from tutelage.train import snapshot as record
-from tutelage.train import token_scores as score
+from tutelage.report import figures
 
 URL = "http://127.0.0.1:9/v1"
 VALUES = {
@@ -168,18 +159,19 @@ def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: tuple[Any, 
     spy.replace(evaluation, "_run_config", config)
     spy.replace(server, "Server", lambda url, sampling, *_, **__: Sampled(sampling.num_samples))
     spy.replace(score, "score", Sampled())
-    spy.replace(record, "score_for_page", (Sampled(), []))
-    spy.replace(report, "write_score_page", lambda *_: "page")
-    spy.replace(report, "write_report", "page")
+    spy.replace(score, "score_for_page", (Sampled(), []))
+    spy.replace(score, "write_score_page", lambda *_: "page")
+    for place in (train, report):
+        spy.replace(place, "write_report", "page")
     spy.replace(figures, "write_figures", ["figure"])
-    spy.replace(records, "read_run", SimpleNamespace(with_config=lambda _: "run"))
+    spy.replace(compare, "read_run", SimpleNamespace(with_config=lambda _: "run"))
     spy.replace(compare, "compare_records", Sampled())
-    spy.replace(comparison, "write_comparison", None)
-    spy.replace(comparison, "write_evaluations", None)
-    spy.replace(evaluations, "compare_evaluations", Sampled())
+    spy.replace(compare, "write_comparison", None)
+    spy.replace(compare, "write_evaluations", None)
+    spy.replace(compare, "compare_evaluations", Sampled())
     spy.replace(check, "check", ["checked"])
-    spy.replace(dryrun, "dry_run", ["tried"])
-    spy.replace(contamination, "decontaminate", ["clean"])
+    spy.replace(check, "dry_run", ["tried"])
+    spy.replace(check, "decontaminate", ["clean"])
     spy.replace(train, "train", SimpleNamespace(folder=tmp_path, is_finished=True, is_writer=True))
     return spy
 

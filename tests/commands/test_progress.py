@@ -17,8 +17,8 @@ from calling import LEDGER, TEACHER, TINY, call, read_jsonl, succeed
 from tutelage import cli
 from tutelage.cli import main
 from tutelage.commands import progress
+from tutelage.commands import train as command
 from tutelage.commands.progress import PlainPhases, Reporter
-from tutelage.report import run_page as report
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LINE = re.compile(
@@ -30,7 +30,7 @@ LINE = re.compile(
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes longer than these runs."""
-    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(command, "write_report", lambda folder: folder / "report.html")
 
 
 def in_terminal(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.commands.decontaminate import ALL, decontaminate
+from tutelage.commands.dry_run import dry_run
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.schema import Config
+from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
 from tutelage.setup.components import build_components
 from tutelage.setup.validate import validate
@@ -14,6 +19,23 @@ from tutelage.train.loop import run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def run(config: Config, arguments: argparse.Namespace) -> int:
+    """Print what `check`, `--dry-run` and `--decontaminate` find."""
+    allowed = tuple(arguments.allow_change)
+    if arguments.dry_run and allowed:
+        raise ConfigError(
+            f"--allow-change {allowed[0]} is for continuing a run, and --dry-run has a run of its "
+            "own. Give one of the two."
+        )
+    name = Path(arguments.config).stem
+    for line in dry_run(config) if arguments.dry_run else check(config, name, allowed):
+        print(line, flush=True)
+    if arguments.decontaminate is not None:
+        for line in decontaminate(config, arguments.decontaminate or ALL):
+            print(line)
+    return 0
 
 
 def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iterator[str]:

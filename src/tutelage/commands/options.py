@@ -14,6 +14,8 @@ from tutelage.errors import ConfigError, as_share
 
 USER_ERROR = 2
 """Exit code for everything a user can mend."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
 
 _EXAMPLES = {
     "check": "tutelage check configs/examples/ledger.toml",

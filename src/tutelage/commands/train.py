@@ -1,0 +1,42 @@
+"""`tutelage train`: train a student, or continue an interrupted run, and write its report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tutelage.commands.options import INTERRUPTED
+from tutelage.commands.progress import Reporter
+from tutelage.config.schema import Config
+from tutelage.errors import MissingExtraError
+from tutelage.report.run_page import write_report
+from tutelage.setup.run_folder import describe_contents
+from tutelage.train.loop import train
+
+
+def run(config: Config, arguments: argparse.Namespace) -> int:
+    """Train; returns `INTERRUPTED` if a signal stopped the run."""
+    with Reporter(config.num_steps, as_json=arguments.json) as reporter:
+        result = train(
+            config,
+            Path(arguments.config).stem,
+            tuple(arguments.allow_change),
+            reporter.log,
+            reporter.on_step,
+            reporter.phase,
+        )
+    if not result.is_finished:
+        return INTERRUPTED
+    if not result.is_writer:
+        return 0
+    try:
+        path = write_report(result.folder)
+    except MissingExtraError as error:
+        print(f"no report: {error}", file=sys.stderr)
+    else:
+        if not arguments.json:
+            print(f"report: {path}")
+    if not arguments.json:
+        print(describe_contents(result.folder))
+    return 0
