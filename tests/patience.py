@@ -10,7 +10,6 @@ from typing import Any
 from tutelage.commands import launch, progress
 from tutelage.grading import child
 from tutelage.grading import pool as grading_pool
-from tutelage.models import chat_template as templates
 
 HANG_S = 1800.0
 """Only what would never end takes so long."""
@@ -23,7 +22,6 @@ def unhurried() -> None:
     """
     child.START_LIMIT_S = HANG_S
     grading_pool.TIME_LIMIT_S = grading_pool.COMPARE_LIMIT_S = HANG_S
-    templates.TIME_LIMIT_S = HANG_S
     launch.ASK_LIMIT_S = HANG_S
     progress.DELAY_S = HANG_S
 

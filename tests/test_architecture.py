@@ -70,7 +70,7 @@ FENCES = {
     "antlr4": ("grading/_worker.py",),
     "sympy": ("grading/_worker.py",),
     "matplotlib": ("report/",),
-    "jinja2": ("report/", "models/chat_template.py", "models/_template_worker.py"),
+    "jinja2": ("report/", "models/chat_template.py"),
     "httpx2": ("rollout/http_client.py",),
     "anyio": ("rollout/http_client.py",),
     "pydantic": ("config/", "setup/", "report/", "evaluation/server.py", "rollout/"),

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from tutelage.commands import check
 from tutelage.config.parse import load_config
 from tutelage.errors import TutelageError, is_out_of_memory
-from tutelage.models import chat_template as templates
 
 LONG = "x" * 300
 """Longer than any file system lets a name be."""
@@ -359,15 +358,13 @@ def test_more_completions_than_memory_holds(table: str) -> None:
     )
 
 
-def test_a_chat_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_template_that_is_none(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(ASSETS / "ledger-small", folder)
-    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    (folder / "chat_template.jinja").write_text(loops)
-    monkeypatch.setattr(templates, "TIME_LIMIT_S", 0.3)
+    (folder / "chat_template.jinja").write_text("{% for %}")
     path = write_jsonl(tmp_path / "p.jsonl", {"prompt": [{"role": "user", "content": "a"}]})
     check = refused("eval", folder, "--prompts", path)
-    check(f"the chat template of '{folder}' fails at prompt 'p/1'", "stopped", "chat = false")
+    check(f"the chat template of '{folder}' fails at prompt 'p/1'", "Expected", "chat = false")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
@@ -248,7 +248,7 @@ def _encode_chat(
             "chat template. Use prompts of plain text, not of messages, and data.chat = false or "
             "--no-chat."
         )
-    variables = dict(tokenizer.special_tokens_map)
+    variables: dict[str, Any] = {}
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
     try:
@@ -259,17 +259,16 @@ def _encode_chat(
             f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (data.chat = false, or "
             "--no-chat)."
         ) from error
-    name = tokenizer.name_or_path
-    rendered = render_chat(template, messages, variables, prompt.id, name)
-    refuse_lost_turns(template, messages, variables, prompt.id, name, rendered)
+    rendered = render_chat(tokenizer, template, messages, variables, prompt.id)
+    refuse_lost_turns(tokenizer, template, messages, variables, prompt.id, rendered)
     if prompt.tools:
-        plain = rendered
-        variables["tools"] = list(prompt.tools)
-        rendered = render_chat(template, messages, variables, prompt.id, name)
+        plain, tools = rendered, {"tools": list(prompt.tools)}
+        rendered = render_chat(tokenizer, template, messages, variables | tools, prompt.id)
         if rendered == plain:
             raise ModelError(
-                f"prompt {prompt.id!r} has tools, which the chat template of {name!r} leaves out. "
-                "Use a model that knows tools, or remove them from the data."
+                f"prompt {prompt.id!r} has tools, which the chat template of "
+                f"{tokenizer.name_or_path!r} leaves out. Use a model that knows tools, or remove "
+                "them from the data."
             )
     return encode_completion(tokenizer, rendered)
 
