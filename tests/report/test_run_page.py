@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 from token_lines import token_lines
 
 from tutelage.config.schema import RecordingConfig
-from tutelage.errors import MissingExtraError, RunError
+from tutelage.errors import RunError
 from tutelage.report import plots, text
 from tutelage.report.panels import MAX_POINTS, panels_of
 from tutelage.report.records import read_run
@@ -376,17 +375,6 @@ def test_a_page_that_cannot_be_written_is_refused(make_run: MakeRun, tmp_path: P
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot be written"):
         write_report(make_run(num_steps=2), tmp_path / "file" / "report.html")
-
-
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_a_missing_extra_is_named(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
-    run = make_run(num_steps=2)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=f"'{package}'.*extra 'report'"):
-        write_report(run)
-    assert not (run / "report.html").exists()
 
 
 @pytest.mark.usefixtures("quick_plots")

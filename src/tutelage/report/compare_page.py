@@ -27,7 +27,6 @@ def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: 
 
     Raises:
         RunError: the page cannot be written.
-        MissingExtraError: jinja2 or matplotlib is not installed.
     """
     runs = [*zip(names_of(records), records, strict=True)]
     tables = comparison.tables()

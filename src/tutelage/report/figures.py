@@ -37,7 +37,6 @@ def write_figures(run: Path, folder: Path) -> list[Path]:
     Raises:
         RunError: the folder is no run folder, holds a malformed line or nothing to draw, or a
             file cannot be written.
-        MissingExtraError: matplotlib is not installed.
     """
     record = read_run(run)
     paths = []

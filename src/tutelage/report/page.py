@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import MissingExtraError
 from tutelage.files.atomic import write_output
 from tutelage.report import plots, text
 from tutelage.report.panels import Panel
@@ -36,17 +35,14 @@ def write_page(path: Path, context: dict[str, Any]) -> None:
 
     Raises:
         RunError: the page cannot be written.
-        MissingExtraError: jinja2 is not installed.
     """
     write_output(path, render_page(context).encode("utf-8"))
 
 
 def render_page(context: dict[str, Any]) -> str:
     """The page as text; see `write_page`."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report", "The report") from error
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("tutelage.report"),
         autoescape=True,

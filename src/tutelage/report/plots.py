@@ -6,9 +6,8 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from tutelage.errors import MissingExtraError
 from tutelage.report.panels import ColorName, Curve, Panel
 
 if TYPE_CHECKING:
@@ -68,14 +67,13 @@ def render(
 
     Returns:
         UTF-8 SVG, the same bytes for the same input, or a PNG of 200 dots an inch.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
+    import matplotlib
+
     # Text stays text, so the page's reader sees system fonts; the salt fixes generated ids.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "tutelage", "font.family": "sans-serif"}
     buffer = io.BytesIO()
-    with _matplotlib().rc_context(settings):
+    with matplotlib.rc_context(settings):
         figure = _figure(*size)
         draw(figure.add_subplot(), theme)
         if kind == "svg":
@@ -98,13 +96,9 @@ def render_png(panels: Sequence[Panel]) -> bytes:
 
     Returns:
         PNG bytes.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
     num_rows = (len(panels) + 1) // 2
     buffer = io.BytesIO()
-    _matplotlib()
     figure = _figure(10.0, 3.0 * num_rows)
     figure.set_facecolor(LIGHT.background)
     for index, panel in enumerate(panels):
@@ -115,14 +109,6 @@ def render_png(panels: Sequence[Panel]) -> bytes:
         draw_panel(panel, axes, LIGHT)
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report", "The report") from error
-    return matplotlib
 
 
 def _figure(width: float, height: float) -> Figure:

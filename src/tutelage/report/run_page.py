@@ -61,7 +61,6 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         RunError: the folder is no run folder, has no metrics yet, holds a malformed line, or the
             page cannot be written.
-        MissingExtraError: matplotlib or jinja2 is not installed.
     """
     record = read_run(run)
     page = _page_path(run, out)
@@ -86,7 +85,6 @@ def write_score_page(
 
     Raises:
         RunError: the page cannot be written.
-        MissingExtraError: jinja2 is not installed.
     """
     tokens = [TokenRecord.model_validate(line) for line in lines]
     facts = [("completions", text.number(len(tokens))),
