@@ -179,7 +179,7 @@ SETTINGS: dict[str, Any] = {
 
 def note_rollouts(path: Path) -> None:
     """Append the ids of every rollout of every step, as one sum, to a file."""
-    write = Step.write
+    write = Step.generate
 
     def noted(step: Step, number: int) -> Any:
         drawn = write(step, number)
@@ -188,7 +188,7 @@ def note_rollouts(path: Path) -> None:
             file.write(f"{number} {hashlib.sha256(ids.encode()).hexdigest()}\n")
         return drawn
 
-    Step.write = noted  # type: ignore[method-assign]
+    Step.generate = noted  # type: ignore[method-assign]
 
 
 def end(pid: int, out: Path) -> Ended:

@@ -582,24 +582,24 @@ MUTANTS: dict[str, Group] = {
     "train/selection.py": (
         ["invariance/test_step.py", "train/test_lessons.py", "invariance/test_updates.py"],
         [
-            ("        completion = completion[plan.chosen.rows]\n", "        pass\n"),
+            ("        completion = completion[selection.rows]\n", "        pass\n"),
             ("nonzero_static(mask, size=count)", "nonzero_static(mask.flip(0), size=count)"),
             (
-                "plan.weights[plan.chosen.rows] * plan.chosen.weights",
-                "plan.weights[plan.chosen.rows]",
+                "row_weights[chosen.rows] * chosen.weights",
+                "row_weights[chosen.rows]",
             ),
         ],
     ),
     "train/update.py": (
         ["train/test_skipped_steps.py", "invariance/test_step.py", "invariance/test_ranks.py"],
         [
-            ("scale = 1 / max(divisor, 1)", "scale = 2 / max(divisor, 1)"),
+            ("micro_batch, 1 / max(divisor, 1))", "micro_batch, 2 / max(divisor, 1))"),
             (
                 "(objective.total * scale).backward()",
                 "objective.total.backward()",
             ),
             ("if not (math.isfinite(norm) and math.isfinite(total)):", "if False:"),
-            ("total = total + objective.total", "total = objective.total"),
+            ("total = total + one[0]", "total = one[0]"),
             ("if 0 < limit < norm:", "if 0 < norm < limit:"),
         ],
     ),

@@ -106,9 +106,9 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     components.masters.follow(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
     drawn = Rollouts(list(rollouts), None)
-    with mock.patch.object(step, "write", return_value=drawn):
+    with mock.patch.object(step, "generate", return_value=drawn):
         metrics = [step.take(number) for number in range(1, NUM_STEPS + 1)]
-        batches = [batch for update in step.cut(rollouts) for batch in update]
+        batches = [micro_batch.batch for micro_batch in step.pack(drawn)]
     accelerator.end_training()
     found = {
         **{p: statistics.median(m["seconds"].get(p, 0.0) for m in metrics[1:]) for p in PHASES},

@@ -249,7 +249,7 @@ def _learn(
     optimizer = torch.optim.SGD(components.masters.masters, lr=0.0)
     components.masters.follow(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
-    given = mock.patch.object(step, "write", return_value=Rollouts(list(rollouts), None))
+    given = mock.patch.object(step, "generate", return_value=Rollouts(list(rollouts), None))
     with given, measured() if gpu_card.is_cuda() else nullcontext(Peak()) as peak:
         metrics = step.take(1)
     if metrics["num_memory_splits"]:

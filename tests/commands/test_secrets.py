@@ -39,7 +39,7 @@ def fail(self, number):
     Path(command_lines).write_bytes(b"".join(lines))
     raise ZeroDivisionError("a defect")
 
-Step.write = fail
+Step.generate = fail
 try:
     main(crash)
 finally:

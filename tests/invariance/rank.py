@@ -20,7 +20,7 @@ from tutelage.config.schema import Config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Prompt
 from tutelage.setup.components import build_components, trained_names
-from tutelage.train.distributed import Gathered
+from tutelage.train.distributed import StepRows
 from tutelage.train.step import Step
 
 CASES: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ class Watched(Step):
 
     chosen: list[list[int]]
 
-    def choose(self, gathered: Gathered, step: int) -> TokenSelection:
+    def choose(self, gathered: StepRows, step: int) -> TokenSelection:
         chosen = super().choose(gathered, step)
         self.chosen.append(chosen.rows.tolist())
         return chosen
@@ -104,7 +104,7 @@ def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, An
     step.chosen = []
     metrics = [step.take(1), step.take(2)]
     metrics = [{k: v for k, v in m.items() if k not in MEASURED} for m in metrics]
-    rollouts = step.write(2).rollouts
+    rollouts = step.generate(2).rollouts
     names = [str(i) for i in step.share(len(rollouts))]
     share = {i: r.completion_ids for i, r in zip(names, rollouts, strict=True)}
     pairs = zip(trained_names(components.student), components.masters.masters, strict=True)

@@ -18,7 +18,7 @@ from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
 from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import Components, build_components
-from tutelage.train.distributed import Gathered
+from tutelage.train.distributed import StepRows
 from tutelage.train.step import Step
 
 RULES: dict[str, dict[str, Any]] = {
@@ -80,10 +80,10 @@ class Watched(Step):
     rollouts: list[Rollout]
     kept: set[tuple[int, int]]
 
-    def write(self, step: int) -> Rollouts:
+    def generate(self, step: int) -> Rollouts:
         return Rollouts(self.rollouts, None)
 
-    def choose(self, gathered: Gathered, step: int) -> TokenSelection:
+    def choose(self, gathered: StepRows, step: int) -> TokenSelection:
         chosen = super().choose(gathered, step)
         pairs = zip(gathered.completion.tolist(), gathered.position.tolist(), strict=True)
         names = list(pairs)

@@ -40,7 +40,7 @@ from tutelage.core import (
 )
 from tutelage.data.batch import Batch, Side, collate
 from tutelage.data.types import Prompt, Rollout
-from tutelage.train.distributed import Gathered, Ranks
+from tutelage.train.distributed import Ranks, StepRows
 from tutelage.train.selection import choose
 
 NUM_RANKS = 2
@@ -130,13 +130,13 @@ def statistics(logits: Tensor, tokens: Tensor) -> TokenStats:
     return token_stats(student, teacher, tokens, extras=tuple(EXTRAS))
 
 
-def read_directly(case: Case) -> Gathered:
+def read_directly(case: Case) -> StepRows:
     """What one process without padding knows."""
     names = torch.tensor(case.names)
     stats = statistics(case.logits, names[:, 1] % VOCAB)
     # A step's table is float64 whatever the statistics are computed in.
     table = TokenStats.unstack(stats.stack(), tuple(EXTRAS))
-    return Gathered(table, names[:, 0], names[:, 1], torch.arange(len(names)))
+    return StepRows(table, names[:, 0], names[:, 1], torch.arange(len(names)))
 
 
 def read_share(case: Case, rank: int) -> tuple[list[Batch], TokenStats]:
@@ -176,7 +176,7 @@ def read_padded(case: Case, batch: Batch) -> TokenStats:
 # --- faults, to show that they would be seen ------------------------------------------------------
 
 Shared = tuple[list[Batch], TokenStats]
-Chooser = Callable[[Config, Gathered, int], TokenSelection]
+Chooser = Callable[[Config, StepRows, int], TokenSelection]
 
 
 def leak_a_row(case: Case, shared: Shared) -> Shared:
@@ -206,12 +206,12 @@ def shift_order(case: Case, shared: Shared) -> Shared:
 def choose_per_rank(case: Case) -> Chooser:
     """Each rank normalises and chooses among its own rows, the budgets being the same."""
 
-    def chosen(config: Config, gathered: Gathered, step: int) -> TokenSelection:
+    def chosen(config: Config, gathered: StepRows, step: int) -> TokenSelection:
         rank = torch.tensor(case.rank)[gathered.completion]
         scores, kept = torch.zeros(len(rank), dtype=torch.float64), []
         for r in range(NUM_RANKS):
             own = (rank == r).nonzero().squeeze(1)
-            part = Gathered(
+            part = StepRows(
                 gathered.stats[own], gathered.completion[own], gathered.position[own], own
             )
             found = choose(config, part, step)
@@ -261,20 +261,20 @@ def sweep(fault: str, ranks: Ranks, num_batches: int) -> Report:
     return report
 
 
-def wrong_rows(case: Case, gathered: Gathered, shared: Shared) -> Iterator[str]:
+def wrong_rows(case: Case, gathered: StepRows, shared: Shared) -> Iterator[str]:
     """What is wrong with the gathered rows themselves."""
     batches, stats = shared
     pairs = torch.stack([gathered.completion, gathered.position], 1).tolist()
     if [tuple(pair) for pair in pairs] != case.names:
         yield "rows"
     own = torch.cat([torch.stack([b.completion, b.position], 1) for b in batches]).tolist()
-    mine = same(gathered.stats.stack()[:, gathered.here], stats.stack())
-    if [pairs[i] for i in gathered.here.tolist()] != own or not mine:
+    mine = same(gathered.stats.stack()[:, gathered.local], stats.stack())
+    if [pairs[i] for i in gathered.local.tolist()] != own or not mine:
         yield "here"
 
 
 def wrong_choice(
-    case: Case, rule: str, chooser: Chooser, gathered: Gathered, direct: Gathered
+    case: Case, rule: str, chooser: Chooser, gathered: StepRows, direct: StepRows
 ) -> Iterator[str]:
     """What is wrong with a rule's choice among the gathered rows."""
     config = case.config(rule)

@@ -91,7 +91,7 @@ def test_a_row_that_memory_does_not_hold_is_cut_between_sequences(
         assert found.metrics["num_memory_splits"] > 4
         assert distance(found.gradients, expected.gradients) <= 1e-12
         most = 0
-        with pytest.raises(RunError, match="ran out of memory while it learned from"):
+        with pytest.raises(RunError, match="ran out of memory while it trained on"):
             step(tiny_models, rollouts, **changes)
 
 

@@ -17,7 +17,7 @@ from tutelage.models.packing import use_own_attention
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 from tutelage.setup import components as setup
-from tutelage.train.update import Learned, Learner
+from tutelage.train.update import Updater, UpdateResult
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -40,15 +40,15 @@ def learn(monkeypatch: pytest.MonkeyPatch, models: Path, rollouts: list[Rollout]
           ) -> tuple[dict[str, int], int]:  # fmt: skip
     """What was waited for in the learning of a step, and how many micro-batches that was."""
     waits = Waits()
-    plain, sizes = Learner.learn, []
+    plain, sizes = Updater.run, []
 
-    def counted(self: Learner, *arguments: Any) -> Learned:
+    def counted(self: Updater, *arguments: Any) -> UpdateResult:
         with waits:
             learned = plain(self, *arguments)
-        sizes.append(len(learned.batches))
+        sizes.append(len(learned.micro_batches))
         return learned
 
-    monkeypatch.setattr(Learner, "learn", counted)
+    monkeypatch.setattr(Updater, "run", counted)
     sides = {
         "student": {
             "model": str(models / "student"),

@@ -91,10 +91,10 @@ def test_a_second_signal_interrupts_at_once(tmp_path: Path, tiny_models: Path) -
 
 
 PHASES = {
-    "writing": "tutelage.train.step.Step.write",
+    "writing": "tutelage.train.step.Step.generate",
     "reading": "tutelage.models.teacher.Teacher.read",
-    "learning": "tutelage.train.update.Learner._back_propagate",
-    "updating": "tutelage.train.update.Learner._update",
+    "learning": "tutelage.train.update.Updater._backward",
+    "updating": "tutelage.train.update.Updater._apply",
 }
 
 

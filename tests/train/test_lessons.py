@@ -13,7 +13,7 @@ from tutelage.config.method import EOPDObjective
 from tutelage.core import TokenStats
 from tutelage.setup.components import build_components
 from tutelage.setup.objective import gate_of
-from tutelage.train.selection import lessons_of
+from tutelage.train.selection import assign
 from tutelage.train.step import Step
 
 
@@ -33,18 +33,22 @@ def test_kept_rows_carry_their_inverse_probability(
     components = build_components(config)
     optimizer = torch.optim.SGD(components.student.parameters(), lr=0.0)
     step = Step(config, components, Accelerator(cpu=True), components.student, optimizer)
-    drawn = step.write(1)
-    rollouts = drawn.rollouts
-    batches = [batch for update in step.cut(rollouts) for batch in update]
-    views = [components.teacher.read(batch) for batch in batches]
-    plan = step._plan(batches, views, step._known(batches, drawn), rollouts, 1)
-    lessons = lessons_of(config, batches, plan)
+    drawn = step.generate(1)
+    micro_batches = step.pack(drawn)
+    step.teacher_forward(micro_batches)
+    selection = step.select(micro_batches, drawn, 1)
+    assert selection is not None
+    assign(config, micro_batches, selection)
     given = {}
-    for batch, lesson in zip(batches, lessons, strict=True):
-        weights = torch.as_tensor(lesson.terms[0][1])
-        names = zip(batch.completion[lesson.rows], batch.position[lesson.rows], strict=True)
+    for micro_batch in micro_batches:
+        assert micro_batch.rows is not None
+        batch, kept = micro_batch.batch, micro_batch.rows
+        weights = torch.as_tensor(micro_batch.terms[0][1])
+        names = zip(batch.completion[kept], batch.position[kept], strict=True)
         given |= {(int(c), int(t)): float(w) for (c, t), w in zip(names, weights, strict=True)}
-    gathered, rows = plan.gathered, plan.chosen.rows
-    names = zip(gathered.completion[rows].tolist(), gathered.position[rows].tolist(), strict=True)
-    assert given == dict(zip(names, plan.chosen.weights.tolist(), strict=True))
+    everything, rows = selection.all_rows, selection.rows
+    chosen = step.choose(everything, 1)
+    completion, position = everything.completion[rows].tolist(), everything.position[rows].tolist()
+    names = zip(completion, position, strict=True)
+    assert given == dict(zip(names, chosen.weights.tolist(), strict=True))
     assert any(weight > 1 for weight in given.values()) == is_corrected

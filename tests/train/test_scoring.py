@@ -18,7 +18,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import RunError
 from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import build_components
-from tutelage.train.distributed import Gathered
+from tutelage.train.distributed import StepRows
 from tutelage.train.loop import train
 from tutelage.train.step import Step
 
@@ -35,13 +35,13 @@ class Watched(Step):
     chosen: list[list[int]]
     spoil: float = 0.0
 
-    def choose(self, gathered: Gathered, step: int) -> TokenSelection:
+    def choose(self, gathered: StepRows, step: int) -> TokenSelection:
         chosen = super().choose(gathered, step)
         self.chosen.append(chosen.rows.tolist())
         return chosen
 
-    def write(self, step: int) -> Rollouts:
-        drawn = super().write(step)
+    def generate(self, step: int) -> Rollouts:
+        drawn = super().generate(step)
         if self.spoil and drawn.hidden is not None:
             drawn = replace(drawn, hidden=[x * (1 + self.spoil) for x in drawn.hidden])
         return drawn

@@ -115,14 +115,14 @@ def test_exactly_the_promised_rows_are_trained(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, rule: str, keep: str
 ) -> None:
     lengths: list[list[int]] = []
-    write: Callable[[Step, int], Rollouts] = Step.write
+    write: Callable[[Step, int], Rollouts] = Step.generate
 
     def recorded(self: Step, step: int) -> Rollouts:
         drawn = write(self, step)
         lengths.append([len(r.completion_ids) for r in drawn.rollouts])
         return drawn
 
-    monkeypatch.setattr(Step, "write", recorded)
+    monkeypatch.setattr(Step, "generate", recorded)
     selection = {"rule": rule} | ({} if rule == "all" else {"keep": float(keep)})
     out = tmp_path / "run"
     go(tiny_config(tiny_models, out, selection=selection, num_steps=3))

@@ -1,9 +1,8 @@
-"""From the configured method to what the core is asked for: extras, weights, gate and terms."""
+"""The objective of a run: which statistics, weights, gate and terms its method needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -95,29 +94,6 @@ def scores_teacher(config: Config) -> bool:
     return config.diagnostics == "all" or not looks_at_student
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """What the objective needs to know about each row, `[N]` or, once indexed, `[K]` each."""
-
-    weights: Tensor
-    """Loss weight."""
-    gate: Tensor
-    """How far EOPD's forward KL is switched on; 0 for other objectives."""
-    head_share: Tensor
-    """Adaptive KL's share of the forward KL; 0 for other objectives."""
-    tokens: Tensor
-    old_logprobs: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Guidance:
-        return Guidance(*(x[rows] for x in self.__dict__.values()))
-
-
-def guidance(stats: TokenStats, tokens: Tensor, weights: Tensor, gate: Tensor) -> Guidance:
-    """Guidance of N rows from their statistics."""
-    nothing = torch.zeros_like(stats.entropy)
-    return Guidance(weights, gate, stats.extras.get("head_share", nothing), tokens, stats.log_p)
-
-
 def gate_of(objective: ObjectiveConfig, stats: TokenStats) -> Tensor:
     """EOPD's gate over the global batch `[N]`; 0 for other objectives."""
     if not isinstance(objective, EOPDObjective):
@@ -163,8 +139,8 @@ def _verdicts(is_correct: Sequence[bool | None], kind: str) -> Tensor:
     return torch.tensor([bool(verdict) for verdict in is_correct])
 
 
-def plain_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float]]:
-    """Terms of an objective that needs no guidance, each with one weight for all rows."""
+def uniform_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float]]:
+    """Terms of an objective that needs no statistics, each with one weight for all rows."""
     match objective:
         case KLObjective(reverse_weight=a, forward_weight=b):
             return [(ReverseKL(), a), (ForwardKL(), b)]
@@ -187,23 +163,34 @@ def plain_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float]]
     raise ValueError(f"objective {objective.kind!r} needs statistics of its rows.")
 
 
-def guided_terms(objective: ObjectiveConfig, rows: Guidance) -> list[tuple[Term, Tensor | float]]:
-    """Terms of any objective with a weight for each of the K rows to learn from."""
-    w = rows.weights
+def row_terms(
+    objective: ObjectiveConfig, stats: TokenStats, tokens: Tensor, weights: Tensor, gate: Tensor
+) -> list[tuple[Term, Tensor | float]]:
+    """Terms of any objective with a weight for each of the K rows to train on.
+
+    Args:
+        objective: the configured one.
+        stats: statistics of the K rows before the step.
+        tokens: sampled ids `[K]`.
+        weights: loss weights `[K]`.
+        gate: EOPD's gate `[K]`.
+    """
+    w, old_logprobs = weights, stats.log_p
     match objective:
         case AdaptiveObjective():
-            return [(ForwardKL(), w * rows.head_share), (ReverseKL(), w * (1 - rows.head_share))]
+            share = stats.extras["head_share"]
+            return [(ForwardKL(), w * share), (ReverseKL(), w * (1 - share))]
         case SampledObjective(clip=clip):
-            return [(SampledReverseKL(rows.tokens, rows.old_logprobs, clip), w)]
+            return [(SampledReverseKL(tokens, old_logprobs, clip), w)]
         case EOPDObjective() if not _is_plain(objective):
             forward: Term = ForwardKL()
             if objective.fkl != "full":
                 forward = TopKForwardKL(objective.k, tail=objective.fkl == "topk_tail")
             base: Term = ReverseKL()
             if objective.estimator == "sampled":
-                base = SampledReverseKL(rows.tokens, rows.old_logprobs, objective.clip)
-            return [(base, w), (forward, w * rows.gate * objective.forward_weight)]
-    return [(term, w * scale) for term, scale in plain_terms(objective)]
+                base = SampledReverseKL(tokens, old_logprobs, objective.clip)
+            return [(base, w), (forward, w * gate * objective.forward_weight)]
+    return [(term, w * scale) for term, scale in uniform_terms(objective)]
 
 
 def culprit(config: Config, stats: TokenStats) -> str:

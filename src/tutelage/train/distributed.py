@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: every row of a step, in one order everywhere."""
+"""Sums, gradients and tables over the processes of a run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tutelage.data.batch import Batch
 
 
 @dataclass(frozen=True)
-class Gathered:
+class StepRows:
     """Every row of a step in document order: by completion, then by position within it.
 
     The order depends neither on how completions were cut into micro-batches nor on the process
-    that wrote them, so equal scores are told apart in the same way everywhere.
+    that sampled them, so ties are broken in the same way everywhere.
     """
 
     stats: TokenStats
     completion: Tensor
     position: Tensor
-    here: Tensor
+    local: Tensor
     """Places, among all rows, of this process's rows in the order of its micro-batches."""
 
 
@@ -87,7 +87,7 @@ class Ranks:
 
     def rows(
         self, batches: Sequence[Batch], stats: TokenStats, kept: Sequence[Tensor] | None = None
-    ) -> Gathered:
+    ) -> StepRows:
         """Statistics of all rows of the step, or of each batch's kept ones, from this process's."""
         rows: Sequence[Any] = [slice(None) for _ in batches] if kept is None else kept
         completion = torch.cat([b.completion[k] for b, k in zip(batches, rows, strict=True)])
@@ -104,7 +104,7 @@ class Ranks:
         here = order.argsort()[first : first + len(completion)]
         table = table[:, order]
         columns = TokenStats.unstack(table[:-2], tuple(stats.extras), stats.has_teacher)
-        return Gathered(columns, table[-2].long(), table[-1].long(), here)
+        return StepRows(columns, table[-2].long(), table[-1].long(), here)
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.accelerator.device)

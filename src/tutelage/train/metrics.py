@@ -1,7 +1,8 @@
-"""What a step reports about its tokens."""
+"""Metrics of a step: its tokens, its selection, its updates."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from tutelage.config.method import EOPDObjective, SampledObjective
 from tutelage.config.schema import Config
 from tutelage.core import TokenStats, quadrant_table, quadrants
+from tutelage.data.types import Rollout
+from tutelage.train.distributed import Ranks
 
 HIGH_ENTROPY_NATS = 0.8
 """Entropy from which a token counts as high-entropy (EOPD's threshold)."""
@@ -47,8 +50,19 @@ def token_metrics(
     }
 
 
+def rollout_metrics(rollouts: Sequence[Rollout], num_rows: int, ranks: Ranks) -> dict[str, Any]:
+    """Lengths and repetitions of the step's completions, over all processes."""
+    count = max(ranks.sum(len(rollouts)), 1)
+    distinct = len({(r.prompt.id, r.completion_ids) for r in rollouts})
+    return {
+        "completion_length_mean": num_rows / count,
+        "truncated_share": ranks.sum(sum(r.is_truncated for r in rollouts)) / count,
+        "duplicate_share": 1 - ranks.sum(distinct) / count,
+    }
+
+
 def clip_share(config: Config, num_clipped: int, num_rows: int) -> float | None:
-    """Share of the rows learned from whose PPO clip took effect; None for exact objectives."""
+    """Share of the trained rows whose PPO clip took effect; None for exact objectives."""
     objective = config.objective
     is_sampled = isinstance(objective, SampledObjective) or (
         isinstance(objective, EOPDObjective) and objective.estimator == "sampled"

@@ -1,63 +1,126 @@
-"""What one backward pass works on, and how it is cut in two when memory does not hold it."""
+"""A few sequences of a step: what the teacher computed for them, and which rows train how."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
+from tutelage.config.method import ObjectiveConfig
 from tutelage.config.schema import Config
 from tutelage.core import LazyLogits, TokenStats
-from tutelage.data.batch import Batch
-from tutelage.setup.objective import guided_terms, plain_terms
-from tutelage.train.selection import Lesson, Plan, lessons_of
+from tutelage.core.terms import SampledReverseKL, Term
+from tutelage.data.batch import Batch, collate, length_groups, pack, packed_groups
+from tutelage.data.types import Rollout
+from tutelage.setup.objective import row_terms, uniform_terms
+from tutelage.train.distributed import Ranks
 
 
-@dataclass(frozen=True)
-class Portion:
-    """A micro-batch with the teacher's logits and what is to be learned from it."""
+@dataclass
+class MicroBatch:
+    """What one forward and backward pass works on."""
 
     batch: Batch
-    view: LazyLogits
-    lesson: Lesson
+    """B sequences with N completion tokens, the rows."""
+    update: int
+    """Which of the step's updates it belongs to, from 0."""
+    teacher_logits: LazyLogits | None = None
+    """The teacher's logits of the N rows, once its forward pass has run."""
+    rows: Tensor | None = None
+    """Rows to train on `[K]`, once they are selected."""
+    stats: TokenStats | None = None
+    """Statistics of the K rows before the step; None where every row trains with weight 1."""
+    weights: Tensor | None = None
+    """Loss weight of the K rows `[K]`; None with `stats`."""
+    gate: Tensor | None = None
+    """EOPD's gate of the K rows `[K]`; None with `stats`."""
+    terms: Sequence[tuple[Term, Tensor | float]] = field(default_factory=list)
+    """Terms of the objective with their weights, `[K]` or one number each."""
+
+    @property
+    def num_clipped(self) -> int:
+        """Rows of the sampled objective whose clip took effect in the backward pass."""
+        clipped = (term.is_clipped for term, _ in self.terms if isinstance(term, SampledReverseKL))
+        return sum(int(rows.sum()) for rows in clipped)
+
+    def train_on_all(self, objective: ObjectiveConfig) -> None:
+        """Every row trains with the objective's own weights."""
+        self.rows = torch.arange(self.batch.num_rows, device=self.batch.tokens.device)
+        self.terms = uniform_terms(objective)
+
+    def train_on(
+        self,
+        objective: ObjectiveConfig,
+        rows: Tensor,
+        stats: TokenStats,
+        weights: Tensor,
+        gate: Tensor,
+    ) -> None:
+        """The given rows train, each with its weight and gate, `[K]` each."""
+        self.rows, self.stats, self.weights, self.gate = rows, stats, weights, gate
+        self.terms = row_terms(objective, stats, self.batch.tokens[rows], weights, gate)
+
+    def halves(self, objective: ObjectiveConfig) -> tuple[MicroBatch, MicroBatch]:
+        """The same rows in two micro-batches; sums and their divisor are as before."""
+        if self.teacher_logits is None or self.rows is None:
+            raise ValueError("a micro-batch is cut after the teacher's forward and the selection.")
+        first, last = self.batch.halves()
+        hidden, cut = self.teacher_logits.hidden, first.num_rows
+        halves = []
+        for batch, start in ((first, 0), (last, cut)):
+            stop = start + batch.num_rows
+            half = MicroBatch(batch, self.update)
+            half.teacher_logits = replace(self.teacher_logits, hidden=hidden[start:stop])
+            here = (self.rows >= start) & (self.rows < stop)
+            if self.stats is None or self.weights is None or self.gate is None:
+                half.train_on_all(objective)
+            else:
+                chosen = (self.stats[here], self.weights[here], self.gate[here])
+                half.train_on(objective, self.rows[here] - start, *chosen)
+            halves.append(half)
+        return halves[0], halves[1]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """Backward passes over the micro-batches of an update, up to one that memory did not hold."""
+def pack_rollouts(
+    config: Config,
+    rollouts: Sequence[Rollout],
+    completions: Sequence[int],
+    pad_id: int,
+    ranks: Ranks,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Micro-batches of every update of a step, as many in every process.
 
-    portions: Sequence[Portion]
-    total: Tensor
-    """Sum of the objective over this process's rows, nats, a number on the device."""
-    stats: Sequence[TokenStats]
-    num_splits: int
-    """Micro-batches that were cut in two before."""
-    too_large: int | None = None
-    """Index of the micro-batch that memory did not hold; None after success."""
+    Args:
+        config: sizes, number of updates, padded or packed.
+        rollouts: this process's, an update's side by side.
+        completions: the step's index of each of them.
+        pad_id: fills padded rows.
+        ranks: agree on the number of micro-batches.
+        device: of the result.
+    """
+    num_updates, is_packed = config.updates_per_step, config.micro_batches == "packed"
+    group_by = packed_groups if is_packed else length_groups
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    bounds = [len(rollouts) * u // num_updates for u in range(num_updates + 1)]
 
+    def groups(update: int, at_least: int) -> list[list[int]]:
+        start = bounds[update]
+        limits = (config.micro_batch_tokens, config.micro_batch_size, at_least)
+        found = group_by(lengths[start : bounds[update + 1]], *limits)
+        return [[start + i for i in group] for group in found]
 
-def portions_of(
-    config: Config, batches: Sequence[Batch], views: Sequence[LazyLogits], plan: Plan | None
-) -> list[Portion]:
-    """Each micro-batch with its logits and its lesson."""
-    lessons = lessons_of(config, batches, plan)
-    return [Portion(*parts) for parts in zip(batches, views, lessons, strict=True)]
+    def batch_of(group: list[int]) -> Batch:
+        members, named = [rollouts[i] for i in group], [completions[i] for i in group]
+        if is_packed:
+            return pack(members, named).to(device)
+        return collate(members, pad_id, completions=named).to(device)
 
-
-def halves_of(config: Config, portion: Portion) -> tuple[Portion, Portion]:
-    """The same rows in two micro-batches; sums and their divisor are as before."""
-    rows, guide = portion.lesson.rows, portion.lesson.guide
-    first, last = portion.batch.halves()
-    cut, hidden = first.num_rows, portion.view.hidden
-    halves = []
-    for batch, start in ((first, 0), (last, cut)):
-        stop = start + batch.num_rows
-        is_here = (rows >= start) & (rows < stop)
-        part = None if guide is None else guide[is_here]
-        terms = (
-            plain_terms(config.objective) if part is None else guided_terms(config.objective, part)
-        )
-        view = replace(portion.view, hidden=hidden[start:stop])
-        halves.append(Portion(batch, view, Lesson(rows[is_here] - start, terms, part)))
-    return halves[0], halves[1]
+    counts = ranks.max([len(groups(update, 1)) for update in range(num_updates)])
+    return [
+        MicroBatch(batch_of(group), update)
+        for update, count in enumerate(counts)
+        for group in groups(update, int(count))
+    ]

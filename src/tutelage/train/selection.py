@@ -1,4 +1,4 @@
-"""What a step learns from: which rows, how heavily, and divided by what."""
+"""Which rows of a step train, how heavily, and what each update is divided by."""
 
 from __future__ import annotations
 
@@ -17,95 +17,93 @@ from tutelage.config.method import (
     SomeTokens,
 )
 from tutelage.config.schema import Config
-from tutelage.core import TokenSelection, counter_uniform, select_tokens
-from tutelage.core.terms import SampledReverseKL, Term
-from tutelage.data.batch import Batch
-from tutelage.setup.objective import Guidance, guidance, guided_terms, plain_terms
-from tutelage.train.distributed import Gathered
+from tutelage.core import TokenSelection, TokenStats, counter_uniform, select_tokens
+from tutelage.setup.objective import gate_of
+from tutelage.train.distributed import StepRows
+from tutelage.train.micro_batch import MicroBatch
 
 _SELECTION_SEED = 1
 """Keeps the random numbers of selection apart from those of sampling."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a step will learn from, and how heavily."""
+class Selection:
+    """Every row of a step in document order, and which of them train how heavily."""
 
-    gathered: Gathered
-    chosen: TokenSelection
+    all_rows: StepRows
+    rows: Tensor
+    """Selected rows `[K]`, ascending."""
+    mask: Tensor
+    """`[N]`, True where a row is selected."""
     weights: Tensor
-    """Loss weight of every row `[N]`."""
+    """Loss weight of every row `[N]`; 0 where it is not selected."""
     gate: Tensor
     """EOPD's gate of every row `[N]`."""
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """Rows of one micro-batch to learn from, and the objective's terms with their weights."""
-
-    rows: Tensor
-    terms: Sequence[tuple[Term, Tensor | float]]
-    guide: Guidance | None = None
-    """What the terms were made of, for each row; None if they are the same for all rows."""
-
     @property
-    def num_clipped(self) -> int:
-        """Rows of the sampled objective whose clip took effect when they were learned from."""
-        clipped = (term.is_clipped for term, _ in self.terms if isinstance(term, SampledReverseKL))
-        return sum(int(rows.sum()) for rows in clipped)
+    def stats(self) -> TokenStats:
+        """Statistics of every row `[N]`."""
+        return self.all_rows.stats
+
+    @classmethod
+    def of(
+        cls, config: Config, all_rows: StepRows, chosen: TokenSelection, row_weights: Tensor
+    ) -> Selection:
+        """Combine what a rule keeps with the weights of the configured weighting `[N]`."""
+        weights = torch.zeros_like(row_weights)
+        weights[chosen.rows] = row_weights[chosen.rows] * chosen.weights
+        gate = gate_of(config.objective, all_rows.stats)
+        return cls(all_rows, chosen.rows, chosen.mask, weights, gate)
 
 
-def choose(config: Config, gathered: Gathered, step: int) -> TokenSelection:
+def choose(config: Config, rows: StepRows, step: int) -> TokenSelection:
     """The rows to train on, of all processes; the same answer in every process."""
     selection = config.selection
-    options: dict[str, Any] = {"position": gathered.position, **reading(selection)}
+    options: dict[str, Any] = {"position": rows.position, **scope_of(selection)}
     if isinstance(selection, SomeTokens | SampledTokens | RandomTokens):
         options["keep"] = selection.keep
     if isinstance(selection, SampledTokens | RandomTokens):
         seed = (config.seed, step, _SELECTION_SEED)
-        options["uniform"] = counter_uniform(seed, gathered.completion, gathered.position)
+        options["uniform"] = counter_uniform(seed, rows.completion, rows.position)
         options["correct_sampling"] = selection.correct_sampling
     if isinstance(selection, FirstTokens):
         options["num_tokens"] = selection.num_tokens
-    return select_tokens(gathered.stats, gathered.completion, selection.rule, **options)
+    return select_tokens(rows.stats, rows.completion, selection.rule, **options)
 
 
-def reading(selection: SelectionConfig) -> dict[str, Any]:
+def scope_of(selection: SelectionConfig) -> dict[str, Any]:
     """Scope and normalization as `select_tokens` takes them; only what the selection names."""
     named = vars(selection)
     return {option: named[option] for option in ("scope", "normalization") if option in named}
 
 
-def lessons_of(config: Config, batches: Sequence[Batch], plan: Plan | None) -> list[Lesson]:
-    """What each micro-batch of this process learns from: all rows where there is no plan."""
-    if plan is None:
-        terms = plain_terms(config.objective)
-        return [Lesson(torch.arange(b.num_rows, device=b.tokens.device), terms) for b in batches]
-    weights = torch.zeros_like(plan.weights)
-    weights[plan.chosen.rows] = plan.weights[plan.chosen.rows] * plan.chosen.weights
-    places = torch.split(plan.gathered.here, [batch.num_rows for batch in batches])
-    kept = [plan.chosen.mask[here] for here in places]
-    counts: list[int] = torch.stack(
-        [mask.sum() for mask in kept]
-    ).tolist()  # one look at the device
-    lessons = []
-    for batch, here, mask, count in zip(batches, places, kept, counts, strict=True):
+def assign(
+    config: Config, micro_batches: Sequence[MicroBatch], selection: Selection | None
+) -> None:
+    """Tell each micro-batch of this process which of its rows train; without selection all do."""
+    objective = config.objective
+    if selection is None:
+        for micro_batch in micro_batches:
+            micro_batch.train_on_all(objective)
+        return
+    sizes = [micro_batch.batch.num_rows for micro_batch in micro_batches]
+    places = torch.split(selection.all_rows.local, sizes)
+    masks = [selection.mask[here] for here in places]
+    counts: list[int] = torch.stack([mask.sum() for mask in masks]).tolist()  # one host wait
+    for micro_batch, here, mask, count in zip(micro_batches, places, masks, counts, strict=True):
         rows = torch.nonzero_static(mask, size=count).squeeze(1)
-        guide = guidance(plan.gathered.stats[here], batch.tokens, weights[here], plan.gate[here])
-        guide = guide[rows]
-        lessons.append(Lesson(rows, guided_terms(config.objective, guide), guide))
-    return lessons
+        here = here[rows]
+        weights, gate = selection.weights[here], selection.gate[here]
+        micro_batch.train_on(objective, rows, selection.stats[here], weights, gate)
 
 
-def divisors(config: Config, plan: Plan, completions_per_update: int) -> list[int]:
+def divisors(config: Config, selection: Selection, completions_per_update: int) -> list[int]:
     """The one number that each update's sums are divided by: its rows in the global batch."""
-    selection, completion = config.selection, plan.gathered.completion
+    method, completion = config.selection, selection.all_rows.completion
     # Weights 1/π already estimate the sum over all rows.
-    is_corrected = isinstance(selection, SampledTokens | RandomTokens) and (
-        selection.correct_sampling
-    )
+    is_corrected = isinstance(method, SampledTokens | RandomTokens) and method.correct_sampling
     if config.renormalize and not is_corrected:
-        completion = completion[plan.chosen.rows]
+        completion = completion[selection.rows]
     counts = completion.new_zeros(config.updates_per_step)
     counts.index_add_(0, completion // completions_per_update, torch.ones_like(completion))
     found: list[int] = counts.tolist()

@@ -37,7 +37,7 @@ from tutelage.setup.inputs import prompt_format
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
 from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
-from tutelage.train.selection import reading
+from tutelage.train.selection import scope_of
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def score_rollouts(
     texts = {token: components.tokenizer.decode([token]) for token in set(tokens)}
     uniform = counter_uniform((config.seed,), completion, position)
     options: dict[str, Any] = {"keep": request.keep, "uniform": uniform, "position": position}
-    options |= reading(config.selection)
+    options |= scope_of(config.selection)
     return Scores(
         rollouts,
         stats,

@@ -1,4 +1,4 @@
-"""The updates of a step: backward passes over micro-batches, one division, one optimizer step."""
+"""The updates of a step: forward and backward passes, one division, clip, optimizer step."""
 
 from __future__ import annotations
 
@@ -11,36 +11,19 @@ import torch
 from torch import Tensor
 
 from tutelage.config.schema import Config
-from tutelage.core import LazyLogits, Objective, TokenStats
-from tutelage.data.batch import Batch
-from tutelage.data.types import Rollout
+from tutelage.core import Objective, TokenStats
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
 from tutelage.setup.components import Components, trained_names
 from tutelage.setup.objective import needed_extras, needs_scoring, scores_teacher
 from tutelage.train.distributed import Ranks
-from tutelage.train.micro_batch import Attempt, Portion, halves_of, portions_of
-from tutelage.train.selection import Lesson, Plan, divisors
+from tutelage.train.micro_batch import MicroBatch
+from tutelage.train.selection import Selection, assign, divisors
 from tutelage.train.signals import Stop
 
 
 @dataclass(frozen=True)
-class Ready:
-    """All that a step knows before its first update."""
-
-    rollouts: list[Rollout]
-    updates: list[list[Batch]]
-    """Micro-batches of each update."""
-    views: list[LazyLogits]
-    """The teacher's logits of every micro-batch."""
-    plan: Plan | None
-    """None where every token teaches and no pass of scoring is needed."""
-    engine: dict[str, float]
-    hidden_gap: float | None
-
-
-@dataclass(frozen=True)
-class Learned:
+class UpdateResult:
     """What the updates of a step did."""
 
     loss: float | None
@@ -48,11 +31,10 @@ class Learned:
     applied, nats; None if none was."""
     grad_norm: float | None
     """The largest of the updates'."""
-    batches: Sequence[Batch]
-    """Micro-batches as they were learned from, some cut in two."""
-    lessons: Sequence[Lesson]
+    micro_batches: Sequence[MicroBatch]
+    """As they were trained on, some cut in two."""
     stats: TokenStats
-    """Statistics of the rows as they were learned from."""
+    """Statistics of the rows in the forward passes that trained on them."""
     nonfinite: Sequence[str]
     """What was infinite or NaN in the updates that were skipped."""
     num_skipped: int
@@ -61,8 +43,8 @@ class Learned:
     """Micro-batches cut in two for want of memory."""
 
 
-class Learner:
-    """Turns what a step is ready to learn into new weights."""
+class Updater:
+    """Applies the updates of a step to the student."""
 
     def __init__(
         self,
@@ -80,90 +62,116 @@ class Learner:
         self.optimizer = optimizer
         self.stop = stop
 
-    def learn(self, ready: Ready, step: int) -> Learned:
-        """The updates of a step, each from its own micro-batches and divided by its own number."""
-        batches = [batch for update in ready.updates for batch in update]
-        if ready.plan is None:
-            counts = [self.ranks.sum(sum(b.num_rows for b in u)) for u in ready.updates]
+    def run(
+        self, micro_batches: Sequence[MicroBatch], selection: Selection | None, step: int
+    ) -> UpdateResult:
+        """Each update from its own micro-batches, divided by its own number of rows."""
+        assign(self.config, micro_batches, selection)
+        num_updates = self.config.updates_per_step
+        updates = [[m for m in micro_batches if m.update == u] for u in range(num_updates)]
+        if selection is None:
+            counts = [self.ranks.sum(sum(m.batch.num_rows for m in u)) for u in updates]
         else:
-            counts = divisors(self.config, ready.plan, self._completions_per_update(batches))
-        portions = portions_of(self.config, batches, ready.views, ready.plan)
-        attempts: list[Attempt] = []
+            num_local = sum(m.batch.num_sequences for m in micro_batches)
+            counts = divisors(self.config, selection, num_local * self.ranks.count // num_updates)
+        stats: list[TokenStats] = []
         applied: list[tuple[float, int, float]] = []
         nonfinite: list[list[str]] = []
-        start = 0
-        for number, (update, divisor) in enumerate(zip(ready.updates, counts, strict=True)):
-            here = portions[start : start + len(update)]
-            start += len(update)
+        num_splits = 0
+        for number, (update, divisor) in enumerate(zip(updates, counts, strict=True)):
             # Until the first update a signal may end the step; after it the step must be finished.
             with nullcontext() if number else self.stop.interruptible():
-                attempts.append(self._back_propagate(here, divisor, step))
-            total, norm, names = self._update(attempts[-1].total)
+                local_total, num = self._backward(update, divisor, step, stats)
+            num_splits += num
+            total, norm, names = self._apply(local_total)
             if names:
                 nonfinite.append(names)
             else:
                 applied.append((total, divisor, norm))
-        learned = [portion for attempt in attempts for portion in attempt.portions]
-        return Learned(
+        return UpdateResult(
             sum(a[0] for a in applied) / max(sum(a[1] for a in applied), 1) if applied else None,
             max((a[2] for a in applied), default=None),
-            [portion.batch for portion in learned],
-            [portion.lesson for portion in learned],
-            TokenStats.cat([stats for attempt in attempts for stats in attempt.stats]),
+            [micro_batch for update in updates for micro_batch in update],
+            TokenStats.cat(stats),
             sorted({name for names in nonfinite for name in names}),
             len(nonfinite),
-            sum(attempt.num_splits for attempt in attempts),
+            num_splits,
         )
 
-    def _completions_per_update(self, batches: Sequence[Batch]) -> int:
-        num_local = sum(batch.num_sequences for batch in batches)
-        return num_local * self.ranks.count // self.config.updates_per_step
+    def _backward(
+        self, update: list[MicroBatch], divisor: int, step: int, stats: list[TokenStats]
+    ) -> tuple[Tensor, int]:
+        """Sum the gradients of an update; a micro-batch that does not fit is cut in two.
 
-    def _back_propagate(self, portions: Sequence[Portion], divisor: int, step: int) -> Attempt:
-        """Back-propagate every micro-batch; those that memory does not hold are cut in two."""
-        portions, num_splits = list(portions), 0
+        Args:
+            update: its micro-batches; cut ones are replaced by their halves.
+            divisor: of the sums.
+            step: for the message.
+            stats: the statistics of each micro-batch are appended.
+
+        Returns:
+            The sum of the objective over this process's rows, nats, a number on the device, and
+            how many micro-batches were cut.
+        """
+        num_splits = 0
         while True:
-            attempt = self._attempt(portions, divisor, num_splits)
-            if attempt.too_large is None:
-                return attempt
-            # What was summed so far includes part of the one that failed.
-            self.optimizer.zero_grad()
-            self.components.student.zero_grad()
-            if self.ranks.accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()
-            place = attempt.too_large
-            if self.ranks.count > 1 or portions[place].batch.num_sequences < 2:
-                raise RunError(
-                    f"step {step} ran out of memory while it learned from "
-                    f"{portions[place].batch.input_ids.numel()} tokens. Lower micro_batch_tokens; "
-                    "`tutelage check` shows what memory goes to."
-                )
-            portions[place : place + 1] = halves_of(self.config, portions[place])
+            total = torch.zeros((), dtype=torch.float64, device=self.ranks.accelerator.device)
+            found: list[TokenStats] = []
+            too_large = None
+            for place, micro_batch in enumerate(update):
+                one = self._backward_one(micro_batch, 1 / max(divisor, 1))
+                if one is None:
+                    too_large = place
+                    break
+                total = total + one[0]
+                found.append(one[1])
+            if too_large is None:
+                stats += found
+                return total, num_splits
+            self._split(update, too_large, step)
             num_splits += 1
 
-    def _attempt(self, portions: Sequence[Portion], divisor: int, num_splits: int) -> Attempt:
-        scale = 1 / max(divisor, 1)
+    def _backward_one(
+        self, micro_batch: MicroBatch, scale: float
+    ) -> tuple[Tensor, TokenStats] | None:
+        """Add a micro-batch's gradient: its objective and statistics, or None if too large."""
         is_scored = needs_scoring(self.config) and scores_teacher(self.config)
         extras = () if is_scored else needed_extras(self.config)
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.accelerator.device)
-        stats: list[TokenStats] = []
-        for i, portion in enumerate(portions):
-            batch, lesson = portion.batch, portion.lesson
-            try:
-                teacher = self.components.teacher.view(portion.view)
-                objective = self.student(batch, teacher, lesson.rows, lesson.terms, extras)
-                (objective.total * scale).backward()
-                self.components.masters.collect()
-            except torch.OutOfMemoryError:
-                return Attempt(portions, total, stats, num_splits, too_large=i)
-            total = total + objective.total.detach()
-            stats.append(_as_stats(objective))
-        return Attempt(portions, total, stats, num_splits)
+        if micro_batch.teacher_logits is None:
+            raise ValueError("the teacher's forward pass comes before the updates.")
+        try:
+            teacher = self.components.teacher.view(micro_batch.teacher_logits)
+            rows, terms = micro_batch.rows, micro_batch.terms
+            objective = self.student(micro_batch.batch, teacher, rows, terms, extras)
+            (objective.total * scale).backward()
+            self.components.masters.collect()
+        except torch.OutOfMemoryError:
+            return None
+        return objective.total.detach(), _as_stats(objective)
 
-    def _update(self, local_total: Tensor) -> tuple[float, float, list[str]]:
+    def _split(self, update: list[MicroBatch], place: int, step: int) -> None:
+        """Cut a micro-batch that memory does not hold; the update begins anew.
+
+        Raises:
+            RunError: it is one sequence, or other processes count on as many micro-batches.
+        """
+        # What was summed so far includes part of the one that failed.
+        self.optimizer.zero_grad()
+        self.components.student.zero_grad()
+        if self.ranks.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batch = update[place].batch
+        if self.ranks.count > 1 or batch.num_sequences < 2:
+            raise RunError(
+                f"step {step} ran out of memory while it trained on {batch.input_ids.numel()} "
+                "tokens. Lower micro_batch_tokens; `tutelage check` shows what memory goes to."
+            )
+        update[place : place + 1] = update[place].halves(self.config.objective)
+
+    def _apply(self, local_total: Tensor) -> tuple[float, float, list[str]]:
         """Sum objective and gradient over processes and apply the gradient; or drop it.
 
-        The device is asked for both numbers at once, and here only.
+        The host waits for both numbers at once, and here only.
 
         Args:
             local_total: sum of the objective over this process's rows.
@@ -193,7 +201,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.components.teacher.mode == "reload" or self.config.optimizer.state_is_on_disk:
-            give_back()  # to the teacher, which reads next
+            give_back()  # to the teacher, whose forward comes next
         return total, norm, []
 
 
