@@ -76,28 +76,16 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "core/products.py": (
-        ["core/test_products.py"],
+        ["models/test_products.py"],
         [
-            ("out[here].add_(_onednn(a[here], b))", "out[here] = _onednn(a[here], b)"),
+            ("out[here].add_(fast(a[here], b))", "out[here] = fast(a[here], b)"),
             ("for low in range(0, len(b), _PIECE)", "for low in range(0, len(b) - 1, _PIECE)"),
-            ("linear(grad, weight.t()) if needs_x", "linear(grad, weight.t()) if needs_weight"),
-            ("rows.sum(0) if needs_bias", "rows.mean(0) if needs_bias"),
-            ("bias is None else bias.contiguous()", "bias is None else bias"),
-            ("if type(layer) is nn.Linear:", "if isinstance(layer, nn.Linear):"),
-            (
-                "        return linear(input, self.weight",
-                "        return F.linear(input, self.weight",
-            ),
-            ('return "AuthenticAMD" in', 'return "GenuineIntel" in'),
-            ("a.dtype == b.dtype == torch.float32", "a.dtype == b.dtype"),
-            ("    if not has_operator or torch", "    if True or torch"),
-            ("if is_forward_mode or not _suits", "if not _suits"),
             (" or out.dtype != a.dtype:", ":"),
             ("if out.shape != (len(a), len(b)) or ", "if "),
         ],
     ),
     "models/load.py": (
-        ["core/test_products.py"],
+        ["models/test_products.py"],
         [("        use_fast_layers(model)\n", "        pass\n")],
     ),
     "models/file_checks.py": (
@@ -314,14 +302,14 @@ MUTANTS: dict[str, Group] = {
             ("if not gap <= rounding(model):", "if False:"),
             ("if not is_llama_like(model) or ", "if "),
             ('or model.config.to_dict().get("hidden_act") != "silu"', ""),
-            ("        elif kind.__name__ in _UNITS:\n", "        elif False:\n"),
+            ("    elif kind in _UNITS:\n", "    elif False:\n"),
         ],
     ),
     "models/optimizer.py": (
         ["setup/test_budget.py"],
         [
             ("if master.grad is None else master.grad.add_(grad)", ""),
-            ("        if pairs:\n", "        if False:\n"),
+            ("            weight.copy_(master)\n", "            pass\n"),
             ("sizes = [2 * whole_pages(weight.nbytes)", "sizes = [whole_pages(weight.nbytes)"),
             ("            start += size\n", "            start += 0\n"),
             ('"exp_avg_sq": start + size // 2', '"exp_avg_sq": start'),
@@ -671,6 +659,28 @@ MUTANTS: dict[str, Group] = {
             ('"llama3", "yarn"}', '"llama3"}'),
             ('"llama3", "yarn"}', '"llama3", "yarn", "longrope"}'),
             (' and rope.get("partial_rotary_factor", 1) == 1', ""),
+        ],
+    ),
+    "models/llama_cpu/products.py": (
+        ["models/test_products.py"],
+        [
+            ("linear(grad, weight.t()) if needs_x", "linear(grad, weight.t()) if needs_weight"),
+            ("rows.sum(0) if needs_bias", "rows.mean(0) if needs_bias"),
+            ("bias is None else bias.contiguous()", "bias is None else bias"),
+            (
+                "        return linear(input, self.weight",
+                "        return F.linear(input, self.weight",
+            ),
+            ('return "AuthenticAMD" in', 'return "GenuineIntel" in'),
+            ("a.dtype == b.dtype == torch.float32", "a.dtype == b.dtype"),
+            ("    if not has_operator or torch", "    if True or torch"),
+            ("if is_forward_mode or not _suits", "if not _suits"),
+        ],
+    ),
+    "models/llama_cpu/patch.py": (
+        ["models/test_products.py"],
+        [
+            ("if kind is nn.Linear:", "if isinstance(layer, nn.Linear):"),
         ],
     ),
 }

@@ -235,6 +235,65 @@ def asserts(source: str, place: str) -> list[str]:
     ]
 
 
+def private_torch(source: str, place: str) -> list[str]:
+    """Private names of torch, and its operators without their public functions."""
+    tree = ast.parse(source)
+    names: dict[str, str] = {}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for local, name in torch_names(node):
+                names[local] = "torch" if local == "torch" else name
+                found += [f"{place}:{line(node)} {name}"] if is_private(name) else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            name = f"{names.get(root, '')}.{rest}"
+            if root in names and is_private(name):
+                found.append(f"{place}:{line(node)} {name}")
+    return [] if place.startswith("models/llama_cpu/") else found
+
+
+def torch_names(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
+    """Local names that an import binds to torch or a part of it, and what they stand for."""
+    for alias in node.names:
+        start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        name = f"{start}{alias.name}"
+        if name.split(".")[0] == "torch":
+            yield alias.asname or (alias.name if start else "torch"), name
+
+
+DOCUMENTED = ("torch.utils._python_dispatch.TorchDispatchMode",)
+"""Names with an underscore that torch's manual tells users to import ("Extending PyTorch")."""
+
+
+def is_private(name: str) -> bool:
+    """Whether a name of torch is private, or below `torch.ops`."""
+    parts = name.split(".")
+    if name in DOCUMENTED:
+        return False
+    return parts[:2] == ["torch", "ops"] or any(
+        part.startswith("_") and not part.endswith("__") for part in parts
+    )
+
+
+def class_swaps(source: str, place: str) -> list[str]:
+    """Objects that are given another class."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            is_swap = node.attr == "__class__"
+        else:
+            is_swap = (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func).endswith(("setattr", "__setattr__"))
+                and any(ast.unparse(argument) == "'__class__'" for argument in node.args)
+            )
+        if is_swap:
+            found.append(f"{place}:{line(node)}")
+    return [] if place.startswith("models/llama_cpu/") else found
+
+
 def fallbacks(source: str, place: str) -> list[str]:
     """`getattr` with a default: a misspelt name would go unseen."""
     return [
@@ -277,6 +336,8 @@ DETECTORS: tuple[Detector, ...] = (
     broad_handlers,
     asserts,
     fallbacks,
+    private_torch,
+    class_swaps,
     too_long,
 )
 
@@ -359,6 +420,18 @@ def test_functions_are_short() -> None:
         (broad_handlers, "x.py", "with contextlib.suppress(Exception):\n    f()"),
         (asserts, "x.py", "assert keep > 0"),
         (fallbacks, "x.py", "getattr(config, 'softcap', None)"),
+        (private_torch, "x.py", "import torch\ntorch._C._has_mkldnn"),
+        (private_torch, "x.py", "import torch\ntorch.ops.mkldnn.linear"),
+        (private_torch, "x.py", "import torch as t\nt.ops.aten._softmax(x)"),
+        (private_torch, "x.py", "import torch.nn\ntorch._foreach_copy_(a, b)"),
+        (private_torch, "x.py", "from torch import ops\nops.mkldnn.linear"),
+        (private_torch, "x.py", "from torch.autograd import forward_ad\nforward_ad._current_level"),
+        (private_torch, "x.py", "def f():\n    from torch._dynamo import reset"),
+        (private_torch, "x.py", "import torch._inductor"),
+        (class_swaps, "x.py", "layer.__class__ = Linear"),
+        (class_swaps, "x.py", "a.b, c[0].__class__ = 1, Linear"),
+        (class_swaps, "x.py", "setattr(layer, '__class__', Linear)"),
+        (class_swaps, "x.py", "object.__setattr__(layer, '__class__', Linear)"),
         (too_long, "x.py", "x = 1\n" * 401),
         (too_long, "x.py", "def f():\n" + "    x = 1\n" * 60),
         (too_long, "core/kernels/rows.py", "def f():\n" + "    x = 1\n" * 150),
@@ -380,6 +453,10 @@ def test_each_detector_can_fail(detector: Detector, place: str, source: str) -> 
         (broad_handlers, "x.py", "try:\n    f()\nexcept Exception as e:\n    raise E() from e"),
         (asserts, "x.py", "assert isinstance(stats, TokenStats)"),
         (fallbacks, "x.py", "getattr(config, name)"),
+        (private_torch, "x.py", "import torch\ntorch.__version__\nmodel._private(torch.nn.Linear)"),
+        (private_torch, "models/llama_cpu/x.py", "import torch\ntorch._C._has_mkldnn"),
+        (class_swaps, "x.py", "kind = layer.__class__"),
+        (class_swaps, "models/llama_cpu/x.py", "layer.__class__ = Linear"),
         (too_long, "x.py", "def f():\n" + "    x = 1\n" * 59),
         (too_long, "core/kernels/rows.py", "def f():\n" + "    x = 1\n" * 149),
         (too_long, "x.py", "def f():\n    '''a\n\n\n\n    b'''\n" + "    x = 1\n" * 59),

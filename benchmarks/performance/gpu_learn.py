@@ -103,7 +103,7 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     components = build_components(config)
     accelerator = open_accelerator(config, folder, components.device)
     optimizer = make_optimizer("adamw", components.masters.masters, 1e-6, (0.9, 0.95), 0.0)
-    components.masters.follow(optimizer)
+    components.masters.register_hook(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
     drawn = Rollouts(list(rollouts), None)
     with mock.patch.object(step, "generate", return_value=drawn):

@@ -247,7 +247,7 @@ def _learn(
 
     accelerator = open_accelerator(config, folder, components.device)
     optimizer = torch.optim.SGD(components.masters.masters, lr=0.0)
-    components.masters.follow(optimizer)
+    components.masters.register_hook(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
     given = mock.patch.object(step, "generate", return_value=Rollouts(list(rollouts), None))
     with given, measured() if gpu_card.is_cuda() else nullcontext(Peak()) as peak:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import tutelage.models.llama_cpu.products  # noqa: F401, registers the CPU's products
 from tutelage.core import (
     STUDENT_RULES,
     LazyLogits,

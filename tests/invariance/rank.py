@@ -99,7 +99,7 @@ def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, An
         components.student.model.double()
         components.teacher.model.double()
     optimizer = torch.optim.AdamW(components.masters.masters, lr=1e-2)
-    components.masters.follow(optimizer)
+    components.masters.register_hook(optimizer)
     step = Watched(config, components, accelerator, components.student, optimizer)
     step.chosen = []
     metrics = [step.take(1), step.take(2)]

@@ -109,12 +109,12 @@ def test_a_number_asked_for_in_every_micro_batch_would_be_seen(
     monkeypatch: pytest.MonkeyPatch, tiny_models: Path, rollouts: list[Rollout]
 ) -> None:
     """Negative control."""
-    plain = MasterWeights.collect
+    plain = MasterWeights.accumulate_grads
 
-    def collect(self: MasterWeights) -> None:
+    def accumulate_grads(self: MasterWeights) -> None:
         plain(self)
         assert all(bool(master.isfinite().all()) for master in self.masters[:1])
 
-    monkeypatch.setattr(MasterWeights, "collect", collect)
+    monkeypatch.setattr(MasterWeights, "accumulate_grads", accumulate_grads)
     found, num = learn(monkeypatch, tiny_models, rollouts)
     assert found == {"tolist": 1, "_local_scalar_dense": num}

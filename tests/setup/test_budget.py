@@ -380,13 +380,13 @@ def test_master_weights_add_up_what_bfloat16_rounds_away() -> None:
     masters = MasterWeights([mastered, exact])
     assert masters.masters[1] is exact
     optimizers = [torch.optim.SGD([w], lr=1e-3) for w in (plain, masters.masters[0], exact)]
-    masters.follow(optimizers[1])
+    masters.register_hook(optimizers[1])
     for _ in range(20):
         plain.grad = torch.ones_like(plain)
         exact.grad = torch.ones_like(exact)
         for part in (1.0, 2.0**-9, -(2.0**-9)):  # bfloat16 would lose the small ones
             mastered.grad = torch.full_like(mastered, part)
-            masters.collect()
+            masters.accumulate_grads()
             assert mastered.grad is None
         for optimizer in optimizers:
             optimizer.step()

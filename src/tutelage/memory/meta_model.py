@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, DynamicCache
 
 from tutelage.models.forward import backbone, foreign
@@ -56,9 +55,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         found = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+        for tensor in _tensors(found):
+            self._count(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         return found
 
@@ -75,6 +73,15 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def restart(self) -> None:
         """Look for the peak from here on."""
         self.peak = self.now
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """The tensors that an operator gave."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for part in result:
+            yield from _tensors(part)
 
 
 def shadow(model: PreTrainedModel) -> PreTrainedModel:

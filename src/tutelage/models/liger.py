@@ -1,12 +1,13 @@
 """Norms and gated units of a model's own layers by Liger's kernels, in fewer passes over memory.
 
-Layers change their class and nothing else, so that other models of the process, and those loaded
-later, stay as they are (Liger's own patches replace classes in transformers' modules).
+Single layers get another `forward`, so that other models of the process, and those loaded later,
+stay as they are (Liger's own patches replace classes in transformers' modules).
 """
 
 from __future__ import annotations
 
 import importlib.util
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, MissingExtraError, ModelError
 from tutelage.models.forward import is_llama_like, relative_gap, rounding, trial_ids
-from tutelage.models.llama_cpu.patch import NORMS, faster
+from tutelage.models.llama_cpu.patch import NORMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,11 +53,7 @@ def use_liger_layers(model: PreTrainedModel, who: str, num_tokens: int = _TRIAL_
         )
     before = _of_first_layer(model, num_tokens)
     for layer in model.modules():
-        kind: Any = type(layer)
-        if kind.__name__ in NORMS:
-            layer.__class__ = faster(kind, _Norm)
-        elif kind.__name__ in _UNITS:
-            layer.__class__ = faster(kind, _Unit)
+        bind_liger(layer)
     after = _of_first_layer(model, num_tokens)
     pairs = zip(after, before, strict=True)
     gap = max(relative_gap(a.flatten()[None], b.flatten()[None]) for a, b in pairs)
@@ -67,34 +64,34 @@ def use_liger_layers(model: PreTrainedModel, who: str, num_tokens: int = _TRIAL_
         )
 
 
+def bind_liger(layer: nn.Module) -> None:
+    """Give a norm or gated unit Liger's forward pass; other layers stay as they are."""
+    kind = type(layer).__name__
+    if kind in NORMS:
+        layer.forward = MethodType(_norm, layer)
+    elif kind in _UNITS:
+        layer.forward = MethodType(_unit, layer)
+
+
 def with_own_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its layers' own classes again, for devices that Liger has no kernels for."""
+    """The model with its layers' own forward passes, for devices without Liger's kernels."""
     for layer in model.modules():
-        kind: Any = type(layer)
-        if issubclass(kind, _Norm | _Unit):
-            layer.__class__ = kind.__bases__[-1]
+        if layer.__dict__.get("forward") in (MethodType(_norm, layer), MethodType(_unit, layer)):
+            del layer.forward
     return model
 
 
-class _Norm(nn.Module):
-    weight: nn.Parameter
-    variance_epsilon: float
+def _norm(layer: Any, hidden_states: Tensor) -> Any:
+    from liger_kernel.ops import LigerRMSNormFunction
 
-    def forward(self, hidden_states: Tensor) -> Any:
-        from liger_kernel.ops import LigerRMSNormFunction
-
-        return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+    return LigerRMSNormFunction.apply(hidden_states, layer.weight, layer.variance_epsilon)
 
 
-class _Unit(nn.Module):
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
+def _unit(layer: Any, x: Tensor) -> Any:
+    from liger_kernel.ops import LigerSiLUMulFunction
 
-    def forward(self, x: Tensor) -> Any:
-        from liger_kernel.ops import LigerSiLUMulFunction
-
-        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+    gate, up = layer.gate_proj(x), layer.up_proj(x)
+    return layer.down_proj(LigerSiLUMulFunction.apply(gate, up))
 
 
 def _of_first_layer(model: PreTrainedModel, num_tokens: int) -> list[Tensor]:

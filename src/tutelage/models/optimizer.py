@@ -42,8 +42,8 @@ class MasterWeights:
         both = zip(self.weights, self.masters, strict=True)
         return [(weight, master) for weight, master in both if weight is not master]
 
-    def collect(self) -> None:
-        """Move what a backward pass added to the weights' gradients to the masters'."""
+    def accumulate_grads(self) -> None:
+        """Add the weights' gradients to the masters', and free them."""
         for weight, master in self.pairs:
             if weight.grad is None:
                 continue
@@ -53,15 +53,14 @@ class MasterWeights:
             weight.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """Round the masters to the weights."""
-        pairs = self.pairs
-        if pairs:
-            torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
+        for weight, master in self.pairs:
+            weight.copy_(master)
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Publish after every step of an optimizer of the masters."""
-        optimizer.register_step_post_hook(lambda *_: self.publish())
+    def register_hook(self, optimizer: torch.optim.Optimizer) -> None:
+        """Copy to the model after every step of an optimizer of the masters."""
+        optimizer.register_step_post_hook(lambda *_: self.copy_to_model())
 
 
 def _master(weight: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:

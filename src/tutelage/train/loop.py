@@ -394,5 +394,5 @@ def _optimizer(
     undecayed = [master for weight, master in both if id(weight) in spared]
     every = masters.masters
     optimizer = make_optimizer(config.kind, every, rate, betas, decay, folder, undecayed)
-    masters.follow(optimizer)
+    masters.register_hook(optimizer)
     return optimizer

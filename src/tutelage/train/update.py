@@ -144,7 +144,7 @@ class Updater:
             rows, terms = micro_batch.rows, micro_batch.terms
             objective = self.student(micro_batch.batch, teacher, rows, terms, extras)
             (objective.total * scale).backward()
-            self.components.masters.collect()
+            self.components.masters.accumulate_grads()
         except torch.OutOfMemoryError:
             return None
         return objective.total.detach(), _as_stats(objective)

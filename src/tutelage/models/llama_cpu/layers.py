@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from tutelage.core.products import Linear, add_linear, linear
 from tutelage.models.forward import is_llama_like
+from tutelage.models.llama_cpu.products import Linear, add_linear, linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.core.products import use_fast_products
 from tutelage.models.llama_cpu.ops import rms_norm
+from tutelage.models.llama_cpu.products import Linear
 
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 """weight ⊙ x · rsqrt(mean(x²) + variance_epsilon), and nothing else."""
@@ -17,17 +17,18 @@ NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 
 def use_fast_layers(model: nn.Module) -> None:
     """Let a model's plain layers compute faster; weights, names, hooks and sharing stay."""
-    use_fast_products(model)
     for layer in model.modules():
         kind: Any = type(layer)
-        if kind.__name__ in NORMS and kind.__module__.startswith("transformers."):
-            layer.__class__ = faster(kind, _Norm)
+        if kind is nn.Linear:
+            layer.__class__ = Linear
+        elif kind.__name__ in NORMS and kind.__module__.startswith("transformers."):
+            layer.__class__ = _fast_norm(kind)
 
 
 @cache
-def faster(kind: Any, mixin: Any) -> Any:
-    """A subclass that is `mixin` first, under the name by which others know a layer."""
-    return type(kind.__name__, (mixin, kind), {"__module__": __name__})
+def _fast_norm(kind: Any) -> Any:
+    """A subclass with `_Norm`'s forward pass, under the name by which others know the layer."""
+    return type(kind.__name__, (_Norm, kind), {"__module__": __name__})
 
 
 def _suits(*tensors: Tensor) -> bool:

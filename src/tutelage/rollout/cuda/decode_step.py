@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.core.products import Linear
 from tutelage.models.forward import is_llama_like
+from tutelage.models.llama_cpu.products import Linear
 from tutelage.rollout.cuda.operators import Heads, Operators, TokenSampling
 from tutelage.rollout.cuda.state import Rows, Sizes, Work
 
