@@ -76,7 +76,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "core/products.py": (
-        ["models/test_products.py"],
+        ["models/test_cpu_products.py"],
         [
             ("out[here].add_(fast(a[here], b))", "out[here] = fast(a[here], b)"),
             ("for low in range(0, len(b), _PIECE)", "for low in range(0, len(b) - 1, _PIECE)"),
@@ -85,7 +85,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/load.py": (
-        ["models/test_products.py"],
+        ["models/test_cpu_products.py"],
         [("        use_fast_layers(model)\n", "        pass\n")],
     ),
     "models/file_checks.py": (
@@ -662,7 +662,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/llama_cpu/products.py": (
-        ["models/test_products.py"],
+        ["models/test_cpu_products.py"],
         [
             ("linear(grad, weight.t()) if needs_x", "linear(grad, weight.t()) if needs_weight"),
             ("rows.sum(0) if needs_bias", "rows.mean(0) if needs_bias"),
@@ -678,7 +678,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/llama_cpu/patch.py": (
-        ["models/test_products.py"],
+        ["models/test_cpu_products.py"],
         [
             ("if kind is nn.Linear:", "if isinstance(layer, nn.Linear):"),
         ],
