@@ -21,8 +21,9 @@ from tutelage.commands.progress import Reporter
 from tutelage.config.method import AllTokens, RandomTokens, SelectionConfig, SomeTokens
 from tutelage.config.parse import load_config
 from tutelage.config.schema import Config
-from tutelage.evaluation.inspect import Inspection, evaluate_model
+from tutelage.evaluation.evaluate import evaluate
 from tutelage.evaluation.metrics import Interval
+from tutelage.evaluation.request import EvaluationRequest
 from tutelage.report.run_page import write_report
 from tutelage.train.loop import RunResult, run_folder, train
 
@@ -101,17 +102,18 @@ def arm(config: Config, rule: SelectionConfig) -> Arm | None:
 
 def measure(model: str, config: Config) -> tuple[Interval, Interval]:
     """mean@8 and pass@8 of a model folder on the run's held-out problems."""
-    result, _ = evaluate_model(
-        Inspection(
+    found = evaluate(
+        EvaluationRequest(
             model,
             num_problems=128,
             max_new_tokens=config.sampling.max_new_tokens,
             batch_size=config.sampling_batch_size,
         )
     )
-    assert result.mean_at_k is not None
-    assert result.pass_at_k is not None
-    return result.mean_at_k, result.pass_at_k
+    scores = found.results[0].scores
+    assert scores.mean_at_k is not None
+    assert scores.pass_at_k is not None
+    return scores.mean_at_k, scores.pass_at_k
 
 
 def totals(folder: Path) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from claims_probe import bias, oscillation, probe, score
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
 from tutelage.data.types import Prompt
-from tutelage.evaluation.evaluate import Evaluation, evaluate
+from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components, build_components
 from tutelage.train.metrics import HIGH_ENTROPY_NATS
@@ -101,17 +101,18 @@ def learn(components: Components, config: Config) -> dict[str, float]:
 
 def measure(components: Components, num_problems: int, seed: int) -> dict[str, list[float]]:
     """One value a held-out problem of every figure; the same problems and draws for every arm."""
-    result = evaluate(
-        TransformersSampler(components.student.model, components.tokenizer, _EVALUATION_BATCH),
-        components.task.grade,
-        components.task.held_out(num_problems),
-        SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, num_samples=NUM_SAMPLES),
-        (_EVALUATION_SEED, seed),
+    sampler = TransformersSampler(components.student.model, components.tokenizer, _EVALUATION_BATCH)
+    sampling = SamplingConfig(num_samples=NUM_SAMPLES)
+    problems = tuple(components.task.held_out(num_problems))
+    result = run_benchmark(
+        Benchmark(components.task.name, problems, components.task.grade, MAX_NEW_TOKENS),
+        generate_with(sampler, sampling, (_EVALUATION_SEED, seed)),
+        NUM_SAMPLES,
     )
     return {**graded(result), **compared(components, result)}
 
 
-def graded(result: Evaluation) -> dict[str, list[float]]:
+def graded(result: Result) -> dict[str, list[float]]:
     """Accuracy and diversity of every problem, plain and with a hidden start.
 
     Hidden start: of the right completions only those count that begin with one particular item,
@@ -142,7 +143,7 @@ def hidden_start(prompt: Prompt) -> str:
     return letters[int.from_bytes(digest, "big") % len(letters)]
 
 
-def compared(components: Components, result: Evaluation) -> dict[str, list[float]]:
+def compared(components: Components, result: Result) -> dict[str, list[float]]:
     """Mean over tokens, problem by problem, of divergences and entropy of the student's text."""
     rollouts = [r for r in result.rollouts if r.sample < _SAMPLES_SCORED]
     stats, completion, _ = score(components, rollouts)
@@ -150,10 +151,10 @@ def compared(components: Components, result: Evaluation) -> dict[str, list[float
     is_high = stats.teacher_entropy >= HIGH_ENTROPY_NATS
     everywhere = torch.ones_like(is_high)
     return {
-        "reverse_kl": _means(stats.reverse_kl, problem, everywhere, result.num_problems),
-        "forward_kl": _means(stats.forward_kl, problem, everywhere, result.num_problems),
-        "entropy": _means(stats.entropy, problem, everywhere, result.num_problems),
-        "high_forward_kl": _means(stats.forward_kl, problem, is_high, result.num_problems),
+        "reverse_kl": _means(stats.reverse_kl, problem, everywhere, result.scores.num_problems),
+        "forward_kl": _means(stats.forward_kl, problem, everywhere, result.scores.num_problems),
+        "entropy": _means(stats.entropy, problem, everywhere, result.scores.num_problems),
+        "high_forward_kl": _means(stats.forward_kl, problem, is_high, result.scores.num_problems),
     }
 
 

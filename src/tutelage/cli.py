@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tutelage.commands.launch import print_once
-from tutelage.commands.options import INTERRUPTED, USER_ERROR, make_parser, request_of
+from tutelage.commands.options import INTERRUPTED, USER_ERROR, make_parser
 from tutelage.errors import (
     ConfigError,
     TutelageError,
@@ -23,7 +22,6 @@ from tutelage.errors import (
 
 if TYPE_CHECKING:
     from tutelage.config.schema import Config
-    from tutelage.evaluation.evaluate import Evaluation
 
 _LESS_MEMORY = "Lower what is that large; `tutelage check` shows what memory goes to."
 _NO_DOCSTRINGS = (
@@ -154,58 +152,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    if arguments.suite is not None:
-        return _eval_suite(arguments)
-    result, used = _inspect(arguments)
-    if arguments.json:
-        print(json.dumps(result.summary()))
-        return 0
-    named = {"mean": result.mean_at_k, "pass": result.pass_at_k, "maj": result.maj_at_k}
-    for title, interval in named.items():
-        if interval is not None:
-            print(
-                f"{title}@{result.num_samples}  {100 * interval.value:.1f} %  "
-                f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-            )
-    print(f"{result.num_problems} problems, {result.num_samples} samples each; {used}")
-    print("no samples were saved: --suite saves them, also those of a file")
-    return 0
+    from tutelage.commands.evaluate import run
 
-
-def _eval_suite(arguments: argparse.Namespace) -> int:
-    from tutelage.commands.progress import Counter
-    from tutelage.evaluation.benchmark import SuiteRequest, evaluate_suite
-
-    request = request_of(SuiteRequest, arguments)
-    with Counter() as counter:
-        result = evaluate_suite(request, counter, counter.log)
-    print(json.dumps(result.record) if arguments.json else result.table)
-    if not arguments.json:
-        print(f"\nsamples and tables: {result.folder}")
-    return 0
+    return run(arguments)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    result, used = _inspect(arguments)
-    marks = {True: "right", False: "wrong", None: "ungraded"}
-    for rollout, verdict in zip(result.rollouts, result.is_correct, strict=True):
-        if arguments.json:
-            record = {"prompt_id": rollout.prompt.id, "sample": rollout.sample}
-            print(json.dumps(record | {"text": rollout.text, "is_correct": verdict}))
-        else:
-            print(f"[{rollout.prompt.id} #{rollout.sample}, {marks[verdict]}]\n{rollout.text}\n")
-    if not arguments.json:
-        print(f"{result.num_problems} prompts, {result.num_samples} samples each; {used}")
-    return 0
+    from tutelage.commands.evaluate import run_sample
 
-
-def _inspect(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
-    from tutelage.commands.progress import Counter
-    from tutelage.evaluation.inspect import Inspection, evaluate_model
-
-    request = request_of(Inspection, arguments)
-    with Counter() as counter:
-        return evaluate_model(request, counter, counter.log)
+    return run_sample(arguments)
 
 
 def _score(arguments: argparse.Namespace) -> int:

@@ -32,8 +32,9 @@ from claims_work import do, fresh, graded, hidden_start
 from tutelage.config.parse import changed_keys, to_table
 from tutelage.core.counter import counter_uniform
 from tutelage.data.types import Prompt, Rollout
-from tutelage.evaluation.evaluate import Evaluation
+from tutelage.evaluation.benchmark import Result
 from tutelage.evaluation.metrics import Interval
+from tutelage.evaluation.scores import Scores
 
 ORDER = ["contradicted here", "not supported", "supported"]
 RATE = 1e-3
@@ -336,8 +337,8 @@ def test_hidden_starts_are_spread_and_counted() -> None:
     other = next(x for x in "ejnmb" if x != wanted)
     texts = [wanted, wanted, other, other, other, other, wanted, wanted]
     rollouts = [Rollout(prompts[0], i, (1,), (ord(t), i // 2), text=t) for i, t in enumerate(texts)]
-    verdicts: list[bool | None] = [True] * 6 + [False] * 2
-    found = graded(Evaluation(None, None, 1, 8, rollouts, verdicts))
+    rows = [{"is_correct": i < 6} for i in range(8)]
+    found = graded(Result("toy", Scores(1, 8), rows, rollouts))
     assert found == {
         "mean": [0.75],
         "pass": [1.0],

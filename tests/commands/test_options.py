@@ -15,14 +15,12 @@ from calling import LEDGER, TEACHER, call, write_jsonl
 from tutelage.commands import check, compare, report, score, train
 from tutelage.commands.options import make_parser
 from tutelage.config.parse import load_config
-from tutelage.data.types import Prompt
-from tutelage.evaluation import benchmark as evaluation
-from tutelage.evaluation import inspect, server
-from tutelage.evaluation.evaluate import Evaluation
-from tutelage.evaluation.metrics import Interval
-from tutelage.evaluation.suite import Completion
+from tutelage.data.types import Prompt, Rollout
+from tutelage.evaluation import evaluate as evaluation
+from tutelage.evaluation import server
 from tutelage.models.load import load_tokenizer
 from tutelage.report import figures
+from tutelage.rollout.request import RolloutRequest, Rollouts
 
 URL = "http://127.0.0.1:9/v1"
 VALUES = {
@@ -105,8 +103,8 @@ class Sampled:
     def __init__(self, num_samples: int = 1) -> None:
         self.num_samples = num_samples
 
-    def complete(self, prompts: list[Prompt], length: int) -> list[Completion]:
-        return [Completion(p, s, "1", False) for p in prompts for s in range(self.num_samples)]
+    def complete(self, prompts: list[Prompt], length: int, progress: Any) -> list[Rollout]:
+        return rollouts_of(prompts, self.num_samples)
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"token": "a"}]
@@ -144,19 +142,17 @@ def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: tuple[Any, 
         (tmp_path / name / "settings.json").write_text("{}")
         (tmp_path / name / "rows.jsonl").write_text("")
     spy = Spy(monkeypatch)
-    answer = Evaluation(Interval(0.5, 0, 1), Interval(0.5, 0, 1), 1, 1, [], [])
     config = load_config(LEDGER)
     model = SimpleNamespace(config=SimpleNamespace(to_dict=dict), device=torch.device("cpu"))
     plain, chat = tokenizers
-    for place in (inspect, evaluation):
-        spy.replace(place, "load_model", model)
-        spy.replace(place, "load_tokenizer", lambda ref: chat if ref == "chat" else plain)
-        spy.replace(place, "student_of", lambda ref: ref)
-    spy.replace(inspect, "TransformersSampler", "sampler")
-    spy.replace(inspect, "evaluate", answer)
-    spy.replace(evaluation, "sample", sampled_rollouts)
+    spy.replace(evaluation, "load_model", model)
+    spy.replace(evaluation, "load_tokenizer", lambda ref: chat if ref == "chat" else plain)
+    spy.replace(evaluation, "student_of", lambda ref: ref)
+    sampler = SimpleNamespace(sample=None, close=lambda: None)
+    spy.replace(sampler, "sample", sampled)
+    spy.replace(evaluation, "TransformersSampler", sampler)
     spy.replace(evaluation, "_content_digest", "digest")
-    spy.replace(evaluation, "_run_config", config)
+    spy.replace(evaluation, "run_config", config)
     spy.replace(server, "Server", lambda url, sampling, *_, **__: Sampled(sampling.num_samples))
     spy.replace(score, "score", Sampled())
     spy.replace(score, "score_for_page", (Sampled(), []))
@@ -176,16 +172,12 @@ def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: tuple[Any, 
     return spy
 
 
-def sampled_rollouts(*arguments: Any, **_: Any) -> list[Any]:
-    _, _, prompts, config, *_ = arguments
-    return [
-        SimpleNamespace(
-            prompt=p, sample=s, text="1", graded_text="1", is_truncated=False, completion_ids=[1],
-            thought="", opens_thought=False,
-        )
-        for p in prompts
-        for s in range(config.num_samples)
-    ]  # fmt: skip
+def sampled(request: RolloutRequest) -> Rollouts:
+    return Rollouts(rollouts_of(request.prompts, request.sampling.num_samples), None)
+
+
+def rollouts_of(prompts: Any, num_samples: int) -> list[Rollout]:
+    return [Rollout(p, s, (1,), (1,), text="1") for p in prompts for s in range(num_samples)]
 
 
 def footprint(spy: Spy, command: list[str]) -> tuple[Any, ...]:
@@ -234,8 +226,8 @@ def test_a_device_is_used_or_refused(spy: Spy, mode: str) -> None:
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        (["eval", TEACHER, "--out", "x"], ("--out", "add --suite")),
-        (["eval", TEACHER, "--suite", "problems.jsonl", "--prompts", "p"], ("give one of them",)),
+        (["eval", TEACHER, "--out", "x"], ("--out", "Add --suite")),
+        (["eval", TEACHER, "--suite", "problems.jsonl", "--prompts", "p"], ("Give one of them",)),
         (["eval", TEACHER, "--no-chat"], ("--no-chat", "--prompts FILE")),
         (["eval", TEACHER, "--suite", "gsm8k", "--grader", "math"], ("--grader", "of a file")),
         (["eval", URL, "--suite", "gsm8k", "--dtype", "float16"], ("--dtype", "not on a server")),
@@ -266,7 +258,7 @@ def test_a_model_with_other_characters_is_not_measured_on_the_ledger_task(
 ) -> None:
     tokenizer = load_tokenizer(TEACHER)
     tokenizer.add_tokens(["€"])
-    monkeypatch.setattr(inspect, "load_tokenizer", lambda ref: tokenizer)
+    monkeypatch.setattr(evaluation, "load_tokenizer", lambda ref: tokenizer)
     for command in ("eval", "sample"):
         outcome = call(command, "some-model")
         assert outcome.code == 2
@@ -282,5 +274,5 @@ def test_the_chat_template_is_used_where_there_is_one(
         outcome = call(command, "chat", "--prompts", "problems.jsonl", *option)
         assert outcome.code == 0, outcome.err
         assert ("chat template" in outcome.out) == bool(rendered)
-        (prompts,) = (args for name, args, _ in spy.calls if name == "evaluate")
+        (prompts,) = (args for name, args, _ in spy.calls if name == "sample")
         assert prompts.count("'role': 'user'") == rendered

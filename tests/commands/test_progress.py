@@ -189,7 +189,7 @@ def test_other_commands_tell_what_they_do_on_standard_error(
         model = TEACHER
     outcome = succeed(command, model, *options)
     assert "loading" in outcome.err.splitlines()[0]
-    assert re.search(r"^sampling: completions (\d+) of \1$", outcome.err, re.MULTILINE)
+    assert re.search(r"^(ledger|sampling): completions (\d+) of \2$", outcome.err, re.MULTILINE)
     assert "sampling" not in outcome.out
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.types import Prompt
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError, RunError
+from tutelage.evaluation.benchmark import Benchmark, Progress, Result, run_benchmark
 from tutelage.evaluation.folder import EvaluationFolder
 from tutelage.evaluation.scores import Voting
-from tutelage.evaluation.suite import Benchmark, Completion, Result, run_benchmark
 from tutelage.evaluation.tables import as_markdown, summarise
 
 NUM_SAMPLES = 3
@@ -32,13 +32,15 @@ class Model:
         self.num_calls = 0
         self.dies_at = dies_at
 
-    def __call__(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
+    def __call__(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress
+    ) -> list[Rollout]:
         self.num_calls += 1
         if self.num_calls == self.dies_at:
             raise KeyboardInterrupt
         batch = "+".join(prompt.id for prompt in prompts)
         return [
-            Completion(p, s, f"{batch} {answer(p, s)}", s == 2, max_new_tokens - s)
+            Rollout(p, s, (), (0,) * (max_new_tokens - s), s == 2, text=f"{batch} {answer(p, s)}")
             for p in prompts
             for s in range(NUM_SAMPLES)
         ]
@@ -144,8 +146,10 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["missing", "twice", "swapped"])
 def test_no_gap_is_ever_filled(tmp_path: Path, fault: str) -> None:
-    def complete(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
-        drawn = Model()(prompts, max_new_tokens)
+    def complete(
+        prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress
+    ) -> list[Rollout]:
+        drawn = Model()(prompts, max_new_tokens, progress)
         faulty = {"missing": drawn[:-1], "twice": [*drawn, drawn[0]], "swapped": drawn[::-1]}
         return faulty[fault]
 

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 from tutelage.config.method import RewardWeighting
-from tutelage.config.sampling import SamplingConfig
 from tutelage.data.prompts import FileTask, Grader
 from tutelage.data.types import Prompt, Rollout
-from tutelage.evaluation import evaluate as evaluation
+from tutelage.evaluation.benchmark import Benchmark, Progress, grade_rollouts, run_benchmark
 from tutelage.evaluation.scores import voting_of
-from tutelage.evaluation.suite import Benchmark, Completion, run_benchmark
 from tutelage.grading.answer import opened_thought
 from tutelage.train.step import Step
 
@@ -50,35 +48,26 @@ def rollouts(*texts: str, thought: str = "<think>\n") -> list[Rollout]:
 
 
 @pytest.mark.parametrize("grader", ["number", "math"])
-def test_in_evaluations_and_weightings(grader: Grader) -> None:
+def test_in_weightings(grader: Grader) -> None:
     drawn = rollouts(GUESS, DONE)
     task = FileTask("t", (PROMPT,), grader)
-    sampler: Any = SimpleNamespace(draw=lambda *_, **__: SimpleNamespace(rollouts=drawn))
-    found = evaluation.evaluate(
-        sampler, task.grade, [PROMPT], SamplingConfig(num_samples=2), (0,),
-        voting=voting_of(grader),
-    )  # fmt: skip
-    assert found.is_correct == [False, True]
     step: Any = SimpleNamespace(
         config=SimpleNamespace(weighting=RewardWeighting("reward")),
-        parts=SimpleNamespace(task=task),
+        components=SimpleNamespace(task=task),
         ranks=SimpleNamespace(by_completion=lambda codes, share: codes),
         share=lambda count: count,
     )
     assert Step._verdicts(step, drawn) == [False, True]
     # Control: without the mark the guess would count.
-    assert evaluation.grade_rollouts(task.grade, rollouts(GUESS, thought="")) == [True]
+    assert grade_rollouts(task.grade, rollouts(GUESS, thought="")) == [True]
 
 
 @pytest.mark.parametrize("grader", ["number", "math"])
 def test_in_benchmarks_the_guess_does_not_vote_and_the_text_is_kept_as_written(
     grader: Grader,
 ) -> None:
-    def complete(prompts: Any, max_new_tokens: int) -> list[Completion]:
-        return [
-            Completion(r.prompt, r.sample, r.text, r.is_truncated, 1, r.thought)
-            for r in rollouts(GUESS, DONE)
-        ]
+    def complete(prompts: Any, max_new_tokens: int, progress: Progress) -> list[Rollout]:
+        return rollouts(GUESS, DONE)
 
     task = FileTask("t", (PROMPT,), grader)
     benchmark = Benchmark("b", (PROMPT,), task.grade, 8, grader, voting_of(grader))

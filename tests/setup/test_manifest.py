@@ -18,12 +18,14 @@ from tutelage.config.parse import changed_keys, current_table, fingerprint, pars
 from tutelage.config.schema import Config
 from tutelage.data.types import Prompt
 from tutelage.errors import RunError
-from tutelage.evaluation.benchmark import SuiteRequest, evaluate_suite
-from tutelage.evaluation.inspect import Inspection
+from tutelage.evaluation.evaluate import evaluate
+from tutelage.evaluation.request import EvaluationRequest
 from tutelage.models import tiny
 from tutelage.models.chat_template import printed_date
 from tutelage.models.load import load_tokenizer
 from tutelage.models.tokenizers import decode, encode_prompt
+from tutelage.rollout.request import RolloutRequest
+from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.manifest import at_the_date_of_the_run
 from tutelage.train.loop import train
 
@@ -209,13 +211,14 @@ class Asked(Exception):
 
 
 def first_prompt(pair: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    def ask(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> None:
-        raise Asked(decode(tokenizer, encode_prompt(tokenizer, prompts[0])))
+    def ask(sampler: TransformersSampler, request: RolloutRequest) -> None:
+        ids = encode_prompt(sampler.tokenizer, request.prompts[0])
+        raise Asked(decode(sampler.tokenizer, ids))
 
-    monkeypatch.setattr("tutelage.evaluation.benchmark.sample", ask)
+    monkeypatch.setattr(TransformersSampler, "sample", ask)
     student, problems = str(pair / "student"), str(pair / "prompts.jsonl")
     with pytest.raises(Asked) as asked:
-        evaluate_suite(SuiteRequest(student, problems, device="cpu", out=str(out)))
+        evaluate(EvaluationRequest(student, problems, device="cpu", out=str(out)))
     return str(asked.value)
 
 
@@ -274,6 +277,6 @@ def test_what_is_asked_of_a_run_prints_its_date_and_of_others_today_s(own: Path)
     tokenizer = load_tokenizer(str(own / "pair" / "student"))
     prompt = Prompt("p", ({"role": "user", "content": "x"},))
     rendered = at_the_date_of_the_run(lambda _: decode(tokenizer, encode_prompt(tokenizer, prompt)))
-    assert rendered(Inspection(str(own / "run"))).startswith("2001-02-03")
+    assert rendered(EvaluationRequest(str(own / "run"))).startswith("2001-02-03")
     for other in (own / "pair" / "student", own / "run" / "student"):
-        assert not rendered(Inspection(str(other))).startswith("2001")
+        assert not rendered(EvaluationRequest(str(other))).startswith("2001")

@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 
 from tiny import MEASURED, tiny_config
 from tutelage.errors import RunError
-from tutelage.evaluation.benchmark import SuiteRequest, evaluate_suite
-from tutelage.evaluation.inspect import Inspection, evaluate_model
+from tutelage.evaluation.evaluate import evaluate
+from tutelage.evaluation.request import EvaluationRequest
 from tutelage.setup.numerics import plain_arithmetic, refuse_requests
 from tutelage.train.loop import train
 from tutelage.train.snapshot import score_for_page
@@ -103,8 +103,8 @@ def test_evaluations_and_scores_refuse_what_concerns_them(
     calls: list[Callable[[], object]] = [
         lambda: score(tiny_config(tiny_models, Path("unused")), ScoreRequest()),
         lambda: score_for_page(tiny_config(tiny_models, Path("unused")), ScoreRequest()),
-        lambda: evaluate_model(Inspection(model)),
-        lambda: evaluate_suite(SuiteRequest(model, "gsm8k")),
+        lambda: evaluate(EvaluationRequest(model)),
+        lambda: evaluate(EvaluationRequest(model, "gsm8k")),
     ]
     for call in calls:
         with pytest.raises(RunError, match=name):

@@ -6,11 +6,10 @@ import argparse
 import math
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tutelage.errors import ConfigError, as_share
+from tutelage.errors import as_share
 
 USER_ERROR = 2
 """Exit code for everything a user can mend."""
@@ -35,14 +34,6 @@ _SUMMARIES = {
     "report": "Write a run's report as one HTML file, or its plots.",
     "compare": "Compare runs, or evaluations, side by side.",
 }
-_NEEDS = {
-    "prompts": "--prompts and --suite both name the problems; give one of them",
-    "out": "--out is the folder of a suite's samples; add --suite, which also takes a file",
-    "model_name": "--model-name is for a server, which is measured with --suite",
-}
-"""Why an option of one way to evaluate cannot be given to the other."""
-
-Request = TypeVar("Request")
 Number = TypeVar("Number", int, float)
 
 
@@ -52,20 +43,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         message = re.sub(r"^argument ([^:]+): must", r"\1 must", message)
         self.exit(USER_ERROR, f"{self.prog}: {message}. Try {self.prog} --help.\n")
-
-
-def request_of(kind: type[Request], arguments: argparse.Namespace) -> Request:
-    """The request that given options describe; what was not given keeps its default.
-
-    Raises:
-        ConfigError: an option was given that this request has no use for.
-    """
-    about_output = ("command", "json")
-    given = {k: v for k, v in vars(arguments).items() if v is not None and k not in about_output}
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    for name in given.keys() - names:
-        raise ConfigError(f"{_NEEDS[name]}, got {given[name]!r}.")
-    return kind(**given)
 
 
 def make_parser(version: str) -> Parser:

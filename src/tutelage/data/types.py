@@ -27,7 +27,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One prompt and one sampled completion, as token ids (never re-tokenised)."""
+    """One prompt and one sampled completion, as token ids (never re-tokenized).
+
+    A server gives texts: then both have no ids.
+    """
 
     prompt: Prompt
     sample: int
@@ -43,6 +46,13 @@ class Rollout:
     """Decoded completion without special tokens."""
     thought: str = ""
     """The mark of a thought that the prompt ends with, such as ``<think>``; "" without one."""
+    num_reported_tokens: int | None = None
+    """Length of the completion in tokens as a server without ids reports it, if it does."""
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Length of the completion in tokens, the end included; None where it is not known."""
+        return len(self.completion_ids) or self.num_reported_tokens
 
     @property
     def graded_text(self) -> str:

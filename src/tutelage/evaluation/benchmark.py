@@ -1,398 +1,195 @@
-"""`tutelage eval --suite`: benchmarks, files or a run's own held-out part, here or on a server."""
+"""One way to measure a model on a benchmark: generate, grade, save, score."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias, TypeVar
 
-from tutelage.config.parse import parse_saved_config
 from tutelage.config.sampling import SamplingConfig
-from tutelage.config.schema import Config
-from tutelage.data.columns import notes_of
-from tutelage.data.formats import PromptFormat, is_file_name
-from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts
-from tutelage.data.suites import BENCHMARKS, Suite, find_suite
-from tutelage.data.types import Prompt
-from tutelage.errors import ConfigError
-from tutelage.evaluation.folder import EvaluationFolder
-from tutelage.evaluation.scores import voting_of
-from tutelage.evaluation.suite import Benchmark, Complete, Completion, Result, run_benchmark
-from tutelage.evaluation.tables import as_markdown, summarise
-from tutelage.models.chat_template import printed_date_of
-from tutelage.models.device import find_device
-from tutelage.models.load import load_model, load_tokenizer
-from tutelage.models.reference import resolve_model
-from tutelage.models.tokenizers import encode_prompt, refuse_thinking
+from tutelage.data.types import Prompt, Rollout
+from tutelage.errors import DataError
+from tutelage.evaluation.folder import EvaluationFolder, Row
+from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
+from tutelage.grading.pool import in_parallel
 from tutelage.rollout.request import RolloutRequest
-from tutelage.rollout.sampler import TransformersSampler
-from tutelage.setup.inputs import (
-    build_task,
-    grader_of,
-    prompt_format,
-    thinking,
-    without_long_prompts,
-)
-from tutelage.setup.manifest import at_the_date_of_the_run
-from tutelage.setup.numerics import plain_arithmetic
-from tutelage.setup.phases import PhaseCallback, no_phases
-from tutelage.setup.run_folder import RunFolder, environment
+from tutelage.rollout.sampler import Sampler
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-HELD_OUT = "held-out"
-_CHUNKS_OF_BATCHES = 4
-"""Batches in a chunk: more keeps a batch full for longer, and loses more when it is cut off."""
+T = TypeVar("T")
+Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
+"""Verdict on a prompt's completion, given whether it was cut off; None if it can't be graded."""
+Progress: TypeAlias = Callable[[int], None]
+"""Called with the number of completions just finished."""
+Generate: TypeAlias = Callable[[Sequence[Prompt], int, Progress], list[Rollout]]
+"""All samples of some prompts, at most so many tokens each, in the order of the prompts."""
 
 
 @dataclass(frozen=True)
-class SuiteRequest:
-    """What `tutelage eval MODEL --suite SUITE` is asked for; None takes the suite's own value."""
+class Benchmark:
+    """Problems with the way they are graded."""
 
-    model: str
-    suite: str
-    model_name: str | None = None
-    """Name of the model on a server; None asks the server, which must have one only."""
-    num_problems: int | None = None
-    num_samples: int | None = None
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    grader: Grader | None = None
-    """How answers of a file are compared; None takes `fitting_grader`. Benchmarks have theirs."""
-    chat: bool | None = None
-    """Use the chat template; None does if the model has one, or as a held-out part's run did."""
-    thinking: bool | None = None
-    """Passed to the chat template as enable_thinking; None leaves it to the template, or takes a
-    held-out part's run's own."""
-    suffix: str | None = None
-    batch_size: int = 64
-    seed: int = 424242
-    device: str | None = None
-    """Of a model here; None takes CUDA where it is."""
-    dtype: str | None = None
-    """Of the weights of a model here; None is float32."""
-    out: str | None = None
+    name: str
+    prompts: tuple[Prompt, ...] = field(repr=False)
+    grade: Grade = field(repr=False)
+    max_new_tokens: int
+    grader: str = ""
+    """What `grade` is called in the settings."""
+    voting: Voting = field(default=BY_NUMBER, repr=False)
+
+    def fingerprint(self) -> str:
+        """A hash of problems, reference answers and order."""
+        content = json.dumps(
+            [(p.id, p.content, p.answer, *([p.tools] if p.tools else [])) for p in self.prompts]
+        )
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class SuiteResult:
-    """Everything that was measured, and where it lies."""
+class Result:
+    """One benchmark's scores and all its samples."""
 
-    results: list[Result]
-    record: dict[str, Any]
-    table: str
-    folder: Path
+    name: str
+    scores: Scores
+    rows: list[Row] = field(repr=False)
+    """One record a sample, in the order of the problems."""
+    rollouts: list[Rollout] = field(default_factory=list, repr=False, compare=False)
+    """The completions of the rows; empty where a folder keeps the rows."""
+
+    @property
+    def is_correct(self) -> list[bool | None]:
+        """Verdict on each sample; one that was cut off is right if it had marked its answer."""
+        return [row["is_correct"] for row in self.rows]
+
+    def summary(self) -> dict[str, Any]:
+        """Scores and lengths as plain JSON values."""
+        lengths = [row["num_tokens"] for row in self.rows if row["num_tokens"] is not None]
+        count = len(self.rows)
+        return {
+            "benchmark": self.name,
+            **self.scores.summary(),
+            "truncated_share": sum(row["is_truncated"] for row in self.rows) / count,
+            "no_answer_share": sum(row["answer"] is None for row in self.rows) / count,
+            "completion_length_mean": sum(lengths) / len(lengths) if lengths else None,
+        }
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A request with every open value filled in."""
+def generate_with(sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, ...]) -> Generate:
+    """Completions from a sampler; `seed` names the random numbers."""
 
-    benchmarks: list[Benchmark]
-    sampling: SamplingConfig
-    complete: Complete
-    settings: dict[str, Any]
-    sent: Callable[[], dict[str, Any]]
-    """Sampling settings as they were used in the end, by their names in requests."""
+    def generate(
+        prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress
+    ) -> list[Rollout]:
+        limited = replace(sampling, max_new_tokens=max_new_tokens)
+        request = RolloutRequest(prompts, limited, seed, progress=progress)
+        return sampler.sample(request).rollouts
+
+    return generate
 
 
-@plain_arithmetic()
-@at_the_date_of_the_run
-def evaluate_suite(
-    request: SuiteRequest,
-    on_phase: PhaseCallback = no_phases,
-    log: Callable[[str], None] | None = None,
-) -> SuiteResult:
-    """Measure a model on a suite; an earlier evaluation with the same settings is continued.
+def run_benchmark(
+    benchmark: Benchmark,
+    generate: Generate,
+    num_samples: int,
+    chunk_size: int | None = None,
+    folder: EvaluationFolder | None = None,
+    progress: Progress = lambda count: None,
+) -> Result:
+    """Measure a model on one benchmark, continuing what the folder holds.
+
+    Chunks are the same whatever was saved before, so a continued evaluation decodes the same
+    batches as an unbroken one.
 
     Args:
-        request: the model, the suite and how to sample.
-        on_phase: told what is being done.
-        log: receives a line for every sampling setting that a server does not know.
+        benchmark: its problems, at least one.
+        generate: a model here (`generate_with`) or on a server (`Server.complete`).
+        num_samples: completions of each problem, k.
+        chunk_size: problems completed and saved together, neighbors in length; None takes all of
+            them in their order.
+        folder: where rows are saved; None keeps them and the completions in memory only.
+        progress: called with the number of completions just finished.
 
     Returns:
-        Scores, one JSON record, a Markdown table and the folder with all samples.
+        Scores and rows.
 
     Raises:
-        TutelageError: model, data, server or a setting cannot be used.
+        DataError: there are no problems, or a completion is missing.
     """
-    for name in ("num_problems", "num_samples", "max_new_tokens", "batch_size"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            flag = name.replace("_", "-")
-            raise ConfigError(
-                f"--{flag} must be at least 1, got {value}. Leave it out or raise it."
-            )
-    _refuse_unused(request)
-    plan = _server_plan(request, log) if is_url(request.model) else _model_plan(request, on_phase)
-    notes = [f"{b.name}: {note}" for b in plan.benchmarks for note in notes_of(b.prompts)]
-    if log is not None:
-        for note in notes:
-            log(note)
-    folder = Path(request.out) if request.out else _default_folder(request, plan)
-    results = []
-    with EvaluationFolder(folder, plan.settings) as saved, printed_date_of(saved.started):
-        for benchmark in plan.benchmarks:
-            k = plan.sampling.num_samples
-            chunk_size = max(1, _CHUNKS_OF_BATCHES * request.batch_size // k)
-            told = partial(on_phase, f"{benchmark.name}: problems")
-            results.append(run_benchmark(benchmark, plan.complete, k, chunk_size, saved, told))
-        head = {"model": request.model, "suite": request.suite, "folder": str(folder)}
-        record = summarise(results, head | {"sampling": plan.sent()})
-        stated = ", ".join(f"{name} {value}" for name, value in plan.sent().items())
-        title = f"`{request.model}` on {request.suite}, seed {request.seed}; sampled with {stated}"
-        table = as_markdown(results, title)
-        saved.finish(record | {"settings": plan.settings} | environment(), table)
-    return SuiteResult(results, record, table, folder)
-
-
-def _refuse_unused(request: SuiteRequest) -> None:
-    """Every option that was given is used, or refused in one line."""
-    is_server, is_held_out = is_url(request.model), request.suite == HELD_OUT
-    uses = {
-        "model_name": (is_server, "names a model on a server"),
-        "device": (not is_server, "is for a model here, not on a server"),
-        "dtype": (not is_server, "is for a model here, not on a server"),
-        "grader": (is_file_name(request.suite), "is for the problems of a file"),
-        "chat": (not is_held_out, "is decided by the run whose part is held out"),
-        "suffix": (not is_held_out, "is decided by the run whose part is held out"),
-    }
-    for name, (is_used, what) in uses.items():
-        value = getattr(request, name)
-        if value is not None and not is_used:
-            raise ConfigError(
-                f"{option(name, value)} {what}, got model {request.model!r} and suite "
-                f"{request.suite!r}. Leave it out."
-            )
-
-
-def option(name: str, value: object) -> str:
-    """An option as it was given, --no-chat for one."""
-    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-
-
-def is_url(model: str) -> bool:
-    """Whether a model is given as the address of a server."""
-    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", model) is not None
-
-
-def student_of(model: str) -> str:
-    """The student inside a run folder; any other reference as it is."""
-    path = Path(model).expanduser()
-    is_run = (path / "manifest.json").is_file() and (path / "student").is_dir()
-    return str(path / "student") if is_run else model
-
-
-# --- what to ask ----------------------------------------------------------------------------------
-
-
-def _model_plan(request: SuiteRequest, on_phase: PhaseCallback) -> _Plan:
-    """Problems first, since they are the cheapest thing that can be wrong; then the model."""
-    device, dtype = find_device(request.device or "auto"), request.dtype or "float32"
-    run = _run_config(request) if request.suite == HELD_OUT else None
-    suite = _run_suite(run) if run else _suite(request)
-    sampling = _sampling(request, suite)
-    source = student_of(request.model)
-    tokenizer = load_tokenizer(source)
-    chat = bool(tokenizer.chat_template) if request.chat is None else request.chat
-    if run is not None:
-        chat = prompt_format(run.data).chat
-        if request.thinking is None:
-            request = replace(request, thinking=thinking(run.data))
-    benchmarks = [_held_out(request, run, tokenizer)] if run else _benchmarks(request, suite, chat)
-    if run is None or request.thinking != thinking(run.data):
-        refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts], tokenizer)
-    on_phase(f"loading {request.model}")
-    model = load_model(source, dtype, str(device))
-    benchmarks = [_within_context(request, b, model, tokenizer) for b in benchmarks]
-
-    def complete(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
-        config = _limited(sampling, max_new_tokens)
-        sampler = TransformersSampler(model, tokenizer, request.batch_size, request.thinking)
-        rollouts = sampler.sample(RolloutRequest(prompts, config, (request.seed,))).rollouts
-        return [
-            Completion(r.prompt, r.sample, r.text, r.is_truncated, len(r.completion_ids), r.thought)
-            for r in rollouts
-        ]
-
-    content = _content_digest(source)
-    settings = _settings(request, benchmarks, sampling, chat)
-    settings |= {"model_content": content, "device": device.type, "dtype": dtype}
-    sent = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    return _Plan(benchmarks, sampling, complete, settings, lambda: sent)
-
-
-def _server_plan(request: SuiteRequest, log: Callable[[str], None] | None) -> _Plan:
-    from tutelage.evaluation.server import Server
-
-    if request.suite == HELD_OUT:
-        raise ConfigError("--suite held-out needs a run folder, got a server. Name the run.")
-    suite = _suite(request)
-    sampling = _sampling(request, suite)
-    chat = request.chat is not False
-    benchmarks = _benchmarks(request, suite, chat)
-    refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts])
-    server = Server(
-        request.model,
-        sampling,
-        request.model_name or "",
-        request.seed,
-        request.thinking,
-        request.batch_size,
-        log=log,
+    if not benchmark.prompts:
+        raise DataError(f"{benchmark.name} has no problems, got 0. Check its file.")
+    groups: dict[int, list[Row]] = {}
+    rollouts: dict[int, list[Rollout]] = {}
+    for chunk in _chunks(benchmark.prompts, chunk_size):
+        prompts = [benchmark.prompts[i] for i in chunk]
+        ids = [prompt.id for prompt in prompts]
+        rows = folder.find(benchmark.name, ids, num_samples) if folder else None
+        if rows is not None:
+            progress(len(rows))
+        else:
+            generated = generate(prompts, benchmark.max_new_tokens, progress)
+            rows = in_parallel(partial(_row, benchmark), generated)
+            _refuse_gaps(rows, ids, num_samples)
+            if folder:
+                folder.append(rows)
+            else:
+                rollouts |= _grouped(chunk, generated, num_samples)
+        groups |= _grouped(chunk, rows, num_samples)
+    ordered = [groups[i] for i in range(len(groups))]
+    scores = score(
+        [[row["is_correct"] for row in group] for group in ordered],
+        [[row["answer"] for row in group] for group in ordered],
+        benchmark.voting,
     )
-    settings = _settings(request, benchmarks, sampling, chat)
-    settings |= {"model_name": server.model_name, "sent": server.sent}
-    settings |= {"device": None, "dtype": None}
-    return _Plan(benchmarks, sampling, server.complete, settings, lambda: server.sent)
+    kept = [rollout for i in sorted(rollouts) for rollout in rollouts[i]]
+    return Result(benchmark.name, scores, [row for group in ordered for row in group], kept)
 
 
-def _suite(request: SuiteRequest) -> Suite:
-    return Suite(()) if is_file_name(request.suite) else find_suite(request.suite)
+def grade_rollouts(grade: Grade, rollouts: Sequence[Rollout]) -> list[bool | None]:
+    """Verdicts on completions, in their order; formulas are compared several at a time."""
+    return in_parallel(lambda r: grade(r.prompt, r.graded_text, r.is_truncated), rollouts)
 
 
-def _run_suite(run: Config) -> Suite:
-    """A run's held-out part is sampled as the run sampled it."""
-    settings = run.evaluation
-    return Suite((), settings.num_samples, settings.temperature, settings.top_p)
+def _chunks(prompts: Sequence[Prompt], size: int | None) -> list[list[int]]:
+    """Indices of problems; neighbors in length share a chunk, so that little of a batch is padding.
+
+    Without a size: all of them, in their order.
+    """
+    if size is None:
+        return [list(range(len(prompts)))]
+    ordered = sorted(range(len(prompts)), key=lambda i: len(json.dumps(prompts[i].content)))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _sampling(request: SuiteRequest, suite: Suite) -> SamplingConfig:
-    temperature = suite.temperature if request.temperature is None else request.temperature
-    top_p = suite.top_p if request.top_p is None else request.top_p
-    return SamplingConfig(temperature, top_p, num_samples=request.num_samples or suite.num_samples)
-
-
-def _limited(sampling: SamplingConfig, max_new_tokens: int) -> SamplingConfig:
-    return SamplingConfig(
-        sampling.temperature,
-        sampling.top_p,
-        max_new_tokens=max_new_tokens,
-        num_samples=sampling.num_samples,
-    )
-
-
-def _benchmarks(request: SuiteRequest, suite: Suite, chat: bool) -> list[Benchmark]:
-    columns = PromptFormat(chat=chat, suffix=request.suffix)
-    limit = request.num_problems
-    if is_file_name(request.suite):
-        prompts = tuple(load_prompts(request.suite, columns, limit=limit))
-        grader = request.grader or fitting_grader(prompts)
-        length = request.max_new_tokens or 1024
-        return [_graded(Path(request.suite).stem, prompts, grader, length)]
-    return [_benchmark(name, columns, request) for name in suite.benchmarks]
-
-
-def _benchmark(name: str, columns: PromptFormat, request: SuiteRequest) -> Benchmark:
-    prompts = tuple(load_prompts(name, columns, limit=request.num_problems))
-    length = request.max_new_tokens or BENCHMARKS[name].max_new_tokens
-    # GSM8K's own rule: without a mark, the last number is the answer.
-    return _graded(name, prompts, "number" if name == "gsm8k" else "math", length)
-
-
-def _graded(name: str, prompts: tuple[Prompt, ...], grader: Grader, length: int) -> Benchmark:
-    grade = FileTask(name, prompts, grader).grade
-    return Benchmark(name, prompts, grade, length, grader, voting_of(grader))
-
-
-def _run_config(request: SuiteRequest) -> Config:
-    manifest = RunFolder(Path(request.model).expanduser()).read_manifest()
-    if manifest is None:
-        raise ConfigError(
-            f"--suite held-out needs a run folder, got {request.model!r}, which has no manifest. "
-            "Name the folder that `tutelage train` wrote."
-        )
-    return parse_saved_config(manifest["config"])
-
-
-def _held_out(request: SuiteRequest, run: Config, tokenizer: PreTrainedTokenizerBase) -> Benchmark:
-    task = without_long_prompts(build_task(run.data), run.data, tokenizer)
-    count = request.num_problems or run.evaluation.num_problems or 64
-    length = request.max_new_tokens or run.sampling.max_new_tokens
-    prompts = tuple(task.held_out(count))
-    grader = grader_of(task)
-    return Benchmark(HELD_OUT, prompts, task.grade, length, grader, voting_of(grader))
-
-
-def _within_context(
-    request: SuiteRequest,
-    benchmark: Benchmark,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Benchmark:
-    """A default length is cut to what the model's context leaves after the longest prompt."""
-    context = model.config.to_dict().get("max_position_embeddings")
-    if request.max_new_tokens is not None or context is None:
-        return benchmark
-    longest = max(
-        (len(encode_prompt(tokenizer, p, request.thinking)) for p in benchmark.prompts), default=0
-    )
-    if longest >= context:
-        raise ConfigError(
-            f"{benchmark.name} has a prompt of {longest} tokens, the model's context is {context}. "
-            "Choose another model, or other problems."
-        )
-    length = min(benchmark.max_new_tokens, context - longest)
-    fields = benchmark.__dict__ | {"max_new_tokens": length}
-    return Benchmark(**fields)
-
-
-# --- what identifies an evaluation ----------------------------------------------------------------
-
-
-def _settings(
-    request: SuiteRequest, benchmarks: list[Benchmark], sampling: SamplingConfig, chat: bool
-) -> dict[str, Any]:
-    """Everything that decides the saved rows."""
+def _grouped(chunk: Sequence[int], found: Sequence[T], num_samples: int) -> dict[int, list[T]]:
+    """The samples of each problem of a chunk, by the problem's index."""
     return {
-        "model": request.model,
-        "suite": request.suite,
-        "benchmarks": {
-            b.name: {
-                "num_problems": len(b.prompts),
-                "problems": b.fingerprint(),
-                "max_new_tokens": b.max_new_tokens,
-                "grader": b.grader,
-            }
-            for b in benchmarks
-        },
-        "num_samples": sampling.num_samples,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "chat": chat,
-        "thinking": request.thinking,
-        "batch_size": request.batch_size,
-        "seed": request.seed,
+        index: list(found[place * num_samples : (place + 1) * num_samples])
+        for place, index in enumerate(chunk)
     }
 
 
-def _content_digest(source: str) -> str | None:
-    """A hash of parts of the weights, quick and different for another model; None on the hub."""
-    found = resolve_model(source)
-    if not found.is_local:
-        return None
-    folder = Path(found.source)
-    names = [folder / found.gguf_file] if found.gguf_file else sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in names:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for part in range(64):
-                file.seek(size * part // 64)
-                digest.update(file.read(65536))
-    return digest.hexdigest()[:16]
+def _row(benchmark: Benchmark, rollout: Rollout) -> Row:
+    text, is_truncated = rollout.graded_text, rollout.is_truncated
+    return {
+        "benchmark": benchmark.name,
+        "prompt_id": rollout.prompt.id,
+        "sample": rollout.sample,
+        "is_correct": benchmark.grade(rollout.prompt, text, is_truncated),
+        "is_truncated": is_truncated,
+        "num_tokens": rollout.num_tokens,
+        "answer": benchmark.voting.answer_of(text, is_truncated),
+        "gold": rollout.prompt.answer,
+        "completion": rollout.text,
+    }
 
 
-def _default_folder(request: SuiteRequest, plan: _Plan) -> Path:
-    content = json.dumps(plan.settings, sort_keys=True).encode()
-    model = re.sub(r"[^\w.-]+", "-", Path(request.model.rstrip("/")).name or "model")
-    suite = re.sub(r"[^\w.-]+", "-", Path(request.suite).stem)
-    return Path("evaluations") / f"{model}-{suite}-{hashlib.sha256(content).hexdigest()[:8]}"
+def _refuse_gaps(rows: Sequence[Row], prompt_ids: Sequence[str], num_samples: int) -> None:
+    """Every sample once and in order; nothing is ever filled in."""
+    expected = [(prompt_id, sample) for prompt_id in prompt_ids for sample in range(num_samples)]
+    if [(row["prompt_id"], row["sample"]) for row in rows] != expected:
+        raise DataError(
+            f"{len(rows)} completions came back for {len(expected)} asked for, or in another "
+            "order. Nothing of this chunk was saved; run the command again."
+        )

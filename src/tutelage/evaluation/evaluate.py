@@ -1,153 +1,327 @@
-"""Sampling, grading and intervals: how good a model is on held-out prompts."""
+"""From a request to results: which problems, which model or server, where samples are saved."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from tutelage.config.sampling import SamplingConfig, VLLMEngine
+from tutelage.data.columns import notes_of
+from tutelage.errors import ConfigError
+from tutelage.evaluation.benchmark import (
+    Benchmark,
+    Generate,
+    Result,
+    generate_with,
+    run_benchmark,
+)
+from tutelage.evaluation.folder import EvaluationFolder
+from tutelage.evaluation.problems import (
+    benchmarks_of,
+    held_out,
+    ledger,
+    rendering_of,
+    run_config,
+    sampling_of,
+    suite_of,
+    suite_of_run,
+)
+from tutelage.evaluation.request import (
+    HELD_OUT,
+    EvaluationRequest,
+    is_url,
+    refuse_unused,
+    student_of,
+)
+from tutelage.evaluation.tables import as_markdown, summarise
+from tutelage.models.chat_template import printed_date_of
+from tutelage.models.device import find_device
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.reference import resolve_model
+from tutelage.models.tokenizers import encode_prompt, refuse_thinking
+from tutelage.rollout.sampler import Sampler, TransformersSampler
+from tutelage.rollout.vllm_engine import VLLMSampler
+from tutelage.setup.inputs import prompt_format, thinking
+from tutelage.setup.manifest import at_the_date_of_the_run
+from tutelage.setup.numerics import plain_arithmetic
+from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
+from tutelage.setup.run_folder import RunFolder, environment
 
-from tutelage.config.sampling import SamplingConfig
-from tutelage.data.batch import micro_batches
-from tutelage.data.types import Prompt, Rollout
-from tutelage.errors import DataError
-from tutelage.evaluation.metrics import Interval
-from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
-from tutelage.grading.pool import in_parallel
-from tutelage.models.student import Student
-from tutelage.models.teacher import Teacher
-from tutelage.rollout.request import RolloutRequest
-from tutelage.rollout.sampler import Sampler
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
-"""Verdict on a prompt's completion, given whether it was cut off; None if it can't be graded."""
+_CHUNKS_OF_BATCHES = 4
+"""Batches in a chunk: more keeps a batch full for longer, and loses more when it is cut off."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; the intervals are None when the task has no grader."""
+    """Everything that was measured, and where it lies."""
 
-    mean_at_k: Interval | None
-    pass_at_k: Interval | None
-    num_problems: int
-    num_samples: int
-    rollouts: list[Rollout]
-    is_correct: list[bool | None]
-    """Verdict on each rollout; one that was cut off is right if it had marked its answer."""
-    maj_at_k: Interval | None = None
-    pass_at: dict[int, Interval] = field(default_factory=dict)
-    """Unbiased pass@j for j = 1, 2, 4, … below k."""
-
-    def summary(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
-        return Scores(
-            self.num_problems,
-            self.num_samples,
-            self.mean_at_k,
-            self.pass_at_k,
-            self.maj_at_k,
-            self.pass_at,
-        ).summary()
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One plain record a completion: prompt, sample, verdict, length."""
-        return [
-            {
-                "prompt_id": r.prompt.id,
-                "sample": r.sample,
-                "is_correct": verdict,
-                "is_truncated": r.is_truncated,
-                "num_tokens": len(r.completion_ids),
-            }
-            for r, verdict in zip(self.rollouts, self.is_correct, strict=True)
-        ]
+    results: list[Result]
+    conditions: str
+    """In words: how prompts are rendered, the grader, the dtype and the device."""
+    record: dict[str, Any]
+    table: str
+    folder: Path | None
+    """Samples and tables of a suite; None without a suite, which saves nothing."""
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A request with every open value filled in."""
+
+    benchmarks: list[Benchmark]
+    sampling: SamplingConfig
+    generate: Generate
+    settings: dict[str, Any]
+    conditions: str
+    sent: Callable[[], dict[str, Any]]
+    """Sampling settings as they were used in the end, by their names in requests."""
+    close: Callable[[], None] = lambda: None
+    """Gives back what the engine holds."""
+
+
+@plain_arithmetic()
+@at_the_date_of_the_run
 def evaluate(
-    sampler: Sampler,
-    grade: Grade,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    seed: tuple[int, ...],
-    progress: Callable[[int], None] | None = None,
-    voting: Voting = BY_NUMBER,
+    request: EvaluationRequest,
+    on_phase: PhaseCallback = no_phases,
+    log: Callable[[str], None] = no_log,
 ) -> Evaluation:
-    """mean@k, pass@k and maj@k over `prompts`, k = `sampling.num_samples`, with 95 % intervals.
+    """Measure a model; an earlier evaluation of a suite with the same settings is continued.
 
     Args:
-        sampler: the model that is measured, as it draws completions.
-        grade: verdict on a decoded completion, such as `Task.grade`.
-        prompts: held-out prompts, at least one.
-        sampling: how completions are drawn.
-        seed: names the draw.
-        progress: called with the number of completions just finished.
-        voting: what of a completion votes for maj@k, as `voting_of` the grader says.
+        request: the model, the problems and how to sample.
+        on_phase: told what is being done.
+        log: receives a line for what was left out of prompts, and for every sampling setting that
+            a server does not know.
 
     Returns:
-        `Evaluation`, whose intervals treat the problems as clusters.
+        Scores, one JSON record, a Markdown table and, of a suite, the folder with all samples.
 
     Raises:
-        DataError: there are no prompts.
+        TutelageError: model, data, server or a setting cannot be used.
     """
-    if not prompts:
-        raise DataError("there are no held-out prompts, got 0. Raise data.num_held_out.")
-    request = RolloutRequest(prompts, sampling, seed, progress=progress)
-    rollouts = sampler.sample(request).rollouts
-    verdicts = grade_rollouts(grade, rollouts)
-    answers = [voting.answer_of(r.graded_text, r.is_truncated) for r in rollouts]
-    k = sampling.num_samples
-    starts = range(0, len(rollouts), k)
-    scores = score(
-        [verdicts[start : start + k] for start in starts],
-        [answers[start : start + k] for start in starts],
-        voting,
+    refuse_unused(request)
+    is_server = is_url(request.model)
+    plan = _server_plan(request, log) if is_server else _model_plan(request, on_phase, log)
+    for note in notes_of(prompt for benchmark in plan.benchmarks for prompt in benchmark.prompts):
+        log(f"warning: {note}")
+    folder = None
+    if request.suite is not None:
+        folder = Path(request.out) if request.out else _default_folder(request, plan)
+    k = plan.sampling.num_samples
+    chunk_size = max(1, _CHUNKS_OF_BATCHES * request.batch_size // k) if folder else None
+    results = []
+    with ExitStack() as stack:
+        stack.callback(plan.close)
+        saved = None
+        if folder is not None:
+            saved = stack.enter_context(EvaluationFolder(folder, plan.settings))
+            stack.enter_context(printed_date_of(saved.started))
+        for benchmark in plan.benchmarks:
+            total = len(benchmark.prompts) * k
+            progress = counting(on_phase, f"{benchmark.name}: completions", total)
+            result = run_benchmark(benchmark, plan.generate, k, chunk_size, saved, progress)
+            results.append(result)
+        head = {"model": request.model, "suite": request.suite, "folder": str(folder)}
+        record = summarise(results, head | {"sampling": plan.sent()})
+        stated = ", ".join(f"{name} {value}" for name, value in plan.sent().items())
+        title = f"`{request.model}` on {request.suite}, seed {request.seed}; sampled with {stated}"
+        table = as_markdown(results, title)
+        if saved is not None:
+            saved.finish(record | {"settings": plan.settings} | environment(), table)
+    return Evaluation(results, plan.conditions, record, table, folder)
+
+
+# --- model or server ------------------------------------------------------------------------------
+
+
+def _model_plan(
+    request: EvaluationRequest, on_phase: PhaseCallback, log: Callable[[str], None]
+) -> _Plan:
+    """Problems first, since they are the cheapest thing that can be wrong; then the model."""
+    device, dtype = find_device(request.device or "auto"), request.dtype or "float32"
+    run = run_config(request) if request.suite == HELD_OUT else None
+    suite = suite_of_run(run) if run else suite_of(request)
+    sampling = sampling_of(request, suite)
+    source = student_of(request.model)
+    tokenizer = load_tokenizer(source)
+    chat = bool(tokenizer.chat_template) if request.chat is None else request.chat
+    if run is not None:
+        chat = prompt_format(run.data).chat
+        if request.thinking is None:
+            request = replace(request, thinking=thinking(run.data))
+        benchmarks = [held_out(request, run, tokenizer)]
+    elif request.is_ledger:
+        benchmarks = [ledger(request, tokenizer)]
+    else:
+        benchmarks = benchmarks_of(request, suite, chat)
+    if run is None or request.thinking != thinking(run.data):
+        refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts], tokenizer)
+    on_phase(f"loading {request.model}")
+    model = load_model(source, dtype, str(device))
+    if request.suite is not None and request.max_new_tokens is None:
+        benchmarks = [_within_context(request, b, model, tokenizer) for b in benchmarks]
+    sampler, engine = _sampler(request, model, tokenizer, log)
+    settings = _settings(request, benchmarks, sampling, chat)
+    settings |= {
+        "model_content": _content_digest(source) if request.suite else None,
+        "device": device.type,
+        "dtype": dtype,
+    }
+    settings |= engine
+    sent = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    return _Plan(
+        benchmarks,
+        sampling,
+        generate_with(sampler, sampling, (request.seed,)),
+        settings,
+        f"{rendering_of(request, benchmarks)}, grader {benchmarks[0].grader}, {dtype} on {device}",
+        lambda: sent,
+        sampler.close,
     )
-    return Evaluation(
-        scores.mean_at_k,
-        scores.pass_at_k,
-        len(prompts),
-        k,
-        rollouts,
-        verdicts,
-        scores.maj_at_k,
-        scores.pass_at,
+
+
+def _sampler(
+    request: EvaluationRequest,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    log: Callable[[str], None],
+) -> tuple[Sampler, dict[str, str]]:
+    """Who samples, and what a folder's settings say of it: vLLM for a run that sampled with it.
+
+    The settings say nothing of transformers, as in folders from before they named an engine.
+    """
+    engine = _engine_of_run(request.model)
+    kind = engine.get("kind", "transformers")
+    if kind == "vllm" and model.device.type == "cuda" and _has_vllm():
+        used = VLLMEngine(**engine)
+        share = used.gpu_memory_utilization
+        sampler = VLLMSampler(model, tokenizer, used.max_model_len, share, request.thinking)
+        return sampler, {"engine": kind}
+    if kind != "transformers":
+        why = "needs vLLM and CUDA here" if kind == "vllm" else "serves a run's student alone"
+        log(f"warning: the run's engine {kind} {why}: transformers samples instead")
+    return TransformersSampler(model, tokenizer, request.batch_size, request.thinking), {}
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _engine_of_run(model: str) -> dict[str, Any]:
+    """The table `engine` of a run folder's configuration; empty for any other reference."""
+    if student_of(model) == model:
+        return {}
+    manifest = RunFolder(Path(model).expanduser(), is_writer=False).read_manifest() or {}
+    engine: dict[str, Any] = manifest["config"].get("engine") or {}
+    return engine
+
+
+def _server_plan(request: EvaluationRequest, log: Callable[[str], None]) -> _Plan:
+    from tutelage.evaluation.server import Server
+
+    if request.suite == HELD_OUT:
+        raise ConfigError("--suite held-out needs a run folder, got a server. Name the run.")
+    suite = suite_of(request)
+    sampling = sampling_of(request, suite)
+    chat = request.chat is not False
+    benchmarks = benchmarks_of(request, suite, chat)
+    refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts])
+    server = Server(
+        request.model,
+        sampling,
+        request.model_name or "",
+        request.seed,
+        request.thinking,
+        request.batch_size,
+        log=log,
     )
+    settings = _settings(request, benchmarks, sampling, chat)
+    settings |= {"model_name": server.model_name, "sent": server.sent}
+    settings |= {"device": None, "dtype": None}
+    return _Plan(benchmarks, sampling, server.complete, settings, "server", lambda: server.sent)
 
 
-def grade_rollouts(grade: Grade, rollouts: Sequence[Rollout]) -> list[bool | None]:
-    """Verdicts on completions, in their order; formulas are compared several at a time."""
-    return in_parallel(lambda r: grade(r.prompt, r.graded_text, r.is_truncated), rollouts)
+def _within_context(
+    request: EvaluationRequest,
+    benchmark: Benchmark,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Benchmark:
+    """A suite's own length is cut to what the model's context leaves after the longest prompt."""
+    context = model.config.to_dict().get("max_position_embeddings")
+    if context is None:
+        return benchmark
+    longest = max(
+        (len(encode_prompt(tokenizer, p, request.thinking)) for p in benchmark.prompts), default=0
+    )
+    if longest >= context:
+        raise ConfigError(
+            f"{benchmark.name} has a prompt of {longest} tokens, the model's context is {context}. "
+            "Choose another model, or other problems."
+        )
+    return replace(benchmark, max_new_tokens=min(benchmark.max_new_tokens, context - longest))
 
 
-def held_out_reverse_kl(
-    student: Student,
-    teacher: Teacher,
-    rollouts: Sequence[Rollout],
-    pad_id: int,
-    micro_batch_size: int,
-    max_tokens: int = 0,
-) -> list[float]:
-    """Reverse KL of every rollout in nats, summed over its tokens."""
-    order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
-    by_length = [rollouts[i] for i in order]
-    sums = torch.zeros(len(rollouts), dtype=torch.float64)
-    with teacher.awake(), torch.no_grad():
-        for batch in micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens):
-            here = batch.to(student.model.device)
-            stats = student(here, teacher.view(teacher.read(here)))
-            sums.index_add_(0, here.completion.cpu(), stats.reverse_kl.double().cpu())
-    found = torch.zeros_like(sums)
-    found[torch.tensor(order, dtype=torch.int64)] = sums
-    return found.tolist()
+# --- what identifies an evaluation ----------------------------------------------------------------
 
 
-def _length(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.completion_ids)
+def _settings(
+    request: EvaluationRequest, benchmarks: list[Benchmark], sampling: SamplingConfig, chat: bool
+) -> dict[str, Any]:
+    """Everything that decides the saved rows."""
+    return {
+        "model": request.model,
+        "suite": request.suite,
+        "benchmarks": {
+            b.name: {
+                "num_problems": len(b.prompts),
+                "problems": b.fingerprint(),
+                "max_new_tokens": b.max_new_tokens,
+                "grader": b.grader,
+            }
+            for b in benchmarks
+        },
+        "num_samples": sampling.num_samples,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "chat": chat,
+        "thinking": request.thinking,
+        "batch_size": request.batch_size,
+        "seed": request.seed,
+    }
 
 
-def mean_reverse_kl(rollouts: Sequence[Rollout], sums: Sequence[float]) -> float | None:
-    """Mean over all completion tokens, nats; None without tokens or if infinite."""
-    total, count = math.fsum(sums), sum(len(r.completion_ids) for r in rollouts)
-    return total / count if count and math.isfinite(total) else None
+def _content_digest(source: str) -> str | None:
+    """A hash of parts of the weights, quick and different for another model; None on the hub."""
+    found = resolve_model(source)
+    if not found.is_local:
+        return None
+    folder = Path(found.source)
+    names = [folder / found.gguf_file] if found.gguf_file else sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in names:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for part in range(64):
+                file.seek(size * part // 64)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def _default_folder(request: EvaluationRequest, plan: _Plan) -> Path:
+    content = json.dumps(plan.settings, sort_keys=True).encode()
+    model = re.sub(r"[^\w.-]+", "-", Path(request.model.rstrip("/")).name or "model")
+    suite = re.sub(r"[^\w.-]+", "-", Path(str(request.suite)).stem)
+    return Path("evaluations") / f"{model}-{suite}-{hashlib.sha256(content).hexdigest()[:8]}"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
-from tutelage.evaluation.evaluate import Evaluation, evaluate, held_out_reverse_kl, mean_reverse_kl
+from tutelage.data.batch import micro_batches
+from tutelage.data.types import Rollout
+from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
+from tutelage.evaluation.request import HELD_OUT
 from tutelage.evaluation.scores import voting_of
+from tutelage.models.student import Student
+from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.setup.components import Components
@@ -22,6 +30,8 @@ if TYPE_CHECKING:
 _EVALUATION_SEED = 424242
 """Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""
 _NUM_SAVED_SAMPLES = 8
+_ROW = ("prompt_id", "sample", "is_correct", "is_truncated", "num_tokens")
+"""What of a sample's record is logged."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def measure(
     )
     kl = mean_reverse_kl(student.rollouts, sums)
     found = [("student", student, kl)]
-    if step == 0 and config.evaluation.teacher and student.mean_at_k is not None:
+    if step == 0 and config.evaluation.teacher and student.scores.mean_at_k is not None:
         with components.teacher.awake():
             sampler = _transformers(config, components, components.teacher.model)
             result = _evaluate(config, components, sampler, "teacher", on_phase)
@@ -76,17 +86,20 @@ def measure(
     heads = [{"step": step, "model": who, "engine": engines[who]} for who, _, _ in found]
     pairs = list(zip(heads, found, strict=True))
     return Measured(
-        [{**h, **result.summary(), "held_out_reverse_kl_nats": kl} for h, (_, result, kl) in pairs],
         [
-            {**h, **row, "reverse_kl_nats": nats}
+            {**h, **result.scores.summary(), "held_out_reverse_kl_nats": kl}
+            for h, (_, result, kl) in pairs
+        ],
+        [
+            {**h, **{key: row[key] for key in _ROW}, "reverse_kl_nats": nats}
             for h, (who, result, _) in pairs
-            for row, nats in zip(result.rows(), _per_row(who, result, sums), strict=True)
+            for row, nats in zip(result.rows, _per_row(who, result, sums), strict=True)
         ],
         _samples(components, step, student),
     )
 
 
-def _per_row(who: str, result: Evaluation, sums: list[float]) -> list[float | None]:
+def _per_row(who: str, result: Result, sums: list[float]) -> list[float | None]:
     """Nats of each completion; the teacher's divergence from itself is not measured."""
     if who == "teacher":
         return [None] * len(result.rollouts)
@@ -106,6 +119,38 @@ def describe(summary: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
+def held_out_reverse_kl(
+    student: Student,
+    teacher: Teacher,
+    rollouts: Sequence[Rollout],
+    pad_id: int,
+    micro_batch_size: int,
+    max_tokens: int = 0,
+) -> list[float]:
+    """Reverse KL of every rollout in nats, summed over its tokens."""
+    order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
+    by_length = [rollouts[i] for i in order]
+    sums = torch.zeros(len(rollouts), dtype=torch.float64)
+    with teacher.awake(), torch.no_grad():
+        for batch in micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens):
+            here = batch.to(student.model.device)
+            stats = student(here, teacher.view(teacher.read(here)))
+            sums.index_add_(0, here.completion.cpu(), stats.reverse_kl.double().cpu())
+    found = torch.zeros_like(sums)
+    found[torch.tensor(order, dtype=torch.int64)] = sums
+    return found.tolist()
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.completion_ids)
+
+
+def mean_reverse_kl(rollouts: Sequence[Rollout], sums: Sequence[float]) -> float | None:
+    """Mean over all completion tokens, nats; None without tokens or if infinite."""
+    total, count = math.fsum(sums), sum(len(r.completion_ids) for r in rollouts)
+    return total / count if count and math.isfinite(total) else None
+
+
 def _transformers(config: Config, components: Components, model: PreTrainedModel) -> Sampler:
     size = max(config.sampling_batch_size, config.evaluation.num_samples)
     return TransformersSampler(model, components.tokenizer, size, components.enable_thinking)
@@ -113,7 +158,7 @@ def _transformers(config: Config, components: Components, model: PreTrainedModel
 
 def _evaluate(
     config: Config, components: Components, sampler: Sampler, who: str, on_phase: PhaseCallback
-) -> Evaluation:
+) -> Result:
     settings, task = config.evaluation, components.task
     sampling = SamplingConfig(
         settings.temperature,
@@ -122,22 +167,19 @@ def _evaluate(
         config.sampling.max_new_tokens,
         settings.num_samples,
     )
-    prompts = task.held_out(settings.num_problems)
+    prompts = tuple(task.held_out(settings.num_problems))
+    grader = grader_of(task)
+    benchmark = Benchmark(
+        HELD_OUT, prompts, task.grade, sampling.max_new_tokens, grader, voting_of(grader)
+    )
+    generate = generate_with(sampler, sampling, (_EVALUATION_SEED,))
     num_completions = len(prompts) * settings.num_samples
     progress = counting(on_phase, f"evaluating the {who}: completions", num_completions)
-    return evaluate(
-        sampler,
-        task.grade,
-        prompts,
-        sampling,
-        (_EVALUATION_SEED,),
-        progress,
-        voting=voting_of(grader_of(task)),
-    )
+    return run_benchmark(benchmark, generate, settings.num_samples, progress=progress)
 
 
-def _samples(components: Components, step: int, result: Evaluation) -> list[dict[str, Any]]:
-    chosen = range(0, len(result.rollouts), result.num_samples)
+def _samples(components: Components, step: int, result: Result) -> list[dict[str, Any]]:
+    chosen = range(0, len(result.rollouts), result.scores.num_samples)
     return [
         {
             "step": step,

@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, DataError
-from tutelage.evaluation.suite import Completion
+from tutelage.evaluation.benchmark import Progress
 from tutelage.grading.answer import closes_unopened, opened_thought
 from tutelage.rollout.http_client import (
     BadReply,
@@ -133,7 +133,12 @@ class Server:
         chosen = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
         return chosen | self._neutral
 
-    def complete(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        progress: Progress = lambda count: None,
+    ) -> list[Rollout]:
         """All samples of some problems, in order, or an error and none of them.
 
         Text prompts go to `/completions`, chats to `/chat/completions`.
@@ -149,15 +154,16 @@ class Server:
                 )
         asked = [(p, s) for p in prompts for s in range(self.sampling.num_samples)]
         drawn = self._client.each([partial(self._one, p, s, max_new_tokens) for p, s in asked])
+        progress(len(drawn))
         return [self._with_thought(completion) for completion in drawn]
 
-    def _with_thought(self, completion: Completion) -> Completion:
+    def _with_thought(self, completion: Rollout) -> Rollout:
         """A server shows no prompts: that they open a thought is seen where one is closed."""
         if isinstance(completion.prompt.content, str):
             return replace(completion, thought=opened_thought(completion.prompt.content))
         return replace(completion, thought="<think>") if self._opens_thoughts else completion
 
-    async def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Completion:
+    async def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Rollout:
         body: dict[str, Any] = {
             "model": self.model_name,
             "max_tokens": max_new_tokens,
@@ -166,11 +172,14 @@ class Server:
             "stream": False,
         }
 
-        def accept(content: bytes) -> Completion:
+        def accept(content: bytes) -> Rollout:
             text, reason, num_tokens = self._completion(content, prompt, max_new_tokens)
             if closes_unopened(text):
                 self._opens_thoughts = True
-            return Completion(prompt, sample, text, reason == "length", num_tokens)
+            is_truncated = reason == "length"
+            return Rollout(
+                prompt, sample, (), (), is_truncated, text=text, num_reported_tokens=num_tokens
+            )
 
         if isinstance(prompt.content, str):
             return await self._ask("/completions", body | {"prompt": prompt.content}, accept)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tutelage.evaluation.benchmark import Result
 from tutelage.evaluation.metrics import Interval
-from tutelage.evaluation.suite import Result
 
 _MISSING = "–"
 

@@ -14,7 +14,7 @@ from tutelage.config.schema import Config
 from tutelage.core import TokenSelection, TokenStats
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
-from tutelage.evaluation.evaluate import grade_rollouts
+from tutelage.evaluation.benchmark import grade_rollouts
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.request import RolloutRequest, Rollouts, earlier_samples
