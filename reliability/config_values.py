@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
+from tutelage.config.keys import KEYS
 from tutelage.config.method import ObjectiveConfig, SelectionConfig, WeightingConfig
-from tutelage.config.parse import all_keys
 from tutelage.config.sampling import EngineConfig
 
 Keys = dict[str, tuple[str, ...]]
@@ -162,4 +162,4 @@ LABELS = [
 def forgotten() -> list[str]:
     """Keys of the configuration that no trial draws, and drawn ones that no configuration has."""
     drawn = {*VALUES, *CHOSEN_WITH_MODELS, *ALWAYS_REFUSED, "engine.kind"}
-    return sorted(drawn ^ set(all_keys()))
+    return sorted(drawn ^ set(KEYS))

@@ -95,7 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _as_override(argv: Sequence[str], option: str) -> str:
     """How an option that is a key of the configuration is written."""
-    from tutelage.config.parse import find_key
+    from tutelage.config.suggest import find_key
 
     name, equals, value = option.lstrip("-").partition("=")
     key = find_key(name.replace("-", "_"))

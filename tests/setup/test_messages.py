@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tutelage.config import suggest
-from tutelage.config.parse import _schema, all_keys, find_key, load_config, parse_config
+from tutelage.config.keys import KEYS, TABLES, kinds_at
+from tutelage.config.parse import load_config, parse_config
+from tutelage.config.suggest import OTHER_NAMES, find_key
 from tutelage.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ def explain(table: dict[str, Any]) -> str:
 def configurations() -> Iterator[dict[str, Any]]:
     """One of every kind of every table, with all that it requires."""
     for name, (field, needed) in KINDS.items():
-        for tag in _schema()["properties"][name]["discriminator"]["mapping"]:
+        for tag in TABLES[name]:
             kinds = {name: {field: tag, **needed.get(tag, {})}}
             sampling = {"num_samples": 2} if tag == "paced" else {}
             yield {**MODELS, "sampling": sampling, **kinds}
@@ -89,13 +90,13 @@ def test_every_configuration_here_is_accepted() -> None:
 
 
 def test_every_message_names_keys_that_exist() -> None:
-    keys = set(all_keys())
+    keys = set(KEYS)
     tables = {key.rpartition(".")[0] for key in keys} | {"student", "teacher"}
     seen = 0
     for configuration in configurations():
         for parents, _ in list(tables_in(configuration)):
-            shape = suggest.table_at(_schema(), location(configuration, parents))
-            for name in (*shape["properties"], "zzz"):
+            shape = kinds_at(location(configuration, parents))[0]
+            for name in (*shape.keys, "zzz"):
                 for value in WRONG:
                     message = explain(changed(configuration, (*parents, name), value))
                     if not message:
@@ -112,8 +113,8 @@ def test_every_message_names_keys_that_exist() -> None:
 def test_a_key_with_a_slip_leads_to_the_key() -> None:
     for configuration in configurations():
         for parents, _ in list(tables_in(configuration)):
-            shape = suggest.table_at(_schema(), location(configuration, parents))
-            for name in shape["properties"]:
+            shape = kinds_at(location(configuration, parents))[0]
+            for name in shape.keys:
                 if len(name) < 4:
                     continue
                 slip = f"{name[:2]}{name[3:]}x"
@@ -121,10 +122,10 @@ def test_a_key_with_a_slip_leads_to_the_key() -> None:
                 assert re.search(rf"Did you mean '(?:[a-z_.]+\.)?{name}'\?", message), message
 
 
-@pytest.mark.parametrize("name", suggest._KEYS)
+@pytest.mark.parametrize("name", OTHER_NAMES)
 def test_another_name_for_a_key_leads_to_a_key(name: str) -> None:
     found = find_key(name)
-    assert found in all_keys() or found == "kind"
+    assert found in KEYS or found == "kind"
     message = explain({**MODELS, name: 1})
     assert f"Did you mean {found!r}?" in message or message.startswith("unknown key"), message
 
@@ -211,8 +212,8 @@ def texts_of_errors() -> Iterator[tuple[str, str]]:
 
 
 def test_keys_in_messages_anywhere_are_keys_of_the_configuration() -> None:
-    tables = {key.partition(".")[0] for key in all_keys() if "." in key} | {"task", "config"}
-    known = set(all_keys()) | {key.rpartition(".")[0] for key in all_keys()}
+    tables = {key.partition(".")[0] for key in KEYS if "." in key} | {"task", "config"}
+    known = set(KEYS) | {key.rpartition(".")[0] for key in KEYS}
     files = {"config.json", "config.toml"}
     seen = 0
     for place, text in texts_of_errors():

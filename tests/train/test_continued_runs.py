@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from sampling import sample
 from tiny import TOKENIZER, tiny_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.setup.components import build_components
 from tutelage.train.checkpoint import list_checkpoints
@@ -136,3 +138,31 @@ def test_a_run_with_weight_decay_goes_on_with_every_weight_s_own_moments(
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "two")
     )
     assert all(torch.equal(two[name], whole[name]) for name in whole)
+
+
+LATER_KEYS = ("micro_batches", "checkpoint_writer", "student.layers", "optimizer.decay_all")
+"""Keys of the configuration that the first published version did not have."""
+
+
+def test_a_run_folder_of_the_first_version_goes_on(tmp_path: Path, tiny_models: Path) -> None:
+    out, lines = tmp_path / "run", list[str]()
+    changes = {"num_steps": 2, "checkpoint_every": 1, "renormalize": False}
+    train(tiny_config(tiny_models, out, **changes), log=lambda _: None)
+    whole = load_file(out / "student" / "model.safetensors")
+    shutil.rmtree(out / "checkpoint-000002")
+    shutil.rmtree(out / "student")
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    config = manifest["config"]
+    for key in LATER_KEYS:
+        table, _, name = key.rpartition(".")
+        del (config[table] if table else config)[name]
+    config["renormalise"] = config.pop("renormalize")
+    earlier = {key: manifest[key] for key in ("fingerprint", "versions", "hardware", "commit")}
+    path.write_text(json.dumps({"config": config, **earlier}))
+    with pytest.raises(RunError, match="holds another run: renormalize differ"):
+        train(tiny_config(tiny_models, out, **changes | {"renormalize": True}))
+    assert train(tiny_config(tiny_models, out, **changes), log=lines.append).is_finished
+    assert lines[0].endswith("continues: found checkpoint-000001 of 2")
+    again = load_file(out / "student" / "model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())

@@ -9,14 +9,14 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tutelage.config import suggest
+from tutelage.config.keys import TABLES, split_location
 from tutelage.config.schema import Config
+from tutelage.config.suggest import did_you_mean_key, did_you_mean_value, owners
 from tutelage.errors import ConfigError
 
 _ADAPTER = TypeAdapter(Config)
@@ -141,7 +141,7 @@ def _read(table: dict[str, Any]) -> Config:
     try:
         config = _ADAPTER.validate_python(table)
     except ValidationError as error:
-        raise ConfigError(_explain(error, table)) from None
+        raise ConfigError(_explain(error)) from None
     _refuse_truth_values(config, table)
     return config
 
@@ -274,22 +274,7 @@ def _value(text: str) -> Any:
         return text
 
 
-@lru_cache
-def _schema() -> dict[str, Any]:
-    return _ADAPTER.json_schema()
-
-
-def find_key(name: str) -> str | None:
-    """The dotted key of the configuration that a name stands for, with or without its table."""
-    return suggest.find_key(_schema(), name)
-
-
-def all_keys() -> list[str]:
-    """Every key that a configuration may have, tables not, by their dotted names."""
-    return list(dict.fromkeys(suggest.dotted_keys(_schema())))
-
-
-def _explain(error: ValidationError, table: dict[str, Any]) -> str:
+def _explain(error: ValidationError) -> str:
     """The first mistake as one line: key, what is wrong, the value seen, what to do."""
     details = error.errors(include_url=False)
     # An unknown key explains the missing one it was meant to be.
@@ -300,11 +285,13 @@ def _explain(error: ValidationError, table: dict[str, Any]) -> str:
         case "unknown" if key in _RENAMED:
             return f"{key} is now {_RENAMED[key]}. Write that instead."
         case "unknown":
-            return f"unknown key {key!r}.{_did_you_mean(location, table)}"
+            return f"unknown key {key!r}.{_did_you_mean(location)}"
         case "missing":
             *parents, last = location
-            before = ".".join([*suggest.without_tags(_schema(), parents), ""])
-            keys = [before + k for k in suggest.required_keys(_schema(), parents, last)]
+            before = ".".join([*split_location(parents)[0], ""])
+            kinds = list(TABLES.get(before + last, {}).values())
+            inside = kinds[0].required if len(kinds) == 1 else ()
+            keys = [f"{before}{last}.{name}" for name in inside] or [before + last]
             return (
                 f"{', '.join(keys)} is missing. Add it to the configuration or pass "
                 f"{' '.join(f'{k}=VALUE' for k in keys)}."
@@ -330,7 +317,7 @@ def _did_you_mean_value(detail: Any) -> str:
     value = detail["input"]
     if detail["type"] == "literal_error":
         # pydantic lists the words as 'a', 'b' or 'c'
-        return suggest.did_you_mean_value(value, detail["ctx"]["expected"].split("'")[1::2])
+        return did_you_mean_value(value, detail["ctx"]["expected"].split("'")[1::2])
     if isinstance(value, str) and (share := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)):
         return f" Write {float(share[1]) / 100:g}."
     return ""
@@ -338,7 +325,7 @@ def _did_you_mean_value(detail: Any) -> str:
 
 def _key(location: Sequence[str]) -> str:
     """The dotted key of an error."""
-    return ".".join(suggest.without_tags(_schema(), location))
+    return ".".join(split_location(location)[0])
 
 
 def _kind(detail: Any) -> str:
@@ -357,17 +344,14 @@ def _explain_tag(detail: Any, key: str) -> str:
     context = detail["ctx"]
     field = context["discriminator"].strip("'")
     if "tag" not in context:
-        schema = _schema()["properties"][key]
-        names = list(schema["discriminator"]["mapping"])
-        return f"{key}.{field} is missing. Choose one of {', '.join(names)}."
+        return f"{key}.{field} is missing. Choose one of {', '.join(TABLES[key])}."
     names = [name.strip("' ") for name in context["expected_tags"].split(",")]
-    hint = suggest.did_you_mean_value(context["tag"], names)
+    hint = did_you_mean_value(context["tag"], names)
     return f"{key}.{field} must be one of {', '.join(names)}, got {context['tag']!r}.{hint}"
 
 
-def _did_you_mean(location: list[str], table: dict[str, Any]) -> str:
+def _did_you_mean(location: list[str]) -> str:
     *parents, last = location
-    rules = suggest.owners(_schema(), parents, last)
-    if rules and location[0] == "selection" and table["selection"].get("rule") == "all":
+    if parents == ["selection", "all"] and owners(parents, last):
         return " Rule 'all' keeps every token; choose another selection.rule to use it."
-    return suggest.did_you_mean_key(_schema(), parents, last)
+    return did_you_mean_key(parents, last)

@@ -3,153 +3,103 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Schema = Mapping[str, Any]
-"""A JSON schema, as pydantic writes it."""
+from tutelage.config.keys import KEYS, kinds_at, split_location
 
-_KEYS = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "clip_grad": "max_grad_norm",
-    "grad_clip": "max_grad_norm",
-    "max_norm": "max_grad_norm",
-    "warmup": "warmup_steps",
-    "scheduler": "schedule",
-    "lr_scheduler": "schedule",
-    "lr_scheduler_type": "schedule",
-    "steps": "num_steps",
-    "max_steps": "num_steps",
-    "iterations": "num_steps",
-    "epochs": "num_steps",
-    "num_epochs": "num_steps",
-    "num_train_epochs": "num_steps",
-    "batch_size": "prompts_per_step",
-    "train_batch_size": "prompts_per_step",
-    "per_device_train_batch_size": "micro_batch_size",
-    "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "max_completion_length": "max_new_tokens",
-    "n": "num_samples",
-    "num_generations": "num_samples",
-    "temp": "temperature",
-    "r": "rank",
-    "bits": "quantization",
-    "load_in_4bit": "quantization",
-    "load_in_8bit": "quantization",
-    "precision": "dtype",
-    "torch_dtype": "dtype",
-    "name": "model",
-    "path": "model",
-    "model_id": "model",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_accumulation_steps": "micro_batch_tokens",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "betas": "beta2",
-    "student_model": "student.model",
-    "teacher_model": "teacher.model",
-    "teacher_model_name_or_path": "teacher.model",
-    "use_vllm": "engine.kind",
-    "max_prompt_length": "max_prompt_tokens",
-    "warmup_ratio": "warmup_steps",
-    "resume": "out",
-    "resume_from_checkpoint": "out",
-    "dataset": "path",
-    "file": "path",
-    "output": "out",
-    "output_dir": "out",
-    "random_seed": "seed",
-    "report_to": "trackers",
-    "save_steps": "checkpoint_every",
-    "eval_steps": "evaluation.every",
-    "eval_every": "evaluation.every",
-    "ratio": "keep",
-    "fraction": "keep",
-    "loss": "kind",
+_NAMES_OF_KEYS = {
+    "learning_rate": ("lr",),
+    "weight_decay": ("wd",),
+    "max_grad_norm": ("clip_grad", "grad_clip", "max_norm"),
+    "warmup_steps": ("warmup", "warmup_ratio"),
+    "schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type"),
+    "num_steps": ("steps", "max_steps", "epochs", "num_epochs", "num_train_epochs"),
+    "prompts_per_step": ("batch_size", "train_batch_size"),
+    "micro_batch_size": ("per_device_train_batch_size",),
+    "micro_batch_tokens": ("gradient_accumulation_steps",),
+    "max_new_tokens": ("max_tokens", "max_length", "max_completion_length"),
+    "max_prompt_tokens": ("max_prompt_length",),
+    "num_samples": ("n", "num_generations"),
+    "temperature": ("temp",),
+    "rank": ("r", "lora_r", "lora_rank"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "quantization": ("bits", "load_in_4bit", "load_in_8bit"),
+    "dtype": ("precision", "torch_dtype", "bf16", "fp16"),
+    "model": ("name", "model_name", "model_name_or_path"),
+    "student.model": ("student_model",),
+    "teacher.model": ("teacher_model", "teacher_model_name_or_path"),
+    "activation_checkpointing": ("gradient_checkpointing",),
+    "beta2": ("betas",),
+    "engine.kind": ("use_vllm",),
+    "path": ("dataset", "file"),
+    "out": ("output", "output_dir", "resume", "resume_from_checkpoint"),
+    "trackers": ("report_to",),
+    "checkpoint_every": ("save_steps",),
+    "evaluation.every": ("eval_steps", "eval_every"),
+    "keep": ("ratio", "fraction"),
+    "kind": ("loss",),
 }
-_VALUES = {
-    "reverse_kl": "kl",
-    "rkl": "kl",
-    "forward_kl": "kl",
-    "fkl": "kl",
-    "k1": "sampled",
-    "gkd": "jsd",
-    "tip": "soft_or",
-    "none": "all",
-    "off": "none",
-    "fp32": "float32",
-    "float": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "int8": "8bit",
-    "8": "8bit",
-    "int4": "4bit",
-    "nf4": "4bit",
-    "4": "4bit",
-    "hf": "transformers",
-    "jsonl": "file",
-    "parquet": "file",
-    "hub": "file",
-    "dataset": "file",
-    "gsm8k": "number",
-    "boxed": "math",
-    "gpu": "cuda",
+OTHER_NAMES = {name: key for key, names in _NAMES_OF_KEYS.items() for name in names}
+"""Keys of this project by their names in other projects."""
+_NAMES_OF_VALUES = {
+    "kl": ("reverse_kl", "rkl", "forward_kl", "fkl"),
+    "sampled": ("k1",),
+    "jsd": ("gkd",),
+    "soft_or": ("tip",),
+    "all": ("none",),
+    "none": ("off",),
+    "float32": ("fp32", "float"),
+    "bfloat16": ("bf16",),
+    "float16": ("fp16", "half"),
+    "8bit": ("int8", "8"),
+    "4bit": ("int4", "nf4", "4"),
+    "transformers": ("hf",),
+    "file": ("jsonl", "parquet", "hub", "dataset"),
+    "math": ("boxed",),
+    "cuda": ("gpu",),
 }
-_WITH = {"forward_kl": " with objective.reverse_weight=0 and objective.forward_weight=1"}
-_WITH["fkl"] = _WITH["forward_kl"]
+_OTHER_VALUES = {name: value for value, names in _NAMES_OF_VALUES.items() for name in names}
+_FORWARD_KL = " with objective.reverse_weight=0 and objective.forward_weight=1"
 
 
 def did_you_mean_value(value: object, allowed: Sequence[str]) -> str:
     """The allowed word that a value stands for, as a question; empty without one."""
     word = str(value).lower().replace("-", "_")
-    near = difflib.get_close_matches(word, allowed, 1)
-    meant = _VALUES.get(word)
+    meant = _OTHER_VALUES.get(word)
     if meant not in allowed:
-        meant = near[0] if near else None
-    extra = _WITH.get(word, "") if meant == "kl" else ""
+        meant = next(iter(difflib.get_close_matches(word, allowed, 1)), None)
+    extra = _FORWARD_KL if meant == "kl" and word in ("forward_kl", "fkl") else ""
     return f" Did you mean {meant!r}{extra}?" if meant else ""
 
 
-def did_you_mean_key(schema: Schema, parents: Sequence[str], name: str) -> str:
+def did_you_mean_key(parents: Sequence[str], name: str) -> str:
     """The key that an unknown one stands for, as a question, or the keys that there are.
 
     Args:
-        schema: of the whole configuration.
         parents: the tables that the unknown key is in, with the tag of a union after its name.
         name: the unknown key.
     """
-    known = list(table_at(schema, parents)["properties"])
-    found = owners(schema, parents, name)
-    if found:
+    if found := owners(parents, name):
         return f" It belongs to {found}."
+    known = kinds_at(parents)[0].keys
     word = name.lower().replace("-", "_")
-    if _KEYS.get(word) in known:
-        return f" Did you mean {_KEYS[word]!r}?"
+    if OTHER_NAMES.get(word) in known:
+        return f" Did you mean {OTHER_NAMES[word]!r}?"
     near = difflib.get_close_matches(word, known, 1)
-    other = find_key(schema, word)
-    if near and not (other and word in _KEYS):
+    other = find_key(word)
+    if near and not (other and word in OTHER_NAMES):
         return f" Did you mean {near[0]!r}?"
     return f" Did you mean {other!r}?" if other else f" Known keys: {', '.join(known)}."
 
 
-def find_key(schema: Schema, name: str) -> str | None:
+def find_key(name: str) -> str | None:
     """The dotted key of the configuration that a name stands for, with or without its table."""
-    keys = dict.fromkeys(dotted_keys(schema))
-    by_name: dict[str, str] = {}
-    for key in keys:
-        by_name.setdefault(key.rpartition(".")[2], key)
     table, dot, last = name.rpartition(".")
-    for meant in (name, f"{table}{dot}{_KEYS.get(last, last)}", _KEYS.get(last, last)):
-        if meant in keys:
+    by_name = {key.rpartition(".")[2]: key for key in reversed(KEYS)}
+    other = OTHER_NAMES.get(last, last)
+    for meant in (name, f"{table}{dot}{other}", other):
+        if meant in KEYS:
             return meant
         if not dot and meant in by_name:
             return by_name[meant]
@@ -157,78 +107,9 @@ def find_key(schema: Schema, name: str) -> str | None:
     return by_name[near[0]] if near else None
 
 
-def dotted_keys(schema: Schema, shape: Schema | None = None, prefix: str = "") -> Iterator[str]:
-    """Every key that a configuration may have, of whatever kinds its tables are; tables not."""
-    for name, inner in (schema if shape is None else shape)["properties"].items():
-        tables = list(_tables(schema, inner))
-        for table in tables:
-            yield from dotted_keys(schema, table, f"{prefix}{name}.")
-        if not tables:
-            yield f"{prefix}{name}"
-
-
-def required_keys(schema: Schema, parents: Sequence[str], name: str) -> list[str]:
-    """A missing key by itself, or what is required of a missing table."""
-    shape = table_at(schema, parents)["properties"].get(name, {})
-    tables = list(_tables(schema, shape))
-    if len(tables) != 1 or not tables[0].get("required"):
-        return [name]
-    return [f"{name}.{key}" for key in tables[0]["required"]]
-
-
-def without_tags(schema: Schema, location: Sequence[str]) -> list[str]:
-    """The keys in the place of an error, without what pydantic adds: tags, types and numbers."""
-    keys: list[str] = []
-    shape: Schema | None = schema
-    tags: Mapping[str, str] = {}
-    for part in location:
-        if part in tags:
-            shape, tags = _resolved(schema, {"$ref": tags[part]}), {}
-        elif not part.isdigit() and "[" not in part:
-            keys.append(part)
-            inner = (shape or {}).get("properties", {}).get(part, {})
-            tags = inner.get("discriminator", {}).get("mapping", {})
-            tables = list(_tables(schema, inner))
-            shape = tables[0] if tables else None
-    return keys
-
-
-def owners(schema: Schema, parents: Sequence[str], name: str) -> str:
+def owners(parents: Sequence[str], name: str) -> str:
     """The kinds of the same table that have a key, such as "objective.kind jsd"; empty: none."""
-    if len(parents) != 2:
-        return ""
-    union = schema["properties"].get(parents[0], {}).get("discriminator")
-    if union is None:
-        return ""
-    shapes = {tag: _resolved(schema, {"$ref": ref}) for tag, ref in union["mapping"].items()}
-    found = [tag for tag, shape in shapes.items() if name in shape["properties"]]
-    return f"{parents[0]}.{union['propertyName']} {', '.join(found)}" if found else ""
-
-
-def table_at(schema: Schema, parents: Sequence[str]) -> Schema:
-    """The table that a list of keys leads to, with the tag of a union after its name."""
-    shape = schema
-    tags: Mapping[str, str] = {}
-    for part in parents:
-        if part in tags:
-            shape, tags = _resolved(schema, {"$ref": tags[part]}), {}
-            continue
-        inner = shape["properties"][part]
-        tags = inner.get("discriminator", {}).get("mapping", {})
-        shape = next(_tables(schema, inner))
-    return shape
-
-
-def _tables(schema: Schema, shape: Schema) -> Iterator[Schema]:
-    """The tables that a property may be: one, one that may be left out, or those of a union."""
-    for choice in (shape, *shape.get("anyOf", ()), *shape.get("oneOf", ())):
-        found = _resolved(schema, choice)
-        if "properties" in found:
-            yield found
-
-
-def _resolved(schema: Schema, shape: Schema) -> Schema:
-    if "$ref" not in shape:
-        return shape
-    found: Schema = schema["$defs"][shape["$ref"].rsplit("/", 1)[-1]]
-    return found
+    table, kinds = kinds_at(parents)
+    tags = [tag for tag, kind in kinds.items() if tag and name in kind.keys]
+    keys, _ = split_location(parents)
+    return f"{'.'.join(keys)}.{table.tag_key} {', '.join(tags)}" if tags else ""
