@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tutelage.models.llama_cpu.products  # noqa: F401, registers the CPU's products
 from tutelage.core import (
-    STUDENT_RULES,
+    RULES,
     LazyLogits,
     composite_objective,
     distillation_objective,
@@ -83,7 +83,7 @@ def kept_rows(x: Inputs, rule: str, keep: float) -> Tensor:
     student, teacher = x.sides
     device = x.student.device
     tokens = torch.zeros(len(x.student), dtype=torch.long, device=device)
-    stats = token_stats(student, None if rule in STUDENT_RULES else teacher, tokens)
+    stats = token_stats(student, teacher if RULES[rule].needs_teacher else None, tokens)
     completion = torch.arange(len(x.student), device=device) // COMPLETION_LENGTH
     return select_tokens(stats, completion, rule, keep).rows
 

@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,10 +15,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tiny import MEASURED, tiny_config, tiny_table
+from tutelage.config.method import EOPDObjective, Normalization
 from tutelage.config.parse import load_config, parse_config
 from tutelage.config.schema import Config
-from tutelage.core import RULES, TokenStats
+from tutelage.core import NORMALIZATIONS, RULES, TokenStats
 from tutelage.core.terms import ReverseKL
+from tutelage.core.weighting import GATES
 from tutelage.data.batch import Batch, collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError
@@ -140,6 +142,8 @@ def assert_sound(metrics: dict[str, Any]) -> None:
 
 def test_no_rule_and_no_kind_was_forgotten() -> None:
     assert set(SELECTIONS) == set(RULES)
+    assert get_args(Normalization) == NORMALIZATIONS
+    assert get_args(get_type_hints(EOPDObjective)["gate"]) == GATES
     for name, table in (("objective", OBJECTIVES), ("weighting", WEIGHTINGS)):
         written = {tomllib.loads(text)["kind"] for text in table.values()}
         with pytest.raises(ConfigError) as caught:

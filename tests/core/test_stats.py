@@ -12,7 +12,6 @@ from torch import Tensor
 import reference
 from tutelage.core import (
     RULES,
-    STUDENT_RULES,
     LazyLogits,
     TokenStats,
     importance,
@@ -219,7 +218,7 @@ def test_rules_of_the_student_choose_the_same_without_a_teacher(make_pair: Make,
         "position": position,
     }
     alone = token_stats(pair.student, None, tokens)
-    if rule not in STUDENT_RULES:
+    if RULES[rule].needs_teacher:
         with pytest.raises(ValueError, match=r"needs token_stats|compares with the teacher"):
             importance(alone, rule, **options)
         return

@@ -7,7 +7,7 @@ from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.objective import Objective, composite_objective, distillation_objective
 from tutelage.core.quadrants import quadrant_table, quadrants
-from tutelage.core.rules import NORMALIZATIONS, RULES, STUDENT_RULES, importance
+from tutelage.core.rules import NORMALIZATIONS, RULES, importance
 from tutelage.core.selection import TokenSelection, select_tokens
 from tutelage.core.stats import TokenStats, token_stats
 
@@ -15,7 +15,6 @@ __all__ = [
     "EXTRAS",
     "NORMALIZATIONS",
     "RULES",
-    "STUDENT_RULES",
     "LazyLogits",
     "Objective",
     "TokenSelection",

@@ -47,7 +47,7 @@ def _normalize(x: Tensor, method: str, is_entropy: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may look at besides the statistics."""
+    """What a rule reads besides the statistics."""
 
     normalization: str
     uniform: Tensor
@@ -103,9 +103,11 @@ class Rule:
     """Whether it draws one uniform number a row."""
     log_weight: Score | None = None
     """log of the probability, up to a constant, with which a sampling rule draws a row."""
+    needs_teacher: bool = True
+    """False where it reads the student alone: statistics without a teacher are enough."""
 
 
-def _sampled(weight: Score) -> Rule:
+def _sampled(weight: Score, needs_teacher: bool = True) -> Rule:
     """Sampling without replacement, P ∝ weight: the top k of log weight + Gumbel noise."""
 
     def log_weight(stats: TokenStats, context: Context) -> Tensor:
@@ -114,7 +116,7 @@ def _sampled(weight: Score) -> Rule:
     def score(stats: TokenStats, context: Context) -> Tensor:
         return log_weight(stats, context) + gumbel(context.uniform)
 
-    return Rule(score, is_random=True, log_weight=log_weight)
+    return Rule(score, is_random=True, log_weight=log_weight, needs_teacher=needs_teacher)
 
 
 def _extra(name: str) -> Rule:
@@ -122,30 +124,31 @@ def _extra(name: str) -> Rule:
 
 
 RULES: dict[str, Rule] = {
-    "all": Rule(lambda stats, _: torch.zeros_like(stats.entropy, dtype=torch.float64)),
+    "all": Rule(
+        lambda stats, _: torch.zeros_like(stats.entropy, dtype=torch.float64),
+        needs_teacher=False,
+    ),
     "random": Rule(
         lambda _, context: context.uniform,
         is_random=True,
         log_weight=lambda stats, _: torch.zeros_like(stats.entropy, dtype=torch.float64),
+        needs_teacher=False,
     ),
-    "entropy": Rule(lambda stats, _: stats.entropy.double()),
-    "entropy_sample": _sampled(lambda stats, _: stats.entropy.double()),
+    "entropy": Rule(lambda stats, _: stats.entropy.double(), needs_teacher=False),
+    "entropy_sample": _sampled(lambda stats, _: stats.entropy.double(), needs_teacher=False),
     "soft_or": Rule(soft_or),
     "soft_or_sample": _sampled(soft_or),
     "q3": Rule(q3),
     "divergence": Rule(lambda stats, _: stats.reverse_kl.double()),
     "forward_divergence": Rule(lambda stats, _: stats.forward_kl.double()),
     "bottom": Rule(lambda stats, context: -soft_or(stats, context)),
-    "first_n": Rule(lambda _, context: -context.position.double()),
+    "first_n": Rule(lambda _, context: -context.position.double(), needs_teacher=False),
     "teachability": Rule(teachability, ("top_divergence", "compatibility")),
     "gradient_norm": _extra("gradient_norm"),
     "local_oracle": _extra("local_oracle"),
     "local_gain": _extra("local_gain"),
 }
 """The selection rules by name; `all` keeps every token whatever the budget."""
-
-STUDENT_RULES = ("all", "random", "entropy", "entropy_sample", "first_n")
-"""Rules that look at the student alone; statistics without a teacher are enough for them."""
 
 
 def importance(
@@ -157,7 +160,7 @@ def importance(
 ) -> Tensor:
     """Score of every row under a rule; the highest are worth training on. Without unit.
 
-    With ĥ the normalised entropy and δ̂ the normalised reverse KL of the batch:
+    With ĥ the normalized entropy and δ̂ the normalized reverse KL of the batch:
 
     * `entropy` H; `divergence` reverse_kl; `forward_divergence` forward_kl;
     * `soft_or` ĥ + δ̂ − ĥδ̂; `bottom` its negative; `q3` forward_kl·(1 − ĥ);
@@ -190,7 +193,7 @@ def importance(
     missing = [name for name in chosen.extras if name not in stats.extras]
     if missing:
         raise ValueError(f"rule {rule!r} needs token_stats(..., extras={chosen.extras}).")
-    if not stats.has_teacher and rule not in STUDENT_RULES:
+    if chosen.needs_teacher and not stats.has_teacher:
         raise ValueError(f"rule {rule!r} compares with the teacher; give token_stats a teacher.")
     if chosen.is_random and uniform is None:
         raise ValueError(f"rule {rule!r} draws at random and needs `uniform`, one per row.")

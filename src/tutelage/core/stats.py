@@ -82,7 +82,7 @@ def token_stats(
     Args:
         student: student logits, N rows over V ids.
         teacher: teacher logits, the same rows and ids. None halves the work: entropy and log_p
-            are computed, all that `STUDENT_RULES` look at, and the rest is NaN.
+            are computed, all that rules with `needs_teacher` False read, and the rest is NaN.
         tokens: sampled token ids `[N]`.
         chunk_bytes: size of the logit buffers; None for what suits the device.
         extras: names of further statistics to compute, keys of `EXTRAS`.

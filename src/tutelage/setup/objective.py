@@ -25,7 +25,7 @@ from tutelage.config.method import (
     TopKObjective,
 )
 from tutelage.config.schema import Config
-from tutelage.core import RULES, STUDENT_RULES, TokenStats
+from tutelage.core import RULES, TokenStats
 from tutelage.core.terms import (
     JSD,
     ForwardKL,
@@ -87,7 +87,7 @@ def scores_teacher(config: Config) -> bool:
     """
     objective = config.objective
     looks_at_student = (
-        config.selection.rule in STUDENT_RULES
+        not RULES[config.selection.rule].needs_teacher
         and (_is_plain(objective) or isinstance(objective, SampledObjective))
         and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
     )
