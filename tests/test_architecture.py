@@ -7,6 +7,7 @@ it has to flag.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from statistics import median
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[1] / "src" / "tutelage"
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "tutelage"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 _ORDER = ("core", "grading", "data", "models", "rollout", "setup", "memory", "evaluation", "train")
@@ -355,6 +357,26 @@ def test_the_package_is_clean(detector: Detector) -> None:
 def test_every_part_of_the_package_has_its_arrows() -> None:
     parts = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
     assert parts <= MAY_IMPORT.keys()
+
+
+ROOMS = sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_may_import(room: str) -> None:
+    text = ast.get_docstring(ast.parse((SOURCE / room / "__init__.py").read_text("utf-8"))) or ""
+    named = set(re.findall(r"`([\w.]+)`", text.partition("May import ")[2]))
+    assert named == {part or "tutelage" for part in MAY_IMPORT[room]} - {room}
+
+
+def test_the_picture_shows_every_room_above_what_it_may_import() -> None:
+    picture = (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+    found = re.findall(r'<g id="(\w+)" data-layer="(\d+)"', picture)
+    layers = {room: int(layer) for room, layer in found}
+    assert set(layers) == {*ROOMS, "cli", "errors"}
+    for room, layer in layers.items():
+        below = {part.split(".")[0] for part in MAY_IMPORT[room]} - {room, ""}
+        assert all(layers[part] < layer for part in below), room
 
 
 def test_functions_are_short() -> None:

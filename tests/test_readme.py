@@ -187,7 +187,7 @@ def test_a_wrong_block_is_noticed(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "extras"), [("demo", ["report"]), ("test", ["report", "dev"]), ("check", ["dev"])]
+    ("target", "extras"), [("demo", []), ("test", ["data", "dev"]), ("check", ["dev"])]
 )
 def test_a_target_installs_what_it_needs(target: str, extras: list[str]) -> None:
     """The demo shows the main job in minutes; what only development needs takes gigabytes."""

@@ -1,4 +1,5 @@
-"""What each verb of the command line does: one file a verb.
+"""What each command of the command line does: one file a command.
 
-Imports everything; nothing but `cli` imports it.
+May import `core`, `grading`, `data`, `models`, `rollout`, `setup`, `memory`, `evaluation`,
+`train`, `report`, `files`, `config`, `errors`, `tutelage`.
 """

@@ -1,4 +1,4 @@
-"""What can be configured: tables of the TOML file as frozen dataclasses, and how text becomes them.
+"""What can be configured, as frozen dataclasses, and how TOML becomes them; no torch.
 
-Imports `errors` alone, and no torch.
+May import `errors`.
 """

@@ -1,4 +1,7 @@
-"""The mathematics of on-policy distillation: rows in, numbers out. Imports torch only."""
+"""The mathematics of on-policy distillation on rows `[N, …]`; torch and nothing else.
+
+May import no other room.
+"""
 
 from tutelage.core.counter import counter_uniform
 from tutelage.core.divergence import forward_kl, jsd, reverse_kl

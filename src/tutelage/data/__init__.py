@@ -1,4 +1,4 @@
-"""Prompts, tasks and rollouts: from records to batches of rows.
+"""Prompts, tasks and rollouts: from records of files to batches of rows; only `batch` needs torch.
 
-Imports `grading` and `errors`; only `batch` needs torch.
+May import `core`, `grading`, `files`, `config`, `errors`.
 """

@@ -1,4 +1,5 @@
-"""Sampling, grading, intervals: how good a model is on held-out prompts and benchmarks.
+"""Sampling, grading and intervals: accuracy on held-out prompts and benchmarks.
 
-Imports `setup` and what that may import.
+May import `core`, `grading`, `data`, `models`, `rollout`, `setup`, `memory`, `files`, `config`,
+`errors`, `tutelage`.
 """

@@ -1,4 +1,4 @@
-"""How files are written, locked and sealed: the one way for every other room.
+"""Writing files atomically, locking folders, checksums: the one way for every other room.
 
-Imports `errors` alone.
+May import `errors`.
 """

@@ -1,4 +1,4 @@
-"""Whether two answers are the same mathematics, without training or models.
+"""Whether two answers are the same mathematics; formulas are parsed in a process of their own.
 
-Imports `errors` alone; parsers of formulas run in a process of their own (`_worker`).
+May import `errors`.
 """

@@ -1,4 +1,5 @@
-"""What a run needs of main memory and of a GPU, before it starts.
+"""How much main memory and GPU memory each phase of a run needs, planned before it starts.
 
-Imports `setup` and what that may import.
+May import `core`, `grading`, `data`, `models`, `rollout`, `setup`, `files`, `config`, `errors`,
+`tutelage`.
 """

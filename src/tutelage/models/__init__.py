@@ -1,5 +1,4 @@
-"""Student and teacher: loading, tokenizers, forward passes, optimizers.
+"""Student and teacher: loading, tokenizers, forward passes, optimizers; `llama_cpu` on a CPU only.
 
-Imports `data`, `core`, `config`, `files` and `errors`. `llama_cpu` may
-be skipped by all who have a GPU.
+May import `core`, `grading`, `data`, `files`, `config`, `errors`.
 """

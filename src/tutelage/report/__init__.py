@@ -1,4 +1,4 @@
-"""Pages, pictures and tables from run folders; no model is loaded here.
+"""Pages, plots and tables from run folders, without models.
 
-Imports `evaluation.metrics`, `files` and `errors` alone.
+May import `evaluation.metrics`, `files`, `errors`.
 """

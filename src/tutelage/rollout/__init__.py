@@ -1,4 +1,4 @@
-"""The student samples: engines, requests, and one token after the other.
+"""Engines that sample completions from the student; `cuda` has the captured decoding step.
 
-Imports `models` and what that may import. `cuda` holds the captured decoding step of a GPU.
+May import `core`, `grading`, `data`, `models`, `files`, `config`, `errors`.
 """

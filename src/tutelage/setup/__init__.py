@@ -1,4 +1,4 @@
-"""From a configuration to models, tokenizers and a task that fit each other, or one clear line.
+"""From a configuration to models, tokenizers, task and objective that fit; nothing trains here.
 
-Imports `rollout` and what that may import. Nothing here trains.
+May import `core`, `grading`, `data`, `models`, `rollout`, `files`, `config`, `errors`, `tutelage`.
 """

@@ -1,4 +1,5 @@
-"""The training loop: `loop` takes steps, `step` is one of them, `update` computes gradients.
+"""The training loop: `loop` repeats `step`, whose gradients come from `update`.
 
-Imports every room but `report` and `commands`.
+May import `core`, `grading`, `data`, `models`, `rollout`, `setup`, `memory`, `evaluation`,
+`files`, `config`, `errors`, `tutelage`.
 """
