@@ -24,11 +24,10 @@ from transformers import (
 
 from tutelage.data.types import Prompt
 from tutelage.errors import ModelError
-from tutelage.models.file_checks import no_panic
 from tutelage.models.gguf import parsed_once
 from tutelage.models.load import load_model, load_model_config, load_tokenizer, save_model
 from tutelage.models.reference import resolve_model
-from tutelage.models.tokenizers import encode_completion, encode_prompt, stop_ids
+from tutelage.models.tokenizers import encode_completion, encode_prompt, no_panic, stop_ids
 
 Damage = Callable[[Path], object]
 
@@ -188,15 +187,11 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "no architecture": (edit("config.json", lambda c: c.pop("model_type")), "model_type"),
     "text for a number": (config(hidden_size="many"), "expected int, got str"),
     "negative": (config(num_hidden_layers=-3), "num_hidden_layers"),
-    "a million layers": (layers(10**6), "claims 1000000 layers (num_hidden_layers) but has "),
-    "no layers": (layers(0), "claims 0 layers"),
-    "layers within": (config(text_config={"n_layer": 10**6}), "claims 1000000 layers"),
-    "heads below zero": (config(num_attention_heads=-4), "claims num_attention_heads = -4"),
-    "huge width": (config(hidden_size=10**12), "claims hidden_size = 1000000000000"),
-    "no heads": (config(num_attention_heads=0), "claims num_attention_heads = 0"),
-    "huge vocabulary": (config(vocab_size=10**15), "claims vocab_size = 1000000000000000"),
-    "a million groups": (config(num_key_value_heads=10**6), "num_key_value_heads = 1000000"),
-    "experts": (config(text_config={"num_experts": 10**6}), "claims num_experts = 1000000"),
+    "no layers": (layers(0), "22 weights that Qwen3ForCausalLM does not use"),
+    "heads below zero": (config(num_attention_heads=-4), "negative dimension"),
+    "huge width": (config(hidden_size=10**12), "other shapes"),
+    "no heads": (config(num_attention_heads=0), "division"),
+    "huge vocabulary": (config(vocab_size=10**15), "other shapes"),
     "too narrow": (config(hidden_size=16), "other shapes"),
     "stop tokens cut": (replace("generation_config.json", '{"eos'), "generation_config.json of"),
     "stop tokens as list": (replace("generation_config.json", "[]"), "cannot load"),
@@ -231,8 +226,6 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "fractional id": (tokens(lambda t: t["model"]["vocab"].update(a=1.5)), "expected u32"),
     "negative id": (tokens(lambda t: t["model"]["vocab"].update(a=-1)), "expected u32"),
     "no tokens": (tokens(lambda t: t["model"].update(vocab={})), "UNK"),
-    "huge id": (tokens(lambda t: t["model"]["vocab"].update(a=2**31)), "has the id 2147483648"),
-    "huge id of all": (tokens(lambda t: t["model"]["vocab"].update(a=2**40)), "has the id 1099511"),
     "bad pattern": (tokens(lambda t: t.update(pre_tokenizer=split("(("))), "parenthesis"),
     "half of the settings": (half(SETTINGS), "cannot load the tokenizer"),
     "settings as list": (replace(SETTINGS, "[]"), "cannot load the tokenizer"),
@@ -304,8 +297,6 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     gguf = pytest.importorskip("gguf")
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
-    # Looks like a setting of one layer to whom just searches for it.
-    writer.add_description("llama.block_count\4\0\0\0\1\0\0\0")
     writer.add_array("test.numbers", [1, 2, 3])
     writer.add_array("test.texts", ["a", "bc"])
     writer.add_context_length(64)
@@ -380,9 +371,7 @@ def test_settings_are_those_of_the_library_s_own_reader(order: str, tmp_path: Pa
     for name, field in own.fields.items():
         found = ours.fields[name]
         assert (found.offset, found.data, found.types) == (field.offset, field.data, field.types)
-        assert [part.tobytes() for part in found.components] == [
-            part.tobytes() for part in field.parts
-        ]
+        assert [part.tobytes() for part in found.parts] == [part.tobytes() for part in field.parts]
     assert [t.data.tolist() for t in ours.tensors] == [t.data.tolist() for t in own.tensors]
 
 
@@ -443,10 +432,6 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "unknown architecture": (lambda b: b.replace(b"llama", b"zzzzz"), "zzzzz"),
     "another width": (number(b"llama.embedding_length", 64), "size mismatch"),
     "a layer more": (number(COUNT, 2), "lacks 9 weights, first 'model.layers.1."),
-    "a million layers": (
-        number(COUNT, 10**6),
-        "claims 1000000 layers (num_hidden_layers) but has 12",
-    ),
     "a million dimensions": (number(b"llama.embedding_length", 10**6), "cannot load"),
     "a tensor less": (
         lambda b: b.replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"),

@@ -28,14 +28,6 @@ from tutelage.errors import (
 )
 from tutelage.files.atomic import new_folder
 from tutelage.models.device import find_device
-from tutelage.models.file_checks import (
-    no_panic,
-    refuse_large_ids,
-    refuse_large_sizes,
-    refuse_missing_layers,
-    refuse_parts_elsewhere,
-    refuse_unread_weights,
-)
 from tutelage.models.gguf import parsed_once
 from tutelage.models.llama_cpu.patch import use_fast_layers
 from tutelage.models.lora import with_adapter
@@ -44,11 +36,13 @@ from tutelage.models.reference import (
     ResolvedModel,
     causal_class,
     has_tokenizer,
+    refuse_parts_elsewhere,
+    refuse_unread_weights,
     resolve_model,
     restore_padding_row,
     tokenizer_place,
 )
-from tutelage.models.tokenizers import save_tokenizer
+from tutelage.models.tokenizers import no_panic, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -95,8 +89,6 @@ def load_model(
     _refuse_unread_generation_config(found)
     with _explained(found, "model"):
         refuse_parts_elsewhere(found)
-        refuse_missing_layers(found)
-        refuse_large_sizes(found)
     if found.adapter is not None and quantization != "none":
         raise ConfigError(
             f"model {found.ref!r} is an adapter, which cannot be merged into {quantization} "
@@ -143,11 +135,9 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     found = tokenizer_place(ref)
     options = _options(found)
     _refuse_missing_tokenizer(found)
-    with _explained(found, "tokenizer"):
-        refuse_large_ids(found)
-        with no_panic(ref), _parsed_once(found):
-            tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
-            tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
+    with _explained(found, "tokenizer"), no_panic(ref), _parsed_once(found):
+        tokenizer = AutoTokenizer.from_pretrained(found.source, **options)
+        tokenizer("a ü", add_special_tokens=False)  # one may load and yet encode nothing
         return tokenizer
 
 

@@ -1,4 +1,7 @@
-"""Where a model reference leads: a folder, a GGUF file, an installed package or the hub."""
+"""Where a model reference leads, and whether the weights there are the model's.
+
+A reference is a folder, a GGUF file, an installed package or a hub id.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import safe_open
+from torch import nn
 
 from tutelage.errors import ModelError
 
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_CONSTANTS = {"masked_bias", "causal_mask", "inv_freq", "original_inv_freq", "position_ids"}
+_CONSTANTS |= {"embed_positions", "cos_cached", "sin_cached"}
+"""Buffers that older versions of transformers saved among the weights."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -205,3 +213,81 @@ def restore_padding_row(found: ResolvedModel, model: PreTrainedModel) -> None:
             for name in names & {*file.keys()}:
                 row = file.get_slice(name)[index : index + 1]
                 embeddings.weight[index].copy_(row[0])
+
+
+def refuse_parts_elsewhere(found: ResolvedModel) -> None:
+    """An index of weights that leads out of its folder.
+
+    Raises:
+        ModelError: it names a file that does not lie beside it.
+        OSError, ValueError: it cannot be read; so says the one who loads it.
+    """
+    if not found.is_local or found.gguf_file is not None:
+        return
+    # A configuration may name any of them.
+    for index in sorted(Path(found.source).rglob("*.safetensors.index.json")):
+        table = json.loads(index.read_text(encoding="utf-8"))
+        parts = table.get("weight_map") if isinstance(table, dict) else None
+        for name in sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else ():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ModelError(
+                    f"model {found.ref!r} takes weights from {name!r}, outside its folder. "
+                    f"Correct {index.name}."
+                )
+
+
+def refuse_unread_weights(
+    found: ResolvedModel, model: PreTrainedModel, names: Iterable[str]
+) -> None:
+    """Weights of layers that the model has, or would have, and which it leaves out.
+
+    A config.json of another model, scales of quantised weights without their settings, a bias that
+    the architecture lacks, or an adapter saved among the weights: transformers reads what it knows
+    and goes on, with other numbers. What belongs to no layer (heads for a reward or for several
+    tokens, towers for pictures) changes nothing of what the model says, nor do masks and tables of
+    positions that older versions saved (GPT-2, GPT-J, GPT-Neo, CodeGen).
+
+    Args:
+        found: the model, for the message.
+        model: as it was loaded.
+        names: weights in its files that were not used.
+
+    Raises:
+        ModelError: there are some.
+    """
+    modules = dict(model.named_modules())
+    unread = sorted(name for name in names if _is_of_a_layer(name, modules, model))
+    shapes = dict(_shapes(Path(found.source))) if unread and found.is_local else {}
+    unread = [name for name in unread if not _is_constant(name, shapes.get(name))]
+    if unread:
+        raise ModelError(
+            f"model {found.ref!r} has {len(unread)} weights that {type(model).__name__} does not "
+            f"use, first {unread[0]!r}. Its config.json belongs to other weights, or lacks their "
+            "quantization."
+        )
+
+
+def _is_of_a_layer(name: str, modules: Mapping[str, nn.Module], model: PreTrainedModel) -> bool:
+    parts = name.split(".")
+    places = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    place = next((place for place in places if place in modules), "")
+    if isinstance(modules[place], nn.ModuleList):  # a layer more; some predict several tokens
+        return not vars(model.config.get_text_config()).get("num_nextn_predict_layers")
+    is_part = any(part.isdigit() for part in place.split("."))
+    return is_part or (bool(place) and not any(modules[place].children()))
+
+
+def _is_constant(name: str, shape: list[int] | None) -> bool:
+    """Whether numbers follow from a model's settings; the shape is not known of a hub id."""
+    parts = name.split(".")
+    if parts[-1] in _CONSTANTS:
+        return True
+    is_mask = shape is None or (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
+    return is_mask and parts[-2:] in (["attn", "bias"], ["attention", "bias"])
+
+
+def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    for path in filter(Path.is_file, sorted(folder.glob("*.safetensors"))):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 -- not a dictionary
+                yield name, weights.get_slice(name).get_shape()

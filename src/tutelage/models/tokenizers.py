@@ -11,10 +11,28 @@ from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.grading.answer import THOUGHT_TOKENS
 from tutelage.models.chat_template import refuse_lost_turns, render_chat
-from tutelage.models.file_checks import no_panic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class no_panic:
+    """A panic of the Rust tokenizer library, as of a pattern without end, is a ModelError."""
+
+    def __init__(self, tokenizer: str) -> None:
+        self._tokenizer = tokenizer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        # no subclass of Exception, and no class that could be imported
+        if kind is not None and kind.__name__ == "PanicException":
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise ModelError(
+                f"the tokenizer {self._tokenizer!r} cannot encode a text: {reason}. Its patterns "
+                "are invalid or take too long; use another tokenizer.json."
+            ) from None
 
 
 def encode_prompt(
