@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PLACES: dict[str, tuple[str, int]] = {
     "manifest": ("tutelage.setup.run_folder.write_atomically", 1),
-    "log": ("tutelage.setup.run_folder.sync", 1),
+    "log": ("tutelage.files.log.sync", 1),
     "checkpoint": ("tutelage.train.checkpoint.save_file", 1),
     "model of a checkpoint": ("tutelage.files.atomic.sync_tree", 1),
     "export": ("tutelage.files.atomic.sync_tree", 3),
@@ -81,11 +81,11 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -
 
 def test_an_evaluation_keeps_what_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = write_jsonl(tmp_path / "p.jsonl", {"prompt": "2+2=", "answer": "4"})
-    for number in (1, 2, 3):  # the settings, the samples, the summary
+    for number in (1, 5, 6):  # the settings, the samples, the summary; folders count too
         out = tmp_path / f"evaluation-{number}"
         command = ("eval", TEACHER, "--suite", problems, *FEW[2:], "--out", out)
         with monkeypatch.context() as patch:
-            patch.setattr("tutelage.evaluation.folder.os.fsync", fail_on(number, os.fsync))
+            patch.setattr("tutelage.files.atomic.os.fsync", fail_on(number, os.fsync))
             assert str(out) in refused(*command)
         succeed(*command)
         assert len(read_jsonl(out / ROWS)) == 1

@@ -6,16 +6,18 @@ the same batches, hence the same numbers, as one that was not.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import NoneType
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from tutelage.errors import RunError, explained_write, remedy
+from tutelage.files.atomic import write_atomically
+from tutelage.files.lock import FolderLock
+from tutelage.files.log import append_text, parse_line
 
 Row: TypeAlias = dict[str, Any]
 SETTINGS, ROWS, SUMMARY, TABLE = "settings.json", "rows.jsonl", "summary.json", "summary.md"
@@ -46,7 +48,7 @@ class EvaluationFolder:
         self._rows: dict[tuple[str, str], dict[int, Row]] = {}
         self._places: dict[tuple[str, str], int] = {}
         """Where in the file the first row of each problem starts."""
-        self._file: IO[bytes]
+        self._lock = FolderLock(path / "lock", "evaluation")
 
     def __enter__(self) -> EvaluationFolder:
         """Create or reopen the folder.
@@ -56,35 +58,28 @@ class EvaluationFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._file = (self.path / ROWS).open("a+b")
+            self._lock.take()
+            self._check_settings()
+            self._read_rows()
         except OSError as error:
+            self._lock.release()
             raise RunError(
                 f"evaluation folder {self.path} cannot be written: {error.strerror}. "
                 + remedy(error, "Choose another with --out.")
             ) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_settings()
-            self._read_rows()
-        except OSError as error:
-            self._file.close()
-            raise RunError(
-                f"evaluation folder {self.path} is in use or cannot be read ({error.strerror}). "
-                + remedy(error, "Wait for the other evaluation or choose another --out.")
-            ) from None
         except RunError:
-            self._file.close()
+            self._lock.release()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._lock.release()
 
     def _check_settings(self) -> None:
         path = self.path / SETTINGS
         if not path.exists():
             head = {_STARTED: self.started and self.started.isoformat(timespec="seconds")}
-            write_text(path, json.dumps(head | self.settings, indent=2) + "\n")
+            write_atomically(path, json.dumps(head | self.settings, indent=2) + "\n")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -105,21 +100,23 @@ class EvaluationFolder:
             )
 
     def _read_rows(self) -> None:
-        self._file.seek(0)
-        lines = self._file.read().split(b"\n")
+        path = self.path / ROWS
+        if not path.exists():
+            append_text(path, "")
+        lines = path.read_bytes().split(b"\n")
         end = 0
         for number, line in enumerate(lines[:-1], start=1):  # what follows the last \n is torn
             try:
-                row = _row(line)
+                row = parse_line(line, _TYPES)
                 key = (row["benchmark"], row["prompt_id"])
             except (ValueError, RecursionError) as error:
                 raise RunError(
-                    f"{self.path / ROWS}, line {number} is damaged ({error}). Choose another --out."
+                    f"{path}, line {number} is damaged ({error}). Choose another --out."
                 ) from None
             self._rows.setdefault(key, {})[row["sample"]] = row
             self._places.setdefault(key, end)
             end += len(line) + 1
-        self._file.truncate(end)
+        os.truncate(path, end)
 
     def find(self, benchmark: str, prompt_ids: Sequence[str], num_samples: int) -> list[Row] | None:
         """The rows of a chunk of problems, all of them in order, or None if any is missing.
@@ -133,7 +130,7 @@ class EvaluationFolder:
         partial = [self._places[key] for key in keys if key in self._places]
         if partial:
             cut = min(partial)
-            self._file.truncate(cut)
+            os.truncate(self.path / ROWS, cut)
             for key in [key for key, place in self._places.items() if place >= cut]:
                 del self._places[key], self._rows[key]
         return None
@@ -146,9 +143,7 @@ class EvaluationFolder:
         """
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         with explained_write(self.path / ROWS, "What was saved before stays."):
-            self._file.write(text.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append_text(self.path / ROWS, text)
 
     def finish(self, summary: dict[str, Any], table: str) -> None:
         """Write the summary as JSON and as Markdown.
@@ -157,8 +152,8 @@ class EvaluationFolder:
             RunError: the disk is full; the samples stay.
         """
         with explained_write(self.path, "What was saved before stays."):
-            write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
-            write_text(self.path / TABLE, table + "\n")
+            write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            write_atomically(self.path / TABLE, table + "\n")
 
 
 def _date(path: Path, text: object) -> datetime | None:
@@ -168,28 +163,3 @@ def _date(path: Path, text: object) -> datetime | None:
         raise RunError(
             f"{path} must hold a date as {_STARTED!r}, got {text!r:.40}. Choose another --out."
         ) from None
-
-
-def _row(line: bytes) -> Row:
-    """A saved sample.
-
-    Raises:
-        ValueError: it is not JSON, or no sample.
-    """
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"it holds {row!r:.40}")
-    for key, types in _TYPES.items():
-        if key not in row or not isinstance(row[key], types):
-            raise ValueError(f"{key} is {row.get(key, 'missing')!r:.40}")
-    return row
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the system lets go of however its owner ends."""
+"""One process a folder: a lock that the system lets go of however its owner ends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tutelage.errors import RunError
 class FolderLock:
     """A locked file that names its owner, so that others can say who is in the way."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: str = "run") -> None:
         self.path = path
+        self.kind = kind
+        """Of what the folder is, for messages."""
         self._descriptor: int | None = None
 
     def take(self) -> None:
@@ -72,7 +74,7 @@ class FolderLock:
     def _in_use(self) -> RunError:
         owner = self._owner()
         return RunError(
-            f"run folder {self.path.parent} is in use by process {owner.get('pid', 'unknown')} on "
-            f"{owner.get('host', platform.node())}. Wait for it, or delete {self.path} if that "
-            "process is gone."
+            f"{self.kind} folder {self.path.parent} is in use by process "
+            f"{owner.get('pid', 'unknown')} on {owner.get('host', platform.node())}. Wait for it, "
+            f"or delete {self.path} if that process is gone."
         )

@@ -19,8 +19,9 @@ import torch
 
 from tutelage import __version__
 from tutelage.errors import RunError, explained_write, remedy
-from tutelage.files.atomic import remove_remnants, sync, write_atomically
+from tutelage.files.atomic import remove_remnants, write_atomically
 from tutelage.files.lock import FolderLock
+from tutelage.files.log import append_text, parse_line
 
 EVALUATION_LOGS = ("evaluation.jsonl", "evaluation_rows.jsonl", "samples.jsonl")
 LOGS = ("metrics.jsonl", *EVALUATION_LOGS, "tokens.jsonl")
@@ -119,13 +120,7 @@ class RunFolder:
             return
         path = self.path / name
         with explained_write(path, "Checkpoints are untouched."):
-            is_new = not path.exists()
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            if is_new:
-                sync(self.path)
+            append_text(path, text)
 
     def rewind(self, step: int, logs: Sequence[str] = LOGS) -> None:
         """Drop every logged line of a step after `step`, so that no step is logged twice."""
@@ -149,7 +144,7 @@ class RunFolder:
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(_row(line, _TYPES.get(name, {})))
+                rows.append(parse_line(line, _TYPES.get(name, {})))
             except (ValueError, RecursionError) as error:
                 raise RunError(
                     f"{path}, line {number} is damaged ({error}). Restore the file, or choose "
@@ -197,16 +192,6 @@ class RunFolder:
             path = self.path / "manifest.json"
             with explained_write(path, "Checkpoints are untouched."):
                 write_atomically(path, json.dumps(manifest, indent=2) + "\n")
-
-
-def _row(line: bytes, types: dict[str, tuple[type, ...]]) -> dict[str, Any]:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"it holds {row!r:.40}")
-    for key, allowed in types.items():
-        if key not in row or not isinstance(row[key], allowed):
-            raise ValueError(f"{key} is {row.get(key, 'missing')!r:.40}")
-    return row
 
 
 def _text(line: bytes) -> str:
