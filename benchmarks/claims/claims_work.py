@@ -24,7 +24,7 @@ from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components, build_components
 from tutelage.train.metrics import HIGH_ENTROPY_NATS
-from tutelage.train.schedule import learning_rate
+from tutelage.train.optimizer import learning_rate
 from tutelage.train.step import Step
 
 _EVALUATION_SEED = 424242

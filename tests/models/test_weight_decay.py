@@ -20,7 +20,7 @@ from tutelage.models.optimizer import (
     undecayed_weights,
 )
 from tutelage.setup.components import build_components
-from tutelage.train.loop import _optimizer
+from tutelage.train.optimizer import build_optimizer
 
 KINDS = [kind for kind in get_args(OptimizerKind) if not kind.startswith("paged")]
 
@@ -97,7 +97,7 @@ def test_a_step_without_a_gradient_shrinks_matrices_alone(
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    optimizer = _optimizer(config.optimizer, components.student, components.masters, tmp_path)
+    optimizer = build_optimizer(config.optimizer, components.student, components.masters, tmp_path)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for master in components.masters.masters:
         master.grad = torch.zeros_like(master)

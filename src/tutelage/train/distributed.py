@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -108,6 +109,20 @@ class Ranks:
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.accelerator.device)
+
+
+def from_main(accelerator: Accelerator, number: int) -> int:
+    """The main process's number, which is at least -1, in every process."""
+    if accelerator.num_processes == 1:
+        return number
+    mine = number if accelerator.is_main_process else -1
+    return int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())
+
+
+def date_of_main(accelerator: Accelerator, date: datetime) -> datetime:
+    """The main process's date in every process, to the second."""
+    digits = "%Y%m%d%H%M%S"
+    return datetime.strptime(str(from_main(accelerator, int(date.strftime(digits)))), digits)
 
 
 _PIECE_BYTES = 64 << 20

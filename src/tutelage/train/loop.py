@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from tutelage.config.models import OptimizerConfig
 from tutelage.config.parse import fingerprint
 from tutelage.config.schema import Config
 from tutelage.errors import RunError
@@ -23,7 +21,6 @@ from tutelage.evaluation.verdict import Verdict, verdict_of
 from tutelage.memory.cpu import STATE_BYTES, copied_bytes
 from tutelage.models.chat_template import printed_date
 from tutelage.models.load import save_model
-from tutelage.models.optimizer import MasterWeights, make_optimizer, undecayed_weights
 from tutelage.setup.components import build_components, plain_student
 from tutelage.setup.inputs import pick_device
 from tutelage.setup.manifest import input_digests, manifest_of
@@ -41,8 +38,9 @@ from tutelage.train.checkpoint import (
     save_checkpoint,
 )
 from tutelage.train.checkpoint_thread import CheckpointThread, is_written_beside
+from tutelage.train.distributed import date_of_main, from_main
 from tutelage.train.model_card import model_card
-from tutelage.train.schedule import learning_rate
+from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.signals import Stop, StoppedError, listening
 from tutelage.train.snapshot import snapshot
 from tutelage.train.step import Step
@@ -104,7 +102,7 @@ def train(
         folder.open()
         stack.callback(folder.close)
         earlier = started_at(folder.read_manifest())
-        started = _same_everywhere(accelerator, earlier or datetime.now())
+        started = date_of_main(accelerator, earlier or datetime.now())
         stack.enter_context(listening(stop))
         stack.enter_context(printed_date(started))
         run = _Run(config, folder, accelerator, started, allow_change, log, on_step, stop, on_phase)
@@ -139,7 +137,7 @@ class _Run:
         self._require_space()
         self._write_manifest(manifest)
         start_trackers(accelerator, config, folder.path.name)
-        optimizer = _optimizer(
+        optimizer = build_optimizer(
             config.optimizer, self.components.student, self.components.masters, folder.path
         )
         if checkpoint is not None:
@@ -244,7 +242,7 @@ class _Run:
     def _start(self) -> tuple[int, Path | None]:
         """Steps that are done, and the checkpoint after them; the logs end there too."""
         found = newest_checkpoint(self.folder.path, self.log) if self.folder.is_writer else None
-        step = _main_says(self.accelerator, -1 if found is None else found[0])
+        step = from_main(self.accelerator, -1 if found is None else found[0])
         if step < 0:
             self.folder.rewind(-1)
             self.accelerator.wait_for_everyone()
@@ -365,34 +363,6 @@ class _Run:
         self.log(f"student exported to {target}")
 
 
-def _main_says(accelerator: Accelerator, number: int) -> int:
-    """A number, from -1, that is known to the main process."""
-    if accelerator.num_processes == 1:
-        return number
-    mine = number if accelerator.is_main_process else -1
-    return int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())
-
-
-def _same_everywhere(accelerator: Accelerator, date: datetime) -> datetime:
-    """The main process's date, to the second."""
-    digits = "%Y%m%d%H%M%S"
-    return datetime.strptime(str(_main_says(accelerator, int(date.strftime(digits)))), digits)
-
-
 def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
     """Steps at the end of the log with a skipped update."""
     return len(list(takewhile(lambda m: m["num_skipped_updates"], reversed(metrics))))
-
-
-def _optimizer(
-    config: OptimizerConfig, student: nn.Module, masters: MasterWeights, folder: Path
-) -> torch.optim.Optimizer:
-    betas = (config.beta1, config.beta2)
-    rate, decay = config.learning_rate, config.weight_decay
-    spared = set() if config.decay_all else {id(weight) for weight in undecayed_weights(student)}
-    both = zip(masters.weights, masters.masters, strict=True)
-    undecayed = [master for weight, master in both if id(weight) in spared]
-    every = masters.masters
-    optimizer = make_optimizer(config.kind, every, rate, betas, decay, folder, undecayed)
-    masters.register_hook(optimizer)
-    return optimizer

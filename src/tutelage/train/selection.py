@@ -17,7 +17,7 @@ from tutelage.config.method import (
     SomeTokens,
 )
 from tutelage.config.schema import Config
-from tutelage.core import TokenSelection, TokenStats, counter_uniform, select_tokens
+from tutelage.core import TokenSelection, counter_uniform, select_tokens
 from tutelage.setup.objective import gate_of
 from tutelage.train.distributed import StepRows
 from tutelage.train.micro_batch import MicroBatch
@@ -27,10 +27,9 @@ _SELECTION_SEED = 1
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Every row of a step in document order, and which of them train how heavily."""
+class Selection(StepRows):
+    """Every row of a step, and which of them train how heavily."""
 
-    all_rows: StepRows
     rows: Tensor
     """Selected rows `[K]`, ascending."""
     mask: Tensor
@@ -40,20 +39,24 @@ class Selection:
     gate: Tensor
     """EOPD's gate of every row `[N]`."""
 
-    @property
-    def stats(self) -> TokenStats:
-        """Statistics of every row `[N]`."""
-        return self.all_rows.stats
 
-    @classmethod
-    def of(
-        cls, config: Config, all_rows: StepRows, chosen: TokenSelection, row_weights: Tensor
-    ) -> Selection:
-        """Combine what a rule keeps with the weights of the configured weighting `[N]`."""
-        weights = torch.zeros_like(row_weights)
-        weights[chosen.rows] = row_weights[chosen.rows] * chosen.weights
-        gate = gate_of(config.objective, all_rows.stats)
-        return cls(all_rows, chosen.rows, chosen.mask, weights, gate)
+def selection_of(
+    config: Config, rows: StepRows, chosen: TokenSelection, row_weights: Tensor
+) -> Selection:
+    """Combine what a rule keeps with the weights of the configured weighting `[N]`."""
+    weights = torch.zeros_like(row_weights)
+    weights[chosen.rows] = row_weights[chosen.rows] * chosen.weights
+    gate = gate_of(config.objective, rows.stats)
+    return Selection(
+        rows.stats,
+        rows.completion,
+        rows.position,
+        rows.local,
+        chosen.rows,
+        chosen.mask,
+        weights,
+        gate,
+    )
 
 
 def choose(config: Config, rows: StepRows, step: int) -> TokenSelection:
@@ -87,7 +90,7 @@ def assign(
             micro_batch.train_on_all(objective)
         return
     sizes = [micro_batch.batch.num_rows for micro_batch in micro_batches]
-    places = torch.split(selection.all_rows.local, sizes)
+    places = torch.split(selection.local, sizes)
     masks = [selection.mask[here] for here in places]
     counts: list[int] = torch.stack([mask.sum() for mask in masks]).tolist()  # one host wait
     for micro_batch, here, mask, count in zip(micro_batches, places, masks, counts, strict=True):
@@ -99,7 +102,7 @@ def assign(
 
 def divisors(config: Config, selection: Selection, completions_per_update: int) -> list[int]:
     """The one number that each update's sums are divided by: its rows in the global batch."""
-    method, completion = config.selection, selection.all_rows.completion
+    method, completion = config.selection, selection.completion
     # Weights 1/π already estimate the sum over all rows.
     is_corrected = isinstance(method, SampledTokens | RandomTokens) and method.correct_sampling
     if config.renormalize and not is_corrected:

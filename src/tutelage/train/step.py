@@ -32,7 +32,7 @@ from tutelage.train.distributed import Ranks, StepRows
 from tutelage.train.logprob_check import engine_mismatch, hidden_mismatch
 from tutelage.train.metrics import clip_share, rollout_metrics, token_metrics
 from tutelage.train.micro_batch import MicroBatch, pack_rollouts
-from tutelage.train.selection import Selection, choose
+from tutelage.train.selection import Selection, choose, selection_of
 from tutelage.train.signals import Stop
 from tutelage.train.update import Updater, UpdateResult
 
@@ -237,7 +237,7 @@ class Step:
                 f"{culprit(self.config, stats)} gives logits that are not numbers. Check its "
                 "weights and dtype."
             )
-        return Selection.of(self.config, rows, chosen, weights)
+        return selection_of(self.config, rows, chosen, weights)
 
     def _verdicts(self, rollouts: list[Rollout]) -> list[bool | None]:
         """Verdict on every completion of the step; none where no weighting asks for them."""

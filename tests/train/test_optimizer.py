@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.config.models import OptimizerConfig
-from tutelage.train.schedule import learning_rate
+from tutelage.train.optimizer import learning_rate
 
 SCHEDULES = st.sampled_from(["constant", "linear", "cosine"])
 

@@ -46,7 +46,7 @@ def test_kept_rows_carry_their_inverse_probability(
         weights = torch.as_tensor(micro_batch.terms[0][1])
         names = zip(batch.completion[kept], batch.position[kept], strict=True)
         given |= {(int(c), int(t)): float(w) for (c, t), w in zip(names, weights, strict=True)}
-    everything, rows = selection.all_rows, selection.rows
+    everything, rows = selection, selection.rows
     chosen = step.choose(everything, 1)
     completion, position = everything.completion[rows].tolist(), everything.position[rows].tolist()
     names = zip(completion, position, strict=True)
