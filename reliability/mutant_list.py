@@ -1,89 +1,15 @@
 """The mutants: by file (a pattern below src/tutelage), the guarding tests, and what is replaced.
 
+Those of `tutelage.core` are in `mutant_list_core`.
+
 A text has to occur once in its file. One that no longer does is left out and counted.
 """
 
 from __future__ import annotations
 
-Group = tuple[list[str], list[tuple[str, str]]]
+from .mutant_list_core import Group
 
 MUTANTS: dict[str, Group] = {
-    "core/_block.py": (
-        ["core/test_stats.py", "core/test_objective.py"],
-        [
-            ("log_z = torch.log1p(others / largest)", "log_z = torch.log1p(others)"),
-            ("entropy = log_z - _dot(", "entropy = log_z + _dot("),
-            ("forward_kl = offset - _dot(", "forward_kl = -offset - _dot("),
-            ("        mean_gap - offset,\n", "        mean_gap,\n"),
-            ("        gap.masked_fill_(p == 0, 0.0)", "        pass"),
-            ("gap.masked_fill(q == 0, 0.0) if has_inf else gap", "gap"),
-            ("logits.masked_fill(p == 0, 0.0) if has_inf else logits", "logits"),
-            ("return top, start + place", "return top, place"),
-            ("stop = min(start + rows, n)", "stop = min(start + rows, n - 1) or 1"),
-        ],
-    ),
-    "core/objective.py": (
-        ["core/test_objective.py", "core/test_objective_edges.py", "core/test_terms.py"],
-        [
-            (
-                "_weighted(a, block.reverse_kl) + _weighted(b, block.forward_kl)",
-                "_weighted(a, block.reverse_kl) - _weighted(b, block.forward_kl)",
-            ),
-            (
-                "block.gap.sub_(block.mean_gap).mul_(a[:, None])",
-                "block.gap.mul_(a[:, None])",
-            ),
-            ("gradient.sub_(block.q.mul_(b[:, None]))", "gradient.sub_(block.q)"),
-            ("return weight * value.masked_fill(weight == 0, 0.0)", "return weight * value"),
-            ("        if torch.is_grad_enabled():  # create", "        if False:  # create"),
-            ("b = b * self.gate(block.teacher_entropy)", "b = b * self.gate(block.entropy)"),
-        ],
-    ),
-    "core/_gradients.py": (
-        ["core/test_objective.py", "core/test_objective_edges.py", "core/test_terms.py"],
-        [
-            (".square_().neg_().add_(1.0)", ".square_().neg_().add_(1.01)"),
-            ("            z.mul_(student.scale)\n", "            pass\n"),
-            ("        self.is_spent = True\n", "        self.is_spent = False\n"),
-            ("self.bias.add_(z.sum(0))", "self.bias.add_(z.mean(0))"),
-            ("None if g is None else g.mul_(factor) for g", "None if g is None else g for g"),
-        ],
-    ),
-    "core/kernels/passes.py": (
-        ["core/test_kernels.py"],
-        [
-            ("self._spare + 2 * first", "self._spare + 3 * first"),
-        ],
-    ),
-    "core/kernels/products.py": (
-        ["core/test_kernels.py"],
-        [("out[:, first] = out[:, second]", "pass")],
-    ),
-    "core/kernels/total.py": (
-        ["core/test_kernels.py"],
-        [
-            ("log_ratio - kl[:, None]", "log_ratio"),
-            ("spread = (-weight, shift.float())", "spread = (weight, shift.float())"),
-            ("added = -slope[:, None]", "added = slope[:, None]"),
-        ],
-    ),
-    "core/kernels/rows.py": (
-        ["core/test_kernels.py"],
-        [
-            ("s_ratio * (s_energy + s_shift * (s_rest + s_ties))", "s_ratio * s_energy"),
-            ("tl.where(s_fell, s_ties, 0.0)", "0.0"),
-            ("1.0 - ratio * ratio", "1.0"),
-        ],
-    ),
-    "core/products.py": (
-        ["models/test_cpu_products.py"],
-        [
-            ("out[here].add_(fast(a[here], b))", "out[here] = fast(a[here], b)"),
-            ("for low in range(0, len(b), _PIECE)", "for low in range(0, len(b) - 1, _PIECE)"),
-            (" or out.dtype != a.dtype:", ":"),
-            ("if out.shape != (len(a), len(b)) or ", "if "),
-        ],
-    ),
     "models/load.py": (
         ["models/test_cpu_products.py"],
         [("        use_fast_layers(model)\n", "        pass\n")],
@@ -120,7 +46,11 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/llama_cpu/forward.py": (
-        ["models/test_backbone.py", "setup/test_budget.py"],
+        [
+            "models/test_backbone.py",
+            "models/test_optimizer_memory.py",
+            "models/test_precision_and_adapters.py",
+        ],
         [
             ("if not is_fast_family(model) or", "if"),
             ("or not attends_by_sdpa(model)", "or False"),
@@ -306,7 +236,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/optimizer.py": (
-        ["setup/test_budget.py"],
+        ["models/test_optimizer_memory.py", "models/test_precision_and_adapters.py"],
         [
             ("if master.grad is None else master.grad.add_(grad)", ""),
             ("            weight.copy_(master)\n", "            pass\n"),
@@ -323,7 +253,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/offload.py": (
-        ["setup/test_budget.py"],
+        ["models/test_optimizer_memory.py", "models/test_teacher_modes.py"],
         [
             ("os.posix_fallocate(file.fileno(), 0, num_bytes)", "file.truncate(num_bytes)"),
             ("self._map.madvise(mmap.MADV_DONTNEED, start, num_bytes)", "pass"),
@@ -332,7 +262,7 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "models/teacher.py": (
-        ["setup/test_budget.py"],
+        ["models/test_teacher_modes.py"],
         [
             ("self._used_bytes += hidden.nbytes", "pass"),
             ("        self._used_bytes = 0\n\n    def keep", "        pass\n\n    def keep"),
@@ -341,139 +271,10 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "setup/components.py": (
-        ["setup/test_budget.py"],
+        ["models/test_teacher_modes.py", "models/test_optimizer_memory.py"],
         [
             ("if _versions(found) != known:", "if False:"),
             ('return "reload"\n', "return config.mode\n"),
-        ],
-    ),
-    "core/terms.py": (
-        ["core/test_terms.py"],
-        [
-            (
-                "value = (1 - w) * torch.linalg.vecdot(block.p, over_m)",
-                "value = w * over_m.sum(-1)",
-            ),
-            (
-                "torch.linalg.vecdot(block.q, over_m - log_ratio)",
-                "torch.linalg.vecdot(block.q, over_m)",
-            ),
-            ("g = over_m - self.alpha * over_m.exp()", "g = over_m - over_m.exp()"),
-            ("return self.q / self.q.sum(-1, keepdim=True)", "return self.q"),
-            ("value + weighted_gap(top.log_q_rest, top.log_p_rest)", "value + 0"),
-            ("gradient = block.p - top.rest_of_q_shaped_as_p()", "gradient = block.p - block.q"),
-            ("value = -torch.minimum(", "value = -torch.maximum("),
-            (
-                "is_active = ratio * advantage <= clipped",
-                "is_active = ratio * advantage >= clipped",
-            ),
-            ("advantage = log_q - old", "advantage = log_q - log_p"),
-            ("return factor * block.forward_kl, gradient", "return block.forward_kl, gradient"),
-            ("ids = block.teacher_logits.topk(", "ids = block.q.topk("),
-            (
-                "gradient: Tensor = p * (g - torch.linalg.vecdot(p, g)[:, None])",
-                "gradient: Tensor = p * g",
-            ),
-        ],
-    ),
-    "core/rules.py": (
-        ["core/test_rules.py", "core/test_selection.py"],
-        [
-            ("quantile(x, 0.98) if is_clipped", "quantile(x, 0.95) if is_clipped"),
-            ('(method == "minmax_p98" and is_entropy)', 'method == "minmax_p98"'),
-            ("return _scale(x, finite.min(),", "return _scale(x, x.min(),"),
-            ("return h + d - h * d", "return h + d"),
-            (
-                "return stats.forward_kl.double() * (1 - ",
-                "return stats.reverse_kl.double() * (1 - ",
-            ),
-            ("return -(-uniform.log()).log()", "return (-uniform.log()).log()"),
-            ("lambda stats, context: -soft_or(", "lambda stats, context: soft_or("),
-            ("-context.position.double()", "context.position.double()"),
-        ],
-    ),
-    "core/selection.py": (
-        ["core/test_selection.py", "core/test_sampling_correction.py"],
-        [
-            ("    is_usable &= stats.is_finite()\n", ""),
-            ("max(1, math.floor(share * m))", "math.floor(share * m)"),
-            ("max(1, math.floor(share * m))", "max(1, math.ceil(share * m))"),
-            ("share = Fraction(str(keep))", "share = Fraction(keep)"),
-            (
-                "order = ranked.argsort(descending=True, stable=True)",
-                "order = len(ranked) - 1 - ranked.flip(0).argsort(descending=True, stable=True)",
-            ),
-            ("1 / -torch.expm1(-excess.exp())", "1 / excess.exp()"),
-            ("has_next = self.budget < self.size", "has_next = self.budget <= self.size"),
-            ("(2 * place + (~is_usable).long())[order]", "(2 * place)[order]"),
-            (
-                'group = completion if scope == "completion"',
-                'group = completion if scope == "batch"',
-            ),
-        ],
-    ),
-    "core/weighting.py": (
-        ["core/test_weighting.py"],
-        [
-            ("return (teacher_entropy >= threshold)", "return (teacher_entropy > threshold)"),
-            ("(teacher_entropy - threshold) / width", "(threshold - teacher_entropy) / width"),
-            ("raw = (1 - _share_of_largest(teacher_h))", "raw = _share_of_largest(teacher_h)"),
-            ("return (rate * (1 - rate))", "return rate"),
-            (
-                "torch.softmax(reward.double() / beta, 0) * len(reward)",
-                "torch.softmax(reward.double(), 0)",
-            ),
-            ("masked_fill(is_in, 1.0)", "masked_fill(~is_in, 1.0)"),
-        ],
-    ),
-    "core/extras.py": (
-        ["core/test_extras.py"],
-        [
-            (
-                "quadratic = norm.square() / (2 * curvature)",
-                "quadratic = norm.square() / curvature",
-            ),
-            ("torch.minimum(quadratic, block.forward_kl.double())", "quadratic"),
-            ("is_head = q.cumsum(-1) - q < HEAD_MASS", "is_head = q.cumsum(-1) < HEAD_MASS"),
-            (
-                "return block.q.gather(-1, _top(block.p))",
-                "return block.p.gather(-1, _top(block.p))",
-            ),
-            ("(block.gap - block.mean_gap)).square()", "block.gap).square()"),
-        ],
-    ),
-    "core/lazy.py": (
-        ["core/test_lazy.py", "core/test_objective.py"],
-        [
-            ("            out.add_(self.bias)\n", "            pass\n"),
-            ("self.weight[:vocab_size]", "self.weight[-vocab_size:]"),
-            ("out.div_(self.softcap).tanh_()", "out.tanh_()"),
-        ],
-    ),
-    "core/divergence.py": (
-        ["core/test_divergence.py"],
-        [
-            ("return _kl(log_p, log_q)\n", "return _kl(log_q, log_p)\n"),
-            ("is_zero = log_a == -torch.inf", "is_zero = log_a != log_a"),
-            ("+ math.log(teacher_weight)", "+ math.log1p(-teacher_weight)"),
-        ],
-    ),
-    "core/counter.py": (
-        ["core/test_counter.py"],
-        [
-            ("x = (x ^ _shift_right(x, 30))", "x = (x ^ _shift_right(x, 31))"),
-            ("double() + 0.5) * 0.5**52", "double()) * 0.5**52"),
-            ("return (x >> bits) & ((1 << (64 - bits)) - 1)", "return x >> bits"),
-        ],
-    ),
-    "core/quadrants.py": (
-        ["core/test_selection.py"],
-        [
-            ("entropy > limits[0]", "entropy >= limits[0]"),
-            (
-                "return 4 - 2 * is_uncertain.long() - is_wrong.long()",
-                "return 4 - is_uncertain.long() - 2 * is_wrong.long()",
-            ),
         ],
     ),
     "data/batch.py": (
@@ -526,13 +327,6 @@ MUTANTS: dict[str, Group] = {
                 "threshold - tl.sum(tl.where(which <= block, weight",
             ),
             ("is_stop = tl.max((stop == picked)", "is_stop = tl.min((stop == picked)"),
-        ],
-    ),
-    "core/kernels/late.py": (
-        ["core/test_kernels.py"],
-        [
-            ("self.slopes.times(factor)", "self.slopes"),
-            ("!= self.versions:", "!= self.versions and False:"),
         ],
     ),
     "train/checkpoint_thread.py": (

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from . import progress
 from .mutant_list import MUTANTS
+from .mutant_list_core import CORE_MUTANTS
 from .record import ROOT, Outcome
 
 PASSED, FAILED = 0, 1
@@ -53,7 +54,7 @@ class Mutant:
 
 def mutants() -> Iterator[Mutant]:
     """The list, one object each."""
-    for pattern, (tests, pairs) in MUTANTS.items():
+    for pattern, (tests, pairs) in (CORE_MUTANTS | MUTANTS).items():
         for old, new in pairs:
             yield Mutant(pattern, old, new, tuple(tests))
 

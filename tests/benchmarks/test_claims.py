@@ -14,27 +14,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 import claims
 import claims_design
-import claims_probe
 from claims_design import FULL, GRID, QUICK, SETTINGS, Cell, Design, cells, config_of, tuning_cells
 from claims_figures import draw_all
 from claims_page import _verdicts as page_verdicts
 from claims_page import page
-from claims_probe import OSCILLATION_RATES, SCORES, bias, oscillation, probe
+from claims_probe import OSCILLATION_RATES, SCORES, probe
 from claims_rules import CLAIMS, arms_of_claims
-from claims_statistics import correlation_intervals, mean_interval, pearson, spearman
 from claims_table import PER_PROBLEM, PER_SEED, Table
 from claims_verdicts import TESTS, Comparison, Verdict, judge, overall
-from claims_work import do, fresh, graded, hidden_start
+from claims_work import do, fresh
 from tutelage.config.parse import changed_keys, to_table
-from tutelage.core.counter import counter_uniform
-from tutelage.data.types import Prompt, Rollout
-from tutelage.evaluation.benchmark import Result
 from tutelage.evaluation.metrics import Interval
-from tutelage.evaluation.scores import Scores
 
 ORDER = ["contradicted here", "not supported", "supported"]
 RATE = 1e-3
@@ -323,140 +316,6 @@ def test_a_probed_step_is_undone_and_finds_tokens_that_help() -> None:
     assert len(tokens["decrease"]) == 4
     assert any(tokens["decrease"])
     assert min(tokens["gradient"]) > 0
-
-
-# --- grading and toys -----------------------------------------------------------------------------
-
-
-def test_hidden_starts_are_spread_and_counted() -> None:
-    prompts = [Prompt(f"p{i}", "e4+7;j7-6;n3+7;m0-6;b9*7;>", "0") for i in range(400)]
-    letters = [hidden_start(p) for p in prompts]
-    assert set(letters) == set("ejnmb")
-    assert all(letters.count(x) > 50 for x in "ejnmb")
-    wanted = letters[0]
-    other = next(x for x in "ejnmb" if x != wanted)
-    texts = [wanted, wanted, other, other, other, other, wanted, wanted]
-    rollouts = [Rollout(prompts[0], i, (1,), (ord(t), i // 2), text=t) for i, t in enumerate(texts)]
-    rows = [{"is_correct": i < 6} for i in range(8)]
-    found = graded(Result("toy", Scores(1, 8), rows, rollouts))
-    assert found == {
-        "mean": [0.75],
-        "pass": [1.0],
-        "hidden_mean": [0.25],
-        "hidden_pass": [1.0],
-        "distinct": [3.0],
-    }
-
-
-def test_the_toy_tells_a_biased_objective_from_an_unbiased_one() -> None:
-    found = bias(9)
-    assert abs(found["entropy_full"] - found["teacher_entropy"]) < 0.01
-    assert found["forward_kl_full"] < 0.01 < found["forward_kl_start"]
-
-
-def test_changes_of_the_toy_are_those_of_the_written_out_gradient(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The gradient of −A log p(y) is A (p − onehot(y)), A = log q(y) − log p(y); float64."""
-    monkeypatch.setattr(claims_probe, "OSCILLATION_STEPS", 6)
-    monkeypatch.setattr(claims_probe, "BURN_IN_STEPS", 4)
-    found = oscillation(3)
-    start = claims_probe._normal(3, 0).double() * claims_probe.FLAT
-    teacher = (claims_probe._normal(3, 1).double() * claims_probe.PEAKED).log_softmax(-1)
-    rows = torch.arange(len(start))
-    logits, changes = start, []
-    for step in range(6):
-        log_p = logits.log_softmax(-1)
-        uniform = counter_uniform((3, 4, step), rows)
-        tokens = (log_p.exp().cumsum(-1) < uniform[:, None]).sum(-1)
-        advantage = (teacher - log_p)[rows, tokens]
-        gradient = advantage[:, None] * log_p.exp()
-        gradient[rows, tokens] -= advantage
-        after = logits - 10.0 * gradient
-        changes.append(100 * float((after.argmax(-1) != logits.argmax(-1)).double().mean()))
-        logits = after
-    assert min(changes) > 0
-    assert found["changes_peaked_10.0"] == pytest.approx(sum(changes) / 6)
-    assert found["late_peaked_10.0"] == pytest.approx(sum(changes[4:]) / 2)
-
-
-# --- statistics -----------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 5), min_size=3, max_size=30), st.randoms(use_true_random=False))
-def test_correlations_are_those_of_scipy(x: list[int], rng: random.Random) -> None:
-    y = [rng.randrange(4) for _ in x]
-    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    if len(set(x)) == 1 or len(set(y)) == 1:
-        assert spearman(a, b) == pearson(a, b) == 0.0
-        return
-    assert pearson(a, b) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9)
-    assert spearman(a, b) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9)
-
-
-def coverage(interval: Callable[[torch.Tensor], Interval], with_problems: bool = True) -> float:
-    """How often an interval of 5 seeds holds the true mean 0."""
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    hits = 0
-    for _ in range(200):
-        values = 1.5 * normal(5, 1)
-        if with_problems:
-            values = values + 4 * normal(1, 60) + 10 * normal(5, 60)
-        found = interval(values)
-        hits += found.low <= 0 <= found.high
-    return hits / 200
-
-
-def pooled(values: torch.Tensor) -> Interval:
-    """The negative control: all values as if they were independent."""
-    half = 1.96 * float(values.std()) / values.numel() ** 0.5
-    return Interval(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
-
-
-def test_intervals_cover_and_pooling_would_not() -> None:
-    assert coverage(mean_interval) >= 0.92
-    assert coverage(mean_interval, with_problems=False) >= 0.9
-    assert coverage(pooled) < 0.85
-
-
-def test_correlation_differences_use_the_same_tokens_on_both_sides() -> None:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.rand(4, 30, generator=generator, dtype=torch.float64)
-    noisy = target + 0.3 * torch.randn(4, 30, generator=generator, dtype=torch.float64)
-    noise = torch.rand(4, 30, generator=generator, dtype=torch.float64)
-    twins = {"soft_or": noisy, "twin": noisy, "random": noise}
-    whole, gaps = correlation_intervals(twins, target, "spearman", 100)
-    assert (gaps["twin"].low, gaps["twin"].high) == (0.0, 0.0)
-    assert gaps["random"].low > 0
-    reference = stats.spearmanr(noisy.flatten(), target.flatten()).statistic
-    assert whole["soft_or"].value == pytest.approx(reference)
-
-
-def correlation_coverage(as_one_seed: bool) -> float:
-    """How often an interval of 5 seeds, whose tokens share a trend, holds a correlation of 0."""
-    generator = torch.Generator().manual_seed(2)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    hits, trials = 0, 60
-    for _ in range(trials):
-        score, trend = normal(5, 30), normal(5, 1)
-        target = trend * score + normal(5, 30)
-        if as_one_seed:
-            score, target = score.reshape(1, -1), target.reshape(1, -1)
-        found = correlation_intervals({"soft_or": score}, target, "pearson", 100)[0]["soft_or"]
-        hits += found.low <= 0 <= found.high
-    return hits / trials
-
-
-def test_correlations_know_that_tokens_of_a_seed_are_alike_and_pooling_would_not() -> None:
-    assert correlation_coverage(as_one_seed=False) >= 0.85
-    assert correlation_coverage(as_one_seed=True) < 0.6
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -63,3 +64,33 @@ def _make(
 @pytest.fixture(scope="session")
 def make_pair() -> Callable[..., Pair]:
     return _make
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run under Triton's interpreter, on a CPU."""
+    from tutelage.core import kernels
+
+    monkeypatch.setattr(kernels, "is_supported", lambda device: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # see tests/conftest.py
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched from now on."""
+    from tutelage.core.kernels import passes
+
+    found: list[str] = []
+    for name in ("statistics_kernel", "mixture_kernel", "gradient_kernel"):
+        kernel = getattr(passes.kernels, name)
+
+        class Counted:
+            def __init__(self, kernel: Any, name: str) -> None:
+                self.kernel, self.name = kernel, name
+
+            def __getitem__(self, grid: tuple[int, ...]) -> Any:
+                found.append(self.name)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(passes.kernels, name, Counted(kernel, name))
+    return found
