@@ -19,7 +19,7 @@ MUTANTS: dict[str, Group] = {
         [
             ('rglob("*.safetensors.index.json")', 'glob("model.safetensors.index.json")'),
             ("            if PurePosixPath(name).is_absolute() or", "            if"),
-            ('places = (".".join(parts[:end])', 'places = (".".join(parts[: end - 1])'),
+            ("if isinstance(modules[place], nn.ModuleList):", "if False:"),
         ],
     ),
     "models/llama_cpu/ops.py": (
