@@ -1,7 +1,7 @@
 """On-policy distillation of language models, token by token.
 
-A student language model writes completions; a bigger frozen teacher supervises every token of
-them. `tutelage.core` holds the mathematics (torch only), `tutelage.run` the training loop.
+A student language model generates completions; a bigger frozen teacher gives a KL target for every
+token of them. `tutelage.core` holds the mathematics (torch only), `tutelage.train` the loop.
 """
 
 from __future__ import annotations
