@@ -19,7 +19,7 @@ from playwright.sync_api import sync_playwright
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 WIDTH, HEIGHT = 980, 2000
-NAMES = {"gate": "eopd"}
+NAMES = {"gate": "eopd", "map": "entropy-kl-map", "viewer": "token-viewer"}
 
 
 def main() -> None:
@@ -33,9 +33,9 @@ def main() -> None:
         opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = opened.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
         page.goto(given.run.resolve().as_uri())
-        for view in ("overview", "plane", "microscope", "rules", "gate"):
+        for view in ("overview", "map", "viewer", "rules", "gate"):
             page.click(f"#tab-{view}")
-            if view == "microscope":
+            if view == "viewer":
                 page.click("#jump")
             save(page, NAMES.get(view, view))
         if given.comparison is not None:

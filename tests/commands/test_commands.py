@@ -392,5 +392,5 @@ def test_compare_pairs_runs_and_names_what_differs(tmp_path: Path, trained: Trai
     means = [run["accuracy"]["value"] for run in record["runs"]]
     assert difference["interval"]["value"] == pytest.approx(means[1] - means[0])
     text = succeed("compare", trained[0], other).out
-    assert "Set differently" in text
+    assert "Config differences" in text
     assert "paired over 6 problems" in text

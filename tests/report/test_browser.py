@@ -17,12 +17,12 @@ from tutelage.report.compare_page import write_comparison
 from tutelage.report.compare_runs import compare_records
 from tutelage.report.records import read_run
 from tutelage.report.run_page import write_report
-from tutelage.report.token_plots import highest, plane_bins
+from tutelage.report.token_plots import highest, map_bins
 from tutelage.report.tokens import rows_of, snapshots
 
 MakeRun = Callable[..., Path]
 BENIGN = ["a", "b", " c", "\n", "def", "9"]
-VIEWS = ("overview", "plane", "microscope", "rules", "gate")
+VIEWS = ("overview", "map", "viewer", "rules", "gate")
 CUTS = (0.5, 0.5)
 
 
@@ -91,7 +91,7 @@ def test_every_control_works_without_complaint_and_nothing_is_fetched(show: Any)
 
 def test_a_chosen_token_shows_what_was_recorded(show: Any) -> None:
     opened = show()
-    opened.page.click("#tab-microscope")
+    opened.page.click("#tab-viewer")
     opened.page.select_option("#text-step", "10")
     line = opened.line(10)
     for index in (0, 7):
@@ -113,7 +113,7 @@ def test_a_chosen_token_shows_what_was_recorded(show: Any) -> None:
 
 def test_tokens_are_coloured_filtered_and_walked_by_keyboard(show: Any) -> None:
     opened = show()
-    opened.page.click("#tab-microscope")
+    opened.page.click("#tab-viewer")
     line, tokens = opened.line(0), opened.page.locator("button.token")
     for index in range(NUM_TOKENS):
         classes = (tokens.nth(index).get_attribute("class") or "").split()
@@ -129,9 +129,9 @@ def test_tokens_are_coloured_filtered_and_walked_by_keyboard(show: Any) -> None:
     assert opened.page.locator(".reading").count() == 2
 
 
-def test_the_jump_goes_to_the_most_overconfident_tokens_in_order(show: Any) -> None:
+def test_the_jump_goes_through_q3_by_falling_kl(show: Any) -> None:
     opened = show()
-    opened.page.click("#tab-microscope")
+    opened.page.click("#tab-viewer")
     found = sorted(
         (
             n["reverse_kl"][i]
@@ -148,17 +148,17 @@ def test_the_jump_goes_to_the_most_overconfident_tokens_in_order(show: Any) -> N
 
 
 @pytest.mark.parametrize("how", ["fixed", "median"])
-def test_the_plane_counts_quadrants(show: Any, how: str) -> None:
+def test_the_map_counts_quadrants(show: Any, how: str) -> None:
     opened = show()
-    opened.page.click("#tab-plane")
-    opened.page.select_option("#plane-cut", how)
-    opened.page.fill("#plane-step", "1")
+    opened.page.click("#tab-map")
+    opened.page.select_option("#map-cut", how)
+    opened.page.fill("#map-step", "1")
     lines = [n for n in opened.lines if (n["step"], n["kind"]) == (10, "held-out")]
     cuts = CUTS
     if how == "median":
         cuts = tuple(median(x for n in lines for x in n[c]) for c in ("entropy", "reverse_kl"))
     where = [(quadrant(n, i, cuts), n["reverse_kl"][i]) for n in lines for i in range(NUM_TOKENS)]
-    for row, q in zip(opened.cells("#plane-table"), (1, 2, 3, 4), strict=True):
+    for row, q in zip(opened.cells("#map-table"), (1, 2, 3, 4), strict=True):
         here = [kl for number, kl in where if number == q]
         mass = sum(here) / sum(kl for _, kl in where)
         share = f"{100 * len(here) / len(where):.1f} %"
@@ -182,15 +182,17 @@ def test_rules_and_gates_are_those_of_the_recording(show: Any) -> None:
 
 def test_figures_and_page_count_the_same_bins(show: Any, tmp_path: Path) -> None:
     opened = show()
-    opened.page.click("#tab-plane")
-    counts = opened.page.locator("#plane-plot rect.bin title").all_text_contents()
+    opened.page.click("#tab-map")
+    counts = opened.page.locator("#map-plot rect.bin title").all_text_contents()
     tokens = read_run(tmp_path / "run0").tokens
     rows = rows_of(snapshots(tokens)[0, "held-out"])
-    bins = plane_bins(rows, highest(rows_of(tokens)))
+    bins = map_bins(rows, highest(rows_of(tokens)))
     assert sorted(counts) == sorted(f"{count} tokens" for count in bins.values())
 
 
-def test_runs_side_by_side_in_one_microscope(show: Any, make_run: MakeRun, tmp_path: Path) -> None:
+def test_runs_side_by_side_in_one_token_viewer(
+    show: Any, make_run: MakeRun, tmp_path: Path
+) -> None:
     """A rule of its own in one run, and the other run's completion beside it."""
     opened, runs = show(), [make_run("a", num_steps=3), make_run("b", num_steps=3, seed=1)]
     for run, name in zip(runs, ("soft_or", "own"), strict=True):
@@ -205,7 +207,7 @@ def test_runs_side_by_side_in_one_microscope(show: Any, make_run: MakeRun, tmp_p
     for view in VIEWS:
         page.click(f"#tab-{view}")
         assert page.is_visible(f"#view-{view}")
-    page.click("#tab-microscope")
+    page.click("#tab-viewer")
     assert page.locator("#text option").count() == 2 * 4
     page.select_option("#text-other", label="b · held-out, step 10")
     titles = page.locator(".reading h3").all_inner_texts()
@@ -294,7 +296,7 @@ def test_accessibility_in_light_and_dark_wide_and_narrow(
     for view in VIEWS:
         opened.page.click(f"#tab-{view}")
         assert opened.page.evaluate(AUDIT) == [], view
-    opened.page.click("#tab-microscope")
+    opened.page.click("#tab-viewer")
     for colour in ("entropy", "reverse_kl", "rank"):
         opened.page.select_option("#text-colour", colour)
         assert opened.page.evaluate(AUDIT) == [], colour

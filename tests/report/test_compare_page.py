@@ -55,7 +55,7 @@ def test_what_each_rule_keeps_is_counted_on_the_shared_prompts(make_run: MakeRun
     assert rows["tokens"] == ["24"] * 3
     assert rows["kept tokens"] == ["100.0 %", "16.7 %", "16.7 %"]
     assert rows["KL mass on kept tokens"][:2] == ["100.0 %", f"{100 * mass / total:.1f} %"]
-    name = "kept of Q3, overconfident and wrong"
+    name = "kept of Q3, low entropy, high KL"
     assert rows[name][1] == f"{100 * kept_q3 / len(q3):.1f} %"
     first = [n for n in token_lines(["a", " b", "c"]) if (n["step"], n["kind"]) == (0, "held-out")]
     sets = [{(k, i) for k, n in enumerate(first) for i in n["kept"][r]} for r in ("q3", "entropy")]
@@ -106,7 +106,7 @@ def test_compare_writes_a_page_beside_its_text(
     assert out.endswith(f"page: {page}\n")
     tree = html5lib.parse(page.read_text("utf-8"), namespaceHTMLElements=False)
     titles = ["".join(h.itertext()) for h in tree.iter("h2")]
-    assert titles[:4] == ["Where they ended", "Training", "What each rule keeps",
+    assert titles[:4] == ["Final metrics", "Training", "What each rule keeps",
                           "How far the rules agree"]  # fmt: skip
     (difference,) = [line for line in out.splitlines() if "points of mean@k" in line]
     assert difference in ["".join(p.itertext()) for p in tree.iter("p")]

@@ -16,7 +16,7 @@ from token_lines import NUM_TOKENS, token_lines
 from tutelage.cli import main
 from tutelage.report.panels import panels_of
 from tutelage.report.records import read_run
-from tutelage.report.token_plots import highest, plane_bins
+from tutelage.report.token_plots import highest, map_bins
 from tutelage.report.tokens import cuts_of, jaccard, kept_share, quadrant, rows_of, snapshots
 
 MakeRun = Callable[..., Path]
@@ -39,8 +39,8 @@ def test_every_plot_becomes_an_svg_and_a_png(
     assert sorted(printed) == sorted(folder.iterdir())
     names = {path.stem for path in printed}
     assert len(printed) == 2 * len(names)
-    assert {"accuracy", "loss", "main-memory", "uncertain-tokens"} <= names
-    for part in ("plane", "entropies", "rules-overlap", "rules-kept"):
+    assert {"accuracy", "loss", "main-memory", "high-entropy-tokens"} <= names
+    for part in ("entropy-kl-map", "entropies", "rules-overlap", "rules-kept"):
         found = {name for name in names if name.startswith(f"{part}-")}
         # A training rollout was recorded once, so its first snapshot is its last.
         steps = {f"{part}-{kind}-step-{s}" for kind in ("held-out", "training") for s in (0, 10)}
@@ -51,7 +51,7 @@ def test_every_plot_becomes_an_svg_and_a_png(
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
     assert not (run / "report.html").exists()
-    assert "reverse KL δ, nats" in (folder / "plane-held-out-step-0.svg").read_text()
+    assert "reverse KL δ, nats" in (folder / "entropy-kl-map-held-out-step-0.svg").read_text()
     assert "GiB, peak so far" in (folder / "main-memory.svg").read_text()
 
 
@@ -76,9 +76,9 @@ def test_the_numbers_drawn_are_those_recorded(make_run: MakeRun) -> None:
         len(kept["q3"] & kept["entropy"]) / len(kept["q3"] | kept["entropy"])
     )
     assert kept_share(rows, "q3") == pytest.approx(2 / NUM_TOKENS)
-    bins = plane_bins(rows, highest(rows))
+    bins = map_bins(rows, highest(rows))
     assert bins.total() == len(rows)
-    assert bins[31, plane_bins([max(rows, key=lambda r: r.entropy)], highest(rows)).popitem()[0][1]]
+    assert bins[31, map_bins([max(rows, key=lambda r: r.entropy)], highest(rows)).popitem()[0][1]]
 
 
 def test_statistics_that_are_missing_take_no_place(make_run: MakeRun) -> None:
@@ -133,7 +133,7 @@ def test_the_gate_is_drawn_over_the_steps(make_run: MakeRun) -> None:
         line |= {"gate_share": line["step"] / 10, "gated_forward_kl_nats": line["step"] / 5}
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     panels = {panel.title: panel for panel in panels_of(read_run(run))}
-    gate = {c.label: c.points for c in panels["Uncertain tokens"].curves}["gate open"]
-    found = {c.label: c.points for c in panels["Where the teacher is uncertain"].curves}
+    gate = {c.label: c.points for c in panels["High-entropy tokens"].curves}["EOPD gate: open"]
+    found = {c.label: c.points for c in panels["KL where teacher entropy is high"].curves}
     assert gate == [(0, 0.0), (1, 0.1), (2, 0.2)]
     assert found["forward KL, gated"] == [(0, 0.0), (1, 0.2), (2, 0.4)]

@@ -24,6 +24,7 @@ from tutelage.report import plots, text
 from tutelage.report.panels import MAX_POINTS, panels_of
 from tutelage.report.records import read_run
 from tutelage.report.run_page import write_report
+from tutelage.report.token_viewer import template_text
 
 MakeRun = Callable[..., Path]
 Tree = tuple[Any, ...]
@@ -230,7 +231,7 @@ def test_the_quadrant_table_shows_first_and_last_step(make_run: MakeRun) -> None
             for step in (metrics[0], metrics[-1])
             for column in ("share", "kl_mass", "kept_share")
         ]
-        assert row[2:] == expected
+        assert row[1:] == expected
         assert row[0].startswith(key.upper())
 
 
@@ -240,7 +241,7 @@ def test_the_quadrant_table_shows_first_and_last_step(make_run: MakeRun) -> None
     [
         ("median", "high means above the median of the step."),
         ([0.5, 1], "high means entropy above 0.5 nats and divergence above 1 nats."),
-        ("<b>", "divergence from the teacher. Tokens"),
+        ("<b>", "entropy and the reverse KL. Tokens"),
     ],
 )
 def test_the_page_says_what_counts_as_high(make_run: MakeRun, cuts: object, words: str) -> None:
@@ -421,3 +422,20 @@ def test_the_largest_recording_gives_a_page_below_ten_megabytes(make_run: MakeRu
             file.write(text)
     assert 0.9 * limit < (run / "tokens.jsonl").stat().st_size
     assert write_report(run).stat().st_size <= 10_000_000
+
+
+def test_the_script_finds_every_element_that_it_names() -> None:
+    """Ids in the script stand on the page, and every tab and control has a view."""
+    script, page = template_text("token_viewer.js"), template_text("token_viewer.html")
+    called = set(re.findall(r'\$\("([\w-]+)"\)', script))
+    called |= {name for group in re.findall(r"for \(const id of \[(.*?)\]", script)
+               for name in re.findall(r'"([\w-]+)"', group)}  # fmt: skip
+    ids = set(re.findall(r'id="([\w-]+)"|choice\("([\w-]+)"', page))
+    assert called
+    assert called <= {name for pair in ids for name in pair}
+    (views,) = re.findall(r"const views = \{(.*?)\};", script)
+    known = {entry.split(":")[0].strip() for entry in views.split(",")}
+    tabs = re.findall(r'\("(\w+)", "[^"]+"\)', template_text("report.html"))
+    assert set(tabs) - {"overview"} == known == set(re.findall(r'id="view-(\w+)"', page))
+    controls = re.findall(r'data-for="(\w+)"|choice\("[\w-]+", "[^"]+", "(\w+)"\)', page)
+    assert {name for pair in controls for name in pair if name} <= known

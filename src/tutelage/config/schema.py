@@ -100,7 +100,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """Tokens kept for the report's microscope; changes no number of the run."""
+    """Tokens kept for the report's token viewer; changes no number of the run."""
 
     __pydantic_config__ = STRICT
     every: int = 0

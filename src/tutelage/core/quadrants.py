@@ -12,7 +12,7 @@ def quadrants(
 ) -> Tensor:
     """TIP's quadrant of every row, 1 to 4.
 
-    Q1 both high, Q2 uncertain but agreeing, Q3 overconfident and wrong, Q4 solved; high means
+    Q1 both high, Q2 high entropy, Q3 high divergence, Q4 both low; high means
     strictly above the threshold.
 
     Args:

@@ -88,7 +88,7 @@ class EvaluationComparison:
                 [key, *(text.MISSING if v is None else text.visible(v, 60) for v in values)]
                 for key, values in self.settings.items()
             ]
-            found.append(text.Table("Set differently", [["", *self.names], *cells]))
+            found.append(text.Table("Config differences", [["", *self.names], *cells]))
         return found
 
 

@@ -14,7 +14,7 @@ from tutelage.report.page import panel_views, write_page
 from tutelage.report.panels import Curve, Panel, panels_across, told_apart
 from tutelage.report.records import RunRecord, TokenRecord
 from tutelage.report.rule_overlap import kept_tables
-from tutelage.report.token_viewer import keep_of, microscope_context
+from tutelage.report.token_viewer import keep_of, viewer_context
 
 
 def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: Path) -> None:
@@ -37,7 +37,7 @@ def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: 
     panels = [*across, *_difference_panel(runs, paired)]
     context = {
         **_shell("Runs side by side", [name for name, _ in runs], comparison.notes),
-        **microscope_context(_tokens(runs), records[0].config),
+        **viewer_context(_tokens(runs), records[0].config),
         "keep": budgets.pop() if len(budgets) == 1 else None,
         "tables": [tables[0], *kept_tables(runs), *tables[1:]],
         "panels": panel_views(panels),
@@ -49,7 +49,7 @@ def write_evaluations(comparison: EvaluationComparison, out: Path) -> None:
     """Write a page about several evaluations; raises as `write_comparison`."""
     context = {
         **_shell("Evaluations side by side", comparison.names, comparison.notes),
-        **microscope_context([], {}),
+        **viewer_context([], {}),
         "tables": comparison.tables(),
         "panels": [],
     }

@@ -75,9 +75,9 @@ class Comparison:
     def tables(self) -> list[text.Table]:
         """What the runs reached with the differences, and what was set differently."""
         lines = [_difference_line(difference) for difference in self.differences]
-        found = [text.Table("Where they ended", [*_summary_rows(self.runs)], lines)]
+        found = [text.Table("Final metrics", [*_summary_rows(self.runs)], lines)]
         if self.config:
-            found.append(text.Table("Set differently", [*_config_rows(self)]))
+            found.append(text.Table("Config differences", [*_config_rows(self)]))
         return found
 
 

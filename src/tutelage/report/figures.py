@@ -13,7 +13,7 @@ from tutelage.files.atomic import write_output
 from tutelage.report.panels import Panel, panels_of
 from tutelage.report.plots import LIGHT, Theme, draw_panel, render
 from tutelage.report.records import RunRecord, read_run
-from tutelage.report.token_plots import draw_entropies, draw_kept, draw_overlap, draw_plane, highest
+from tutelage.report.token_plots import draw_entropies, draw_kept, draw_map, draw_overlap, highest
 from tutelage.report.tokens import rows_of, snapshots
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ def _figures(record: RunRecord) -> Iterator[tuple[str, Draw, tuple[float, float]
             records = found[step, kind]
             rows, where = rows_of(records), f"{_file_name(kind)}-step-{step}"
             if rows:
-                yield f"plane-{where}", partial(draw_plane, rows, record.config, ends), _SQUARE
+                yield (
+                    f"entropy-kl-map-{where}",
+                    partial(draw_map, rows, record.config, ends),
+                    _SQUARE,
+                )
                 yield f"entropies-{where}", partial(draw_entropies, records), _SQUARE
                 yield f"rules-overlap-{where}", partial(draw_overlap, records, rows), (5.2, 2.7)
                 kept = partial(draw_kept, records, rows, record.config)

@@ -31,7 +31,7 @@ def write_page(path: Path, context: dict[str, Any]) -> None:
     Args:
         path: HTML file.
         context: kicker, name, facts, notes, `overview` (a template's name or None) with what that
-            template shows, and `microscope_context`.
+            template shows, and `viewer_context`.
 
     Raises:
         RunError: the page cannot be written.

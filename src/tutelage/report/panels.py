@@ -95,7 +95,7 @@ def panels_of(record: RunRecord) -> list[Panel]:
         Panel("Loss", "per kept token", _present(loss), starts_at_zero=False),
         Panel("Entropy", "nats per token", _present(entropy)),
         Panel("Kept tokens", "share of completion tokens", _present(kept), is_share=True),
-        *_uncertain(steps),
+        *_high_entropy(steps),
         Panel("Time", "seconds a step, stacked", _seconds(steps), is_stacked=True),
         Panel("Accelerator memory", "GiB, peak of each phase", _device_memory(steps)),
         Panel("Main memory", "GiB, peak so far", _present([_main_memory(steps, "process")])),
@@ -196,12 +196,12 @@ def _held_out(record: RunRecord, label: str) -> Curve:
     return Curve(label, [(step, kl) for step, kl in found if kl is not None], "blue")
 
 
-def _uncertain(steps: Sequence[StepRecord]) -> list[Panel]:
-    """EOPD's view: how many tokens are uncertain, how often its gate opens, what it finds there."""
+def _high_entropy(steps: Sequence[StepRecord]) -> list[Panel]:
+    """Share of high-entropy tokens and of open EOPD gates, and the divergences there."""
     shares = [
         _curve(steps, "student", "blue", lambda s: (s.high_entropy or _UNKNOWN).student_share),
         _curve(steps, "teacher", "orange", lambda s: (s.high_entropy or _UNKNOWN).teacher_share),
-        _curve(steps, "gate open", "purple", lambda s: s.gate_share),
+        _curve(steps, "EOPD gate: open", "purple", lambda s: s.gate_share),
     ]
     kls = [
         _curve(steps, "reverse KL", "blue", lambda s: (s.high_entropy or _UNKNOWN).reverse_kl_nats),
@@ -210,8 +210,10 @@ def _uncertain(steps: Sequence[StepRecord]) -> list[Panel]:
         _curve(steps, "forward KL, gated", "purple", lambda s: s.gated_forward_kl_nats),
     ]  # fmt: skip
     return [
-        Panel("Uncertain tokens", "share with 0.8 nats or more", _present(shares), is_share=True),
-        Panel("Where the teacher is uncertain", "nats per token", _present(kls)),
+        Panel(
+            "High-entropy tokens", "share with 0.8 nats or more", _present(shares), is_share=True
+        ),
+        Panel("KL where teacher entropy is high", "nats per token", _present(kls)),
     ]
 
 

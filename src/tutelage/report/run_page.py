@@ -22,17 +22,11 @@ from tutelage.report.records import (
     TokenRecord,
     read_run,
 )
-from tutelage.report.token_viewer import microscope_context
+from tutelage.report.token_viewer import viewer_context
+from tutelage.report.tokens import QUADRANTS
 
 _MAX_PROMPTS = 8
 _MAX_COMPLETIONS = 2
-
-_QUADRANTS = {
-    "q1": ("high", "high", "uncertain and wrong"),
-    "q2": ("high", "low", "uncertain and right"),
-    "q3": ("low", "high", "overconfident and wrong"),
-    "q4": ("low", "low", "solved"),
-}
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ def write_score_page(
         "name": text.visible(out.stem, 120),
         "facts": facts,
         "notes": [],
-        **microscope_context(tokens, {**config, "selection": {"keep": keep}}),
+        **viewer_context(tokens, {**config, "selection": {"keep": keep}}),
     }
     write_page(out, context)
     return out
@@ -110,7 +104,7 @@ def _page_path(run: Path, out: Path | None) -> Path:
 def _context(record: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     environment = {key: value for key, value in record.manifest.items() if key != "config"}
     return {
-        **microscope_context(record.tokens, record.config),
+        **viewer_context(record.tokens, record.config),
         "overview": "run.html",
         "kicker": "On-policy distillation run",
         "name": text.visible(record.path.resolve().name, 120),
@@ -191,15 +185,16 @@ def _quadrant_steps(steps: Sequence[StepRecord]) -> tuple[int, int] | None:
 
 def _quadrant_rows(
     steps: Sequence[StepRecord],
-) -> list[tuple[str, tuple[str, str, str], Quadrant, Quadrant]]:
+) -> list[tuple[str, str, Quadrant, Quadrant]]:
     """Each quadrant with its meaning, at the first and at the last step that measured it."""
     measured = _with_quadrants(steps)
     if not measured:
         return []
     first, last = measured[0].quadrants or {}, measured[-1].quadrants or {}
+    blank = Quadrant()
     return [
-        (key.upper(), meaning, first.get(key, Quadrant()), last.get(key, Quadrant()))
-        for key, meaning in _QUADRANTS.items()
+        (f"Q{number}", meaning, first.get(f"q{number}", blank), last.get(f"q{number}", blank))
+        for number, meaning in QUADRANTS.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of recorded tokens: the plane, both entropies, and what rules keep."""
+"""Plots of recorded tokens: the entropy–KL map, both entropies, and what rules keep."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NUM_BINS = 32
-"""Bins of the plane along each axis, as on the page."""
+"""Bins of the map along each axis, as on the page."""
 
 
 def highest(rows: Sequence[Row]) -> tuple[float, float]:
-    """Ends of the plane's axes, entropy and divergence in nats."""
+    """Ends of the map's axes, entropy and divergence in nats."""
     return max([1e-3, *(r.entropy for r in rows)]), max([1e-3, *(r.reverse_kl for r in rows)])
 
 
-def plane_bins(rows: Sequence[Row], ends: tuple[float, float]) -> Counter[tuple[int, int]]:
+def map_bins(rows: Sequence[Row], ends: tuple[float, float]) -> Counter[tuple[int, int]]:
     """Tokens in each bin (entropy, divergence); bins are equal on axes of square roots."""
     return Counter((_bin(r.entropy, ends[0]), _bin(r.reverse_kl, ends[1])) for r in rows)
 
 
-def draw_plane(rows: Sequence[Row], config: dict[str, Any], ends: tuple[float, float],
+def draw_map(rows: Sequence[Row], config: dict[str, Any], ends: tuple[float, float],
                axes: Axes, theme: Theme) -> None:  # fmt: skip
-    """Density over student entropy and reverse KL, with the quadrants' cuts and shares."""
-    cuts, bins = cuts_of(rows, config), plane_bins(rows, ends)
+    """Density over student entropy and reverse KL, with the quadrants' thresholds and shares."""
+    cuts, bins = cuts_of(rows, config), map_bins(rows, ends)
     style(axes, theme)
     _root_axes(axes, ends)
     edges = [[top * (i / NUM_BINS) ** 2 for i in range(NUM_BINS + 1)] for top in ends]
@@ -56,7 +56,7 @@ def draw_plane(rows: Sequence[Row], config: dict[str, Any], ends: tuple[float, f
 
 
 def draw_entropies(records: Sequence[TokenRecord], axes: Axes, theme: Theme) -> None:
-    """Student against teacher entropy, one mark a token; the mark tells if the gate is open."""
+    """Student against teacher entropy, one mark a token, by whether the EOPD gate is open."""
     style(axes, theme)
     points = [
         (teacher, student, gate or 0.0)
@@ -66,7 +66,10 @@ def draw_entropies(records: Sequence[TokenRecord], axes: Axes, theme: Theme) -> 
         )
         if teacher is not None and student is not None
     ]
-    looks = {True: ("^", theme.orange, "gate open"), False: ("o", theme.blue, "gate shut")}
+    looks = {
+        True: ("^", theme.orange, "EOPD gate: open"),
+        False: ("o", theme.blue, "EOPD gate: closed"),
+    }
     for is_open, (marker, color, label) in looks.items():
         here = [(x, y) for x, y, gate in points if (gate >= 0.5) == is_open]
         xs, ys = zip(*here, strict=True) if here else ((), ())

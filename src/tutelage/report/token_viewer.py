@@ -20,11 +20,11 @@ _LEFT_OUT = {"texts"}
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
-def microscope_context(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, Any]:
+def viewer_context(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, Any]:
     """What the template needs to show recorded tokens; `tokens` is None where there are none."""
     if not tokens:
         return {"tokens": None}
-    script = template_text("microscope.js")
+    script = template_text("token_viewer.js")
     return {
         "tokens": embedded(_data(tokens, config)),
         "script": script,

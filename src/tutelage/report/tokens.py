@@ -15,8 +15,11 @@ from tutelage.report.records import TokenRecord
 DEFAULT_CUTS = (0.5, 0.5)
 """Cuts of entropy and divergence in nats where a run has none of its own."""
 QUADRANTS = {
-    1: "uncertain and wrong", 2: "uncertain and right", 3: "overconfident and wrong", 4: "solved",
-}  # fmt: skip
+    1: "high entropy, high KL",
+    2: "high entropy, low KL",
+    3: "low entropy, high KL",
+    4: "low entropy, low KL",
+}
 Snapshot = tuple[int, str]
 """Step, and kind of completion."""
 

@@ -1,4 +1,4 @@
-"""What the report's microscope shows: every token of a few completions, as compact JSON lines.
+"""What the report's token viewer shows: every token of a few completions, as compact JSON lines.
 
 A snapshot is one line a completion, with a column for each number. Lines go to the log
 `tokens.jsonl`, so that torn lines and continued runs are dealt with as in every other log.

@@ -5,7 +5,8 @@
 const data = JSON.parse(document.getElementById("tokens").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const QUADRANTS = {
-  1: "uncertain and wrong", 2: "uncertain and right", 3: "overconfident and wrong", 4: "solved",
+  1: "high entropy, high KL", 2: "high entropy, low KL",
+  3: "low entropy, high KL", 4: "low entropy, low KL",
 };
 const COLUMNS = {
   entropy: "student entropy", reverse_kl: "reverse KL", forward_kl: "forward KL",
@@ -35,6 +36,7 @@ const sum = (values) => values.reduce((a, b) => a + b, 0);
 const mean = (values) => (values.length ? sum(values) / values.length : null);
 const nats = (x) => (x === null || x === undefined ? "–" : Number(x.toPrecision(4)).toString());
 const percent = (x) => (x === null ? "–" : `${(100 * x).toFixed(1)} %`);
+const gateOf = (x) => (x === 1 ? "open" : x === 0 ? "closed" : nats(x));
 const unique = (values) => [...new Set(values)];
 const shown = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "∅";
 const textOf = (id) => data.texts[id] ?? `id ${id}`;
@@ -129,20 +131,20 @@ const highest = (columns) =>
   Math.max(1e-3, ...data.completions.flatMap((c) =>
     columns.map((column) => c[column].reduce((a, b) => Math.max(a, b ?? 0), 0))));
 
-// --- Plane -------------------------------------------------------------------------------------
+// --- Entropy–KL map -------------------------------------------------------------------------------------
 
 const BINS = 32;
 const entropyMax = highest(["entropy", "teacher_entropy"]), divergenceMax = highest(["reverse_kl"]);
 
-const plane = () => {
-  const step = steps[Number($("plane-step").value)], kind = $("plane-kind").value;
-  const rows = rowsOf(step, kind), cuts = cutsOf(rows, $("plane-cut").value);
+const map = () => {
+  const step = steps[Number($("map-step").value)], kind = $("map-kind").value;
+  const rows = rowsOf(step, kind), cuts = cutsOf(rows, $("map-cut").value);
   const parts = quadrantTable(rows, cuts);
-  $("plane-step-value").textContent = `step ${step}`;
-  $("plane-step").setAttribute("aria-valuetext", `step ${step}`);
+  $("map-step-value").textContent = `step ${step}`;
+  $("map-step").setAttribute("aria-valuetext", `step ${step}`);
   if (!rows.length) {
-    $("plane-plot").replaceChildren(make("p", {}, `No ${kind} tokens were recorded at step ${step}.`));
-    $("plane-table").replaceChildren();
+    $("map-plot").replaceChildren(make("p", {}, `No ${kind} tokens were recorded at step ${step}.`));
+    $("map-table").replaceChildren();
     return;
   }
   const xMax = highest(["entropy"]);
@@ -172,14 +174,14 @@ const plane = () => {
   for (const [q, [px, py, anchor]] of Object.entries(places)) {
     svg.append(draw("text", { x: px, y: py, "text-anchor": anchor, class: "corner" }, `Q${q} ${QUADRANTS[q]}`));
   }
-  $("plane-plot").replaceChildren(svg);
-  $("plane-table").replaceChildren(table(
-    `Quadrants at step ${step}: cut at ${nats(cuts[0])} nats of entropy and ${nats(cuts[1])} nats of divergence`,
+  $("map-plot").replaceChildren(svg);
+  $("map-table").replaceChildren(table(
+    `Quadrants at step ${step}: thresholds ${nats(cuts[0])} nats of entropy and ${nats(cuts[1])} nats of reverse KL`,
     ["quadrant", "tokens", "share", "KL mass"],
     parts.map((p) => [`Q${p.quadrant} ${QUADRANTS[p.quadrant]}`, p.rows.length, percent(p.share), percent(p.mass)])));
 };
 
-// --- Microscope --------------------------------------------------------------------------------
+// --- Token viewer --------------------------------------------------------------------------------
 
 const keyOf = (c) => `${c.kind} · ${c.prompt_id} · sample ${c.sample}`;
 const texts = unique(data.completions.map(keyOf));
@@ -189,7 +191,7 @@ const stepsOf = (key) => data.completions.filter((c) => keyOf(c) === key).map((c
 const completionAt = (key, step) => data.completions.find((c) => keyOf(c) === key && c.step === step);
 
 // Beside a completion stand those of the same prompt: at other steps, and of other runs.
-const microscopeSteps = () => {
+const viewerSteps = () => {
   const key = texts[Number($("text").value)], here = stepsOf(key);
   options($("text-step"), here.map((s) => [s, `step ${s}`]));
   const main = completionAt(key, here[0]);
@@ -233,7 +235,7 @@ const reading = (completion, side) => {
     hidden > 0 ? make("p", { class: "caption" }, `${hidden} more tokens were not recorded.`) : "");
 };
 
-const microscope = () => {
+const viewer = () => {
   const key = texts[Number($("text").value)];
   const main = completionAt(key, Number($("text-step").value));
   const other = $("text-other").value === "" ? null : data.completions[Number($("text-other").value)];
@@ -264,7 +266,7 @@ const candidates = (who, completion, index) => {
     const bar = make("span", { class: "bar" });
     bar.style.setProperty("--share", shares[i] ?? 0);
     const isSampled = id === completion.token[index];
-    return [isSampled ? `${shown(textOf(id))} (written)` : shown(textOf(id)), nats(shares[i]),
+    return [isSampled ? `${shown(textOf(id))} (sampled)` : shown(textOf(id)), nats(shares[i]),
       make("td", { class: "bars" }, bar)];
   });
   return table(`The ${who}'s five likeliest tokens`, ["token", "probability", ""], rows);
@@ -275,9 +277,9 @@ const detail = (completion, index) => {
   const q = quadrantOf(completion.entropy[index], completion.reverse_kl[index], cuts);
   const facts = [
     ...Object.entries(COLUMNS).map(([name, label]) => [label, `${nats(completion[name][index])} nats`, name]),
-    ["log p of the token", nats(completion.log_p[index]), "log_p"],
-    ["log q of the token", nats(completion.log_q[index]), "log_q"],
-    ["gate", nats(completion.gate[index]), "gate"],
+    ["student log-prob", nats(completion.log_p[index]), "log_p"],
+    ["teacher log-prob", nats(completion.log_q[index]), "log_q"],
+    ["EOPD gate", gateOf(completion.gate[index]), "gate"],
   ];
   return [
     make("h3", {}, `“${shown(textOf(completion.token[index]))}”`),
@@ -294,9 +296,9 @@ const detail = (completion, index) => {
 const focusToken = (side, index) =>
   $("readings").querySelector(`button[data-side="${side}"][data-index="${index}"]`)?.focus();
 
-// Most overconfident first: the reverse KL of Q3, from one to the next at every press.
+// Q3 tokens by falling reverse KL, the next at every press.
 let jump = 0;
-const jumpToOverconfident = () => {
+const jumpToNextQ3 = () => {
   const how = $("text-cut").value, found = [];
   for (const step of steps) {
     for (const kind of kinds) {
@@ -306,17 +308,17 @@ const jumpToOverconfident = () => {
   }
   found.sort((a, b) => b.reverse_kl - a.reverse_kl);
   if (!found.length) {
-    $("jump-result").textContent = "No token is overconfident and wrong at these cuts.";
+    $("jump-result").textContent = "No token has low entropy and high KL at these thresholds.";
     return;
   }
   const row = found[jump % found.length];
   $("jump-result").textContent = `${(jump % found.length) + 1} of ${found.length}`;
   jump += 1;
   $("text").value = texts.indexOf(keyOf(row.completion));
-  microscopeSteps();
+  viewerSteps();
   $("text-step").value = row.completion.step;
   $("text-other").value = "";
-  microscope();
+  viewer();
   focusToken(0, row.index);
 };
 
@@ -356,7 +358,7 @@ const rulesView = () => {
       ["quadrant", "tokens", ...rules],
       parts.map((p) => [`Q${p.quadrant} ${QUADRANTS[p.quadrant]}`, percent(p.share),
         ...rules.map((rule) => shaded(keptShare(p.rows, rule)))])),
-    table("Tokens a rule keeps most often: kept of all its occurrences", ["rule", "tokens kept"],
+    table("Tokens kept most often: kept of all occurrences", ["rule", "tokens kept"],
       rules.map((rule) => [rule, make("td", { class: "favourites" },
         favourites(rows, rule).map((text) => make("span", {}, text)))])));
 };
@@ -367,9 +369,9 @@ const MAX_POINTS = 1500;
 const gateView = () => {
   const step = Number($("gate-step").value), kind = $("gate-kind").value, rows = rowsOf(step, kind);
   const summary = steps.map((s) => [s, rowsOf(s, kind)]).filter(([, all]) => all.length).map(([s, all]) => {
-    const open = all.filter((r) => r.gate >= 0.5), shut = all.filter((r) => r.gate < 0.5);
+    const open = all.filter((r) => r.gate >= 0.5), closed = all.filter((r) => r.gate < 0.5);
     return [`step ${s}`, percent(mean(all.map((r) => r.gate))), nats(mean(open.map((r) => r.forward_kl))),
-      nats(mean(shut.map((r) => r.forward_kl))), nats(mean(open.map((r) => r.entropy))),
+      nats(mean(closed.map((r) => r.forward_kl))), nats(mean(open.map((r) => r.entropy))),
       nats(mean(open.map((r) => r.teacher_entropy)))];
   });
   const { x, y } = scales(entropyMax, entropyMax);
@@ -381,16 +383,16 @@ const gateView = () => {
     const [px, py] = [x(row.teacher_entropy), y(row.entropy)];
     svg.append(row.gate >= 0.5
       ? draw("path", { class: "open", d: `M${px},${py - 4.5}l4.5,8h-9z` })
-      : draw("circle", { class: "shut", cx: px, cy: py, r: 2.5 }));
+      : draw("circle", { class: "closed", cx: px, cy: py, r: 2.5 }));
   }
   $("gate-plot").replaceChildren(svg);
   $("gate-table").replaceChildren(table("Mean over the recorded tokens; entropies and KL in nats",
-    ["", "gate open", "forward KL, open", "forward KL, shut", "student entropy, open", "teacher entropy, open"], summary));
+    ["", "EOPD gate: open", "forward KL, open", "forward KL, closed", "student entropy, open", "teacher entropy, open"], summary));
 };
 
 // --- tabs and start ----------------------------------------------------------------------------
 
-const views = { plane, microscope, rules: rulesView, gate: gateView };
+const views = { map, viewer, rules: rulesView, gate: gateView };
 const tabs = [...document.querySelectorAll('[role="tab"]')];
 const open = (tab) => {
   for (const other of tabs) {
@@ -414,9 +416,9 @@ tabs.forEach((tab, i) => {
 
 const kindOptions = kinds.map((kind) => [kind, `${kind} completions`]);
 const stepOptions = steps.map((s) => [s, `step ${s}`]);
-for (const id of ["plane-kind", "rules-kind", "gate-kind"]) options($(id), kindOptions);
+for (const id of ["map-kind", "rules-kind", "gate-kind"]) options($(id), kindOptions);
 for (const id of ["rules-step", "gate-step"]) options($(id), stepOptions);
-for (const id of ["plane-cut", "text-cut", "rules-cut"]) {
+for (const id of ["map-cut", "text-cut", "rules-cut"]) {
   options($(id), [["fixed", `${data.cuts[0]} and ${data.cuts[1]} nats`], ["median", "medians of the step"]]);
   $(id).value = data.is_median ? "median" : "fixed";
 }
@@ -425,16 +427,16 @@ options($("text"), texts.map((key, i) => [i, key]));
 const opening = data.completions.filter((c) => c.step === steps[0])
   .reduce((a, b) => (b.token.length > a.token.length ? b : a));
 $("text").value = texts.indexOf(keyOf(opening));
-options($("text-colour"), [["quadrant", "quadrant"], ...Object.entries(COLUMNS), ["rank", "rank under the rule"], ["gate", "gate of EOPD"]]);
+options($("text-colour"), [["quadrant", "quadrant"], ...Object.entries(COLUMNS), ["rank", "rank under the rule"], ["gate", "EOPD gate"]]);
 options($("text-filter"), [["", "all tokens"], ["kept", "kept tokens"], ...[1, 2, 3, 4].map((q) => [q, `Q${q} ${QUADRANTS[q]}`])]);
-$("plane-step").max = steps.length - 1;
-microscopeSteps();
+$("map-step").max = steps.length - 1;
+viewerSteps();
 
 for (const [view, run] of Object.entries(views)) {
   for (const control of document.querySelectorAll(`[data-for="${view}"]`)) control.addEventListener("input", run);
 }
-$("text").addEventListener("input", () => { microscopeSteps(); microscope(); });
-$("jump").addEventListener("click", jumpToOverconfident);
+$("text").addEventListener("input", () => { viewerSteps(); viewer(); });
+$("jump").addEventListener("click", jumpToNextQ3);
 $("text-cut").addEventListener("input", () => { jump = 0; });
 $("readings").addEventListener("focusin", (event) => {
   const button = event.target.closest("button.token");
