@@ -314,7 +314,7 @@ def compared(case: Case, components: Components, rollouts: Sequence[Rollout]) ->
         for p, r in zip(plain, rollouts, strict=True)
     ]
     case.gaps["drawn"] = largest([r.logprobs for r in rollouts], logprobs)
-    with components.teacher.awake():
+    with components.teacher.on_device():
         batch = collate(rollouts, 0)
         stats = components.student(batch, components.teacher.read(batch))
         wanted = [
@@ -359,7 +359,7 @@ def trained(case: Case, folder: Path) -> None:
     whole, resumed = (weights(folder / out / "student") for out in ("whole", "parts"))
     start = weights(folder / "student")
     if not all(math.isfinite(s["loss"]) and s["grad_norm"] > 0 for s in seen):
-        case.message = "a step taught nothing"
+        case.message = "a step trained nothing"
     if all(torch.equal(whole[name], start[name]) for name in start if name in whole):
         case.message = "training changed no weight"
     if whole.keys() != resumed.keys() or not all(torch.equal(whole[n], resumed[n]) for n in whole):

@@ -23,7 +23,7 @@ from tutelage.errors import (
 if TYPE_CHECKING:
     from tutelage.config.schema import Config
 
-_LESS_MEMORY = "Lower what is that large; `tutelage check` shows what memory goes to."
+_LESS_MEMORY = "Lower the setting that needs it; `tutelage check` shows what memory is used for."
 _NO_DOCSTRINGS = (
     "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
     f"got optimisation {sys.flags.optimize}. Use -O at most."
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tutelage: {_NO_DOCSTRINGS}", file=sys.stderr)
         return USER_ERROR
     _quiet_libraries()
-    _speak_any_encoding()
+    _print_any_character()
     try:
         code: int = _COMMANDS[arguments.command](arguments)
-        sys.stdout.flush()  # so that a reader who left is noticed here and not at exit
+        sys.stdout.flush()  # so that a closed pipe is noticed here and not at exit
     except TutelageError as error:
         print_once(f"tutelage: {' '.join(str(error).split())}")
         return USER_ERROR
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = "the same command continues" if is_saved else "nothing was saved"
         print_once(f"tutelage: interrupted; {left}")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except BrokenPipeError:  # head or less closed the pipe
         _close_output()
         return 0
     except (MemoryError, RuntimeError) as error:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _has_output_failed() -> bool:
-    """What could not be written is still there and fails again; then it is given up."""
+    """Whether standard output cannot be written; its buffer is dropped then."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -75,7 +75,7 @@ def _has_output_failed() -> bool:
 
 
 def _close_output() -> None:
-    """Nothing more can be printed; keep Python from trying at exit."""
+    """Redirect standard output, so that Python does not fail to flush it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -94,7 +94,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _as_override(argv: Sequence[str], option: str) -> str:
-    """How an option that is a key of the configuration is written."""
+    """The override for an option that is a key of the configuration."""
     from tutelage.config.suggest import find_key
 
     name, equals, value = option.lstrip("-").partition("=")
@@ -113,12 +113,12 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search every package
-    # It warns of kernels that are not there for optional parts which nothing here uses.
+    # It warns of missing kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _speak_any_encoding() -> None:
-    """A terminal or pipe that lacks a character gets its escape; printing never fails."""
+def _print_any_character() -> None:
+    """Print characters that the encoding of a terminal or pipe lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

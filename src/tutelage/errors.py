@@ -42,17 +42,17 @@ class MissingExtraError(TutelageError, ImportError):
 
 
 def as_share(value: object) -> str:
-    """What a percentage is written as where a share belongs, as a sentence; empty for others."""
+    """A sentence with the share for a percentage; empty for other values."""
     if not isinstance(value, int | float) or not 2 < value <= 100:
         return ""
     return f"Write {value / 100:g} for {value:g} %. "
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room on the disk, or within a quota."""
+    """Whether a write failed because a disk or a quota is full."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
-    # Libraries in Rust write the number into their text.
+    # Libraries in Rust have the number in their text.
     return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
@@ -85,7 +85,7 @@ def explained(error: OSError, is_output: bool) -> str:
 
 @contextmanager
 def explained_write(path: Path, kept: str) -> Iterator[None]:
-    """Turn what a full or broken disk raises into one line, which says what was kept."""
+    """Turn an error of the disk into one line that names what was kept."""
     try:
         yield
     except OSError as error:

@@ -351,7 +351,7 @@ def test_check_says_what_a_run_would_do(tmp_path: Path) -> None:
 
 
 def test_check_warns_of_another_sampling_distribution(own: Path) -> None:
-    assert "warning: completions are not drawn from the distribution" in succeed("check", own).out
+    assert "warning: completions are not sampled from the distribution" in succeed("check", own).out
 
 
 def test_check_and_train_warn_of_different_chat_templates(own: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_step_that_teaches_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
     """Negative control: student and teacher from the same seed agree, and nothing is learned."""
     save = dryrun.save_tiny_model
     monkeypatch.setattr(dryrun, "save_tiny_model", lambda a, n, seed, f: save(a, n, 0, f))
-    with pytest.raises(RunError, match="taught nothing"):
+    with pytest.raises(RunError, match="trained nothing"):
         list(dry_run(parse_config({name: {"model": "Qwen/Qwen3-8B"} for name in HUB})))
 
 

@@ -85,7 +85,7 @@ def test_a_trial_finds_a_model_that_reads_packed_rows_otherwise(
     model = prepared("llama")
     try_model(model, "student 'x'", 50, is_packed=True)
     monkeypatch.setattr(packing, "_by_sequence", _over_the_whole_row)
-    with pytest.raises(ModelError, match="'x' reads a sequence otherwise in a packed row"):
+    with pytest.raises(ModelError, match="'x' computes a sequence differently in a packed row"):
         try_model(model, "student 'x'", 50, is_packed=True)
 
 

@@ -38,7 +38,7 @@ def test_what_exceeds_the_share_leaves_the_device(tiny_models: Path) -> None:
     teacher.device_budget_bytes = (2 + 3) * 32 * 4
     for _ in range(2):  # each step begins anew
         store.left.clear()
-        with teacher.awake():
+        with teacher.on_device():
             views = [teacher.read(batch) for batch in batches]
         assert store.left == [4]
         assert [len(view) for view in views] == [2, 3, 4]

@@ -50,11 +50,11 @@ def test_a_reloaded_teacher_is_gone_between_phases(tiny_models: Path) -> None:
 
     for mode, is_kept in (("resident", True), ("offload", True), ("reload", False)):
         teacher = Teacher(load(), 20, mode=mode, load=load)
-        with teacher.awake():
+        with teacher.on_device():
             alive = weakref.ref(teacher.model)
         gc.collect()
         assert (alive() is not None) == is_kept, mode
-    with pytest.raises(RuntimeError, match="awake"):
+    with pytest.raises(RuntimeError, match="on_device"):
         _ = teacher.model
 
 
@@ -65,7 +65,7 @@ def test_a_teacher_whose_files_changed_is_not_loaded_again(
     folder = shutil.copytree(tiny_models / "teacher", tmp_path / "teacher")
     teacher = {"model": str(folder), "mode": "offload"}
     components = build_components(tiny_config(tiny_models, tmp_path / "out", teacher=teacher))
-    with components.teacher.awake():
+    with components.teacher.on_device():
         pass  # unchanged files are read again
     if change == "touched":
         os.utime(folder / "model.safetensors", (1, 1))
@@ -73,7 +73,7 @@ def test_a_teacher_whose_files_changed_is_not_loaded_again(
         shutil.rmtree(folder)
     with (
         pytest.raises(RunError, match=r"teacher '.*' have changed.*Restore them and start"),
-        components.teacher.awake(),
+        components.teacher.on_device(),
     ):
         pass
 
@@ -85,7 +85,7 @@ def test_a_reloaded_teacher_leaves_no_mapped_file_behind(tiny_models: Path) -> N
     sequence = collate([Rollout(Prompt("p", ""), 0, (1, 3), (4, 5), False, (0.0, 0.0), "")], 0)
     for mode in ("reload", "offload"):  # in this order: what offload maps stays
         teacher = Teacher(load(), 20, mode=mode, load=load)
-        with teacher.awake():
+        with teacher.on_device():
             read = teacher.read(sequence)
         gc.collect()
         is_mapped = str(tiny_models / "teacher") in Path("/proc/self/maps").read_text()

@@ -18,10 +18,10 @@ from tutelage.models.tokenizers import (
     control_ids,
     decode,
     encode_prompt,
+    eos_remap,
     pad_id,
     shared_vocabulary,
     stop_ids,
-    stop_swap,
 )
 
 PAD, BOS, EOS, UNK, START, END = range(6)
@@ -215,13 +215,13 @@ def test_a_token_that_steers_only_one_of_them_is_refused(make_tokenizer: Any) ->
 
 def test_different_stop_tokens_trade_places_or_are_refused(make_tokenizer: Any) -> None:
     student, teacher = make_tokenizer(), make_tokenizer()
-    assert stop_swap(student, teacher, "refuse") is None
+    assert eos_remap(student, teacher, "refuse") is None
     teacher.eos_token = "<|end|>"
-    swap = stop_swap(student, teacher)
+    swap = eos_remap(student, teacher)
     assert swap == (student.eos_token_id, teacher.eos_token_id)
     assert swap[0] != swap[1]
     with pytest.raises(ModelError, match=r"'<eos>' .* '<\|end\|>' .*stop_token = 'map'"):
-        stop_swap(student, teacher, "refuse")
+        eos_remap(student, teacher, "refuse")
 
 
 @pytest.mark.parametrize("policy", ["map", "refuse"])
@@ -232,7 +232,7 @@ def test_a_side_without_a_stop_token_is_told_which_one_to_set(
     sides = {"student": make_tokenizer(), "teacher": make_tokenizer()}
     sides[without].eos_token = None
     with pytest.raises(ModelError) as told:
-        stop_swap(sides["student"], sides["teacher"], policy)
+        eos_remap(sides["student"], sides["teacher"], policy)
     text = str(told.value)
     assert text.startswith(f"the {without}'s tokenizer names no end-of-sequence token")
     assert f'Set eos_token in the {without}\'s tokenizer_config.json, to "<eos>"' in text

@@ -17,7 +17,7 @@ from tutelage.errors import ConfigError, ModelError
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.lora import add_lora, merge
 from tutelage.models.tiny import Architecture, save_tiny_model
-from tutelage.setup.savable import refuse_quantised, require_savable
+from tutelage.setup.savable import refuse_quantized, require_savable
 from tutelage.train.loop import train
 
 
@@ -73,11 +73,11 @@ def test_whatever_saving_raises_is_one_line(
 
 def test_weights_of_few_bits_are_refused(tiny_models: Path) -> None:
     model = load_model(str(tiny_models / "student"))
-    refuse_quantised(model, "s")
+    refuse_quantized(model, "s")
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(ConfigError, match=r"'s' is quantised in its own files, .* is int8"):
-        refuse_quantised(model, "s")
+    with pytest.raises(ConfigError, match=r"'s' is quantized in its own files, .* is int8"):
+        refuse_quantized(model, "s")
 
 
 @pytest.fixture(scope="module")

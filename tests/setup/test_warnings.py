@@ -120,7 +120,7 @@ TRAPS: dict[str, tuple[Any, str]] = {
     ),
     "other temperatures": (
         lambda _: {"sampling": {"temperature": 0.5, "max_new_tokens": 4}},
-        r"completions are not drawn from the distribution that is trained",
+        r"completions are not sampled from the distribution that is trained",
     ),
 }  # fmt: skip
 

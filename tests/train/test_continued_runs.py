@@ -66,7 +66,7 @@ def test_an_unknown_key_to_allow_is_refused(tmp_path: Path, tiny_models: Path) -
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"sampling": {"max_new_tokens": 4, "top_p": 0.9}}, "not drawn from the distribution"),
+        ({"sampling": {"max_new_tokens": 4, "top_p": 0.9}}, "not sampled from the distribution"),
         ({"sampling": {"max_new_tokens": 4}}, None),
     ],
 )

@@ -1,4 +1,4 @@
-"""`tutelage check`: load everything a run needs and take its measure before spending time."""
+"""`tutelage check`: load a run's models and data, check that they fit, and plan its memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iterator[str]:
-    """Lines saying that models, tokenizers and data fit, and what the run will do.
+    """Lines on models, tokenizers and data that fit each other, and on what the run will do.
 
     Args:
         config: the run.
@@ -52,7 +52,7 @@ def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iter
     inputs = validate(config, run_folder(config, name), allow_change=allow_change)
     components = build_components(config, inputs=inputs)
     prompts = inputs.prompts or inputs.measure_prompts(config)
-    with components.teacher.awake():
+    with components.teacher.on_device():
         sides = [_model_line("student", components.student.model)]
         sides.append(_model_line("teacher", components.teacher.model))
     yield from sides

@@ -19,7 +19,7 @@ def decontaminate(config: Config, names: str) -> Iterator[str]:
     """Lines with the number of overlaps for each benchmark, and every pair.
 
     Args:
-        config: its `[data]` table says which prompts are looked through, held-out ones included.
+        config: its `[data]` table names the prompts that are compared, held-out ones included.
         names: suites or benchmarks, separated by commas.
 
     Raises:
@@ -30,7 +30,7 @@ def decontaminate(config: Config, names: str) -> Iterator[str]:
     benchmarks = dict.fromkeys(name for suite in suites for name in suite.benchmarks)
     data = config.data
     if not isinstance(data, FileData):
-        yield "decontamination: the ledger's prompts are generated, not taken from anywhere"
+        yield "decontamination: the ledger's prompts are generated"
         return
     columns = replace(prompt_format(data), suffix="")
     prompts = load_prompts(data.path, columns, split=data.split, subset=data.subset)

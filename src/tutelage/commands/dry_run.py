@@ -188,17 +188,17 @@ def _changes(before: Config, after: Config) -> Iterator[str]:
 def _outcome(metrics: dict[str, Any]) -> str:
     if not math.isfinite(metrics["loss"]) or not metrics["grad_norm"] > _LEAST_NORM:
         raise RunError(
-            f"the dry run's step taught nothing: loss {metrics['loss']}, gradient norm "
+            f"the dry run's step trained nothing: loss {metrics['loss']}, gradient norm "
             f"{metrics['grad_norm']}. Check the objective and the selection."
         )
     return (
         f"one step ran: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3g}, "
-        f"{metrics['num_kept']} of {metrics['num_rows']} tokens taught"
+        f"{metrics['num_kept']} of {metrics['num_rows']} tokens trained"
     )
 
 
 def _reloaded(config: Config) -> str:
-    """The export says what the last checkpoint says."""
+    """The exported weights give the logits of the last checkpoint."""
     run, start = Path(str(config.out)), config.student
     trained = build_components(
         config, str(checkpoint_path(run, config.num_steps) / "model")
@@ -220,7 +220,7 @@ def _reloaded(config: Config) -> str:
 
 
 def _resumed(config: Config, metrics: dict[str, Any]) -> str:
-    """The second step again, from the first checkpoint, is the second step."""
+    """The second step, repeated from the first checkpoint, gives the same numbers."""
     run = Path(str(config.out))
     last = checkpoint_path(run, config.num_steps)
     moments = load_file(last / "optimizer.safetensors")
@@ -243,7 +243,7 @@ def _resumed(config: Config, metrics: dict[str, Any]) -> str:
             f"a run continued from its checkpoint is another run: {differing[0]} differs after "
             "step 2. Its checkpoints lack something."
         )
-    return "continued from the checkpoint of step 1: step 2 is the same again"
+    return "continued from the checkpoint of step 1: step 2 gives the same numbers"
 
 
 def _train(config: Config, steps: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from tutelage.commands.progress import Counter
+from tutelage.commands.progress import PhaseReporter
 from tutelage.evaluation.evaluate import Evaluation, evaluate
 from tutelage.evaluation.request import EvaluationRequest
 
@@ -62,5 +62,5 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation:
         if value is not None and name not in _ABOUT_OUTPUT
     }
     request = EvaluationRequest(**given)
-    with Counter() as counter:
-        return evaluate(request, counter, counter.log)
+    with PhaseReporter() as reporter:
+        return evaluate(request, reporter, reporter.log)

@@ -23,15 +23,15 @@ _PERIOD_S = 0.05
 _GRACE_S = 15.0
 """Seconds that processes get to end by themselves after one of them failed."""
 ASK_LIMIT_S = 5.0
-"""Seconds in which the processes' common store has to answer who says a line."""
+"""Seconds that the processes' common store has to answer whether a line was printed."""
 
 
 @contextmanager
 def rendezvous() -> Iterator[dict[str, str]]:
     """The environment in which processes of this machine find each other, as torchrun sets it.
 
-    The store listens on a port that the system chose, and keeps it: nobody else can take it between
-    its choice and its use.
+    The store listens on a port that the system chose, and keeps it, so that no other
+    process takes it before it is used.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -108,7 +108,7 @@ def _give_time(arrived: list[int], processes: Sequence[subprocess.Popen[bytes]])
 
 
 def _explained(rank: int, code: int | None) -> int:
-    """An exit code; a process that could say nothing itself is spoken for."""
+    """The exit code of a process; an error for one that a signal ended."""
     if code is not None and code >= 0:
         return code
     name = signal.Signals(-(code or 0)).name
@@ -139,10 +139,10 @@ def _signals() -> Iterator[list[int]]:
 
 
 def is_first_to_print(line: str) -> bool:
-    """Whether no other process of the run has said this line; alone, always.
+    """Whether no other process of the run has printed this line; true for a single process.
 
     The processes' common store counts. One that cannot be reached any more counts nothing, and a
-    line that is said twice is better than one that is not said.
+    line that is printed twice is better than one that is lost.
     """
     place = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or None in place:
@@ -159,14 +159,14 @@ def is_first_to_print(line: str) -> bool:
             is_master=False,
             timeout=timedelta(seconds=ASK_LIMIT_S),
         )
-        key = f"tutelage/said/{sha256(line.encode()).hexdigest()}"
+        key = f"tutelage/printed/{sha256(line.encode()).hexdigest()}"
         return int(store.add(key, 1)) == 1
     except (DistError, OSError, RuntimeError, ValueError):
         return True
 
 
 def print_once(line: str) -> None:
-    """Of several processes that end for the same reason, the first says so on standard error."""
+    """Print an error on standard error, once for all processes that end for the same reason."""
     if is_first_to_print(line):
         print(line, file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""The options of `tutelage`: what each command takes, and what an option may be given with."""
+"""The options of each command, and the types of their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tutelage.errors import as_share
 
 USER_ERROR = 2
-"""Exit code for everything a user can mend."""
+"""Exit code of every error that a user can correct."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
@@ -26,11 +26,11 @@ _EXAMPLES = {
     "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
 }
 _SUMMARIES = {
-    "check": "Load everything a run needs and say if it fits.",
+    "check": "Check that the models, tokenizers and data of a run fit, and plan its memory.",
     "train": "Train a student, or continue an interrupted run.",
     "eval": "Measure mean@k, pass@k and maj@k of a model.",
-    "sample": "Print completions of a file's prompts (embedded models: of ledger prompts).",
-    "score": "Write statistics of every token, without training.",
+    "sample": "Print sampled completions of a file's prompts (embedded models: ledger prompts).",
+    "score": "Write entropy, divergence and selection of every token, without training.",
     "report": "Write a run's report as one HTML file, or its plots.",
     "compare": "Compare runs, or evaluations, side by side.",
 }
@@ -72,7 +72,8 @@ def _config(parser: Parser) -> None:
 def _check(parser: Parser) -> None:
     _config(parser)
     parser.add_argument("--decontaminate", nargs="?", const="", metavar="SUITES",
-                        help="prompts that repeat benchmark problems (default all)")  # fmt: skip
+                        help="list prompts that repeat benchmark problems "
+                        "(default: of all suites)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="run one step on tiny random models "
                         "of the same architectures; nothing is downloaded")  # fmt: skip
     _allow_change(parser)
@@ -142,12 +143,12 @@ def _score(parser: Parser) -> None:
                         help="score these prompts and completions instead of sampling")  # fmt: skip
     parser.add_argument("--rules", default="", help="comma-separated, e.g. soft_or,entropy,q3")
     parser.add_argument("--keep", type=share, help="budget of the rules (default 0.2)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
     parser.add_argument("--out", help="JSONL file, - for standard output (default, without --html)")
 
 
 def _report(parser: Parser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", type=Path)
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--out", type=Path, help="HTML file (default RUN/report.html)")
     kind.add_argument("--figures", type=Path, metavar="DIR",
@@ -157,7 +158,7 @@ def _report(parser: Parser) -> None:
 def _compare(parser: Parser) -> None:
     parser.add_argument("run_folders", metavar="RUN", type=Path, nargs="+",
                         help="folders of runs, or all of them of eval --suite")  # fmt: skip
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,4 +1,4 @@
-"""What a user sees while a command goes on: a live line in a terminal, plain lines elsewhere."""
+"""Progress of a command: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rich.progress import (
 from rich.table import Column
 
 DELAY_S = 2.0
-"""A phase without counts is told in plain lines when it has lasted so long."""
+"""Seconds after which a phase without counts is printed as a plain line."""
 
 
 class PlainPhases:
-    """Phases as plain lines: at most eleven for a count, one for any other that takes its time."""
+    """Phases as plain lines: at most eleven for a count, one for any other that lasts `DELAY_S`."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
@@ -48,19 +48,19 @@ class PlainPhases:
                 self._show(_phase(text, done, total))
 
     def close(self) -> None:
-        """The phase is over: what was not told yet is told no more."""
+        """Ends the phase: a line that was not printed yet is dropped."""
         if self._timer is not None:
             self._timer.cancel()
 
 
-class Counter:
-    """Phases of a command on standard error, whose results are on standard output."""
+class PhaseReporter:
+    """Shows the phases of a command on standard error; its results go to standard output."""
 
     def __init__(self) -> None:
         self._is_live = sys.stderr.isatty()
         self._plain = PlainPhases(self.log)
 
-    def __enter__(self) -> Counter:
+    def __enter__(self) -> PhaseReporter:
         return self
 
     def __exit__(self, *_: object) -> None:

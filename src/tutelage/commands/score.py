@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tutelage.commands.progress import Counter
+from tutelage.commands.progress import PhaseReporter
 from tutelage.config.parse import to_table
 from tutelage.config.schema import Config
 from tutelage.errors import ConfigError, remedy
@@ -22,11 +22,11 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     """Score tokens and write them to every place that was asked for."""
     to_stdout = arguments.out == "-" or (arguments.out is None and arguments.html is None)
     request = _request(arguments)
-    with Counter() as counter:
+    with PhaseReporter() as reporter:
         if arguments.html is None:
-            scores = score(config, request, counter, counter.log)
+            scores = score(config, request, reporter, reporter.log)
         else:
-            scores, lines = score_for_page(config, request, counter, counter.log)
+            scores, lines = score_for_page(config, request, reporter, reporter.log)
     if arguments.html is not None:
         _write_page(arguments, config, lines, request.keep)
     if to_stdout:

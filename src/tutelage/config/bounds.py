@@ -29,7 +29,7 @@ def require_least(table: str, values: Mapping[str, int], **least: int) -> None:
 
 
 def require_counts(table: str, values: Mapping[str, int], **least: int) -> None:
-    """The same for numbers of things that are in memory together."""
+    """The same for numbers of things that are in memory together, which have a maximum too."""
     require_least(table, values, **least)
     for name in least:
         most, value = LARGEST_COUNT, values[name]

@@ -1,4 +1,4 @@
-"""The method of a run as configuration: which tokens teach, by which objective, how heavily."""
+"""The method of a run: selection of tokens, objective and weighting as configuration."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SomeTokens:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Train on tokens drawn without replacement, with probability proportional to a score."""
+    """Train on tokens sampled without replacement, with probability proportional to a score."""
 
     __pydantic_config__ = STRICT
     rule: Literal["entropy_sample", "soft_or_sample"]
@@ -75,7 +75,7 @@ class SampledTokens:
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Train on tokens drawn uniformly without replacement: the control of every other rule."""
+    """Train on tokens sampled uniformly without replacement: the control of every other rule."""
 
     __pydantic_config__ = STRICT
     rule: Literal["random"]
@@ -215,7 +215,7 @@ class EOPDObjective:
     estimator: Literal["exact", "sampled"] = "exact"
     """exact: full-vocabulary reverse KL. sampled: PPO-clipped advantage of the sampled token."""
     fkl: Literal["full", "topk_tail", "topk_renorm"] = "full"
-    """Forward KL over all ids, or the teacher's top k with a tail bucket or renormalised."""
+    """Forward KL over all ids, or the teacher's top k with a tail bucket or renormalized."""
     forward_weight: float = 1.0
     """α, the weight of the gated forward KL."""
     gate: Literal["hard", "soft", "percentile"] = "hard"

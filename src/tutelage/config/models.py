@@ -23,7 +23,7 @@ class LoraConfig:
     alpha: float = 32.0
     """Scale of the updates, times the rank."""
     dropout: float = 0.0
-    """Share of the adapter's inputs dropped while learning, in [0, 1); never while sampling."""
+    """Share of the adapter's inputs dropped while training, in [0, 1); never while sampling."""
     target_modules: tuple[str, ...] = ()
     """Names of the linear layers to adapt; none means all but the head."""
 
@@ -37,7 +37,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The model that learns."""
+    """The model that is trained."""
 
     __pydantic_config__ = STRICT
     model: str
@@ -58,7 +58,7 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         is_possible = self.quantization == "none" or self.lora is not None
-        hint = "Quantised weights cannot learn; add a table [student.lora]."
+        hint = "Quantized weights cannot be trained; add a table [student.lora]."
         require(is_possible, "student.quantization", "none", self.quantization, hint)
 
 
@@ -72,15 +72,16 @@ class TeacherConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights."""
     mode: TeacherMode = "resident"
-    """Where it is while the student writes and learns: resident on the device, offload to main
-    memory, or reload, which reads it from its folder in every step. On a CPU, whose memory is main
-    memory, offload leaves the teacher in its folder where it has one (safetensors), like reload."""
+    """Where it is while the student generates and is trained: resident on the device, offload to
+    main memory, or reload, which loads it from its folder in every step. On a CPU, whose memory is
+    main memory, offload leaves the teacher in its folder if it has one (safetensors), as reload."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Bits of the weights; needs the extra `lowbit`."""
     hidden_budget_bytes: int = 4 << 30
     """Hidden states of one step kept in main memory; more go to a file in the run folder."""
     stop_token: Literal["map", "refuse"] = "map"
-    """When student and teacher end a text with different ids: let them trade places, or stop."""
+    """Where student and teacher end a text with different ids: map exchanges them for the teacher,
+    refuse ends the run."""
 
     def __post_init__(self) -> None:
         budget = self.hidden_budget_bytes

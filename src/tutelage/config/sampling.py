@@ -43,7 +43,7 @@ def require_filters(table: str, temperature: float, top_p: float) -> None:
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """The student itself draws."""
+    """The student samples with its own forward passes."""
 
     __pydantic_config__ = STRICT
     kind: Literal["transformers"] = "transformers"
@@ -58,7 +58,7 @@ class VLLMEngine:
     max_model_len: int = 0
     """Longest prompt and completion together in tokens; 0 takes the model's limit."""
     gpu_memory_utilization: float = 0.4
-    """Share of the accelerator's memory vLLM may hold while it draws."""
+    """Share of the accelerator's memory vLLM may hold while it samples."""
     max_logprob_gap: float | None = None
     """Mean gap in nats between its log-probabilities and the trainer's at which the run stops;
     None takes 0.001 for float32 and 0.05 for half precision."""
@@ -79,7 +79,7 @@ class VLLMServer:
     url: str
     """Address without a path, such as http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
     folder: str
-    """Where weights are handed over; the server must see it under the same name."""
+    """Folder for the weights; the server must see it under the same name."""
     num_concurrent: int = 64
     """Completions asked for at the same time."""
     max_logprob_gap: float | None = None

@@ -90,7 +90,7 @@ class EvaluationConfig:
     top_p: float = 1.0
     """Nucleus of the evaluation, in (0, 1]."""
     teacher: bool = True
-    """Measure the teacher too, once."""
+    """Evaluate the teacher too, once."""
 
     def __post_init__(self) -> None:
         require_least("evaluation.", self.__dict__, every=0)
@@ -112,7 +112,7 @@ class RecordingConfig:
     max_new_tokens: int = 128
     """Longest completion of a held-out prompt, and the most tokens kept of any."""
     max_bytes: int = 6_000_000
-    """Size at which tokens.jsonl stops to grow; the run says so."""
+    """Size at which tokens.jsonl stops growing; the run logs it."""
 
     def __post_init__(self) -> None:
         require_least("recording.", self.__dict__, every=0, max_bytes=1)
@@ -140,7 +140,7 @@ class Config:
     seed: int = 0
     """Seed of prompts, completions and random selection."""
     num_steps: int = 100
-    """Rounds of writing and learning."""
+    """Training steps: one batch of rollouts and its updates."""
     prompts_per_step: int = 32
     """Prompts of one step over all processes; each gets sampling.num_samples completions."""
     updates_per_step: int = 1
@@ -156,8 +156,8 @@ class Config:
     sampling_batch_size: int = 64
     """Completions decoded at the same time."""
     scoring: Literal["recorded", "forward"] = "recorded"
-    """Student states that tokens are scored by: those they were drawn from, which cost nothing, or
-    those of a pass of their own. Equal up to rounding; the first step verifies it."""
+    """Student states that tokens are scored by: those they were sampled from, which cost nothing,
+    or those of a forward pass of their own. Equal up to rounding; the first step checks it."""
     diagnostics: Literal["all", "kept"] = "all"
     """Tokens that logged divergences and quadrants describe; with kept, rules that look at the
     student alone never project the teacher's other tokens."""
@@ -168,7 +168,7 @@ class Config:
     checkpoint_every: int = 50
     """Steps between checkpoints; 0 for only the last."""
     checkpoint_writer: Literal["auto", "thread", "inline"] = "auto"
-    """Who writes a checkpoint: a thread beside training, from a copy in main memory, which holds
+    """What writes a checkpoint: a thread beside training, from a copy in main memory, which holds
     weights and optimizer state once more; inline, while training waits; auto takes the thread where
     the device has memory of its own and the copy is possible. The files are the same."""
     keep_checkpoints: int = 2
@@ -211,6 +211,6 @@ class Config:
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
         updates, prompts, threads = self.updates_per_step, self.prompts_per_step, self.num_threads
         require(0 <= threads <= 1024, "num_threads", "from 0 to 1024", threads, "0 is torch's own.")
-        hint = "Every update learns from the same number of prompts."
+        hint = "Every update trains on the same number of prompts."
         is_even = prompts % updates == 0
         require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)

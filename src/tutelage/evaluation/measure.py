@@ -77,7 +77,7 @@ def measure(
     kl = mean_reverse_kl(student.rollouts, sums)
     found = [("student", student, kl)]
     if step == 0 and config.evaluation.teacher and student.scores.mean_at_k is not None:
-        with components.teacher.awake():
+        with components.teacher.on_device():
             sampler = _transformers(config, components, components.teacher.model)
             result = _evaluate(config, components, sampler, "teacher", on_phase)
             sampler.close()
@@ -131,7 +131,7 @@ def held_out_reverse_kl(
     order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
     by_length = [rollouts[i] for i in order]
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
-    with teacher.awake(), torch.no_grad():
+    with teacher.on_device(), torch.no_grad():
         for batch in micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens):
             here = batch.to(student.model.device)
             stats = student(here, teacher.view(teacher.read(here)))

@@ -98,7 +98,7 @@ def shadows(components: Components) -> tuple[PreTrainedModel, PreTrainedModel]:
         ModelError: a class that cannot do without them.
     """
     is_there = components.teacher.mode != "reload"
-    with nullcontext() if is_there else components.teacher.awake():
+    with nullcontext() if is_there else components.teacher.on_device():
         return shadow(components.student.model), shadow(components.teacher.model)
 
 

@@ -77,7 +77,7 @@ class HiddenStore:
 class Teacher:
     """A frozen model whose reading of a batch is D numbers a token, not V.
 
-    Where it rests outside `awake()`: `resident` on its device; `offload` in main memory; `reload`
+    Where it is outside `on_device()`: `resident` on its device; `offload` in main memory; `reload`
     nowhere, it is read from disk again. Its head stays on the device for the objective. `swap`
     trades two ids of its vocabulary: its stop token and the student's.
     """
@@ -115,9 +115,11 @@ class Teacher:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model, which in mode `reload` exists only while awake."""
+        """The model, which in mode `reload` exists only inside `on_device()`."""
         if self._model is None:
-            raise RuntimeError("the teacher is not loaded; use it inside `with teacher.awake()`.")
+            raise RuntimeError(
+                "the teacher is not loaded; use it inside `with teacher.on_device()`."
+            )
         return self._model
 
     @property
@@ -126,7 +128,7 @@ class Teacher:
         return 0 if self._model is None else self.full_bytes
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """The teacher is on its device inside, and where it rests afterwards."""
         self._head = None
         if self._model is None and self._load is not None:

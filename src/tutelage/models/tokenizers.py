@@ -334,7 +334,7 @@ def _refuse_different_tokens(student: Mapping[str, int], teacher: Mapping[str, i
     )
 
 
-def stop_swap(
+def eos_remap(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, policy: str = "map"
 ) -> tuple[int, int] | None:
     """The end-of-sequence ids of student and teacher if they differ and are to trade places.
@@ -368,7 +368,7 @@ def stop_swap(
     return int(ids[0]), int(ids[1])
 
 
-def refuse_swap_beyond(swap: tuple[int, int] | None, vocab_size: int) -> None:
+def refuse_remap_beyond(swap: tuple[int, int] | None, vocab_size: int) -> None:
     """End-of-sequence ids that are to trade places, one of which a model has no row for.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a configuration to models, tokenizer and task that are known to fit each other."""
+"""Builds the models, tokenizer and task of a run and checks that they fit each other."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
-from tutelage.models.tokenizers import refuse_swap_beyond, shared_vocabulary
+from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.setup.inputs import Inputs, load_inputs, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
-from tutelage.setup.savable import refuse_quantised, require_savable
+from tutelage.setup.savable import refuse_quantized, require_savable
 from tutelage.setup.trial import try_model
-from tutelage.setup.warnings import model_traps
+from tutelage.setup.warnings import model_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,18 +56,18 @@ class Components:
     """The tensors that the optimizer updates for the student."""
     teacher: Teacher
     sampler: Sampler
-    """Draws the student's completions."""
+    """Samples the student's completions."""
     tokenizer: PreTrainedTokenizerBase
     task: Task
     device: torch.device
     enable_thinking: bool | None = None
     """Passed to the chat template of every prompt when not None."""
     warnings: tuple[str, ...] = ()
-    """What a user should know before the run: legal settings that seldom do what is meant."""
+    """Warnings about settings that are valid but seldom intended."""
 
 
 def trained_names(student: Student) -> list[str]:
-    """Names of the weights that learn, in the order of their masters."""
+    """Names of the trained weights, in the order of their masters."""
     named = student.model.named_parameters()
     return [name for name, parameter in named if parameter.requires_grad]
 
@@ -75,14 +75,14 @@ def trained_names(student: Student) -> list[str]:
 def _student(
     config: Config, saved: str | None, teacher: PreTrainedModel, device: torch.device
 ) -> PreTrainedModel:
-    """The student's weights: saved ones as they are, or the configured start, perhaps pruned."""
+    """The student with saved weights, or as configured, pruned if asked for."""
     start = config.student
     if start.lora is None and saved is not None:
         model = load_model(saved, start.dtype, str(device))
     else:
         model = _start(config, teacher, device)
     if start.quantization == "none":
-        refuse_quantised(model, start.model)
+        refuse_quantized(model, start.model)
     if start.lora is not None:
         _add_adapter(model, config)
         if saved is not None:
@@ -96,7 +96,7 @@ def _student(
 
 
 def _set_attention(config: Config, model: PreTrainedModel, who: str, device: torch.device) -> None:
-    """An attention that reads packed rows, or on CUDA one that asks the device for no mask."""
+    """Attention for packed rows, or on CUDA one that needs no synchronization for its mask."""
     if config.micro_batches == "packed":
         require_packed(model, who, device)
     elif device.type == "cuda":
@@ -135,7 +135,7 @@ def plain_student(config: Config, student: PreTrainedModel) -> PreTrainedModel:
 
 
 def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
-    """Weights that are no numbers would spoil every loss, and none could be learned from."""
+    """Weights that are not finite make every loss NaN."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.numel():
             low, high = torch.aminmax(weight.detach())  # one pass, no copy
@@ -149,7 +149,7 @@ def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
 def make_sampler(
     config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Sampler:
-    """Who draws the student's completions."""
+    """The sampler of the configured engine."""
     engine, thinks = config.engine, thinking(config.data)
     if isinstance(engine, VLLMEngine):
         memory = engine.gpu_memory_utilization
@@ -163,7 +163,7 @@ def make_sampler(
 
 
 def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
-    """Reads the teacher to where it rests, again if need be, but never another one."""
+    """A function that loads the teacher to where it is kept; an error if its files changed."""
     teacher = config.teacher
     found = resolve_model(teacher.model)
     if teacher.mode == "reload" and found.gguf_file is not None:
@@ -193,12 +193,12 @@ def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:
         folders = [found.source] * found.is_local + [found.adapter] * (found.adapter is not None)
         files = {path: path.stat() for name in folders for path in Path(str(name)).iterdir()}
     except OSError:
-        return {}  # gone, or not to be read
+        return {}  # missing or unreadable
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
 
 
-def _resting_mode(config: TeacherConfig, device: torch.device) -> TeacherMode:
-    """Where the teacher rests: a CPU has no other memory to offload to, but files can be mapped."""
+def _mode_at_rest(config: TeacherConfig, device: torch.device) -> TeacherMode:
+    """The teacher's mode: on a CPU, offload maps the files of a folder instead of copying them."""
     found = resolve_model(config.model)
     is_mapped = found.is_local and found.gguf_file is None and config.quantization == "none"
     if config.mode == "offload" and device.type == "cpu" and is_mapped:
@@ -219,8 +219,8 @@ def build_components(
         config: the run's configuration.
         student_model: folder of the student's weights or adapter; None for the configured start.
         scratch: folder for what does not fit in memory; None for the system's temporary one.
-        inputs: what was read before, by `validate` or `load_inputs`; None reads it now.
-        on_phase: told which model is being loaded.
+        inputs: the result of `validate` or `load_inputs`; None loads them now.
+        on_phase: receives which model is being loaded.
 
     Raises:
         TutelageError: a model, a tokenizer or the data cannot be used together.
@@ -242,20 +242,20 @@ def build_components(
         output_embeddings(student).weight.shape[0],
         output_embeddings(model).weight.shape[0],
     )
-    refuse_swap_beyond(found.swap, vocab_size)
-    warnings = (*found.warnings, *model_traps(config, found, student, model, vocab_size))
+    refuse_remap_beyond(found.remap, vocab_size)
+    warnings = (*found.warnings, *model_warnings(config, found, student, model, vocab_size))
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
-    mode = _resting_mode(config.teacher, device)
-    teacher = Teacher(model, vocab_size, device, mode, found.swap, load, store)
+    mode = _mode_at_rest(config.teacher, device)
+    teacher = Teacher(model, vocab_size, device, mode, found.remap, load, store)
     on_phase("trying both models")
     _refuse_nonfinite(student, f"student {config.student.model!r}")
     _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
     decodes = isinstance(config.engine, TransformersEngine)
     is_packed, who = config.micro_batches == "packed", f"student {config.student.model!r}"
     notes = try_model(student, who, vocab_size, decodes, is_packed)
-    with teacher.awake():
+    with teacher.on_device():
         who = f"teacher {config.teacher.model!r}"
         notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
     return Components(

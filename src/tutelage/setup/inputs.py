@@ -1,4 +1,4 @@
-"""What a run is made of besides weights: device, task, tokenizers, and how they fit each other."""
+"""Loads what a run needs besides weights: device, task and tokenizers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tutelage.errors import ConfigError
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
 from tutelage.models.reference import tokenizer_place
-from tutelage.models.tokenizers import encode_prompt, refuse_different_vocabularies, stop_swap
+from tutelage.models.tokenizers import encode_prompt, eos_remap, refuse_different_vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class PromptStats:
     num_unknown: int
     """Tokens, of all, that stand for text which the tokenizer does not know."""
     unknown: str | None
-    """What such a token is called; None where the tokenizer has none."""
+    """The text of that token; None where the tokenizer has none."""
     is_chat: bool
     """Whether any of them is rendered with the chat template."""
     num_ended: int = 0
@@ -42,14 +42,14 @@ class PromptStats:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a run needs that is read before any weights."""
+    """Everything that is loaded before any weights."""
 
     device: torch.device
     task: Task
     tokenizer: PreTrainedTokenizerBase
     """The student's."""
     teacher_tokenizer: PreTrainedTokenizerBase
-    swap: tuple[int, int] | None
+    remap: tuple[int, int] | None
     """End-of-sequence ids of student and teacher where they differ."""
     prompts: PromptStats | None = None
     """Known once the prompts were validated."""
@@ -101,7 +101,7 @@ def load_inputs(config: Config) -> Inputs:
     Raises:
         TutelageError: one of them cannot be used, or the tokenizers differ.
     """
-    task = build_task(config.data)  # the cheapest thing that can be wrong comes first
+    task = build_task(config.data)  # first, as it takes the least time
     device = pick_device(config.device)
     if config.student.quantization == "4bit" and device.type == "cpu":
         raise ConfigError(
@@ -112,9 +112,9 @@ def load_inputs(config: Config) -> Inputs:
     is_shared = tokenizer_place(config.student.model) == tokenizer_place(config.teacher.model)
     teacher = tokenizer if is_shared else load_tokenizer(config.teacher.model)
     refuse_different_vocabularies(tokenizer, teacher)
-    swap = stop_swap(tokenizer, teacher, config.teacher.stop_token)
+    remap = eos_remap(tokenizer, teacher, config.teacher.stop_token)
     task = without_long_prompts(task, config.data, tokenizer)
-    return Inputs(device, task, tokenizer, teacher, swap)
+    return Inputs(device, task, tokenizer, teacher, remap)
 
 
 def build_task(data: LedgerData | FileData) -> Task:
@@ -127,7 +127,7 @@ def build_task(data: LedgerData | FileData) -> Task:
 
 
 def grader_of(task: Task) -> str:
-    """What a task's `grade` is called: a file's grader, or the name of a task with its own."""
+    """Name of a task's grader: a file's `grader`, or the task itself."""
     return task.grader if isinstance(task, FileTask) else task.name
 
 

@@ -1,9 +1,9 @@
-"""What a run computes is in its configuration alone: not in variables, nor in torch's settings.
+"""A run computes what its configuration says, whatever the environment and torch's settings are.
 
 accelerate, torch and the libraries below them take precision, gradient accumulation, compilers and
 sharding from environment variables and from settings of the process. A request that would change
 the numbers and that the configuration does not hold is refused in one line; settings of the process
-are set to torch's defaults for the time of a run, and given back.
+are set to torch's defaults for the time of a run, and restored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tutelage.config.schema import Config
 from tutelage.errors import RunError
 
 _OFF = ("", "no", "none", "false", "f", "n", "off", "0")
-"""Values that ask for nothing, in lower case."""
+"""Values that request nothing, in lower case."""
 _SHARDING = "A run keeps whole models in every process"
 _CPU_PRECISION = "float32 is float32; use student.dtype and teacher.dtype"
 _OF_ACCELERATE = {
@@ -52,7 +52,7 @@ _OF_LIBRARIES = {
     "CUBLAS_EMULATE_SINGLE_PRECISION": (_OFF, _CPU_PRECISION),
     "CUBLAS_EMULATE_DOUBLE_PRECISION": (_OFF, "float64 is float64"),
 }
-"""Variables that are taken for a request: values that ask for nothing, and what to do."""
+"""Variables that may request other arithmetic: values that request nothing, and what to do."""
 _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Ways of accelerate to distribute that leave a model whole."""
 
@@ -87,7 +87,7 @@ def _refuse_any(
 
 def _refuse(name: str, value: str, remedy: str) -> None:
     raise RunError(
-        f"the environment variable {name}={value!r} asks for what only the configuration may "
+        f"the environment variable {name}={value!r} requests what only the configuration may "
         f"change. {remedy}, and unset the variable."
     )
 

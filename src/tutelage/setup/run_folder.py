@@ -1,4 +1,4 @@
-"""A run folder: who writes it, its logs with one line a step, and its manifest."""
+"""A run folder: its lock, its logs with one line a step, and its manifest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         **dict.fromkeys(_INTERVALS, _NUMBER),
     },
 }
-"""What a continued run reads of its logs."""
+"""Keys of the logs that a continued run needs, and their types."""
 
 
 _CPU = (
@@ -100,7 +100,7 @@ class RunFolder:
             ) from None
 
     def close(self) -> None:
-        """Give the lock back, and take away a folder that a run could not begin in."""
+        """Release the lock, and remove a new folder that stayed empty."""
         self._lock.release()
         if self._is_new:
             with contextlib.suppress(OSError):  # it holds something

@@ -1,4 +1,4 @@
-"""A student that could not be saved is found before it is trained."""
+"""Checks before training that the student can be saved."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _BEAMS = ("early_stopping", "length_penalty")
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def refuse_quantised(model: PreTrainedModel, ref: str) -> None:
-    """A student whose own files hold weights of a few bits, which cannot learn.
+def refuse_quantized(model: PreTrainedModel, ref: str) -> None:
+    """Refuses a student whose files hold quantized weights, which cannot be trained.
 
     Raises:
         ConfigError: it is one.
@@ -42,21 +42,21 @@ def refuse_quantised(model: PreTrainedModel, ref: str) -> None:
     if found:
         dtype = str(dict(tensors)[found[0]].dtype).removeprefix("torch.")
         raise ConfigError(
-            f"student {ref!r} is quantised in its own files, {found[0]} is {dtype}. Quantised "
-            "weights cannot learn: give its unquantised original, with student.quantization and "
-            "student.lora to train it in few bits."
+            f"student {ref!r} is quantized in its own files, {found[0]} is {dtype}. Quantized "
+            "weights cannot be trained: give its unquantized original, with student.quantization "
+            "and student.lora to train it in few bits."
         )
 
 
 def require_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Try all of a checkpoint but its weights, and mend settings that say nothing.
+    """Save all of a checkpoint but its weights on trial, and remove settings without effect.
 
     Args:
         model: the student, with its adapter if it has one.
         tokenizer: its tokenizer.
 
     Returns:
-        What a user should know of the files that will be saved.
+        Warnings about the files that will be saved.
 
     Raises:
         ModelError: the student cannot be saved.
@@ -75,7 +75,7 @@ def require_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _without_idle_settings(model: PreTrainedModel) -> list[str]:
-    """Settings of a generation_config.json that have no effect, for which it cannot be saved."""
+    """Removes settings without effect, with which a generation_config.json cannot be saved."""
     settings: Any = model.generation_config
     if settings is None or _complaint(settings) is None:
         return []

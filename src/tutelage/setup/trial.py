@@ -1,4 +1,4 @@
-"""What a model has to do before it is used: tried on a few tokens when it is loaded."""
+"""Checks a model on a few tokens when it is loaded."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def try_model(
     """Refuse an architecture whose numbers here would not be those of its plain forward pass.
 
     Tried on short sequences: that its logits are its head times its hidden states; that a sequence
-    reads the same beside longer ones; that rows decoded together give what each gives alone.
+    has the same hidden states beside longer ones; that rows decoded together give what each gives
+    alone.
 
     Args:
         model: in evaluation mode, on its device.
         who: names it in messages, such as "student 'folder'".
         vocab_size: ids that are compared.
-        decodes: whether it is to draw completions.
-        is_packed: whether it is to read packed rows.
+        decodes: whether it samples completions.
+        is_packed: whether it gets packed rows.
 
     Returns:
-        What a user should know of the way it is computed.
+        Warnings about how it is computed.
 
     Raises:
         ModelError: it computes something else, or cannot be run.
@@ -100,7 +101,7 @@ def _check_neighbours(
     gap = relative_gap(hidden_rows(model, collate(rollouts, 0).to(model.device)), alone)
     if not gap <= rounding(model):
         raise ModelError(
-            f"the {who} reads a sequence otherwise beside a longer one: hidden states of "
+            f"the {who} computes a sequence differently beside a longer one: hidden states of "
             f"{type(model).__name__} differ by {gap:.2g} of their size, so tokens see what follows "
             "them. Use a causal language model."
         )
@@ -109,7 +110,7 @@ def _check_neighbours(
     gap = relative_gap(hidden_rows(model, pack(rollouts).to(model.device)), alone)
     if not gap <= rounding(model):
         raise ModelError(
-            f"the {who} reads a sequence otherwise in a packed row: hidden states of "
+            f"the {who} computes a sequence differently in a packed row: hidden states of "
             f"{type(model).__name__} differ by {gap:.2g} of their size. "
             'Use micro_batches = "padded".'
         )

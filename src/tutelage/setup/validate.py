@@ -1,4 +1,4 @@
-"""Everything that `check` and `train` refuse before any weights are read: one function for both."""
+"""The checks of `check` and `train` before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.run_folder import RunFolder
 from tutelage.setup.trackers import require_trackers
-from tutelage.setup.warnings import input_traps
+from tutelage.setup.warnings import input_warnings
 
 _MOST_COMPLETIONS = 16 * LARGEST_COUNT
 
@@ -26,7 +26,7 @@ _MOST_COMPLETIONS = 16 * LARGEST_COUNT
 def validate(
     config: Config, folder: Path, num_processes: int = 1, allow_change: tuple[str, ...] = ()
 ) -> Inputs:
-    """What a run reads before its models, known to fit the configuration and one another.
+    """Load the inputs of a run and check that they fit the configuration and each other.
 
     Args:
         config: the run.
@@ -35,7 +35,7 @@ def validate(
         allow_change: keys that may differ from the run being continued.
 
     Returns:
-        The inputs, with warnings about settings that seldom do what is meant.
+        The inputs, with warnings about settings that are seldom intended.
 
     Raises:
         TutelageError: the run cannot be trained as configured.
@@ -54,7 +54,7 @@ def validate(
     _refuse_ungraded(config, inputs)
     _refuse_nothing_held_out(config, inputs)
     prompts = inputs.measure_prompts(config)
-    return replace(inputs, prompts=prompts, warnings=tuple(input_traps(config, inputs, prompts)))
+    return replace(inputs, prompts=prompts, warnings=tuple(input_warnings(config, inputs, prompts)))
 
 
 def _refuse_processes(config: Config, num_processes: int) -> None:
@@ -131,7 +131,7 @@ def _refuse_layers(config: Config) -> None:
 
 
 def _require_folder(folder: Path) -> None:
-    """Folders above may be made, so the nearest that exists has to be a folder one may write."""
+    """The nearest existing parent has to be a writable folder: missing ones are made."""
     nearest = folder.absolute()
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
@@ -147,7 +147,7 @@ def _require_folder(folder: Path) -> None:
 
 
 def _refuse_ungraded(config: Config, inputs: Inputs) -> None:
-    """Weightings by verdicts, where the task cannot grade every completion."""
+    """Refuses weightings by verdicts where the task cannot grade every completion."""
     task = inputs.task
     if not isinstance(config.weighting, PacedWeighting | RewardWeighting):
         return

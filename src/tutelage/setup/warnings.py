@@ -1,4 +1,4 @@
-"""Legal settings that seldom do what is meant: one line each, said by `check` and by `train`."""
+"""Warnings of `check` and `train` about settings that are valid but seldom intended."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _UNKNOWN_SHARE = 0.1
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 
 
-def input_traps(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterator[str]:
+def input_warnings(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterator[str]:
     """Warnings that need no weights."""
-    yield from _sampling_traps(config)
-    yield from _optimizer_traps(config)
-    yield from _keep_traps(config)
+    yield from _sampling_warnings(config)
+    yield from _optimizer_warnings(config)
+    yield from _keep_warnings(config)
     if isinstance(config.data, FileData) and isinstance(inputs.task, FileTask):
-        yield from _file_traps(config, config.data, inputs, inputs.task)
+        yield from _file_warnings(config, config.data, inputs, inputs.task)
     share = prompts.num_unknown / max(1, prompts.num_tokens)
     if share > _UNKNOWN_SHARE:
         yield (
@@ -46,7 +46,7 @@ def input_traps(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterato
         yield (
             f"{prompts.num_ended} prompts end with the end-of-sequence token "
             f"{inputs.tokenizer.eos_token!r}: the student's chat template opens no turn for the "
-            "answer. Let it write one where add_generation_prompt is set"
+            "answer. Add one where add_generation_prompt is set"
         )
     if inputs.tokenizer.chat_template != inputs.teacher_tokenizer.chat_template and prompts.is_chat:
         yield (
@@ -55,16 +55,16 @@ def input_traps(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterato
         )
 
 
-def _sampling_traps(config: Config) -> Iterator[str]:
+def _sampling_warnings(config: Config) -> Iterator[str]:
     sampling = config.sampling
     if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
         yield (
-            "completions are not drawn from the distribution that is trained "
+            "completions are not sampled from the distribution that is trained "
             "(sampling.temperature, top_p or top_k differ from 1, 1, 0)"
         )
 
 
-def _optimizer_traps(config: Config) -> Iterator[str]:
+def _optimizer_warnings(config: Config) -> Iterator[str]:
     optimizer, lora = config.optimizer, config.student.lora
     rate = optimizer.learning_rate
     if rate > _LARGE_RATE:
@@ -89,7 +89,7 @@ def _optimizer_traps(config: Config) -> Iterator[str]:
         )
 
 
-def _keep_traps(config: Config) -> Iterator[str]:
+def _keep_warnings(config: Config) -> Iterator[str]:
     selection = config.selection
     if isinstance(selection, AllTokens | FirstTokens):
         return
@@ -105,7 +105,7 @@ def _keep_traps(config: Config) -> Iterator[str]:
         )
 
 
-def _file_traps(config: Config, data: FileData, inputs: Inputs, task: FileTask) -> Iterator[str]:
+def _file_warnings(config: Config, data: FileData, inputs: Inputs, task: FileTask) -> Iterator[str]:
     yield from notes_of([*task.pool, *task.held_out_prompts])
     template = inputs.tokenizer.chat_template
     if template and not data.chat and any(isinstance(p.content, str) for p in task.pool):
@@ -114,7 +114,7 @@ def _file_traps(config: Config, data: FileData, inputs: Inputs, task: FileTask) 
             "out. Set data.chat = true if it is a chat model"
         )
     if data.enable_thinking is not None:
-        yield from _thinking_traps(data, str(template), task)
+        yield from _thinking_warnings(data, str(template), task)
     if data.path.endswith(_FILE_ENDINGS) and (data.split != "train" or data.subset is not None):
         yield (
             f"data.path = {data.path!r} is a file, which has no splits and no subsets: data.split "
@@ -143,7 +143,7 @@ def _file_traps(config: Config, data: FileData, inputs: Inputs, task: FileTask) 
         )
 
 
-def _thinking_traps(data: FileData, template: str, task: FileTask) -> Iterator[str]:
+def _thinking_warnings(data: FileData, template: str, task: FileTask) -> Iterator[str]:
     name = f"data.enable_thinking = {str(data.enable_thinking).lower()}"
     if all(isinstance(prompt.content, str) for prompt in task.pool):
         yield f"{name} has no effect: no prompt is rendered with a chat template. Leave it out"
@@ -155,7 +155,7 @@ def _unmeasured(missing: int, held_out: Sequence[object]) -> str:
     return "no accuracy is measured" if missing == len(held_out) else "they do not count"
 
 
-def model_traps(
+def model_warnings(
     config: Config,
     inputs: Inputs,
     student: PreTrainedModel,
@@ -168,7 +168,7 @@ def model_traps(
         ConfigError: a model has no positions for the longest prompt and completion.
     """
     if inputs.prompts is not None:
-        yield from _context_traps(config, inputs.prompts.longest, student, teacher)
+        yield from _context_warnings(config, inputs.prompts.longest, student, teacher)
     stops = stop_ids(student, inputs.tokenizer)
     if not any(i < vocab_size for i in stops):
         beyond = f" among its {vocab_size} ids, only {sorted(stops)}" if stops else ""
@@ -187,7 +187,7 @@ def model_traps(
         if sizes[1] < sizes[0]:
             yield (
                 f"the teacher has {sizes[1]:,} parameters and the student {sizes[0]:,}: it is "
-                "smaller than what it teaches. Check student.model and teacher.model"
+                "smaller than the student. Check student.model and teacher.model"
             )
 
 
@@ -211,7 +211,7 @@ def _is_same(config: Config, student: PreTrainedModel, teacher: PreTrainedModel)
     )
 
 
-def _context_traps(
+def _context_warnings(
     config: Config, longest: int, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> Iterator[str]:
     new = config.sampling.max_new_tokens

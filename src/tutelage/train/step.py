@@ -114,7 +114,7 @@ class Step:
 
     def teacher_forward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """The teacher's logits of every row, as hidden states; it may then leave the device."""
-        with self.clock.phase("teacher"), self.components.teacher.awake():
+        with self.clock.phase("teacher"), self.components.teacher.on_device():
             for micro_batch in micro_batches:
                 micro_batch.teacher_logits = self.components.teacher.read(micro_batch.batch)
 

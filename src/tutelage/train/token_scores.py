@@ -210,7 +210,7 @@ def score_rollouts(
     limit = config.micro_batch_tokens
     batches = micro_batches(rollouts, config.micro_batch_size, pad, max_tokens=limit)
     tables, tops = [], []
-    with components.teacher.awake(), torch.no_grad():
+    with components.teacher.on_device(), torch.no_grad():
         for batch in batches:
             here = batch.to(components.device)
             view = components.teacher.view(components.teacher.read(here))
