@@ -1,4 +1,4 @@
-"""The main job in minutes: an overconfident student, its teacher, and which tokens teach.
+"""The main job in minutes: a student, its teacher, and selection rules compared.
 
 Run it with `make demo`. Everything it uses is in the package; nothing is downloaded.
 """
@@ -37,15 +37,15 @@ RULES: tuple[SelectionConfig, ...] = (
     RandomTokens("random", keep=0.1),
 )
 CAVEAT = """\
-KL kept is the share of the divergence that lies on the kept tokens. One seed: the intervals
-cover the 128 problems, not the seed. The student is a damaged copy of the teacher, which makes
-confidently wrong tokens by construction: a best case for rules that look for them."""
+KL kept is the kept tokens' share of the summed reverse KL. One seed: the intervals cover the 128
+problems, not the seed. The student is a damaged copy of the teacher, which makes tokens of low
+entropy and high KL by construction: a best case for rules that rank them first."""
 console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One selection rule of the table: what it trained on and where it got."""
+    """One selection rule of the table: its tokens and the accuracy after it."""
 
     name: str
     tokens: int
@@ -57,7 +57,7 @@ class Arm:
 def main() -> None:
     start = time.monotonic()
     config = load_config(ROOT / "configs" / "examples" / "ledger.toml")
-    console.rule("1. An overconfident student learns from its own completions")
+    console.rule("1. A student is distilled on its own completions")
     result = run(config, "demo")
     if not result.is_finished:
         return
@@ -66,7 +66,7 @@ def main() -> None:
     exported = measure(str(result.folder / "student"), config)[0]
     console.print(f"the exported student, loaded again: mean@8 {as_percent(exported)}")
 
-    console.rule(f"2. Which tokens teach? {RULES_STEPS} steps each, same start, same prompts")
+    console.rule(f"2. Selection rules: {RULES_STEPS} steps each, same start, same prompts")
     arms = [arm(config, rule) for rule in RULES]
     if None in arms:
         return
@@ -127,7 +127,7 @@ def totals(folder: Path) -> tuple[int, str]:
 
 
 def kept_kl_share(folder: Path) -> float:
-    """Share of the divergence that lay on the kept tokens, mean over steps."""
+    """The kept tokens' share of the summed reverse KL, mean over steps."""
     return fmean(step["kept_kl_share"] for step in metrics(folder))
 
 
