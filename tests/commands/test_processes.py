@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from calling import LEDGER, TEACHER, TINY, Outcome, call, succeed
+from calling import LEDGER, TEACHER, Outcome
 
 from patience import HANG_S
 
@@ -51,17 +51,16 @@ def test_a_terminal_that_knows_only_ascii(trained: tuple[Path, Outcome]) -> None
     assert r"\u2212" in done.stdout
 
 
-def test_missing_extras_name_what_to_install(tmp_path: Path, trained: tuple[Path, Outcome]) -> None:
+def test_missing_extras_name_what_to_install(tmp_path: Path) -> None:
     """One process without any optional package runs the commands that need one."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     commands = [
-        (["report", str(trained[0])], "matplotlib", "report"),
         (["eval", str(tmp_path / "model.gguf")], "gguf", "gguf"),
         (["eval", TEACHER, "--prompts", "owner/set"], "datasets", "data"),
     ]
     program = (
         "import sys\n"
-        "for name in ('matplotlib', 'jinja2', 'gguf', 'datasets'): sys.modules[name] = None\n"
+        "for name in ('gguf', 'datasets'): sys.modules[name] = None\n"
         "from tutelage.cli import main\n"
         "from tutelage.commands import progress\n"
         f"progress.DELAY_S = {HANG_S}\n"
@@ -71,31 +70,12 @@ def test_missing_extras_name_what_to_install(tmp_path: Path, trained: tuple[Path
         [sys.executable, "-c", program],
         env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout == "[2, 2, 2]\n", done.stderr
+    assert done.stdout == "[2, 2]\n", done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(commands)
     for line, (_, package, extra) in zip(lines, commands, strict=True):
         assert f"needs the package '{package}'" in line
         assert f"pip install '{package}' (the project's extra '{extra}')" in line
-
-
-def test_jinja2_is_named_too(
-    trained: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    outcome = call("report", trained[0])
-    assert outcome.code == 2
-    assert "needs the package 'jinja2'" in outcome.err
-    assert "pip install 'jinja2'" in outcome.err
-
-
-def test_training_without_the_report_extra_still_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    outcome = succeed("train", LEDGER, *TINY, f"out={tmp_path / 'run'}", "num_steps=1")
-    assert "no report: The report needs the package 'matplotlib'" in outcome.err
-    assert (tmp_path / "run" / "student" / "config.json").is_file()
 
 
 @pytest.mark.slow

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from tutelage.commands.options import INTERRUPTED
 from tutelage.commands.progress import Reporter
 from tutelage.config.schema import Config
-from tutelage.errors import MissingExtraError
 from tutelage.report.run_page import write_report
 from tutelage.setup.run_folder import describe_contents
 from tutelage.train.loop import train
@@ -30,13 +28,8 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     if not result.is_writer:
         return 0
-    try:
-        path = write_report(result.folder)
-    except MissingExtraError as error:
-        print(f"no report: {error}", file=sys.stderr)
-    else:
-        if not arguments.json:
-            print(f"report: {path}")
+    path = write_report(result.folder)
     if not arguments.json:
+        print(f"report: {path}")
         print(describe_contents(result.folder))
     return 0
