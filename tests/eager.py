@@ -67,10 +67,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
 
 def cpu_device(operators: Operators | None = None) -> kv_slots.Device:
     """What a step runs with where nothing can be captured."""
-    from tutelage.rollout.cuda.triton_operators import num_splits, num_vocab_blocks
-
-    operators = operators or TorchOperators()
-    return kv_slots.Device(operators, EagerGraph, 4, num_vocab_blocks, num_splits)
+    return kv_slots.Device(operators or TorchOperators(), EagerGraph, 4)
 
 
 def generate_captured(

@@ -193,7 +193,7 @@ def _facts() -> Any:
 
     if gpu_card.is_cuda():
         return Facts.of(torch.device("cuda"))
-    return Facts("none", 80 * GIB, 80 * GIB, (9, 0), False, 128 * GIB)
+    return Facts(80 * GIB, 80 * GIB, (9, 0), False, 128 * GIB)
 
 
 def _micro_batch(config: Config) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt
 from tutelage.models.tokenizers import stop_ids
-from tutelage.rollout.cuda import generate, kv_slots, triton_operators
+from tutelage.rollout.cuda import blocks, generate, kv_slots, triton_operators
 from tutelage.rollout.cuda.cuda_graph import CudaGraph, EagerGraph
 from tutelage.rollout.cuda.generate import GraphGenerator
 from tutelage.rollout.cuda.kv_slots import Device, cuda_device, make_token_sampling
@@ -140,8 +140,7 @@ def open_generator(
     if IS_CUDA:
         device = cuda_device(DEVICE)
     else:
-        ops = triton_operators
-        device = Device(TorchOperators(), EagerGraph, 4, ops.num_vocab_blocks, ops.num_splits)
+        device = Device(TorchOperators(), EagerGraph, 4)
     generator = GraphGenerator(model, tokenizer, config, batch_size, False, device)
     if not generator.open_slots(requests):
         raise RuntimeError("a step does not give the model's own hidden states.")
@@ -496,12 +495,12 @@ def variants() -> dict[str, Any]:
         slots = open_generator(model, tokenizer, config, batch, requests).slots
         result |= _products(slots, batch)
         for block, warps, stages in ATTENTION:
-            triton_operators.COLUMN_BLOCK = block
+            blocks.COLUMN_BLOCK = block
             triton_operators.ATTEND.update(num_warps=warps, num_stages=stages)
             name = f"batch {batch}, attention {block} {warps} {stages}, us a layer"
             result[name] = _attention(slots, batch)
             say(name, _short(result[name]))
-        triton_operators.COLUMN_BLOCK, warps, stages = ATTENTION[0]
+        blocks.COLUMN_BLOCK, warps, stages = ATTENTION[0]
         triton_operators.ATTEND.update(num_warps=warps, num_stages=stages)
         result |= _sampling(slots, batch, num_words)
         _clear()

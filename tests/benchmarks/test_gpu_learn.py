@@ -7,23 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_parts import TINY
 
 import gpu
-import gpu_card
 import gpu_learn
-import gpu_models
 import gpu_step
 from tutelage.config.parse import parse_config
 
 
 @pytest.fixture(autouse=True)
-def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_card, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_models, "VOCABULARY", 1000)
-    for size, table in gpu_models.SIZES.items():
-        sizes = TINY | {"tie_word_embeddings": table["tie_word_embeddings"]}
-        monkeypatch.setitem(gpu_models.SIZES, size, sizes)
+def _few(monkeypatch: pytest.MonkeyPatch, toy_card: None) -> None:
     sizes = {"SEQUENCES": 6, "PROMPT_TOKENS": 4, "NEW_TOKENS": 5, "NUM_STEPS": 2}
     for name, value in sizes.items():
         monkeypatch.setattr(gpu_learn, name, value)

@@ -13,27 +13,12 @@ import torch
 import gpu
 import gpu_card
 import gpu_memory
-import gpu_models
 import gpu_step
-
-TINY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-}
 
 
 @pytest.fixture(autouse=True)
-def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every architecture tiny, a few prompts, and a CPU in place of the card."""
-    monkeypatch.setattr(gpu_card, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_models, "VOCABULARY", 1000)
-    for size, table in gpu_models.SIZES.items():
-        sizes = TINY | {"tie_word_embeddings": table["tie_word_embeddings"]}
-        monkeypatch.setitem(gpu_models.SIZES, size, sizes)
+def _few(monkeypatch: pytest.MonkeyPatch, toy_card: None) -> None:
+    """A few prompts."""
     for name, value in {"PROMPTS": 2, "PROMPT_TOKENS": 4, "NEW_TOKENS": 6}.items():
         monkeypatch.setattr(gpu_step, name, value)
     monkeypatch.setattr(gpu_step, "CHECKPOINT_EVERY", 1)

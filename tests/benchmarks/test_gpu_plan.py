@@ -33,7 +33,7 @@ def test_the_plan_is_what_a_card_was_measured_to_hold(
     student = gpu_models.shapes(gpu_models.qwen3_config("1.7B"), is_checkpointed=True)
     other = gpu_models.shapes(gpu_models.qwen3_config(teacher))
     # In these runs the objective ran in plain torch; its kernels take more memory.
-    card = Facts("H200", 140 * GIB, 139 * GIB, (9, 0), False, 1 << 50)
+    card = Facts(140 * GIB, 139 * GIB, (9, 0), False, 1 << 50)
     plan = plan_cuda(config, student, other, card, gpu_step.PROMPT_TOKENS)
     planned = {phase.name: phase.allocated_bytes / MIB for phase in plan.phases}
     for name, measured in steps["phases_peak_mib"].items():

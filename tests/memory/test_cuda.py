@@ -21,7 +21,7 @@ from tutelage.models.lora import checkpoint_activations
 from tutelage.setup.components import build_components
 
 MIB, GIB = 1 << 20, 1 << 30
-CARD = Facts("a card", 140 * GIB, 100 * GIB, (9, 0), True, 200 * GIB)
+CARD = Facts(140 * GIB, 100 * GIB, (9, 0), True, 200 * GIB)
 
 
 def phases_of(models: Path, out: Path, facts: Facts = CARD, **changes: Any) -> Any:

@@ -20,11 +20,12 @@ pytest.importorskip("triton")
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.models.lora import add_lora
-from tutelage.rollout.cuda import kernels, sample_kernels, triton_operators
+from tutelage.rollout.cuda import kernels, sample_kernels
+from tutelage.rollout.cuda.blocks import num_splits, num_vocab_blocks
 from tutelage.rollout.cuda.kv_slots import KVSlots, make_token_sampling
 from tutelage.rollout.cuda.operators import Heads, TorchOperators
 from tutelage.rollout.cuda.state import Rows, Sizes, Work, make_rows, make_work
-from tutelage.rollout.cuda.triton_operators import TritonOperators, num_vocab_blocks
+from tutelage.rollout.cuda.triton_operators import TritonOperators
 
 # Minus infinity minus itself is computed, and then masked.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -287,7 +288,7 @@ def count_only(self: TritonOperators, *args: Any, **options: Any) -> None:
 
 
 def test_splits_fill_the_device_and_bound_what_one_program_reads() -> None:
-    assert triton_operators.num_splits(64, 8, 512, 132) == 1
-    assert triton_operators.num_splits(8, 8, 512, 132) == 5
-    assert triton_operators.num_splits(64, 8, 8192, 132) == 4
-    assert triton_operators.num_splits(1, 1, 256, 132) == 4
+    assert num_splits(64, 8, 512, 132) == 1
+    assert num_splits(8, 8, 512, 132) == 5
+    assert num_splits(64, 8, 8192, 132) == 4
+    assert num_splits(1, 1, 256, 132) == 4

@@ -28,7 +28,7 @@ from tutelage.memory.cpu import (
     plan_memory,
 )
 from tutelage.memory.meta_model import Learning, learning_from, reading, shadow, stored_bytes
-from tutelage.memory.rollout_cuda import DrawMemory, draw_memory
+from tutelage.memory.rollout_cuda import RolloutMemory, rollout_memory
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
 from tutelage.setup.objective import needs_scoring, scores_teacher
@@ -51,7 +51,6 @@ ALLOCATOR_SHARE = 1 / 20
 class Facts:
     """What a plan has to know of a CUDA device."""
 
-    name: str
     total_bytes: int
     available_bytes: int
     """Free now, with what this process holds already."""
@@ -66,7 +65,6 @@ class Facts:
         """What is known of the device that is here."""
         about = torch.cuda.get_device_properties(device)
         return Facts(
-            about.name,
             about.total_memory,
             available_bytes(device) + CONTEXT_BYTES,
             (about.major, about.minor),
@@ -181,18 +179,18 @@ class _Plan:
     # --- what is there all the time
 
     @cached_property
-    def draws(self) -> DrawMemory:
+    def draws(self) -> RolloutMemory:
         """Of the student's draws; evaluation may open more completions than a step."""
         config, each = self.config, self.config.evaluation
         most = max(self.sizes.decoded, each.num_problems * each.num_samples)
         rows = min(config.sampling_batch_size, most)
         return self._draws(self.student, rows, config.sampling.num_samples)
 
-    def _draws(self, model: PreTrainedModel, rows: int, num_samples: int) -> DrawMemory:
+    def _draws(self, model: PreTrainedModel, rows: int, num_samples: int) -> RolloutMemory:
         """With completions of a prompt side by side, of which the first and last may be some."""
         lengths = (self.prompt_tokens, self.config.sampling.max_new_tokens)
         prompts = min(rows, 1 + -(-(rows - 1) // num_samples))
-        return draw_memory(model, rows, prompts, lengths, self.facts.total_bytes)
+        return rollout_memory(model, rows, prompts, lengths, self.facts.total_bytes)
 
     @cached_property
     def rest(self) -> dict[str, int]:

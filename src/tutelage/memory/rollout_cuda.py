@@ -1,4 +1,4 @@
-"""Bytes that draws take on a CUDA device, by shapes alone."""
+"""Bytes that rollouts take on a CUDA device, by shapes alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tutelage.memory.meta_model import reading
+from tutelage.rollout.cuda.blocks import num_splits, num_vocab_blocks
 from tutelage.rollout.cuda.decode_step import is_covered, sizes_of
 from tutelage.rollout.cuda.generate import KEPT_SHARE, PREFILL_TOKENS
 from tutelage.rollout.cuda.kv_slots import STEPS, bucket, make_cache
@@ -18,13 +19,13 @@ from tutelage.rollout.cuda.state import make_rows, make_work
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_COLUMNS_PER_SPLIT = 2048
-_IDS_PER_BLOCK = 256
+_PROCESSORS = 160
+"""Multiprocessors of the largest device there is: more of them split a cache further."""
 
 
 @dataclass(frozen=True)
-class DrawMemory:
-    """Bytes of the draws of one model."""
+class RolloutMemory:
+    """Bytes of the rollouts of one model."""
 
     cache: int
     """Keys and values: of all slots, or of all tokens where the model's own step runs."""
@@ -33,38 +34,39 @@ class DrawMemory:
     prefill: int
     """The largest pass over prompts, with its own cache."""
     is_kept: bool
-    """Whether slots and steps stay between draws."""
+    """Whether slots and steps stay between batches."""
 
 
-def draw_memory(
+def rollout_memory(
     twin: PreTrainedModel, num_rows: int, num_prompts: int, lengths: tuple[int, int], device: int
-) -> DrawMemory:
-    """What drawing takes.
+) -> RolloutMemory:
+    """What sampling takes.
 
     Args:
         twin: the model, from `shadow`.
         num_rows: completions that are open at the same time.
-        num_prompts: prompts that are read for them.
+        num_prompts: prompts that are prefilled for them.
         lengths: tokens of the longest prompt and completion.
         device: bytes of the device.
     """
     prompt, length = lengths[0], sum(lengths)
     at_once = max(1, min(num_prompts, PREFILL_TOKENS // prompt))
     prefill = reading(twin, (at_once, prompt), is_cached=True)
-    # while a portion is read, the one before is still there
+    # during a prefill, the result of the one before is still there
     read = prefill.peak + (prefill.kept if num_prompts > at_once else 0)
     if not is_covered(twin):
         cache = reading(twin, (num_rows, length), is_cached=True).kept
         vocab_size = twin.get_output_embeddings().weight.shape[0]
         # the logits in the model's dtype, then probabilities and their sums in float64
-        return DrawMemory(cache, num_rows * vocab_size * (16 + twin.dtype.itemsize), read, False)
+        return RolloutMemory(cache, num_rows * vocab_size * (16 + twin.dtype.itemsize), read, False)
     sizes = replace(sizes_of(twin), device=torch.device("meta"))
     cache = make_cache(sizes, num_rows, length).nbytes
-    splits = 1 + -(-length // _COLUMNS_PER_SPLIT)
-    blocks = -(-sizes.num_rows_of_head // _IDS_PER_BLOCK)
+    blocks = num_vocab_blocks(sizes.num_rows_of_head)
     step = _bytes(make_rows(sizes, bucket(num_rows), STEPS))
-    step += sum(_bytes(make_work(sizes, n, blocks, splits)) for n in _buckets(num_rows))
-    return DrawMemory(cache, step, read, cache <= device // KEPT_SHARE)
+    for count in _buckets(num_rows):
+        splits = num_splits(count, sizes.num_groups, length, _PROCESSORS)
+        step += _bytes(make_work(sizes, count, blocks, splits))
+    return RolloutMemory(cache, step, read, cache <= device // KEPT_SHARE)
 
 
 def _buckets(num_rows: int) -> Iterable[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tutelage.core.kernels.rows import _logits
+from tutelage.core.kernels.rows import _logits, _over_mixture
 
 
 @triton.jit(do_not_specialize=["out_stride"])
@@ -35,6 +35,79 @@ def segments_kernel(
     x = tl.load(logits + row.to(tl.int64) * stride + v, mask=is_id, other=0.0)
     x = _logits(x, bias, v, is_id, scale, cap, BIAS, SCALED, CAP)
     tl.store(out + row * out_stride + segment, tl.max(x, 1), mask=segment < num_segments)
+
+
+@triton.jit(do_not_specialize=["aux_stride"])
+def mixture_kernel(
+    student,
+    teacher,
+    student_bias,
+    teacher_bias,
+    aux,
+    value,
+    mean,
+    vocab_size,
+    stride,
+    aux_stride,
+    student_scale,
+    teacher_scale,
+    student_cap,
+    teacher_cap,
+    w,
+    JSD: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    STUDENT_SCALED: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Divergence to m = (1 − w) p + w q of one row (float64), and E_p of its slope (float32).
+
+    The Jensen-Shannon divergence with slope log(p/m), or KL(p‖m) with slope
+    log(p/m) − (1 − w) p/m.
+    """
+    row = tl.program_id(0)
+    s_row = student + row.to(tl.int64) * stride
+    t_row = teacher + row.to(tl.int64) * stride
+    table = aux + row
+    s_top = tl.load(table)
+    t_top = tl.load(table + aux_stride)
+    s_inverse = tl.load(table + 2 * aux_stride)
+    t_inverse = tl.load(table + 3 * aux_stride)
+    offset = tl.load(table + 5 * aux_stride)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    slope = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        v = start + lanes
+        is_id = v < vocab_size
+        s = tl.load(s_row + v, mask=is_id, other=0.0)
+        s = _logits(
+            s, student_bias, v, is_id, student_scale, student_cap,
+            STUDENT_BIAS, STUDENT_SCALED, STUDENT_CAP,
+        )  # fmt: skip
+        t = tl.load(t_row + v, mask=is_id, other=0.0)
+        t = _logits(
+            t, teacher_bias, v, is_id, teacher_scale, teacher_cap,
+            TEACHER_BIAS, TEACHER_SCALED, TEACHER_CAP,
+        )  # fmt: skip
+        s = s - s_top
+        t = t - t_top
+        p = tl.exp(s) * s_inverse
+        q = tl.exp(t) * t_inverse
+        p_over, q_over = _over_mixture((s - t) - offset, w)
+        p_over = tl.where(p == 0.0, 0.0, p_over)
+        if JSD:
+            q_over = tl.where(q == 0.0, 0.0, q_over)
+            total += (1.0 - w) * p * p_over + w * q * q_over
+            slope += p * p_over
+        else:
+            total += p * p_over
+            slope += p * (p_over - (1.0 - w) * tl.exp(p_over))
+    tl.store(value + row, tl.sum(total, 0).to(tl.float64))
+    tl.store(mean + row, tl.sum(slope, 0))
 
 
 @triton.jit(do_not_specialize=["aux_stride", "out_stride"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tutelage.core.kernels import more_rows
 from tutelage.core.kernels import rows as kernels
 from tutelage.core.kernels.buffers import NUM_AUX, NUM_STATISTICS, Buffers
 from tutelage.core.kernels.products import on_device, project
@@ -214,7 +215,7 @@ class Passes:
         value = torch.empty(len(chunk), dtype=torch.float64, device=self.device)
         mean = torch.empty(len(chunk), dtype=torch.float32, device=self.device)
         with on_device(self.device):
-            kernels.mixture_kernel[(len(chunk),)](
+            more_rows.mixture_kernel[(len(chunk),)](
                 self._student,
                 self._teacher,
                 aux=self.aux,

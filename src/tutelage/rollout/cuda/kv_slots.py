@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.models.forward import Ids
+from tutelage.rollout.cuda.blocks import num_splits, num_vocab_blocks
 from tutelage.rollout.cuda.cuda_graph import Capture, CudaGraph, Graph
 from tutelage.rollout.cuda.decode_step import DecodeStep, sizes_of
 from tutelage.rollout.cuda.operators import Operators, TokenSampling
@@ -37,25 +38,15 @@ class Device:
     capture: Capture
     processors: int
     """Multiprocessors of the device."""
-    num_blocks: Callable[[int], int]
-    """Blocks in which so many ids are summed."""
-    num_splits: Callable[[int, int, int, int], int]
-    """Splits of a cache for rows, groups, capacity and processors."""
 
 
 def cuda_device(device: torch.device) -> Device:
     """Triton kernels in CUDA graphs."""
-    from tutelage.rollout.cuda.triton_operators import TritonOperators, num_splits, num_vocab_blocks
+    from tutelage.rollout.cuda.triton_operators import TritonOperators
 
     pool = torch.cuda.graph_pool_handle()
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Device(
-        TritonOperators(),
-        lambda run: CudaGraph(run, pool),
-        processors,
-        num_vocab_blocks,
-        num_splits,
-    )
+    return Device(TritonOperators(), lambda run: CudaGraph(run, pool), processors)
 
 
 class KVSlots:
@@ -80,8 +71,7 @@ class KVSlots:
 
     def num_splits(self, count: int, length: int) -> int:
         """Splits of attention; they depend on the batch alone, as results do in their last bits."""
-        device = self.device
-        return device.num_splits(count, self.sizes.num_groups, length, device.processors)
+        return num_splits(count, self.sizes.num_groups, length, self.device.processors)
 
     def graph(
         self, count: int, splits: int, config: SamplingConfig, num_ids: int, stops: tuple[int, ...]
@@ -110,7 +100,7 @@ class KVSlots:
 
     def work(self, count: int, splits: int, num_ids: int) -> Work:
         """Memory for a step of so many rows."""
-        return make_work(self.sizes, count, self.device.num_blocks(num_ids), splits)
+        return make_work(self.sizes, count, num_vocab_blocks(num_ids), splits)
 
     def prefill(
         self, model: PreTrainedModel, prompts: Sequence[Ids], pad: int

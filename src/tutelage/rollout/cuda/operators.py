@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.config.sampling import SamplingConfig
-from tutelage.rollout.cuda.state import Rows, Work
+from tutelage.rollout.cuda.state import Pair, Rows, Work
 from tutelage.rollout.sample_token import sample_token
 
 
@@ -60,14 +60,7 @@ class Operators(Protocol):
         Positions stop at `last`.
         """
 
-    def attend(
-        self,
-        rows: Rows,
-        work: Work,
-        heads: Heads,
-        cache: tuple[Tensor, Tensor],
-        turn: tuple[Tensor, Tensor],
-    ) -> None:
+    def attend(self, rows: Rows, work: Work, heads: Heads, cache: Pair, turn: Pair) -> None:
         """mixed ← attention of the new tokens in qkv, whose keys and values enter the cache.
 
         Args:
@@ -107,14 +100,7 @@ class TorchOperators:
         rows.hidden.copy_(_rms_norm(work.x + work.y, weight, eps))
         rows.position.add_(1 - rows.done).clamp_(max=last)
 
-    def attend(
-        self,
-        rows: Rows,
-        work: Work,
-        heads: Heads,
-        cache: tuple[Tensor, Tensor],
-        turn: tuple[Tensor, Tensor],
-    ) -> None:
+    def attend(self, rows: Rows, work: Work, heads: Heads, cache: Pair, turn: Pair) -> None:
         """mixed ← attention of the new tokens in qkv, whose keys and values enter the cache."""
         size = len(rows.slot)
         slot, position = rows.slot.long(), rows.position.long()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+"""Keys and values of a layer, or cosines and sines."""
 
 
 @dataclass(frozen=True)

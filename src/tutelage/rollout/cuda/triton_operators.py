@@ -8,29 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from tutelage.rollout.cuda import kernels, sample_kernels
+from tutelage.rollout.cuda import blocks, kernels, sample_kernels
 from tutelage.rollout.cuda.operators import Heads, TokenSampling
-from tutelage.rollout.cuda.state import Rows, Work
+from tutelage.rollout.cuda.state import Pair, Rows, Work
 
-VOCAB_BLOCK = 2048
-"""Ids whose probabilities are first summed together."""
-COLUMN_BLOCK = 64
-"""Columns of a cache that attention reads at once."""
 ATTEND = {"num_warps": 4, "num_stages": 3}
 """Warps of an attention program, and blocks of columns that it has in flight."""
 _PRECISION = {torch.float32: "ieee"}
-
-
-def num_vocab_blocks(num_ids: int) -> int:
-    """Blocks of ids that are summed before one of them is searched."""
-    return -(-num_ids // VOCAB_BLOCK)
-
-
-def num_splits(num_rows: int, num_groups: int, capacity: int, processors: int) -> int:
-    """Splits of each row's columns: enough programs for every processor, none too long."""
-    for_processors = -(-2 * processors // (num_rows * num_groups))
-    for_length = -(-capacity // 2048)
-    return min(max(for_processors, for_length), -(-capacity // COLUMN_BLOCK), 64)
 
 
 class TritonOperators:
@@ -84,14 +68,7 @@ class TritonOperators:
             num_warps=_warps(width),
         )
 
-    def attend(
-        self,
-        rows: Rows,
-        work: Work,
-        heads: Heads,
-        cache: tuple[Tensor, Tensor],
-        turn: tuple[Tensor, Tensor],
-    ) -> None:
+    def attend(self, rows: Rows, work: Work, heads: Heads, cache: Pair, turn: Pair) -> None:
         """mixed ← attention of the new tokens in qkv, whose keys and values enter the cache."""
         size, splits = len(rows.slot), work.part_out.shape[2]
         keys, values = cache
@@ -110,7 +87,7 @@ class TritonOperators:
             SHARE=share,
             ROWS=max(16, triton.next_power_of_2(share)),
             DIM=heads.head_dim,
-            BLOCK=COLUMN_BLOCK,
+            BLOCK=blocks.COLUMN_BLOCK,
             NORM=heads.q_norm is not None,
             WINDOW=heads.window > 0,
             DIRECT=is_direct,
@@ -143,15 +120,15 @@ class TritonOperators:
         """Sample each row's token from logits and its uniform number of this column."""
         config, num_ids = sampling.config, sampling.num_ids
         size, stride = work.logits.shape
-        num_blocks = num_vocab_blocks(num_ids)
+        num_blocks = blocks.num_vocab_blocks(num_ids)
         # As `sample_token` has it: greedy tokens are scored at temperature 1.
         temperature = config.temperature or 1.0
-        blocks = (work.block_max, work.block_sum, work.block_best)
+        by_block = (work.block_max, work.block_sum, work.block_best)
         self._start(
             sample_kernels.block_sums,
             (size, num_blocks),
-            *(work.logits, *blocks, temperature, stride, num_ids, num_blocks),
-            BLOCK=VOCAB_BLOCK,
+            *(work.logits, *by_block, temperature, stride, num_ids, num_blocks),
+            BLOCK=blocks.VOCAB_BLOCK,
             num_warps=4,
         )
         written = (rows.token, rows.tokens, rows.logprobs, rows.column, rows.done)
@@ -162,8 +139,8 @@ class TritonOperators:
             self._start(
                 sample_kernels.sample,
                 (size,),
-                *(work.logits, *blocks, rows.uniform, sampling.stops, *written, *numbers),
-                BLOCK=VOCAB_BLOCK,
+                *(work.logits, *by_block, rows.uniform, sampling.stops, *written, *numbers),
+                BLOCK=blocks.VOCAB_BLOCK,
                 GREEDY=config.temperature == 0.0,
                 num_warps=8,
                 **common,
@@ -172,9 +149,9 @@ class TritonOperators:
         self._start(
             sample_kernels.sample_filtered,
             (size,),
-            *(work.logits, *blocks[:2], rows.uniform, sampling.stops, *written, *numbers),
+            *(work.logits, *by_block[:2], rows.uniform, sampling.stops, *written, *numbers),
             *(config.top_k, sampling.top_p),
-            BLOCK=4 * VOCAB_BLOCK,
+            BLOCK=4 * blocks.VOCAB_BLOCK,
             KEEPS_K=keeps_k,
             KEEPS_P=keeps_p,
             num_warps=16,
