@@ -74,7 +74,7 @@ def new_folder(target: Path, is_private: bool = True, replaces: bool = False) ->
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[None]:
-    """A folder is out of sight in the block and removed after it; an error brings it back."""
+    """A folder is hidden in the block and removed after it; an error restores it."""
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     folder.replace(hidden)
     try:
@@ -86,19 +86,19 @@ def _aside(folder: Path) -> Iterator[None]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; it is out of sight before the first file in it goes."""
+    """Remove a folder; it is hidden before its first file is removed."""
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     folder.replace(hidden)
     shutil.rmtree(hidden)
 
 
 def temporary_beside(path: Path) -> Path:
-    """Name of a file or folder in the making, which `remove_remnants` knows."""
+    """Name of an unfinished file or folder, which `remove_remnants` removes."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_remnants(folder: Path) -> None:
-    """Remove what a process left that died while it wrote or removed something."""
+    """Remove unfinished files and folders of a process that died."""
     for remnant in folder.glob(".*.tmp"):
         shutil.rmtree(remnant) if remnant.is_dir() else remnant.unlink()
 

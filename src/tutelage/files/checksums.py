@@ -1,6 +1,6 @@
-"""Sealed folders: the sum of every file in them is known, so that no change goes unseen.
+"""Sealed folders: checksums of all files, by which every change is detected.
 
-safetensors finds a file that was cut short, but loads one with a flipped bit without a word.
+safetensors finds a file that was cut short, but loads one with a flipped bit without an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SEAL = "state.json"
 
 
 _NUM_THREADS = 8
-"""Files that are summed at the same time."""
+"""Files whose checksums are computed at the same time."""
 
 
 class DamagedError(Exception):
@@ -70,7 +70,7 @@ def _sum(path: Path) -> dict[str, Any]:
 
 
 def _text(table: dict[str, Any]) -> str:
-    """The one way to write a table, with a digest of itself."""
+    """A table as JSON text, with a digest of itself."""
     body = json.dumps(table, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**table, "digest": digest}, indent=1, sort_keys=True) + "\n"

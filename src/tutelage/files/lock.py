@@ -1,4 +1,4 @@
-"""One process a folder: a lock that the system lets go of however its owner ends."""
+"""A lock on a folder, which the system releases when the process that holds it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tutelage.errors import RunError
 
 
 class FolderLock:
-    """A locked file that names its owner, so that others can say who is in the way."""
+    """A locked file that holds its owner's process id and host for error messages."""
 
     def __init__(self, path: Path, kind: str = "run") -> None:
         self.path = path
@@ -41,9 +41,9 @@ class FolderLock:
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": host}).encode())
 
     def release(self) -> None:
-        """Remove the file, if the disk allows it, and let go of it."""
+        """Remove the file if the disk allows it, and release the lock."""
         if self._descriptor is not None:
-            with suppress(OSError):  # a file that nobody has locked is in nobody's way
+            with suppress(OSError):  # a file without a lock stops no run
                 self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
@@ -64,7 +64,7 @@ class FolderLock:
         return None
 
     def _owner(self) -> dict[str, Any]:
-        """Who the file names; nobody if its writer died before it could."""
+        """The owner in the file; empty if its process died before it wrote one."""
         try:
             owner = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError, RecursionError):

@@ -54,7 +54,7 @@ _KEYS = {
 def refuse_another_run(
     config: Config, folder: Path, earlier: dict[str, Any] | None, allow_change: Sequence[str]
 ) -> None:
-    """A folder with a run of another configuration.
+    """Refuses a folder with a run of another configuration.
 
     Args:
         config: the run.
@@ -91,7 +91,7 @@ def refuse_another_run(
 def refuse_other_inputs(
     config: Config, inputs: Inputs, earlier: dict[str, Any] | None, allow_change: Sequence[str]
 ) -> None:
-    """Prompts, a tokenizer or weights that were edited since the run began.
+    """Refuses prompts, a tokenizer or weights that were edited since the run began.
 
     Args:
         config: the run.

@@ -206,7 +206,7 @@ def _is_at_most(line: str, step: int) -> bool:
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
-        return False  # torn while the process died
+        return False  # cut off when the process died
 
 
 def environment() -> dict[str, Any]:
