@@ -13,7 +13,6 @@ from tiny import save_tiny_model
 from tutelage.memory.meta_model import (
     FewBits,
     Live,
-    in_few_bits,
     learning_from,
     reading,
     shadow,
@@ -83,6 +82,16 @@ def test_layers_by_ligers_kernels_are_planned_as_the_models_own() -> None:
     assert found == expected
     now = [vars(layer).get("forward") for layer in changed.modules()]
     assert now == bound  # the model itself stays
+
+
+def in_few_bits(twin: Any, num_bits: int) -> Any:
+    """Linear layers, the head aside, in so many bits."""
+    for layer in twin.base_model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, module in list(part.named_children()):
+                if isinstance(module, torch.nn.Linear):
+                    setattr(part, name, FewBits(module, num_bits, twin.dtype))
+    return twin
 
 
 def test_weights_of_few_bits_are_kept_packed_and_unpacked_for_a_product() -> None:

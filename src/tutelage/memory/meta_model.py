@@ -105,16 +105,6 @@ def shadow(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def in_few_bits(twin: PreTrainedModel, num_bits: int) -> PreTrainedModel:
-    """The same with its linear layers, the head aside, frozen in so many bits."""
-    head = twin.get_output_embeddings()
-    for parent in list(twin.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is nn.Linear and module is not head:
-                setattr(parent, name, FewBits(module, num_bits, twin.dtype))
-    return twin
-
-
 def stored_bytes(twin: PreTrainedModel) -> int:
     """Bytes of a model's weights where they are kept."""
     packed = [module for module in twin.modules() if isinstance(module, FewBits)]
