@@ -18,9 +18,7 @@ from tutelage.evaluation import metrics
 from tutelage.evaluation.metrics import (
     Interval,
     clustered_interval,
-    mean_at_k,
     paired_difference,
-    pass_at_k,
     problem_means,
     problem_pass_rates,
 )
@@ -40,26 +38,25 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(
         subsets = list(itertools.combinations(problem, k))
         rates.append(sum(any(subset) for subset in subsets) / len(subsets))
     assert problem_pass_rates(correct, k) == pytest.approx(rates, abs=1e-12)
-    assert pass_at_k(correct, k) == pytest.approx(sum(rates) / len(rates), abs=1e-12)
 
 
 @given(verdicts)
 def test_pass_at_1_is_mean_at_k(correct: list[list[bool]]) -> None:
-    assert pass_at_k(correct, 1) == pytest.approx(mean_at_k(correct), abs=1e-12)
+    assert problem_pass_rates(correct, 1) == pytest.approx(problem_means(correct), abs=1e-12)
 
 
 def test_every_problem_weighs_the_same_whatever_its_number_of_samples() -> None:
     correct = [[True], [False] * 99]
-    assert mean_at_k(correct) == 0.5
+    assert clustered_interval(problem_means(correct)).value == 0.5
     assert problem_means(correct) == [1.0, 0.0]
 
 
 def test_pass_at_k_is_unbiased() -> None:
     rng, p, k = random.Random(3), 0.3, 4
     draws = [[[rng.random() < p for _ in range(8)]] for _ in range(20_000)]
-    estimate = sum(pass_at_k(draw, k) for draw in draws) / len(draws)
+    estimate = sum(problem_pass_rates(draw, k)[0] for draw in draws) / len(draws)
     truth = 1 - (1 - p) ** k
-    naive = sum(1 - (1 - mean_at_k(draw)) ** k for draw in draws) / len(draws)
+    naive = sum(1 - (1 - problem_means(draw)[0]) ** k for draw in draws) / len(draws)
     assert abs(estimate - truth) < 0.01
     assert abs(naive - truth) > 0.03, "the plug-in estimate is biased, else this test is blind"
 
@@ -67,13 +64,13 @@ def test_pass_at_k_is_unbiased() -> None:
 @pytest.mark.parametrize("k", [0, -1, 4])
 def test_k_outside_the_samples_is_refused_with_the_values(k: int) -> None:
     with pytest.raises(ConfigError, match=rf"3 samples of each problem, got {k}\."):
-        pass_at_k([[True, False, True], [True] * 5], k)
+        problem_pass_rates([[True, False, True], [True] * 5], k)
 
 
 @pytest.mark.parametrize("correct", [[], [[True], []]])
 def test_nothing_to_average_is_refused(correct: list[list[bool]]) -> None:
     with pytest.raises(DataError, match="at least one"):
-        mean_at_k(correct)
+        problem_means(correct)
 
 
 @pytest.mark.parametrize("degrees", [*range(1, 12), 29, 30, 199, 1000])

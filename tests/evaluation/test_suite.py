@@ -16,7 +16,7 @@ from tutelage.errors import DataError, RunError
 from tutelage.evaluation.benchmark import Benchmark, Progress, Result, run_benchmark
 from tutelage.evaluation.folder import EvaluationFolder
 from tutelage.evaluation.scores import Voting
-from tutelage.evaluation.tables import as_markdown, summarise
+from tutelage.evaluation.tables import as_markdown, summarize
 
 NUM_SAMPLES = 3
 
@@ -177,9 +177,9 @@ def test_the_grader_knows_which_completions_were_cut_off() -> None:
 
 def test_tables(whole: tuple[Result, bytes]) -> None:
     result = whole[0]
-    one = summarise([result], {"model": "m"})
+    one = summarize([result], {"model": "m"})
     assert one["mean_at_k"] == result.summary()["mean_at_k"]
-    two = summarise([result, result], {"model": "m"})
+    two = summarize([result, result], {"model": "m"})
     assert two["benchmarks"]["b"]["maj_at_k"] == two["maj_at_k"]
     lines = as_markdown([result, result], "title").splitlines()
     header = "| | problems | mean@3 | pass@3 | maj@3 | cut off | tokens |"

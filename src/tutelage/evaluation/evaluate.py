@@ -40,7 +40,7 @@ from tutelage.evaluation.request import (
     refuse_unused,
     student_of,
 )
-from tutelage.evaluation.tables import as_markdown, summarise
+from tutelage.evaluation.tables import as_markdown, summarize
 from tutelage.models.chat_template import printed_date_of
 from tutelage.models.device import find_device
 from tutelage.models.load import load_model, load_tokenizer
@@ -100,7 +100,7 @@ def evaluate(
 
     Args:
         request: the model, the problems and how to sample.
-        on_phase: told what is being done.
+        on_phase: receives each phase as it begins.
         log: receives a line for what was left out of prompts, and for every sampling setting that
             a server does not know.
 
@@ -133,7 +133,7 @@ def evaluate(
             result = run_benchmark(benchmark, plan.generate, k, chunk_size, saved, progress)
             results.append(result)
         head = {"model": request.model, "suite": request.suite, "folder": str(folder)}
-        record = summarise(results, head | {"sampling": plan.sent()})
+        record = summarize(results, head | {"sampling": plan.sent()})
         stated = ", ".join(f"{name} {value}" for name, value in plan.sent().items())
         title = f"`{request.model}` on {request.suite}, seed {request.seed}; sampled with {stated}"
         table = as_markdown(results, title)
@@ -197,9 +197,9 @@ def _sampler(
     tokenizer: PreTrainedTokenizerBase,
     log: Callable[[str], None],
 ) -> tuple[Sampler, dict[str, str]]:
-    """Who samples, and what a folder's settings say of it: vLLM for a run that sampled with it.
+    """The engine and what settings record of it: vLLM for a run that sampled with it.
 
-    The settings say nothing of transformers, as in folders from before they named an engine.
+    Transformers is not recorded, so that folders of earlier versions have the same settings.
     """
     engine = _engine_of_run(request.model)
     kind = engine.get("kind", "transformers")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _EVALUATION_SEED = 424242
-"""Evaluations draw the same numbers in every run, so that runs can be compared in pairs."""
+"""Evaluations use the same random numbers in every run, so that runs can be compared in pairs."""
 _NUM_SAVED_SAMPLES = 8
 _ROW = ("prompt_id", "sample", "is_correct", "is_truncated", "num_tokens")
 """What of a sample's record is logged."""
@@ -58,8 +58,8 @@ def measure(
 ) -> Measured:
     """Evaluate the student after `step`, and once, before the first step, the teacher.
 
-    The student is drawn from by the run's own engine. The teacher, which no engine holds, is drawn
-    from by transformers.
+    The run's own engine samples from the student. Transformers samples from the teacher, whose
+    weights no engine holds.
     """
     sampler = components.sampler
     if not sampler.has_own_weights:  # the same model, in the evaluation's own batches

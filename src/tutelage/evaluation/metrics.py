@@ -1,4 +1,4 @@
-"""Accuracy over problems and samples, with intervals that respect how the samples were drawn.
+"""Accuracy over problems and samples, with intervals that respect how samples were generated.
 
 Samples of one problem resemble each other, so the problem is the unit everywhere: every interval
 is computed from one score per problem, never from the pooled samples.
@@ -62,7 +62,7 @@ def problem_pass_rates(correct: Sequence[Sequence[bool]], k: int) -> list[float]
     if not 1 <= k <= fewest:
         raise ConfigError(
             f"pass@k needs k between 1 and the {fewest} samples of each problem, got {k}. "
-            f"Lower k or draw more samples."
+            f"Lower k or generate more samples."
         )
     return [_pass_rate(len(verdicts), sum(verdicts), k) for verdicts in correct]
 
@@ -87,38 +87,6 @@ def problem_majorities(
     """
     _require_samples(correct)
     return [_majority(*pair) for pair in zip(votes, correct, strict=True)]
-
-
-def mean_at_k(correct: Sequence[Sequence[bool]]) -> float:
-    """Mean over problems of the share of correct samples, in [0, 1].
-
-    Args:
-        correct: one sequence of verdicts per problem.
-
-    Returns:
-        The accuracy that a single sample has on average; every problem weighs the same.
-
-    Raises:
-        DataError: there is no problem, or a problem without samples.
-    """
-    return math.fsum(problem_means(correct)) / len(correct)
-
-
-def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
-    """Mean over problems of the unbiased chance that one of k samples is correct, in [0, 1].
-
-    Args:
-        correct: one sequence of verdicts per problem, each with at least k samples.
-        k: number of samples one may submit, at least 1.
-
-    Returns:
-        The mean of `problem_pass_rates`.
-
-    Raises:
-        DataError: there is no problem, or a problem without samples.
-        ConfigError: k is below 1 or above the number of samples of a problem.
-    """
-    return math.fsum(problem_pass_rates(correct, k)) / len(correct)
 
 
 def clustered_interval(per_problem_scores: Sequence[float], level: float = 0.95) -> Interval:
@@ -193,10 +161,10 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     if n == 1:
         return Interval(value, -1.0, 1.0, level)
     reach = max(map(abs, differences)) or 1.0
-    centre = math.fsum(differences) / (n + 2)
-    variance = (math.fsum(d * d for d in differences) + reach * reach) / (n + 2) - centre * centre
+    center = math.fsum(differences) / (n + 2)
+    variance = (math.fsum(d * d for d in differences) + reach * reach) / (n + 2) - center * center
     half_width = _t_quantile(level, n - 1) * math.sqrt(variance / (n + 2))
-    return Interval(value, max(-1.0, centre - half_width), min(1.0, centre + half_width), level)
+    return Interval(value, max(-1.0, center - half_width), min(1.0, center + half_width), level)
 
 
 def mean_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
@@ -257,11 +225,11 @@ def _effective_size(scores: Sequence[float], mean: float) -> float:
 
 def _wilson_interval(mean: float, size: float, quantile: float, level: float) -> Interval:
     shrink = 1.0 + quantile**2 / size
-    centre = (mean + quantile**2 / (2.0 * size)) / shrink
+    center = (mean + quantile**2 / (2.0 * size)) / shrink
     spread = math.sqrt(mean * (1.0 - mean) / size + (quantile / (2.0 * size)) ** 2)
     half_width = quantile * spread / shrink
     # Rounding must neither leave [0, 1] nor exclude the mean itself when it sits at an end.
-    low, high = min(mean, centre - half_width), max(mean, centre + half_width)
+    low, high = min(mean, center - half_width), max(mean, center + half_width)
     return Interval(mean, max(0.0, low), min(1.0, high), level)
 
 

@@ -1,4 +1,4 @@
-"""What `tutelage eval` and `tutelage sample` are asked for, and which options fit together."""
+"""The options of `tutelage eval` and `tutelage sample`, and which of them fit together."""
 
 from __future__ import annotations
 

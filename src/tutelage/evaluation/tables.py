@@ -11,7 +11,7 @@ from tutelage.evaluation.metrics import Interval
 _MISSING = "–"
 
 
-def summarise(results: Sequence[Result], head: dict[str, Any]) -> dict[str, Any]:
+def summarize(results: Sequence[Result], head: dict[str, Any]) -> dict[str, Any]:
     """One record: that of the only benchmark, or all of them with their plain average."""
     records = [result.summary() for result in results]
     if len(records) == 1:

@@ -1,6 +1,6 @@
 """The process that compares formulas: reads untrusted LaTeX by math-verify's parser, under limits.
 
-Run as a program by `grading_pool`; it imports nothing of this package, so it starts quickly. It
+Run as a program by `grading.pool`; it imports nothing of this package, so it starts quickly. It
 reads one JSON object a line, {"kind", "prediction", "gold"}, and answers {"equal", "reason"}. The
 parent kills it at its deadline. Files, processes, sockets and evaluated text are refused by an
 audit hook, memory by the kernel.

@@ -1,7 +1,7 @@
 """Whether a completion's final answer equals the reference answer, as mathematics.
 
 Completions are untrusted text. It is taken apart as strings; rational arithmetic is done here,
-exactly; what is left is read by math-verify's parser in a process with limits (`grading_pool`).
+exactly; what is left is read by math-verify's parser in a process with limits (`grading.pool`).
 Nothing is evaluated by Python, no input raises, and what cannot be decided is wrong.
 """
 
@@ -66,7 +66,7 @@ def answers_equal(prediction: str, gold: str) -> bool:
         gold: The reference answer.
 
     Returns:
-        False as well when the answers cannot be compared within the limits of `grading_pool`.
+        False as well when the answers cannot be compared within the limits of `grading.pool`.
 
     Raises:
         MissingExtraError: Formulas have to be compared and math-verify is not installed.

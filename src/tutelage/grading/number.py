@@ -1,6 +1,6 @@
 """Numbers found at the end of completions, and compared exactly: GSM8K and the like.
 
-Formulas are the business of `grading`; this needs no library.
+`mathematics` compares formulas; this needs no library.
 
 Completions are untrusted text: nothing here evaluates, every number is bounded in length before it
 is converted, and no input makes these functions raise.

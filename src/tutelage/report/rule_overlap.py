@@ -12,7 +12,7 @@ from tutelage.report.records import RunRecord, TokenRecord
 from tutelage.report.tokens import QUADRANTS, Row, cuts_of, quadrant, rows_of
 
 HELD_OUT = "held-out"
-_NUM_FAVOURITES = 6
+_NUM_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _kept_table(arms: Sequence[_Arm], step: int, config: dict[str, Any]) -> text
         line("kept tokens", lambda arm: share(arm, arm.rows)),
         line("KL mass on kept tokens", lambda arm: text.percent(_kept_mass(arm))),
         *(line(f"kept of Q{q}, {name}", kept_of(q)) for q, name in QUADRANTS.items()),
-        line("kept most often", _favourites),
+        line("kept most often", _most_kept),
     ]
     caption = (
         f"The {len(arms[0].records)} held-out prompts that all runs recorded, completed by each "
@@ -140,13 +140,13 @@ def _kept_mass(arm: _Arm) -> float | None:
     return sum(r.reverse_kl for r in arm.rows if arm.keeps(r)) / mass if mass > 0 else None
 
 
-def _favourites(arm: _Arm) -> str:
+def _most_kept(arm: _Arm) -> str:
     """Token texts by how often the rule keeps them, with that count."""
     texts = {key: value for record in arm.records.values() for key, value in record.texts.items()}
     counts = Counter(row.record.token[row.index] for row in arm.rows if arm.keeps(row))
     return " · ".join(
         f"{_shown(texts.get(str(token), f'id {token}'))} {count}"
-        for token, count in counts.most_common(_NUM_FAVOURITES)
+        for token, count in counts.most_common(_NUM_SHOWN)
     )
 
 

@@ -333,7 +333,7 @@ const shaded = (value) => {
   cell.style.setProperty("--level", value ?? 0);
   return cell;
 };
-const favourites = (rows, rule) => {
+const mostKept = (rows, rule) => {
   const counts = new Map();
   for (const row of rows) {
     const [all, kept] = counts.get(row.token) ?? [0, 0];
@@ -359,8 +359,8 @@ const rulesView = () => {
       parts.map((p) => [`Q${p.quadrant} ${QUADRANTS[p.quadrant]}`, percent(p.share),
         ...rules.map((rule) => shaded(keptShare(p.rows, rule)))])),
     table("Tokens kept most often: kept of all occurrences", ["rule", "tokens kept"],
-      rules.map((rule) => [rule, make("td", { class: "favourites" },
-        favourites(rows, rule).map((text) => make("span", {}, text)))])));
+      rules.map((rule) => [rule, make("td", { class: "most-kept" },
+        mostKept(rows, rule).map((text) => make("span", {}, text)))])));
 };
 
 // --- EOPD --------------------------------------------------------------------------------------
