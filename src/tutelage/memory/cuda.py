@@ -27,8 +27,16 @@ from tutelage.memory.cpu import (
     copied_bytes,
     plan_memory,
 )
-from tutelage.memory.meta_model import Learning, learning_from, reading, shadow, stored_bytes
+from tutelage.memory.meta_model import (
+    Learning,
+    keys_for_every_head,
+    learning_from,
+    reading,
+    shadow,
+    stored_bytes,
+)
 from tutelage.memory.rollout_cuda import RolloutMemory, rollout_memory
+from tutelage.models.packing import repeats_keys
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
 from tutelage.setup.objective import needs_scoring, scores_teacher
@@ -158,7 +166,9 @@ class _Plan:
         """Sequences of the largest micro-batch, and their length."""
         completions = config.prompts_per_step * config.sampling.num_samples
         each = completions // config.updates_per_step
-        if config.micro_batches == "packed":  # one row, which need not hold whole sequences
+        is_packed = config.micro_batches == "packed"
+        self.repeats_keys = is_packed and repeats_keys()
+        if is_packed:  # one row, which need not hold whole sequences
             most = min(config.micro_batch_size, completions) * sizes.length
             limit = config.micro_batch_tokens or most
             self.shape = (1, max(sizes.length, min(most, limit)))
@@ -263,17 +273,20 @@ class _Plan:
 
     def teacher_reads(self) -> Phase:
         """A pass of the teacher."""
+        with keys_for_every_head(self.teacher, self.repeats_keys):
+            activations = reading(self.teacher, self.shape).peak
         parts = {
             "recorded states": self.recorded,
             "teacher": stored_bytes(self.teacher),
-            "activations": reading(self.teacher, self.shape).peak,
+            "activations": activations,
             "hidden states": self.hidden_states,
         }
         return Phase("teacher", self.rest | parts)
 
     def score(self) -> Phase:
         """Statistics of all tokens; where states were recorded, the first step compares them."""
-        activations = reading(self.student, self.shape).peak
+        with keys_for_every_head(self.student, self.repeats_keys):
+            activations = reading(self.student, self.shape).peak
         width = self.num_rows * self.head.shape[1]
         if self.recorded:
             # the fresh states, theirs and the difference in float64
@@ -293,7 +306,8 @@ class _Plan:
         """The largest of three moments: the objective, the backward pass, the sum of gradients."""
         is_later = self.num_passes > 1
         own = self.trained_bytes if is_later and not self.masters else 0
-        found = learning_from(self.student, self.shape, self.num_rows, has_gradients=own > 0)
+        with keys_for_every_head(self.student, self.repeats_keys):
+            found = learning_from(self.student, self.shape, self.num_rows, has_gradients=own > 0)
         summed = 0 if self.config.optimizer.offload else self.masters
         before = own + summed * is_later
         parts = {"teacher": self.teacher_at_rest, "hidden states": self.hidden_states}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FUSED = "shapes_of_fused_attention"
+_REPEATED = "shapes_of_fused_attention_by_head"
 _ACCUMULATOR = 4
 """Bytes of a number in which fused attention sums over keys."""
 
@@ -103,6 +105,21 @@ def shadow(model: PreTrainedModel) -> PreTrainedModel:
         AttentionInterface.register(_FUSED, _attention)
         twin.set_attn_implementation(_FUSED)
     return twin
+
+
+@contextmanager
+def keys_for_every_head(twin: PreTrainedModel, is_so: bool = True) -> Iterator[PreTrainedModel]:
+    """Attention that repeats the keys and values that heads share, as some kernels need them."""
+    name = twin.config._attn_implementation
+    if not is_so or name != _FUSED:
+        yield twin
+        return
+    AttentionInterface.register(_REPEATED, _repeated_attention)
+    twin.set_attn_implementation(_REPEATED)
+    try:
+        yield twin
+    finally:
+        twin.set_attn_implementation(name)
 
 
 def stored_bytes(twin: PreTrainedModel) -> int:
@@ -247,3 +264,12 @@ def _attention(
     """One of transformers' attention functions; queries, keys, values are `[B, heads, T, d]`."""
     run: Callable[..., Tensor] = _Fused.apply
     return run(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _repeated_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """The same, with a key and a value for every head of queries."""
+    share = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    return _attention(module, query, key, value, mask)

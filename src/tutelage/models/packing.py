@@ -173,6 +173,15 @@ def _has_kernel() -> bool:
     return "window_size" in inspect.signature(varlen_attn).parameters
 
 
+def repeats_keys() -> bool:
+    """Whether this torch's kernel for packed rows takes a key for every head of queries only."""
+    if not _has_kernel():
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" not in inspect.signature(varlen_attn).parameters
+
+
 def _by_kernel(
     query: Tensor,
     key: Tensor,
@@ -187,10 +196,10 @@ def _by_kernel(
 
     options: dict[str, Any] = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
     share = query.shape[1] // key.shape[1]
-    if share > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    elif share > 1:
+    if share > 1 and repeats_keys():
         key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    elif share > 1:
+        options["enable_gqa"] = True
     attend: Any = varlen_attn
     out: Tensor = attend(query, key, value, starts, starts, longest, longest, **options)
     return out
