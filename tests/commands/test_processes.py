@@ -42,7 +42,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
             env=ENVIRONMENT, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 0
-    assert all(line.startswith(("sampling", "loading")) for line in done.stderr.splitlines())
+    progress = ("sampling", "loading", "ledger: completions")
+    assert all(line.startswith(progress) for line in done.stderr.splitlines())
 
 
 def test_a_terminal_that_knows_only_ascii(trained: tuple[Path, Outcome]) -> None:
