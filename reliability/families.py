@@ -291,12 +291,12 @@ def sampled(case: Case, components: Components) -> list[Rollout]:
     """Rollouts of padded batches, the same as those of each prompt alone."""
     model, tokenizer = components.student.model, components.tokenizer
     request = RolloutRequest(PROMPTS, _SAMPLING, (1,))
-    together = TransformersSampler(model, tokenizer, 4).sample(request).rollouts
+    together = TransformersSampler(model, tokenizer, 4).sample(request)
     single = TransformersSampler(model, tokenizer, 1)
     alone = [
         rollout
         for prompt in PROMPTS
-        for rollout in single.sample(replace(request, prompts=[prompt])).rollouts
+        for rollout in single.sample(replace(request, prompts=[prompt]))
     ]
     if [r.completion_ids for r in together] != [r.completion_ids for r in alone]:
         case.message = "other tokens in a padded batch than alone"

@@ -183,7 +183,7 @@ def note_rollouts(path: Path) -> None:
 
     def noted(step: Step, number: int) -> Any:
         drawn = write(step, number)
-        ids = json.dumps([r.completion_ids for r in drawn.rollouts])
+        ids = json.dumps([r.completion_ids for r in drawn])
         with path.open("a") as file:
             file.write(f"{number} {hashlib.sha256(ids.encode()).hexdigest()}\n")
         return drawn

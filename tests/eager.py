@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt
+from tutelage.data.types import Prompt, Rollout
 from tutelage.rollout.cuda import kv_slots
 from tutelage.rollout.cuda.cuda_graph import EagerGraph
 from tutelage.rollout.cuda.generate import GraphGenerator
 from tutelage.rollout.cuda.operators import Operators, TorchOperators
-from tutelage.rollout.request import RolloutRequest, Rollouts, completion_requests
+from tutelage.rollout.request import RolloutRequest, completion_requests
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
@@ -77,7 +78,7 @@ def generate_captured(
     config: SamplingConfig,
     batch_size: int,
     operators: Operators | None = None,
-) -> tuple[Rollouts, GraphGenerator]:
+) -> tuple[list[Rollout], GraphGenerator]:
     """What `generate` does on a GPU."""
     generator = GraphGenerator(model, tokenizer, config, batch_size, True, cpu_device(operators))
     requests = completion_requests(tokenizer, RolloutRequest(prompts, config, (1,)))
@@ -85,5 +86,5 @@ def generate_captured(
         assert generator.open_slots(requests)
         done = {row.request.index: row for rows in generator.generate(requests) for row in rows}
     order = [done[index] for index in range(len(requests))]
-    rollouts = [generator.rollout(row) for row in order]
-    return Rollouts(rollouts, [torch.cat(row.hidden) for row in order]), generator
+    rollouts = [replace(generator.rollout(r), hidden=torch.cat(r.hidden)) for r in order]
+    return rollouts, generator

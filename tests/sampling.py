@@ -8,7 +8,7 @@ from typing import Any
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.rollout.generate import generate
-from tutelage.rollout.request import RolloutRequest, Rollouts
+from tutelage.rollout.request import RolloutRequest
 
 
 def sample_rollouts(
@@ -20,12 +20,12 @@ def sample_rollouts(
     batch_size: int = 64,
     is_fast: bool = True,
     **request: Any,
-) -> Rollouts:
+) -> list[Rollout]:
     """Rollouts and hidden states; further arguments are those of `RolloutRequest`."""
     asked = RolloutRequest(prompts, config, seed, **request)
     return generate(model, tokenizer, asked, batch_size, is_fast=is_fast)
 
 
 def sample(*arguments: Any, **options: Any) -> list[Rollout]:
-    """The rollouts alone; arguments as for `sample_rollouts`."""
-    return sample_rollouts(*arguments, **options).rollouts
+    """As `sample_rollouts`."""
+    return sample_rollouts(*arguments, **options)

@@ -69,7 +69,7 @@ def probe(components: Components, config: Config, num_tokens: int) -> dict[str, 
     prompts = components.task.prompts(0, PROBE_PROMPTS, config.seed)
     seed = (config.seed, 1)
     sampler = TransformersSampler(components.student.model, components.tokenizer, PROBE_PROMPTS)
-    rollouts = sampler.sample(RolloutRequest(prompts, config.sampling, seed)).rollouts
+    rollouts = sampler.sample(RolloutRequest(prompts, config.sampling, seed))
     extras = tuple(dict.fromkeys(name for rule in SCORES for name in RULES[rule].extras))
     stats, completion, position = score(components, rollouts, extras)
     uniform = counter_uniform((config.seed, 2), completion, position)

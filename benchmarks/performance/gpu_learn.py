@@ -93,7 +93,6 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     """Seconds of the phases (medians from the second step on), loss, and tokens that were read."""
     from tutelage.config.parse import parse_config
     from tutelage.models.optimizer import make_optimizer
-    from tutelage.rollout.request import Rollouts
     from tutelage.setup.components import build_components
     from tutelage.setup.numerics import open_accelerator
     from tutelage.train.step import Step
@@ -105,7 +104,7 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     optimizer = make_optimizer("adamw", components.masters.masters, 1e-6, (0.9, 0.95), 0.0)
     components.masters.register_hook(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
-    drawn = Rollouts(list(rollouts), None)
+    drawn = list(rollouts)
     with mock.patch.object(step, "generate", return_value=drawn):
         metrics = [step.take(number) for number in range(1, NUM_STEPS + 1)]
         batches = [micro_batch.batch for micro_batch in step.pack(drawn)]

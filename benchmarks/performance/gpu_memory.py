@@ -241,7 +241,6 @@ def _learn(
     config: Config, components: Components, rollouts: Sequence[Rollout], folder: Path
 ) -> tuple[dict[str, int], int]:
     """Peaks of the phases of a step whose rollouts are given, and what torch reserved."""
-    from tutelage.rollout.request import Rollouts
     from tutelage.setup.numerics import open_accelerator
     from tutelage.train.step import Step
 
@@ -249,7 +248,7 @@ def _learn(
     optimizer = torch.optim.SGD(components.masters.masters, lr=0.0)
     components.masters.register_hook(optimizer)
     step = Step(config, components, accelerator, components.student, optimizer)
-    given = mock.patch.object(step, "generate", return_value=Rollouts(list(rollouts), None))
+    given = mock.patch.object(step, "generate", return_value=list(rollouts))
     with given, measured() if gpu_card.is_cuda() else nullcontext(Peak()) as peak:
         metrics = step.take(1)
     if metrics["num_memory_splits"]:

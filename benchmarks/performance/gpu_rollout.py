@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tutelage.config.sampling import SamplingConfig
-from tutelage.data.types import Prompt
+from tutelage.data.types import Prompt, Rollout
 from tutelage.models.tokenizers import stop_ids
 from tutelage.rollout.cuda import blocks, generate, kv_slots, triton_operators
 from tutelage.rollout.cuda.cuda_graph import CudaGraph, EagerGraph
@@ -32,7 +32,6 @@ from tutelage.rollout.request import (
     CompletionRequest,
     OpenRollout,
     RolloutRequest,
-    Rollouts,
     completion_requests,
 )
 
@@ -162,7 +161,7 @@ def _requests(
     return completion_requests(tokenizer, RolloutRequest(prompts, SamplingConfig(), seed))
 
 
-def _own_step(model: Any, tokenizer: Any, request: RolloutRequest) -> Rollouts:
+def _own_step(model: Any, tokenizer: Any, request: RolloutRequest) -> list[Rollout]:
     """Rollouts by the model's own forward pass."""
     return generate_rollouts(model, tokenizer, request, 16, is_fast=False)
 
@@ -224,8 +223,8 @@ def correctness_small() -> dict[str, Any]:
     return result
 
 
-def _compared(ours: Sequence[OpenRollout], own: Rollouts) -> dict[str, float]:
-    pairs = [(a, b) for a, b in zip(ours, own.rollouts, strict=True)]
+def _compared(ours: Sequence[OpenRollout], own: list[Rollout]) -> dict[str, float]:
+    pairs = [(a, b) for a, b in zip(ours, own, strict=True)]
     same = [tuple(a.tokens) == b.completion_ids for a, b in pairs]
     first = [a.tokens[0] == b.completion_ids[0] for a, b in pairs]
     gaps = [
@@ -252,7 +251,7 @@ def correctness_large() -> dict[str, Any]:
     own = _own_step(model, tokenizer, RolloutRequest(prompts, config, (3,)))
     result: dict[str, Any] = {"against the own step": _compared(ours, own)}
     drawn = [(row.request.ids, tuple(row.tokens), row.logprobs) for row in ours]
-    theirs = [(r.prompt_ids, r.completion_ids, list(r.logprobs or ())) for r in own.rollouts]
+    theirs = [(r.prompt_ids, r.completion_ids, list(r.logprobs or ())) for r in own]
     result["step against the model's own"] = step_error(model, generator, requests)
     _clear()
     exact = model.float()

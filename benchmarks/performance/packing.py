@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from objective import HERE, environment
 from tutelage.config.parse import parse_config
 from tutelage.data.batch import collate
 from tutelage.data.types import Rollout
-from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import Components, build_components
 from tutelage.train.micro_batch import MicroBatch
 from tutelage.train.step import Step
@@ -52,15 +52,14 @@ class Given(Step):
 
     rollouts: list[Rollout]
 
-    def generate(self, step: int) -> Rollouts:
-        return Rollouts(self.rollouts, None)
+    def generate(self, step: int) -> list[Rollout]:
+        return self.rollouts
 
 
 class Padded(Given):
     """The same in micro-batches as they come."""
 
-    def pack(self, drawn: Rollouts) -> list[MicroBatch]:
-        rollouts = drawn.rollouts
+    def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
         size = max(1, self.config.micro_batch_tokens // longest)
         starts = range(0, len(rollouts), size)
@@ -110,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             step.rollouts = rollouts
             metrics = step.take(1)
             losses[name] = metrics["loss"]
-            packed = step.pack(Rollouts(rollouts, None))
+            packed = step.pack(rollouts)
             num_padded[name] = sum(m.batch.input_ids.numel() for m in packed)
             if number:
                 spent = metrics["seconds"]

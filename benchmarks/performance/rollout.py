@@ -86,9 +86,7 @@ def ours_plain(job: Job, seed: int) -> list[int]:
 
 def _draw(job: Job, seed: int, is_fast: bool) -> list[Rollout]:
     request = RolloutRequest(job.prompts, job.config, (seed,))
-    return rollout.generate(
-        job.model, job.tokenizer, request, job.batch_size, is_fast=is_fast
-    ).rollouts
+    return rollout.generate(job.model, job.tokenizer, request, job.batch_size, is_fast=is_fast)
 
 
 def _lengths(rollouts: Sequence[Rollout]) -> list[int]:

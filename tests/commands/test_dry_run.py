@@ -158,7 +158,7 @@ def test_completions_of_a_prompt_have_unequal_lengths(monkeypatch: pytest.Monkey
 
     def noted(step: Step, number: int) -> Any:
         drawn = write(step, number)
-        lengths.append([len(r.completion_ids) for r in drawn.rollouts])
+        lengths.append([len(r.completion_ids) for r in drawn])
         return drawn
 
     monkeypatch.setattr(Step, "generate", noted)

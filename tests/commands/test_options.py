@@ -20,7 +20,7 @@ from tutelage.evaluation import evaluate as evaluation
 from tutelage.evaluation import server
 from tutelage.models.load import load_tokenizer
 from tutelage.report import figures
-from tutelage.rollout.request import RolloutRequest, Rollouts
+from tutelage.rollout.request import RolloutRequest
 
 URL = "http://127.0.0.1:9/v1"
 VALUES = {
@@ -172,8 +172,8 @@ def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: tuple[Any, 
     return spy
 
 
-def sampled(request: RolloutRequest) -> Rollouts:
-    return Rollouts(rollouts_of(request.prompts, request.sampling.num_samples), None)
+def sampled(request: RolloutRequest) -> list[Rollout]:
+    return rollouts_of(request.prompts, request.sampling.num_samples)
 
 
 def rollouts_of(prompts: Any, num_samples: int) -> list[Rollout]:

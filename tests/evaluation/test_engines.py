@@ -14,7 +14,7 @@ from tutelage.data.types import Rollout
 from tutelage.evaluation import evaluate as evaluation
 from tutelage.evaluation.evaluate import evaluate
 from tutelage.evaluation.request import EvaluationRequest
-from tutelage.rollout.request import RolloutRequest, Rollouts
+from tutelage.rollout.request import RolloutRequest
 
 PROBLEMS = [{"id": str(i), "prompt": "x", "answer": "1"} for i in range(3)]
 
@@ -27,12 +27,9 @@ class Engine:
         self.options = options
         self.is_closed = False
 
-    def sample(self, request: RolloutRequest) -> Rollouts:
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
         numbers = range(request.sampling.num_samples)
-        found = [
-            Rollout(p, s, (1,), (1,), text=self.text) for p in request.prompts for s in numbers
-        ]
-        return Rollouts(found, None)
+        return [Rollout(p, s, (1,), (1,), text=self.text) for p in request.prompts for s in numbers]
 
     def close(self) -> None:
         self.is_closed = True

@@ -17,7 +17,7 @@ from tutelage.evaluation import problems
 from tutelage.evaluation.evaluate import evaluate
 from tutelage.evaluation.measure import _evaluate
 from tutelage.evaluation.request import EvaluationRequest
-from tutelage.rollout.request import RolloutRequest, Rollouts
+from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.phases import no_phases
 
@@ -29,13 +29,12 @@ POOL = (Prompt("a", "q", "5"), Prompt("b", "r", "5"))
 
 @pytest.fixture(autouse=True)
 def _sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sample(self: TransformersSampler, request: RolloutRequest) -> Rollouts:
-        rollouts = [
+    def sample(self: TransformersSampler, request: RolloutRequest) -> list[Rollout]:
+        return [
             Rollout(prompt, i, (1,), (2,), text=text)
             for prompt in request.prompts
             for i, text in enumerate(ANSWERS)
         ]
-        return Rollouts(rollouts, None)
 
     monkeypatch.setattr(TransformersSampler, "sample", sample)
 

@@ -104,7 +104,7 @@ def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, An
     step.chosen = []
     metrics = [step.take(1), step.take(2)]
     metrics = [{k: v for k, v in m.items() if k not in MEASURED} for m in metrics]
-    rollouts = step.generate(2).rollouts
+    rollouts = step.generate(2)
     names = [str(i) for i in step.share(len(rollouts))]
     share = {i: r.completion_ids for i, r in zip(names, rollouts, strict=True)}
     pairs = zip(trained_names(components.student), components.masters.masters, strict=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
-from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import Components, build_components
 from tutelage.train.distributed import StepRows
 from tutelage.train.step import Step
@@ -80,8 +79,8 @@ class Watched(Step):
     rollouts: list[Rollout]
     kept: set[tuple[int, int]]
 
-    def generate(self, step: int) -> Rollouts:
-        return Rollouts(self.rollouts, None)
+    def generate(self, step: int) -> list[Rollout]:
+        return self.rollouts
 
     def choose(self, gathered: StepRows, step: int) -> TokenSelection:
         chosen = super().choose(gathered, step)

@@ -111,7 +111,7 @@ def test_greedy_sampling_is_what_generate_says(folders: dict[str, Path], name: s
     model = student(folders[name])
     tokenizer = load_tokenizer(str(folders[name] / "student"))
     drawn = sample_rollouts(model, tokenizer, PROMPTS, SamplingConfig(0.0, 1.0, 0, 12), (0,))
-    for rollout in drawn.rollouts:
+    for rollout in drawn:
         ids = torch.tensor([rollout.prompt_ids])
         beyond = list(range(vocabulary_size(tokenizer), 267))
         theirs = model.generate(

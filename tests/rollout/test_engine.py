@@ -13,12 +13,13 @@ import torch
 
 from tiny import tiny_config
 from tutelage.config.sampling import SamplingConfig
+from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.evaluation.measure import measure
 from tutelage.models.load import load_model
 from tutelage.models.lora import add_lora, full_weights, merge
 from tutelage.models.reference import ResolvedModel
-from tutelage.rollout.request import RolloutRequest, Rollouts
+from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup import components as setup
 from tutelage.setup import validate
@@ -38,7 +39,7 @@ class OwnWeights:
         self.is_closed = False
         self.asked: list[tuple[list[str], SamplingConfig]] = []
 
-    def sample(self, request: RolloutRequest) -> Rollouts:
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
         self.asked.append(([prompt.id for prompt in request.prompts], request.sampling))
         if self.num_syncs:
             self.num_syncs -= 1

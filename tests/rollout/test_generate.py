@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def outcome(drawn: Any) -> list[tuple[tuple[int, ...], bool]]:
-    return [(r.completion_ids, r.is_truncated) for r in drawn.rollouts]
+    return [(r.completion_ids, r.is_truncated) for r in drawn]
 
 
 def own(model: Any, letters: Any, config: SamplingConfig = CONFIG) -> Any:
@@ -48,10 +48,10 @@ def test_slots_draw_what_the_model_draws(family: str, batch_size: int, letters: 
     expected = own(model, letters)
     ours, _ = generate_captured(model, letters, RAGGED, CONFIG, batch_size)
     assert outcome(ours) == outcome(expected)
-    assert len({len(r.completion_ids) for r in ours.rollouts}) > 3  # they left at different times
-    for a, b in zip(ours.rollouts, expected.rollouts, strict=True):
+    assert len({len(r.completion_ids) for r in ours}) > 3  # they left at different times
+    for a, b in zip(ours, expected, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    for mine, theirs in zip(ours.hidden or [], expected.hidden, strict=True):
+    for mine, theirs in zip([r.hidden for r in ours], [r.hidden for r in expected], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -130,15 +130,15 @@ def test_the_host_looks_once_in_a_few_steps(letters: Any) -> None:
     drawn, generator = generate_captured(
         model, letters, RAGGED, SamplingConfig(max_new_tokens=20), 8
     )
-    assert any(r.is_truncated for r in drawn.rollouts)
+    assert any(r.is_truncated for r in drawn)
     assert generator.num_transfers == 5  # after every fourth token
 
 
 def test_rows_that_are_free_are_refilled_while_others_go_on(letters: Any) -> None:
     model = make_model("qwen3")
     drawn, generator = generate_captured(model, letters, RAGGED, CONFIG, 8)
-    longest = max(len(r.completion_ids) for r in drawn.rollouts)
-    batches = -(-len(drawn.rollouts) // 8)
+    longest = max(len(r.completion_ids) for r in drawn)
+    batches = -(-len(drawn) // 8)
     assert generator.num_transfers < batches * -(-longest // kv_slots.STEPS)
 
 
@@ -226,10 +226,8 @@ def test_what_was_drawn_before_changes_no_bit(letters: Any) -> None:
     _, larger = generate_captured(model, letters, [*RAGGED, Prompt("long", "ab " * 90)], CONFIG, 64)
     again, generator = generate_captured(model, letters, RAGGED[:3], config, 3)
     assert generator.slots is larger.slots
-    assert again.rollouts == fresh.rollouts
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.hidden or [], fresh.hidden or [], strict=True)
-    )
+    assert again == fresh
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(again, fresh, strict=True))
     longest = generator.length
     assert generator.slots.num_splits(4, longest) == kv_slots.KVSlots(
         model, generator.device, 3, longest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ModelError
 from tutelage.models.llama_cpu.decode import FastSlots
-from tutelage.rollout.request import Rollouts, earlier_samples
+from tutelage.rollout.request import earlier_samples
 from tutelage.rollout.sample_token import sample_token
 from tutelage.rollout.slots import PlainSlots, open_slots
 
@@ -112,10 +113,10 @@ def test_fast_rows_draw_what_the_model_draws(family: str, batch_size: int, token
         sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), batch_size, is_fast=is_fast)
         for is_fast in (True, False)
     )
-    assert outcome(fast.rollouts) == outcome(plain.rollouts)
-    lengths = {len(r.completion_ids) for r in fast.rollouts}
+    assert outcome(fast) == outcome(plain)
+    lengths = {len(r.completion_ids) for r in fast}
     assert len(lengths) > 3  # completions left at different times
-    for ours, theirs in zip(fast.rollouts, plain.rollouts, strict=True):
+    for ours, theirs in zip(fast, plain, strict=True):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
 
 
@@ -123,9 +124,9 @@ def test_layers_too_large_to_be_joined_draw_the_same(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make("qwen2", len(tokenizer), torch.float64)
-    joined = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
+    joined = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4)
     monkeypatch.setattr("tutelage.models.llama_cpu.layers._SMALL_BYTES", 0)
-    apart = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4).rollouts
+    apart = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 4)
     assert outcome(apart) == outcome(joined)
 
 
@@ -134,7 +135,7 @@ def test_every_prompt_is_read_once(
     ahead: int, num_reads: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make("qwen3", len(tokenizer), torch.float64)
-    expected = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 64).rollouts
+    expected = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 64)
     read: list[list[Any]] = []
     original = FastSlots._prefill_batch
 
@@ -144,7 +145,7 @@ def test_every_prompt_is_read_once(
 
     monkeypatch.setattr(FastSlots, "_prefill_batch", counting)
     monkeypatch.setattr("tutelage.models.llama_cpu.decode._PREFILL_AHEAD", ahead)
-    drawn = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 8).rollouts
+    drawn = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), 8)
     assert outcome(drawn) == outcome(expected)
     prompts = [ids for each in read for ids in each]
     assert len(prompts) == len(set(prompts)) == len(RAGGED)
@@ -175,7 +176,7 @@ def test_any_prompts_in_any_order_and_batch_are_read_once_and_drawn_alike(
         patch.setattr(FastSlots, "_prefill_batch", counting)
         fast = sample_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size)
     plain = sample_rollouts(qwen3, tokenizer, prompts, config, (1,), batch_size, is_fast=False)
-    assert outcome(fast.rollouts) == outcome(plain.rollouts)
+    assert outcome(fast) == outcome(plain)
     assert len(read) == len(set(read)) == len(set(prompts))
 
 
@@ -281,14 +282,14 @@ def test_what_comes_after_the_end_harms_nobody(is_fast: bool, tokenizer: Any) ->
     model = make("llama", len(tokenizer), torch.float32)
     prompts = [Prompt(f"p{i}", "a" if i % 2 else "ba") for i in range(12)]
     config = SamplingConfig(max_new_tokens=20, num_samples=3)
-    first = sample_rollouts(model, tokenizer, prompts, config, (1,), 16).rollouts
+    first = sample_rollouts(model, tokenizer, prompts, config, (1,), 16)
     read = {token for rollout in first for token in rollout.prompt_ids}
     stops = [token for token in range(9, len(tokenizer)) if token not in read][::2]
     model.generation_config.eos_token_id = stops
     with torch.no_grad():
         model.get_input_embeddings().weight[stops] = torch.nan
     assert isinstance(rows_of(model), FastSlots)
-    drawn = sample_rollouts(model, tokenizer, prompts, config, (1,), 16, is_fast=is_fast).rollouts
+    drawn = sample_rollouts(model, tokenizer, prompts, config, (1,), 16, is_fast=is_fast)
     assert {len(rollout.completion_ids) for rollout in drawn} > {1}
 
 
@@ -333,7 +334,7 @@ def test_adapters_take_part(tokenizer: Any) -> None:
     assert isinstance(rows_of(model.eval()), FastSlots)
     adapted = sample_rollouts(model, tokenizer, RAGGED, WRITING, (1,), record_hidden=True)
     check_hidden(model, adapted, 1e-5)
-    assert outcome(adapted.rollouts) != outcome(bare.rollouts)
+    assert outcome(adapted) != outcome(bare)
 
 
 def test_hooks_are_not_passed_by(tokenizer: Any) -> None:
@@ -356,12 +357,12 @@ def test_hooks_are_not_passed_by(tokenizer: Any) -> None:
 # --- recorded hidden states -----------------------------------------------------------------------
 
 
-def check_hidden(model: Any, drawn: Rollouts, tolerance: float) -> None:
+def check_hidden(model: Any, drawn: list[Rollout], tolerance: float) -> None:
     """Recorded states and their entropies are those of a fresh pass, relative to their size."""
-    assert drawn.hidden is not None
     weight = model.get_output_embeddings().weight
-    for rollout, hidden in zip(drawn.rollouts, drawn.hidden, strict=True):
-        expected = fresh_hidden(model, rollout)
+    for rollout in drawn:
+        expected, hidden = fresh_hidden(model, rollout), rollout.hidden
+        assert hidden is not None
         assert (hidden.dtype, hidden.shape) == (expected.dtype, expected.shape)
         assert (hidden - expected).abs().max() <= tolerance * expected.abs().max()
         ours, theirs = (entropies(x @ weight.t()) for x in (hidden, expected))
@@ -384,15 +385,15 @@ def test_recorded_states_are_those_of_a_fresh_pass(
         model, tokenizer, RAGGED, WRITING, (2,), 4, record_hidden=True, is_fast=is_fast
     )
     check_hidden(model, drawn, tolerance)
-    assert drawn.hidden is not None
+    moved = [replace(r, hidden=r.hidden.roll(1, 0)) for r in drawn if r.hidden is not None]
+    assert len(moved) == len(drawn)
     with pytest.raises(AssertionError):  # a state of the wrong position would be seen
-        check_hidden(
-            model, Rollouts(drawn.rollouts, [h.roll(1, 0) for h in drawn.hidden]), tolerance
-        )
+        check_hidden(model, moved, tolerance)
 
 
 def test_nothing_is_recorded_unasked(qwen3: Any, tokenizer: Any) -> None:
-    assert sample_rollouts(qwen3, tokenizer, RAGGED, WRITING, (0,)).hidden is None
+    sampled = sample_rollouts(qwen3, tokenizer, RAGGED, WRITING, (0,))
+    assert all(rollout.hidden is None for rollout in sampled)
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def disturb(model: Any, seed: int) -> None:
 
 def largest_gap(sampler: VLLMSampler | VLLMServerSampler, seed: int) -> float:
     """Largest difference in nats between vLLM's log-probabilities and those of transformers."""
-    rollouts = sampler.sample(RolloutRequest(PROMPTS, CONFIG, (seed,))).rollouts
+    rollouts = sampler.sample(RolloutRequest(PROMPTS, CONFIG, (seed,)))
     batch = collate(rollouts, pad_id(sampler.tokenizer))
     with torch.no_grad():
         rows = head(
@@ -87,14 +87,14 @@ def test_without_the_sync_the_difference_is_seen(
 
 def test_completions_end_as_they_should_and_follow_the_seed(sampler: VLLMSampler) -> None:
     config = SamplingConfig(max_new_tokens=12, num_samples=2)
-    first = sampler.sample(RolloutRequest(PROMPTS, config, (5,))).rollouts
-    again = sampler.sample(RolloutRequest(PROMPTS, config, (5,))).rollouts
-    other = sampler.sample(RolloutRequest(PROMPTS, config, (6,))).rollouts
+    first = sampler.sample(RolloutRequest(PROMPTS, config, (5,)))
+    again = sampler.sample(RolloutRequest(PROMPTS, config, (5,)))
+    other = sampler.sample(RolloutRequest(PROMPTS, config, (6,)))
     assert [r.completion_ids for r in first] == [r.completion_ids for r in again]
     assert [r.completion_ids for r in first] != [r.completion_ids for r in other]
     assert [(r.prompt.id, r.sample) for r in first] == [(p.id, s) for p in PROMPTS for s in (0, 1)]
     stop = sampler.tokenizer.eos_token_id
-    for rollout in sampler.sample(RolloutRequest(PROMPTS, CONFIG, (7,))).rollouts:
+    for rollout in sampler.sample(RolloutRequest(PROMPTS, CONFIG, (7,))):
         assert rollout.is_truncated == (rollout.completion_ids[-1] != stop)
         assert stop not in rollout.completion_ids[:-1]
         assert len(rollout.logprobs) == len(rollout.completion_ids) <= 48

@@ -160,7 +160,7 @@ def sampler(
 def test_weights_are_read_before_completions_are_asked_for(
     sampler: VLLMServerSampler, server: FakeVLLM, tmp_path: Path
 ) -> None:
-    rollouts = sampler.sample(RolloutRequest(PROMPTS, CONFIG, (0,))).rollouts
+    rollouts = sampler.sample(RolloutRequest(PROMPTS, CONFIG, (0,)))
     assert [(r.prompt.id, r.sample) for r in rollouts] == [
         (p.id, s) for p in PROMPTS for s in (0, 1)
     ]

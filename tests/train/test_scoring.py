@@ -15,8 +15,8 @@ import tutelage.models.student
 from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.batch import Batch
+from tutelage.data.types import Rollout
 from tutelage.errors import RunError
-from tutelage.rollout.request import Rollouts
 from tutelage.setup.components import build_components
 from tutelage.train.distributed import StepRows
 from tutelage.train.loop import train
@@ -40,11 +40,12 @@ class Watched(Step):
         self.chosen.append(chosen.rows.tolist())
         return chosen
 
-    def generate(self, step: int) -> Rollouts:
+    def generate(self, step: int) -> list[Rollout]:
         drawn = super().generate(step)
-        if self.spoil and drawn.hidden is not None:
-            drawn = replace(drawn, hidden=[x * (1 + self.spoil) for x in drawn.hidden])
-        return drawn
+        if not self.spoil:
+            return drawn
+        spoilt = [(r, r.hidden * (1 + self.spoil)) for r in drawn if r.hidden is not None]
+        return [replace(rollout, hidden=hidden) for rollout, hidden in spoilt]
 
 
 def stepper(models: Path, **changes: Any) -> Watched:

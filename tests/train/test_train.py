@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from tiny import MEASURED, tiny_config
 from tutelage.config.schema import Config
+from tutelage.data.types import Rollout
 from tutelage.errors import ModelError, RunError
 from tutelage.files.checksums import seal
 from tutelage.models.load import load_model
-from tutelage.rollout.request import Rollouts
 from tutelage.train.checkpoint import list_checkpoints
 from tutelage.train.loop import RunResult, train
 from tutelage.train.step import Step
@@ -115,11 +115,11 @@ def test_exactly_the_promised_rows_are_trained(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, rule: str, keep: str
 ) -> None:
     lengths: list[list[int]] = []
-    write: Callable[[Step, int], Rollouts] = Step.generate
+    write: Callable[[Step, int], list[Rollout]] = Step.generate
 
-    def recorded(self: Step, step: int) -> Rollouts:
+    def recorded(self: Step, step: int) -> list[Rollout]:
         drawn = write(self, step)
-        lengths.append([len(r.completion_ids) for r in drawn.rollouts])
+        lengths.append([len(r.completion_ids) for r in drawn])
         return drawn
 
     monkeypatch.setattr(Step, "generate", recorded)

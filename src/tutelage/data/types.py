@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Message: TypeAlias = dict[str, str]
 """One chat turn: {"role": "user", "content": "..."}."""
@@ -46,6 +49,9 @@ class Rollout:
     """Decoded completion without special tokens."""
     thought: str = ""
     """The mark of a thought that the prompt ends with, such as ``<think>``; "" without one."""
+    hidden: Tensor | None = field(default=None, repr=False, compare=False)
+    """What the head multiplied when each completion id was sampled `[num ids, D]`, in the model's
+    dtype and on its device. None unless recorded."""
     num_reported_tokens: int | None = None
     """Length of the completion in tokens as a server without ids reports it, if it does."""
 

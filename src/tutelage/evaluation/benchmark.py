@@ -84,7 +84,7 @@ def generate_with(sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, .
     ) -> list[Rollout]:
         limited = replace(sampling, max_new_tokens=max_new_tokens)
         request = RolloutRequest(prompts, limited, seed, progress=progress)
-        return sampler.sample(request).rollouts
+        return sampler.sample(request)
 
     return generate
 

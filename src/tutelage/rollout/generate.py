@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ from tutelage.rollout.request import (
     CompletionRequest,
     OpenRollout,
     RolloutRequest,
-    Rollouts,
     completion_requests,
     in_prefill_order,
     to_rollout,
@@ -49,7 +49,7 @@ def generate(
     batch_size: int = 64,
     enable_thinking: bool | None = None,
     is_fast: bool = True,
-) -> Rollouts:
+) -> list[Rollout]:
     """Sample completions, `request.sampling.num_samples` for each prompt.
 
     Ids beyond the tokenizer's vocabulary (padding rows of the head) are never sampled. Recorded
@@ -72,17 +72,18 @@ def generate(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}. Use 1 or more.")
     requests = completion_requests(tokenizer, request, enable_thinking)
-    done: dict[int, tuple[Rollout, list[Tensor]]] = {}
+    done: dict[int, Rollout] = {}
     with _evaluating(model), torch.no_grad():
         generator = _generator(model, tokenizer, request, batch_size, is_fast, requests)
         for finished in generator.generate(requests):
             for row in finished:
-                done[row.request.index] = (generator.rollout(row), row.hidden)
+                rollout = generator.rollout(row)
+                if request.record_hidden:
+                    rollout = replace(rollout, hidden=torch.cat(row.hidden))
+                done[row.request.index] = rollout
             if request.progress is not None:
                 request.progress(len(finished))
-    order = [done[index] for index in range(len(requests))]
-    hidden = [torch.cat(parts) for _, parts in order] if request.record_hidden else None
-    return Rollouts([rollout for rollout, _ in order], hidden)
+    return [done[index] for index in range(len(requests))]
 
 
 def _generator(

@@ -55,16 +55,6 @@ class RolloutRequest:
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """Rollouts, all samples of the first prompt first, and their hidden states."""
-
-    rollouts: list[Rollout]
-    hidden: list[Tensor] | None
-    """For each rollout `[num completion tokens, D]`: what the head multiplied when its tokens were
-    sampled, in the model's dtype and on its device. None unless recorded."""
-
-
-@dataclass(frozen=True)
 class CompletionRequest:
     """One completion to sample: its index in the output and what determines its tokens."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from tutelage.data.types import Rollout
 from tutelage.rollout.cuda.generate import forget
 from tutelage.rollout.generate import generate
-from tutelage.rollout.request import RolloutRequest, Rollouts
+from tutelage.rollout.request import RolloutRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ class Sampler(Protocol):
     """Whether it holds a copy of the weights, whose log-probabilities have to be compared with the
     student's; it records no hidden states."""
 
-    def sample(self, request: RolloutRequest) -> Rollouts:
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
         """Completions of the request's prompts."""
 
     def close(self) -> None:
@@ -39,7 +40,7 @@ class TransformersSampler:
     """Passed to the chat template when not None."""
     has_own_weights: bool = False
 
-    def sample(self, request: RolloutRequest) -> Rollouts:
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
         """Completions of the request's prompts."""
         return generate(self.model, self.tokenizer, request, self.batch_size, self.enable_thinking)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.sampling import SamplingConfig
+from tutelage.data.types import Rollout
 from tutelage.errors import MissingExtraError, ModelError
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
@@ -17,7 +18,6 @@ from tutelage.rollout.request import (
     NEUTRAL,
     CompletionRequest,
     RolloutRequest,
-    Rollouts,
     completion_requests,
     to_rollout,
 )
@@ -60,7 +60,7 @@ class VLLMSampler:
         self.sleeps = model.device.type == "cuda"
         self.llm = _load(model, max_model_len, gpu_memory_utilization, self.sleeps)
 
-    def sample(self, request: RolloutRequest) -> Rollouts:
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
         """Completions of the prompts, from the student's present weights.
 
         Raises:
@@ -89,13 +89,10 @@ class VLLMSampler:
         sampled = [_sampled(output.outputs[0]) for output in outputs]
         if request.progress is not None:
             request.progress(len(sampled))
-        return Rollouts(
-            [
-                to_rollout(self.tokenizer, one, tokens, logprobs, stops)
-                for one, (tokens, logprobs) in zip(requests, sampled, strict=True)
-            ],
-            None,
-        )
+        return [
+            to_rollout(self.tokenizer, one, tokens, logprobs, stops)
+            for one, (tokens, logprobs) in zip(requests, sampled, strict=True)
+        ]
 
     def close(self) -> None:
         """Take vLLM down, so that another may start in this process."""

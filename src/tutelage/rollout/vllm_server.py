@@ -18,7 +18,6 @@ from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse
 from tutelage.rollout.request import (
     CompletionRequest,
     RolloutRequest,
-    Rollouts,
     completion_requests,
     to_rollout,
 )
@@ -110,7 +109,7 @@ class VLLMServerSampler:
         self._stops = stop_ids(model, tokenizer)
         self._num_ids = vocabulary_size(tokenizer)
 
-    def sample(self, request: RolloutRequest) -> Rollouts:
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
         """Completions of the prompts, from the student's present weights, or an error and none.
 
         Raises:
@@ -121,7 +120,7 @@ class VLLMServerSampler:
         options = sampling_options(self.model, self.tokenizer, request.sampling)
         self._push()
         asked = [partial(self._one, one, options) for one in requests]
-        return Rollouts(self._client.each(asked, request.progress), None)
+        return self._client.each(asked, request.progress)
 
     def close(self) -> None:
         """The server stays; the weights handed over last are removed."""

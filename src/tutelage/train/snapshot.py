@@ -159,7 +159,7 @@ def _panel(config: Config, components: Components) -> list[Rollout]:
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
     prompts = components.task.held_out(settings.num_prompts)
     seed = (config.seed, _PANEL_SEED)
-    return components.sampler.sample(RolloutRequest(prompts, once, seed)).rollouts
+    return components.sampler.sample(RolloutRequest(prompts, once, seed))
 
 
 def _gate(config: Config, scores: Scores) -> Tensor:

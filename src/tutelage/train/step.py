@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tutelage.errors import RunError
 from tutelage.evaluation.benchmark import grade_rollouts
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
-from tutelage.rollout.request import RolloutRequest, Rollouts, earlier_samples
+from tutelage.rollout.request import RolloutRequest, earlier_samples
 from tutelage.setup.components import Components
 from tutelage.setup.objective import (
     culprit,
@@ -87,7 +88,7 @@ class Step:
 
     # --- the five verbs ---------------------------------------------------------------------------
 
-    def generate(self, step: int) -> Rollouts:
+    def generate(self, step: int) -> list[Rollout]:
         """The student samples this process's share of the step's completions."""
         config = self.config
         prompts = self.components.task.prompts(step - 1, config.prompts_per_step, config.seed)
@@ -104,9 +105,8 @@ class Step:
                 )
             )
 
-    def pack(self, drawn: Rollouts) -> list[MicroBatch]:
+    def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """Micro-batches of each update, as many in every process."""
-        rollouts = drawn.rollouts
         completions = self.share(len(rollouts))
         return pack_rollouts(
             self.config, rollouts, completions, self.pad_id, self.ranks, self.device
@@ -119,15 +119,15 @@ class Step:
                 micro_batch.teacher_logits = self.components.teacher.read(micro_batch.batch)
 
     def select(
-        self, micro_batches: Sequence[MicroBatch], drawn: Rollouts, step: int
+        self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], step: int
     ) -> Selection | None:
         """Which rows train, how heavily; None where every row does and no statistics are needed."""
         if self.components.sampler.has_own_weights:
-            self._check_engine(micro_batches, drawn, step)
+            self._check_engine(micro_batches, rollouts, step)
         if not needs_scoring(self.config):
             return None
         with self.clock.phase("score"):
-            recorded = self._recorded(micro_batches, drawn)
+            recorded = self._recorded(micro_batches, rollouts)
             if step == 1 and recorded[0] is not None:
                 found = hidden_mismatch(
                     self.components.student, micro_batches[0].batch, recorded[0], self.ranks
@@ -135,7 +135,7 @@ class Step:
                 self.checks["max_relative_hidden_gap"] = found
             stats = self._score(micro_batches, recorded)
             rows = self.ranks.rows([m.batch for m in micro_batches], stats)
-            return self._selection(rows, drawn.rollouts, step)
+            return self._selection(rows, rollouts, step)
 
     def update(
         self, micro_batches: Sequence[MicroBatch], selection: Selection | None, step: int
@@ -146,10 +146,14 @@ class Step:
             return self.updater.run(micro_batches, selection, step)
 
     def metrics(
-        self, result: UpdateResult, selection: Selection | None, drawn: Rollouts, step: int
+        self,
+        result: UpdateResult,
+        selection: Selection | None,
+        rollouts: Sequence[Rollout],
+        step: int,
     ) -> dict[str, Any]:
         """What is logged about the step; plain JSON values, the same in every process."""
-        self.rollouts = rollouts = drawn.rollouts
+        self.rollouts = [replace(rollout, hidden=None) for rollout in rollouts]
         trained = result.micro_batches
         if selection is None:  # every row trained, so all statistics are known now
             rows = self.ranks.rows([m.batch for m in trained], result.stats)
@@ -187,11 +191,11 @@ class Step:
         return [i + size * ((ranks - 1) * (i // size) + rank) for i in range(count)]
 
     def _check_engine(
-        self, micro_batches: Sequence[MicroBatch], drawn: Rollouts, step: int
+        self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], step: int
     ) -> None:
         """Whether an engine with weights of its own has the student's."""
         with self.clock.phase("score"):
-            named = dict(zip(self.share(len(drawn.rollouts)), drawn.rollouts, strict=True))
+            named = dict(zip(self.share(len(rollouts)), rollouts, strict=True))
             batches = [micro_batch.batch for micro_batch in micro_batches]
             found = engine_mismatch(self.config, self.student, batches, named, step)
             self.checks["engine_logprob_gap_nats"] = found
@@ -201,16 +205,17 @@ class Step:
         return choose(self.config, rows, step)
 
     def _recorded(
-        self, micro_batches: Sequence[MicroBatch], drawn: Rollouts
+        self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout]
     ) -> list[Tensor | None]:
         """Each micro-batch's hidden states from sampling `[N, D]`, if they were recorded.
 
         They are those of the weights about to be scored: nothing was updated since.
         """
-        if drawn.hidden is None:
+        hidden = [r.hidden for r in rollouts if r.hidden is not None]
+        if not hidden:
             return [None] * len(micro_batches)
-        of = dict(zip(self.share(len(drawn.rollouts)), drawn.hidden, strict=True))
-        empty = drawn.hidden[0][:0]
+        of = dict(zip(self.share(len(rollouts)), hidden, strict=True))
+        empty = hidden[0][:0]
         return [torch.cat([empty, *(of[name] for name in m.batch.names)]) for m in micro_batches]
 
     def _score(
@@ -227,7 +232,7 @@ class Step:
                 stats.append(self.student(micro_batch.batch, teacher, extras=extras, hidden=hidden))
         return TokenStats.cat(stats)
 
-    def _selection(self, rows: StepRows, rollouts: list[Rollout], step: int) -> Selection:
+    def _selection(self, rows: StepRows, rollouts: Sequence[Rollout], step: int) -> Selection:
         stats = rows.stats
         weights = row_weights(self.config, stats, rows.completion, self._verdicts(rollouts))
         chosen = self.choose(rows, step)
@@ -239,7 +244,7 @@ class Step:
             )
         return selection_of(self.config, rows, chosen, weights)
 
-    def _verdicts(self, rollouts: list[Rollout]) -> list[bool | None]:
+    def _verdicts(self, rollouts: Sequence[Rollout]) -> list[bool | None]:
         """Verdict on every completion of the step; none where no weighting asks for them."""
         if not isinstance(self.config.weighting, PacedWeighting | RewardWeighting):
             return []

@@ -281,7 +281,7 @@ def _rollouts_of(
     progress = counting(on_phase, "sampling: completions", num_completions)
     seed = (config.seed, 0)
     sampled = RolloutRequest(prompts, config.sampling, seed, progress=progress)
-    return components.sampler.sample(sampled).rollouts
+    return components.sampler.sample(sampled)
 
 
 def _given(
