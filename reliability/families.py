@@ -316,7 +316,7 @@ def compared(case: Case, components: Components, rollouts: Sequence[Rollout]) ->
     case.gaps["drawn"] = largest([r.logprobs for r in rollouts], logprobs)
     with components.teacher.on_device():
         batch = collate(rollouts, 0)
-        stats = components.student(batch, components.teacher.read(batch))
+        stats = components.student(batch, components.teacher.forward(batch))
         wanted = [
             plain_rows(components.teacher.model, r, components.student.vocab_size) for r in rollouts
         ]

@@ -362,13 +362,13 @@ MUTANTS: dict[str, Group] = {
         ],
     ),
     "train/selection.py": (
-        ["invariance/test_step.py", "train/test_selection.py", "invariance/test_updates.py"],
+        ["invariance/test_step.py", "train/test_step_selection.py", "invariance/test_updates.py"],
         [
             ("        completion = completion[selection.rows]\n", "        pass\n"),
             ("nonzero_static(mask, size=count)", "nonzero_static(mask.flip(0), size=count)"),
             (
-                "row_weights[chosen.rows] * chosen.weights",
-                "row_weights[chosen.rows]",
+                "weighting[chosen.rows] * chosen.weights",
+                "weighting[chosen.rows]",
             ),
         ],
     ),

@@ -92,7 +92,7 @@ class Case:
             pairs = zip(batch.completion.tolist(), batch.position.tolist(), strict=True)
             kept = self.kept if names else set()
             rows = torch.tensor([i for i, p in enumerate(pairs) if p in kept], dtype=torch.long)
-            view: LazyLogits = teacher.read(batch)
+            view: LazyLogits = teacher.forward(batch)
             is_last = number == len(groups) - 1
             is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
             with module.no_sync() if is_ddp and not is_last else nullcontext():

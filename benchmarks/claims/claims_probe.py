@@ -51,7 +51,7 @@ def score(
     found, completion, position = [], [], []
     for batch in micro_batches(rollouts, 64, pad_id(components.tokenizer)):
         stats = components.student(
-            batch, components.teacher.view(components.teacher.read(batch)), extras=extras
+            batch, components.teacher.to_device(components.teacher.forward(batch)), extras=extras
         )
         found.append(stats)
         completion.append(batch.completion)
@@ -99,7 +99,7 @@ def _token_gradient(
     student, teacher = components.student, components.teacher
     batch = collate([rollouts[completion]], pad_id(components.tokenizer))
     rows = torch.arange(batch.num_rows)[position].reshape(-1)
-    objective = student(batch, teacher.view(teacher.read(batch)), rows)
+    objective = student(batch, teacher.to_device(teacher.forward(batch)), rows)
     parameters = [p for p in student.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(objective.total, parameters)
     return torch.cat([gradient.flatten().double() for gradient in gradients])

@@ -282,7 +282,7 @@ def tip_memory() -> dict[str, Any]:
     student = Student(student_model, gpu_models.VOCABULARY)
     teacher = Teacher(teacher_model, gpu_models.VOCABULARY, gpu_card.DEVICE)
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "ours": lambda rows: student(batch, teacher.view(teacher.read(batch)), rows).total,
+        "ours": lambda rows: student(batch, teacher.to_device(teacher.forward(batch)), rows).total,
         "materialised": lambda rows: _materialised(student_model, teacher_model, batch, rows),
     }
     order = torch.randperm(batch.num_rows, generator=generator).to(gpu_card.DEVICE)

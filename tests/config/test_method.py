@@ -344,7 +344,7 @@ def test_a_batch_without_a_supervised_token_gives_a_counted_connected_zero(
     student: Student = components.student
     for batch, rows in ((empty, torch.arange(0)), (full, torch.arange(0))):
         student.zero_grad()
-        found = student(batch, components.teacher.read(batch), rows, [(ReverseKL(), 1.0)])
+        found = student(batch, components.teacher.forward(batch), rows, [(ReverseKL(), 1.0)])
         assert found.total.item() == 0.0
         assert len(found.value) == 0
         found.total.backward()

@@ -46,13 +46,13 @@ def test_kept_diagnostics_learn_the_same_and_describe_the_kept(
 ) -> None:
     changes = (SPARED | READ)[case]
     whole = take_step(tiny_models, rollouts, torch.float64, **changes)
-    views, view = [], Teacher.view
+    views, view = [], Teacher.to_device
 
     def counted(self: Teacher, logits: LazyLogits) -> LazyLogits:
         views.append(len(logits))
         return view(self, logits)
 
-    monkeypatch.setattr(Teacher, "view", counted)
+    monkeypatch.setattr(Teacher, "to_device", counted)
     found = take_step(tiny_models, rollouts, torch.float64, diagnostics="kept", **changes)
     num_rows = found.metrics["num_rows"]
     assert sum(views) == num_rows * (1 if case in SPARED else 2)

@@ -150,7 +150,7 @@ def learn(components: Components, batches: list[Batch]) -> tuple[Tensor, list[Te
     components.student.zero_grad()
     tables = []
     for batch in batches:
-        view: LazyLogits = components.teacher.read(batch)
+        view: LazyLogits = components.teacher.forward(batch)
         stats = components.student(batch, view)
         assert isinstance(stats, TokenStats)
         tables.append(stats.stack())

@@ -97,7 +97,7 @@ def test_reading_and_scoring_wait_for_nothing(
 
         return call
 
-    monkeypatch.setattr(Teacher, "read", counted(Teacher.read))
+    monkeypatch.setattr(Teacher, "forward", counted(Teacher.forward))
     monkeypatch.setattr(Student, "forward", counted(Student.forward))
     _, num = learn(monkeypatch, tiny_models, rollouts, selection=RULES["soft_or"])
     calls = [dict(each.found) for each in waits]

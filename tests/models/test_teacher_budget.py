@@ -39,7 +39,7 @@ def test_what_exceeds_the_share_leaves_the_device(tiny_models: Path) -> None:
     for _ in range(2):  # each step begins anew
         store.left.clear()
         with teacher.on_device():
-            views = [teacher.read(batch) for batch in batches]
+            views = [teacher.forward(batch) for batch in batches]
         assert store.left == [4]
         assert [len(view) for view in views] == [2, 3, 4]
 

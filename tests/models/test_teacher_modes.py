@@ -86,7 +86,7 @@ def test_a_reloaded_teacher_leaves_no_mapped_file_behind(tiny_models: Path) -> N
     for mode in ("reload", "offload"):  # in this order: what offload maps stays
         teacher = Teacher(load(), 20, mode=mode, load=load)
         with teacher.on_device():
-            read = teacher.read(sequence)
+            read = teacher.forward(sequence)
         gc.collect()
         is_mapped = str(tiny_models / "teacher") in Path("/proc/self/maps").read_text()
         assert is_mapped == (mode == "offload")

@@ -92,7 +92,7 @@ def test_a_second_signal_interrupts_at_once(tmp_path: Path, tiny_models: Path) -
 
 PHASES = {
     "writing": "tutelage.train.step.Step.generate",
-    "reading": "tutelage.models.teacher.Teacher.read",
+    "reading": "tutelage.models.teacher.Teacher.forward",
     "learning": "tutelage.train.update.Updater._backward",
     "updating": "tutelage.train.update.Updater._apply",
 }

@@ -174,8 +174,8 @@ class Config:
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk, at least 1."""
     max_skipped_steps: int = 3
-    """Stop after so many steps in a row whose loss or gradient is infinite or NaN, at least 1.
-    Such an update is skipped: weights and optimizer stay as they are."""
+    """Stop after so many steps in a row with a skipped update, at least 1. An update whose loss or
+    gradient is infinite or NaN is skipped: weights and optimizer stay as they are."""
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     device: str = "auto"

@@ -1,8 +1,8 @@
 """Divergences between student and teacher, row by row, from log-probabilities.
 
 `log_p` is the student's and `log_q` the teacher's log-distribution, both `[N, V]`, in nats.
-These are the readable forms; `tutelage.core.objective` computes the same numbers from hidden
-states without ever holding an `[N, V]` tensor.
+These are the readable forms; the terms of `tutelage.core.terms`, where a new divergence is added,
+compute the same numbers from hidden states without an `[N, V]` tensor.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Result:
 
     @property
     def is_correct(self) -> list[bool | None]:
-        """Verdict on each sample; one that was cut off is right if it had marked its answer."""
+        """Verdict on each sample; one that was cut off is graded on an answer it had marked."""
         return [row["is_correct"] for row in self.rows]
 
     def summary(self) -> dict[str, Any]:

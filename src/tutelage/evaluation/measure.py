@@ -134,7 +134,7 @@ def held_out_reverse_kl(
     with teacher.on_device(), torch.no_grad():
         for batch in micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens):
             here = batch.to(student.model.device)
-            stats = student(here, teacher.view(teacher.read(here)))
+            stats = student(here, teacher.to_device(teacher.forward(here)))
             sums.index_add_(0, here.completion.cpu(), stats.reverse_kl.double().cpu())
     found = torch.zeros_like(sums)
     found[torch.tensor(order, dtype=torch.int64)] = sums

@@ -26,9 +26,12 @@ from tutelage.grading.child import Child
 T = TypeVar("T")
 
 TIME_LIMIT_S = 5.0
-"""Wall-clock seconds in which a comparison is decided or its worker is killed."""
+"""Wall-clock seconds, with the wait for a free worker, after which a comparison is given up."""
 COMPARE_LIMIT_S = 3.0
-"""Seconds of it for the comparison itself, once a worker is ready."""
+"""Seconds of it for the comparison itself; then its worker is killed. The start of a worker has
+`child.START_LIMIT_S` of its own."""
+_LEAST_S = 1.0
+"""Seconds that a comparison has after any wait."""
 MAX_WORKERS = max(2, min(16, 2 * (os.cpu_count() or 1)))
 """Workers at once; further callers wait for one."""
 
@@ -56,7 +59,7 @@ class Worker(Child):
                 "the project's extra 'math' asks for and check that memory is left."
             )
         left = min(COMPARE_LIMIT_S, called + TIME_LIMIT_S - time.monotonic())
-        deadline = time.monotonic() + max(left, 1.0)
+        deadline = time.monotonic() + max(left, _LEAST_S)
         return self.request({**request, "alarm_s": int(TIME_LIMIT_S) + 2}, deadline)
 
 

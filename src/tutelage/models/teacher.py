@@ -150,7 +150,7 @@ class Teacher:
             give_back()
 
     @torch.no_grad()
-    def read(self, batch: Batch) -> LazyLogits:
+    def forward(self, batch: Batch) -> LazyLogits:
         """Teacher logits of the batch's N rows.
 
         Those of a teacher that is resident on an accelerator stay there, up to a share of its
@@ -171,8 +171,8 @@ class Teacher:
             hidden = self.store.keep(hidden)
         return replace(self._head, hidden=hidden)
 
-    def view(self, logits: LazyLogits) -> LazyLogits:
-        """What `read` returned, with its hidden states on the device for the objective."""
+    def to_device(self, logits: LazyLogits) -> LazyLogits:
+        """What `forward` returned, with its hidden states on the device for the objective."""
         return replace(logits, hidden=logits.hidden.to(self.device))
 
     def _detached_head(self, hidden: Tensor) -> LazyLogits:

@@ -221,9 +221,9 @@ class _Run:
                  f"{self.config.updates_per_step} updates: not finite in {what}")  # fmt: skip
         if self._num_skipped >= self.config.max_skipped_steps:
             raise RunError(
-                f"{self._num_skipped} steps in a row had a loss or gradient that is not finite, "
-                f"the last in {what}. None of them was applied; lower optimizer.learning_rate, "
-                "use float32, or raise max_skipped_steps."
+                f"{self._num_skipped} steps in a row skipped an update whose loss or gradient was "
+                f"not finite, the last in {what}. Lower optimizer.learning_rate, use float32, or "
+                "raise max_skipped_steps."
             )
 
     def _any_process(self) -> bool:

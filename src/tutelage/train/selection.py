@@ -19,7 +19,7 @@ from tutelage.config.method import (
 from tutelage.config.schema import Config
 from tutelage.core import TokenSelection, counter_uniform, select_tokens
 from tutelage.setup.objective import gate_of
-from tutelage.train.distributed import StepRows
+from tutelage.train.distributed import Ranks, StepRows
 from tutelage.train.micro_batch import MicroBatch
 
 _SELECTION_SEED = 1
@@ -41,11 +41,11 @@ class Selection(StepRows):
 
 
 def selection_of(
-    config: Config, rows: StepRows, chosen: TokenSelection, row_weights: Tensor
+    config: Config, rows: StepRows, chosen: TokenSelection, weighting: Tensor
 ) -> Selection:
     """Combine what a rule keeps with the weights of the configured weighting `[N]`."""
-    weights = torch.zeros_like(row_weights)
-    weights[chosen.rows] = row_weights[chosen.rows] * chosen.weights
+    weights = torch.zeros_like(weighting)
+    weights[chosen.rows] = weighting[chosen.rows] * chosen.weights
     gate = gate_of(config.objective, rows.stats)
     return Selection(
         rows.stats,
@@ -62,7 +62,7 @@ def selection_of(
 def choose(config: Config, rows: StepRows, step: int) -> TokenSelection:
     """The rows to train on, of all processes; the same answer in every process."""
     selection = config.selection
-    options: dict[str, Any] = {"position": rows.position, **scope_of(selection)}
+    options: dict[str, Any] = {"position": rows.position, **ranking_options(selection)}
     if isinstance(selection, SomeTokens | SampledTokens | RandomTokens):
         options["keep"] = selection.keep
     if isinstance(selection, SampledTokens | RandomTokens):
@@ -74,8 +74,8 @@ def choose(config: Config, rows: StepRows, step: int) -> TokenSelection:
     return select_tokens(rows.stats, rows.completion, selection.rule, **options)
 
 
-def scope_of(selection: SelectionConfig) -> dict[str, Any]:
-    """Scope and normalization as `select_tokens` takes them; only what the selection names."""
+def ranking_options(selection: SelectionConfig) -> dict[str, Any]:
+    """Scope and normalization for `select_tokens`; only what the selection names."""
     named = vars(selection)
     return {option: named[option] for option in ("scope", "normalization") if option in named}
 
@@ -100,14 +100,25 @@ def assign(
         micro_batch.train_on(objective, rows, selection.stats[here], weights, gate)
 
 
-def divisors(config: Config, selection: Selection, completions_per_update: int) -> list[int]:
+def divisors(
+    config: Config,
+    micro_batches: Sequence[MicroBatch],
+    selection: Selection | None,
+    ranks: Ranks,
+) -> list[int]:
     """The one number that each update's sums are divided by: its rows in the global batch."""
+    num_updates = config.updates_per_step
+    if selection is None:
+        updates = [[m for m in micro_batches if m.update == u] for u in range(num_updates)]
+        return [ranks.sum(sum(m.batch.num_rows for m in update)) for update in updates]
+    num_local = sum(m.batch.num_sequences for m in micro_batches)
+    completions_per_update = num_local * ranks.count // num_updates
     method, completion = config.selection, selection.completion
     # Weights 1/π already estimate the sum over all rows.
     is_corrected = isinstance(method, SampledTokens | RandomTokens) and method.correct_sampling
     if config.renormalize and not is_corrected:
         completion = completion[selection.rows]
-    counts = completion.new_zeros(config.updates_per_step)
+    counts = completion.new_zeros(num_updates)
     counts.index_add_(0, completion // completions_per_update, torch.ones_like(completion))
     found: list[int] = counts.tolist()
     return found

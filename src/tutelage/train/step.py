@@ -1,4 +1,4 @@
-"""One step: the student generates, the teacher's forward, selection, updates, metrics."""
+"""One step: generate, pack, teacher forward, select, update; then its metrics."""
 
 from __future__ import annotations
 
@@ -84,6 +84,7 @@ class Step:
             self.teacher_forward(micro_batches)
             selection = self.select(micro_batches, rollouts, step)
         result = self.update(micro_batches, selection, step)
+        self.rollouts = [replace(rollout, hidden=None) for rollout in rollouts]
         return self.metrics(result, selection, rollouts, step)
 
     # --- the five verbs ---------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class Step:
         """The teacher's logits of every row, as hidden states; it may then leave the device."""
         with self.clock.phase("teacher"), self.components.teacher.on_device():
             for micro_batch in micro_batches:
-                micro_batch.teacher_logits = self.components.teacher.read(micro_batch.batch)
+                micro_batch.teacher_logits = self.components.teacher.forward(micro_batch.batch)
 
     def select(
         self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], step: int
@@ -145,6 +146,8 @@ class Step:
         with self.clock.phase("learn"), learning(self.components.student.model, seed):
             return self.updater.run(micro_batches, selection, step)
 
+    # --- metrics ----------------------------------------------------------------------------------
+
     def metrics(
         self,
         result: UpdateResult,
@@ -153,7 +156,6 @@ class Step:
         step: int,
     ) -> dict[str, Any]:
         """What is logged about the step; plain JSON values, the same in every process."""
-        self.rollouts = [replace(rollout, hidden=None) for rollout in rollouts]
         trained = result.micro_batches
         if selection is None:  # every row trained, so all statistics are known now
             rows = self.ranks.rows([m.batch for m in trained], result.stats)
@@ -179,7 +181,7 @@ class Step:
             **self.clock.memory,
         }
 
-    # --- their parts ------------------------------------------------------------------------------
+    # --- what they need ---------------------------------------------------------------------------
 
     def share(self, count: int) -> list[int]:
         """Which of the step's items the `count` items of this process are.
@@ -222,12 +224,12 @@ class Step:
         self, micro_batches: Sequence[MicroBatch], known: Sequence[Tensor | None]
     ) -> TokenStats:
         """Statistics of this process's rows, before the first update."""
-        reads_teacher = scores_teacher(self.config)
-        extras = needed_extras(self.config) if reads_teacher else ()
+        uses_teacher = scores_teacher(self.config)
+        extras = needed_extras(self.config) if uses_teacher else ()
         stats = []
         for micro_batch, hidden in zip(micro_batches, known, strict=True):
-            logits = micro_batch.teacher_logits if reads_teacher else None
-            teacher = None if logits is None else self.components.teacher.view(logits)
+            logits = micro_batch.teacher_logits if uses_teacher else None
+            teacher = None if logits is None else self.components.teacher.to_device(logits)
             with torch.no_grad():
                 stats.append(self.student(micro_batch.batch, teacher, extras=extras, hidden=hidden))
         return TokenStats.cat(stats)

@@ -37,7 +37,7 @@ from tutelage.setup.inputs import prompt_format
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
 from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
-from tutelage.train.selection import scope_of
+from tutelage.train.selection import ranking_options
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def score_rollouts(
     with components.teacher.on_device(), torch.no_grad():
         for batch in batches:
             here = batch.to(components.device)
-            view = components.teacher.view(components.teacher.read(here))
+            view = components.teacher.to_device(components.teacher.forward(here))
             logits = components.student.logits(here)
             tables.append(components.student(here, view, extras=extras, hidden=logits.hidden))
             if request.num_top:
@@ -231,7 +231,7 @@ def score_rollouts(
     texts = {token: components.tokenizer.decode([token]) for token in set(tokens)}
     uniform = counter_uniform((config.seed,), completion, position)
     options: dict[str, Any] = {"keep": request.keep, "uniform": uniform, "position": position}
-    options |= scope_of(config.selection)
+    options |= ranking_options(config.selection)
     return Scores(
         rollouts,
         stats,

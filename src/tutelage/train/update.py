@@ -30,7 +30,7 @@ class UpdateResult:
     """Sum of the objective over all processes by the sum of divisors, of the updates that were
     applied, nats; None if none was."""
     grad_norm: float | None
-    """The largest of the updates'."""
+    """The largest of the updates that were applied; None if none was."""
     micro_batches: Sequence[MicroBatch]
     """As they were trained on, some cut in two."""
     stats: TokenStats
@@ -69,11 +69,7 @@ class Updater:
         assign(self.config, micro_batches, selection)
         num_updates = self.config.updates_per_step
         updates = [[m for m in micro_batches if m.update == u] for u in range(num_updates)]
-        if selection is None:
-            counts = [self.ranks.sum(sum(m.batch.num_rows for m in u)) for u in updates]
-        else:
-            num_local = sum(m.batch.num_sequences for m in micro_batches)
-            counts = divisors(self.config, selection, num_local * self.ranks.count // num_updates)
+        counts = divisors(self.config, micro_batches, selection, self.ranks)
         stats: list[TokenStats] = []
         applied: list[tuple[float, int, float]] = []
         nonfinite: list[list[str]] = []
@@ -140,7 +136,7 @@ class Updater:
         if micro_batch.teacher_logits is None:
             raise ValueError("the teacher's forward pass comes before the updates.")
         try:
-            teacher = self.components.teacher.view(micro_batch.teacher_logits)
+            teacher = self.components.teacher.to_device(micro_batch.teacher_logits)
             rows, terms = micro_batch.rows, micro_batch.terms
             objective = self.student(micro_batch.batch, teacher, rows, terms, extras)
             (objective.total * scale).backward()
