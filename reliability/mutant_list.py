@@ -393,8 +393,14 @@ MUTANTS: dict[str, Group] = {
                 "            shutil.copytree(temporary, target)\n        sync(",
             ),
             ("        sync_tree(temporary)\n", "        pass\n"),
-            ("        sync(target.parent)\n", "        pass\n"),
-            ("    temporary = temporary_beside(target)\n", "    temporary = target\n"),
+            (
+                "        sync(target.parent)\n    finally:\n",
+                "        pass\n    finally:\n",
+            ),
+            (
+                "    temporary = temporary_beside(target)\n    shutil",
+                "    temporary = target\n    shutil",
+            ),
         ],
     ),
     "files/checksums.py": (

@@ -15,18 +15,30 @@ from pathlib import Path
 from tutelage.errors import RunError, remedy
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader sees the old or the new one, never a part."""
-    temporary = temporary_beside(path)
+@contextmanager
+def new_file(target: Path, is_durable: bool = True) -> Iterator[Path]:
+    """A path to write to; once the block ends, what was written stands as `target`, whole.
+
+    Args:
+        target: its path; a file that stands there is replaced.
+        is_durable: flush it to disk first. A file that another process reads at once need not be.
+    """
+    temporary = temporary_beside(target)
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield temporary
+        if is_durable:
+            sync(temporary)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    if is_durable:
+        sync(target.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader sees the old or the new one, never a part."""
+    with new_file(path) as new:
+        new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def write_output(path: Path, content: str | bytes, option: str = "--out") -> None:
@@ -83,6 +95,12 @@ def _aside(folder: Path) -> Iterator[None]:
         if not folder.exists():
             hidden.replace(folder)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file or folder another name, for good."""
+    path.replace(target)
+    sync(target.parent)
 
 
 def discard(folder: Path) -> None:

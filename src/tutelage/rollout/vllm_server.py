@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from tutelage.data.types import Rollout
 from tutelage.errors import ModelError, RunError, remedy
+from tutelage.files.atomic import new_file
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse
@@ -129,11 +129,10 @@ class VLLMServerSampler:
     def _push(self) -> None:
         """Write the weights, have the server read them, and forget what the old ones computed."""
         weights = {name: weight.cpu().contiguous() for name, weight in full_weights(self.model)}
-        new = self.folder / f"{_NAME}.new"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, new, {"format": "pt"})
-            os.replace(new, self.folder / _NAME)
+            with new_file(self.folder / _NAME, is_durable=False) as new:
+                save_file(weights, new, {"format": "pt"})
         except OSError as error:
             raise RunError(
                 f"weights cannot be written to engine.folder {self.folder}: {error.strerror}. "

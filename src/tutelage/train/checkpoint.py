@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tutelage.errors import RunError, remedy
-from tutelage.files.atomic import discard, new_folder, sync
+from tutelage.files.atomic import discard, move, new_folder
 from tutelage.files.checksums import DamagedError, seal, unseal
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import DiskAdamW
@@ -85,8 +85,7 @@ def _set_aside(damaged: Iterable[tuple[Path, str]], used: Path, log: Callable[[s
         aside = path.with_name(f"{path.name}.damaged")
         if aside.exists():
             discard(aside)
-        path.rename(aside)
-        sync(path.parent)
+        move(path, aside)
         log(f"warning: {path.name} is damaged ({why}) and set aside; {used.name} is used")
 
 
