@@ -81,7 +81,7 @@ def _is_plain(objective: ObjectiveConfig) -> bool:
 
 
 def scores_teacher(config: Config) -> bool:
-    """Whether the pass over all tokens reads the teacher's head too.
+    """Whether the pass over all tokens uses the teacher's head too.
 
     Without, the statistics that need a teacher are known of the kept tokens only.
     """

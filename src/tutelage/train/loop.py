@@ -59,7 +59,7 @@ class RunResult:
     is_finished: bool
     """False when a signal stopped the run early; the same command continues it."""
     is_writer: bool = True
-    """False in every process but the main one, which alone writes files."""
+    """False in every process but the main one: no other writes files."""
 
 
 def run_folder(config: Config, name: str = "run") -> Path:
@@ -342,7 +342,7 @@ class _Run:
         return verdict_of(self.folder.read("evaluation_rows.jsonl"), self.done)
 
     def _conclude(self) -> None:
-        """The verdict, kept in the manifest, and said where this start did a step."""
+        """Keep the verdict in the manifest, and log it where this start took a step."""
         verdict = self._verdict()
         if verdict is not None:
             manifest = self.folder.read_manifest() or {}
