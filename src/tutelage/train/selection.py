@@ -47,16 +47,7 @@ def selection_of(
     weights = torch.zeros_like(weighting)
     weights[chosen.rows] = weighting[chosen.rows] * chosen.weights
     gate = gate_of(config.objective, rows.stats)
-    return Selection(
-        rows.stats,
-        rows.completion,
-        rows.position,
-        rows.local,
-        chosen.rows,
-        chosen.mask,
-        weights,
-        gate,
-    )
+    return Selection(**vars(rows), rows=chosen.rows, mask=chosen.mask, weights=weights, gate=gate)
 
 
 def choose(config: Config, rows: StepRows, step: int) -> TokenSelection:
@@ -102,16 +93,15 @@ def assign(
 
 def divisors(
     config: Config,
-    micro_batches: Sequence[MicroBatch],
+    updates: Sequence[Sequence[MicroBatch]],
     selection: Selection | None,
     ranks: Ranks,
 ) -> list[int]:
     """The one number that each update's sums are divided by: its rows in the global batch."""
-    num_updates = config.updates_per_step
+    num_updates = len(updates)
     if selection is None:
-        updates = [[m for m in micro_batches if m.update == u] for u in range(num_updates)]
         return [ranks.sum(sum(m.batch.num_rows for m in update)) for update in updates]
-    num_local = sum(m.batch.num_sequences for m in micro_batches)
+    num_local = sum(m.batch.num_sequences for update in updates for m in update)
     completions_per_update = num_local * ranks.count // num_updates
     method, completion = config.selection, selection.completion
     # Weights 1/π already estimate the sum over all rows.

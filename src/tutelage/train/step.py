@@ -83,8 +83,9 @@ class Step:
             micro_batches = self.pack(rollouts)
             self.teacher_forward(micro_batches)
             selection = self.select(micro_batches, rollouts, step)
+            rollouts = [replace(rollout, hidden=None) for rollout in rollouts]  # their memory goes
         result = self.update(micro_batches, selection, step)
-        self.rollouts = [replace(rollout, hidden=None) for rollout in rollouts]
+        self.rollouts = rollouts
         return self.metrics(result, selection, rollouts, step)
 
     # --- the five verbs ---------------------------------------------------------------------------

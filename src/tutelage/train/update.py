@@ -69,7 +69,7 @@ class Updater:
         assign(self.config, micro_batches, selection)
         num_updates = self.config.updates_per_step
         updates = [[m for m in micro_batches if m.update == u] for u in range(num_updates)]
-        counts = divisors(self.config, micro_batches, selection, self.ranks)
+        counts = divisors(self.config, updates, selection, self.ranks)
         stats: list[TokenStats] = []
         applied: list[tuple[float, int, float]] = []
         nonfinite: list[list[str]] = []
