@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "tutelage"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-_ORDER = ("core", "grading", "data", "models", "rollout", "setup", "memory", "evaluation", "train")
+_ORDER = (
+    *("core", "grading", "data", "envs", "models", "rollout"),
+    *("setup", "memory", "evaluation", "train"),
+)
 """Rooms of which each may import those before it."""
 MAY_IMPORT = {
     "errors": (),
@@ -28,7 +31,7 @@ MAY_IMPORT = {
     "core": ("core",),
     "grading": ("grading", "errors"),
     **{
-        room: (*_ORDER[: place + 1], "files", "config", "errors", *([""] if place >= 5 else []))
+        room: (*_ORDER[: place + 1], "files", "config", "errors", *([""] if place >= 6 else []))
         for place, room in enumerate(_ORDER)
         if place >= 2
     },
@@ -74,7 +77,7 @@ FENCES = {
     "jinja2": ("report/", "models/chat_template.py"),
     "httpx2": ("rollout/http_client.py",),
     "anyio": ("rollout/http_client.py",),
-    "pydantic": ("config/", "setup/", "report/", "evaluation/server.py", "rollout/"),
+    "pydantic": ("config/", "setup/", "report/", "evaluation/server.py", "rollout/", "envs/"),
     "rich": ("commands/progress.py", "cli.py"),
 }
 """Where each third party may be imported; one that is not listed may be nowhere."""

@@ -46,7 +46,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences for a backbone, and the N completion tokens (rows) to be supervised.
+    """Sequences for a backbone, and the N generated tokens (rows) to be supervised.
 
     Sequences are the rows of a padded rectangle, or lie one after the other in a single row.
     """
@@ -58,13 +58,13 @@ class Batch:
     position_ids: Tensor
     """Position of each token within its own sequence, from 0, [B, T]; 0 on padding."""
     row_index: Tensor
-    """Flat index b*T + t of the position whose logits predict each completion token, [N]."""
+    """Flat index b*T + t of the position whose logits predict each generated token, [N]."""
     tokens: Tensor
-    """The completion token of each row, [N]."""
+    """The generated token of each row, [N]."""
     completion: Tensor
     """Index, within the whole step, of the completion that each row belongs to, [N]."""
     position: Tensor
-    """Index of each row within its completion, from 0, [N]."""
+    """Index of each row among the rows of its completion, from 0, [N]."""
     is_padded_right: bool = False
     """Whether every sequence begins in the first column."""
     packed: Packed | None = None
@@ -77,7 +77,7 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        """Number of supervised completion tokens, N."""
+        """Number of supervised tokens, N."""
         return self.tokens.numel()
 
     @property
@@ -140,7 +140,10 @@ def collate(
     side: Side = "right",
     completions: Sequence[int] | None = None,
 ) -> Batch:
-    """Pad rollouts to one rectangle and list the rows that predict their completion tokens.
+    """Pad rollouts to one rectangle and list the rows that predict their generated tokens.
+
+    Tokens that were inserted between the turns of a conversation are context as the prompt is: they
+    have no row, so nothing counts, selects or supervises them.
 
     Args:
         rollouts: B rollouts of any lengths; empty completions simply give no rows.
@@ -170,7 +173,7 @@ def collate(
     sequence = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)
     position = torch.arange(len(sequence)) - (lengths.cumsum(0) - lengths)[sequence]
     predictor = offset[sequence] + prompt_lengths[sequence] + position - 1
-    return Batch(
+    batch = Batch(
         input_ids=input_ids,
         attention_mask=is_real.long(),
         position_ids=place * is_real,
@@ -180,10 +183,26 @@ def collate(
         position=position,
         is_padded_right=not bool(offset.any()),
     )
+    return _only_generated(batch, rollouts) if any(r.is_generated for r in rollouts) else batch
+
+
+def _only_generated(batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
+    """The rows of generated tokens, of those that stand for every completion token."""
+    masks = [r.is_generated or (True,) * len(r.completion_ids) for r in rollouts]
+    for rollout, mask in zip(rollouts, masks, strict=True):
+        if len(mask) != len(rollout.completion_ids):
+            raise DataError(
+                f"prompt {rollout.prompt.id!r} has {len(rollout.completion_ids)} completion ids "
+                f"and {len(mask)} entries of is_generated. Give one for each id."
+            )
+    keep = torch.tensor([is_generated for mask in masks for is_generated in mask])
+    rows = {name: vars(batch)[name][keep] for name in _ROWS}
+    position = [torch.arange(sum(mask)) for mask in masks]
+    return replace(batch, **{**rows, "position": torch.cat(position)})
 
 
 def pack(rollouts: Sequence[Rollout], completions: Sequence[int] | None = None) -> Batch:
-    """Rollouts one after the other in one row, and the rows that predict their completion tokens.
+    """Rollouts one after the other in one row, and the rows that predict their generated tokens.
 
     Args:
         rollouts: B rollouts of any lengths, at least one.

@@ -29,10 +29,57 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool as the model wrote it; not checked against the tool's schema."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    """Why the text is no call, for the model to read; "" for a call."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model generated before it gave the word to the environment."""
+
+    text: str
+    """Decoded without special tokens; thoughts and calls included."""
+    calls: tuple[ToolCall, ...] = ()
+    """The calls of tools in the text, in their order; none in a final answer."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The environment's score of a conversation."""
+
+    score: float
+    """In [0, 1]; 1 for a conversation that did all that was asked."""
+    is_success: bool
+    details: dict[str, float | int | str] = field(default_factory=dict)
+    """Other measures by name; plain JSON values."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a rollout, as messages, and how it ended."""
+
+    messages: tuple[Message, ...]
+    """Everything after the prompt: what the model generated (role assistant, decoded) and what the
+    environment answered, in their order."""
+    num_turns: int
+    """Turns that the model generated."""
+    num_tool_calls: int
+    num_tool_errors: int
+    """Calls that were answered with an error."""
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One prompt and one sampled completion, as token ids (never re-tokenized).
 
-    A server gives texts: then both have no ids.
+    In a conversation the completion is everything after the prompt: ids that the model generated,
+    and ids that were inserted between its turns. A server gives texts: then both have no ids.
     """
 
     prompt: Prompt
@@ -42,23 +89,36 @@ class Rollout:
     completion_ids: tuple[int, ...]
     """Sampled ids; the end-of-sequence id that stopped the completion is included and counts."""
     is_truncated: bool = False
-    """True when max_new_tokens was reached before an end-of-sequence id."""
+    """True when a limit was reached before the model ended its completion or conversation."""
     logprobs: tuple[float, ...] = field(default=(), repr=False)
-    """Log-probability in nats, under the sampler, of each completion id."""
+    """Log-probability in nats, under the sampler, of each generated id."""
     text: str = ""
-    """Decoded completion without special tokens."""
+    """Decoded completion without special tokens; of a conversation, the last turn."""
     thought: str = ""
     """The mark of a thought that the prompt ends with, such as ``<think>``; "" without one."""
     hidden: Tensor | None = field(default=None, repr=False, compare=False)
-    """What the head multiplied when each completion id was sampled `[num ids, D]`, in the model's
+    """What the head multiplied when each generated id was sampled `[num ids, D]`, in the model's
     dtype and on its device. None unless recorded."""
+    is_generated: tuple[bool, ...] = field(default=(), repr=False)
+    """Whether the model sampled each completion id; the others were inserted between its turns and
+    are never supervised. Empty where all were sampled."""
+    conversation: Conversation | None = None
+    """The turns and their score; None where the completion is a single answer."""
     num_reported_tokens: int | None = None
     """Length of the completion in tokens as a server without ids reports it, if it does."""
 
     @property
+    def generated_ids(self) -> tuple[int, ...]:
+        """The completion ids that the model sampled."""
+        if not self.is_generated:
+            return self.completion_ids
+        pairs = zip(self.completion_ids, self.is_generated, strict=True)
+        return tuple(token for token, is_generated in pairs if is_generated)
+
+    @property
     def num_tokens(self) -> int | None:
-        """Length of the completion in tokens, the end included; None where it is not known."""
-        return len(self.completion_ids) or self.num_reported_tokens
+        """Number of generated tokens, the end included; None where it is not known."""
+        return len(self.generated_ids) or self.num_reported_tokens
 
     @property
     def graded_text(self) -> str:
