@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tutelage.data.types import Message, ToolCall, Turn
 from tutelage.envs.environment import Reply
+from tutelage.envs.guard import Failure, attempt
 
 
 class Arguments(BaseModel):
@@ -85,12 +86,17 @@ def call_tool(tools: Sequence[Tool], call: ToolCall) -> Answer:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "arguments"
         return _error(f"{call.name}: {where}: {first['msg']}")
+    found = attempt(lambda: _run(tool, arguments))
+    if isinstance(found, Failure):
+        return _error(f"{call.name} failed: {found.reason}")
+    return found
+
+
+def _run(tool: Tool, arguments: Arguments) -> Answer:
     try:
         found = tool.run(arguments)
     except ToolError as error:
-        return _error(f"{call.name}: {error}")
-    except Exception as error:  # a mistake of the tool must not end the rollouts of a step
-        return _error(f"{call.name} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+        return _error(f"{tool.name}: {error}")
     return Answer(found if isinstance(found, str) else json.dumps(found, ensure_ascii=False))
 
 
