@@ -1,4 +1,4 @@
 """Student and teacher: loading, tokenizers, forward passes, optimizers; `llama_cpu` on a CPU only.
 
-May import `core`, `grading`, `data`, `files`, `config`, `errors`.
+May import `core`, `grading`, `data`, `envs`, `files`, `config`, `errors`.
 """
