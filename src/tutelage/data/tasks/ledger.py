@@ -13,8 +13,9 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeAlias
 
+from tutelage.data.tasks.draws import below, shuffled
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
 
@@ -24,8 +25,6 @@ OPERATORS = "+-*"
 PUNCTUATION = "=;#~>"
 ALPHABET = LETTERS + DIGITS + OPERATORS + PUNCTUATION
 """All that prompts and completions are written with."""
-
-T = TypeVar("T")
 
 _HELD_OUT_ONE_IN = 16
 _ITEM = re.compile(r"([a-p])([0-9])([-+*])([0-9]);")
@@ -135,7 +134,7 @@ def solve(
     items = parse_items(prompt)
     if items is None:
         raise DataError(f"prompt {prompt.id!r} is not a ledger prompt. Use LedgerTask.prompts().")
-    visits = _shuffled(items, rng) if order == "random" else items
+    visits = shuffled(items, rng) if order == "random" else items
     total = 0
     steps = []
     for item in visits:
@@ -234,9 +233,9 @@ def _final_sum(steps: list[tuple[str, ...]], items: tuple[Item, ...]) -> str | N
 
 def _draw_items(rng: random.Random, num_items: int) -> tuple[Item, ...]:
     """Items with distinct letters, drawn uniformly."""
-    letters = _shuffled(tuple(LETTERS), rng)[:num_items]
+    letters = shuffled(tuple(LETTERS), rng)[:num_items]
     return tuple(
-        Item(name, _below(10, rng), OPERATORS[_below(3, rng)], _below(10, rng)) for name in letters
+        Item(name, below(10, rng), OPERATORS[below(3, rng)], below(10, rng)) for name in letters
     )
 
 
@@ -244,13 +243,3 @@ def _is_held_out(items: tuple[Item, ...]) -> bool:
     """The side of a set of items; the order in which a prompt lists them does not matter."""
     digest = hashlib.blake2b(" ".join(sorted(map(str, items))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0
-
-
-# Only random() is promised to give the same numbers in every Python version, so the streams use
-# nothing else: a prompt named in a run folder can be made again years later.
-def _below(limit: int, rng: random.Random) -> int:
-    return int(rng.random() * limit)
-
-
-def _shuffled(values: tuple[T, ...], rng: random.Random) -> tuple[T, ...]:
-    return tuple(sorted(values, key=lambda _: rng.random()))
