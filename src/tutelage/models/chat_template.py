@@ -46,12 +46,37 @@ def printed_date_of(evaluation: datetime | None) -> AbstractContextManager[None]
     return printed_date(_date or evaluation)
 
 
+def template_of(
+    tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]], prompt_id: str
+) -> str:
+    """The chat template of a tokenizer that renders these tools; it may have another one without.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"prompt {prompt_id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
+            "chat template. Use prompts of plain text, not of messages, and data.chat = false or "
+            "--no-chat."
+        )
+    try:
+        return str(tokenizer.get_chat_template(tools=list(tools) or None))
+    except ValueError as error:  # several templates, none of them the default
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no default chat template, got "
+            f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (data.chat = false, or "
+            "--no-chat)."
+        ) from error
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
     prompt_id: str,
+    generation_prompt: bool = True,
 ) -> str:
     """The text of a conversation, ready for the model's next turn.
 
@@ -61,6 +86,7 @@ def render_chat(
         messages: turns of the conversation.
         variables: what the template sees besides: switches, tools.
         prompt_id: named in errors.
+        generation_prompt: whether the header of the model's next turn is written.
 
     Raises:
         DataError: the template refuses the messages.
@@ -73,7 +99,7 @@ def render_chat(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=template,
-                add_generation_prompt=True,
+                add_generation_prompt=generation_prompt,
                 tokenize=False,
                 strftime_now=(_date or datetime.now()).strftime,
                 **variables,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.grading.answer import THOUGHT_TOKENS
-from tutelage.models.chat_template import refuse_lost_turns, render_chat
+from tutelage.models.chat_template import refuse_lost_turns, render_chat, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -260,23 +260,10 @@ def _encode_chat(
     messages: tuple[Message, ...],
     enable_thinking: bool | None,
 ) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"prompt {prompt.id!r} is a chat, but the tokenizer {tokenizer.name_or_path!r} has no "
-            "chat template. Use prompts of plain text, not of messages, and data.chat = false or "
-            "--no-chat."
-        )
+    template = template_of(tokenizer, prompt.tools, prompt.id)
     variables: dict[str, Any] = {}
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
-    try:
-        template = tokenizer.get_chat_template(tools=list(prompt.tools) or None)
-    except ValueError as error:  # several templates, none of them the default
-        raise ModelError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no default chat template, got "
-            f"{', '.join(tokenizer.chat_template)}. Use plain text prompts (data.chat = false, or "
-            "--no-chat)."
-        ) from error
     rendered = render_chat(tokenizer, template, messages, variables, prompt.id)
     refuse_lost_turns(tokenizer, template, messages, variables, prompt.id, rendered)
     if prompt.tools:
