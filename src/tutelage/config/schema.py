@@ -8,6 +8,12 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from tutelage.config.bounds import STRICT, require, require_counts, require_least
+from tutelage.config.conversations import (
+    ConversationData,
+    LedgerToolsData,
+    ShoppingData,
+    TravelData,
+)
 from tutelage.config.method import (
     AllTokens,
     KLObjective,
@@ -71,7 +77,9 @@ class FileData:
     """Prompts kept out of training for evaluation."""
 
 
-DataConfig: TypeAlias = Annotated[LedgerData | FileData, Field(discriminator="kind")]
+DataConfig: TypeAlias = Annotated[
+    LedgerData | FileData | LedgerToolsData | ShoppingData | TravelData, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,13 @@ class Config:
     """auto (cuda where it is), cpu or cuda."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Services that receive every step's metrics besides the run folder, which always does."""
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """Most tokens behind a prompt: generated ones, and those inserted between turns."""
+        data, generated = self.data, self.sampling.max_new_tokens
+        is_conversation = isinstance(data, ConversationData)
+        return generated + data.max_inserted_tokens if is_conversation else generated
 
     @property
     def can_copy_checkpoints(self) -> bool:

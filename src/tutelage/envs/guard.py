@@ -39,12 +39,23 @@ class _Running(threading.Thread, Generic[T]):
         self.result = attempt(self.function)
 
 
+_AT_ONCE = 64
+"""Threads at the same time."""
+
+
 def attempt_all(functions: Sequence[Callable[[], T]], seconds: float) -> list[T | Failure]:
-    """The results of functions that run at the same time, each or how it failed.
+    """The results of functions that run at the same time, 64 of them at most, each or how it failed.
 
     A function that takes longer than `seconds` is a failure; its thread goes on by itself, so what
     it works on must not be used again.
     """
+    results: list[T | Failure] = []
+    for start in range(0, len(functions), _AT_ONCE):
+        results += _attempt_together(functions[start : start + _AT_ONCE], seconds)
+    return results
+
+
+def _attempt_together(functions: Sequence[Callable[[], T]], seconds: float) -> list[T | Failure]:
     running = [_Running(function) for function in functions]
     for thread in running:
         thread.start()

@@ -15,7 +15,7 @@ from tutelage.errors import DataError
 from tutelage.evaluation.folder import EvaluationFolder, Row
 from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
 from tutelage.grading.pool import in_parallel
-from tutelage.rollout.request import RolloutRequest
+from tutelage.rollout.request import Agent, RolloutRequest
 from tutelage.rollout.sampler import Sampler
 
 T = TypeVar("T")
@@ -76,14 +76,16 @@ class Result:
         }
 
 
-def generate_with(sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, ...]) -> Generate:
-    """Completions from a sampler; `seed` names the random numbers."""
+def generate_with(
+    sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, ...], agent: Agent | None = None
+) -> Generate:
+    """Completions from a sampler, conversations with an `agent`; `seed` names the random numbers."""
 
     def generate(
         prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress
     ) -> list[Rollout]:
         limited = replace(sampling, max_new_tokens=max_new_tokens)
-        request = RolloutRequest(prompts, limited, seed, progress=progress)
+        request = RolloutRequest(prompts, limited, seed, progress=progress, agent=agent)
         return sampler.sample(request)
 
     return generate
@@ -148,7 +150,14 @@ def run_benchmark(
 
 def grade_rollouts(grade: Grade, rollouts: Sequence[Rollout]) -> list[bool | None]:
     """Verdicts on completions, in their order; formulas are compared several at a time."""
-    return in_parallel(lambda r: grade(r.prompt, r.graded_text, r.is_truncated), rollouts)
+    return in_parallel(partial(_verdict, grade), rollouts)
+
+
+def _verdict(grade: Grade, rollout: Rollout) -> bool | None:
+    """The environment's verdict on a conversation, the grader's on a single answer."""
+    if rollout.conversation is not None:
+        return rollout.conversation.outcome.is_success
+    return grade(rollout.prompt, rollout.graded_text, rollout.is_truncated)
 
 
 def _chunks(prompts: Sequence[Prompt], size: int | None) -> list[list[int]]:
@@ -176,7 +185,7 @@ def _row(benchmark: Benchmark, rollout: Rollout) -> Row:
         "benchmark": benchmark.name,
         "prompt_id": rollout.prompt.id,
         "sample": rollout.sample,
-        "is_correct": benchmark.grade(rollout.prompt, text, is_truncated),
+        "is_correct": _verdict(benchmark.grade, rollout),
         "is_truncated": is_truncated,
         "num_tokens": rollout.num_tokens,
         "answer": benchmark.voting.answer_of(text, is_truncated),

@@ -20,7 +20,7 @@ from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.rollout.sampler import Sampler, TransformersSampler
-from tutelage.setup.components import Components
+from tutelage.setup.components import Components, agent_of
 from tutelage.setup.inputs import grader_of
 from tutelage.setup.phases import PhaseCallback, counting, no_phases
 
@@ -146,8 +146,8 @@ def _length(rollout: Rollout) -> int:
 
 
 def mean_reverse_kl(rollouts: Sequence[Rollout], sums: Sequence[float]) -> float | None:
-    """Mean over all completion tokens, nats; None without tokens or if infinite."""
-    total, count = math.fsum(sums), sum(len(r.completion_ids) for r in rollouts)
+    """Mean over all generated tokens, nats; None without tokens or if infinite."""
+    total, count = math.fsum(sums), sum(len(r.generated_ids) for r in rollouts)
     return total / count if count and math.isfinite(total) else None
 
 
@@ -172,7 +172,8 @@ def _evaluate(
     benchmark = Benchmark(
         HELD_OUT, prompts, task.grade, sampling.max_new_tokens, grader, voting_of(grader)
     )
-    generate = generate_with(sampler, sampling, (_EVALUATION_SEED,))
+    agent = agent_of(config, task)
+    generate = generate_with(sampler, sampling, (_EVALUATION_SEED,), agent)
     num_completions = len(prompts) * settings.num_samples
     progress = counting(on_phase, f"evaluating the {who}: completions", num_completions)
     return run_benchmark(benchmark, generate, settings.num_samples, progress=progress)

@@ -20,9 +20,12 @@ from torch import Tensor
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError
+from tutelage.models.forward import Ids
 from tutelage.models.head import head, output_embeddings
 from tutelage.models.limits import refuse_beyond_table
+from tutelage.models.llama_cpu.decode import FastSlots
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
+from tutelage.rollout.conversation import Conversations
 from tutelage.rollout.cuda.generate import GraphGenerator, graph_generator, warn_uncaptured
 from tutelage.rollout.request import (
     CompletionRequest,
@@ -71,10 +74,16 @@ def generate(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}. Use 1 or more.")
-    requests = completion_requests(tokenizer, request, enable_thinking)
+    conversations = None
+    if request.agent is not None:
+        stops, limit = stop_ids(model, tokenizer), request.sampling.max_new_tokens
+        conversations = Conversations(request.agent, tokenizer, stops, limit, enable_thinking)
+    requests = completion_requests(tokenizer, request, enable_thinking, conversations)
     done: dict[int, Rollout] = {}
     with _evaluating(model), torch.no_grad():
-        generator = _generator(model, tokenizer, request, batch_size, is_fast, requests)
+        generator = _generator(
+            model, tokenizer, request, batch_size, is_fast, requests, conversations
+        )
         for finished in generator.generate(requests):
             for row in finished:
                 rollout = generator.rollout(row)
@@ -93,20 +102,25 @@ def _generator(
     batch_size: int,
     is_fast: bool,
     requests: Sequence[CompletionRequest],
+    conversations: Conversations | None,
 ) -> _Generator | GraphGenerator:
     """Captured steps on a GPU where the model has them, the hand-written step on a CPU."""
     config, record = request.sampling, request.record_hidden
-    if is_fast and requests and model.device.type == "cuda":
+    if is_fast and requests and model.device.type == "cuda" and conversations is None:
         captured = graph_generator(model, tokenizer, config, batch_size, record)
         if captured is not None and captured.open_slots(requests):
             return captured
         warn_uncaptured(model)
     is_fast = is_fast and model.device.type == "cpu"
-    return _Generator(model, tokenizer, config, batch_size, record, is_fast)
+    return _Generator(model, tokenizer, config, batch_size, record, is_fast, conversations)
 
 
 class _Generator:
-    """Prefill once per prompt, then one token a step for the completions that are open."""
+    """Prefill once per prompt, then one token a step for the completions that are open.
+
+    Where completions are conversations, a row that ends a turn keeps its slot while there are
+    further turns: the slot reads what is inserted, and nothing before it again.
+    """
 
     def __init__(
         self,
@@ -116,6 +130,7 @@ class _Generator:
         batch_size: int,
         record: bool,
         is_fast: bool,
+        conversations: Conversations | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -123,6 +138,7 @@ class _Generator:
         self.batch_size = batch_size
         self.record = record
         self.is_fast = is_fast
+        self.conversations = conversations
         self.stops = frozenset(stop_ids(model, tokenizer))
 
     def generate(self, requests: Sequence[CompletionRequest]) -> Iterator[list[OpenRollout]]:
@@ -133,6 +149,8 @@ class _Generator:
         self.open: list[OpenRollout | None] = [None] * min(self.batch_size, len(waiting))
         self.waiting = waiting
         longest = len(waiting[-1].ids) + self.config.max_new_tokens
+        if self.conversations is not None:
+            longest += self.conversations.limits.max_inserted_tokens
         refuse_beyond_table(self.model, longest)
         embeddings: Any = self.model.get_input_embeddings()
         num_ids = min(
@@ -158,11 +176,13 @@ class _Generator:
             len(self.open), num_ids, dtype=self.head.dtype, device=self.model.device
         )
         while any(self.open):
-            yield self._generate_segment()
+            yield self._end_turns(self._generate_segment())
             self._fill_slots()
 
     def rollout(self, row: OpenRollout) -> Rollout:
         """A finished completion."""
+        if self.conversations is not None:
+            return self.conversations.rollout(row)
         return to_rollout(self.tokenizer, row.request, row.tokens, row.logprobs, self.stops)
 
     def _is_due(self, num_open: int) -> bool:
@@ -190,11 +210,34 @@ class _Generator:
         following = [request.ids for request in islice(self.waiting, len(self.open))]
         self.slots.prefill(free, [request.ids for request in requests], following)
 
-    def _generate_segment(self) -> list[OpenRollout]:
-        """Steps until slots should be filled or dropped; the completions that they finished."""
+    def _end_turns(self, ended: list[int]) -> list[OpenRollout]:
+        """Rows that are finished, whose slots are free; the others go on with an answer."""
+        rows = [row for i in ended if (row := self.open[i]) is not None]
+        answers: list[Ids | None] = [None] * len(rows)
+        if self.conversations is not None:
+            answers = self.conversations.answer(rows)
+        finished: list[OpenRollout] = []
+        extended: list[tuple[int, int, Ids]] = []
+        for slot, row, ids in zip(ended, rows, answers, strict=True):
+            if ids is None:
+                finished.append(row)
+                self.open[slot] = None
+                continue
+            if isinstance(self.slots, FastSlots):
+                extended.append((slot, row.length, ids))
+            else:
+                row.pending = ids  # read step by step
+            row.insert(ids)
+        if extended and isinstance(self.slots, FastSlots):
+            self.slots.extend(extended)
+        return finished
+
+    def _generate_segment(self) -> list[int]:
+        """Steps until slots should be filled or dropped; the slots whose rows ended a turn."""
         left = {i: self._num_left(row) for i, row in enumerate(self.open) if row is not None}
         count = min(_SEGMENT, *left.values())
         uniform = self._uniforms(count)
+        pending = self._pending(count)
         tokens: list[list[int]] = []
         logprobs: list[Tensor] = []
         hidden: list[Tensor] = []
@@ -203,34 +246,56 @@ class _Generator:
             size = len(self.open)
             logits = self.head.project(self.slots.hidden, self.logits[:size])
             token, logprob = sample_token(logits, uniform[step], self.config)
+            if pending is not None:
+                token = torch.where(pending[step] >= 0, pending[step], token)
             tokens.append(token.tolist())
             logprobs.append(logprob)
             if self.record:
                 hidden.append(self.slots.hidden)
             if not self.stops.isdisjoint(tokens[-1]) or step + 1 == count:
                 self._note_ends(tokens[-1], step + 1, left, ended)
-            if len(ended) == len(left):
+            if len(ended) == len(left) and self.conversations is None:
                 break
-            self.slots.decode_step(token)
-            if self._is_due(len(left) - len(ended)):
+            self.slots.decode_step(token)  # of a turn's end, too: what follows is read behind it
+            if self._is_due(len(left) - len(ended)) or self._is_turn_due(len(ended), len(left)):
                 break
         return self._append_tokens(tokens, logprobs, hidden, ended)
 
     def _num_left(self, row: OpenRollout) -> int:
+        """Steps until a row ends at the latest."""
+        if self.conversations is not None:
+            return len(row.pending) + self.conversations.num_left(row)
         return self.config.max_new_tokens - len(row.tokens)
+
+    def _is_turn_due(self, num_ended: int, num_open: int) -> bool:
+        """Whether turns should be answered: at once, unless ended rows can be left to wait."""
+        if self.conversations is None or not num_ended:
+            return False
+        return not isinstance(self.slots, FastSlots) or 8 * num_ended >= num_open
 
     def _uniforms(self, count: int) -> Tensor:
         """The next numbers of every row `[count, B]`."""
         keys = [row.request.key if row else 0 for row in self.open]
-        first = [len(row.tokens) if row else 0 for row in self.open]
+        first = [len(row.tokens) - len(row.pending) if row else 0 for row in self.open]
         return uniforms(keys, count, first).t().contiguous().to(self.model.device)
+
+    def _pending(self, count: int) -> Tensor | None:
+        """Inserted ids that every row reads next, -1 behind them `[count, B]`; None without any."""
+        ids = [row.pending[:count] if row else () for row in self.open]
+        if not any(ids):
+            return None
+        padded = [[*one, *[-1] * (count - len(one))] for one in ids]
+        return torch.tensor(padded, device=self.model.device).t().contiguous()
 
     def _note_ends(
         self, tokens: list[int], step: int, left: dict[int, int], ended: dict[int, int]
     ) -> None:
         """Note rows whose token is a stop token or their last one, with their number of tokens."""
         for i, num_left in left.items():
-            if i not in ended and (tokens[i] in self.stops or num_left == step):
+            row = self.open[i]
+            if i in ended or row is None or step <= len(row.pending):
+                continue
+            if tokens[i] in self.stops or num_left == step:
                 ended[i] = step
 
     def _append_tokens(
@@ -239,25 +304,22 @@ class _Generator:
         logprobs: list[Tensor],
         hidden: list[Tensor],
         ended: dict[int, int],
-    ) -> list[OpenRollout]:
-        """Append each row's tokens; rows that have ended free their slots."""
-        finished = []
+    ) -> list[int]:
+        """Append each row's tokens; the slots of the rows that have ended."""
         by_row = list(zip(*tokens, strict=True))
         logprobs_by_row = torch.stack(logprobs, dim=1).tolist()
         hidden_by_row = torch.stack(hidden, dim=1) if hidden else None
         for i, row in enumerate(self.open):
             if row is None:
                 continue
-            stop = ended.get(i, len(tokens))
-            check_finite(logprobs_by_row[i][:stop], len(row.tokens))
-            row.tokens += by_row[i][:stop]
-            row.logprobs += logprobs_by_row[i][:stop]
+            start, stop = min(len(row.pending), len(tokens)), ended.get(i, len(tokens))
+            row.pending = row.pending[start:]
+            check_finite(logprobs_by_row[i][start:stop], len(row.tokens))
+            row.tokens += by_row[i][start:stop]
+            row.logprobs += logprobs_by_row[i][start:stop]
             if hidden_by_row is not None:
-                row.hidden.append(hidden_by_row[i, :stop])
-            if i in ended:
-                finished.append(row)
-                self.open[i] = None
-        return finished
+                row.hidden.append(hidden_by_row[i, start:stop])
+        return sorted(ended)
 
 
 @contextmanager

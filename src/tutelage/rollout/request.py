@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from tutelage.config.conversations import ConversationData
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
+from tutelage.envs.environment import Environment
 from tutelage.grading.answer import opened_thought
 from tutelage.models.forward import Ids
 from tutelage.models.tokenizers import decode, encode_prompt
@@ -36,6 +38,15 @@ _LONGEST_MARK = 32
 
 
 @dataclass(frozen=True)
+class Agent:
+    """How prompts become conversations with environments."""
+
+    environment: Callable[[], Environment]
+    """A new environment, for one conversation."""
+    limits: ConversationData
+
+
+@dataclass(frozen=True)
 class RolloutRequest:
     """What to sample: `sampling.num_samples` completions of each prompt."""
 
@@ -52,6 +63,8 @@ class RolloutRequest:
     have none."""
     progress: Callable[[int], None] | None = None
     """Called with the number of completions that have just been finished."""
+    agent: Agent | None = None
+    """Where a completion is a conversation; None where it is a single answer."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +88,40 @@ class OpenRollout:
 
     request: CompletionRequest
     tokens: list[int] = field(default_factory=list)
+    """What was generated."""
     logprobs: list[float] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
+    turn_start: int = 0
+    """Number of tokens that were generated before the present turn."""
+    inserted: list[tuple[int, Ids]] = field(default_factory=list)
+    """Ids between turns, each with the number of tokens that were generated before them."""
+    pending: Ids = ()
+    """Inserted ids that the slot has not read yet."""
+
+    @property
+    def length(self) -> int:
+        """Ids of the whole sequence: the prompt, generated and inserted ones."""
+        between = sum(len(ids) for _, ids in self.inserted)
+        return len(self.request.ids) + len(self.tokens) + between
+
+    def insert(self, ids: Ids) -> None:
+        """End the present turn with ids that were not generated."""
+        self.inserted.append((len(self.tokens), ids))
+        self.turn_start = len(self.tokens)
+
+
+class Opened(Protocol):
+    """Conversations that have begun."""
+
+    def start(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[Ids]:
+        """The ids that the model reads first, of one conversation a prompt."""
 
 
 def completion_requests(
     tokenizer: PreTrainedTokenizerBase,
     request: RolloutRequest,
     enable_thinking: bool | None = None,
+    conversations: Opened | None = None,
 ) -> list[CompletionRequest]:
     """All samples of the first prompt, then those of the second.
 
@@ -90,6 +129,7 @@ def completion_requests(
         tokenizer: the model's tokenizer.
         request: the prompts, and how many samples of each.
         enable_thinking: passed to the chat template when not None.
+        conversations: begins a conversation for each; None where there are single answers.
 
     Raises:
         DataError: a prompt cannot be encoded.
@@ -101,13 +141,18 @@ def completion_requests(
     )
     if first is None:
         first = earlier_samples(prompts, num_samples)
-    ids = [tuple(encode_prompt(tokenizer, prompt, enable_thinking)) for prompt in prompts]
-    thoughts = [opened_thought(decode(tokenizer, i[-_LONGEST_MARK:])) for i in ids]
     numbers = [(i, s) for i in range(len(prompts)) for s in range(num_samples)]
     keys = [_key(request.seed, prompts[i].id, first[i] + s) for i, s in numbers]
+    if conversations is None:
+        encoded = [tuple(encode_prompt(tokenizer, prompt, enable_thinking)) for prompt in prompts]
+        ids = [encoded[i] for i, _ in numbers]
+    else:
+        ids = conversations.start([prompts[i] for i, _ in numbers], keys)
+    ends = {one[-_LONGEST_MARK:] for one in ids}
+    thoughts = {end: opened_thought(decode(tokenizer, end)) for end in ends}
     return [
-        CompletionRequest(index, prompts[i], s, ids[i], key, thoughts[i])
-        for index, ((i, s), key) in enumerate(zip(numbers, keys, strict=True))
+        CompletionRequest(index, prompts[i], s, one, key, thoughts[one[-_LONGEST_MARK:]])
+        for index, ((i, s), key, one) in enumerate(zip(numbers, keys, ids, strict=True))
     ]
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.config.conversations import ConversationData
 from tutelage.config.models import TeacherConfig, TeacherMode
 from tutelage.config.sampling import TransformersEngine, VLLMEngine, VLLMServer
 from tutelage.config.schema import Config
 from tutelage.data.tasks import Task
+from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.device import keep_freed_memory
 from tutelage.models.head import output_embeddings
@@ -34,6 +36,7 @@ from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary
+from tutelage.rollout.request import Agent
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
@@ -144,6 +147,13 @@ def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
                     f"the {who} has numbers in {name} that are not finite, from {float(low)} to "
                     f"{float(high)}. Copy or download it again."
                 )
+
+
+def agent_of(config: Config, task: Task) -> Agent | None:
+    """How a task's prompts become conversations; None where they have single answers."""
+    if isinstance(task, AgentTask) and isinstance(config.data, ConversationData):
+        return Agent(task.environment, config.data)
+    return None
 
 
 def make_sampler(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config.schema import Config, FileData, LedgerData
+from tutelage.config.conversations import ConversationData
+from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
 from tutelage.config.suggest import did_you_mean_value
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
 from tutelage.data.types import Prompt
+from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
@@ -63,7 +65,7 @@ class Inputs:
         """
         thinks = thinking(config.data)
         unknown = self.tokenizer.unk_token_id
-        prompts = _used_prompts(self.task, config)
+        prompts = [_opened(self.task, prompt) for prompt in _used_prompts(self.task, config)]
         counts, num_ended = [], 0
         for prompt in prompts:
             ids = encode_prompt(self.tokenizer, prompt, thinks)
@@ -76,6 +78,14 @@ class Inputs:
         return PromptStats(
             min(lengths), max(lengths), sum(lengths), num_unknown, name, is_chat, num_ended
         )
+
+
+def _opened(task: Task, prompt: Prompt) -> Prompt:
+    """A prompt as the model reads it first: of a conversation, what its environment says."""
+    if not isinstance(task, AgentTask):
+        return prompt
+    opening = task.environment().start(prompt, 0)
+    return replace(prompt, content=opening.messages, tools=opening.tools)
 
 
 def _is_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
@@ -117,8 +127,10 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(device, task, tokenizer, teacher, remap)
 
 
-def build_task(data: LedgerData | FileData) -> Task:
+def build_task(data: DataConfig) -> Task:
     """The task of a `[data]` table."""
+    if isinstance(data, ConversationData):
+        return _conversation_task(data)
     if isinstance(data, LedgerData):
         return LedgerTask(data.num_items)
     prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
@@ -126,23 +138,27 @@ def build_task(data: LedgerData | FileData) -> Task:
     return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
 
 
+def _conversation_task(data: ConversationData) -> Task:
+    raise ConfigError(f"data.kind {type(data).__name__} is not available. Use another.")
+
+
 def grader_of(task: Task) -> str:
     """Name of a task's grader: a file's `grader`, or the task itself."""
     return task.grader if isinstance(task, FileTask) else task.name
 
 
-def prompt_format(data: LedgerData | FileData) -> PromptFormat:
+def prompt_format(data: DataConfig) -> PromptFormat:
     """How records of a file become prompts."""
-    if isinstance(data, LedgerData):
+    if not isinstance(data, FileData):
         return PromptFormat()
     return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
 
 
 def without_long_prompts(
-    task: Task, data: LedgerData | FileData, tokenizer: PreTrainedTokenizerBase
+    task: Task, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Task:
     """The task without prompts over `data.max_prompt_tokens`."""
-    if isinstance(data, LedgerData) or not isinstance(task, FileTask):
+    if not isinstance(data, FileData) or not isinstance(task, FileTask):
         return task
     limit, thinks = data.max_prompt_tokens, data.enable_thinking
     if not limit:
@@ -150,9 +166,9 @@ def without_long_prompts(
     return task.without(lambda prompt: len(encode_prompt(tokenizer, prompt, thinks)) > limit)
 
 
-def thinking(data: LedgerData | FileData) -> bool | None:
+def thinking(data: DataConfig) -> bool | None:
     """What a `[data]` table passes to the chat template as `enable_thinking`."""
-    return data.enable_thinking if isinstance(data, FileData) else None
+    return None if isinstance(data, LedgerData) else data.enable_thinking
 
 
 def pick_device(name: str) -> torch.device:

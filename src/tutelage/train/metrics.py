@@ -58,6 +58,29 @@ def rollout_metrics(rollouts: Sequence[Rollout], num_rows: int, ranks: Ranks) ->
         "completion_length_mean": num_rows / count,
         "truncated_share": ranks.sum(sum(r.is_truncated for r in rollouts)) / count,
         "duplicate_share": 1 - ranks.sum(distinct) / count,
+        **_conversation_metrics(rollouts, num_rows, count, ranks),
+    }
+
+
+def _conversation_metrics(
+    rollouts: Sequence[Rollout], num_rows: int, count: float, ranks: Ranks
+) -> dict[str, Any]:
+    """Success, score, turns, calls and errors of conversations; nothing where there are none."""
+    found = [r.conversation for r in rollouts if r.conversation is not None]
+    if not ranks.sum(len(found)):
+        return {}
+    num_turns = ranks.sum(sum(c.num_turns for c in found))
+    num_calls = ranks.sum(sum(c.num_tool_calls for c in found))
+    num_errors = ranks.sum(sum(c.num_tool_errors for c in found))
+    num_inserted = sum(len(r.completion_ids) - len(r.generated_ids) for r in rollouts)
+    return {
+        "success_share": ranks.sum(sum(c.outcome.is_success for c in found)) / count,
+        "score_mean": ranks.sum(sum(c.outcome.score for c in found)) / count,
+        "turns_mean": num_turns / count,
+        "tokens_per_turn": num_rows / max(num_turns, 1),
+        "tool_calls_mean": num_calls / count,
+        "tool_error_share": num_errors / max(num_calls, 1),
+        "inserted_tokens_mean": ranks.sum(num_inserted) / count,
     }
 
 

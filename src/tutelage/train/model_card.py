@@ -28,7 +28,7 @@ def model_card(
     """
     samples, updates = config.sampling.num_samples, config.updates_per_step
     data = config.data
-    source = data.path if isinstance(data, FileData) else f"ledger of {data.num_items} items"
+    source = data.path if isinstance(data, FileData) else data.kind
     selection = to_table(config)["selection"]
     lines = [
         *_header(config),

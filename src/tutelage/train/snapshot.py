@@ -22,7 +22,7 @@ from tutelage.core.weighting import entropy_gate
 from tutelage.data.types import Rollout
 from tutelage.models.tokenizers import decode
 from tutelage.rollout.request import RolloutRequest
-from tutelage.setup.components import Components
+from tutelage.setup.components import Components, agent_of
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import gate_of
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
@@ -65,7 +65,7 @@ def snapshot(
     trained = list(rollouts[::every][: settings.num_rollouts])
     lines: list[dict[str, Any]] = []
     for kind, chosen in (("held-out", panel), ("training", trained)):
-        chosen = [rollout for rollout in chosen if rollout.completion_ids]
+        chosen = [rollout for rollout in chosen if rollout.generated_ids]
         if chosen:
             scores = score_rollouts(config, components, chosen, request_of(config))
             lines += token_lines(config, components, scores, step, kind)
@@ -128,7 +128,8 @@ def token_lines(
     texts: dict[int, str] = {}
     start = 0
     for rollout in scores.rollouts:
-        size = len(rollout.completion_ids)
+        generated = rollout.generated_ids
+        size = len(generated)
         shown = slice(start, start + min(size, config.recording.max_new_tokens))
         whole, start = slice(start, start + size), start + size
         yield {
@@ -138,7 +139,8 @@ def token_lines(
             "sample": rollout.sample,
             "prompt": decode(components.tokenizer, rollout.prompt_ids),
             "num_tokens": size,
-            "token": list(rollout.completion_ids[: config.recording.max_new_tokens]),
+            "token": list(generated[: config.recording.max_new_tokens]),
+            **_between(components, rollout),
             "entropy": _rounded(scores.stats.entropy[shown]),
             "reverse_kl": _rounded(scores.stats.reverse_kl[shown]),
             "forward_kl": _rounded(scores.stats.forward_kl[shown]),
@@ -151,6 +153,36 @@ def token_lines(
         }
 
 
+def _between(components: Components, rollout: Rollout) -> dict[str, Any]:
+    """Of a conversation, the text between its turns, and its outcome.
+
+    `inserted` holds, for each piece of text, how many generated tokens are before it.
+    """
+    if rollout.conversation is None:
+        return {}
+    pieces: list[tuple[int, list[int]]] = []
+    num_generated, was_generated = 0, True
+    for token, is_generated in zip(rollout.completion_ids, rollout.is_generated, strict=True):
+        if is_generated:
+            num_generated += 1
+        else:
+            if was_generated:
+                pieces.append((num_generated, []))
+            pieces[-1][1].append(token)
+        was_generated = is_generated
+    outcome = rollout.conversation.outcome
+    return {
+        "inserted": [[place, components.tokenizer.decode(ids)] for place, ids in pieces],
+        "outcome": {
+            "score": outcome.score,
+            "is_success": outcome.is_success,
+            "num_turns": rollout.conversation.num_turns,
+            "num_tool_errors": rollout.conversation.num_tool_errors,
+            "details": outcome.details,
+        },
+    }
+
+
 def _panel(config: Config, components: Components) -> list[Rollout]:
     settings = config.recording
     if not settings.num_prompts:
@@ -159,7 +191,8 @@ def _panel(config: Config, components: Components) -> list[Rollout]:
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
     prompts = components.task.held_out(settings.num_prompts)
     seed = (config.seed, _PANEL_SEED)
-    return components.sampler.sample(RolloutRequest(prompts, once, seed))
+    agent = agent_of(config, components.task)
+    return components.sampler.sample(RolloutRequest(prompts, once, seed, agent=agent))
 
 
 def _gate(config: Config, scores: Scores) -> Tensor:
@@ -200,7 +233,7 @@ def _candidates(
         "teacher_top": top.teacher_ids[shown].tolist(),
     }
     named = {i for rows in ids.values() for row in rows for i in row}
-    named |= set(rollout.completion_ids[: shown.stop - shown.start])
+    named |= set(rollout.generated_ids[: shown.stop - shown.start])
     texts |= {i: components.tokenizer.decode([i]) for i in named - texts.keys()}
     return {
         **ids,

@@ -19,7 +19,7 @@ from tutelage.evaluation.benchmark import grade_rollouts
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.request import RolloutRequest, earlier_samples
-from tutelage.setup.components import Components
+from tutelage.setup.components import Components, agent_of
 from tutelage.setup.objective import (
     culprit,
     gate_of,
@@ -104,6 +104,7 @@ class Step:
                     (config.seed, step),
                     [earlier[i] for i in share],
                     record_hidden=needs_scoring(config) and config.scoring == "recorded",
+                    agent=agent_of(config, self.components.task),
                 )
             )
 

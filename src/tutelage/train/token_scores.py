@@ -32,7 +32,7 @@ from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
 from tutelage.rollout.request import RolloutRequest
-from tutelage.setup.components import Components, build_components
+from tutelage.setup.components import Components, agent_of, build_components
 from tutelage.setup.inputs import prompt_format
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
@@ -117,7 +117,7 @@ class Scores:
     def _places(self) -> Iterator[dict[str, Any]]:
         for rollout in self.rollouts:
             place = {"prompt_id": rollout.prompt.id, "sample": rollout.sample}
-            for position, token in enumerate(rollout.completion_ids):
+            for position, token in enumerate(rollout.generated_ids):
                 yield {**place, "position": position, "token_id": token}
 
     def table(self) -> str:
@@ -280,7 +280,8 @@ def _rollouts_of(
     num_completions = len(prompts) * config.sampling.num_samples
     progress = counting(on_phase, "sampling: completions", num_completions)
     seed = (config.seed, 0)
-    sampled = RolloutRequest(prompts, config.sampling, seed, progress=progress)
+    agent = agent_of(config, components.task)
+    sampled = RolloutRequest(prompts, config.sampling, seed, progress=progress, agent=agent)
     return components.sampler.sample(sampled)
 
 

@@ -171,6 +171,89 @@ class FastSlots:
         self.position = (self.position + 1).clamp_(max=self.max_length - 1)
         self.end = min(self.end + 1, self.max_length - 1)
 
+    def extend(self, following: Sequence[tuple[int, int, Ids]]) -> None:
+        """Read ids behind what slots hold, all at once; the other slots stay as they are.
+
+        Args:
+            following: For each slot that goes on: the slot, how many of its ids are kept (columns
+                behind them are overwritten), and the ids that it reads next, at least one.
+        """
+        slots = [slot for slot, _, _ in following]
+        device = self.columns.device
+        rows, positions, ids = (
+            torch.tensor(values, device=device)
+            for values in zip(
+                *(
+                    (row, kept + n, token)
+                    for row, (_, kept, new) in enumerate(following)
+                    for n, token in enumerate(new)
+                ),
+                strict=True,
+            )
+        )
+        ends = torch.tensor([kept + len(new) for _, kept, new in following], device=device)
+        width = int(ends.max())
+        self._grow(width)
+        self.index = None
+        slot = torch.tensor(slots, device=device)
+        # Attention wants a rectangle: token n of a row is its query n.
+        first = torch.tensor([kept for _, kept, _ in following], device=device)
+        query = positions - first[rows]
+        turn = self.turn[positions]
+        is_hidden = self.columns[:width] > positions[:, None]
+        bias = self.hidden.new_zeros(is_hidden.shape).masked_fill_(is_hidden, -torch.inf)
+        shape = (len(slots), int(query.max()) + 1)
+        x = self.base.embed_tokens(ids)
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            q, kv = self._project(layer, x, turn)
+            keys_values = kv.view(len(x), 2, self.num_groups, self.head_dim)
+            cache[:, slot[rows], :, positions] = keys_values
+            keys, values = cache[:, slot, :, :width]
+            y = self._attend_block(q, keys, values, bias, (rows, query), shape)
+            x = layer.o(x, y)
+            gate, up = layer.gate_up(x).chunk(2, dim=-1)
+            x = layer.down(x, layer.act(gate) * up)
+        last = torch.tensor([len(new) for _, _, new in following], device=device).cumsum(0) - 1
+        self.hidden = self.hidden.index_copy(0, slot, self.norm(x)[last])
+        self.position = self.position.index_copy(0, slot, ends)
+        self.end = int(self.position.max())
+
+    def _attend_block(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor,
+        place: tuple[Tensor, Tensor],
+        shape: tuple[int, int],
+    ) -> Tensor:
+        """Attention of several queries a row.
+
+        Args:
+            q: Queries of N tokens `[N, heads, width]`.
+            keys: Keys of R rows `[R, groups, columns, width]`.
+            values: Their values, alike.
+            bias: 0 where a token sees a column, -inf elsewhere `[N, columns]`.
+            place: Row and index among the row's tokens of each token, `[N]` both.
+            shape: R, and the most tokens of a row.
+
+        Returns:
+            `[N, heads · width]`.
+        """
+        padded = q.new_zeros(*shape, *q.shape[1:])
+        padded[place] = q
+        mask = bias.new_zeros(*shape, bias.shape[-1])
+        mask[place] = bias
+        found = F.scaled_dot_product_attention(
+            padded.transpose(1, 2),
+            keys,
+            values,
+            mask[:, None],
+            scale=self.scale,
+            enable_gqa=self.num_heads != self.num_groups,
+        )
+        return found.transpose(1, 2)[place].flatten(1)
+
     def keep(self, index: Tensor) -> None:
         """Drop all rows but these."""
         self.caches = [cache[:, index] for cache in self.caches]

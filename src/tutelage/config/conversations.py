@@ -1,0 +1,76 @@
+"""Data whose prompts are answered in conversations with an environment, as configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tutelage.config.bounds import STRICT, require, require_counts, require_least
+
+
+@dataclass(frozen=True)
+class ConversationData:
+    """What every kind of conversation has; `sampling.max_new_tokens` limits what is generated in
+    all its turns together."""
+
+    __pydantic_config__ = STRICT
+    max_turns: int = 16
+    """Turns of the model, after which a conversation is cut off."""
+    max_turn_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of one turn, after which a conversation is cut off; 0 sets no limit but that of all
+    turns."""
+    max_inserted_tokens: int = 4096
+    """Tokens that are inserted between turns in all (answers of tools, the template's own text);
+    a conversation that would need more is cut off."""
+    tool_timeout_s: float = 10.0
+    """Seconds that the calls of a turn may take; then the model reads an error, and every later
+    call of the conversation fails."""
+    tool_format: Literal["auto", "hermes", "llama3", "json"] = "auto"
+    """How the model writes calls: `<tool_call>` tags (Qwen2.5, Qwen3), Llama 3's JSON with
+    parameters, or plain JSON; auto tells by the chat template."""
+    enable_thinking: bool | None = None
+    """Passed to the chat template (Qwen3 thinks unless False); None leaves it to the template."""
+
+    def __post_init__(self) -> None:
+        require_counts("data.", self.__dict__, max_turns=1)
+        require_least("data.", self.__dict__, max_inserted_tokens=1)
+        seconds, hint = self.tool_timeout_s, "10 is usual."
+        require(0 < seconds <= 3600, "data.tool_timeout_s", "in (0, 3600]", seconds, hint)
+
+
+@dataclass(frozen=True)
+class LedgerToolsData(ConversationData):
+    """The embedded agentic task: look up numbers, add them by tool calls; every call is graded."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["ledger_tools"] = "ledger_tools"
+
+
+@dataclass(frozen=True)
+class ShoppingData(ConversationData):
+    """Carts filled by 15 tools in a generated shop, after DeepPlanning's shopping domain."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["shopping"] = "shopping"
+    level: int = 1
+    """1: products; 2: products within a budget; 3: products and coupons."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.level <= 3, "data.level", "1, 2 or 3", self.level, "1 is the easiest.")
+
+
+@dataclass(frozen=True)
+class TravelData(ConversationData):
+    """Journeys planned by 9 tools in a generated country, after DeepPlanning's travel domain."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["travel"] = "travel"
+    level: int = 1
+    """Days and cities of a journey: 1, 2 or 3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.level <= 3, "data.level", "1, 2 or 3", self.level, "1 is the easiest.")
