@@ -194,9 +194,10 @@ class Config:
     @property
     def max_completion_tokens(self) -> int:
         """Most tokens behind a prompt: generated ones, and those inserted between turns."""
-        data, generated = self.data, self.sampling.max_new_tokens
-        is_conversation = isinstance(data, ConversationData)
-        return generated + data.max_inserted_tokens if is_conversation else generated
+        inserted = 0
+        if isinstance(self.data, ConversationData):
+            inserted = self.data.max_inserted_tokens
+        return self.sampling.max_new_tokens + inserted
 
     @property
     def can_copy_checkpoints(self) -> bool:

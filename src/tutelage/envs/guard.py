@@ -44,7 +44,7 @@ _AT_ONCE = 64
 
 
 def attempt_all(functions: Sequence[Callable[[], T]], seconds: float) -> list[T | Failure]:
-    """The results of functions that run at the same time, 64 of them at most, each or how it failed.
+    """The results of functions, or how each failed; at most 64 run at the same time.
 
     A function that takes longer than `seconds` is a failure; its thread goes on by itself, so what
     it works on must not be used again.

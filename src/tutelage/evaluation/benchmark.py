@@ -79,7 +79,7 @@ class Result:
 def generate_with(
     sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, ...], agent: Agent | None = None
 ) -> Generate:
-    """Completions from a sampler, conversations with an `agent`; `seed` names the random numbers."""
+    """Completions from a sampler, or conversations; `seed` names the random numbers."""
 
     def generate(
         prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress

@@ -251,4 +251,3 @@ def _with_inserted(row: OpenRollout) -> tuple[Ids, tuple[bool, ...]]:
     ids += row.tokens[start:]
     mask += [True] * (len(row.tokens) - start)
     return tuple(ids), tuple(mask)
-

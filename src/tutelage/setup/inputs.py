@@ -154,9 +154,7 @@ def prompt_format(data: DataConfig) -> PromptFormat:
     return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
 
 
-def without_long_prompts(
-    task: Task, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> Task:
+def without_long_prompts(task: Task, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task without prompts over `data.max_prompt_tokens`."""
     if not isinstance(data, FileData) or not isinstance(task, FileTask):
         return task
