@@ -42,7 +42,10 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("teacher.dtype=bfloat61", "got 'bfloat61'. Did you mean 'bfloat16'?"),
         ("selection.rule=best", "selection.rule must be one of all, "),
         ("selection.keep=0.5", "selection.rule is missing"),
-        ("data.kind=web", "data.kind must be one of ledger, file, got 'web'."),
+        (
+            "data.kind=web",
+            "data.kind must be one of ledger, file, ledger_tools, shopping, travel, got 'web'.",
+        ),
         ("data.kind=file", "data.path is missing. Add it to the configuration or pass data.path="),
         ("num_steps=0", "num_steps must be at least 1, got 0."),
         ("num_steps=many", "num_steps: input should be a valid integer"),

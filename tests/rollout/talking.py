@@ -27,11 +27,15 @@ class Talk:
         if len(self.heard) == self.num_turns:
             return Reply(is_done=True)
         digest = hashlib.sha256(repr(self.heard).encode()).hexdigest()
-        letters = "".join(letter for letter in digest if letter.isalpha())[: 1 + len(self.heard) * 3]
+        letters = "".join(letter for letter in digest if letter.isalpha())[
+            : 1 + len(self.heard) * 3
+        ]
         return Reply(({"role": "tool", "name": "f", "content": letters},), num_errors=1)
 
     def score(self) -> Outcome:
-        return Outcome(len(self.heard) / 4, len(self.heard) == self.num_turns, {"n": self.num_turns})
+        return Outcome(
+            len(self.heard) / 4, len(self.heard) == self.num_turns, {"n": self.num_turns}
+        )
 
 
 def agent(**limits: float) -> Agent:
