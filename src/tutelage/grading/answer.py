@@ -40,6 +40,11 @@ def after_thoughts(completion: str) -> str | None:
     return text[marks[-1].end() :] if any(marks[-1].groups()) else None
 
 
+def ends_of_marks(text: str) -> list[int]:
+    """Where each mark of a thought ends."""
+    return [mark.end() for mark in _THOUGHT.finditer(text)]
+
+
 def opened_thought(prompt: str) -> str:
     """The mark at the end of a rendered prompt that opens a thought; "" if none does.
 

@@ -76,7 +76,6 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
     prompt_id: str,
-    generation_prompt: bool = True,
 ) -> str:
     """The text of a conversation, ready for the model's next turn.
 
@@ -86,7 +85,6 @@ def render_chat(
         messages: turns of the conversation.
         variables: what the template sees besides: switches, tools.
         prompt_id: named in errors.
-        generation_prompt: whether the header of the model's next turn is written.
 
     Raises:
         DataError: the template refuses the messages.
@@ -99,7 +97,7 @@ def render_chat(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=template,
-                add_generation_prompt=generation_prompt,
+                add_generation_prompt=True,
                 tokenize=False,
                 strftime_now=(_date or datetime.now()).strftime,
                 **variables,

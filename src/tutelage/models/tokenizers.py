@@ -11,6 +11,7 @@ from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.grading.answer import THOUGHT_TOKENS
 from tutelage.models.chat_template import refuse_lost_turns, render_chat, template_of
+from tutelage.models.tool_format import CALL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,10 +83,13 @@ def encode_prompt(
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of token ids, with its spaces as they were written and without special tokens.
 
-    Special tokens that mark a thought stay: without them a thought would read like an answer.
+    Special tokens that mark a thought or a call of a tool stay: without them a thought would read
+    like an answer, and a call would not be found.
     """
     kept = list(ids)
-    marks = set(tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))) - {tokenizer.unk_token_id}
+    marks = set(tokenizer.convert_tokens_to_ids([*THOUGHT_TOKENS, *CALL_TOKENS])) - {
+        tokenizer.unk_token_id
+    }
     has_marks = not marks.isdisjoint(kept)
     if has_marks:
         dropped = control_ids(tokenizer) - marks

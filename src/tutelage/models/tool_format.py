@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from tutelage.data.types import ToolCall
 from tutelage.errors import DataError, ModelError
-from tutelage.grading.answer import after_thoughts
+from tutelage.grading.answer import after_thoughts, ends_of_marks
 from tutelage.models.chat_template import render_chat, template_of
 
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ MAX_DEPTH = 20
 """Objects and lists inside one another in a call."""
 MAX_DIGITS = 18
 """Digits of a whole number: more do not fit 64 bits."""
-_OPEN, _CLOSE, _TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
+CALL_TOKENS = ("<tool_call>", "</tool_call>")
+"""What marks a call in Hermes' format; some tokenizers count them among their control tokens."""
+_MARK = re.compile("|".join(CALL_TOKENS))
+_TAG = "<|python_tag|>"
 _KEYS = {"hermes": "arguments", "llama3": "parameters", "json": "arguments"}
 """What the arguments are called."""
 _ATTEMPT = re.compile(r"""\[?\s*\{\s*["']?(type|name|function|arguments|parameters)\b""")
 """How text begins that was meant to be a call, though it is no valid JSON."""
+_JSON_START = re.compile(r"(?:\s|;|<\|python_tag\|>)*[{\[]")
 _SPACES = re.compile(r"\s*")
 
 
@@ -56,10 +61,11 @@ def parse_calls(format: ToolFormat, text: str, thought: str = "") -> tuple[ToolC
     Returns:
         The calls; one that is not valid has an `error` and no name. Empty for text without a call.
     """
-    answer = after_thoughts(thought + text)
+    whole = thought + text
+    answer = after_thoughts(_without_json(whole))
     if answer is None:
         return ()
-    return _PARSERS[format](answer)
+    return _PARSERS[format](whole[len(whole) - len(answer) :])
 
 
 def render_calls(format: ToolFormat, calls: Sequence[ToolCall]) -> str:
@@ -69,7 +75,8 @@ def render_calls(format: ToolFormat, calls: Sequence[ToolCall]) -> str:
         json.dumps({"name": call.name, key: call.arguments}, ensure_ascii=False) for call in calls
     ]
     if format == "hermes":
-        return "\n".join(f"{_OPEN}\n{text}\n{_CLOSE}" for text in texts)
+        first, last = CALL_TOKENS
+        return "\n".join(f"{first}\n{text}\n{last}" for text in texts)
     if format == "llama3":
         return "; ".join(texts)
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]" if texts else ""
@@ -90,7 +97,7 @@ def detect_format(tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
     ]
     template = template_of(tokenizer, (), "tools")
     try:
-        text = render_chat(tokenizer, template, messages, {}, "tools", generation_prompt=False)
+        text = render_chat(tokenizer, template, messages, {}, "tools")
     except DataError:  # a template that takes no calls
         return "json"
     formats: tuple[ToolFormat, ...] = ("hermes", "llama3", "json")
@@ -105,6 +112,22 @@ def detect_format(tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
     return "json"
 
 
+def _without_json(text: str) -> str:
+    """A text of the same length, where no argument of a call has what looks like a thought."""
+    starts = {0, *ends_of_marks(text), *(mark.end() for mark in _MARK.finditer(text))}
+    parts: list[str] = []
+    done = 0
+    for start in sorted(starts):
+        while start >= done and (found := _JSON_START.match(text, start)):
+            try:
+                _, end = _read(text, found.end() - 1)
+            except _Invalid:
+                break
+            parts += [text[done:start], " " * (end - start)]
+            start = done = end
+    return "".join([*parts, text[done:]])
+
+
 def _dense(text: str) -> str:
     return "".join(text.split())
 
@@ -114,36 +137,23 @@ def _dense(text: str) -> str:
 
 def _parse_hermes(answer: str) -> tuple[ToolCall, ...]:
     calls: list[ToolCall] = []
-    at = 0
-    while (start := _next_mark(answer, at)) >= 0:
-        if answer.startswith(_CLOSE, start):
-            calls.append(_failed(f"{_CLOSE} without {_OPEN}"))
-            at = start + len(_CLOSE)
+    done = 0
+    for mark in _MARK.finditer(answer):
+        if mark.start() < done:  # inside a text of the call before, or its end
             continue
-        start += len(_OPEN)
+        if mark[0] == CALL_TOKENS[1]:
+            if not (calls and calls[-1].error):  # of a failed call it is the end
+                calls.append(_failed(f"{mark[0]} without {CALL_TOKENS[0]}"))
+            continue
         try:
-            value, end = _read(answer, start)
-            if not answer.startswith(_CLOSE, end):
-                raise _Invalid(f"{_CLOSE} is missing after the JSON object")
+            value, end = _read(answer, mark.end())
+            if not answer.startswith(CALL_TOKENS[1], end):
+                raise _Invalid(f"{CALL_TOKENS[1]} is missing after the JSON object")
+            done = end + len(CALL_TOKENS[1])
             calls.append(_call(value, "arguments"))
         except _Invalid as error:
             calls.append(_failed(str(error)))
-            end = _end_of_failed(answer, start)
-        at = end + len(_CLOSE)
     return tuple(calls)
-
-
-def _next_mark(answer: str, at: int) -> int:
-    found = [place for mark in (_OPEN, _CLOSE) if (place := answer.find(mark, at)) >= 0]
-    return min(found, default=-1)
-
-
-def _end_of_failed(answer: str, start: int) -> int:
-    """Where the tag stands that closes a call, or where the next one begins."""
-    close, following = answer.find(_CLOSE, start), answer.find(_OPEN, start)
-    if close < 0 or 0 <= following < close:
-        return following - len(_CLOSE) if following >= 0 else len(answer)
-    return close
 
 
 def _parse_llama3(answer: str) -> tuple[ToolCall, ...]:
@@ -238,9 +248,8 @@ def _failed(reason: str) -> ToolCall:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Invalid(f"the key {twice[:40]!r} is there twice")
+        counts = Counter(key for key, _ in pairs)
+        raise _Invalid(f"the key {counts.most_common(1)[0][0][:40]!r} is there twice")
     return found
 
 

@@ -10,7 +10,7 @@ model's answer when it renders a short conversation that ends with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 _ANSWER = "vq0kz7jx"
 """Stands for what the model generated."""
 _QUESTION: Message = {"role": "user", "content": "x"}
-_WORDS = ("0", "1", "a", "b", "x", "word")
+_PROBE = "of a first look at the template"
+"""The name of conversations that are rendered before there are prompts."""
+_WORDS = ("qf1zw", "qf2zw")
 """Contents of messages, to see what a template writes around them."""
+_TOKEN = "0"
+"""A content of which every tokenizer has the characters."""
+_STRANGE = "\u2603\U0001f9ff"
+"""Characters that a tokenizer may not have."""
+_KINDS = (("user",), ("tool",), ("tool", "tool", "tool"))
+"""Roles of what an environment answers."""
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -52,12 +60,20 @@ class TurnTemplate:
             tokenizer writes something else for it.
     """
 
+    thought: str
+    """The mark of a thought that the header of a turn ends with; "" without one."""
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         stops: AbstractSet[int],
         enable_thinking: bool | None = None,
     ) -> None:
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which says how "
+                "turns follow one another. Use a chat model for tasks of several turns."
+            )
         self._tokenizer = tokenizer
         self._stops = frozenset(stops)
         self._variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -65,19 +81,15 @@ class TurnTemplate:
         texts = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(control))]
         longest_first = sorted(filter(None, texts), key=len, reverse=True)
         self._control_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        unknown = tokenizer.unk_token_id  # a character that the tokenizer does not have
+        unknown = tokenizer.unk_token_id  # stands for a character that the tokenizer does not have
         self._control = control - ({unknown} - self._stops)
-        self._num_control: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
+        self._template_control: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
         for tools in ((), (_TOOL,)):
             self._refuse_lost_messages(tools)
             self._refuse_dependence(tools)
             self._refuse_later_changes(tools)
         self._refuse_other_text()
-
-    @property
-    def thought(self) -> str:
-        """The mark of a thought that the header of the next turn ends with; "" without one."""
-        return opened_thought(self._inserted([{"role": "user", "content": "x"}], (), ""))
+        self.thought = opened_thought(self._probe([_QUESTION], ()))
 
     def between(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], name: str
@@ -102,7 +114,7 @@ class TurnTemplate:
         unforged = [_changed(message, self._broken) for message in messages]
         ids = self._encoded(unforged, tools, name)
         found = self._control_of(ids)
-        if found != self._expected(messages, tools, name):
+        if found != self._control_around(messages, tools, name):
             # The template and a message together make a control token, or a normalizer does; or
             # what the template writes depends on the message.
             spread = [_changed(message, " ".join) for message in unforged]
@@ -111,7 +123,7 @@ class TurnTemplate:
         return tuple(ids[1:] if ids and ids[0] in self._stops else ids)
 
     def _encoded(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], name: str
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], name: str
     ) -> list[int]:
         return encode_completion(self._tokenizer, self._inserted(messages, tools, name))
 
@@ -120,29 +132,20 @@ class TurnTemplate:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         name: str,
-        history: Sequence[Message] = (_QUESTION,),
-        answer: str = _ANSWER,
-        generation_prompt: bool = True,
     ) -> str:
-        """The text after an answer, which is the last message of the history."""
-        rendered = self._rendered(
-            [*history, {"role": "assistant", "content": answer}, *messages],
-            tools,
-            name,
-            generation_prompt,
-        )
-        return rendered.partition(_ANSWER)[2]
+        """What the template writes after an answer of the model."""
+        turns = [_QUESTION, _answer(_ANSWER), *messages]
+        return self._rendered(turns, tools, name).partition(_ANSWER)[2]
 
     def _rendered(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         name: str,
-        generation_prompt: bool = True,
     ) -> str:
         template = template_of(self._tokenizer, tools, name)
         variables = self._variables | ({"tools": list(tools)} if tools else {})
-        return render_chat(self._tokenizer, template, messages, variables, name, generation_prompt)
+        return render_chat(self._tokenizer, template, messages, variables, name)
 
     # --- control tokens ---------------------------------------------------------------------------
 
@@ -156,71 +159,81 @@ class TurnTemplate:
     def _control_of(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._control]
 
-    def _expected(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], name: str
+    def _control_around(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], name: str
     ) -> list[int]:
         """The control ids that the template writes around messages of these roles."""
         key = bool(tools), tuple(message["role"] for message in messages)
-        if key not in self._num_control:
-            plain = [_changed(message, lambda _: _WORDS[0]) for message in messages]
-            self._num_control[key] = self._control_of(self._encoded(plain, tools, name))
-        return self._num_control[key]
+        if key not in self._template_control:
+            plain = [_changed(message, lambda _: _TOKEN) for message in messages]
+            self._template_control[key] = self._control_of(self._encoded(plain, tools, name))
+        return self._template_control[key]
 
     # --- what is refused --------------------------------------------------------------------------
 
     def _refuse_lost_messages(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        for kinds in (("user",), ("tool",), ("tool", "tool", "tool")):
-            messages = [_message(kind, "0") for kind in kinds]
+        for kinds in _KINDS:
+            messages = [_message(kind, _WORDS[0]) for kind in kinds]
             text = self._probe(messages, tools)
             for at, kind in enumerate(kinds):
-                others = [*messages[:at], _message(kind, "1"), *messages[at + 1 :]]
+                others = [*messages[:at], _message(kind, _WORDS[1]), *messages[at + 1 :]]
                 if self._probe(others, tools) == text:
                     raise self._unusable(f"leaves out messages of the role {kind!r}")
 
     def _refuse_dependence(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        for kinds in (("user",), ("tool",), ("tool", "tool")):
-            messages = [_message(kind, "0") for kind in kinds]
+        for kinds in _KINDS:
+            messages = [_message(kind, _WORDS[0]) for kind in kinds]
             wanted = self._probe(messages, tools)
             if _ANSWER in wanted:
-                raise self._unusable("writes an answer of the model again after it")
+                raise self._unusable("writes the model's answer again behind it")
             for history, answer in self._histories(tools):
-                if self._probe(messages, tools, history, answer) != wanted:
+                text = self._rendered([*history, _answer(answer), *messages], tools, _PROBE)
+                is_last = answer.endswith(_ANSWER)
+                if not text.endswith(_ANSWER + wanted if is_last else wanted):
+                    found = text.rpartition(_ANSWER)[2]
                     raise self._unusable(
-                        "writes something else between two turns after other former turns"
+                        "writes between two turns what depends on the turns before, "
+                        f"{_difference(wanted, found)}"
                     )
 
     def _refuse_later_changes(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """What was inserted has to stand there when the conversation has gone on."""
-        later = ([_message("tool", "1")], [_message("user", "1")])
-        for kinds in (("user",), ("tool",), ("tool", "tool")):
-            messages = [_message(kind, "0") for kind in kinds]
-            wanted = self._probe(messages, tools, generation_prompt=False)
-            for following in later:
-                goes_on: list[Message] = [*messages, {"role": "assistant", "content": "y"}]
-                if not self._probe([*goes_on, *following], tools).startswith(wanted):
-                    raise self._unusable("writes messages in another way when later turns follow")
+        for kinds in _KINDS:
+            messages = [_message(kind, _WORDS[0]) for kind in kinds]
+            wanted = self._probe(messages, tools)
+            end = wanted.rfind(_WORDS[0]) + len(_WORDS[0])  # then the header of the next turn
+            for following in _KINDS[:2]:
+                later = [_answer("y"), *(_message(kind, _WORDS[1]) for kind in following)]
+                found = self._probe([*messages, *later, _answer("z"), _QUESTION], tools)
+                if not found.startswith(wanted[:end]):
+                    raise self._unusable(
+                        f"writes messages of the role {kinds[0]!r} in another way when turns "
+                        f"follow, {_difference(wanted, found)}"
+                    )
 
     def _refuse_other_text(self) -> None:
-        """The tokenizer may write a space before a text, or leave spaces out."""
-        prefix = encode_completion(self._tokenizer, "x")
+        """A tokenizer that writes a space before a text, say, or ends a turn within a message."""
+        strange = encode_completion(self._tokenizer, _STRANGE)
+        if self._control_of(strange):
+            token = self._tokenizer.convert_ids_to_tokens(self._control_of(strange)[0])
+            raise ModelError(
+                f"the tokenizer {self._tokenizer.name_or_path!r} writes the control token "
+                f"{token!r} for a character that it does not have, which would end a turn. Use "
+                "another model for tasks of several turns."
+            )
+        before = encode_completion(self._tokenizer, "x")
         for kind in ("user", "tool"):
-            for word in _WORDS:
-                text = self._probe([_message(kind, word)], ())
-                ids = encode_completion(self._tokenizer, text)
-                if self._decoded([*prefix, *ids]) == self._decoded(prefix) + text:
-                    break
-                history = self._rendered(
-                    [_QUESTION, {"role": "assistant", "content": _ANSWER}, _message(kind, word)],
-                    (),
-                    "",
-                )
-                whole = encode_completion(self._tokenizer, history)
-                if ids == whole[len(whole) - len(ids) :]:
-                    break
-            else:
+            message = _message(kind, _TOKEN)
+            text = self._probe([message], ())
+            ids = encode_completion(self._tokenizer, text)
+            turns = [_QUESTION, _answer("x"), message]
+            whole = encode_completion(self._tokenizer, self._rendered(turns, (), _PROBE))
+            written = self._decoded([*before, *ids])
+            is_written = written == self._decoded(before) + text
+            if not is_written and whole[len(whole) - len(ids) :] != ids:
                 raise ModelError(
                     f"the tokenizer {self._tokenizer.name_or_path!r} cannot write what stands "
-                    f"between two turns: {text[:60]!r} becomes {self._decoded(ids)[:60]!r}. Use "
+                    f"between two turns, {_difference(text, written.removeprefix('x'))}. Use "
                     "another model for tasks of several turns."
                 )
 
@@ -235,51 +248,48 @@ class TurnTemplate:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
-        history: Sequence[Message] = (_QUESTION,),
-        answer: str = _ANSWER,
-        generation_prompt: bool = True,
     ) -> str:
         try:
-            return self._inserted(messages, tools, "", history, answer, generation_prompt)
+            return self._inserted(messages, tools, _PROBE)
         except DataError as error:
-            reason = str(error.__cause__)
             raise self._unusable(
-                f"refuses {messages[0]['role']!r} messages after an answer ({reason[:100]})"
+                f"refuses messages of the role {messages[0]['role']!r} after an answer, "
+                f"{' '.join(str(error.__cause__).split())[:100]!r}"
             ) from error
 
     def _histories(self, tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[Message], str]]:
         """Conversations of other lengths and contents, and answers that end them."""
         takes_system = True
         try:
-            self._rendered([_message("system", "s"), _QUESTION], tools, "")
+            self._rendered([_message("system", "s"), _QUESTION], tools, _PROBE)
         except DataError:
             takes_system = False
-        for roles in ("u", "uau", "uatau", "uat", "uatt", "uauatat", "uatatat"):
+        for shift, roles in enumerate(_HISTORIES):
             for system in ("", "s") if takes_system else ("",):
-                history = [_message_at(role, at) for at, role in enumerate(system + roles)]
-                for before in ("", "words ", "<think>\nwhy\n</think>\n\n", '{"name": "f"}\n'):
-                    yield history, before + _ANSWER
+                turns = enumerate(system + roles, shift)
+                history = [_message_at(role, at) for at, role in turns]
+                for before, after in _AROUND:
+                    yield history, before + _ANSWER + after
 
     def _unusable(self, reason: str) -> ModelError:
         return ModelError(
             f"the chat template of {self._tokenizer.name_or_path!r} cannot be used for tasks of "
-            f"several turns: it {reason}. Use another model, or a chat template that only appends."
+            f"several turns: it {reason}. Use another model, or a chat template that writes every "
+            "message, of tools too, in one way."
         )
 
 
-def _break(token: re.Match[str]) -> str:
-    text = token[0]
-    return f"{text[0]} {text[1:]}" if len(text) > 1 else f"U+{ord(text):04X}"
-
-
-def _changed(message: Message, change: Any) -> Message:
-    return {key: text if key == "role" else change(text) for key, text in message.items()}
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content} | ({"name": "look_up"} if role == "tool" else {})
-
-
+_HISTORIES = ("u", "uau", "uat", "uatt", "uatau", "uauatat", "uatatatu", "uauauatauatatau")
+"""User, assistant and tool messages before the last answer."""
+_AROUND = (
+    ("", ""),
+    ("words ", " words"),
+    ("<think>\nwhy\n</think>\n\n", ""),
+    ("<think>", ""),
+    ('{"name": "look_up"}\n', ""),
+    ('<tool_call>\n{"name": "look_up", "arguments": {"item": "', '"}}\n</tool_call>'),
+)
+"""What an answer has before and after the mark that stands for it."""
 _CONTENTS = {
     "u": ("user", ("x", "Is <think> a word?", "Go on.")),
     "s": ("system", ("Be brief.",)),
@@ -298,3 +308,27 @@ _CONTENTS = {
 def _message_at(role: str, at: int) -> Message:
     name, contents = _CONTENTS[role]
     return _message(name, contents[at % len(contents)])
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content} | ({"name": "look_up"} if role == "tool" else {})
+
+
+def _answer(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _changed(message: Message, change: Callable[[str], str]) -> Message:
+    return {key: text if key == "role" else change(text) for key, text in message.items()}
+
+
+def _break(token: re.Match[str]) -> str:
+    text = token[0]
+    return f"{text[0]} {text[1:]}" if len(text) > 1 else f"U+{ord(text):04X}"
+
+
+def _difference(wanted: str, found: str) -> str:
+    """Where two texts begin to differ."""
+    at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
+    at = max(0, (min(len(wanted), len(found)) if at is None else at) - 10)
+    return f"{wanted[at : at + 40]!r} and {found[at : at + 40]!r}"
