@@ -1,0 +1,232 @@
+"""Cases: a query, a world that holds exactly one solution of it, and that solution.
+
+A case is drawn in three steps. First the words that the query tells of each product (brand, colour,
+part of the name, ...), which also decide whether a case is for training or held out. Then, for each
+slot, a product, thresholds that it passes, and products around it: some that satisfy the slot too
+(levels 2 and 3), and near misses, each of which fails exactly one constraint, at least one for
+every constraint. Then the rest of the catalogue, in which nothing satisfies a slot. The solution is
+found by searching through all products, combinations and coupons; a draw with another number of
+solutions than one is drawn again.
+
+No two tools are enough. Every slot has a constraint on words and one on numbers, and a near miss
+for each: no filter on words tells the number's near miss apart, no filter on numbers the word's,
+the details of a product need an id that another tool found, and the cart takes a tool of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tutelage.envs.shopping.catalogue import Product, draw_product
+from tutelage.envs.shopping.coupons import COUPONS, every_use
+from tutelage.envs.shopping.draws import below, between, pick, shuffled
+from tutelage.envs.shopping.products import Group, Wish, draw_group, draw_wish
+from tutelage.envs.shopping.query import (
+    Query,
+    Solution,
+    cheapest,
+    combinations,
+    fits,
+    price_of,
+    solutions,
+)
+from tutelage.envs.shopping.transport import PROVINCES
+from tutelage.envs.shopping.wording import query_text
+from tutelage.envs.shopping.world import World
+
+MIN_NEAR_MISSES = 5
+"""Near misses of every slot, at least."""
+MIN_DISTRACTORS = 20
+"""Near misses of all slots together, at least."""
+_HELD_OUT_ONE_IN = 16
+_MAX_COMBINATIONS = 36
+_MIN_GAP = 6
+"""Between the price of a solution and those of other combinations, in yuan."""
+_MAX_SLACK = 60
+"""Between the price of a solution and the ends of its budget, in yuan."""
+_COUPON_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A world, what is asked of it in words and as constraints, and the one right cart."""
+
+    world: World
+    query: Query
+    solution: Solution
+    text: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large cases are."""
+
+    level: int
+    num_products: int
+    min_items: int
+    max_items: int
+
+
+def draw_case(identity: str, size: Size, is_held_out: bool) -> Case:
+    """The case of a name: the same name, size and side always give the same case."""
+    rng = random.Random(identity)  # seeding with text hashes it: the same on every machine
+    wishes = _draw_wishes(rng, size)
+    while _is_held_out(wishes) != is_held_out:
+        wishes = _draw_wishes(rng, size)
+    while True:
+        case = _try_case(rng, size, wishes)
+        if case is not None:
+            return case
+
+
+def _draw_wishes(rng: random.Random, size: Size) -> list[Wish]:
+    """What is told in words of each product; no two of them are told the same."""
+    num_items = between(size.min_items, size.max_items, rng)
+    wishes: dict[str, Wish] = {}
+    while len(wishes) < num_items:
+        wish = draw_wish(rng)
+        wishes[_key(wish)] = wish
+    return list(wishes.values())
+
+
+def _is_held_out(wishes: Sequence[Wish]) -> bool:
+    """The side of a query by what it tells in words, in whatever order.
+
+    A query's text has all of these words, so that no text is on both sides.
+    """
+    text = "\n".join(sorted(_key(wish) for wish in wishes))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0
+
+
+def _key(wish: Wish) -> str:
+    return json.dumps([[constraint.key, constraint.value] for constraint in wish.told])
+
+
+def _try_case(rng: random.Random, size: Size, wishes: Sequence[Wish]) -> Case | None:
+    """A case with these words, or None if this draw has not exactly one solution."""
+    province = pick(PROVINCES, rng)
+    groups = _draw_groups(rng, size, wishes, province)
+    user = _draw_user(rng, province)
+    products = _draw_products(rng, size, groups, province)
+    if products is None:
+        return None
+    _draw_ids(rng, products)
+    query, user = _complete(rng, size.level, groups, user)
+    world = World(tuple(products), user)
+    found = solutions(world, query)
+    if len(found) != 1 or (size.level == 3 and not found[0].coupons):
+        return None
+    return Case(world, query, found[0], query_text(query, rng))
+
+
+def _draw_groups(
+    rng: random.Random, size: Size, wishes: Sequence[Wish], province: str
+) -> list[Group]:
+    counts = [1 if size.level == 1 else between(2, 3, rng) for _ in wishes]
+    while math.prod(counts) > _MAX_COMBINATIONS:
+        counts[counts.index(3)] = 2
+    return [
+        draw_group(
+            rng,
+            wish,
+            province,
+            has_price=size.level == 1,
+            num_fitting=count,
+            num_near_misses=max(MIN_NEAR_MISSES, math.ceil(MIN_DISTRACTORS / len(wishes))),
+        )
+        for wish, count in zip(wishes, counts, strict=True)
+    ]
+
+
+def _draw_products(
+    rng: random.Random, size: Size, groups: Sequence[Group], province: str
+) -> list[Product] | None:
+    """The whole catalogue in a random order; None if a product satisfies a slot that is not its
+    own."""
+    products = [p for group in groups for p in (*group.fitting, *group.near_misses)]
+    num_fitting = sum(len(group.fitting) for group in groups)
+    if sum(fits(g.slot, p, province) for g in groups for p in products) != num_fitting:
+        return None
+    while len(products) < size.num_products:
+        product = draw_product(rng, {})
+        if not any(fits(group.slot, product, province) for group in groups):
+            products.append(product)
+    return shuffled(products, rng)
+
+
+def _draw_ids(rng: random.Random, products: Sequence[Product]) -> None:
+    """Give every product an id; short, because conversations have many of them."""
+    ids: set[str] = set()
+    while len(ids) < len(products):
+        key = f"{below(1 << 16, rng):04x}"
+        if key not in ids:
+            products[len(ids)]["product_id"] = key
+            ids.add(key)
+
+
+def _draw_user(rng: random.Random, province: str) -> dict[str, Any]:
+    return {
+        "user_id": f"user_{below(1 << 24, rng):06x}",
+        "address": {"province": province},
+        "height_cm": between(150, 195, rng),
+        "weight_kg": between(45, 100, rng),
+        "is_vip": rng.random() < 0.5,
+        "coupons": {},
+    }
+
+
+def _complete(
+    rng: random.Random, level: int, groups: Sequence[Group], user: dict[str, Any]
+) -> tuple[Query, dict[str, Any]]:
+    """The query with its budget, and the user with coupons."""
+    slots = tuple(group.slot for group in groups)
+    chosen = list(combinations([group.fitting for group in groups]))
+    if level == 2:
+        return Query(level, slots, _draw_budget(rng, [price_of(p) for p in chosen])), user
+    if level == 3:
+        user = {**user, "coupons": _draw_coupons(rng, chosen, user["is_vip"])}
+    return Query(level, slots), user
+
+
+def _draw_budget(rng: random.Random, prices: Sequence[int]) -> tuple[int, int]:
+    """A budget that one combination meets, if there is one whose price is far from all others."""
+    ordered = sorted(prices)
+    far = ordered[-1] + 10 * _MAX_SLACK
+    gaps = [
+        (price - before, after - price, price)
+        for before, price, after in zip(
+            [-far, *ordered], ordered, [*ordered[1:], far], strict=False
+        )
+    ]
+    wide = [gap for gap in gaps if min(gap[:2]) >= _MIN_GAP]
+    if not wide:
+        return (ordered[0], ordered[-1])
+    below_gap, above_gap, price = pick(wide, rng)
+    low = price - below(min(_MAX_SLACK, below_gap), rng)
+    return low, price + below(min(_MAX_SLACK, above_gap), rng)
+
+
+def _draw_coupons(
+    rng: random.Random, chosen: Sequence[tuple[Product, ...]], is_vip: bool
+) -> dict[str, int]:
+    """Coupons with which one choice of products and coupons is cheapest; if there are some, such
+    that the products are not those that are cheapest without coupons."""
+    lowest = min(price_of(products) for products in chosen)
+    coupons: dict[str, int] = {}
+    for _ in range(_COUPON_TRIES):
+        drawn = {name: between(1, 2, rng) for name in shuffled(tuple(COUPONS), rng)[:3]}
+        best = cheapest(chosen, every_use(drawn, is_vip))
+        if len(best) == 1 and best[0].coupons:
+            coupons = drawn
+            ids = best[0].products
+            prices = [price_of(p) for p in chosen if {q["product_id"] for q in p} == set(ids)]
+            if prices[0] > lowest:
+                break
+    return coupons
