@@ -146,15 +146,6 @@ def _together(plans: Sequence[Plan[T]]) -> Plan[list[T]]:
 # Conversations
 
 
-def hermes(calls: Sequence[ToolCall]) -> str:
-    """Calls as models of the Hermes and Qwen families write them."""
-    texts = (
-        json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
-        for call in calls
-    )
-    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
-
-
 @dataclass(frozen=True)
 class Demonstration:
     """A conversation of the scripted agent."""
@@ -170,7 +161,7 @@ def demonstrate(
     environment: Environment,
     prompt: Prompt,
     query: Query,
-    render: Callable[[Sequence[ToolCall]], str] = hermes,
+    render: Callable[[Sequence[ToolCall]], str],
 ) -> Demonstration:
     """Let the agent answer a prompt in an environment.
 
@@ -178,7 +169,8 @@ def demonstrate(
         environment: a new one.
         prompt: what is asked.
         query: the same as constraints.
-        render: the text of a turn with these calls.
+        render: the text of a turn with these calls, such as
+            `partial(models.tool_format.render_calls, "hermes")`.
     """
     messages = list(environment.start(prompt, 0).messages)
     turns: list[Turn] = []

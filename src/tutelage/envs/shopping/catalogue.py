@@ -6,9 +6,10 @@ import random
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from tutelage.data.tasks.draws import below, shuffled
 from tutelage.envs.shopping import words
 from tutelage.envs.shopping.coupons import COUPONS
-from tutelage.envs.shopping.draws import below, between, pick, shuffled
+from tutelage.envs.shopping.draws import between, pick
 from tutelage.envs.shopping.transport import PROVIDERS, PROVINCES
 
 Product: TypeAlias = dict[str, Any]
@@ -49,7 +50,7 @@ def draw_product(rng: random.Random, fixed: Mapping[str, Any]) -> Product:
         "size": fixed.get("size") or pick(kind.sizes, rng),
         "suitable_season": fixed.get("suitable_season") or pick(words.SEASONS, rng),
         "target_demographic": audience,
-        "tags": shuffled(words.TAGS, rng)[:2],
+        "tags": list(shuffled(words.TAGS, rng)[:2]),
         "price": between(kind.prices[0], kind.prices[1], rng),
         "stock_quantity": between(5, 500, rng),
         "sales_volume": _draw_sales(rng),

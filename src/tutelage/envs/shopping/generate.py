@@ -21,11 +21,13 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from tutelage.data.tasks.draws import below, shuffled
 from tutelage.envs.shopping.catalogue import Product, draw_product
 from tutelage.envs.shopping.coupons import COUPONS, every_use
-from tutelage.envs.shopping.draws import below, between, pick, shuffled
+from tutelage.envs.shopping.draws import between, pick
 from tutelage.envs.shopping.products import Group, Wish, draw_group, draw_wish
 from tutelage.envs.shopping.query import (
     Query,
@@ -73,26 +75,28 @@ class Size:
     max_items: int
 
 
+@lru_cache(maxsize=64)  # a prompt and the conversations about it share a case
 def draw_case(identity: str, size: Size, is_held_out: bool) -> Case:
     """The case of a name: the same name, size and side always give the same case."""
     rng = random.Random(identity)  # seeding with text hashes it: the same on every machine
-    wishes = _draw_wishes(rng, size)
-    while _is_held_out(wishes) != is_held_out:
-        wishes = _draw_wishes(rng, size)
+    wishes = draw_wishes(rng, size, is_held_out)
     while True:
         case = _try_case(rng, size, wishes)
         if case is not None:
             return case
 
 
-def _draw_wishes(rng: random.Random, size: Size) -> list[Wish]:
-    """What is told in words of each product; no two of them are told the same."""
-    num_items = between(size.min_items, size.max_items, rng)
-    wishes: dict[str, Wish] = {}
-    while len(wishes) < num_items:
-        wish = draw_wish(rng)
-        wishes[_key(wish)] = wish
-    return list(wishes.values())
+def draw_wishes(rng: random.Random, size: Size, is_held_out: bool) -> list[Wish]:
+    """What is told in words of each product, for training or held out; no two are told the same."""
+    while True:
+        num_items = between(size.min_items, size.max_items, rng)
+        wishes: dict[str, Wish] = {}
+        while len(wishes) < num_items:
+            wish = draw_wish(rng)
+            wishes[_key(wish)] = wish
+        found = list(wishes.values())
+        if _is_held_out(found) == is_held_out:
+            return found
 
 
 def _is_held_out(wishes: Sequence[Wish]) -> bool:
@@ -119,7 +123,7 @@ def _try_case(rng: random.Random, size: Size, wishes: Sequence[Wish]) -> Case | 
         return None
     _draw_ids(rng, products)
     query, user = _complete(rng, size.level, groups, user)
-    world = World(tuple(products), user)
+    world = World(products, user)
     found = solutions(world, query)
     if len(found) != 1 or (size.level == 3 and not found[0].coupons):
         return None
@@ -147,7 +151,7 @@ def _draw_groups(
 
 def _draw_products(
     rng: random.Random, size: Size, groups: Sequence[Group], province: str
-) -> list[Product] | None:
+) -> tuple[Product, ...] | None:
     """The whole catalogue in a random order; None if a product satisfies a slot that is not its
     own."""
     products = [p for group in groups for p in (*group.fitting, *group.near_misses)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tutelage.data.tasks.draws import below, shuffled
 from tutelage.envs.shopping import words
 from tutelage.envs.shopping.catalogue import (
     STARS,
@@ -16,7 +17,7 @@ from tutelage.envs.shopping.catalogue import (
     field_of,
     rating_of,
 )
-from tutelage.envs.shopping.draws import below, between, other, pick, shuffled
+from tutelage.envs.shopping.draws import between, other, pick
 from tutelage.envs.shopping.query import TRANSPORT, Constraint, Slot, fits
 from tutelage.envs.shopping.transport import transport_days
 
@@ -47,7 +48,7 @@ class Group:
 
 def draw_wish(rng: random.Random) -> Wish:
     """One or two of name, brand, color and size, sometimes with a season or an audience."""
-    keys = shuffled(("name", "brand", "color", "size"), rng)[: between(1, 2, rng)]
+    keys = [*shuffled(("name", "brand", "color", "size"), rng)[: between(1, 2, rng)]]
     kind = pick(words.KINDS, rng)
     line = f"{pick(words.LINE_STARTS, rng)} {pick(words.LINE_ENDS, rng)}"
     values = {

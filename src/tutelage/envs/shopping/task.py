@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from tutelage.data.types import Message, Outcome, Prompt, Turn
 from tutelage.envs.environment import Opening, Reply
@@ -80,7 +79,7 @@ class ShoppingTask:
     until it has a query of its own side.
     """
 
-    level: Literal[1, 2, 3] = 1
+    level: int = 1
     """1: each slot of the query has one product; 2: a budget decides among several; 3: the lowest
     price after the user's coupons does."""
     num_products: int = 150

@@ -91,7 +91,7 @@ class ByRange(Arguments):
         Field(description="The number to compare."),
     ]
     operator: Annotated[Literal[">", ">=", "<", "<=", "=="], Field(description="How to compare.")]
-    value: Annotated[float, Field(description="What to compare with.")]
+    value: Annotated[float, Field(description="What to compare with.", allow_inf_nan=False)]
 
 
 class Sort(Arguments):
@@ -221,7 +221,7 @@ class Shop:
         return {
             "product_id": call.product_id,
             "origin": origin,
-            "destination": call.destination_address,
+            "destination": end,
             "estimated_delivery_days": days_between(start, end, provider),
         }
 
