@@ -119,12 +119,6 @@ class Tables:
     def cities(self) -> set[str]:
         """Every city that a row names."""
         legs: Iterable[Segment] = (*self.trains, *self.flights)
-        placed: Iterable[_Named | Location] = (
-            *self.hotels,
-            *self.attractions,
-            *self.restaurants,
-            *self.locations,
-        )
         ends = {city for leg in legs for city in (leg.origin_city, leg.destination_city)}
         return ends | set(self.city_of.values())
 
