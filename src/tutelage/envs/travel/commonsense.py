@@ -272,7 +272,8 @@ def _hours(plan: Plan, trip: Trip, tables: Tables) -> Iterator[str]:
             if activity.begins < opens or activity.ends > closes:
                 hours = f"{place.opening_time} to {place.closing_time}"
                 yield f"{activity.name} is open from {hours}, not all of the visit"
-            if trip.weekday(number) in getattr(place, "closing_dates", ()):
+            closed = place.closing_dates if isinstance(place, Attraction) else ()
+            if trip.weekday(number) in closed:
                 yield f"{activity.name} is closed on {trip.weekday(number)}"
 
 
