@@ -86,72 +86,42 @@ class RestaurantArguments(Arguments):
     restaurant_name: str = Field(description="Name of the restaurant")
 
 
+_DESCRIPTIONS = {
+    "query_train_info": "Trains between two cities on a day, direct and with transfers: numbers, "
+    "stations, times, seat classes, seats left, price for a person.",
+    "query_flight_info": "Flights between two cities on a day, direct and with transfers: numbers, "
+    "airports, times, aircraft, seat classes, seats left, price for a person.",
+    "query_hotel_info": "Hotels of a city: star, brand, score, services, year of renovation, price "
+    "of a room for a night.",
+    "query_attraction_details": "All about an attraction: coordinates, rating, opening hours, "
+    "closed weekdays, recommended hours of a visit, ticket price.",
+    "recommend_attractions": "The attractions of a city, all or of one type.",
+    "search_location": "Coordinates of a place: a station, an airport, a hotel, an attraction, a "
+    "restaurant.",
+    "query_road_route_info": "Way by road between two places: meters, minutes and cost. Up to 2 km "
+    "are walked and cost nothing; else it is the cost of one taxi, which takes four people.",
+    "recommend_restaurants": "Restaurants near a place, which is within a kilometer of its "
+    "coordinates, nearest first.",
+    "query_restaurant_details": "All about a restaurant: coordinates, cuisine, price for a person, "
+    "opening hours, rating, tags.",
+}
+
+
 def make_tools(tables: Tables) -> tuple[Tool, ...]:
     """The tools over these tables, which they never change."""
     desk = _Desk(tables)
-    rows: tuple[tuple[str, str, type[Arguments], Callable[[Any], Any]], ...] = (
-        (
-            "query_train_info",
-            "Trains between two cities on a day, direct and with transfers: numbers, stations, "
-            "times, seat classes, seats left, price for a person.",
-            TrainArguments,
-            lambda given: desk.transport("train", given),
-        ),
-        (
-            "query_flight_info",
-            "Flights between two cities on a day, direct and with transfers: numbers, airports, "
-            "times, aircraft, seat classes, seats left, price for a person.",
-            FlightArguments,
-            lambda given: desk.transport("flight", given),
-        ),
-        (
-            "query_hotel_info",
-            "Hotels of a city: star, brand, score, services, year of renovation, price of a room "
-            "for a night.",
-            HotelArguments,
-            desk.hotels,
-        ),
-        (
-            "query_attraction_details",
-            "All about an attraction: coordinates, rating, opening hours, closed weekdays, "
-            "recommended hours of a visit, ticket price.",
-            AttractionArguments,
-            desk.attraction,
-        ),
-        (
-            "recommend_attractions",
-            "The attractions of a city, all or of one type.",
-            RecommendAttractionsArguments,
-            desk.attractions,
-        ),
-        (
-            "search_location",
-            "Coordinates of a place: a station, an airport, a hotel, an attraction, a restaurant.",
-            LocationArguments,
-            desk.location,
-        ),
-        (
-            "query_road_route_info",
-            "Way by road between two places: meters, minutes and cost. Up to 2 km are walked and "
-            "cost nothing; else it is the cost of one taxi, which takes four people.",
-            RoadArguments,
-            desk.road,
-        ),
-        (
-            "recommend_restaurants",
-            "Restaurants near a place, by its coordinates, nearest first.",
-            RecommendRestaurantsArguments,
-            desk.restaurants,
-        ),
-        (
-            "query_restaurant_details",
-            "All about a restaurant: coordinates, cuisine, price for a person, opening hours, "
-            "rating, tags.",
-            RestaurantArguments,
-            desk.restaurant,
-        ),
-    )
-    return tuple(Tool(*row) for row in rows)
+    runs: dict[str, tuple[type[Arguments], Callable[[Any], Any]]] = {
+        "query_train_info": (TrainArguments, lambda given: desk.transport("train", given)),
+        "query_flight_info": (FlightArguments, lambda given: desk.transport("flight", given)),
+        "query_hotel_info": (HotelArguments, desk.hotels),
+        "query_attraction_details": (AttractionArguments, desk.attraction),
+        "recommend_attractions": (RecommendAttractionsArguments, desk.attractions),
+        "search_location": (LocationArguments, desk.location),
+        "query_road_route_info": (RoadArguments, desk.road),
+        "recommend_restaurants": (RecommendRestaurantsArguments, desk.restaurants),
+        "query_restaurant_details": (RestaurantArguments, desk.restaurant),
+    }
+    return tuple(Tool(name, _DESCRIPTIONS[name], *run) for name, run in runs.items())
 
 
 class _Desk:
