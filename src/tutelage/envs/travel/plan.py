@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +29,7 @@ SCHEMA = """{"days": [{"date": "YYYY-MM-DD", "city": "B" or "from A to B", \
 """The form of a plan, as the prompt shows it."""
 
 A = TypeVar("A", bound="_Timed")
+_OPENED = re.compile(r"""\{\s*["}]""")
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -164,17 +166,21 @@ def parse_plan(text: str) -> Plan | str:
 def last_object(text: str) -> dict[str, Any] | None:
     """The last JSON object of a text that is part of no other; None without one."""
     decoder = json.JSONDecoder(parse_constant=_refuse)
-    found, start = None, text.find("{")
-    while start >= 0:
+    found: dict[str, Any] | None = None
+    match = _OPENED.search(text)
+    while match is not None:
+        start = match.start()
         try:
-            found, end = decoder.raw_decode(text, start)
+            # A slice: an error counts the lines before it, and there may be many errors.
+            found, length = decoder.raw_decode(text[start:])
+            end = start + length
         except json.JSONDecodeError as error:
-            end = max(start + 1, error.pos)
+            end = start + max(1, error.pos)
         except ValueError:
             end = start + 1
         except RecursionError:
-            return None
-        start = text.find("{", end)
+            break
+        match = _OPENED.search(text, end)
     return found
 
 
