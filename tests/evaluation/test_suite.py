@@ -33,14 +33,14 @@ class Model:
         self.dies_at = dies_at
 
     def __call__(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress
+        self, benchmark: Benchmark, prompts: Sequence[Prompt], progress: Progress
     ) -> list[Rollout]:
         self.num_calls += 1
         if self.num_calls == self.dies_at:
             raise KeyboardInterrupt
         batch = "+".join(prompt.id for prompt in prompts)
         return [
-            Rollout(p, s, (), (0,) * (max_new_tokens - s), s == 2, text=f"{batch} {answer(p, s)}")
+            Rollout(p, s, (), (0,) * (benchmark.max_new_tokens - s), s == 2, text=f"{batch} {answer(p, s)}")
             for p in prompts
             for s in range(NUM_SAMPLES)
         ]
@@ -147,9 +147,9 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["missing", "twice", "swapped"])
 def test_no_gap_is_ever_filled(tmp_path: Path, fault: str) -> None:
     def complete(
-        prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress
+        benchmark: Benchmark, prompts: Sequence[Prompt], progress: Progress
     ) -> list[Rollout]:
-        drawn = Model()(prompts, max_new_tokens, progress)
+        drawn = Model()(benchmark, prompts, progress)
         faulty = {"missing": drawn[:-1], "twice": [*drawn, drawn[0]], "swapped": drawn[::-1]}
         return faulty[fault]
 

@@ -66,7 +66,7 @@ def test_in_weightings(grader: Grader) -> None:
 def test_in_benchmarks_the_guess_does_not_vote_and_the_text_is_kept_as_written(
     grader: Grader,
 ) -> None:
-    def complete(prompts: Any, max_new_tokens: int, progress: Progress) -> list[Rollout]:
+    def complete(benchmark: Any, prompts: Any, progress: Progress) -> list[Rollout]:
         return rollouts(GUESS, DONE)
 
     task = FileTask("t", (PROMPT,), grader)

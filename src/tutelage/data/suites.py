@@ -94,11 +94,20 @@ class Suite:
     top_p: float = 1.0
 
 
+AGENT_BENCHMARKS = {
+    "ledger-tools": ("ledger_tools", 1),
+    **{f"shopping{level}": ("shopping", level) for level in (1, 2, 3)},
+    **{f"travel{level}": ("travel", level) for level in (1, 2, 3)},
+}
+"""Generated problems for agents by name: the kind of data, and its level."""
+
 SUITES = {
     "tip": Suite(("math500", "aime24", "aime25"), num_samples=16),
     "eopd": Suite(("math500", "amc23", "minerva", "olympiadbench", "aime24", "aime25"), top_p=0.8),
+    "deepplanning-shopping": Suite(("shopping1", "shopping2", "shopping3"), num_samples=16),
+    "deepplanning-travel": Suite(("travel1", "travel2", "travel3"), num_samples=16),
 }
-"""The evaluations of the two papers."""
+"""The evaluations of the two papers; those of DeepPlanning over generated worlds of our own."""
 
 
 def find_suite(text: str) -> Suite:
@@ -110,10 +119,11 @@ def find_suite(text: str) -> Suite:
     if text in SUITES:
         return SUITES[text]
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    known = (*BENCHMARKS, *AGENT_BENCHMARKS)
     for name in names:
-        if name not in BENCHMARKS:
+        if name not in known:
             raise ConfigError(
                 f"--suite {name!r} is unknown. Choose {', '.join(SUITES)}, held-out, a .jsonl "
-                f"file, or of {', '.join(BENCHMARKS)}, separated by commas."
+                f"file, or of {', '.join(known)}, separated by commas."
             )
     return Suite(names)

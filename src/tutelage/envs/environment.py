@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from tutelage.data.tasks import Task
@@ -42,6 +42,12 @@ class Environment(Protocol):
 
     def score(self) -> Outcome:
         """The score of what was done so far; called once, at the end."""
+
+
+def opened(environment: Environment, prompt: Prompt) -> Prompt:
+    """A prompt as the model reads it: what the environment says first."""
+    opening = environment.start(prompt, 0)
+    return replace(prompt, content=opening.messages, tools=opening.tools)
 
 
 @runtime_checkable

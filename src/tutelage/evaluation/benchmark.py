@@ -23,8 +23,6 @@ Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
 """Verdict on a prompt's completion, given whether it was cut off; None if it can't be graded."""
 Progress: TypeAlias = Callable[[int], None]
 """Called with the number of completions just finished."""
-Generate: TypeAlias = Callable[[Sequence[Prompt], int, Progress], list[Rollout]]
-"""All samples of some prompts, at most so many tokens each, in the order of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,8 @@ class Benchmark:
     grader: str = ""
     """What `grade` is called in the settings."""
     voting: Voting = field(default=BY_NUMBER, repr=False)
+    agent: Agent | None = field(default=None, repr=False)
+    """Where problems are conversations; None where they have single answers."""
 
     def fingerprint(self) -> str:
         """A hash of problems, reference answers and order."""
@@ -45,6 +45,10 @@ class Benchmark:
             [(p.id, p.content, p.answer, *([p.tools] if p.tools else [])) for p in self.prompts]
         )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+Generate: TypeAlias = Callable[[Benchmark, Sequence[Prompt], Progress], list[Rollout]]
+"""All samples of some of a benchmark's prompts, in their order."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,14 @@ class Result:
         }
 
 
-def generate_with(
-    sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, ...], agent: Agent | None = None
-) -> Generate:
-    """Completions from a sampler, or conversations; `seed` names the random numbers."""
+def generate_with(sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, ...]) -> Generate:
+    """Completions from a sampler; `seed` names the random numbers."""
 
     def generate(
-        prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress
+        benchmark: Benchmark, prompts: Sequence[Prompt], progress: Progress
     ) -> list[Rollout]:
-        limited = replace(sampling, max_new_tokens=max_new_tokens)
+        limited = replace(sampling, max_new_tokens=benchmark.max_new_tokens)
+        agent = benchmark.agent
         request = RolloutRequest(prompts, limited, seed, progress=progress, agent=agent)
         return sampler.sample(request)
 
@@ -130,7 +133,7 @@ def run_benchmark(
         if rows is not None:
             progress(len(rows))
         else:
-            generated = generate(prompts, benchmark.max_new_tokens, progress)
+            generated = generate(benchmark, prompts, progress)
             rows = in_parallel(partial(_row, benchmark), generated)
             _refuse_gaps(rows, ids, num_samples)
             if folder:

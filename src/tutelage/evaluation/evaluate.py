@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config.sampling import SamplingConfig, VLLMEngine
 from tutelage.data.columns import notes_of
+from tutelage.data.types import Prompt, Rollout
+from tutelage.envs.environment import opened
 from tutelage.errors import ConfigError
+from tutelage.evaluation.agents import fitted, limits_of
 from tutelage.evaluation.benchmark import (
     Benchmark,
     Generate,
@@ -249,7 +252,18 @@ def _server_plan(request: EvaluationRequest, log: Callable[[str], None]) -> _Pla
     settings = _settings(request, benchmarks, sampling, chat)
     settings |= {"model_name": server.model_name, "sent": server.sent}
     settings |= {"device": None, "dtype": None}
-    return _Plan(benchmarks, sampling, server.complete, settings, "server", lambda: server.sent)
+
+    def generate(
+        benchmark: Benchmark, prompts: Sequence[Prompt], progress: Callable[[int], None]
+    ) -> list[Rollout]:
+        if benchmark.agent is not None:
+            raise ConfigError(
+                f"{benchmark.name} is a benchmark of agents, which are measured here and not on a "
+                f"server, got {request.model!r}. Name a model's folder."
+            )
+        return server.complete(prompts, benchmark.max_new_tokens, progress)
+
+    return _Plan(benchmarks, sampling, generate, settings, "server", lambda: server.sent)
 
 
 def _within_context(
@@ -262,15 +276,16 @@ def _within_context(
     context = model.config.to_dict().get("max_position_embeddings")
     if context is None:
         return benchmark
-    longest = max(
-        (len(encode_prompt(tokenizer, p, request.thinking)) for p in benchmark.prompts), default=0
-    )
+    prompts = benchmark.prompts
+    if benchmark.agent is not None:
+        prompts = tuple(opened(benchmark.agent.environment(), prompt) for prompt in prompts)
+    longest = max((len(encode_prompt(tokenizer, p, request.thinking)) for p in prompts), default=0)
     if longest >= context:
         raise ConfigError(
             f"{benchmark.name} has a prompt of {longest} tokens, the model's context is {context}. "
             "Choose another model, or other problems."
         )
-    return replace(benchmark, max_new_tokens=min(benchmark.max_new_tokens, context - longest))
+    return fitted(benchmark, context - longest)
 
 
 # --- what identifies an evaluation ----------------------------------------------------------------
@@ -289,6 +304,7 @@ def _settings(
                 "problems": b.fingerprint(),
                 "max_new_tokens": b.max_new_tokens,
                 "grader": b.grader,
+                **limits_of(b),
             }
             for b in benchmarks
         },

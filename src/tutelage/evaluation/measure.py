@@ -170,10 +170,15 @@ def _evaluate(
     prompts = tuple(task.held_out(settings.num_problems))
     grader = grader_of(task)
     benchmark = Benchmark(
-        HELD_OUT, prompts, task.grade, sampling.max_new_tokens, grader, voting_of(grader)
+        HELD_OUT,
+        prompts,
+        task.grade,
+        sampling.max_new_tokens,
+        grader,
+        voting_of(grader),
+        agent_of(config, task),
     )
-    agent = agent_of(config, task)
-    generate = generate_with(sampler, sampling, (_EVALUATION_SEED,), agent)
+    generate = generate_with(sampler, sampling, (_EVALUATION_SEED,))
     num_completions = len(prompts) * settings.num_samples
     progress = counting(on_phase, f"evaluating the {who}: completions", num_completions)
     return run_benchmark(benchmark, generate, settings.num_samples, progress=progress)

@@ -10,14 +10,16 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
 from tutelage.data.formats import PromptFormat, is_file_name
 from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts
-from tutelage.data.suites import BENCHMARKS, Suite, find_suite
+from tutelage.data.suites import AGENT_BENCHMARKS, BENCHMARKS, Suite, find_suite
 from tutelage.data.tasks import LedgerTask
 from tutelage.data.tasks.ledger import ALPHABET
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
+from tutelage.evaluation.agents import agent_benchmark
 from tutelage.evaluation.benchmark import Benchmark
 from tutelage.evaluation.request import HELD_OUT, EvaluationRequest
 from tutelage.evaluation.scores import voting_of
+from tutelage.setup.components import agent_of
 from tutelage.setup.inputs import build_task, grader_of, without_long_prompts
 from tutelage.setup.run_folder import RunFolder
 
@@ -60,6 +62,8 @@ def benchmarks_of(request: EvaluationRequest, suite: Suite, chat: bool) -> list[
 
 
 def _benchmark(name: str, columns: PromptFormat, request: EvaluationRequest) -> Benchmark:
+    if name in AGENT_BENCHMARKS:
+        return agent_benchmark(name, request)
     prompts = tuple(load_prompts(name, columns, limit=request.num_problems))
     length = request.max_new_tokens or BENCHMARKS[name].max_new_tokens
     # GSM8K's own rule: without a mark, the last number is the answer.
@@ -103,7 +107,8 @@ def held_out(
     length = request.max_new_tokens or run.sampling.max_new_tokens
     prompts = tuple(task.held_out(count))
     grader = grader_of(task)
-    return Benchmark(HELD_OUT, prompts, task.grade, length, grader, voting_of(grader))
+    agent = agent_of(run, task)
+    return Benchmark(HELD_OUT, prompts, task.grade, length, grader, voting_of(grader), agent)
 
 
 def rendering_of(request: EvaluationRequest, benchmarks: list[Benchmark]) -> str:

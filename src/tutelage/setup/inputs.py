@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config.conversations import ConversationData
+from tutelage.config.conversations import ConversationData, LedgerToolsData
 from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
 from tutelage.config.suggest import did_you_mean_value
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
 from tutelage.data.types import Prompt
-from tutelage.envs.environment import AgentTask
+from tutelage.envs.environment import AgentTask, opened
+from tutelage.envs.ledger_tools import LedgerToolsTask
 from tutelage.errors import ConfigError
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
@@ -65,7 +66,9 @@ class Inputs:
         """
         thinks = thinking(config.data)
         unknown = self.tokenizer.unk_token_id
-        prompts = [_opened(self.task, prompt) for prompt in _used_prompts(self.task, config)]
+        prompts = _used_prompts(self.task, config)
+        if isinstance(self.task, AgentTask):
+            prompts = [opened(self.task.environment(), prompt) for prompt in prompts]
         counts, num_ended = [], 0
         for prompt in prompts:
             ids = encode_prompt(self.tokenizer, prompt, thinks)
@@ -78,14 +81,6 @@ class Inputs:
         return PromptStats(
             min(lengths), max(lengths), sum(lengths), num_unknown, name, is_chat, num_ended
         )
-
-
-def _opened(task: Task, prompt: Prompt) -> Prompt:
-    """A prompt as the model reads it first: of a conversation, what its environment says."""
-    if not isinstance(task, AgentTask):
-        return prompt
-    opening = task.environment().start(prompt, 0)
-    return replace(prompt, content=opening.messages, tools=opening.tools)
 
 
 def _is_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
@@ -139,6 +134,8 @@ def build_task(data: DataConfig) -> Task:
 
 
 def _conversation_task(data: ConversationData) -> Task:
+    if isinstance(data, LedgerToolsData):
+        return LedgerToolsTask()
     raise ConfigError(f"data.kind {type(data).__name__} is not available. Use another.")
 
 

@@ -9,11 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tutelage.config.bounds import LARGEST_COUNT
+from tutelage.config.conversations import ConversationData
 from tutelage.config.method import PacedWeighting, RewardWeighting
 from tutelage.config.sampling import TransformersEngine, VLLMEngine
 from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
+from tutelage.models.tool_format import detect_format
+from tutelage.models.turn_template import TurnTemplate
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.run_folder import RunFolder
@@ -53,8 +56,19 @@ def validate(
     _refuse_optimizer(config, inputs)
     _refuse_ungraded(config, inputs)
     _refuse_nothing_held_out(config, inputs)
+    if isinstance(config.data, ConversationData):
+        _refuse_template(config.data, inputs)
     prompts = inputs.measure_prompts(config)
     return replace(inputs, prompts=prompts, warnings=tuple(input_warnings(config, inputs, prompts)))
+
+
+def _refuse_template(data: ConversationData, inputs: Inputs) -> None:
+    """Refuses a chat template that cannot be continued turn by turn, or has unknown calls."""
+    tokenizer = inputs.tokenizer
+    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    TurnTemplate(tokenizer, stops, data.enable_thinking)
+    if data.tool_format == "auto":
+        detect_format(tokenizer)
 
 
 def _refuse_processes(config: Config, num_processes: int) -> None:

@@ -1,0 +1,67 @@
+"""Benchmarks of agents: problems that are conversations with generated worlds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from tutelage.config.conversations import (
+    LedgerToolsData,
+    ShoppingData,
+    TravelData,
+)
+from tutelage.data.suites import AGENT_BENCHMARKS
+from tutelage.envs.environment import AgentTask
+from tutelage.evaluation.benchmark import Benchmark
+from tutelage.evaluation.request import EvaluationRequest
+from tutelage.evaluation.scores import voting_of
+from tutelage.rollout.request import Agent
+from tutelage.setup.inputs import build_task
+
+_NUM_PROBLEMS = 40
+"""Problems of a level; the official benchmark has as many of each in its shopping domain."""
+_MAX_NEW_TOKENS = 8192
+_LIMITS: dict[str, Any] = {"max_turns": 64, "max_inserted_tokens": 32768}
+
+
+def agent_benchmark(name: str, request: EvaluationRequest) -> Benchmark:
+    """A benchmark of `AGENT_BENCHMARKS`; its worlds are generated and never those of training."""
+    data = replace(_data_of(name), enable_thinking=request.thinking)
+    task = build_task(data)
+    prompts = tuple(task.held_out(request.num_problems or _NUM_PROBLEMS))
+    length = request.max_new_tokens or _MAX_NEW_TOKENS
+    agent = Agent(task.environment, data) if isinstance(task, AgentTask) else None
+    voting = voting_of(task.name)
+    return Benchmark(name, prompts, task.grade, length, task.name, voting, agent=agent)
+
+
+def _data_of(name: str) -> LedgerToolsData | ShoppingData | TravelData:
+    domain, level = AGENT_BENCHMARKS[name]
+    if domain == "ledger_tools":
+        return LedgerToolsData()
+    if domain == "shopping":
+        return ShoppingData(level=level, **_LIMITS)
+    return TravelData(level=level, **_LIMITS)
+
+
+def limits_of(benchmark: Benchmark) -> dict[str, Any]:
+    """What decides the rows of conversations besides the sampling; empty for single answers."""
+    return {} if benchmark.agent is None else {"conversations": asdict(benchmark.agent.limits)}
+
+
+def fitted(benchmark: Benchmark, room: int) -> Benchmark:
+    """A benchmark whose conversations fit into so many tokens behind the prompt.
+
+    Where the room is smaller than the limits of generated and inserted tokens together, each is
+    cut in the same proportion.
+    """
+    if benchmark.agent is None:
+        return replace(benchmark, max_new_tokens=min(benchmark.max_new_tokens, room))
+    limits, generated = benchmark.agent.limits, benchmark.max_new_tokens
+    whole = generated + limits.max_inserted_tokens
+    if whole <= room:
+        return benchmark
+    generated = max(1, generated * room // whole)
+    limits = replace(limits, max_inserted_tokens=max(1, room - generated))
+    agent = replace(benchmark.agent, limits=limits)
+    return replace(benchmark, max_new_tokens=generated, agent=agent)
