@@ -56,10 +56,18 @@ class ShoppingData(ConversationData):
     kind: Literal["shopping"] = "shopping"
     level: int = 1
     """1: products; 2: products within a budget; 3: products and coupons."""
+    num_products: int = 150
+    """Products of a shop, at least 60."""
+    max_items: int = 5
+    """Products that a prompt asks for, from 2 to so many, at most 5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(1 <= self.level <= 3, "data.level", "1, 2 or 3", self.level, "1 is the easiest.")
+        count, hint = self.num_products, "150 is usual."
+        require(60 <= count <= 5000, "data.num_products", "from 60 to 5000", count, hint)
+        most, hint = self.max_items, "Fewer are easier."
+        require(2 <= most <= 5, "data.max_items", "from 2 to 5", most, hint)
 
 
 @dataclass(frozen=True)

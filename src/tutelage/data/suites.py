@@ -97,14 +97,17 @@ class Suite:
 AGENT_BENCHMARKS = {
     "ledger-tools": ("ledger_tools", 1),
     **{f"shopping{level}": ("shopping", level) for level in (1, 2, 3)},
+    "shopping-official": ("shopping_official", 0),
     **{f"travel{level}": ("travel", level) for level in (1, 2, 3)},
 }
-"""Generated problems for agents by name: the kind of data, and its level."""
+"""Problems for agents by name: the kind of data, and its level. All are generated but those of
+`shopping-official`, which are DeepPlanning's own where the user has them."""
 
 SUITES = {
     "tip": Suite(("math500", "aime24", "aime25"), num_samples=16),
     "eopd": Suite(("math500", "amc23", "minerva", "olympiadbench", "aime24", "aime25"), top_p=0.8),
     "deepplanning-shopping": Suite(("shopping1", "shopping2", "shopping3"), num_samples=16),
+    "deepplanning-shopping-official": Suite(("shopping-official",), num_samples=16),
     "deepplanning-travel": Suite(("travel1", "travel2", "travel3"), num_samples=16),
 }
 """The evaluations of the two papers; those of DeepPlanning over generated worlds of our own."""

@@ -10,8 +10,11 @@ from tutelage.config.conversations import (
     ShoppingData,
     TravelData,
 )
+from tutelage.data.formats import find_file
 from tutelage.data.suites import AGENT_BENCHMARKS
+from tutelage.data.tasks import Task
 from tutelage.envs.environment import AgentTask
+from tutelage.envs.shopping import OfficialShoppingTask
 from tutelage.evaluation.benchmark import Benchmark
 from tutelage.evaluation.request import EvaluationRequest
 from tutelage.evaluation.scores import voting_of
@@ -20,6 +23,7 @@ from tutelage.setup.inputs import build_task
 
 _NUM_PROBLEMS = 40
 """Problems of a level; the official benchmark has as many of each in its shopping domain."""
+_NUM_OFFICIAL_PROBLEMS = 120
 _MAX_NEW_TOKENS = 8192
 _LIMITS: dict[str, Any] = {"max_turns": 64, "max_inserted_tokens": 32768}
 
@@ -27,8 +31,10 @@ _LIMITS: dict[str, Any] = {"max_turns": 64, "max_inserted_tokens": 32768}
 def agent_benchmark(name: str, request: EvaluationRequest) -> Benchmark:
     """A benchmark of `AGENT_BENCHMARKS`; its worlds are generated and never those of training."""
     data = replace(_data_of(name), enable_thinking=request.thinking)
-    task = build_task(data)
-    prompts = tuple(task.held_out(request.num_problems or _NUM_PROBLEMS))
+    is_official = name == "shopping-official"
+    task: Task = _official() if is_official else build_task(data)
+    default = _NUM_OFFICIAL_PROBLEMS if is_official else _NUM_PROBLEMS
+    prompts = tuple(task.held_out(request.num_problems or default))
     length = request.max_new_tokens or _MAX_NEW_TOKENS
     agent = Agent(task.environment, data) if isinstance(task, AgentTask) else None
     voting = voting_of(task.name)
@@ -39,9 +45,15 @@ def _data_of(name: str) -> LedgerToolsData | ShoppingData | TravelData:
     domain, level = AGENT_BENCHMARKS[name]
     if domain == "ledger_tools":
         return LedgerToolsData()
-    if domain == "shopping":
-        return ShoppingData(level=level, **_LIMITS)
+    if domain.startswith("shopping"):
+        return ShoppingData(level=level or 1, **_LIMITS)
     return TravelData(level=level, **_LIMITS)
+
+
+def _official() -> OfficialShoppingTask:
+    """Queries in $TUTELAGE_DATA or ./data, and beside them a folder with their cases."""
+    queries = find_file("deepplanning_shopping.jsonl")
+    return OfficialShoppingTask(queries.parent / queries.stem, queries)
 
 
 def limits_of(benchmark: Benchmark) -> dict[str, Any]:

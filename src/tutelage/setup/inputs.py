@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tutelage.config.conversations import ConversationData, LedgerToolsData
+from tutelage.config.conversations import LedgerToolsData, ShoppingData, TravelData
 from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
 from tutelage.config.suggest import did_you_mean_value
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
@@ -16,6 +16,8 @@ from tutelage.data.tasks import LedgerTask, Task
 from tutelage.data.types import Prompt
 from tutelage.envs.environment import AgentTask, opened
 from tutelage.envs.ledger_tools import LedgerToolsTask
+from tutelage.envs.shopping import ShoppingTask
+from tutelage.envs.travel import TravelTask
 from tutelage.errors import ConfigError
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
@@ -124,19 +126,17 @@ def load_inputs(config: Config) -> Inputs:
 
 def build_task(data: DataConfig) -> Task:
     """The task of a `[data]` table."""
-    if isinstance(data, ConversationData):
-        return _conversation_task(data)
     if isinstance(data, LedgerData):
         return LedgerTask(data.num_items)
+    if isinstance(data, LedgerToolsData):
+        return LedgerToolsTask()
+    if isinstance(data, ShoppingData):
+        return ShoppingTask(data.level, data.num_products, max_items=data.max_items)
+    if isinstance(data, TravelData):
+        return TravelTask(data.level)
     prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
     name = Path(data.path).stem
     return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
-
-
-def _conversation_task(data: ConversationData) -> Task:
-    if isinstance(data, LedgerToolsData):
-        return LedgerToolsTask()
-    raise ConfigError(f"data.kind {type(data).__name__} is not available. Use another.")
 
 
 def grader_of(task: Task) -> str:
