@@ -40,7 +40,14 @@ class Model:
             raise KeyboardInterrupt
         batch = "+".join(prompt.id for prompt in prompts)
         return [
-            Rollout(p, s, (), (0,) * (benchmark.max_new_tokens - s), s == 2, text=f"{batch} {answer(p, s)}")
+            Rollout(
+                p,
+                s,
+                (),
+                (0,) * (benchmark.max_new_tokens - s),
+                s == 2,
+                text=f"{batch} {answer(p, s)}",
+            )
             for p in prompts
             for s in range(NUM_SAMPLES)
         ]

@@ -49,6 +49,8 @@ from tutelage.models.device import find_device
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import encode_prompt, refuse_thinking
+from tutelage.models.tool_format import format_of
+from tutelage.models.tool_prompt import with_tools
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.setup.inputs import prompt_format, thinking
@@ -278,7 +280,10 @@ def _within_context(
         return benchmark
     prompts = benchmark.prompts
     if benchmark.agent is not None:
-        prompts = tuple(opened(benchmark.agent.environment(), prompt) for prompt in prompts)
+        agent = benchmark.agent
+        tool_format = format_of(tokenizer, agent.limits.tool_format)
+        told = (opened(agent.environment(), prompt) for prompt in prompts)
+        prompts = tuple(with_tools(tokenizer, prompt, tool_format) for prompt in told)
     longest = max((len(encode_prompt(tokenizer, p, request.thinking)) for p in prompts), default=0)
     if longest >= context:
         raise ConfigError(

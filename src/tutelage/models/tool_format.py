@@ -82,6 +82,13 @@ def render_calls(format: ToolFormat, calls: Sequence[ToolCall]) -> str:
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]" if texts else ""
 
 
+def format_of(
+    tokenizer: PreTrainedTokenizerBase, wanted: ToolFormat | Literal["auto"]
+) -> ToolFormat:
+    """The format that is asked for; ``auto`` is that of the chat template."""
+    return detect_format(tokenizer) if wanted == "auto" else wanted
+
+
 def detect_format(tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
     """The format in which a chat template writes a call of the model; ``json`` if it writes none.
 

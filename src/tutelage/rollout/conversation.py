@@ -21,7 +21,8 @@ from tutelage.envs.guard import Failure, attempt_all
 from tutelage.errors import RunError
 from tutelage.models.forward import Ids
 from tutelage.models.tokenizers import decode, encode_prompt
-from tutelage.models.tool_format import detect_format, parse_calls
+from tutelage.models.tool_format import format_of, parse_calls
+from tutelage.models.tool_prompt import with_tools
 from tutelage.models.turn_template import TurnTemplate
 from tutelage.rollout.request import Agent, OpenRollout, to_rollout
 
@@ -75,8 +76,7 @@ class Conversations:
         self.max_new_tokens = max_new_tokens
         self.enable_thinking = enable_thinking
         self.template = TurnTemplate(tokenizer, stops, enable_thinking)
-        wanted = self.limits.tool_format
-        self.format = detect_format(tokenizer) if wanted == "auto" else wanted
+        self.format = format_of(tokenizer, self.limits.tool_format)
         self._dialogues: dict[int, _Dialogue] = {}
         self._encoded: dict[str, Ids] = {}
 
@@ -163,9 +163,10 @@ class Conversations:
 
     def _encode(self, prompt: Prompt, opening: Opening) -> Ids:
         """Ids of an opening; samples of a prompt usually share one."""
-        first = replace(prompt, content=opening.messages, tools=opening.tools)
         key = json.dumps([opening.messages, opening.tools])
         if key not in self._encoded:
+            first = replace(prompt, content=opening.messages, tools=opening.tools)
+            first = with_tools(self.tokenizer, first, self.format)
             ids = encode_prompt(self.tokenizer, first, self.enable_thinking)
             self._encoded[key] = tuple(ids)
         return self._encoded[key]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from tutelage.config.conversations import LedgerToolsData, ShoppingData, TravelData
+from tutelage.config.conversations import (
+    ConversationData,
+    LedgerToolsData,
+    ShoppingData,
+    TravelData,
+)
 from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
 from tutelage.config.suggest import did_you_mean_value
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
@@ -23,6 +28,8 @@ from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
 from tutelage.models.reference import tokenizer_place
 from tutelage.models.tokenizers import encode_prompt, eos_remap, refuse_different_vocabularies
+from tutelage.models.tool_format import ToolFormat, format_of
+from tutelage.models.tool_prompt import with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +77,9 @@ class Inputs:
         unknown = self.tokenizer.unk_token_id
         prompts = _used_prompts(self.task, config)
         if isinstance(self.task, AgentTask):
+            tool_format = format_of(self.tokenizer, tool_format_of(config.data))
             prompts = [opened(self.task.environment(), prompt) for prompt in prompts]
+            prompts = [with_tools(self.tokenizer, prompt, tool_format) for prompt in prompts]
         counts, num_ended = [], 0
         for prompt in prompts:
             ids = encode_prompt(self.tokenizer, prompt, thinks)
@@ -164,6 +173,11 @@ def without_long_prompts(task: Task, data: DataConfig, tokenizer: PreTrainedToke
 def thinking(data: DataConfig) -> bool | None:
     """What a `[data]` table passes to the chat template as `enable_thinking`."""
     return None if isinstance(data, LedgerData) else data.enable_thinking
+
+
+def tool_format_of(data: DataConfig) -> ToolFormat | Literal["auto"]:
+    """How a `[data]` table has calls written."""
+    return data.tool_format if isinstance(data, ConversationData) else "auto"
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from tutelage.config.sampling import TransformersEngine, VLLMEngine
 from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
-from tutelage.models.tool_format import detect_format
+from tutelage.models.tool_format import format_of
 from tutelage.models.turn_template import TurnTemplate
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
@@ -67,8 +67,7 @@ def _refuse_template(data: ConversationData, inputs: Inputs) -> None:
     tokenizer = inputs.tokenizer
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     TurnTemplate(tokenizer, stops, data.enable_thinking)
-    if data.tool_format == "auto":
-        detect_format(tokenizer)
+    format_of(tokenizer, data.tool_format)
 
 
 def _refuse_processes(config: Config, num_processes: int) -> None:
