@@ -56,7 +56,7 @@ def draw_product(rng: random.Random, fixed: Mapping[str, Any]) -> Product:
         "sales_volume": _draw_sales(rng),
         "rating": rating_of(_draw_counts(rng)),
         "shipping_info": draw_shipping(rng),
-        "applicable_coupons": [name for name in COUPONS if rng.random() < 0.4],
+        "applicable_coupons": [name for name in COUPONS if rng.random() < 0.25],
     }
 
 

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,6 +31,7 @@ from tutelage.envs.shopping.draws import between, pick
 from tutelage.envs.shopping.products import Group, Wish, draw_group, draw_wish
 from tutelage.envs.shopping.query import (
     Query,
+    Slot,
     Solution,
     cheapest,
     combinations,
@@ -117,15 +118,21 @@ def _try_case(rng: random.Random, size: Size, wishes: Sequence[Wish]) -> Case | 
     """A case with these words, or None if this draw has not exactly one solution."""
     province = pick(PROVINCES, rng)
     groups = _draw_groups(rng, size, wishes, province)
-    user = _draw_user(rng, province)
-    products = _draw_products(rng, size, groups, province)
-    if products is None:
-        return None
-    _draw_ids(rng, products)
-    query, user = _complete(rng, size.level, groups, user)
-    world = World(products, user)
-    found = solutions(world, query)
+    around = [p for group in groups for p in (*group.fitting, *group.near_misses)]
+    num_fitting = sum(len(group.fitting) for group in groups)
+    if sum(fits(g.slot, p, province) for g in groups for p in around) != num_fitting:
+        return None  # one satisfies a slot that is not its own
+    ids = _draw_ids(rng, size.num_products)
+    for product in around:
+        product["product_id"] = next(ids)
+    query, user = _complete(rng, size.level, groups, _draw_user(rng, province))
+    found = solutions(World(tuple(around), user), query)
     if len(found) != 1 or (size.level == 3 and not found[0].coupons):
+        return None
+    others = _draw_others(rng, [group.slot for group in groups], province)
+    rest = [{**next(others), "product_id": key} for key in ids]
+    world = World(shuffled((*around, *rest), rng), user)
+    if solutions(world, query) != found:
         return None
     return Case(world, query, found[0], query_text(query, rng))
 
@@ -149,30 +156,20 @@ def _draw_groups(
     ]
 
 
-def _draw_products(
-    rng: random.Random, size: Size, groups: Sequence[Group], province: str
-) -> tuple[Product, ...] | None:
-    """The whole catalogue in a random order; None if a product satisfies a slot that is not its
-    own."""
-    products = [p for group in groups for p in (*group.fitting, *group.near_misses)]
-    num_fitting = sum(len(group.fitting) for group in groups)
-    if sum(fits(g.slot, p, province) for g in groups for p in products) != num_fitting:
-        return None
-    while len(products) < size.num_products:
+def _draw_others(rng: random.Random, slots: Sequence[Slot], province: str) -> Iterator[Product]:
+    """Products that satisfy no slot."""
+    while True:
         product = draw_product(rng, {})
-        if not any(fits(group.slot, product, province) for group in groups):
-            products.append(product)
-    return shuffled(products, rng)
+        if not any(fits(slot, product, province) for slot in slots):
+            yield product
 
 
-def _draw_ids(rng: random.Random, products: Sequence[Product]) -> None:
-    """Give every product an id; short, because conversations have many of them."""
-    ids: set[str] = set()
-    while len(ids) < len(products):
-        key = f"{below(1 << 16, rng):04x}"
-        if key not in ids:
-            products[len(ids)]["product_id"] = key
-            ids.add(key)
+def _draw_ids(rng: random.Random, count: int) -> Iterator[str]:
+    """Different ids; short, because conversations have many of them."""
+    ids: dict[str, None] = {}
+    while len(ids) < count:
+        ids[f"{below(1 << 16, rng):04x}"] = None
+    return iter(ids)
 
 
 def _draw_user(rng: random.Random, province: str) -> dict[str, Any]:

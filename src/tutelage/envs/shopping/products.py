@@ -18,7 +18,7 @@ from tutelage.envs.shopping.catalogue import (
     rating_of,
 )
 from tutelage.envs.shopping.draws import between, other, pick
-from tutelage.envs.shopping.query import TRANSPORT, Constraint, Slot, fits
+from tutelage.envs.shopping.query import FILTER_KEYS, RANGE_KEYS, TRANSPORT, Constraint, Slot, fits
 from tutelage.envs.shopping.transport import transport_days
 
 _TRIES = 8
@@ -106,7 +106,9 @@ def _try_group(
     while len(fitting) < num_fitting:
         product = _fitting(rng, slot, model, wish.fixed, province)
         fitting += [product] if fits(slot, product, province) else []
-    failed = [*slot, *(pick(slot, rng) for _ in range(num_near_misses - len(slot)))]
+    # Further ones fail what a filter sees: the details of products are long.
+    filtered = [c for c in slot if c.key in (*FILTER_KEYS, *RANGE_KEYS)]
+    failed = [*slot, *(pick(filtered, rng) for _ in range(num_near_misses - len(slot)))]
     near_misses = []
     for constraint in failed:
         near_miss = _near_miss(rng, slot, model, wish.fixed, province, constraint)

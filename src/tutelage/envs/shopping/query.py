@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from tutelage.envs.shopping.catalogue import STARS, Product, field_of
-from tutelage.envs.shopping.coupons import discount_of, every_use, why_unusable
+from tutelage.envs.shopping.catalogue import Product, field_of
+from tutelage.envs.shopping.coupons import discount_of, every_use, threshold_of, why_unusable
 from tutelage.envs.shopping.transport import transport_days
 from tutelage.envs.shopping.world import World
 
@@ -18,6 +18,8 @@ TRANSPORT = "transport_days"
 """The key of a constraint on the days of transport to the user's province."""
 WORD_KEYS = ("name", "brand", "color", "size", "suitable_season", "target_demographic")
 """Keys whose constraints are on words; the others are on numbers."""
+FILTER_KEYS = ("name", "brand", "color", "size")
+"""Those with a search or a filter of their own; every slot has one of them."""
 RANGE_KEYS = (
     "price",
     "stock_quantity",
@@ -27,7 +29,6 @@ RANGE_KEYS = (
     "rating.total_reviews",
 )
 """Keys that the tool filter_by_range knows."""
-STAR_KEYS = tuple(f"rating.{star}" for star in STARS)
 
 
 @dataclass(frozen=True, order=True)
@@ -117,17 +118,16 @@ def cheapest(
     """Products and coupons of the lowest price, of all combinations of both."""
     best: list[Solution] = []
     lowest = float("inf")
-    ordered = sorted(uses, key=discount_of, reverse=True)
-    for products in chosen:
-        items = [(product, 1) for product in products]
-        for used in ordered:
-            price = price_of(products) - discount_of(used)
-            if price > lowest:
+    ordered = sorted(((discount_of(u), threshold_of(u), u) for u in uses), key=lambda u: -u[0])
+    for products in sorted(chosen, key=price_of):
+        full, items = price_of(products), [(product, 1) for product in products]
+        for discount, threshold, used in ordered:
+            if full - discount > lowest:
                 break  # all further coupons take off less
-            if why_unusable(used, items, has_scopes=True):
+            if threshold > full or why_unusable(used, items, has_scopes=True):
                 continue
-            best = best if price == lowest else []
-            lowest = price
+            best = best if full - discount == lowest else []
+            lowest = full - discount
             best.append(Solution(_ones(products), used))
     return best
 
