@@ -15,11 +15,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
+from tutelage.models.tokenizers import stop_ids
+from tutelage.rollout.conversation import Conversations
 from tutelage.rollout.cuda import kv_slots
 from tutelage.rollout.cuda.cuda_graph import EagerGraph
 from tutelage.rollout.cuda.generate import GraphGenerator
 from tutelage.rollout.cuda.operators import Operators, TorchOperators
-from tutelage.rollout.request import RolloutRequest, completion_requests
+from tutelage.rollout.request import Agent, RolloutRequest, completion_requests
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
@@ -48,9 +50,9 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 64,
+        "vocab_size": 40,
     }
     config = CONFIG_MAPPING[family](
-        vocab_size=40,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -78,10 +80,17 @@ def generate_captured(
     config: SamplingConfig,
     batch_size: int,
     operators: Operators | None = None,
+    agent: Agent | None = None,
 ) -> tuple[list[Rollout], GraphGenerator]:
     """What `generate` does on a GPU."""
-    generator = GraphGenerator(model, tokenizer, config, batch_size, True, cpu_device(operators))
-    requests = completion_requests(tokenizer, RolloutRequest(prompts, config, (1,)))
+    conversations = None
+    if agent is not None:
+        stops = stop_ids(model, tokenizer)
+        conversations = Conversations(agent, tokenizer, stops, config.max_new_tokens)
+    device = cpu_device(operators)
+    generator = GraphGenerator(model, tokenizer, config, batch_size, True, device, conversations)
+    asked = RolloutRequest(prompts, config, (1,))
+    requests = completion_requests(tokenizer, asked, conversations=conversations)
     with torch.no_grad():
         assert generator.open_slots(requests)
         done = {row.request.index: row for rows in generator.generate(requests) for row in rows}

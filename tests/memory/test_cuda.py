@@ -84,6 +84,16 @@ def test_each_saving_shows_in_its_phase(tmp_path: Path, models: Path) -> None:
     assert less["teacher"] == much["teacher"]
 
 
+def test_conversations_need_room_for_what_is_inserted(tmp_path: Path, models: Path) -> None:
+    plain = phases_of(models, tmp_path)
+    tools = phases_of(models, tmp_path, data={"kind": "ledger_tools", "max_inserted_tokens": 400})
+    assert tools["rollout"]["KV cache"] == 2 * plain["rollout"]["KV cache"]  # 420 columns, and 20
+    assert tools["rollout"]["prefill"] > 10 * plain["rollout"]["prefill"]
+    assert tools["teacher"]["activations"] > 10 * plain["teacher"]["activations"]
+    # no more tokens are supervised
+    assert tools["teacher"]["hidden states"] == plain["teacher"]["hidden states"]
+
+
 def test_packed_rows_are_filled_to_the_limit(tmp_path: Path, models: Path) -> None:
     padded, packed = (
         phases_of(models, tmp_path, micro_batches=way, micro_batch_tokens=50)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from eager import cpu_device, make_model
-from tutelage.memory.meta_model import shadow
+from tutelage.memory.meta_model import Live, shadow
 from tutelage.memory.rollout_cuda import rollout_memory
+from tutelage.rollout.cuda.extend import Following
 from tutelage.rollout.cuda.generate import KEPT_SHARE
 from tutelage.rollout.cuda.kv_slots import KVSlots
 
@@ -36,3 +39,18 @@ def test_prompts_that_are_read_in_portions_hold_two_of_them() -> None:
     twin = shadow(make_model("qwen3", max_position_embeddings=9000))
     one, two = (rollout_memory(twin, 2, n, (9000, 10), 1 << 40).prefill for n in (1, 2))
     assert one < two < 2 * one
+
+
+@torch.no_grad()
+def test_a_pass_over_insertions_is_planned_by_its_shape() -> None:
+    model = make_model("qwen3", num_hidden_layers=1)
+    slots = KVSlots(model, cpu_device(), 4, 1000)
+    slots.cache.zero_()
+    following = [Following(slot, 800, (3,) * 200) for slot in range(4)]
+    held = [*model.parameters(), *model.buffers(), slots.cache, *vars(slots.rows).values()]
+    with Live(held) as live:
+        slots.extend(model, following, 0)
+    twin = shadow(model)
+    single, planned = (rollout_memory(twin, 4, 1, (2, 998), 1 << 40, n).prefill for n in (0, 199))
+    assert single < live.peak / 10
+    assert live.peak <= planned < 1.5 * live.peak  # a CPU needs no copy of the mask

@@ -142,6 +142,15 @@ def test_rows_that_are_free_are_refilled_while_others_go_on(letters: Any) -> Non
     assert generator.num_transfers < batches * -(-longest // kv_slots.STEPS)
 
 
+def test_a_row_with_more_steps_than_it_needs_is_waited_for(letters: Any) -> None:
+    """Started beside a younger row, which ends before the host has seen the older one's end."""
+    model = make_model("qwen3")
+    for most in (9, 10, 11):
+        config = SamplingConfig(temperature=1.5, max_new_tokens=most, num_samples=3)
+        ours, _ = generate_captured(model, letters, RAGGED, config, 8)
+        assert outcome(ours) == outcome(own(model, letters, config))
+
+
 def test_a_wrong_step_is_not_taken(letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("qwen3")
 

@@ -14,9 +14,10 @@ from tiny import save_tiny_model, tiny_config
 from tutelage.commands.check import check
 from tutelage.config.schema import Config
 from tutelage.errors import TutelageError
-from tutelage.models.load import load_tokenizer
+from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture
 from tutelage.models.tiny import save_tiny_model as save_tiny_family
+from tutelage.setup.warnings import _context_warnings
 from tutelage.train.loop import train
 
 
@@ -222,3 +223,18 @@ def test_positions_that_do_not_exist_are_refused(
     )
     with pytest.raises(TutelageError, match=r"32 positions of the student, which has no more"):
         said(config, command)
+
+
+def test_what_is_inserted_between_turns_needs_positions_too(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    data = {"kind": "ledger_tools", "max_inserted_tokens": 110}
+    config = tiny_config(tiny_models, tmp_path, data=data)
+    student = load_model(str(tiny_models / "student"))
+    (text,) = _context_warnings(config, 9, student, student)
+    assert re.search(
+        r"9 tokens and sampling\.max_new_tokens \+ data\.max_inserted_tokens is 120: more than the "
+        r"128 .* Lower sampling\.max_new_tokens \+ data\.max_inserted_tokens to 119",
+        text,
+    )
+    assert not list(_context_warnings(config, 8, student, student))

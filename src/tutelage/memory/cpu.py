@@ -50,7 +50,8 @@ _KNOBS = {
     "prefill": "data.max_prompt_tokens",
     "decoding step": "sampling_batch_size",
     "recorded states": 'scoring = "forward"',
-    "KV cache": "sampling_batch_size or sampling.max_new_tokens",
+    "KV cache": "sampling_batch_size, sampling.max_new_tokens or, with tools, "
+    "data.max_inserted_tokens",
     "sampled logits": "sampling_batch_size",
     "activations": "micro_batch_tokens or student.activation_checkpointing = true",
     "head": "[student.lora], whose head is frozen",
@@ -185,14 +186,21 @@ class Sizes:
 
     def __init__(self, config: Config, prompt_tokens: int) -> None:
         completions = config.prompts_per_step * config.sampling.num_samples
-        self.length = prompt_tokens + config.sampling.max_new_tokens
+        self.length = prompt_tokens + config.max_completion_tokens
         self.rows = completions * config.sampling.max_new_tokens
         self.decoded = min(config.sampling_batch_size, completions)
         most = min(config.micro_batch_size, completions) * self.length
         limit = config.micro_batch_tokens or most
         self.micro_batch = max(self.length, min(most, limit // self.length * self.length))
-        share = config.sampling.max_new_tokens / self.length
-        self.micro_rows = int(self.micro_batch * share)
+        self.new = config.sampling.max_new_tokens
+        self.shortest = prompt_tokens + self.new
+        """Tokens of a sequence with as many supervised ones as there can be, and no others."""
+        self.most_rows = min(config.micro_batch_size, completions) * self.new
+        self.micro_rows = self.rows_among(self.micro_batch)
+
+    def rows_among(self, num_tokens: int) -> int:
+        """Most supervised tokens of a micro-batch of so many."""
+        return min(num_tokens * self.new // self.shortest, self.most_rows)
 
 
 def _rollout(model: PreTrainedModel, sizes: Sizes) -> dict[str, int]:

@@ -173,7 +173,7 @@ class _Plan:
             limit = config.micro_batch_tokens or most
             self.shape = (1, max(sizes.length, min(most, limit)))
         tokens = self.shape[0] * self.shape[1]
-        self.num_rows = tokens * config.sampling.max_new_tokens // sizes.length
+        self.num_rows = sizes.rows_among(tokens)
         self.num_passes = -(-each * sizes.length // tokens)
         """Micro-batches of an update."""
         self.head: Tensor = student.get_output_embeddings().weight
@@ -198,9 +198,10 @@ class _Plan:
 
     def _draws(self, model: PreTrainedModel, rows: int, num_samples: int) -> RolloutMemory:
         """With completions of a prompt side by side, of which the first and last may be some."""
-        lengths = (self.prompt_tokens, self.config.sampling.max_new_tokens)
+        lengths = (self.prompt_tokens, self.config.max_completion_tokens)
+        inserted = self.config.max_completion_tokens - self.config.sampling.max_new_tokens
         prompts = min(rows, 1 + -(-(rows - 1) // num_samples))
-        return rollout_memory(model, rows, prompts, lengths, self.facts.total_bytes)
+        return rollout_memory(model, rows, prompts, lengths, self.facts.total_bytes, inserted)
 
     @cached_property
     def rest(self) -> dict[str, int]:

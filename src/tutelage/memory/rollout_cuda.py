@@ -12,9 +12,10 @@ from torch import Tensor
 from tutelage.memory.meta_model import reading
 from tutelage.rollout.cuda.blocks import num_splits, num_vocab_blocks
 from tutelage.rollout.cuda.decode_step import is_covered, sizes_of
+from tutelage.rollout.cuda.extend import EXTEND_CHUNK, EXTEND_TOKENS
 from tutelage.rollout.cuda.generate import KEPT_SHARE, PREFILL_TOKENS
 from tutelage.rollout.cuda.kv_slots import STEPS, bucket, make_cache
-from tutelage.rollout.cuda.state import make_rows, make_work
+from tutelage.rollout.cuda.state import Sizes, make_rows, make_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,13 +33,18 @@ class RolloutMemory:
     step: int
     """What the captured steps of every batch size write into, or the own step's logits."""
     prefill: int
-    """The largest pass over prompts, with its own cache."""
+    """The largest pass over prompts, with its own cache, or over ids that are inserted."""
     is_kept: bool
     """Whether slots and steps stay between batches."""
 
 
 def rollout_memory(
-    twin: PreTrainedModel, num_rows: int, num_prompts: int, lengths: tuple[int, int], device: int
+    twin: PreTrainedModel,
+    num_rows: int,
+    num_prompts: int,
+    lengths: tuple[int, int],
+    device: int,
+    num_inserted: int = 0,
 ) -> RolloutMemory:
     """What sampling takes.
 
@@ -46,8 +52,9 @@ def rollout_memory(
         twin: the model, from `shadow`.
         num_rows: completions that are open at the same time.
         num_prompts: prompts that are prefilled for them.
-        lengths: tokens of the longest prompt and completion.
+        lengths: tokens of the longest prompt and completion, inserted ones included.
         device: bytes of the device.
+        num_inserted: most tokens that are inserted at once; 0 where completions have one turn.
     """
     prompt, length = lengths[0], sum(lengths)
     at_once = max(1, min(num_prompts, PREFILL_TOKENS // prompt))
@@ -61,12 +68,28 @@ def rollout_memory(
         return RolloutMemory(cache, num_rows * vocab_size * (16 + twin.dtype.itemsize), read, False)
     sizes = replace(sizes_of(twin), device=torch.device("meta"))
     cache = make_cache(sizes, num_rows, length).nbytes
+    if num_inserted:
+        read = max(read, _extension(twin, sizes, num_rows, length, num_inserted))
     blocks = num_vocab_blocks(sizes.num_rows_of_head)
     step = _bytes(make_rows(sizes, bucket(num_rows), STEPS))
     for count in _buckets(num_rows):
         splits = num_splits(count, sizes.num_groups, length, _PROCESSORS)
         step += _bytes(make_work(sizes, count, blocks, splits))
     return RolloutMemory(cache, step, read, cache <= device // KEPT_SHARE)
+
+
+def _extension(
+    twin: PreTrainedModel, sizes: Sizes, num_rows: int, length: int, num_inserted: int
+) -> int:
+    """The largest pass over ids that are inserted, before or after the widest tensors of one."""
+    rows = max(1, min(num_rows, EXTEND_TOKENS // length))
+    width = min(EXTEND_CHUNK, num_inserted + 1)
+    # of one layer: what the slots hold, and the same for every head, as a mask needs it
+    heads = 2 * (sizes.num_groups + sizes.num_heads)
+    held = rows * length * heads * sizes.head_dim * sizes.dtype.itemsize
+    # whether a new token sees a column, and the same as a bias
+    mask = rows * width * length * (1 + 2 * sizes.dtype.itemsize)
+    return reading(twin, (rows, width)).peak + held + mask
 
 
 def _buckets(num_rows: int) -> Iterable[int]:

@@ -55,8 +55,8 @@ def refuse_beyond_table(model: PreTrainedModel, num_tokens: int) -> None:
     if limit is not None and num_tokens > limit:
         raise ModelError(
             f"{type(model).__name__} has positions for {limit} tokens, but a prompt with its "
-            f"completion may have {num_tokens}. Lower sampling.max_new_tokens or leave out long "
-            "prompts (data.max_prompt_tokens)."
+            f"completion may have {num_tokens}. Lower sampling.max_new_tokens (with tools, also "
+            "data.max_inserted_tokens) or leave out long prompts (data.max_prompt_tokens)."
         )
 
 

@@ -106,8 +106,8 @@ def _generator(
 ) -> _Generator | GraphGenerator:
     """Captured steps on a GPU where the model has them, the hand-written step on a CPU."""
     config, record = request.sampling, request.record_hidden
-    if is_fast and requests and model.device.type == "cuda" and conversations is None:
-        captured = graph_generator(model, tokenizer, config, batch_size, record)
+    if is_fast and requests and model.device.type == "cuda":
+        captured = graph_generator(model, tokenizer, config, batch_size, record, conversations)
         if captured is not None and captured.open_slots(requests):
             return captured
         warn_uncaptured(model)

@@ -214,7 +214,8 @@ def _is_same(config: Config, student: PreTrainedModel, teacher: PreTrainedModel)
 def _context_warnings(
     config: Config, longest: int, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> Iterator[str]:
-    new = config.sampling.max_new_tokens
+    new = config.max_completion_tokens
+    inserted = new - config.sampling.max_new_tokens
     limits = [
         (limit, not has_position_table(model), who)
         for who, model in (("student", student), ("teacher", teacher))
@@ -224,12 +225,17 @@ def _context_warnings(
         return
     limit, can_exceed, who = min(limits, key=lambda found: (found[1], found[0]))
     text = (
-        f"the longest prompt has {longest} tokens and sampling.max_new_tokens is {new}: more than "
+        f"the longest prompt has {longest} tokens and {_length_keys(inserted)} is {new}: more than "
         f"the {limit} positions of the {who}"
     )
-    remedy = f"Lower sampling.max_new_tokens to {limit - longest}"
+    remedy = f"Lower {_length_keys(inserted)} to {limit - longest}"
     if longest >= limit:
         remedy = f"Set data.max_prompt_tokens below {limit}"
     if not can_exceed:
         raise ConfigError(f"{text}, which has no more. {remedy}.")
     yield f"{text}, which was trained on no more. {remedy}"
+
+
+def _length_keys(num_inserted: int) -> str:
+    """What limits the tokens behind a prompt."""
+    return "sampling.max_new_tokens" + " + data.max_inserted_tokens" * bool(num_inserted)

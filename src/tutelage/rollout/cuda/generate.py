@@ -19,7 +19,9 @@ from tutelage.models.forward import Ids
 from tutelage.models.head import output_embeddings
 from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
+from tutelage.rollout.conversation import Conversations
 from tutelage.rollout.cuda.decode_step import is_covered
+from tutelage.rollout.cuda.extend import Following
 from tutelage.rollout.cuda.kv_slots import STEPS, Device, KVSlots, bucket, cuda_device
 from tutelage.rollout.cuda.state import Rows
 from tutelage.rollout.cuda.transfer import Fetched, send
@@ -49,6 +51,7 @@ class _Row(OpenRollout):
     num_started: int = 0
     """Tokens whose steps have been started."""
     has_ended: bool = False
+    """Its turn is over; it waits for an answer, or its slot is free."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class _Segment:
     """Steps that have been started, and the rows that they are of."""
 
     rows: list[_Row | None]
+    turns: list[int]
+    """The turn of each row; what it generated behind its end is dropped."""
     count: int
     sampled: Fetched
     """Tokens and their log-probabilities `[2, B, count]`."""
@@ -64,7 +69,11 @@ class _Segment:
 
 
 class GraphGenerator:
-    """Completions of one batch; a step is one launch, and tokens are fetched every few steps."""
+    """Completions of one batch; a step is one launch, and tokens are fetched every few steps.
+
+    Where completions are conversations, a row that ends a turn keeps its slot while there are
+    further turns: the slot reads what is inserted, and nothing before it again.
+    """
 
     def __init__(
         self,
@@ -74,7 +83,9 @@ class GraphGenerator:
         batch_size: int,
         record: bool,
         device: Device,
+        conversations: Conversations | None = None,
     ) -> None:
+        self.conversations = conversations
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -93,7 +104,7 @@ class GraphGenerator:
     def open_slots(self, requests: Sequence[CompletionRequest]) -> bool:
         """Prepare the slots for these completions; False if a step is not the model's own."""
         num_rows = min(self.batch_size, len(requests))
-        capacity = max(len(request.ids) for request in requests) + self.config.max_new_tokens
+        capacity = self._most_columns(requests)
         refuse_beyond_table(self.model, capacity)
         for request in requests:
             refuse_ids_beyond(self.tokenizer, request.ids, self.num_embeddings, request.prompt.id)
@@ -108,13 +119,17 @@ class GraphGenerator:
             if not slots.matches_model(self.model, requests[0].ids, self.pad):
                 return False
             _SLOTS[self.model] = slots
+        if self.conversations is not None and not slots.extends_exactly(
+            self.model, requests[0].ids, self.pad
+        ):
+            return False
         self.slots = slots
         return True
 
     def generate(self, requests: Sequence[CompletionRequest]) -> Iterator[list[OpenRollout]]:
         """Completions as they are finished; `open_slots` comes first."""
         self.waiting = deque(in_prefill_order(requests))
-        self.length = max(len(request.ids) for request in requests) + self.config.max_new_tokens
+        self.length = self._most_columns(requests)
         num_rows = min(self.batch_size, len(requests))
         self.open: list[_Row | None] = [None] * bucket(num_rows)
         self.free_slots = list(range(num_rows))
@@ -133,15 +148,30 @@ class GraphGenerator:
 
     def rollout(self, row: OpenRollout) -> Rollout:
         """A finished completion."""
+        if self.conversations is not None:
+            return self.conversations.rollout(row)
         return to_rollout(self.tokenizer, row.request, row.tokens, row.logprobs, self.stops)
+
+    def _most_columns(self, requests: Sequence[CompletionRequest]) -> int:
+        """Most ids of a sequence."""
+        longest = max(len(request.ids) for request in requests) + self.config.max_new_tokens
+        if self.conversations is not None:
+            longest += self.conversations.limits.max_inserted_tokens
+        return longest
+
+    def _num_left(self, row: _Row) -> int:
+        """Most tokens behind those that have arrived, in the present turn."""
+        if self.conversations is not None:
+            return self.conversations.num_left(row)
+        return self.config.max_new_tokens - len(row.tokens)
 
     def _rows(self) -> Rows:
         return self.slots.rows.first(len(self.open))
 
     def _upload(self) -> None:
-        """Copy to the device which rows are open, and their slots."""
+        """Copy to the device which rows go on, and their slots."""
         rows = self._rows()
-        done = [int(row is None) for row in self.open]
+        done = [int(row is None or row.has_ended) for row in self.open]
         state = send([done, [row.slot if row else 0 for row in self.open]], rows.slot)
         rows.done.copy_(state[0])
         rows.slot.copy_(state[1])
@@ -191,10 +221,14 @@ class GraphGenerator:
 
     def _start_segment(self) -> _Segment | None:
         """Start a few steps; None if every open row has all its steps already."""
-        rows, limit = self._rows(), self.config.max_new_tokens
-        left = [limit - row.num_started for row in self.open if row is not None]
+        rows = self._rows()
+        left = [
+            self._num_left(row) + len(row.tokens) - row.num_started
+            for row in self.open
+            if row is not None and not row.has_ended
+        ]
         count = min(STEPS, max(left, default=0))
-        if count == 0:
+        if count <= 0:  # a row may have more steps than it needs, beside one that goes on
             return None
         keys = [row.request.key if row else 0 for row in self.open]
         started = [row.num_started if row else 0 for row in self.open]
@@ -210,17 +244,17 @@ class GraphGenerator:
                 row.num_started += count
         states = rows.states[:, :count].clone() if self.record else None
         both = (rows.tokens[:, :count].double(), rows.logprobs[:, :count].double())
-        return _Segment(list(self.open), count, Fetched(torch.stack(both)), states)
+        turns = [len(row.inserted) if row else 0 for row in self.open]
+        return _Segment(list(self.open), turns, count, Fetched(torch.stack(both)), states)
 
     def _finish_segment(self, segment: _Segment) -> list[OpenRollout]:
-        """Append each row's tokens; rows that have ended free their slots."""
+        """Append each row's tokens; the completions that are finished."""
         tokens, logprobs = segment.sampled.tolist()
         self.num_transfers += 1
-        finished: list[OpenRollout] = []
-        for i, row in enumerate(segment.rows):
-            if row is None or row.has_ended:
+        for i, (row, turn) in enumerate(zip(segment.rows, segment.turns, strict=True)):
+            if row is None or row.has_ended or len(row.inserted) != turn:
                 continue
-            most = min(segment.count, self.config.max_new_tokens - len(row.tokens))
+            most = min(segment.count, self._num_left(row))
             new = [int(token) for token in tokens[i][:most]]
             end = next((n for n, token in enumerate(new, 1) if token in self.stops), most)
             check_finite(logprobs[i][:end], len(row.tokens))
@@ -228,16 +262,44 @@ class GraphGenerator:
             row.logprobs += logprobs[i][:end]
             if segment.states is not None:
                 row.hidden.append(segment.states[i, :end])
-            row.has_ended = new[end - 1] in self.stops or (
-                len(row.tokens) == self.config.max_new_tokens
-            )
-            if row.has_ended:
+            row.has_ended = new[end - 1] in self.stops or self._num_left(row) == 0
+        return self._end_turns()
+
+    def _end_turns(self) -> list[OpenRollout]:
+        """Rows that are finished, whose slots are free; the others go on with an answer."""
+        ended = [(i, row) for i, row in enumerate(self.open) if row is not None and row.has_ended]
+        answers: list[Ids | None] = [None] * len(ended)
+        if self.conversations is not None:
+            num_open = sum(row is not None for row in self.open)
+            if 8 * len(ended) < num_open:  # a pass is for several rows
+                return []
+            answers = self.conversations.answer([row for _, row in ended])
+        finished: list[OpenRollout] = []
+        extended: list[tuple[int, Following]] = []
+        for (i, row), ids in zip(ended, answers, strict=True):
+            if ids is None:
                 finished.append(row)
                 self.free_slots.append(row.slot)
-        if finished:
-            self.open = [None if row is None or row.has_ended else row for row in self.open]
+                self.open[i] = None
+                continue
+            # The id that ended the turn was not read: a step ends with it.
+            held = row.length - 1
+            extended.append((i, Following(row.slot, held, (row.tokens[-1], *ids))))
+            row.insert(ids)
+            row.num_started, row.has_ended = len(row.tokens), False
+        if extended:
+            self._extend(extended)
+        if ended:
             self._upload()
         return finished
+
+    def _extend(self, extended: Sequence[tuple[int, Following]]) -> None:
+        """Read what is inserted in these rows; they go on behind it."""
+        rows, following = self._rows(), [found for _, found in extended]
+        states = self.slots.extend(self.model, following, self.pad)
+        index, end = send([[i for i, _ in extended], [x.end for x in following]], rows.token)
+        rows.hidden[index] = states
+        rows.position[index] = end.int()
 
     def _give_back(self) -> None:
         """Free large caches, whose memory training needs."""
@@ -273,13 +335,14 @@ def graph_generator(
     config: SamplingConfig,
     batch_size: int,
     record: bool,
+    conversations: Conversations | None = None,
 ) -> GraphGenerator | None:
     """A generator for models on a CUDA device that `DecodeStep` covers; else None."""
     is_cuda = model.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     if not is_cuda or not is_covered(model):
         return None
     device = cuda_device(model.device)
-    return GraphGenerator(model, tokenizer, config, batch_size, record, device)
+    return GraphGenerator(model, tokenizer, config, batch_size, record, device, conversations)
 
 
 def warn_uncaptured(model: PreTrainedModel) -> None:

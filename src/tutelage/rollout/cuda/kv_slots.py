@@ -15,6 +15,7 @@ from tutelage.models.forward import Ids
 from tutelage.rollout.cuda.blocks import num_splits, num_vocab_blocks
 from tutelage.rollout.cuda.cuda_graph import Capture, CudaGraph, Graph
 from tutelage.rollout.cuda.decode_step import DecodeStep, sizes_of
+from tutelage.rollout.cuda.extend import Following, passes, read_behind
 from tutelage.rollout.cuda.operators import Operators, TokenSampling
 from tutelage.rollout.cuda.state import Sizes, Work, make_rows, make_work
 from tutelage.rollout.cuda.transfer import send
@@ -63,6 +64,7 @@ class KVSlots:
         self.num_slots, self.capacity = self.cache.shape[2], self.cache.shape[4]
         self.turn = _angles(model, self.capacity, sizes)
         self._graphs: dict[tuple[int, int, SamplingConfig, int, tuple[int, ...]], Graph] = {}
+        self._extends: bool | None = None
 
     def fits(self, model: PreTrainedModel, num_rows: int, capacity: int) -> bool:
         """Whether a batch of so many rows and columns can use these slots."""
@@ -126,16 +128,22 @@ class KVSlots:
             for kind, values in enumerate((layer.keys, layer.values)):
                 self.cache[i, kind][slot, :, :width] = values[source]
 
+    def extend(self, model: PreTrainedModel, following: Sequence[Following], pad: int) -> Tensor:
+        """Read ids behind what R slots hold, by the model's own forward; no id is read twice.
+
+        Returns:
+            The hidden states after each slot's last id `[R, D]`.
+        """
+        states = self.rows.hidden.new_empty(len(following), self.sizes.width)
+        with _attention(self.sizes.device):
+            for batch in passes(following):
+                index = send([i for i, _ in batch], self.rows.token)
+                states[index] = read_behind(model, self.cache, [part for _, part in batch], pad)
+        return states
+
     def matches_model(self, model: PreTrainedModel, prompt: Ids, pad: int) -> bool:
         """Whether a step gives the model's own hidden states, in two rows at once."""
-        num_ids = len(self.step.table)
-        length = _TRIAL + (self.step.window if self.step.window + _TRIAL <= self.capacity else 0)
-        # Different tokens: among equal ones, wrong positions and scales cancel out.
-        others = range(min(_TRIAL, num_ids))
-        ids = (tuple(dict.fromkeys((*prompt[:_TRIAL], *others))) * length)[:length]
-        own, read = self.prefill(model, [ids], pad)
-        self.copy_prompts(read, [0, 0], [0, 1])
-        lengths = [length - 1, length // 2]
+        ids, lengths, expected = self._trial(model, prompt, pad)
         rows = self.rows.first(2)
         rows.slot.copy_(torch.arange(2))
         rows.token.copy_(torch.tensor([ids[n] for n in lengths]))
@@ -144,8 +152,33 @@ class KVSlots:
         rows.column.zero_()
         self.step.feed(rows, self.work(2, 2, 1), self.cache, self.turn)
         rows.done.fill_(1)
-        expected = own[0, lengths].double()
-        error = (rows.hidden.double() - expected).norm() / expected.norm()
+        return self._is_close(rows.hidden, expected)
+
+    def extends_exactly(self, model: PreTrainedModel, prompt: Ids, pad: int) -> bool:
+        """Whether `extend` gives the model's own hidden states, in two rows at once."""
+        if self._extends is None:
+            ids, lengths, expected = self._trial(model, prompt, pad)
+            rows = [Following(i, n // 2, ids[n // 2 : n + 1]) for i, n in enumerate(lengths)]
+            self._extends = self._is_close(self.extend(model, rows, pad), expected)
+        return self._extends
+
+    def _trial(
+        self, model: PreTrainedModel, prompt: Ids, pad: int
+    ) -> tuple[Ids, list[int], Tensor]:
+        """Ids that the first two slots hold now, two places among them, and the states there."""
+        num_ids = len(self.step.table)
+        length = _TRIAL + (self.step.window if self.step.window + _TRIAL <= self.capacity else 0)
+        # Different tokens: among equal ones, wrong positions and scales cancel out.
+        others = range(min(_TRIAL, num_ids))
+        ids = (tuple(dict.fromkeys((*prompt[:_TRIAL], *others))) * length)[:length]
+        own, read = self.prefill(model, [ids], pad)
+        self.copy_prompts(read, [0, 0], [0, 1])
+        lengths = [length - 1, length // 2]
+        return ids, lengths, own[0, lengths]
+
+    def _is_close(self, hidden: Tensor, expected: Tensor) -> bool:
+        """Whether rounding explains how hidden states differ."""
+        error = (hidden.double() - expected.double()).norm() / expected.double().norm()
         eps = max(torch.finfo(dtype).eps for dtype in (self.sizes.dtype, torch.float32))
         return bool(error <= eps**0.5)
 
