@@ -75,6 +75,8 @@ FENCES = {
     "sympy": ("grading/_worker.py",),
     "matplotlib": ("report/",),
     "jinja2": ("report/", "models/chat_template.py"),
+    "verifiers": ("envs/verifiers_worker.py",),
+    "renderers": ("envs/verifiers_worker.py",),
     "httpx2": ("rollout/http_client.py",),
     "anyio": ("rollout/http_client.py",),
     "pydantic": ("config/", "setup/", "report/", "evaluation/server.py", "rollout/", "envs/"),
@@ -181,7 +183,7 @@ def forbidden_import(node: ast.Import | ast.ImportFrom) -> str:
 BROAD = {"Exception", "BaseException"}
 
 
-FOREIGN_CODE = ("envs/guard.py",)
+FOREIGN_CODE = ("envs/guard.py", "envs/verifiers_worker.py")
 """Where code that is not ours runs and may raise anything."""
 
 

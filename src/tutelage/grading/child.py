@@ -8,8 +8,9 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tutelage.errors import RunError
 
@@ -25,19 +26,30 @@ class Child:
     Args:
         program: Python file. It writes a line when it is ready and one for every line it reads. It
             gets this process's import path and none of its secrets.
+        python: Its interpreter; None for this process's.
+        variables: Its environment variables, instead of that path and what `PATH` and the like say.
+        errors: Where its standard error goes; None drops it.
     """
 
-    def __init__(self, program: Path) -> None:
-        kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
+    def __init__(
+        self,
+        program: Path,
+        python: str | None = None,
+        variables: Mapping[str, str] | None = None,
+        errors: IO[bytes] | None = None,
+    ) -> None:
+        if variables is None:
+            kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+            path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
+            variables = {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(program)],
+            [python or sys.executable, "-P", str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=errors or subprocess.DEVNULL,
             # A Ctrl-C at the terminal is the caller's to handle: an answer may still be asked for.
             process_group=0,
-            env={**kept, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            env={**variables, "PYTHONHASHSEED": "0"},
             bufsize=0,
         )
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -103,12 +115,19 @@ class Child:
                 return None
             self._received += chunk
         line, _, self._received = self._received.partition(b"\n")
-        reply = json.loads(line)
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            return None  # no JSON, so no reply
         return reply if isinstance(reply, dict) else None
 
-    def kill(self) -> None:
-        """End the process at once and collect it."""
+    def stop(self) -> None:
+        """End the process at once; who waits for a reply of it, in any thread, gets none."""
         self._process.kill()
         self._process.wait()
+
+    def kill(self) -> None:
+        """End the process at once and close its pipes."""
+        self.stop()
         self._stdin.close()
         self._stdout.close()

@@ -65,6 +65,8 @@ class RolloutRequest:
     """Called with the number of completions that have just been finished."""
     agent: Agent | None = None
     """Where a completion is a conversation; None where it is a single answer."""
+    prompt_ids: Sequence[Ids] | None = None
+    """Ids of each prompt, taken as they are; None encodes what the prompts say."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ def completion_requests(
     numbers = [(i, s) for i in range(len(prompts)) for s in range(num_samples)]
     keys = [_key(request.seed, prompts[i].id, first[i] + s) for i, s in numbers]
     if conversations is None:
-        encoded = [tuple(encode_prompt(tokenizer, prompt, enable_thinking)) for prompt in prompts]
+        encoded = request.prompt_ids
+        if encoded is None:
+            encoded = [tuple(encode_prompt(tokenizer, one, enable_thinking)) for one in prompts]
         ids = [encoded[i] for i, _ in numbers]
     else:
         ids = conversations.start([prompts[i] for i, _ in numbers], keys)

@@ -1,0 +1,227 @@
+"""An endpoint on this machine that environments of verifiers ask for the student's turns.
+
+It speaks the protocol of vLLM's ``/inference/v1/generate``: ids in, ids with log-probabilities
+out, so that no turn is ever tokenized again.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tutelage.config.sampling import SamplingConfig
+
+_HEADER = "X-Session-ID"
+"""Names the trace that a request belongs to."""
+_PATH = "/inference/v1/generate"
+_MAX_BYTES = 64 * 2**20
+"""Size of a request; one with a million ids has 8 MiB."""
+_STATED = ("temperature", "top_p", "top_k")
+"""Settings of a request that have to be the run's."""
+_IGNORED = ("logprobs", "skip_special_tokens", "routed_experts_prompt_start")
+"""Settings that change no token."""
+
+
+class _Request(BaseModel):
+    """The body of a request; anything else it may hold, such as images, is refused."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model: str
+    token_ids: list[int] = Field(min_length=1)
+    sampling_params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was sampled for a request."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    is_cut: bool
+    """The last id is no stop token."""
+
+
+@dataclass
+class Asked:
+    """A request that waits for an answer."""
+
+    session: str
+    """The trace that it belongs to."""
+    ids: tuple[int, ...]
+    max_tokens: int
+    """Most tokens that it asks for; 0 states no number."""
+    _answered: threading.Event = field(default_factory=threading.Event)
+    _answer: Turn | str = "the endpoint is closed"
+
+    def answer(self, answer: Turn | str) -> None:
+        """Answer with what was sampled, or with the reason why nothing is."""
+        self._answer = answer
+        self._answered.set()
+
+    def wait(self) -> Turn | str:
+        """The answer, when there is one."""
+        self._answered.wait()
+        return self._answer
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that no answer can be given to."""
+
+    reason: str
+
+
+class Endpoint:
+    """Takes requests on 127.0.0.1 and puts them into a queue; somebody else answers them.
+
+    Args:
+        key: what a request has to show.
+        stops: ids that end a turn of the student.
+    """
+
+    def __init__(self, key: str, stops: frozenset[int]) -> None:
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Requests (`Asked`) and refusals (`Refused`); others may add what they have."""
+        self.sampling = SamplingConfig()
+        """Settings that a request must not change."""
+        self._key, self._stops = key, stops
+        self._waiting: dict[int, Asked] = {}
+        self._is_closed = False
+        self._lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"endpoint": self})
+        self._server = _Server(("127.0.0.1", 0), handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.daemon = True
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """Its address, without a path."""
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Take no more requests, and answer those that wait."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        with self._lock:
+            self._is_closed = True
+            waiting = list(self._waiting.values())
+        for asked in waiting:
+            asked.answer("the endpoint is closed")
+
+    def may_ask(self, authorization: str | None) -> bool:
+        """Whether a request shows the key."""
+        shown = (authorization or "").removeprefix("Bearer ")
+        return hmac.compare_digest(shown.encode(), self._key.encode())
+
+    def reply(self, session: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Status and body of the reply to a request, when it has been answered."""
+        try:
+            asked = self._accepted(session, body)
+        except _Unusable as error:
+            self.events.put(Refused(str(error)))
+            return 400, _error(str(error))
+        with self._lock:
+            if self._is_closed:
+                return 400, _error("the endpoint is closed")
+            self._waiting[id(asked)] = asked
+        self.events.put(asked)
+        answer = asked.wait()
+        with self._lock:
+            del self._waiting[id(asked)]
+        return (400, _error(answer)) if isinstance(answer, str) else (200, _generated(answer))
+
+    def _accepted(self, session: str | None, body: bytes) -> Asked:
+        if not session:
+            raise _Unusable(f"a request without the header {_HEADER}")
+        try:
+            request = _Request.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise _Unusable(f"a request that cannot be used: {where}: {first['msg']}") from None
+        return Asked(session, tuple(request.token_ids), self._most(request.sampling_params))
+
+    def _most(self, stated: dict[str, Any]) -> int:
+        """The most tokens that a request wants, if it changes nothing else."""
+        for key, value in stated.items():
+            if key in _STATED:
+                used = getattr(self.sampling, key)
+                is_fine = value == used
+            elif key == "stop_token_ids":
+                used, is_fine = sorted(self._stops), set(value) <= self._stops
+            else:
+                used, is_fine = "nothing", key in (*_IGNORED, "max_tokens")
+            if not is_fine:
+                raise _Unusable(f"a request with {key} = {value!r}, where the run has {used!r}")
+        most = stated.get("max_tokens", 0)
+        if not isinstance(most, int) or most < 0:
+            raise _Unusable(f"a request with max_tokens = {most!r}")
+        return most
+
+
+class _Unusable(Exception):
+    """A request that no answer can be given to."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+
+
+class _Handler(BaseHTTPRequestHandler):
+    endpoint: ClassVar[Endpoint]
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def do_POST(self) -> None:
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal() or int(size) > _MAX_BYTES:
+            self.close_connection = True
+            return self._send(413, _error(f"a request of {size or 'unknown'} bytes"))
+        body = self.rfile.read(int(size))
+        if not self.endpoint.may_ask(self.headers.get("Authorization")):
+            return self._send(401, _error("no key"))
+        if self.path != _PATH:
+            return self._send(404, _error(f"no such path, only {_PATH}"))
+        return self._send(*self.endpoint.reply(self.headers.get(_HEADER), body))
+
+    def do_GET(self) -> None:
+        self._send(404, _error(f"no such path, only {_PATH}"))
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not logged."""
+
+    def _send(self, status: int, value: dict[str, Any]) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _error(reason: str) -> dict[str, Any]:
+    return {"error": {"message": reason, "type": "invalid_request_error"}}
+
+
+def _generated(turn: Turn) -> dict[str, Any]:
+    pairs = zip(turn.ids, turn.logprobs, strict=True)
+    logprobs = [{"token": f"token_id:{token}", "logprob": x} for token, x in pairs]
+    choice = {
+        "index": 0,
+        "token_ids": list(turn.ids),
+        "finish_reason": "length" if turn.is_cut else "stop",
+        "logprobs": {"content": logprobs},
+    }
+    return {"request_id": "", "choices": [choice]}

@@ -1,0 +1,306 @@
+"""Conversations that an environment of verifiers leads with the student."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import tempfile
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config.verifiers import VerifiersData
+from tutelage.data.types import Prompt, Rollout
+from tutelage.envs.verifiers import Began, TracedRollout, Worker, order
+from tutelage.errors import RunError, TutelageError
+from tutelage.models.tokenizers import save_tokenizer
+from tutelage.rollout.request import RolloutRequest, earlier_samples
+from tutelage.rollout.sampler import Sampler
+from tutelage.rollout.verifiers_endpoint import Asked, Endpoint, Refused, Turn
+from tutelage.rollout.verifiers_traces import Sampled, to_rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GRACE_S = 0.25
+"""Seconds that requests wait for those of the other open rollouts, to be sampled together."""
+
+
+@dataclass
+class _Open:
+    """A rollout under way."""
+
+    prompt: Prompt
+    sample: int
+    """Index among the samples of the prompt in this request."""
+    number: int
+    """Index among all samples of the prompt under this seed."""
+    asked: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """How often it asked for a continuation of the same ids."""
+    turns: list[Rollout] = field(default_factory=list)
+    is_cut: bool = False
+    traced: TracedRollout | None = None
+
+
+class VerifiersSampler:
+    """Samples the turns of conversations that verifiers leads in a process of its own.
+
+    The process asks an endpoint on this machine, which samples every turn with `inner`. A turn's
+    tokens depend on the request's seed, the task, the sample and the ids before it, and neither on
+    when it is asked for nor on what is sampled beside it.
+
+    Args:
+        inner: samples from given ids.
+        worker: runs the environment.
+        tokenizer: the student's, which verifiers renders messages with.
+        student: its name, by which verifiers may know how its messages are rendered.
+        stops: ids that end a turn.
+        data: limits and settings.
+    """
+
+    def __init__(
+        self,
+        inner: Sampler,
+        worker: Worker,
+        tokenizer: PreTrainedTokenizerBase,
+        student: str,
+        stops: frozenset[int],
+        data: VerifiersData,
+    ) -> None:
+        self.has_own_weights = inner.has_own_weights
+        self.inner, self.worker, self.data = inner, worker, data
+        self._tokenizer, self._student, self._stops = tokenizer, student, stops
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._endpoint: Endpoint | None = None
+
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
+        """One conversation for each sample of each prompt, or an error and none.
+
+        Raises:
+            RunError: the worker or one of the rollouts failed.
+        """
+        endpoint = self._started(request)
+        rollouts = _opened(request)
+        prompts = [rollout.prompt for rollout in rollouts.values()]
+        work = order(list(rollouts), prompts, self._settings(endpoint, request))
+        told = (self.worker, work, endpoint.events.put)
+        pump = threading.Thread(target=_pump, args=told, name="verifiers")
+        pump.start()
+        try:
+            _Step(self, request, endpoint, rollouts).run()
+        except BaseException:
+            self.worker.stop()
+            self._close_endpoint()
+            raise
+        finally:
+            pump.join()
+        return [self._rollout(rollout) for rollout in rollouts.values()]
+
+    def close(self) -> None:
+        """End the worker and the endpoint, and release the engine's memory."""
+        self.worker.close()
+        self._close_endpoint()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+        self.inner.close()
+
+    def _close_endpoint(self) -> None:
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            endpoint.close()
+
+    def _started(self, request: RolloutRequest) -> Endpoint:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tutelage-")
+            save_tokenizer(self._tokenizer, Path(self._folder.name))
+        if self._endpoint is None:
+            self._endpoint = Endpoint(self.worker.key, self._stops)
+        self._endpoint.sampling = request.sampling
+        return self._endpoint
+
+    def _settings(self, endpoint: Endpoint, request: RolloutRequest) -> dict[str, Any]:
+        return {
+            "url": endpoint.url,
+            "tokenizer": "" if self._folder is None else self._folder.name,
+            "student": self._student,
+            "renderer": self.data.renderer,
+            "enable_thinking": self.data.enable_thinking,
+            "max_output_tokens": request.sampling.max_new_tokens,
+            "num_concurrent": self.data.num_concurrent,
+        }
+
+    def _rollout(self, rollout: _Open) -> Rollout:
+        if rollout.traced is None:
+            raise RunError(
+                f"the worker of verifiers gave no trace of task {rollout.prompt.id}. Nothing of "
+                "this step was kept; run the command again to continue."
+            )
+        sampled, reward = Sampled(rollout.turns, rollout.is_cut), self.data.success_reward
+        prompt, sample = rollout.prompt, rollout.sample
+        return to_rollout(self._tokenizer, prompt, sample, rollout.traced, sampled, reward)
+
+
+def _opened(request: RolloutRequest) -> dict[str, _Open]:
+    """All samples of the first prompt, then those of the second, by their names."""
+    prompts, num_samples = request.prompts, request.sampling.num_samples
+    first = request.first_sample
+    if first is None:
+        first = earlier_samples(prompts, num_samples)
+    return {
+        f"{i}-{s}": _Open(prompts[i], s, first[i] + s)
+        for i in range(len(prompts))
+        for s in range(num_samples)
+    }
+
+
+def _pump(worker: Worker, work: dict[str, Any], put: Callable[[Any], None]) -> None:
+    """Hand on what the worker says, its failure included; then None."""
+    try:
+        for said in worker.run(work):
+            put(said)
+        put(None)
+    except TutelageError as error:
+        put(error)
+    except (OSError, ValueError) as error:
+        put(RunError(f"the worker of verifiers cannot be read: {error}. Run the command again."))
+
+
+class _Step:
+    """The rollouts of one request, from the first turn to the last trace."""
+
+    def __init__(
+        self,
+        sampler: VerifiersSampler,
+        request: RolloutRequest,
+        endpoint: Endpoint,
+        rollouts: dict[str, _Open],
+    ) -> None:
+        self.sampler, self.request = sampler, request
+        self.endpoint, self.rollouts = endpoint, rollouts
+        self.data = sampler.data
+        self.names: dict[str, str] = {}
+        """Rollouts by the sessions of their traces."""
+        self.first: dict[str, int] = {}
+        """Ids of the first request of every session: its prompt."""
+        self.used: Counter[str] = Counter()
+        """Tokens sampled so far in every session."""
+        self.unknown: list[Asked] = []
+        """Requests of sessions that the worker has not yet told of."""
+        self.is_done = False
+
+    def run(self) -> None:
+        """Answer requests until the worker has told of every rollout.
+
+        Raises:
+            RunError: it failed, fell silent, or asked for what cannot be sampled.
+        """
+        while True:
+            asked = self._gathered()
+            if self.is_done:
+                return
+            self._answer(asked)
+
+    @property
+    def _num_open(self) -> int:
+        left = sum(rollout.traced is None for rollout in self.rollouts.values())
+        return min(left, self.data.num_concurrent)
+
+    def _gathered(self) -> list[Asked]:
+        """Requests that are sampled together: of all open rollouts, or of those that came."""
+        asked: list[Asked] = []
+        while not self.is_done and (not asked or len(asked) < self._num_open):
+            try:
+                event = self.endpoint.events.get(timeout=_GRACE_S if asked else self.data.timeout_s)
+            except queue.Empty:
+                if asked:
+                    break
+                raise RunError(
+                    f"data.environment {self.data.environment!r} asked for no turn and ended no "
+                    f"rollout within {self.data.timeout_s:g} s. Nothing of this step was kept. "
+                    "Raise data.timeout_s if it needs longer, or check the environment."
+                ) from None
+            asked += self._noted(event)
+        return asked
+
+    def _noted(self, event: Any) -> list[Asked]:
+        """Note what happened; the requests that can be answered now."""
+        if isinstance(event, TutelageError):
+            raise event
+        if isinstance(event, Refused):
+            raise RunError(
+                f"data.environment {self.data.environment!r} made {event.reason}. Nothing of this "
+                "step was kept. Leave sampling to [sampling], and see data.renderer."
+            )
+        if isinstance(event, Asked):
+            if event.session in self.names:
+                return [event]
+            self.unknown.append(event)
+        elif isinstance(event, Began):
+            self._rollout(event.name)
+            self.names[event.session] = event.name
+            known = [asked for asked in self.unknown if asked.session == event.session]
+            self.unknown = [asked for asked in self.unknown if asked not in known]
+            return known
+        elif isinstance(event, TracedRollout):
+            self._rollout(event.name).traced = event
+            if self.request.progress is not None:
+                self.request.progress(1)
+        else:
+            self.is_done = True
+        return []
+
+    def _rollout(self, name: str) -> _Open:
+        if name not in self.rollouts:
+            raise RunError(
+                f"the worker of verifiers told of a rollout {name[:40]!r} that was not ordered. "
+                "Nothing of this step was kept; run the command again to continue."
+            )
+        return self.rollouts[name]
+
+    def _answer(self, asked: Sequence[Asked]) -> None:
+        """Sample a turn for each request that has tokens left."""
+        by_limit: dict[int, list[Asked]] = defaultdict(list)
+        for one in sorted(asked, key=lambda one: (self.names[one.session], one.ids)):
+            most = self._num_left(one)
+            if most > 0:
+                by_limit[most].append(one)
+            else:
+                self.rollouts[self.names[one.session]].is_cut = True
+                one.answer("a limit of the conversation's tokens is reached")
+        for most, group in sorted(by_limit.items()):
+            for one, turn in zip(group, self._sampled(group, most), strict=True):
+                self.used[one.session] += len(turn.completion_ids)
+                self.rollouts[self.names[one.session]].turns.append(turn)
+                one.answer(Turn(turn.completion_ids, turn.logprobs, turn.is_truncated))
+
+    def _num_left(self, one: Asked) -> int:
+        """Most tokens of a turn; 0 or less where the conversation has reached a limit."""
+        first = self.first.setdefault(one.session, len(one.ids))
+        inserted = len(one.ids) - first - self.used[one.session]
+        if inserted > self.data.max_inserted_tokens:
+            return 0
+        left = self.request.sampling.max_new_tokens - self.used[one.session]
+        return min(n for n in (left, self.data.max_turn_tokens or left, one.max_tokens or left))
+
+    def _sampled(self, group: Sequence[Asked], most: int) -> list[Rollout]:
+        request = RolloutRequest(
+            [Prompt(self._key(one), "") for one in group],
+            replace(self.request.sampling, num_samples=1, max_new_tokens=most),
+            self.request.seed,
+            [0] * len(group),
+            self.request.record_hidden,
+            prompt_ids=[one.ids for one in group],
+        )
+        return self.sampler.inner.sample(request)
+
+    def _key(self, one: Asked) -> str:
+        """Names the random numbers of a turn, together with the seed."""
+        rollout = self.rollouts[self.names[one.session]]
+        times = rollout.asked[one.ids]
+        rollout.asked[one.ids] += 1
+        digest = hashlib.blake2b(repr(one.ids).encode(), digest_size=16).hexdigest()
+        return f"{rollout.prompt.id} {rollout.number} {digest} {times}"

@@ -1,0 +1,258 @@
+"""Rollouts of environments of verifiers: what was sampled is what is trained on, or nothing is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import compress, groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fake_verifiers
+from tutelage.config.sampling import SamplingConfig
+from tutelage.config.verifiers import VerifiersData
+from tutelage.data.batch import collate
+from tutelage.data.types import Rollout
+from tutelage.envs import verifiers
+from tutelage.envs.verifiers import Loading, VerifiersTask, Worker
+from tutelage.errors import ConfigError, RunError, TutelageError
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.tokenizers import stop_ids
+from tutelage.rollout.request import RolloutRequest
+from tutelage.rollout.sampler import TransformersSampler
+from tutelage.rollout.verifiers_sampler import VerifiersSampler
+
+SAMPLING = SamplingConfig(max_new_tokens=18, num_samples=2)
+Make = Callable[..., VerifiersSampler]
+
+
+class Logging(TransformersSampler):
+    """Keeps what it sampled."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(model, tokenizer)
+        self.sampled: list[Rollout] = []
+        self.sizes: list[int] = []
+
+    def sample(self, request: RolloutRequest) -> list[Rollout]:
+        found = super().sample(request)
+        self.sampled += found
+        self.sizes.append(len(found))
+        return found
+
+
+@pytest.fixture
+def make(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    monkeypatch.setattr(verifiers, "_PROGRAM", Path(fake_verifiers.__file__))
+    folder = str(tiny_models / "student")
+    model, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
+    made = []
+
+    def maker(environment: str = "fine", **settings: Any) -> VerifiersSampler:
+        data = VerifiersData(environment=environment, **{"max_turn_tokens": 6, **settings})
+        worker = Worker(Loading(environment, data.arguments, None, 3, 0, data.timeout_s))
+        inner, stops = Logging(model, tokenizer), stop_ids(model, tokenizer)
+        made.append(VerifiersSampler(inner, worker, tokenizer, "tiny", stops, data))
+        return made[-1]
+
+    yield maker
+    for sampler in made:
+        sampler.close()
+
+
+def request(sampler: VerifiersSampler, **changes: Any) -> RolloutRequest:
+    task = VerifiersTask("fake", sampler.worker, 2)
+    return replace(RolloutRequest(task.prompts(0, 3, 0), SAMPLING, (0, 1)), **changes)
+
+
+def test_ids_and_mask_are_those_that_were_sampled(make: Make) -> None:
+    sampler = make()
+    rollouts = sampler.sample(request(sampler, record_hidden=True))
+    assert [(r.prompt.id, r.sample) for r in rollouts] == [
+        (p.id, s) for p in request(sampler).prompts for s in range(2)
+    ]
+    assert isinstance(sampler.inner, Logging)
+    sampled = {(t.prompt_ids, t.completion_ids): t.logprobs for t in sampler.inner.sampled}
+    assert len(sampled) == 3 * len(rollouts)
+    for rollout in rollouts:
+        assert rollout.prompt_ids == tuple(fake_verifiers.prompt_ids(int(rollout.prompt.id)))
+        found = [sampled.pop(turn) for turn in turns_of(rollout)]
+        assert rollout.logprobs == tuple(x for logprobs in found for x in logprobs)
+        inserted = [not is_ours for is_ours in rollout.is_generated]
+        assert list(compress(rollout.completion_ids, inserted)) == 2 * fake_verifiers.BETWEEN
+        assert rollout.hidden is not None
+        assert len(rollout.hidden) == len(rollout.generated_ids)
+    rows = [id for rollout in rollouts for id in rollout.generated_ids]
+    assert collate(rollouts, 0).tokens.tolist() == rows
+    assert not sampled
+
+
+def turns_of(rollout: Rollout) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The ids before each run of generated ids, and that run."""
+    ids, turns = rollout.prompt_ids, []
+    pairs = zip(rollout.completion_ids, rollout.is_generated, strict=True)
+    for is_ours, run in groupby(pairs, itemgetter(1)):
+        tokens = tuple(token for token, _ in run)
+        if is_ours:
+            turns.append((ids, tokens))
+        ids += tokens
+    return turns
+
+
+def test_a_conversation_has_its_turns_and_its_score(make: Make) -> None:
+    sampler = make(success_reward=2.0, arguments={"reward": 2.0})
+    rollout = sampler.sample(request(sampler))[0]
+    found = rollout.conversation
+    assert found is not None
+    roles = ["assistant", "tool", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in found.messages] == roles
+    assert found.messages[-1]["content"] == rollout.text
+    assert (found.num_turns, found.num_tool_calls, found.num_tool_errors) == (3, 3, 1)
+    assert (found.outcome.score, found.outcome.is_success) == (2.0, True)
+    assert found.outcome.details == {"num_calls": 2.0, "is_right": 1.0, "stop": "agent_completed"}
+    sampler = make(success_reward=2.1, arguments={"reward": 2.0})
+    other = sampler.sample(request(sampler))[0].conversation
+    assert other is not None
+    assert not other.outcome.is_success
+
+
+def test_tokens_do_not_depend_on_when_they_are_asked_for(make: Make) -> None:
+    """Nor on the other rollouts, nor on a worker that tells late of a trace."""
+    first = make()
+    wanted = first.sample(request(first))
+    assert len({rollout.completion_ids for rollout in wanted}) > 3
+    assert isinstance(first.inner, Logging)
+    assert first.inner.sizes == [6, 6, 6]  # all that wait are sampled together
+    delays = {"0-0": 0.5, "1-1": 0.6, "2-0": 0.4}
+    for sampler in (make(arguments={"delays": delays}), make("late"), make(num_concurrent=1)):
+        assert ids_of(sampler.sample(request(sampler))) == ids_of(wanted)
+    alone = make()
+    asked = request(alone)
+    asked = replace(asked, prompts=asked.prompts[1:2])
+    assert ids_of(alone.sample(asked)) == ids_of(wanted[2:4])
+
+
+def test_seed_and_sample_decide_the_tokens(make: Make) -> None:
+    sampler = make()
+    wanted = ids_of(sampler.sample(request(sampler)))
+    assert ids_of(sampler.sample(request(sampler))) == wanted
+    other = ids_of(sampler.sample(request(sampler, seed=(0, 2))))
+    assert all(a != b for a, b in zip(other, wanted, strict=True))
+    one = SamplingConfig(max_new_tokens=18, num_samples=1)
+    second = sampler.sample(request(sampler, sampling=one, first_sample=[1, 1, 1]))
+    assert ids_of(second) == wanted[1::2]
+
+
+def ids_of(rollouts: list[Rollout]) -> list[tuple[int, ...]]:
+    return [rollout.prompt_ids + rollout.completion_ids for rollout in rollouts]
+
+
+def test_limits_of_tokens_cut_a_conversation_off(make: Make) -> None:
+    long = {"arguments": {"num_turns": 50}}
+    whole = make(**long)
+    for rollout in whole.sample(request(whole)):
+        assert len(rollout.generated_ids) == SAMPLING.max_new_tokens
+        assert rollout.is_truncated
+        assert rollout.is_generated[-1]
+    narrow = make(max_inserted_tokens=3, **long)
+    for rollout in narrow.sample(request(narrow)):
+        assert rollout.is_generated.count(False) == 3
+        assert rollout.is_truncated
+        assert rollout.conversation is not None
+        assert rollout.conversation.num_turns == 2
+
+
+def test_greedy_samples_are_the_same(make: Make) -> None:
+    sampler = make()
+    greedy = replace(SAMPLING, temperature=0.0)
+    ids = ids_of(sampler.sample(request(sampler, sampling=greedy)))
+    assert ids[::2] == ids[1::2]
+
+
+def test_progress_is_told_of_each_rollout(make: Make) -> None:
+    sampler, told = make(), []
+    sampler.sample(request(sampler, progress=told.append))
+    assert told == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ("dies", "ended or did not answer: no more memory"),
+        ("hangs", "asked for no turn and ended no rollout within 0.2 s"),
+        ("no_json", "ended or did not answer"),
+        ("other_fields", "a reply that cannot be used: rollout.error: Field required"),
+        ("unordered", "told of a rollout '7-7' that was not ordered"),
+        ("says_error", "failed: ValueError: no such task"),
+        ("forgets", "gave no trace of task"),
+        ("error", "failed: TaskError: no such sum"),
+        ("two_branches", "has 2 branches: its history was rewritten between turns"),
+        ("two_traces", "has 2 traces of agents that are trained"),
+        ("no_trace", "has 0 traces"),
+        ("other_ids", "has other ids than were sampled"),
+        ("inserted_is_sampled", "has other ids than were sampled"),
+        ("sampled_is_inserted", "has other ids than were sampled"),
+        ("short_mask", "has other ids than were sampled"),
+        ("other_logprobs", "has other log-probabilities than were sampled"),
+        ("no_ids", "has no token that was sampled"),
+        ("other_temperature", "a request with temperature = 0.25, where the run has 1.0"),
+    ],
+)
+def test_what_cannot_be_trained_on_fails_the_step(make: Make, environment: str, part: str) -> None:
+    timeout = {"timeout_s": 0.2} if environment == "hangs" else {}
+    sampler = make(environment, **timeout)
+    asked = request(sampler)
+    with pytest.raises(RunError) as error:
+        sampler.sample(asked)
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+    names = [thread.name for thread in threading.enumerate() if thread.name == "verifiers"]
+    assert names == []
+
+
+def test_after_a_failure_the_next_step_starts_a_worker(make: Make) -> None:
+    sampler, good = make("dies"), make()
+    with pytest.raises(RunError):
+        sampler.sample(request(sampler))
+    sampler.worker.loading = good.worker.loading
+    assert ids_of(sampler.sample(request(good))) == ids_of(good.sample(request(good)))
+
+
+def test_an_environment_that_is_not_there_is_one_line(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"'unknown' failed: ModuleNotFoundError: taskset 'unk"):
+        request(make("unknown"))
+
+
+def test_a_worker_without_verifiers_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "worker.py"
+    program.write_text("import no_such_library")
+    monkeypatch.setattr(verifiers, "_PROGRAM", program)
+    with pytest.raises(ConfigError, match="does not run verifiers: ModuleNotFoundError: No module"):
+        Worker(Loading("x", {}, None, 3, 0, 60.0)).tasks()
+    with pytest.raises(ConfigError, match="'no/python' is no program"):
+        Worker(Loading("x", {}, "no/python", 3, 0, 60.0)).tasks()
+
+
+def test_the_worker_gets_no_key_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "worker.py"
+    program.write_text("import os, sys; sys.exit(' '.join(sorted(os.environ)))")
+    monkeypatch.setattr(verifiers, "_PROGRAM", program)
+    monkeypatch.setenv("TUTELAGE_API_KEY", "secret")
+    monkeypatch.setenv("VARIABLE_OF_THE_USER", "x")
+    with pytest.raises(TutelageError) as error:
+        Worker(Loading("x", {}, None, 3, 0, 60.0)).tasks()
+    assert "TUTELAGE_API_KEY" not in str(error.value)
+
+
+def test_held_out_tasks_are_never_trained_on(make: Make) -> None:
+    task = VerifiersTask("fake", make(arguments={"num_tasks": 700}).worker, 5)
+    held_out = {prompt.id for prompt in task.held_out(5)}
+    trained = {prompt.id for step in range(4) for prompt in task.prompts(step, 200, 0)}
+    assert held_out | trained == {str(i) for i in range(700)}
+    assert not held_out & trained
