@@ -161,7 +161,7 @@ def main() -> None:
             send({"num_tasks": arguments.get("num_tasks", 5), "version": "0"})
         elif kind == "tasks":
             span = range(values["start"], min(values["stop"], arguments.get("num_tasks", 5)))
-            send({"tasks": [{"messages": [{"role": "user", "content": f"{i}"}]} for i in span]})
+            send({"tasks": [f"{i}+{i}=" for i in span]})
         else:
             run(fault, arguments, values)
 

@@ -24,7 +24,7 @@ from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tokenizers import stop_ids
 from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
-from tutelage.rollout.verifiers_sampler import VerifiersSampler
+from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersService
 
 SAMPLING = SamplingConfig(max_new_tokens=18, num_samples=2)
 Make = Callable[..., VerifiersSampler]
@@ -56,7 +56,8 @@ def make(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         data = VerifiersData(environment=environment, **{"max_turn_tokens": 6, **settings})
         worker = Worker(Loading(environment, data.arguments, None, 3, 0, data.timeout_s))
         inner, stops = Logging(model, tokenizer), stop_ids(model, tokenizer)
-        made.append(VerifiersSampler(inner, worker, tokenizer, "tiny", stops, data))
+        service = VerifiersService(worker, tokenizer, "tiny", stops, data)
+        made.append(VerifiersSampler(inner, service, is_owner=True))
         return made[-1]
 
     yield maker
@@ -65,7 +66,7 @@ def make(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
 
 def request(sampler: VerifiersSampler, **changes: Any) -> RolloutRequest:
-    task = VerifiersTask("fake", sampler.worker, 2)
+    task = VerifiersTask("fake", sampler.service.worker, 2)
     return replace(RolloutRequest(task.prompts(0, 3, 0), SAMPLING, (0, 1)), **changes)
 
 
@@ -205,7 +206,7 @@ def test_progress_is_told_of_each_rollout(make: Make) -> None:
 def test_what_cannot_be_trained_on_fails_the_step(make: Make, environment: str, part: str) -> None:
     timeout = {"timeout_s": 0.2} if environment == "hangs" else {}
     sampler = make(environment, **timeout)
-    asked = request(sampler)
+    asked = request(sampler, sampling=replace(SAMPLING, num_samples=1))
     with pytest.raises(RunError) as error:
         sampler.sample(asked)
     assert part in str(error.value)
@@ -218,7 +219,7 @@ def test_after_a_failure_the_next_step_starts_a_worker(make: Make) -> None:
     sampler, good = make("dies"), make()
     with pytest.raises(RunError):
         sampler.sample(request(sampler))
-    sampler.worker.loading = good.worker.loading
+    sampler.service.worker.loading = good.service.worker.loading
     assert ids_of(sampler.sample(request(good))) == ids_of(good.sample(request(good)))
 
 
@@ -251,7 +252,7 @@ def test_the_worker_gets_no_key_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_held_out_tasks_are_never_trained_on(make: Make) -> None:
-    task = VerifiersTask("fake", make(arguments={"num_tasks": 700}).worker, 5)
+    task = VerifiersTask("fake", make(arguments={"num_tasks": 700}).service.worker, 5)
     held_out = {prompt.id for prompt in task.held_out(5)}
     trained = {prompt.id for step in range(4) for prompt in task.prompts(step, 200, 0)}
     assert held_out | trained == {str(i) for i in range(700)}

@@ -30,6 +30,7 @@ from tutelage.config.sampling import (
     TransformersEngine,
     require_filters,
 )
+from tutelage.config.verifiers import VerifiersData
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class FileData:
 
 
 DataConfig: TypeAlias = Annotated[
-    LedgerData | FileData | LedgerToolsData | ShoppingData | TravelData, Field(discriminator="kind")
+    LedgerData | FileData | LedgerToolsData | ShoppingData | TravelData | VerifiersData,
+    Field(discriminator="kind"),
 ]
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +98,8 @@ class _Begun(_Strict):
     began: Began
 
 
-class _Listed(_Strict):
-    messages: list[dict[str, str]]
-
-
 class _Tasks(_Strict):
-    tasks: list[_Listed]
+    tasks: list[str]
 
 
 @dataclass(frozen=True)
@@ -132,14 +129,14 @@ class Worker:
         self._process: _Process | None = None
         self._num_tasks = 0
 
-    def tasks(self) -> list[tuple[dict[str, str], ...]]:
-        """The messages that open each task, as far as the environment states them.
+    def tasks(self) -> list[str]:
+        """The text that opens each task, as far as the environment states it.
 
         Raises:
             ConfigError: the environment cannot be loaded.
         """
         process = self._started()
-        found: list[tuple[dict[str, str], ...]] = []
+        found: list[str] = []
         while len(found) < self._num_tasks:
             span = {"start": len(found), "stop": len(found) + _LISTED}
             tasks = _parsed(process.ask({"tasks": span}), _Tasks).tasks
@@ -148,7 +145,7 @@ class Worker:
                     f"data.environment {self.loading.environment!r} listed {len(found)} of its "
                     f"{self._num_tasks} tasks. Check its taskset."
                 )
-            found += [tuple(task.messages) for task in tasks]
+            found += tasks
         return found
 
     def run(self, order: dict[str, Any]) -> Iterator[Began | TracedRollout]:
@@ -180,6 +177,7 @@ class Worker:
     def _started(self) -> _Process:
         if self._process is None or not self._process.is_alive:
             self._process = _Process(self.loading, self.key)
+            weakref.finalize(self, self._process.kill)  # also where a run ends before its time
             reply = self._process.ask({"open": self._opening()}, ConfigError)
             self._num_tasks = _parsed(reply, _Opened).num_tasks
         return self._process
@@ -295,27 +293,32 @@ def _parsed(reply: dict[str, Any], schema: type[Any]) -> Any:
 class VerifiersTask:
     """The tasks of an environment: shuffled epochs for training, a fixed held-out part.
 
-    A prompt holds the messages that open a task, for logs; the ids that the model gets are the
+    A prompt has the text that opens a task, for logs; the ids that the model gets are the
     environment's. Its id is the number of the task in the environment.
     """
 
     def __init__(self, name: str, worker: Worker, num_held_out: int) -> None:
         self.name = name
         self.worker = worker
-        prompts = [Prompt(str(i), messages) for i, messages in enumerate(worker.tasks())]
-        self._examples = FileTask(name, tuple(prompts), num_held_out=num_held_out)
+        texts = enumerate(worker.tasks())
+        self._prompts = [Prompt(str(i), text or f"task {i}") for i, text in texts]
+        numbers = tuple(Prompt(prompt.id, prompt.id) for prompt in self._prompts)
+        self._order = FileTask(name, numbers, num_held_out=num_held_out)
 
     def prompts(self, step: int, num_prompts: int, seed: int) -> list[Prompt]:
         """Training tasks of one step."""
-        return self._examples.prompts(step, num_prompts, seed)
+        return self._named(self._order.prompts(step, num_prompts, seed))
 
     def held_out(self, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """Held-out tasks, which training never gives."""
-        return self._examples.held_out(num_prompts, seed)
+        return self._named(self._order.held_out(num_prompts, seed))
 
     def grade(self, prompt: Prompt, text: str, is_truncated: bool = False) -> bool | None:
         """None: the environment scores conversations, and a text alone cannot be graded."""
         return None
+
+    def _named(self, numbers: Sequence[Prompt]) -> list[Prompt]:
+        return [self._prompts[int(number.id)] for number in numbers]
 
 
 def order(

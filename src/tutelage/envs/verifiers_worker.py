@@ -4,7 +4,7 @@ It runs under an interpreter that has verifiers, which need not have this packag
 nothing of it. It reads one JSON object a line from its standard input and answers in JSON lines:
 
     {"open": {...}}      -> {"num_tasks": n, "version": v}
-    {"tasks": {...}}     -> {"tasks": [{"id": ..., "messages": [...]}, ...]}
+    {"tasks": {...}}     -> {"tasks": [text, ...]}
     {"rollouts": {...}}  -> {"began": {...}} for each trace, {"rollout": {...}} for each rollout, as
                             they begin and end, then {"num_rollouts": n}
 
@@ -66,7 +66,7 @@ class Worker:
 
     def list_tasks(self, start: int, stop: int) -> dict[str, Any]:
         """What is known of tasks before they run."""
-        return {"tasks": [_described(task.data) for task in self.tasks[start:stop]]}
+        return {"tasks": [_text(task.data) for task in self.tasks[start:stop]]}
 
     async def run(
         self,
@@ -123,15 +123,13 @@ class Worker:
                 yield reply
 
 
-def _described(data: Any) -> dict[str, Any]:
-    messages = []
-    if data.system_prompt:
-        messages.append({"role": "system", "content": data.system_prompt})
+def _text(data: Any) -> str:
+    """What opens a task; nothing where a user of the environment does."""
+    told = data.prompt if isinstance(data.prompt, list) else []
+    texts = [content_text(message.content) for message in told]
     if isinstance(data.prompt, str):
-        messages.append({"role": "user", "content": data.prompt})
-    for message in data.prompt if isinstance(data.prompt, list) else []:
-        messages.append({"role": message.role, "content": content_text(message.content)})
-    return {"messages": messages}
+        texts.append(data.prompt)
+    return "\n\n".join(text for text in (data.system_prompt, *texts) if text)
 
 
 def _episode(episode: Any) -> dict[str, Any]:

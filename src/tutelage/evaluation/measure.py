@@ -20,6 +20,7 @@ from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.rollout.sampler import Sampler, TransformersSampler
+from tutelage.rollout.verifiers_sampler import VerifiersSampler
 from tutelage.setup.components import Components, agent_of
 from tutelage.setup.inputs import grader_of
 from tutelage.setup.phases import PhaseCallback, counting, no_phases
@@ -153,7 +154,9 @@ def mean_reverse_kl(rollouts: Sequence[Rollout], sums: Sequence[float]) -> float
 
 def _transformers(config: Config, components: Components, model: PreTrainedModel) -> Sampler:
     size = max(config.sampling_batch_size, config.evaluation.num_samples)
-    return TransformersSampler(model, components.tokenizer, size, components.enable_thinking)
+    sampler = TransformersSampler(model, components.tokenizer, size, components.enable_thinking)
+    service = components.verifiers
+    return sampler if service is None else VerifiersSampler(sampler, service)
 
 
 def _evaluate(

@@ -8,10 +8,12 @@ import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutelage.config.sampling import SamplingConfig
 from tutelage.config.verifiers import VerifiersData
 from tutelage.data.types import Prompt, Rollout
 from tutelage.envs.verifiers import Began, TracedRollout, Worker, order
@@ -45,15 +47,10 @@ class _Open:
     traced: TracedRollout | None = None
 
 
-class VerifiersSampler:
-    """Samples the turns of conversations that verifiers leads in a process of its own.
-
-    The process asks an endpoint on this machine, which samples every turn with `inner`. A turn's
-    tokens depend on the request's seed, the task, the sample and the ids before it, and neither on
-    when it is asked for nor on what is sampled beside it.
+class VerifiersService:
+    """What the samplers of a run share: the worker, and the endpoint that it asks.
 
     Args:
-        inner: samples from given ids.
         worker: runs the environment.
         tokenizer: the student's, which verifiers renders messages with.
         student: its name, by which verifiers may know how its messages are rendered.
@@ -63,18 +60,75 @@ class VerifiersSampler:
 
     def __init__(
         self,
-        inner: Sampler,
         worker: Worker,
         tokenizer: PreTrainedTokenizerBase,
         student: str,
         stops: frozenset[int],
         data: VerifiersData,
     ) -> None:
-        self.has_own_weights = inner.has_own_weights
-        self.inner, self.worker, self.data = inner, worker, data
-        self._tokenizer, self._student, self._stops = tokenizer, student, stops
+        self.worker, self.tokenizer, self.data = worker, tokenizer, data
+        self._student, self._stops = student, stops
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._endpoint: Endpoint | None = None
+
+    def endpoint(self, sampling: SamplingConfig) -> Endpoint:
+        """The endpoint, for requests that must not change these settings."""
+        if self._endpoint is None:
+            self._endpoint = Endpoint(self.worker.key, self._stops)
+        self._endpoint.sampling = sampling
+        return self._endpoint
+
+    def order(self, url: str, rollouts: dict[str, _Open], max_new_tokens: int) -> dict[str, Any]:
+        """What the worker is told of rollouts."""
+        settings = {
+            "url": url,
+            "tokenizer": self._tokenizer_folder(),
+            "student": self._student,
+            "renderer": self.data.renderer,
+            "enable_thinking": self.data.enable_thinking,
+            "max_output_tokens": max_new_tokens,
+            "num_concurrent": self.data.num_concurrent,
+        }
+        return order(list(rollouts), [one.prompt for one in rollouts.values()], settings)
+
+    def stop(self) -> None:
+        """End the worker and the endpoint, also while another thread waits for them."""
+        self.worker.stop()
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            endpoint.close()
+
+    def close(self) -> None:
+        """End them and remove their files; the next request starts new ones."""
+        self.stop()
+        self.worker.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _tokenizer_folder(self) -> str:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tutelage-")
+            save_tokenizer(self.tokenizer, Path(self._folder.name))
+        return self._folder.name
+
+
+class VerifiersSampler:
+    """Samples the turns of conversations that verifiers leads in a process of its own.
+
+    The process asks an endpoint on this machine, which samples every turn with `inner`. A turn's
+    tokens depend on the request's seed, the task, the sample and the ids before it, and neither on
+    when it is asked for nor on what is sampled beside it.
+
+    Args:
+        inner: samples from given ids.
+        service: worker and endpoint.
+        is_owner: whether `close` ends them.
+    """
+
+    def __init__(self, inner: Sampler, service: VerifiersService, is_owner: bool = False) -> None:
+        self.has_own_weights = inner.has_own_weights
+        self.inner, self.service, self.is_owner = inner, service, is_owner
 
     def sample(self, request: RolloutRequest) -> list[Rollout]:
         """One conversation for each sample of each prompt, or an error and none.
@@ -82,56 +136,25 @@ class VerifiersSampler:
         Raises:
             RunError: the worker or one of the rollouts failed.
         """
-        endpoint = self._started(request)
-        rollouts = _opened(request)
-        prompts = [rollout.prompt for rollout in rollouts.values()]
-        work = order(list(rollouts), prompts, self._settings(endpoint, request))
-        told = (self.worker, work, endpoint.events.put)
+        service, rollouts = self.service, _opened(request)
+        endpoint = service.endpoint(request.sampling)
+        work = service.order(endpoint.url, rollouts, request.sampling.max_new_tokens)
+        told = (service.worker, work, endpoint.events.put)
         pump = threading.Thread(target=_pump, args=told, name="verifiers")
         pump.start()
-        try:
-            _Step(self, request, endpoint, rollouts).run()
-        except BaseException:
-            self.worker.stop()
-            self._close_endpoint()
-            raise
-        finally:
-            pump.join()
+        with ExitStack() as stack:
+            stack.callback(pump.join)
+            with ExitStack() as on_failure:
+                on_failure.callback(service.stop)
+                _Step(self.inner, service.data, request, endpoint, rollouts).run()
+                on_failure.pop_all()
         return [self._rollout(rollout) for rollout in rollouts.values()]
 
     def close(self) -> None:
-        """End the worker and the endpoint, and release the engine's memory."""
-        self.worker.close()
-        self._close_endpoint()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        """Release the engine's memory; the owner ends worker and endpoint."""
+        if self.is_owner:
+            self.service.close()
         self.inner.close()
-
-    def _close_endpoint(self) -> None:
-        endpoint, self._endpoint = self._endpoint, None
-        if endpoint is not None:
-            endpoint.close()
-
-    def _started(self, request: RolloutRequest) -> Endpoint:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="tutelage-")
-            save_tokenizer(self._tokenizer, Path(self._folder.name))
-        if self._endpoint is None:
-            self._endpoint = Endpoint(self.worker.key, self._stops)
-        self._endpoint.sampling = request.sampling
-        return self._endpoint
-
-    def _settings(self, endpoint: Endpoint, request: RolloutRequest) -> dict[str, Any]:
-        return {
-            "url": endpoint.url,
-            "tokenizer": "" if self._folder is None else self._folder.name,
-            "student": self._student,
-            "renderer": self.data.renderer,
-            "enable_thinking": self.data.enable_thinking,
-            "max_output_tokens": request.sampling.max_new_tokens,
-            "num_concurrent": self.data.num_concurrent,
-        }
 
     def _rollout(self, rollout: _Open) -> Rollout:
         if rollout.traced is None:
@@ -139,9 +162,9 @@ class VerifiersSampler:
                 f"the worker of verifiers gave no trace of task {rollout.prompt.id}. Nothing of "
                 "this step was kept; run the command again to continue."
             )
-        sampled, reward = Sampled(rollout.turns, rollout.is_cut), self.data.success_reward
-        prompt, sample = rollout.prompt, rollout.sample
-        return to_rollout(self._tokenizer, prompt, sample, rollout.traced, sampled, reward)
+        sampled, reward = Sampled(rollout.turns, rollout.is_cut), self.service.data.success_reward
+        prompt, sample, tokenizer = rollout.prompt, rollout.sample, self.service.tokenizer
+        return to_rollout(tokenizer, prompt, sample, rollout.traced, sampled, reward)
 
 
 def _opened(request: RolloutRequest) -> dict[str, _Open]:
@@ -174,14 +197,14 @@ class _Step:
 
     def __init__(
         self,
-        sampler: VerifiersSampler,
+        inner: Sampler,
+        data: VerifiersData,
         request: RolloutRequest,
         endpoint: Endpoint,
         rollouts: dict[str, _Open],
     ) -> None:
-        self.sampler, self.request = sampler, request
+        self.inner, self.data, self.request = inner, data, request
         self.endpoint, self.rollouts = endpoint, rollouts
-        self.data = sampler.data
         self.names: dict[str, str] = {}
         """Rollouts by the sessions of their traces."""
         self.first: dict[str, int] = {}
@@ -295,7 +318,7 @@ class _Step:
             self.request.record_hidden,
             prompt_ids=[one.ids for one in group],
         )
-        return self.sampler.inner.sample(request)
+        return self.inner.sample(request)
 
     def _key(self, one: Asked) -> str:
         """Names the random numbers of a turn, together with the seed."""

@@ -15,8 +15,10 @@ from tutelage.config.conversations import ConversationData
 from tutelage.config.models import TeacherConfig, TeacherMode
 from tutelage.config.sampling import TransformersEngine, VLLMEngine, VLLMServer
 from tutelage.config.schema import Config
+from tutelage.config.verifiers import VerifiersData
 from tutelage.data.tasks import Task
 from tutelage.envs.environment import AgentTask
+from tutelage.envs.verifiers import VerifiersTask
 from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.device import keep_freed_memory
 from tutelage.models.head import output_embeddings
@@ -35,9 +37,10 @@ from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
-from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary
+from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
 from tutelage.rollout.request import Agent
 from tutelage.rollout.sampler import Sampler, TransformersSampler
+from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersService
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.setup.inputs import Inputs, load_inputs, thinking
@@ -67,6 +70,8 @@ class Components:
     """Passed to the chat template of every prompt when not None."""
     warnings: tuple[str, ...] = ()
     """Warnings about settings that are valid but seldom intended."""
+    verifiers: VerifiersService | None = None
+    """What leads the conversations of every model where the task is verifiers'."""
 
 
 def trained_names(student: Student) -> list[str]:
@@ -153,6 +158,16 @@ def agent_of(config: Config, task: Task) -> Agent | None:
     """How a task's prompts become conversations; None where they have single answers."""
     if isinstance(task, AgentTask) and isinstance(config.data, ConversationData):
         return Agent(task.environment, config.data)
+    return None
+
+
+def verifiers_service(
+    config: Config, task: Task, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> VerifiersService | None:
+    """What leads conversations where verifiers does; None elsewhere."""
+    if isinstance(task, VerifiersTask) and isinstance(config.data, VerifiersData):
+        name, stops = config.student.model, stop_ids(student, tokenizer)
+        return VerifiersService(task.worker, tokenizer, name, stops, config.data)
     return None
 
 
@@ -268,6 +283,10 @@ def build_components(
     with teacher.on_device():
         who = f"teacher {config.teacher.model!r}"
         notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
+    sampler = make_sampler(config, student, tokenizer)
+    service = verifiers_service(config, task, student, tokenizer)
+    if service is not None:
+        sampler = VerifiersSampler(sampler, service, is_owner=True)
     return Components(
         Student(student, vocab_size),
         MasterWeights(
@@ -275,10 +294,11 @@ def build_components(
             "cpu" if config.optimizer.offload else None,
         ),
         teacher,
-        make_sampler(config, student, tokenizer),
+        sampler,
         tokenizer,
         task,
         device,
         thinking(config.data),
         (*warnings, *notes),
+        service,
     )

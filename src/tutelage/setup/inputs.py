@@ -16,6 +16,7 @@ from tutelage.config.conversations import (
 )
 from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
 from tutelage.config.suggest import did_you_mean_value
+from tutelage.config.verifiers import VerifiersData
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
 from tutelage.data.tasks import LedgerTask, Task
 from tutelage.data.types import Prompt
@@ -23,6 +24,7 @@ from tutelage.envs.environment import AgentTask, opened
 from tutelage.envs.ledger_tools import LedgerToolsTask
 from tutelage.envs.shopping import ShoppingTask
 from tutelage.envs.travel import TravelTask
+from tutelage.envs.verifiers import Loading, VerifiersTask, Worker
 from tutelage.errors import ConfigError
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
@@ -143,9 +145,23 @@ def build_task(data: DataConfig) -> Task:
         return ShoppingTask(data.level, data.num_products, max_items=data.max_items)
     if isinstance(data, TravelData):
         return TravelTask(data.level)
+    if isinstance(data, VerifiersData):
+        return _verifiers_task(data)
     prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
     name = Path(data.path).stem
     return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
+
+
+def _verifiers_task(data: VerifiersData) -> VerifiersTask:
+    loading = Loading(
+        data.environment,
+        data.arguments,
+        data.python,
+        data.max_turns,
+        data.num_tasks,
+        data.timeout_s,
+    )
+    return VerifiersTask(Path(data.environment).stem, Worker(loading), data.num_held_out)
 
 
 def grader_of(task: Task) -> str:
