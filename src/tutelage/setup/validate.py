@@ -14,6 +14,7 @@ from tutelage.config.method import PacedWeighting, RewardWeighting
 from tutelage.config.sampling import TransformersEngine, VLLMEngine
 from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
+from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
 from tutelage.models.tool_format import format_of
 from tutelage.models.turn_template import TurnTemplate
@@ -56,7 +57,7 @@ def validate(
     _refuse_optimizer(config, inputs)
     _refuse_ungraded(config, inputs)
     _refuse_nothing_held_out(config, inputs)
-    if isinstance(config.data, ConversationData):
+    if isinstance(config.data, ConversationData) and isinstance(inputs.task, AgentTask):
         _refuse_template(config.data, inputs)
     prompts = inputs.measure_prompts(config)
     return replace(inputs, prompts=prompts, warnings=tuple(input_warnings(config, inputs, prompts)))
