@@ -25,7 +25,7 @@ from tutelage.data.batch import collate
 from tutelage.data.types import Message, Prompt, Rollout
 from tutelage.errors import ModelError
 from tutelage.models.tokenizers import control_ids, encode_prompt
-from tutelage.models.turn_template import TurnTemplate
+from tutelage.models.turn_template import TurnTemplate, turn_template
 
 TEMPLATES = Path(__file__).with_name("templates")
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -421,6 +421,26 @@ def test_templates_that_append_are_taken(template: Any) -> None:
     tokenizer = bpe(QWEN, "<|im_end|>", template)
     turns = TurnTemplate(tokenizer, {tokenizer.eos_token_id})
     assert turns.between([{"role": "tool", "name": "f", "content": "x"}], TOOLS, "p")
+
+
+def test_a_template_has_the_tools_of_the_conversation() -> None:
+    tokenizer = bpe(QWEN, "<|im_end|>", added("{{ (tools or []) | length }}"))
+    turns = TurnTemplate(tokenizer, {tokenizer.eos_token_id})
+    for count in (0, 2, 3, 1, 2):
+        ids = turns.between([{"role": "user", "content": "x"}], TOOLS * count, "p")
+        assert tokenizer.decode(ids) == (
+            f"<|im_start|>user\nx<|im_end|>{count}<|im_start|>assistant\n"
+        )
+
+
+def test_a_template_is_tried_once() -> None:
+    tokenizer = bpe(QWEN, "<|im_end|>", WRAPPED)
+    first = turn_template(tokenizer, {2})
+    assert turn_template(tokenizer, frozenset({2})) is first
+    assert turn_template(tokenizer, {1}) is not first
+    tokenizer.chat_template = added("!")
+    ids = turn_template(tokenizer, {2}).between([{"role": "user", "content": "x"}], (), "p")
+    assert "!" in tokenizer.decode(ids)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:

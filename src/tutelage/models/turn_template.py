@@ -9,9 +9,11 @@ model's answer when it renders a short conversation that ends with it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tutelage.data.types import Message
@@ -44,6 +46,25 @@ _TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {}, "required": []},
     },
 }
+
+
+def turn_template(
+    tokenizer: PreTrainedTokenizerBase,
+    stops: AbstractSet[int],
+    enable_thinking: bool | None = None,
+) -> TurnTemplate:
+    """The `TurnTemplate` of these; a template is tried once in a process."""
+    return _tried(tokenizer, repr(tokenizer.chat_template), frozenset(stops), enable_thinking)
+
+
+@lru_cache(maxsize=8)
+def _tried(
+    tokenizer: PreTrainedTokenizerBase,
+    _: str,
+    stops: frozenset[int],
+    enable_thinking: bool | None,
+) -> TurnTemplate:
+    return TurnTemplate(tokenizer, stops, enable_thinking)
 
 
 class TurnTemplate:
@@ -84,6 +105,7 @@ class TurnTemplate:
         unknown = tokenizer.unk_token_id  # stands for a character that the tokenizer does not have
         self._control = control - ({unknown} - self._stops)
         self._template_control: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
+        self._stand_ins: dict[str, Sequence[Mapping[str, Any]]] = {"[]": ()}
         for tools in ((), (_TOOL,)):
             self._refuse_lost_messages(tools)
             self._refuse_dependence(tools)
@@ -92,7 +114,7 @@ class TurnTemplate:
         self.thought = opened_thought(self._probe([_QUESTION], ()))
 
     def between(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], name: str
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], name: str
     ) -> tuple[int, ...]:
         """Ids that are inserted after a finished turn: the answers, and the next turn's header.
 
@@ -111,6 +133,7 @@ class TurnTemplate:
         Raises:
             DataError: the template refuses the messages.
         """
+        tools = self._stand_in(tools)
         unforged = [_changed(message, self._broken) for message in messages]
         ids = self._encoded(unforged, tools, name)
         found = self._control_of(ids)
@@ -121,6 +144,15 @@ class TurnTemplate:
             others = self._encoded(spread, tools, name)
             ids = ids if found == self._control_of(others) else others
         return tuple(ids[1:] if ids and ids[0] in self._stops else ids)
+
+    def _stand_in(self, tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """One short tool for many, where it makes no difference to what is inserted."""
+        key = json.dumps(tools)
+        if key not in self._stand_ins:
+            probes = [[_message(kind, _WORDS[0]) for kind in kinds] for kinds in _KINDS]
+            short = all(self._probe(m, tools) == self._probe(m, (_TOOL,)) for m in probes)
+            self._stand_ins[key] = (_TOOL,) if short else tools
+        return self._stand_ins[key]
 
     def _encoded(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], name: str
@@ -268,7 +300,7 @@ class TurnTemplate:
             for system in ("", "s") if takes_system else ("",):
                 turns = enumerate(system + roles, shift)
                 history = [_message_at(role, at) for at, role in turns]
-                for before, after in _AROUND:
+                for before, after in (_AROUND[0], _AROUND[shift % len(_AROUND)]):
                     yield history, before + _ANSWER + after
 
     def _unusable(self, reason: str) -> ModelError:

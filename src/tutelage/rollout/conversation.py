@@ -23,7 +23,7 @@ from tutelage.models.forward import Ids
 from tutelage.models.tokenizers import decode, encode_prompt
 from tutelage.models.tool_format import format_of, parse_calls
 from tutelage.models.tool_prompt import with_tools
-from tutelage.models.turn_template import TurnTemplate
+from tutelage.models.turn_template import turn_template
 from tutelage.rollout.request import Agent, OpenRollout, to_rollout
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Conversations:
         self.stops = stops
         self.max_new_tokens = max_new_tokens
         self.enable_thinking = enable_thinking
-        self.template = TurnTemplate(tokenizer, stops, enable_thinking)
+        self.template = turn_template(tokenizer, stops, enable_thinking)
         self.format = format_of(tokenizer, self.limits.tool_format)
         self._dialogues: dict[int, _Dialogue] = {}
         self._encoded: dict[str, Ids] = {}
