@@ -93,6 +93,8 @@ def test_a_case_is_played_and_scored(folder: Path) -> None:
     calls = (*adding, coupon, ToolCall("calculate_transport_time", days), ToolCall("get_user_info"))
     reply = environment.act(Turn("", calls))
     assert reply.num_errors == 0
+    listing = ToolCall("filter_by_applicable_coupons", {"coupon_names": [COUPON]})
+    assert environment.act(Turn("", (listing,))).num_errors == 0
     answers = [json.loads(message["content"]) for message in reply.messages]
     assert answers[2]["summary"] == {"total_items_count": 2, "total_price": 669.0}
     assert answers[3]["estimated_delivery_days"] == 1

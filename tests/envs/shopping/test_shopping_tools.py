@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from shopping_search import days
 
-from tutelage.data.types import ToolCall, Turn
+from tutelage.data.types import Prompt, ToolCall, Turn
 from tutelage.envs.shopping import ShoppingTask
 from tutelage.envs.shopping.cart import Cart
 from tutelage.envs.shopping.coupons import COUPONS
+from tutelage.envs.shopping.query import Solution
+from tutelage.envs.shopping.task import ShoppingEnvironment
 from tutelage.envs.shopping.tools import make_tools, schemas
 from tutelage.envs.shopping.transport import PROVIDERS, PROVINCES, days_between, find_province
 from tutelage.envs.shopping.world import World
@@ -263,6 +265,16 @@ def test_coupons_count_the_products_that_list_them() -> None:
     lenient("add_coupon_to_cart", coupon_name=CROSS)
 
 
+def test_same_brand_coupons_reach_their_threshold_with_one_brand() -> None:
+    products = (product("x", "Ardolune", 150), product("y", "Brivanta", 190))
+    shop = Session(World((*products, product("z", "Brivanta", 20)), {"coupons": {BRAND: 1}}))
+    shop("add_product_to_cart", product_id="x")
+    shop("add_product_to_cart", product_id="y")
+    assert "allow 0" in shop.fails("add_coupon_to_cart", coupon_name=BRAND)
+    shop("add_product_to_cart", product_id="z")
+    shop("add_coupon_to_cart", coupon_name=BRAND)
+
+
 def test_products_that_coupons_need_stay_until_the_coupons_are_gone() -> None:
     shop = Session()
     shop("add_product_to_cart", product_id="c")
@@ -278,6 +290,11 @@ def test_products_that_coupons_need_stay_until_the_coupons_are_gone() -> None:
 WRONG_VALUES: tuple[Any, ...] = (
     *(None, True, 0, -3, 10**30, 2.5, float("nan"), float("inf"), "", "x", "2", "¥"),
     *([], [1], [None], ["zzzz"], [["a"]], {}, {"a": 1}, "a" * 5000, "\x00", "ß\ud800"),
+)
+RICH = World(
+    WORLD.products,
+    {**WORLD.user, "is_vip": True, "coupons": {CROSS: 9, BRAND: 9, VIP: 9}},
+    {"a": 1, "c": 2, "d": 1},
 )
 VALID: dict[str, dict[str, Any]] = {
     "search_products": {"query": "tee"},
@@ -303,6 +320,8 @@ ARGUMENTS = {
 
 def is_harmless(name: str, key: str, value: Any) -> bool:
     """Whether a value of `WRONG_VALUES` is one that this argument may have."""
+    if key == "quantity":
+        return name.startswith("delete_") and value == 10**30  # at most what is there
     if value is None:
         return key in ("product_ids", "user_id", "provider")
     if (name, key) == ("get_product_details", "product_ids"):
@@ -338,21 +357,27 @@ def malformed(rng: random.Random) -> ToolCall:
         return ToolCall("", {}, error="the text is no call")
     while True:
         key, value = rng.choice(list(ARGUMENTS[name])), rng.choice(WRONG_VALUES)
+        key = "quantity" if "quantity" in ARGUMENTS[name] and rng.random() < 0.5 else key
         if not is_harmless(name, key, value):
             return ToolCall(name, arguments | {key: value})
+
+
+DIGEST = RICH.digest
+
+
+def started() -> ShoppingEnvironment:
+    """A conversation in which all of `VALID` is valid."""
+    expected = Solution({"a": 1}, {CROSS: 1})
+    environment = ShoppingEnvironment(lambda prompt: (RICH, expected))
+    environment.start(Prompt("p", ()), 0)
+    environment.cart.add_coupon(CROSS, 1)
+    return environment
 
 
 def check_malformed_calls(count: int) -> None:
     """Every call is answered with an error; nothing changes, here or in another environment."""
     rng = random.Random(count)
-    task = ShoppingTask(3)
-    prompt = task.prompts(0, 1, 0)[0]
-    first, second = task.environment(), task.environment()
-    for environment in (first, second):
-        environment.start(prompt, 0)
-        key = environment.cart.world.products[0]["product_id"]
-        environment.cart.add(key, 1)
-    world, digest = first.cart.world, first.cart.world.digest
+    first, second = started(), started()
     before = json.dumps(first.cart.info())
     for number in range(count):
         call = malformed(rng)
@@ -365,9 +390,31 @@ def check_malformed_calls(count: int) -> None:
         assert len(message["content"].encode()) < 2000
         if number % 100 == 0:
             assert json.dumps(first.cart.info()) == json.dumps(second.cart.info()) == before
-    assert world.digest == digest
+    assert RICH.digest == DIGEST
     assert json.dumps(first.cart.info()) == json.dumps(second.cart.info()) == before
     assert first.score() == second.score()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("search_products", {"query": "tee", "limit": 0}, "at least 1, got 0"),
+        ("filter_by_range", {**VALID["filter_by_range"], "value": float("nan")}, "finite"),
+        ("filter_by_range", {**VALID["filter_by_range"], "operator": "!="}, "operator"),
+        ("filter_by_size", {"sizes": ["M"], "product_ids": ["a", "q"]}, "no product 'q'"),
+        ("get_product_details", {"product_ids": ["q"]}, "no product 'q'"),
+        ("get_user_info", {"user_id": "u2"}, "no user 'u2'"),
+        ("add_product_to_cart", {"product_id": "a", "quantity": -1}, "at least 1, got -1"),
+        ("add_product_to_cart", {"product_id": "q"}, "no product 'q'"),
+        ("delete_product_from_cart", {"product_id": "b"}, "not in the cart"),
+        ("add_coupon_to_cart", {"coupon_name": "Half off"}, "no coupon 'Half off'"),
+        ("delete_coupon_from_cart", {"coupon_name": VIP}, "not in the cart"),
+    ],
+)
+def test_errors_say_what_is_wrong(name: str, arguments: dict[str, Any], reason: str) -> None:
+    reply = started().act(Turn("", (ToolCall(name, arguments),)))
+    assert reply.num_errors == 1
+    assert reason in json.loads(reply.messages[0]["content"])["error"]
 
 
 def test_malformed_calls_are_answered_with_errors_and_change_nothing() -> None:
@@ -379,12 +426,10 @@ def test_ten_thousand_malformed_calls() -> None:
     check_malformed_calls(10_000)
 
 
-def test_valid_calls_of_the_fuzz_are_valid() -> None:
-    """A control: what is made malformed would not be refused as it was."""
-    shop = Session()
-    shop("add_product_to_cart", product_id="c")
-    for name, arguments in VALID.items():
-        shop(name, **arguments)
+@pytest.mark.parametrize("name", VALID)
+def test_calls_are_valid_before_they_are_malformed(name: str) -> None:
+    environment = started()
+    assert environment.act(Turn("", (ToolCall(name, VALID[name]),))).num_errors == 0
 
 
 def test_environments_share_no_cart() -> None:

@@ -22,7 +22,7 @@ from tutelage.envs.shopping.generate import (
     draw_case,
     draw_wishes,
 )
-from tutelage.envs.shopping.query import WORD_KEYS, Solution
+from tutelage.envs.shopping.query import WORD_KEYS, Solution, cheapest
 from tutelage.models.tool_format import parse_calls, render_calls
 
 LEVELS = (1, 2, 3)
@@ -111,6 +111,17 @@ def test_the_search_of_the_tests_sees_a_second_right_cart() -> None:
     twin = {**products[place], "product_id": "twin"}
     world = type(case.world)((*products, twin), case.world.user)
     assert len(right_carts(world, case.query)) == 2
+
+
+def test_equal_prices_are_two_solutions() -> None:
+    products = [
+        {"product_id": key, "price": price} for key, price in (("a", 9), ("b", 9), ("c", 8))
+    ]
+    assert [s.products for s in cheapest([(p,) for p in products[:2]], [{}])] == [
+        {"a": 1},
+        {"b": 1},
+    ]
+    assert [s.products for s in cheapest([(p,) for p in products], [{}])] == [{"c": 1}]
 
 
 def test_coupons_sometimes_decide_which_products_are_right() -> None:
