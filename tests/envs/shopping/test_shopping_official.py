@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tutelage.envs.environment import AgentTask
 from tutelage.envs.shopping import OfficialShoppingTask
 from tutelage.errors import DataError
 
+QUERIES = Path(os.environ.get("TUTELAGE_DATA", "")) / "deepplanning_shopping.jsonl"
 COUPON = "Cross-store: ¥30 off every ¥300"
 PRODUCTS: list[dict[str, Any]] = [
     {
@@ -78,6 +80,19 @@ def test_queries_are_read_in_order_with_their_worlds(folder: Path) -> None:
     assert "coupon" not in first.content[0]["content"]
     assert "coupon" in second.content[0]["content"]
     assert task.grade(first, "done") is None
+
+
+@pytest.mark.skipif(
+    not QUERIES.is_file(), reason=f"TUTELAGE_DATA does not name a folder with {QUERIES.name}"
+)
+def test_the_published_queries_are_read_wholly(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in QUERIES.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        number = row["id"].rpartition("/")[2]
+        write_case(tmp_path / f"database_level{row['level']}" / f"case_{number}", {})
+    prompts = OfficialShoppingTask(tmp_path, QUERIES).held_out(500)
+    assert len(prompts) == 120
+    assert [p.content[-1]["content"] for p in prompts] == [row["problem"] for row in rows]
 
 
 def test_a_case_is_played_and_scored(folder: Path) -> None:
