@@ -42,3 +42,13 @@ def _line(
         "student_share": shares, "teacher_share": shares,
         "texts": {str(i): text for i, text in enumerate(texts)}, "seconds": 0.1,
     }  # fmt: skip
+
+
+def conversation_lines(texts: list[str], inserted: str, **changes: Any) -> list[dict[str, Any]]:
+    """The same as conversations of three turns: of 5, 4 and 3 tokens."""
+    outcome = {
+        "score": 0.75, "is_success": False, "num_turns": 3, "num_tool_errors": 1,
+        "details": {inserted: inserted, "match": 2},
+    }  # fmt: skip
+    more = {"inserted": [[5, inserted], [9, inserted]], "outcome": outcome}
+    return [line | more | changes for line in token_lines(texts)]

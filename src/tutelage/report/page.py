@@ -54,6 +54,8 @@ def render_page(context: dict[str, Any]) -> str:
         number=text.number, percent=text.percent, visible=text.visible, interval=_interval
     )
     style = template_text("report.css")
+    if context["has_conversations"]:
+        style += template_text("conversations.css")
     shell = {"style": style, "style_hash": csp_hash(style)}
     return environment.get_template("report.html").render(shell | context)
 

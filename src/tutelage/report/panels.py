@@ -75,8 +75,8 @@ def panels_of(record: RunRecord) -> list[Panel]:
         record: the run.
 
     Returns:
-        Accuracy, divergence, loss, entropy, kept share, EOPD's shares and divergences, seconds
-        and memory, as far as they were measured.
+        Accuracy, divergence, loss, entropy, kept share, EOPD's shares and divergences, measures of
+        conversations, seconds and memory, as far as they were measured.
     """
     steps = record.steps
     divergence = [
@@ -96,6 +96,7 @@ def panels_of(record: RunRecord) -> list[Panel]:
         Panel("Entropy", "nats per token", _present(entropy)),
         Panel("Kept tokens", "share of completion tokens", _present(kept), is_share=True),
         *_high_entropy(steps),
+        *_conversations(steps),
         Panel("Time", "seconds a step, stacked", _seconds(steps), is_stacked=True),
         Panel("Accelerator memory", "GiB, peak of each phase", _device_memory(steps)),
         Panel("Main memory", "GiB, peak so far", _present([_main_memory(steps, "process")])),
@@ -126,6 +127,12 @@ def panels_across(runs: Sequence[tuple[str, RunRecord]]) -> list[Panel]:
         Panel("Entropy", "nats per token", across(lambda s: s.entropy_nats)),
         Panel("Loss", "per kept token", across(lambda s: s.loss), starts_at_zero=False),
         Panel("Kept tokens", "share of completion tokens", across(lambda s: s.keep), is_share=True),
+        Panel("Success", "share of conversations", across(lambda s: s.success_share),
+              is_share=True),
+        Panel("Score", "mean of conversations", across(lambda s: s.score_mean)),
+        Panel("Turns", "a conversation", across(lambda s: s.turns_mean)),
+        Panel("Tokens a turn", "generated tokens", across(lambda s: s.tokens_per_turn)),
+        Panel("Tool errors", "share of calls", across(lambda s: s.tool_error_share), is_share=True),
         Panel("Time", "seconds a step", across(_total_seconds)),
         Panel("Main memory", "GiB, peak so far",
               told_apart([_main_memory(record.steps, name) for name, record in runs])),
@@ -214,6 +221,28 @@ def _high_entropy(steps: Sequence[StepRecord]) -> list[Panel]:
             "High-entropy tokens", "share with 0.8 nats or more", _present(shares), is_share=True
         ),
         Panel("KL where teacher entropy is high", "nats per token", _present(kls)),
+    ]
+
+
+def _conversations(steps: Sequence[StepRecord]) -> list[Panel]:
+    """What the conversations of the steps reached, and how long they were."""
+    success = [
+        _curve(steps, "success", "green", lambda s: s.success_share),
+        _curve(steps, "mean score", "blue", lambda s: s.score_mean),
+    ]
+    lengths = [
+        _curve(steps, "turns", "blue", lambda s: s.turns_mean),
+        _curve(steps, "tool calls", "orange", lambda s: s.tool_calls_mean),
+    ]
+    tokens = [_curve(steps, "tokens a turn", "blue", lambda s: s.tokens_per_turn)]
+    inserted = [_curve(steps, "inserted tokens", "ink", lambda s: s.inserted_tokens_mean)]
+    errors = [_curve(steps, "errors", "purple", lambda s: s.tool_error_share)]
+    return [
+        Panel("Success", "share of conversations, and score", _present(success), is_share=True),
+        Panel("Turns and tool calls", "a conversation", _present(lengths)),
+        Panel("Tokens a turn", "generated tokens", _present(tokens)),
+        Panel("Inserted tokens", "a conversation, not trained on", _present(inserted)),
+        Panel("Tool errors", "share of tool calls", _present(errors), is_share=True),
     ]
 
 

@@ -73,6 +73,14 @@ class StepRecord(_Line):
     """By phase, the most main memory that the process had held by its end."""
     peak_device_bytes: dict[str, Count] | None = None
     """By phase, the most memory of the accelerator within it."""
+    success_share: float | None = None
+    """Of the step's conversations, as all that follow."""
+    score_mean: float | None = None
+    turns_mean: float | None = None
+    tokens_per_turn: float | None = None
+    tool_calls_mean: float | None = None
+    tool_error_share: float | None = None
+    inserted_tokens_mean: float | None = None
 
     @property
     def keep(self) -> float | None:
@@ -126,6 +134,20 @@ class VerdictRecord(_Line):
 Numbers = list[float | None]
 
 
+class OutcomeRecord(_Line):
+    """How a recorded conversation ended."""
+
+    score: float | None = None
+    is_success: bool | None = None
+    num_turns: Count | None = None
+    num_tool_errors: Count | None = None
+    details: JsonObject = {}
+
+
+Inserted = Annotated[tuple[Count, str], Field(strict=False)]
+"""How many generated tokens are before a piece of text, and the text."""
+
+
 class TokenRecord(_Line):
     """One line of tokens.jsonl: a completion with a column for each number, in nats."""
 
@@ -151,6 +173,9 @@ class TokenRecord(_Line):
     teacher_share: list[Numbers]
     texts: dict[str, str]
     """Text of every id that the line names."""
+    inserted: list[Inserted] | None = None
+    """What stands between the turns of a conversation; None where there is a single answer."""
+    outcome: OutcomeRecord | None = None
 
     @model_validator(mode="after")
     def _one_entry_a_token(self) -> TokenRecord:
@@ -163,6 +188,9 @@ class TokenRecord(_Line):
             raise ValueError("every column must have one entry a token")
         if self.rank.keys() != self.kept.keys():
             raise ValueError("rank and kept must name the same rules")
+        places = [place for place, _ in self.inserted or []]
+        if places != sorted(places) or any(place > self.num_tokens for place in places):
+            raise ValueError("inserted must be in the order of the tokens, within the completion")
         return self
 
 

@@ -110,7 +110,7 @@ def _agreement_table(arms: Sequence[_Arm], step: int) -> text.Table | None:
     """Jaccard index of the runs' own rules on the completions that are the same in all runs."""
     alike = [
         prompt for prompt in arms[0].records
-        if len({tuple(arm.records[prompt].token) for arm in arms}) == 1
+        if len({_said(arm.records[prompt]) for arm in arms}) == 1
     ]  # fmt: skip
     if not alike:
         return None
@@ -129,6 +129,11 @@ def _agreement_table(arms: Sequence[_Arm], step: int) -> text.Table | None:
         f"step {step}: 1 where two rules keep the same tokens, 0 where they share none."
     )
     return text.Table("How far the rules agree", rows, caption=caption)
+
+
+def _said(record: TokenRecord) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
+    """The tokens of a completion, and what was inserted between them."""
+    return tuple(record.token), tuple(record.inserted or ())
 
 
 def _mean_kl(rows: Sequence[Row]) -> float:

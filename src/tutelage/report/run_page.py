@@ -11,6 +11,7 @@ from typing import Any
 from tutelage.evaluation.metrics import Interval, paired_difference
 from tutelage.files.atomic import write_output
 from tutelage.report import plots, text
+from tutelage.report.conversations import conversation_views
 from tutelage.report.page import panel_views, render_page, write_page
 from tutelage.report.panels import Panel, panels_of, points_per_mark
 from tutelage.report.records import (
@@ -119,6 +120,7 @@ def _context(record: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "quadrant_steps": _quadrant_steps(record.steps),
         "quadrant_cuts": _quadrant_cuts(record.config),
         "figures": _figures(record.steps),
+        "conversations": conversation_views(record.tokens, record.config),
         "samples": _samples(record.samples),
         "config_toml": text.visible(text.toml(record.config), 20_000),
         "environment": text.visible_rows(environment),
@@ -221,6 +223,13 @@ def _figures(steps: Sequence[StepRecord]) -> list[tuple[str, str, str, str]]:
         "learning_rate": "",
         "completion_length_mean": "tokens",
         "truncated_share": "share of completions",
+        "success_share": "share of conversations",
+        "score_mean": "of a conversation",
+        "turns_mean": "turns a conversation",
+        "tokens_per_turn": "generated tokens",
+        "tool_calls_mean": "calls a conversation",
+        "tool_error_share": "share of tool calls",
+        "inserted_tokens_mean": "tokens a conversation",
     }
     rows = []
     for name, unit in names.items():

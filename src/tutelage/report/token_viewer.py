@@ -10,12 +10,13 @@ from importlib.resources import files
 from typing import Any
 
 from tutelage.report import text
+from tutelage.report.conversations import outcome_line, turns_of
 from tutelage.report.records import TokenRecord
 from tutelage.report.tokens import DEFAULT_CUTS, fixed_cuts
 
 _MAX_TEXT = 40
 _MAX_PROMPT = 4000
-_LEFT_OUT = {"texts"}
+_LEFT_OUT = {"texts", "inserted", "outcome"}
 # With these escapes no text can end the script element or begin another.
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
@@ -23,10 +24,14 @@ _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 def viewer_context(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, Any]:
     """What the template needs to show recorded tokens; `tokens` is None where there are none."""
     if not tokens:
-        return {"tokens": None}
+        return {"tokens": None, "has_conversations": False}
+    has_conversations = any(record.inserted is not None for record in tokens)
     script = template_text("token_viewer.js")
+    if has_conversations:
+        script += template_text("conversations.js")
     return {
         "tokens": embedded(_data(tokens, config)),
+        "has_conversations": has_conversations,
         "script": script,
         "script_hash": csp_hash(script),
         "keep": keep_of(config),
@@ -70,7 +75,15 @@ def _completion(record: TokenRecord) -> dict[str, Any]:
         "prompt": text.visible(record.prompt, _MAX_PROMPT),
         "prompt_id": text.visible(record.prompt_id, 80),
         "kind": text.visible(record.kind, 40),
+        **_conversation(record),
     }
+
+
+def _conversation(record: TokenRecord) -> dict[str, Any]:
+    if record.inserted is None:
+        return {}
+    outcome = {} if record.outcome is None else {"outcome": outcome_line(record.outcome)}
+    return {"turns": [turn.as_dict() for turn in turns_of(record)], **outcome}
 
 
 def keep_of(config: dict[str, Any]) -> float:

@@ -140,7 +140,7 @@ def token_lines(
             "prompt": decode(components.tokenizer, rollout.prompt_ids),
             "num_tokens": size,
             "token": list(generated[: config.recording.max_new_tokens]),
-            **_between(components, rollout),
+            **_between(components, rollout, shown.stop - shown.start),
             "entropy": _rounded(scores.stats.entropy[shown]),
             "reverse_kl": _rounded(scores.stats.reverse_kl[shown]),
             "forward_kl": _rounded(scores.stats.forward_kl[shown]),
@@ -153,16 +153,19 @@ def token_lines(
         }
 
 
-def _between(components: Components, rollout: Rollout) -> dict[str, Any]:
+def _between(components: Components, rollout: Rollout, num_shown: int) -> dict[str, Any]:
     """Of a conversation, the text between its turns, and its outcome.
 
-    `inserted` holds, for each piece of text, how many generated tokens are before it.
+    `inserted` holds, for each piece of text, how many generated tokens are before it. Of a
+    completion that is cut off after `num_shown` tokens, what follows the cut is left out.
     """
     if rollout.conversation is None:
         return {}
+    last = num_shown if num_shown == len(rollout.generated_ids) else num_shown - 1
+    mask = rollout.is_generated or (True,) * len(rollout.completion_ids)
     pieces: list[tuple[int, list[int]]] = []
     num_generated, was_generated = 0, True
-    for token, is_generated in zip(rollout.completion_ids, rollout.is_generated, strict=True):
+    for token, is_generated in zip(rollout.completion_ids, mask, strict=True):
         if is_generated:
             num_generated += 1
         else:
@@ -172,7 +175,9 @@ def _between(components: Components, rollout: Rollout) -> dict[str, Any]:
         was_generated = is_generated
     outcome = rollout.conversation.outcome
     return {
-        "inserted": [[place, components.tokenizer.decode(ids)] for place, ids in pieces],
+        "inserted": [
+            [place, components.tokenizer.decode(ids)] for place, ids in pieces if place <= last
+        ],
         "outcome": {
             "score": outcome.score,
             "is_success": outcome.is_success,
@@ -187,11 +192,13 @@ def _panel(config: Config, components: Components) -> list[Rollout]:
     settings = config.recording
     if not settings.num_prompts:
         return []
-    longest = min(settings.max_new_tokens, config.sampling.max_new_tokens)
+    agent = agent_of(config, components.task)
+    longest = config.sampling.max_new_tokens
+    if agent is None:  # the outcome of a conversation needs all of it
+        longest = min(settings.max_new_tokens, longest)
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
     prompts = components.task.held_out(settings.num_prompts)
     seed = (config.seed, _PANEL_SEED)
-    agent = agent_of(config, components.task)
     return components.sampler.sample(RolloutRequest(prompts, once, seed, agent=agent))
 
 

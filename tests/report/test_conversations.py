@@ -1,0 +1,239 @@
+"""Recorded conversations on the page: turns, what was inserted in its place, outcomes, measures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from test_run_page import HOSTILE, cells, page_of, parsed, shape
+from token_lines import NUM_TOKENS, conversation_lines, token_lines
+
+from tutelage.cli import main
+from tutelage.errors import RunError
+from tutelage.report import text
+from tutelage.report.conversations import TurnRecord, outcome_line, turns_of
+from tutelage.report.panels import panels_of
+from tutelage.report.records import OutcomeRecord, TokenRecord, read_run
+from tutelage.report.run_page import write_report
+from tutelage.report.tokens import QUADRANTS
+
+MakeRun = Callable[..., Path]
+MEASURES = {
+    "success_share": 0.25,
+    "score_mean": 0.5,
+    "turns_mean": 3.5,
+    "tokens_per_turn": 11.0,
+    "tool_calls_mean": 2.5,
+    "tool_error_share": 0.125,
+    "inserted_tokens_mean": 80.0,
+}
+CONVERSATION_PANELS = {
+    "Success", "Turns and tool calls", "Tokens a turn", "Inserted tokens", "Tool errors"
+}  # fmt: skip
+
+
+def with_tokens(run: Path, lines: list[dict[str, Any]]) -> Path:
+    (run / "tokens.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return run
+
+
+def with_measures(run: Path) -> Path:
+    """The run with measures of conversations that grow with the step."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step in steps:
+        step |= {name: value * (1 + step["step"]) for name, value in MEASURES.items()}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    return run
+
+
+def articles(page: str) -> list[ElementTree.Element]:
+    return parsed(page).findall(".//article[@class='conversation']")
+
+
+def said(element: ElementTree.Element) -> str:
+    return "".join(element.itertext())
+
+
+def record(**changes: Any) -> TokenRecord:
+    line = conversation_lines(["a", "b"], "x")[0] | changes
+    return TokenRecord.model_validate(line)
+
+
+def spans(found: list[TurnRecord]) -> list[tuple[int, int, int, str]]:
+    return [(turn.number, turn.start, turn.stop, turn.inserted) for turn in found]
+
+
+def test_turns_are_what_stands_between_the_inserted_texts() -> None:
+    assert spans(turns_of(record())) == [(1, 0, 5, "x"), (2, 5, 9, "x"), (3, 9, 12, "")]
+    first = record(inserted=[[0, "head"], [12, "tail"]])
+    assert spans(turns_of(first)) == [(0, 0, 0, "head"), (1, 0, 12, "tail")]
+    assert spans(turns_of(record(inserted=[]))) == [(1, 0, 12, "")]
+    assert turns_of(record(inserted=None)) == []
+
+
+def test_what_was_inserted_behind_the_cut_is_left_out() -> None:
+    cut = {"num_tokens": NUM_TOKENS + 8}
+    pieces = [[5, "kept"], [NUM_TOKENS, "behind"], [15, "far behind"]]
+    assert spans(turns_of(record(inserted=pieces, **cut))) == [(1, 0, 5, "kept"), (2, 5, 12, "")]
+
+
+def test_an_outcome_is_one_line_of_what_is_known() -> None:
+    full = OutcomeRecord(
+        score=0.25, is_success=True, num_turns=1, num_tool_errors=2, details={"f1": 0.5, "n": "x"}
+    )
+    assert outcome_line(full) == "success · score 0.25 · 1 turn · 2 tool errors · f1 0.5 · n x"
+    assert outcome_line(OutcomeRecord(is_success=False)) == "no success"
+
+
+@pytest.mark.usefixtures("quick_plots")
+@pytest.mark.parametrize("length", [400, 401])
+def test_the_page_shows_turns_with_inserted_text_in_its_place(
+    make_run: MakeRun, length: int
+) -> None:
+    """Without any script; long text is closed until it is asked for."""
+    inserted = "tool says ".ljust(length, ".")
+    lines = conversation_lines(["a", " b", "\n"], inserted)
+    page = page_of(with_tokens(make_run(num_steps=3), lines))
+    found = articles(page)
+    last = [line for line in lines if line["step"] == 10]
+    names = [f"{n['kind']} · {n['prompt_id']} · sample 0 · step 10" for n in last]
+    assert [article.findtext("h3") for article in found] == names
+    for article, line in zip(found, last, strict=True):
+        flow = [child for child in article if child.tag in ("h4", "p", "details")]
+        kinds = [child.tag for child in flow]
+        turn = ["h4", "p", "details"]
+        assert kinds == ["p", "details", *turn, *turn, "h4", "p"]
+        assert said(flow[0]).startswith("no success · score 0.75 · 3 turns · 1 tool error · ")
+        assert [said(child) for child in flow if child.tag == "h4"] == [
+            "Turn 1",
+            "Turn 2",
+            "Turn 3",
+        ]
+        details = [child for child in flow if child.tag == "details"][1:]
+        assert [child.findtext("pre") for child in details] == [inserted] * 2
+        assert ["open" in child.attrib for child in details] == [length == 400] * 2
+        tokens = [[*child] for child in flow if child.get("class") == "tokens"]
+        assert [len(group) for group in tokens] == [5, 4, 3]
+        texts = [line["texts"][str(token)] for token in line["token"]]
+        assert ["".join(span.itertext()) for group in tokens for span in group] == texts
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_only_generated_tokens_are_coloured_and_by_their_quadrant(make_run: MakeRun) -> None:
+    run = with_tokens(make_run(num_steps=3), conversation_lines(["a", "b"], "q1 q2 q3 q4"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["quadrant_thresholds"] = [0.4, 0.6]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    lines = [n for n in conversation_lines(["a", "b"], "x") if n["step"] == 10]
+    for article, line in zip(articles(page_of(run)), lines, strict=True):
+        classes = [span.get("class", "") for span in article.findall("p[@class='tokens']/span")]
+        pairs = zip(line["entropy"], line["reverse_kl"], strict=True)
+        assert classes == [f"token q{4 - 2 * (h > 0.4) - (kl > 0.6)}" for h, kl in pairs]
+        inside = [e for details in article.iter("details") for e in details.iter()]
+        marked = {f"q{number}" for number in QUADRANTS} | {"token"}
+        assert not any(marked & {*e.get("class", "").split()} for e in inside)
+
+
+@pytest.mark.usefixtures("quick_plots")
+@pytest.mark.parametrize("value", HOSTILE)
+def test_hostile_text_of_tools_changes_no_element(make_run: MakeRun, value: str) -> None:
+    """In tool output, in names and values of details, in tokens, prompts and names."""
+    harmless, hostile = (
+        with_tokens(
+            make_run(f"{name}/run", num_steps=3),
+            conversation_lines([string], string, prompt_id=string),
+        )
+        for name, string in (("benign", "harmless"), ("hostile", value))
+    )
+    page = page_of(hostile)
+    assert shape_without_data(page) == shape_without_data(page_of(harmless))
+    article = articles(page)[0]
+    shown = [pre.text for pre in article.iter("pre")]
+    assert shown == [text.visible(value)] * 3
+    assert f"{text.visible(value)} {text.visible(value)} · match 2" in said(article)
+    (data, _) = parsed(page).iter("script")
+    first = json.loads(data.text or "")["completions"][0]
+    assert [turn["inserted"] for turn in first["turns"]] == [text.visible(value)] * 2 + [""]
+
+
+def shape_without_data(page: str) -> Any:
+    tree = parsed(page)
+    for meta in tree.iter("meta"):
+        meta.attrib.pop("content", None)
+    return shape(tree)
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_pages_without_conversations_have_nothing_of_them(make_run: MakeRun) -> None:
+    run = with_tokens(make_run(num_steps=3), token_lines(["a", "b"]))
+    page = page_of(run)
+    assert "turn" not in page.lower().replace("return", "")
+    assert "onversation" not in page
+    assert "inserted" not in page
+    conversation = page_of(with_tokens(run, conversation_lines(["a", "b"], "x")))
+    for word in ("onversation", "details.inserted", "MutationObserver", "Turn 3"):
+        assert word in conversation
+    assert not CONVERSATION_PANELS & {panel.title for panel in panels_of(read_run(run))}
+
+
+def test_measures_of_conversations_are_drawn_and_listed(make_run: MakeRun) -> None:
+    run = with_measures(make_run(num_steps=3))
+    panels = {panel.title: panel for panel in panels_of(read_run(run))}
+    assert panels.keys() >= CONVERSATION_PANELS
+    drawn = {
+        curve.label: curve.points for title in CONVERSATION_PANELS for curve in panels[title].curves
+    }
+    labels = {
+        "success": "success_share", "mean score": "score_mean", "turns": "turns_mean",
+        "tool calls": "tool_calls_mean", "tokens a turn": "tokens_per_turn",
+        "errors": "tool_error_share", "inserted tokens": "inserted_tokens_mean",
+    }  # fmt: skip
+    assert labels.keys() == drawn.keys()
+    for label, name in labels.items():
+        assert drawn[label] == [(step, MEASURES[name] * (1 + step)) for step in range(3)]
+    assert panels["Success"].is_share
+    assert panels["Tool errors"].alt == (
+        "Tool errors (share of tool calls). errors: 12.5 % at step 0, 37.5 % at step 2."
+    )
+    shown = {row[0]: row[2:] for row in cells(page_of(run), "figures")}
+    for name, value in MEASURES.items():
+        assert shown[name.replace("_", " ")] == [text.number(value), text.number(3 * value)]
+
+
+@pytest.mark.usefixtures("quick_plots")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inserted": [[5, 1]]},
+        {"inserted": [["5", "x"]]},
+        {"inserted": [[-1, "x"]]},
+        {"inserted": [[9, "x"], [5, "x"]]},
+        {"inserted": [[NUM_TOKENS + 1, "x"]]},
+        {"outcome": {"score": "1"}},
+    ],
+)
+def test_conversations_that_do_not_fit_are_refused(
+    make_run: MakeRun, change: dict[str, Any]
+) -> None:
+    line = conversation_lines(["a"], "x")[0] | change
+    with pytest.raises(RunError, match=r"tokens.jsonl line 1 does not fit"):
+        write_report(with_tokens(make_run(num_steps=3), [line]))
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_compared_runs_show_turns_in_the_token_viewer(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [
+        with_tokens(make_run(name, num_steps=3), conversation_lines(["a"], "the answer"))
+        for name in ("one", "two")
+    ]
+    page = tmp_path / "page.html"
+    assert main(["compare", *map(str, runs), "--html", str(page)]) == 0
+    (data, script) = parsed(page.read_text("utf-8")).iter("script")
+    assert "MutationObserver" in (script.text or "")
+    for completion in json.loads(data.text or "")["completions"]:
+        assert [turn["number"] for turn in completion["turns"]] == [1, 2, 3]
+        assert "no success" in completion["outcome"]
