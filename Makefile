@@ -42,7 +42,8 @@ test-slow: install  ## the tests that take long
 		|| echo "axe-core could not be fetched; its tests are skipped"; fi
 
 test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build, in an environment of their own
-	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py
+	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py \
+		tests/rollout/test_vllm_conversations.py
 
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm

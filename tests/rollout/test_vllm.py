@@ -79,7 +79,7 @@ def test_without_the_sync_the_difference_is_seen(
 ) -> None:
     sampler.sample(RolloutRequest(PROMPTS, CONFIG, (3,)))
     disturb(sampler.model, 2)
-    monkeypatch.setattr(sampler, "_push", lambda: None)
+    monkeypatch.setattr(sampler, "_update_weights", lambda: None)
     assert largest_gap(sampler, 4) > 1e-2
     monkeypatch.undo()
     assert largest_gap(sampler, 4) < 1e-4
@@ -195,7 +195,7 @@ def test_a_run_trains_on_what_vllm_writes(tmp_path: Path) -> None:
 def test_a_run_stops_when_vllm_keeps_its_old_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(VLLMSampler, "_push", lambda self: None)
+    monkeypatch.setattr(VLLMSampler, "_update_weights", lambda self: None)
     with pytest.raises(RunError, match="step 1 are not the student's"):
         run(tmp_path)
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from vllm_stub import Change, FakeVLLM, serving
 
 from tiny import tiny_config
 from tutelage.config.sampling import SamplingConfig
@@ -30,7 +25,6 @@ from tutelage.train.loop import train
 QUICK = Limits(num_tries=2, first_delay_s=0.01)
 PROMPTS = LedgerTask(1).prompts(0, 3, 0)
 CONFIG = SamplingConfig(max_new_tokens=6, num_samples=2)
-Change = Callable[[dict[str, Any]], None]
 STATED = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -47,91 +41,6 @@ STATED = {
 """What no server may fill in from its own defaults."""
 
 
-class FakeVLLM(ThreadingHTTPServer):
-    """Answers as vLLM does, from weights that it reads when it is told to."""
-
-    daemon_threads = True
-
-    def __init__(self, model: PreTrainedModel, stops: frozenset[int], num_ids: int) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.model = copy.deepcopy(model)
-        self.stops = stops
-        self.num_ids = num_ids
-        self.reads_weights = True
-        self.change: Change | None = None
-        """Spoils completions."""
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        with self.lock:
-            self.asked.append((path, body))
-            match path:
-                case "/v1/models":
-                    return {"object": "list", "data": [{"id": "student"}]}
-                case "/collective_rpc":
-                    if self.reads_weights:
-                        file = Path(body["kwargs"]["weights_path"]) / "model.safetensors"
-                        self.model.load_state_dict(load_file(file), strict=False)
-                    return {"results": [None]}
-                case "/reset_prefix_cache":
-                    return {"success": True}
-            reply = self.complete(body)
-        if self.change is not None:
-            self.change(reply)
-        return reply
-
-    @torch.no_grad()
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(body["seed"])
-        ids, logprobs, written = list(body["prompt"]), [], 0
-        while written < body["max_tokens"]:
-            log_p = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            # The head's padding rows are nearly never drawn by a trained model.
-            log_p = log_p[: self.num_ids].log_softmax(-1)
-            token = int(torch.multinomial(log_p.exp(), 1, generator=generator))
-            logprobs.append(float(log_p[token]))
-            ids.append(token)
-            written += 1
-            if token in self.stops:
-                break
-        choice = {
-            "index": 0,
-            "text": "",
-            "token_ids": ids[-written:],
-            "prompt_token_ids": body["prompt"],
-            "logprobs": {"token_logprobs": logprobs},
-            "finish_reason": "stop" if ids[-1] in self.stops else "length",
-        }
-        return {"object": "text_completion", "model": "student", "choices": [choice]}
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeVLLM
-
-    def _reply(self, body: dict[str, Any]) -> None:
-        content = json.dumps(self.server.answer(self.path, body)).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        with suppress(BrokenPipeError):  # the client gave up because of another reply
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self._reply({})
-
-    def do_POST(self) -> None:
-        self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def student(tiny_models: Path) -> PreTrainedModel:
     return load_model(str(tiny_models / "student"), "float32")
@@ -140,13 +49,8 @@ def student(tiny_models: Path) -> PreTrainedModel:
 @pytest.fixture
 def server(student: PreTrainedModel, tiny_models: Path) -> Iterator[FakeVLLM]:
     tokenizer = load_tokenizer(str(tiny_models / "student"))
-    fake = FakeVLLM(student, stop_ids(student, tokenizer), vocabulary_size(tokenizer))
-    thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield fake
-    fake.shutdown()
-    fake.server_close()
-    thread.join()
+    with serving(student, stop_ids(student, tokenizer), vocabulary_size(tokenizer)) as fake:
+        yield fake
 
 
 @pytest.fixture

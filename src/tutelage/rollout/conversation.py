@@ -24,7 +24,7 @@ from tutelage.models.tokenizers import decode, encode_prompt
 from tutelage.models.tool_format import format_of, parse_calls
 from tutelage.models.tool_prompt import with_tools
 from tutelage.models.turn_template import turn_template
-from tutelage.rollout.request import Agent, OpenRollout, to_rollout
+from tutelage.rollout.request import Agent, OpenRollout, RolloutRequest, to_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,7 +143,7 @@ class Conversations:
         dialogue = self._dialogue(row)
         last = row.tokens[row.turn_start :] or row.tokens
         plain = to_rollout(self.tokenizer, row.request, last, row.logprobs, self.stops)
-        ids, mask = _with_inserted(row)
+        ids, mask = completion_of(row)
         return replace(
             plain,
             completion_ids=ids,
@@ -240,7 +240,24 @@ def _tool_message(call: ToolCall, content: str) -> Message:
     return {"role": "tool", "name": call.name, "content": content}
 
 
-def _with_inserted(row: OpenRollout) -> tuple[Ids, tuple[bool, ...]]:
+def conversations_of(
+    request: RolloutRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: AbstractSet[int],
+    enable_thinking: bool | None,
+) -> Conversations | None:
+    """The conversations of a request; None where its completions are single answers.
+
+    Raises:
+        TutelageError: the chat template cannot be continued turn by turn.
+    """
+    if request.agent is None:
+        return None
+    limit = request.sampling.max_new_tokens
+    return Conversations(request.agent, tokenizer, stops, limit, enable_thinking)
+
+
+def completion_of(row: OpenRollout) -> tuple[Ids, tuple[bool, ...]]:
     """All ids behind the prompt, and whether the model generated each."""
     ids: list[int] = []
     mask: list[bool] = []

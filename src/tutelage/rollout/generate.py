@@ -25,7 +25,7 @@ from tutelage.models.head import head, output_embeddings
 from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.llama_cpu.decode import FastSlots
 from tutelage.models.tokenizers import pad_id, refuse_ids_beyond, stop_ids, vocabulary_size
-from tutelage.rollout.conversation import Conversations
+from tutelage.rollout.conversation import Conversations, conversations_of
 from tutelage.rollout.cuda.generate import GraphGenerator, graph_generator, warn_uncaptured
 from tutelage.rollout.request import (
     CompletionRequest,
@@ -74,10 +74,8 @@ def generate(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}. Use 1 or more.")
-    conversations = None
-    if request.agent is not None:
-        stops, limit = stop_ids(model, tokenizer), request.sampling.max_new_tokens
-        conversations = Conversations(request.agent, tokenizer, stops, limit, enable_thinking)
+    stops = stop_ids(model, tokenizer)
+    conversations = conversations_of(request, tokenizer, stops, enable_thinking)
     requests = completion_requests(tokenizer, request, enable_thinking, conversations)
     done: dict[int, Rollout] = {}
     with _evaluating(model), torch.no_grad():

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import anyio
 import httpx2
+from anyio import to_thread
 from anyio.from_thread import start_blocking_portal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -189,6 +190,12 @@ class Client:
             text = text.replace(self._key, "***")
         shown = "".join(char if char.isprintable() else " " for char in text)
         return " ".join(shown.split())[:length]
+
+
+async def in_thread(function: Callable[..., Value], *arguments: Any) -> Value:
+    """What a function returns that may take long, called in a thread of its own."""
+    one = anyio.CapacityLimiter(1)  # the default one is shared by all that wait
+    return await to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=one)
 
 
 def parse(content: bytes, schema: type[Schema]) -> Schema:

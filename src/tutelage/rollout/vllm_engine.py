@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Rollout
 from tutelage.errors import MissingExtraError, ModelError
+from tutelage.models.forward import Ids
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
+from tutelage.rollout.conversation import Conversations, completion_of, conversations_of
 from tutelage.rollout.request import (
     NEUTRAL,
     CompletionRequest,
+    OpenRollout,
     RolloutRequest,
     completion_requests,
     to_rollout,
@@ -66,33 +70,85 @@ class VLLMSampler:
         Raises:
             ModelError: vLLM returned something else than was asked for.
         """
-        requests = completion_requests(self.tokenizer, request, self.enable_thinking)
-        from vllm import SamplingParams
-
         stops = stop_ids(self.model, self.tokenizer)
+        thinks = self.enable_thinking
+        conversations = conversations_of(request, self.tokenizer, stops, thinks)
+        requests = completion_requests(self.tokenizer, request, thinks, conversations)
+        if conversations is not None:
+            most = self.llm.llm_engine.model_config.max_model_len
+            refuse_long_conversations(requests, conversations, most)
         options = sampling_options(self.model, self.tokenizer, request.sampling)
         num_ids = vocabulary_size(self.tokenizer)
         if num_ids < self.model.get_output_embeddings().weight.shape[0]:
             options["allowed_token_ids"] = list(range(num_ids))
+        done: dict[int, Rollout] = {}
         with self._on_device():
             self._update_weights()
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": list(one.ids)} for one in requests],
-                [
-                    SamplingParams(**options, seed=seed_of(one), detokenize=False)
-                    for one in requests
-                ],
-                use_tqdm=False,
-            )
-        if len(outputs) != len(requests):
-            raise ModelError(f"vLLM gave {len(outputs)} completions of {len(requests)}.")
-        sampled = [_sampled(output.outputs[0]) for output in outputs]
-        if request.progress is not None:
-            request.progress(len(sampled))
-        return [
-            to_rollout(self.tokenizer, one, tokens, logprobs, stops)
-            for one, (tokens, logprobs) in zip(requests, sampled, strict=True)
-        ]
+            for row in self._finished(requests, options, conversations):
+                if conversations is not None:
+                    rollout = conversations.rollout(row)
+                else:
+                    one, tokens = row.request, row.tokens
+                    rollout = to_rollout(self.tokenizer, one, tokens, row.logprobs, stops)
+                done[row.request.index] = rollout
+                if request.progress is not None:
+                    request.progress(1)
+        return [done[index] for index in range(len(requests))]
+
+    def _finished(
+        self,
+        requests: Sequence[CompletionRequest],
+        options: dict[str, Any],
+        conversations: Conversations | None,
+    ) -> Iterator[OpenRollout]:
+        """Completions as they end; a conversation goes on as soon as it is answered."""
+        engine = self.llm.llm_engine
+        asked = [OpenRollout(request) for request in requests]
+        waited: dict[str, OpenRollout] = {}
+        try:
+            while asked or waited:
+                waited |= self._ask(asked, options, conversations)
+                outputs = [output for output in engine.step() if output.finished]
+                ended = [waited.pop(output.request_id) for output in outputs]
+                for row, output in zip(ended, outputs, strict=True):
+                    tokens, logprobs = _sampled(output.outputs[0])
+                    row.tokens += tokens
+                    row.logprobs += logprobs
+                answers: list[Ids | None] = [None] * len(ended)
+                if conversations is not None and ended:
+                    answers = conversations.answer(ended)
+                asked = []
+                for row, ids in zip(ended, answers, strict=True):
+                    if ids is None:
+                        yield row
+                    else:
+                        row.insert(ids)
+                        asked.append(row)
+                if waited and not engine.has_unfinished_requests():
+                    raise ModelError(f"vLLM lost {len(waited)} of {len(requests)} completions.")
+        finally:
+            if waited:  # an error ends the batch
+                engine.abort_request(list(waited))
+
+    def _ask(
+        self,
+        rows: Sequence[OpenRollout],
+        options: dict[str, Any],
+        conversations: Conversations | None,
+    ) -> dict[str, OpenRollout]:
+        """Ask for the next turn of each row, behind all of its ids; the rows by request."""
+        from vllm import SamplingParams
+
+        prompts, params = [], []
+        for row in rows:
+            prompts.append({"prompt_token_ids": [*row.request.ids, *completion_of(row)[0]]})
+            limit = {} if conversations is None else {"max_tokens": conversations.num_left(row)}
+            params.append(SamplingParams(**options | limit, seed=seed_of(row), detokenize=False))
+        if not rows:
+            return {}
+        names = self.llm.enqueue(prompts, params, use_tqdm=False)
+        # Inside, vLLM calls a request by its number and a random word; outside by its number.
+        return {name.partition("-")[0]: row for name, row in zip(names, rows, strict=True)}
 
     def close(self) -> None:
         """Take vLLM down, so that another may start in this process."""
@@ -139,9 +195,32 @@ def sampling_options(
     }
 
 
-def seed_of(request: CompletionRequest) -> int:
-    """vLLM's seed of a completion."""
-    return request.key % 2**63
+def seed_of(row: OpenRollout) -> int:
+    """vLLM's seed of a completion, or of the present turn of a conversation."""
+    key, turn = row.request.key, len(row.inserted)
+    if turn:
+        digest = hashlib.blake2b(repr((key, turn)).encode(), digest_size=8)
+        key = int.from_bytes(digest.digest(), "little")
+    return key % 2**63
+
+
+def refuse_long_conversations(
+    requests: Sequence[CompletionRequest], conversations: Conversations, most: int
+) -> None:
+    """Conversations that may outgrow what vLLM holds, which would end them without a word.
+
+    Raises:
+        ModelError: the longest may.
+    """
+    inserted = conversations.limits.max_inserted_tokens
+    longest = max((len(request.ids) for request in requests), default=0)
+    length = longest + conversations.max_new_tokens + inserted
+    if length > most:
+        raise ModelError(
+            f"vLLM reads {most} tokens, but a conversation may have {length}: {longest} of its "
+            f"prompt, {conversations.max_new_tokens} generated and {inserted} inserted ones. Lower "
+            "data.max_inserted_tokens or sampling.max_new_tokens, or raise vLLM's max_model_len."
+        )
 
 
 def _sampled(completion: Any) -> tuple[list[int], list[float]]:

@@ -14,14 +14,16 @@ from tutelage.errors import ModelError, RunError, remedy
 from tutelage.files.atomic import new_file
 from tutelage.models.lora import full_weights
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
-from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse
+from tutelage.rollout.conversation import Conversations, completion_of, conversations_of
+from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, in_thread, parse
 from tutelage.rollout.request import (
     CompletionRequest,
+    OpenRollout,
     RolloutRequest,
     completion_requests,
     to_rollout,
 )
-from tutelage.rollout.vllm_engine import sampling_options, seed_of
+from tutelage.rollout.vllm_engine import refuse_long_conversations, sampling_options, seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +58,7 @@ class _Results(Strict):
 
 class _Model(Strict):
     id: str
+    max_model_len: int | None = None
 
 
 class _Models(Strict):
@@ -105,7 +108,7 @@ class VLLMServerSampler:
         self.enable_thinking = enable_thinking
         self._client = Client(url, limits or Limits(), num_concurrent)
         models = self._client.ask("/v1/models", None, partial(parse, schema=_Models))
-        self._name = models.data[0].id
+        self._name, self._most = models.data[0].id, models.data[0].max_model_len
         self._stops = stop_ids(model, tokenizer)
         self._num_ids = vocabulary_size(tokenizer)
 
@@ -116,10 +119,17 @@ class VLLMServerSampler:
             ModelError: a completion could not be had.
             RunError: the weights cannot be written.
         """
-        requests = completion_requests(self.tokenizer, request, self.enable_thinking)
+        thinks = self.enable_thinking
+        conversations = conversations_of(request, self.tokenizer, self._stops, thinks)
+        requests = completion_requests(self.tokenizer, request, thinks, conversations)
+        if conversations is not None and self._most is not None:
+            refuse_long_conversations(requests, conversations, self._most)
         options = sampling_options(self.model, self.tokenizer, request.sampling)
         self._push()
-        asked = [partial(self._one, one, options) for one in requests]
+        if conversations is None:
+            asked = [partial(self._one, one, options) for one in requests]
+        else:
+            asked = [partial(self._converse, one, options, conversations) for one in requests]
         return self._client.each(asked, request.progress)
 
     def close(self) -> None:
@@ -144,22 +154,43 @@ class VLLMServerSampler:
         self._client.ask("/reset_prefix_cache", {}, partial(parse, schema=_Done))
 
     async def _one(self, request: CompletionRequest, options: dict[str, Any]) -> Rollout:
+        row = OpenRollout(request)
+        await self._turn(row, options)
+        return to_rollout(self.tokenizer, request, row.tokens, row.logprobs, self._stops)
+
+    async def _converse(
+        self, request: CompletionRequest, options: dict[str, Any], conversations: Conversations
+    ) -> Rollout:
+        """One conversation; others go on while it waits for its environment."""
+        row = OpenRollout(request)
+        while True:
+            await self._turn(row, options | {"max_tokens": conversations.num_left(row)})
+            (answer,) = await in_thread(conversations.answer, [row])
+            if answer is None:
+                return await in_thread(conversations.rollout, row)
+            row.insert(answer)
+
+    async def _turn(self, row: OpenRollout, options: dict[str, Any]) -> None:
+        """Append a completion of all ids of a row."""
+        ids = [*row.request.ids, *completion_of(row)[0]]
         body = {
             **options,
             "model": self._name,
-            "prompt": list(request.ids),
-            "seed": seed_of(request),
+            "prompt": ids,
+            "seed": seed_of(row),
             "return_token_ids": True,
             "n": 1,
             "stream": False,
         }
-        accept = partial(self._rollout, request, options["max_tokens"])
-        return await self._client.send("/v1/completions", body, accept)
+        accept = partial(self._accepted, ids, options["max_tokens"])
+        choice = await self._client.send("/v1/completions", body, accept)
+        row.tokens += choice.token_ids
+        row.logprobs += choice.logprobs.token_logprobs
 
-    def _rollout(self, request: CompletionRequest, max_new_tokens: int, content: bytes) -> Rollout:
+    def _accepted(self, ids: list[int], max_new_tokens: int, content: bytes) -> _Choice:
         choice = parse(content, _Completion).choices[0]
         tokens, logprobs = choice.token_ids, choice.logprobs.token_logprobs
-        if tuple(choice.prompt_token_ids) != request.ids:
+        if choice.prompt_token_ids != ids:
             raise BadReply("a completion of another prompt")
         if len(tokens) > max_new_tokens or len(tokens) != len(logprobs):
             raise BadReply(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
@@ -177,4 +208,4 @@ class VLLMServerSampler:
             raise BadReply("a completion that does not end where it should")
         if choice.finish_reason == "length" and len(tokens) < max_new_tokens:
             raise BadReply(f"a completion cut off after {len(tokens)} tokens")
-        return to_rollout(self.tokenizer, request, tokens, logprobs, self._stops)
+        return choice
