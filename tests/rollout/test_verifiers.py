@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import compress, groupby
-from operator import itemgetter
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fake_verifiers
+from fake_verifiers import turns_of
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.verifiers import VerifiersData
 from tutelage.data.batch import collate
@@ -90,18 +90,6 @@ def test_ids_and_mask_are_those_that_were_sampled(make: Make) -> None:
     rows = [id for rollout in rollouts for id in rollout.generated_ids]
     assert collate(rollouts, 0).tokens.tolist() == rows
     assert not sampled
-
-
-def turns_of(rollout: Rollout) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The ids before each run of generated ids, and that run."""
-    ids, turns = rollout.prompt_ids, []
-    pairs = zip(rollout.completion_ids, rollout.is_generated, strict=True)
-    for is_ours, run in groupby(pairs, itemgetter(1)):
-        tokens = tuple(token for token, _ in run)
-        if is_ours:
-            turns.append((ids, tokens))
-        ids += tokens
-    return turns
 
 
 def test_a_conversation_has_its_turns_and_its_score(make: Make) -> None:
