@@ -20,6 +20,7 @@ from tutelage.config.parse import (
     to_table,
 )
 from tutelage.config.schema import Config, FileData, LedgerData
+from tutelage.config.verifiers import VerifiersData
 from tutelage.errors import ConfigError
 
 BASE: dict[str, Any] = {"student": {"model": "s"}, "teacher": {"model": "t"}}
@@ -297,3 +298,54 @@ def test_an_override_goes_before_a_file_with_the_earlier_name(tmp_path: Path) ->
     assert not load_config(path).renormalize
     assert load_config(path, ["renormalize=true"]).renormalize
     assert load_config(path, ["renormalise=true"]).renormalize
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "data.environment is missing"),
+        ({"environment": " "}, "data.environment must be a name, got ''"),
+        (
+            {"environment": "x", "arguments": {"taskset": {"id": "y"}}},
+            "data.arguments must be without an id of a taskset",
+        ),
+        (
+            {"environment": "x", "tool_format": "json"},
+            "data.tool_format must be auto with verifiers, got json. Its renderer reads calls",
+        ),
+        (
+            {"environment": "x", "tool_timeout_s": 3.0},
+            "data.tool_timeout_s must be 10 with verifiers, got 3.0. State it for the harness",
+        ),
+        (
+            {
+                "environment": "x",
+                "enable_thinking": False,
+                "renderer": {"name": "qwen3", "enable_thinking": True},
+            },
+            "data.renderer must be without enable_thinking",
+        ),
+        ({"environment": "x", "num_concurrent": 0}, "data.num_concurrent must be at least 1"),
+        ({"environment": "x", "timeout_s": 0.0}, "data.timeout_s must be in (0, 86400]"),
+        ({"environment": "x", "num_held_out": -1}, "data.num_held_out must be at least 0"),
+    ],
+)
+def test_keys_of_verifiers_that_cannot_be_used_are_refused(
+    keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config({**BASE, "data": {"kind": "verifiers", **keys}})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_table_of_an_environment_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(
+        '[student]\nmodel = "s"\n[teacher]\nmodel = "t"\n[data]\nkind = "verifiers"\n'
+        'environment = "x"\nrenderer.name = "qwen3"\narguments.taskset.split = "test"\n'
+    )
+    config = load_config(tmp_path / "c.toml", ["data.arguments.taskset.size=3"])
+    assert isinstance(config.data, VerifiersData)
+    assert config.data.arguments == {"taskset": {"split": "test", "size": 3}}
+    assert config.data.renderer == {"name": "qwen3"}
+    assert parse_saved_config(json.loads(json.dumps(to_table(config)))) == config

@@ -19,7 +19,7 @@ from tutelage.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 MODELS: dict[str, Any] = {"student": {"model": "s"}, "teacher": {"model": "t"}}
 KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "data": ("kind", {"file": {"path": "p"}}),
+    "data": ("kind", {"file": {"path": "p"}, "verifiers": {"environment": "e"}}),
     "engine": ("kind", {"vllm_server": {"url": "u", "folder": "f"}}),
     "selection": ("rule", {"first_n": {"num_tokens": 1}}),
     "objective": ("kind", {}),

@@ -15,7 +15,7 @@ class VerifiersData(ConversationData):
 
     __pydantic_config__ = STRICT
     kind: Literal["verifiers"] = "verifiers"
-    environment: str = ""
+    environment: str = field(kw_only=True)
     """Name of an installed taskset of verifiers, or path of a Python file that exports one."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """The library's own table of an environment (`taskset`, `agent`, `retries`, ...); agents run
@@ -45,10 +45,9 @@ class VerifiersData(ConversationData):
         seconds = self.timeout_s
         is_usable = 0 < seconds <= 86400
         require(is_usable, "data.timeout_s", "in (0, 86400]", seconds, "600 is usual.")
-        taskset, hint = self.arguments.get("taskset", {}), "data.environment names it."
-        is_table = isinstance(taskset, dict)
-        require(is_table, "data.arguments.taskset", "a table", repr(taskset), hint)
-        require("id" not in taskset, "data.arguments.taskset", "without id", taskset, hint)
+        taskset, hint = self.arguments.get("taskset", {}), "data.environment names the taskset."
+        is_right = isinstance(taskset, dict) and "id" not in taskset
+        require(is_right, "data.arguments", "without an id of a taskset", self.arguments, hint)
         hint = "Its renderer reads calls, see data.renderer."
         is_auto = self.tool_format == "auto"
         require(is_auto, "data.tool_format", "auto with verifiers", self.tool_format, hint)

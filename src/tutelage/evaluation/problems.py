@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tutelage.config.parse import parse_saved_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
+from tutelage.config.verifiers import VerifiersData
 from tutelage.data.formats import PromptFormat, is_file_name
 from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts
 from tutelage.data.suites import AGENT_BENCHMARKS, BENCHMARKS, Suite, find_suite
@@ -102,6 +103,11 @@ def run_config(request: EvaluationRequest) -> Config:
 def held_out(
     request: EvaluationRequest, run: Config, tokenizer: PreTrainedTokenizerBase
 ) -> Benchmark:
+    if isinstance(run.data, VerifiersData):
+        raise ConfigError(
+            f"--suite held-out cannot lead the conversations of {request.model!r}, whose data.kind "
+            "is verifiers. Use the evaluations that the run made itself, in its report."
+        )
     task = without_long_prompts(build_task(run.data), run.data, tokenizer)
     count = request.num_problems or run.evaluation.num_problems or _DEFAULT_NUM_PROBLEMS
     length = request.max_new_tokens or run.sampling.max_new_tokens
