@@ -6,23 +6,27 @@ import hashlib
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tutelage.data.types import Prompt, Turn
+from tutelage.envs.tools import call_tool
 from tutelage.envs.travel import TravelTask
+from tutelage.envs.travel.agent import scripted_agent
 from tutelage.envs.travel.constraints import KINDS
 from tutelage.envs.travel.generate import World, make_world
 from tutelage.envs.travel.query import Constraint, Trip
 from tutelage.envs.travel.task import world_of
+from tutelage.envs.travel.tools import make_tools
 from tutelage.errors import ConfigError, DataError
 
 LEVELS = (1, 2, 3)
 HASHES = {
-    1: "ee4f2c68e08bd17a",
-    2: "4b4b14206d3c1169",
-    3: "18f7812b13a92410",
+    1: "b8017ad143ba24d9",
+    2: "20b514aa7b026aa6",
+    3: "f35be05f778e1aa3",
 }
 """Of the first ten worlds of each level; a change makes prompts of old run folders others."""
 
@@ -227,6 +231,19 @@ def test_the_search_sees_a_second_solution() -> None:
 def fields_of(world: World) -> dict[str, Any]:
     names = ("trains", "flights", "hotels", "attractions", "restaurants", "locations", "roads")
     return {name: getattr(world.tables, name) for name in names}
+
+
+def test_an_agent_that_finds_no_restaurants_ends() -> None:
+    """A tool that says that there are none has answered; the agent does not ask again."""
+    world = make_world("empty", 1, False, kinds=())
+    tools = make_tools(replace(world.tables, restaurants=()))
+    agent = scripted_agent(world.query.trip, [])
+    step = next(agent)
+    for _ in range(20):
+        if isinstance(step, str):
+            break
+        step = agent.send([call_tool(tools, call).content for call in step])
+    assert step == "There is no such trip."
 
 
 # --- prompts --------------------------------------------------------------------------------------

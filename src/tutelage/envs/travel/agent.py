@@ -86,12 +86,14 @@ class _Notes:
         )
 
     def keep(self, call: ToolCall, reply: str) -> None:
-        """Note the rows of a reply; one that is no JSON has none."""
+        """Note the rows of a reply; one that is no JSON says that there are none."""
+        given = call.arguments
+        if call.name == "recommend_restaurants":
+            self.asked_points.add(f"{given['latitude']},{given['longitude']}")
         try:
             found = json.loads(reply)
         except ValueError:
             return
-        given = call.arguments
         match call.name:
             case "query_train_info" | "query_flight_info":
                 for index, route in enumerate(found, start=1):
@@ -104,7 +106,6 @@ class _Notes:
             case "query_attraction_details":
                 self.attractions[found["attraction_name"]] = _attraction(found)
             case "recommend_restaurants":
-                self.asked_points.add(f"{given['latitude']},{given['longitude']}")
                 for row in found:
                     self.restaurants[row["name"]] = _restaurant(row)
             case "query_restaurant_details":

@@ -109,8 +109,8 @@ def make_tables(trip: Trip, rng: random.Random, names: Names, wishes: Wishes) ->
     _add_routes(draft, trip.origin, trip.stays[0].city, trip.date(1), hub, False)
     _add_routes(draft, trip.origin, other, trip.date(0), hub, False)
     for stay in trip.stays:
-        _fill_city(draft, stay.city, 14, 2 * stay.nights + 6)
-    _fill_city(draft, other, 4, 3)
+        _fill_city(draft, stay.city, 9 + stay.nights, 2 * stay.nights + 5)
+    _fill_city(draft, other, 3, 2)
     return Tables(
         *(tuple(draft.trains), tuple(draft.flights), tuple(draft.hotels)),
         *(tuple(draft.attractions), tuple(draft.restaurants), tuple(draft.locations)),
@@ -141,7 +141,7 @@ def _add_routes(
     """Direct and transfer routes of a day, by train and by plane."""
     modes: tuple[Mode, ...] = ("train", "flight")
     for mode in modes:
-        num_direct = draft.between(5, 7)
+        num_direct = draft.between(4, 6)
         lucky = below(num_direct, draft.rng)
         for index in range(num_direct):
             start = _departure(draft, is_return, index)
@@ -242,7 +242,7 @@ def _fill_city(draft: _Draft, city: str, num_hotels: int, num_sights: int) -> No
         _add_sight(
             draft, city, kinds[index] if index < len(kinds) else draft.names.pick(kinds), point
         )
-        for _ in range(draft.between(3, 5)):
+        for _ in range(draft.between(3, 4)):
             _add_restaurant(draft, city, draft.around(point, 80, 950))
 
 

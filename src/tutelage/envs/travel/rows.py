@@ -28,6 +28,8 @@ WALK_METERS = 2000
 """The longest way that is walked; longer ones are driven in a taxi."""
 NEAR_METERS = 1000
 """How far from a place a restaurant may be and still be recommended near it."""
+NEAR_DEGREES = (NEAR_METERS + 1) / _METERS_PER_DEGREE
+"""A difference in latitude that is too large for that."""
 
 
 def minutes(clock: str) -> int:

@@ -41,6 +41,7 @@ from typing import Any, TypeAlias, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from tutelage.envs.travel.rows import (
+    NEAR_DEGREES,
     NEAR_METERS,
     Attraction,
     Flight,
@@ -157,7 +158,9 @@ class Tables:
     def near(self, point: Point) -> list[tuple[int, Restaurant]]:
         """The restaurants near a point with their distances in meters, nearest first."""
         found = [
-            (round(meters_between(point, (r.latitude, r.longitude))), r) for r in self.restaurants
+            (round(meters_between(point, (row.latitude, row.longitude))), row)
+            for row in self.restaurants
+            if abs(row.latitude - point[0]) < NEAR_DEGREES
         ]
         return sorted((pair for pair in found if pair[0] <= NEAR_METERS), key=lambda pair: pair[0])
 
