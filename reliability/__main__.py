@@ -20,6 +20,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "grader": (5_000, 1_000_000),
     "configurations": (25, 500),
     "kill": (6, 150),
+    "kill_conversations": (2, 30),
     "families": (18, 0),
     "disk": (5, 150),
     "numerics": (10_000, 1_000_000),

@@ -32,6 +32,7 @@ from tutelage.evaluation import measure
 from tutelage.files.lock import FolderLock
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
+from tutelage.rollout.conversation import Conversations
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.run_folder import RunFolder
 from tutelage.train import checkpoint
@@ -45,6 +46,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "build_components": (train, "build_components"),
     "load moments": (train, "load_optimizer"),
     "sample": (TransformersSampler, "sample"),
+    "answer": (Conversations, "answer"),
     "teacher": (Teacher, "forward"),
     "forward": (Student, "forward"),
     "backward": (torch.Tensor, "backward"),

@@ -22,11 +22,13 @@ from .record import Outcome
 class Trials:
     """Trials against one unbroken run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder
+        self.changes = changes
+        """What the runs have besides the settings of every harness."""
         self.unbroken = folder / "unbroken"
         start = time.perf_counter()
-        self.points = forked.trace(folder, self.unbroken)
+        self.points = forked.trace(folder, self.unbroken, **changes)
         self.seconds = time.perf_counter() - start
         self.expected = forked.portrait(self.unbroken)
         self.names = sorted(set(self.points))
@@ -47,7 +49,8 @@ class Trials:
             if kill is not None:
                 kills.append(kill)
         writer = _writer(number)
-        ended = forked.end(forked.start(self.folder, out, checkpoint_writer=writer), out)
+        changes = {**self.changes, "checkpoint_writer": writer}
+        ended = forked.end(forked.start(self.folder, out, **changes), out)
         problems = [f"exit code {ended.code}: {ended.text[-300:]}"] if ended.code else []
         if not problems:
             problems = forked.differences(forked.portrait(out), self.expected)
@@ -73,7 +76,7 @@ class Trials:
             aim = None
         event = None if aim is None else forked.kill_at(aim)
         writer = _writer(rng.randrange(3))
-        pid = forked.start(self.folder, out, event, checkpoint_writer=writer)
+        pid = forked.start(self.folder, out, event, **self.changes, checkpoint_writer=writer)
         if aim is None:
             time.sleep(rng.uniform(0, self.seconds))
             os.kill(pid, signal.SIGKILL)
@@ -95,7 +98,8 @@ def without_moments(trials: Trials, count: int) -> int:
     seen = 0
     for number in range(count):
         out = trials.folder / f"control-{number}"
-        ended = forked.end(forked.start(trials.folder, out, num_steps=2), out)
+        changes = {**trials.changes, "num_steps": 2}
+        ended = forked.end(forked.start(trials.folder, out, **changes), out)
         pid = os.fork()
         if pid == 0:
             _zero_moments(out / "checkpoint-000002")
@@ -103,7 +107,7 @@ def without_moments(trials: Trials, count: int) -> int:
         os.waitpid(pid, 0)
         shutil.rmtree(out / "student")
         (out / "manifest.json").unlink()
-        ended = forked.end(forked.start(trials.folder, out), out)
+        ended = forked.end(forked.start(trials.folder, out, **trials.changes), out)
         found = forked.portrait(out) if ended.code == 0 else {}
         seen += ended.code == 0 and "tensors" in forked.differences(found, trials.expected)
     return seen
@@ -119,11 +123,11 @@ def _zero_moments(path: Path) -> None:
     seal(path, {"step": 2})
 
 
-def run(size: int) -> Outcome:
+def run(size: int, name: str = "kill", **changes: Any) -> Outcome:
     """`size` runs that were killed at least once."""
     with forked.models() as folder:
-        trials = Trials(folder)
-        results = progress.trials("kill", size, trials.one)
+        trials = Trials(folder, **changes)
+        results = progress.trials(name, size, trials.one)
         few = 1 if size < 100 else 3
         control = without_moments(trials, few)
     kills = [kill for result in results for kill in result["kills"]]
