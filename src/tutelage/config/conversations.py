@@ -54,6 +54,8 @@ class ShoppingData(ConversationData):
 
     __pydantic_config__ = STRICT
     kind: Literal["shopping"] = "shopping"
+    max_inserted_tokens: int = 16384
+    """As for all conversations; details of 20 products are about 5,500 tokens."""
     level: int = 1
     """1: products; 2: products within a budget; 3: products and coupons."""
     num_products: int = 150
@@ -76,6 +78,10 @@ class TravelData(ConversationData):
 
     __pydantic_config__ = STRICT
     kind: Literal["travel"] = "travel"
+    max_turns: int = 64
+    """As for all conversations."""
+    max_inserted_tokens: int = 32768
+    """As for all conversations."""
     level: int = 1
     """Days and cities of a journey: 1, 2 or 3."""
 

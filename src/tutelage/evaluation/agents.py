@@ -22,7 +22,7 @@ from tutelage.rollout.request import Agent
 from tutelage.setup.inputs import build_task
 
 _NUM_PROBLEMS = 40
-"""Problems of a level; the official benchmark has as many of each in its shopping domain."""
+"""Problems of a level; the published shopping queries are 50, 50 and 20."""
 _NUM_OFFICIAL_PROBLEMS = 120
 _MAX_NEW_TOKENS = 8192
 _LIMITS: dict[str, Any] = {"max_turns": 64, "max_inserted_tokens": 32768}
