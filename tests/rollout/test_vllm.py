@@ -116,8 +116,11 @@ def test_an_adapter_is_merged_on_the_way(sampler: VLLMSampler) -> None:
 
 LAUNCH = """
 import vllm._custom_ops
+from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.entry import main
 
+bind = launcher.create_server_socket
+launcher.create_server_socket = lambda address, **_: bind(address, reuse_port=True)
 vllm._custom_ops._supports_onednn = False  # also in the worker, which imports this file again
 if __name__ == "__main__":
     main()

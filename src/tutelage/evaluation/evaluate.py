@@ -234,6 +234,7 @@ def _engine_of_run(model: str) -> dict[str, Any]:
 
 def _server_plan(request: EvaluationRequest, log: Callable[[str], None]) -> _Plan:
     from tutelage.evaluation.server import Server
+    from tutelage.evaluation.server_conversation import converse
 
     if request.suite == HELD_OUT:
         raise ConfigError("--suite held-out needs a run folder, got a server. Name the run.")
@@ -259,10 +260,8 @@ def _server_plan(request: EvaluationRequest, log: Callable[[str], None]) -> _Pla
         benchmark: Benchmark, prompts: Sequence[Prompt], progress: Callable[[int], None]
     ) -> list[Rollout]:
         if benchmark.agent is not None:
-            raise ConfigError(
-                f"{benchmark.name} is a benchmark of agents, which are measured here and not on a "
-                f"server, got {request.model!r}. Name a model's folder."
-            )
+            longest = benchmark.max_new_tokens
+            return converse(server, benchmark.agent, prompts, longest, progress)
         return server.complete(prompts, benchmark.max_new_tokens, progress)
 
     return _Plan(benchmarks, sampling, generate, settings, "server", lambda: server.sent)

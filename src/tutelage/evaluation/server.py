@@ -77,9 +77,10 @@ class _TextChoice(Strict):
 
 class _Usage(Strict):
     completion_tokens: int = Field(ge=0)
+    prompt_tokens: int | None = None
 
 
-class _ChatReply(Strict):
+class ChatReply(Strict):
     object: Literal["chat.completion"]
     model: str
     choices: list[_ChatChoice] = Field(min_length=1, max_length=1)
@@ -87,7 +88,7 @@ class _ChatReply(Strict):
     error: None = None
 
 
-class _TextReply(Strict):
+class TextReply(Strict):
     object: Literal["text_completion"]
     model: str
     choices: list[_TextChoice] = Field(min_length=1, max_length=1)
@@ -124,8 +125,8 @@ class Server:
         self._neutral = {"top_k": self.sampling.top_k or -1} | NEUTRAL
         self._opens_thoughts = False
         self._logged: set[str] = set()
-        self._client = Client(self.url, self.limits, self.num_concurrent)
-        self.model_name = self.model_name or self._client.ask("/models", None, self._only_model)
+        self.client = Client(self.url, self.limits, self.num_concurrent)
+        self.model_name = self.model_name or self.client.ask("/models", None, self._only_model)
 
     @property
     def sent(self) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class Server:
                     "model here, or leave the tools out."
                 )
         asked = [(p, s) for p in prompts for s in range(self.sampling.num_samples)]
-        drawn = self._client.each([partial(self._one, p, s, max_new_tokens) for p, s in asked])
+        drawn = self.client.each([partial(self._one, p, s, max_new_tokens) for p, s in asked])
         progress(len(drawn))
         return [self._with_thought(completion) for completion in drawn]
 
@@ -163,14 +164,18 @@ class Server:
             return replace(completion, thought=opened_thought(completion.prompt.content))
         return replace(completion, thought="<think>") if self._opens_thoughts else completion
 
-    async def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Rollout:
-        body: dict[str, Any] = {
+    def body_of(self, prompt_id: str, sample: int, max_new_tokens: int) -> dict[str, Any]:
+        """What every request states, besides the sampling settings."""
+        return {
             "model": self.model_name,
             "max_tokens": max_new_tokens,
-            "seed": _seed(self.seed, prompt.id, sample),
+            "seed": seed_of(self.seed, prompt_id, sample),
             "n": 1,
             "stream": False,
         }
+
+    async def _one(self, prompt: Prompt, sample: int, max_new_tokens: int) -> Rollout:
+        body = self.body_of(prompt.id, sample, max_new_tokens)
 
         def accept(content: bytes) -> Rollout:
             text, reason, num_tokens = self._completion(content, prompt, max_new_tokens)
@@ -184,8 +189,12 @@ class Server:
         if isinstance(prompt.content, str):
             return await self._ask("/completions", body | {"prompt": prompt.content}, accept)
         body["messages"] = list(prompt.content)
+        return await self.ask_chat(body, accept)
+
+    async def ask_chat(self, body: dict[str, Any], accept: Callable[[bytes], Value]) -> Value:
+        """Ask for an answer to the messages of a chat."""
         if self.enable_thinking is not None:
-            body["chat_template_kwargs"] = {"enable_thinking": self.enable_thinking}
+            body = body | {"chat_template_kwargs": {"enable_thinking": self.enable_thinking}}
         return await self._ask("/chat/completions", body, accept)
 
     async def _ask(
@@ -195,7 +204,7 @@ class Server:
         while True:
             sent = self.sent
             try:
-                return await self._client.send(path, body | sent, accept)
+                return await self.client.send(path, body | sent, accept)
             except RefusedRequest as error:
                 if not self._leave_out(error, sent):
                     raise
@@ -216,21 +225,34 @@ class Server:
         self, content: bytes, prompt: Prompt, max_new_tokens: int
     ) -> tuple[str, str, int | None]:
         """Text, reason to stop and number of tokens of a reply."""
-        reply: _TextReply | _ChatReply
+        reply: TextReply | ChatReply
         if isinstance(prompt.content, str):
-            reply = parse(content, _TextReply)
+            reply = parse(content, TextReply)
         else:
-            reply = parse(content, _ChatReply)
+            reply = parse(content, ChatReply)
+        self.refuse_other(reply, max_new_tokens)
         choice, usage = reply.choices[0], reply.usage
+        num_tokens = None if usage is None else usage.completion_tokens
+        return self.answer_of(choice), choice.finish_reason, num_tokens
+
+    def refuse_other(self, reply: TextReply | ChatReply, max_new_tokens: int) -> None:
+        """A reply of another model, or a longer one than was asked for.
+
+        Raises:
+            BadReply: it is one.
+        """
+        usage = reply.usage
         if reply.model != self.model_name:
             raise BadReply(f"a reply of model {reply.model!r} instead of {self.model_name!r}")
         if usage is not None and usage.completion_tokens > max_new_tokens:
             raise BadReply(f"{usage.completion_tokens} tokens instead of at most {max_new_tokens}")
+
+    def answer_of(self, choice: _ChatChoice | _TextChoice) -> str:
+        """The text of a reply; empty where it holds no answer, which is logged once."""
         missing = _missing_answer(choice)
         if missing:
             self._log_once(f"a reply holds {missing}: such replies count as empty completions")
-        text = "" if missing else _text_of(choice)
-        return text, choice.finish_reason, None if usage is None else usage.completion_tokens
+        return "" if missing else _text_of(choice)
 
     def _log_once(self, line: str) -> None:
         """Logs a line, once."""
@@ -287,7 +309,7 @@ def _text_of(choice: _ChatChoice | _TextChoice) -> str:
     return f"<think>{thought or ''}"
 
 
-def _seed(seed: int, prompt_id: str, sample: int) -> int:
+def seed_of(seed: int, prompt_id: str, sample: int) -> int:
     """A number for the server's generator, of 31 bits, for each sample of each problem."""
     digest = hashlib.blake2b(repr((seed, prompt_id, sample)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -8,43 +8,26 @@ them and is never supervised on them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from tutelage.config.conversations import ConversationData
-from tutelage.data.types import Conversation, Message, Outcome, Prompt, Rollout, ToolCall, Turn
-from tutelage.envs.environment import Environment, Opening, Reply
-from tutelage.envs.guard import Failure, attempt_all
-from tutelage.errors import RunError
+from tutelage.data.types import Prompt, Rollout, Turn
+from tutelage.envs.environment import Opening, Reply
 from tutelage.models.forward import Ids
 from tutelage.models.tokenizers import decode, encode_prompt
 from tutelage.models.tool_format import format_of, parse_calls
 from tutelage.models.tool_prompt import with_tools
 from tutelage.models.turn_template import turn_template
+from tutelage.rollout.dialogue import Dialogue, answer_turns, open_dialogues
 from tutelage.rollout.request import Agent, OpenRollout, RolloutRequest, to_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-
-
-@dataclass
-class _Dialogue:
-    """One conversation under way."""
-
-    environment: Environment
-    tools: Sequence[dict[str, object]]
-    messages: list[Message] = field(default_factory=list)
-    num_turns: int = 0
-    num_calls: int = 0
-    num_errors: int = 0
-    is_truncated: bool = False
-    lost: str = ""
-    """Why its environment answers no more; "" while it does."""
 
 
 class Conversations:
@@ -77,7 +60,7 @@ class Conversations:
         self.enable_thinking = enable_thinking
         self.template = turn_template(tokenizer, stops, enable_thinking)
         self.format = format_of(tokenizer, self.limits.tool_format)
-        self._dialogues: dict[int, _Dialogue] = {}
+        self._dialogues: dict[int, Dialogue] = {}
         self._encoded: dict[str, Ids] = {}
 
     def start(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[Ids]:
@@ -94,25 +77,10 @@ class Conversations:
             RunError: an environment cannot begin.
             DataError: what it says first cannot be encoded.
         """
-        environments = [self.agent.environment() for _ in prompts]
-        openings: list[Opening | Failure] = _guarded(
-            [
-                partial(environment.start, prompt, key)
-                for environment, prompt, key in zip(environments, prompts, keys, strict=True)
-            ],
-            self.limits.tool_timeout_s,
-        )
-        found = []
-        for index, opening in enumerate(openings):
-            prompt = prompts[index]
-            if isinstance(opening, Failure):
-                raise RunError(
-                    f"the environment of prompt {prompt.id!r} does not start: {opening.reason}. "
-                    "Mend the environment, or raise data.tool_timeout_s if it is slow."
-                )
-            self._dialogues[index] = _Dialogue(environments[index], opening.tools)
-            found.append(self._encode(prompt, opening))
-        return found
+        opened = open_dialogues(self.agent, prompts, keys)
+        self._dialogues = {i: dialogue for i, (dialogue, _) in enumerate(opened)}
+        pairs = zip(prompts, opened, strict=True)
+        return [self._encode(prompt, opening) for prompt, (_, opening) in pairs]
 
     def num_left(self, row: OpenRollout) -> int:
         """How many more ids the model may generate in its present turn."""
@@ -127,16 +95,10 @@ class Conversations:
             The ids to insert behind each; None where the conversation is over.
         """
         turns = [self._turn(row) for row in rows]
-        asked = [i for i, turn in enumerate(turns) if self._reaches_environment(rows[i], turn)]
-        replies = _guarded(
-            [partial(self._dialogue(rows[i]).environment.act, _of(turns[i])) for i in asked],
-            self.limits.tool_timeout_s,
-        )
-        by_row: dict[int, Reply | Failure] = dict(zip(asked, replies, strict=True))
-        return [
-            None if turn is None else self._inserted(row, turn, by_row.get(i))
-            for i, (row, turn) in enumerate(zip(rows, turns, strict=True))
-        ]
+        dialogues = [self._dialogue(row) for row in rows]
+        replies = answer_turns(dialogues, turns, self.limits.tool_timeout_s)
+        pairs = zip(rows, replies, strict=True)
+        return [self._inserted(row, reply) if reply else None for row, reply in pairs]
 
     def rollout(self, row: OpenRollout) -> Rollout:
         """The record of a conversation that is over, with its score."""
@@ -149,16 +111,10 @@ class Conversations:
             completion_ids=ids,
             is_generated=mask,
             is_truncated=dialogue.is_truncated,
-            conversation=Conversation(
-                tuple(dialogue.messages),
-                dialogue.num_turns,
-                dialogue.num_calls,
-                dialogue.num_errors,
-                self._score(dialogue),
-            ),
+            conversation=dialogue.record(self.limits.tool_timeout_s),
         )
 
-    def _dialogue(self, row: OpenRollout) -> _Dialogue:
+    def _dialogue(self, row: OpenRollout) -> Dialogue:
         return self._dialogues[row.request.index]
 
     def _encode(self, prompt: Prompt, opening: Opening) -> Ids:
@@ -176,31 +132,17 @@ class Conversations:
         dialogue = self._dialogue(row)
         tokens = row.tokens[row.turn_start :]
         text = decode(self.tokenizer, tokens)
-        dialogue.num_turns += 1
-        dialogue.messages.append({"role": "assistant", "content": text})
+        dialogue.add_turn(text)
         if tokens[-1] not in self.stops:
             dialogue.is_truncated = True
             return None
-        calls = parse_calls(self.format, text, row.request.thought)
-        dialogue.num_calls += len(calls)
-        return Turn(text, calls)
+        return Turn(text, parse_calls(self.format, text, row.request.thought))
 
-    def _reaches_environment(self, row: OpenRollout, turn: Turn | None) -> bool:
-        return turn is not None and not self._dialogue(row).lost
-
-    def _inserted(self, row: OpenRollout, turn: Turn, reply: Reply | Failure | None) -> Ids | None:
+    def _inserted(self, row: OpenRollout, reply: Reply) -> Ids | None:
         """What to insert behind a turn; None where the conversation ends with it."""
         dialogue = self._dialogue(row)
-        if isinstance(reply, Failure):
-            if reply.is_timeout:  # its thread may still change it
-                dialogue.lost = reply.reason
-            reply = _failed_reply(turn, reply.reason)
-        elif reply is None:
-            reply = _failed_reply(turn, dialogue.lost)
-        dialogue.num_errors += reply.num_errors
-        if reply.is_done or not reply.messages:
+        if not reply.messages:
             return None
-        dialogue.messages += reply.messages
         ids = self.template.between(reply.messages, dialogue.tools, row.request.prompt.id)
         num_inserted = sum(len(inserted) for _, inserted in row.inserted) + len(ids)
         if (
@@ -211,33 +153,6 @@ class Conversations:
             dialogue.is_truncated = True
             return None
         return ids
-
-    def _score(self, dialogue: _Dialogue) -> Outcome:
-        if dialogue.lost:
-            return Outcome(0.0, False, {"environment_error": dialogue.lost})
-        (found,) = _guarded([dialogue.environment.score], self.limits.tool_timeout_s)
-        if isinstance(found, Failure):
-            return Outcome(0.0, False, {"environment_error": found.reason})
-        return found
-
-
-def _of(turn: Turn | None) -> Turn:
-    return turn if turn is not None else Turn("")
-
-
-def _guarded(functions: Sequence[Callable[[], T]], seconds: float) -> list[T | Failure]:
-    return attempt_all(functions, seconds) if functions else []
-
-
-def _failed_reply(turn: Turn, reason: str) -> Reply:
-    """What the model reads of an environment that failed or hung; a final answer ends it."""
-    error = json.dumps({"error": f"the tools do not answer: {reason}"}, ensure_ascii=False)
-    messages = [_tool_message(call, error) for call in turn.calls]
-    return Reply(tuple(messages), is_done=not messages, num_errors=max(1, len(messages)))
-
-
-def _tool_message(call: ToolCall, content: str) -> Message:
-    return {"role": "tool", "name": call.name, "content": content}
 
 
 def conversations_of(
