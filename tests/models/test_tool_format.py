@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tutelage.data.types import ToolCall
 from tutelage.errors import ModelError
+from tutelage.models.tokenizers import decode
 from tutelage.models.tool_format import (
     MAX_DEPTH,
     MAX_DIGITS,
@@ -308,3 +309,14 @@ def test_an_unknown_format_is_refused(make_tokenizer: Callable[..., Any]) -> Non
         detect_format(tokenizer)
     with pytest.raises(ModelError, match="no chat template"):
         detect_format(make_tokenizer(chat_template=None))
+
+
+def test_marks_of_calls_stay_in_decoded_text(make_tokenizer: Callable[..., Any]) -> None:
+    """Also where a tokenizer has them among its control tokens."""
+    letters = '"' + "abcdefghijklmnopqrstuvwxyz_ {}:,\n"
+    tokenizer = make_tokenizer(letters=letters, extra=("<tool_call>", "</tool_call>"))
+    text = render_calls("hermes", [ToolCall("look_up", {"item": "tea"})])
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert parse_calls("hermes", decode(tokenizer, [*ids, tokenizer.eos_token_id])) == (
+        ToolCall("look_up", {"item": "tea"}),
+    )

@@ -300,12 +300,14 @@ def test_a_normalizer_makes_no_control_token() -> None:
 
 def test_a_message_without_control_tokens_stays_as_it_is() -> None:
     """Also where a template's own control tokens depend on it."""
-    template = WRAPPED.replace("{{ m.content }}", "{{ m.content or '<|endoftext|>' }}")
-    tokenizer = bpe(QWEN, "<|im_end|>", template)
+    mark = "{{ '<|endoftext|>' if m.content | length > 1 }}"
+    tokenizer = bpe(
+        QWEN, "<|im_end|>", WRAPPED.replace("{{ m.content }}", mark + "{{ m.content }}")
+    )
     turns = TurnTemplate(tokenizer, {tokenizer.eos_token_id})
-    for content in ("", "< |im_end|>", "a b"):
+    for content in ("", "a", "< |im_end|>", "ab"):
         ids = turns.between([{"role": "tool", "name": "f", "content": content}], (), "p")
-        written = content or "<|endoftext|>"
+        written = f"<|endoftext|>{content}" if len(content) > 1 else content
         wanted = f"<|im_start|>tool\n{written}<|im_end|><|im_start|>assistant\n"
         assert tokenizer.decode(ids) == wanted
 
@@ -377,6 +379,10 @@ REFUSED = {
     "former answers of tools are dropped": (
         only(f"m.role != 'tool' or not {ANSWERS_AFTER}"),
         "the role 'tool' in another way when turns follow"),
+    "answers of tools are dropped when others follow": (
+        only("m.role != 'tool' or loop.last or loop.nextitem.role == m.role or "
+             "'tool' not in messages[loop.index0 + 2:] | map(attribute='role') | list"),
+        "the role 'tool' in another way when turns follow"),
     "former questions are dropped": (
         only("m.role != 'user' or messages[loop.index0:] | length < 4"),
         "the role 'user' in another way when turns follow"),
@@ -438,9 +444,9 @@ def test_a_template_is_tried_once() -> None:
     first = turn_template(tokenizer, {2})
     assert turn_template(tokenizer, frozenset({2})) is first
     assert turn_template(tokenizer, {1}) is not first
-    tokenizer.chat_template = added("!")
-    ids = turn_template(tokenizer, {2}).between([{"role": "user", "content": "x"}], (), "p")
-    assert "!" in tokenizer.decode(ids)
+    tokenizer.chat_template = added("{{ messages | length }}")
+    with pytest.raises(ModelError, match=BEFORE):
+        turn_template(tokenizer, {2})
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
@@ -454,7 +460,12 @@ PLAIN = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}model:"
 def test_a_tokenizer_that_writes_a_space_before_the_fragment_is_refused() -> None:
     with pytest.raises(ModelError, match="'folder' cannot write what stands between two turns"):
         TurnTemplate(bpe(QWEN, "<|im_end|>", PLAIN, space=True), {2})
-    TurnTemplate(bpe(QWEN, "<|im_end|>", PLAIN), {2})
+    tokenizer = bpe(QWEN, "<|im_end|>", PLAIN)
+    tokenizer.add_tokens(["x;"])  # an answer and what follows it would be one token
+    TurnTemplate(tokenizer, {2})
+    eating = bpe(QWEN, "<|im_end|>", WRAPPED.replace("\n{{", "\n\n{{"))
+    eating.add_tokens([AddedToken("<|im_start|>user", rstrip=True, special=True)])
+    TurnTemplate(eating, {2})  # as in the template's own rendering
 
 
 def test_a_tokenizer_that_ends_turns_for_strange_characters_is_refused(

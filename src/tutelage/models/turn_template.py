@@ -183,10 +183,7 @@ class TurnTemplate:
 
     def _broken(self, text: str) -> str:
         """The text without that of any control token, and without halves of surrogate pairs."""
-        text = text.encode(errors="backslashreplace").decode()
-        for _ in range(4):  # tokens may overlap
-            text = self._control_text.sub(_break, text)
-        return text
+        return self._control_text.sub(_break, text.encode(errors="backslashreplace").decode())
 
     def _control_of(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._control]
