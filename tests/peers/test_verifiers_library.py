@@ -183,6 +183,24 @@ def test_calls_of_tools_are_answered_and_scored(tokenizer: PreTrainedTokenizerBa
         assert "<tool_response>\n8\n</tool_response>" in tokenizer.decode(rollout.completion_ids)
 
 
+def test_limits_of_tokens_cut_a_conversation_off(
+    models: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = Qwen3ForCausalLM.from_pretrained(models / "student")
+    task, leading = service(tokenizer, max_inserted_tokens=45)
+    sampler = VerifiersSampler(TransformersSampler(model, tokenizer), leading, is_owner=True)
+    asked = RolloutRequest(task.prompts(0, 2, 0), SAMPLING, (0, 1))
+    narrow = sampler.sample(asked)
+    short = sampler.sample(replace(asked, sampling=replace(SAMPLING, max_new_tokens=14)))
+    sampler.close()
+    for rollout in narrow:
+        assert [len(turn) for _, turn in turns_of(rollout)] == [12, 12]
+        assert rollout.is_truncated
+    for rollout in short:
+        assert [len(turn) for _, turn in turns_of(rollout)] == [12, 2]
+        assert rollout.is_truncated
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [

@@ -30,6 +30,8 @@ _LISTED = 512
 _LAST_BYTES = 4096
 _FOR_EVER_S = 1e6
 """A wait that somebody else ends."""
+_CLEANUP_S = 10.0
+"""Seconds that environments have to release what they hold."""
 
 
 class _Strict(BaseModel):
@@ -149,29 +151,25 @@ class Worker:
         return found
 
     def run(self, order: dict[str, Any]) -> Iterator[Began | TracedRollout]:
-        """Run the rollouts of an order, and give what begins and ends, however long that takes.
+        """Start the process, and give what begins and ends of the rollouts of an order.
+
+        The iterator belongs to this process: after `stop` it ends with an error, in any thread.
 
         Raises:
             RunError: the worker failed.
         """
-        process = self._started()
-        reply = process.ask({"rollouts": order}, limit_s=_FOR_EVER_S)
-        while "num_rollouts" not in reply:
-            if "began" in reply:
-                yield _parsed(reply, _Begun).began
-            else:
-                yield _parsed(reply, _Ended).rollout
-            reply = process.next_reply()
+        return _told(self._started(), order)
 
     def stop(self) -> None:
-        """End the process, also while another thread waits for it in `run`."""
+        """End the process at once, also while another thread waits for it."""
         if self._process is not None:
             self._process.stop()
 
     def close(self) -> None:
-        """End the process; the next call starts another one."""
+        """End the process, which may clean up first; the next call starts another one."""
         process, self._process = self._process, None
         if process is not None:
+            process.finish(_CLEANUP_S)
             process.kill()
 
     def _started(self) -> _Process:
@@ -191,6 +189,16 @@ class Worker:
             "max_turns": loading.max_turns,
             "max_tasks": loading.max_tasks,
         }
+
+
+def _told(process: _Process, order: dict[str, Any]) -> Iterator[Began | TracedRollout]:
+    reply = process.ask({"rollouts": order}, limit_s=_FOR_EVER_S)
+    while "num_rollouts" not in reply:
+        if "began" in reply:
+            yield _parsed(reply, _Begun).began
+        else:
+            yield _parsed(reply, _Ended).rollout
+        reply = process.next_reply()
 
 
 class _Process(child.Child):

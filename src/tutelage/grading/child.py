@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -120,6 +121,12 @@ class Child:
         except (ValueError, RecursionError):
             return None  # no JSON, so no reply
         return reply if isinstance(reply, dict) else None
+
+    def finish(self, seconds: float) -> None:
+        """End the process's input and give it so long to end by itself."""
+        self._stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
     def stop(self) -> None:
         """End the process at once; who waits for a reply of it, in any thread, gets none."""

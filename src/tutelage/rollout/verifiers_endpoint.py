@@ -9,11 +9,12 @@ from __future__ import annotations
 import hmac
 import json
 import queue
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,8 +27,11 @@ _MAX_BYTES = 64 * 2**20
 """Size of a request; one with a million ids has 8 MiB."""
 _STATED = ("temperature", "top_p", "top_k")
 """Settings of a request that have to be the run's."""
-_IGNORED = ("logprobs", "skip_special_tokens", "routed_experts_prompt_start")
-"""Settings that change no token."""
+_IGNORED = (
+    *("max_tokens", "stop_token_ids", "logprobs", "skip_special_tokens"),
+    "routed_experts_prompt_start",
+)
+"""Settings that are looked at by themselves, or change no token."""
 
 
 class _Request(BaseModel):
@@ -35,7 +39,7 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
     model: str
-    token_ids: list[int] = Field(min_length=1)
+    token_ids: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     sampling_params: dict[str, Any]
 
 
@@ -96,8 +100,8 @@ class Endpoint:
         self._waiting: dict[int, Asked] = {}
         self._is_closed = False
         self._lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"endpoint": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.endpoint = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.daemon = True
         self._thread.start()
@@ -153,19 +157,25 @@ class Endpoint:
 
     def _most(self, stated: dict[str, Any]) -> int:
         """The most tokens that a request wants, if it changes nothing else."""
-        for key, value in stated.items():
-            if key in _STATED:
-                used = getattr(self.sampling, key)
-                is_fine = value == used
-            elif key == "stop_token_ids":
-                used, is_fine = sorted(self._stops), set(value) <= self._stops
-            else:
-                used, is_fine = "nothing", key in (*_IGNORED, "max_tokens")
-            if not is_fine:
-                raise _Unusable(f"a request with {key} = {value!r}, where the run has {used!r}")
         most = stated.get("max_tokens", 0)
-        if not isinstance(most, int) or most < 0:
-            raise _Unusable(f"a request with max_tokens = {most!r}")
+        if type(most) is not int or most < 0:
+            raise _Unusable(f"a request with max_tokens = {_shown(most)!r}")
+        stops = stated.get("stop_token_ids", [])
+        if not isinstance(stops, list) or any(
+            type(stop) is not int or stop not in self._stops for stop in stops
+        ):
+            raise _Unusable(
+                f"a request that stops at {_shown(stops)}, where the student stops at "
+                f"{sorted(self._stops)}"
+            )
+        known = {key: getattr(self.sampling, key) for key in _STATED}
+        for key, value in stated.items():
+            if key in known and value != known[key]:
+                raise _Unusable(
+                    f"a request with {key} = {_shown(value)}, where the run has {known[key]}"
+                )
+            if key not in (*known, *_IGNORED):
+                raise _Unusable(f"a request with {_shown(key)!r}, which the run does not have")
         return most
 
 
@@ -174,12 +184,20 @@ class _Unusable(Exception):
 
 
 class _Server(ThreadingHTTPServer):
+    endpoint: Endpoint
     daemon_threads = True
     request_queue_size = 1024
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A worker that went away is noticed elsewhere; anything else fails the step."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.endpoint.events.put(Refused(f"a request that failed with {reason[:200]}"))
+
 
 class _Handler(BaseHTTPRequestHandler):
-    endpoint: ClassVar[Endpoint]
+    server: _Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
@@ -190,11 +208,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self._send(413, _error(f"a request of {size or 'unknown'} bytes"))
         body = self.rfile.read(int(size))
-        if not self.endpoint.may_ask(self.headers.get("Authorization")):
+        if not self.server.endpoint.may_ask(self.headers.get("Authorization")):
             return self._send(401, _error("no key"))
         if self.path != _PATH:
             return self._send(404, _error(f"no such path, only {_PATH}"))
-        return self._send(*self.endpoint.reply(self.headers.get(_HEADER), body))
+        return self._send(*self.server.endpoint.reply(self.headers.get(_HEADER), body))
 
     def do_GET(self) -> None:
         self._send(404, _error(f"no such path, only {_PATH}"))
@@ -209,6 +227,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _shown(value: object) -> str:
+    return " ".join(str(value).split())[:80]
 
 
 def _error(reason: str) -> dict[str, Any]:

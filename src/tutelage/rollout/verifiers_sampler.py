@@ -7,7 +7,7 @@ import queue
 import tempfile
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,8 +139,8 @@ class VerifiersSampler:
         service, rollouts = self.service, _opened(request)
         endpoint = service.endpoint(request.sampling)
         work = service.order(endpoint.url, rollouts, request.sampling.max_new_tokens)
-        told = (service.worker, work, endpoint.events.put)
-        pump = threading.Thread(target=_pump, args=told, name="verifiers")
+        told = service.worker.run(work)
+        pump = threading.Thread(target=_pump, args=(told, endpoint.events.put), name="verifiers")
         pump.start()
         with ExitStack() as stack:
             stack.callback(pump.join)
@@ -180,11 +180,11 @@ def _opened(request: RolloutRequest) -> dict[str, _Open]:
     }
 
 
-def _pump(worker: Worker, work: dict[str, Any], put: Callable[[Any], None]) -> None:
-    """Hand on what the worker says, its failure included; then None."""
+def _pump(told: Iterator[Any], put: Callable[[Any], None]) -> None:
+    """Hand on what the worker tells, its failure included; then None."""
     try:
-        for said in worker.run(work):
-            put(said)
+        for one in told:
+            put(one)
         put(None)
     except TutelageError as error:
         put(error)
