@@ -15,8 +15,9 @@ from token_lines import NUM_TOKENS, conversation_lines, token_lines
 from tutelage.cli import main
 from tutelage.errors import RunError
 from tutelage.report import text
+from tutelage.report.compare_runs import compare_runs
 from tutelage.report.conversations import TurnRecord, outcome_line, turns_of
-from tutelage.report.panels import panels_of
+from tutelage.report.panels import panels_across, panels_of
 from tutelage.report.records import OutcomeRecord, TokenRecord, read_run
 from tutelage.report.run_page import write_report
 from tutelage.report.tokens import QUADRANTS
@@ -237,3 +238,43 @@ def test_compared_runs_show_turns_in_the_token_viewer(make_run: MakeRun, tmp_pat
     for completion in json.loads(data.text or "")["completions"]:
         assert [turn["number"] for turn in completion["turns"]] == [1, 2, 3]
         assert "no success" in completion["outcome"]
+
+
+def test_compared_runs_show_what_their_conversations_reached(make_run: MakeRun) -> None:
+    """A run without conversations has dashes; where no run has any, there is no row."""
+    plain, agent = make_run("plain", num_steps=3), with_measures(make_run("agent", num_steps=3))
+    comparison = compare_runs([plain, agent])
+    rows = {row[0]: row[1:] for row in comparison.tables()[0].rows}
+    assert {name: cells for name, cells in rows.items() if cells[0] == text.MISSING} == {
+        "last success": ["–", "75.0 %"],
+        "last score": ["–", "1.5"],
+        "last turns": ["–", "10.5"],
+        "last tokens a turn": ["–", "33"],
+        "last tool errors": ["–", "37.5 %"],
+    }
+    alone = compare_runs([plain, make_run("other", num_steps=3)])
+    others = [row[0] for row in alone.tables()[0].rows]
+    assert others == [name for name in rows if rows[name][0] != text.MISSING]
+    runs = [(name, read_run(run)) for name, run in (("plain", plain), ("agent", agent))]
+    panels = {panel.title: panel for panel in panels_across(runs)}
+    assert [curve.label for curve in panels["Success"].curves] == ["agent"]
+    assert panels["Turns"].curves[0].points == [(0, 3.5), (1, 7.0), (2, 10.5)]
+    assert "Success" not in {panel.title for panel in panels_across(runs[:1])}
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_rules_agree_only_on_conversations_with_the_same_answers_of_tools(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Equal tokens behind other answers of tools are no equal completions."""
+    found = []
+    for answer in ("same", "same", "other"):
+        run = with_tokens(make_run(f"{len(found)}"), conversation_lines(["a"], answer))
+        manifest = json.loads((run / "manifest.json").read_text())
+        manifest["config"] |= {"selection": {"rule": "q3"}, "quadrant_thresholds": [0.5, 0.5]}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        found.append(run)
+    page = tmp_path / "page.html"
+    for other, is_alike in ((found[1], True), (found[2], False)):
+        assert main(["compare", str(found[0]), str(other), "--html", str(page)]) == 0
+        assert ("How far the rules agree" in page.read_text("utf-8")) is is_alike

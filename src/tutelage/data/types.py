@@ -73,6 +73,14 @@ class Conversation:
     """Calls that were answered with an error."""
     outcome: Outcome
 
+    @property
+    def transcript(self) -> str:
+        """The messages as plain text: the role, the name of a tool, what was said."""
+        return "\n".join(
+            f"{' '.join(filter(None, (m['role'], m.get('name'))))}: {m['content']}"
+            for m in self.messages
+        )
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -119,6 +127,11 @@ class Rollout:
     def num_tokens(self) -> int | None:
         """Number of generated tokens, the end included; None where it is not known."""
         return len(self.generated_ids) or self.num_reported_tokens
+
+    @property
+    def transcript(self) -> str:
+        """What a reader is shown: the text, or all messages of a conversation."""
+        return self.text if self.conversation is None else self.conversation.transcript
 
     @property
     def graded_text(self) -> str:

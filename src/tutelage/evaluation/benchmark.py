@@ -193,7 +193,21 @@ def _row(benchmark: Benchmark, rollout: Rollout) -> Row:
         "num_tokens": rollout.num_tokens,
         "answer": benchmark.voting.answer_of(text, is_truncated),
         "gold": rollout.prompt.answer,
-        "completion": rollout.text,
+        "completion": rollout.transcript,
+        **_measures(rollout),
+    }
+
+
+def _measures(rollout: Rollout) -> Row:
+    """What the environment says of a conversation; nothing of a single answer."""
+    found = rollout.conversation
+    if found is None:
+        return {}
+    return {
+        "turns": found.num_turns,
+        "tool_errors": found.num_tool_errors,
+        "score": found.outcome.score,
+        "details": found.outcome.details,
     }
 
 

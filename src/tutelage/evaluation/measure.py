@@ -194,7 +194,7 @@ def _samples(components: Components, step: int, result: Result) -> list[dict[str
             "step": step,
             "prompt_id": result.rollouts[i].prompt.id,
             "prompt": decode(components.tokenizer, result.rollouts[i].prompt_ids),
-            "completion": result.rollouts[i].text,
+            "completion": result.rollouts[i].transcript,
             "is_correct": result.is_correct[i],
         }
         for i in list(chosen)[:_NUM_SAVED_SAMPLES]

@@ -33,6 +33,8 @@ class _Row(BaseModel):
 class _Benchmark(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     max_new_tokens: int
+    conversations: dict[str, Any] | None = None
+    """Limits of conversations."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,9 @@ def _difference(
         return f"{record.name} and {baseline.name} share no graded problems of {benchmark}."
     pair = (record.settings, baseline.settings)
     unlike = [key for key in _DECISIVE if pair[0].get(key) != pair[1].get(key)]
-    lengths = [settings["benchmarks"][benchmark]["max_new_tokens"] for settings in pair]
-    unlike += ["max_new_tokens"] if lengths[0] != lengths[1] else []
+    limits = [_limits(settings["benchmarks"][benchmark]) for settings in pair]
+    keys = dict.fromkeys(key for one in limits for key in one)
+    unlike += [key for key in keys if limits[0].get(key) != limits[1].get(key)]
     if unlike:
         return (
             f"{record.name} measured {benchmark} otherwise ({', '.join(unlike)}): "
@@ -148,6 +151,12 @@ def _difference(
         )
     interval = paired_difference([ours[p] for p in shared], [theirs[p] for p in shared])
     return BenchmarkDifference(benchmark, record.name, baseline.name, len(shared), interval)
+
+
+def _limits(benchmark: dict[str, Any]) -> dict[str, Any]:
+    """How long completions, or conversations, could become."""
+    length = {"max_new_tokens": benchmark["max_new_tokens"]}
+    return length | (benchmark.get("conversations") or {})
 
 
 def _mean(record: EvaluationRecord, benchmark: str) -> Interval | None:

@@ -41,6 +41,12 @@ class RunSummary:
     """mean@k of the student at its last evaluation."""
     pass_at_k: float | None
     held_out_reverse_kl_nats: float | None
+    success_share: float | None = None
+    """Of the conversations of the last step, as all that follow."""
+    score_mean: float | None = None
+    turns_mean: float | None = None
+    tokens_per_turn: float | None = None
+    tool_error_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,11 @@ def _summary(name: str, record: RunRecord) -> RunSummary:
         accuracy=_accuracy(final) if final else None,
         pass_at_k=final.pass_at_k if final else None,
         held_out_reverse_kl_nats=final.held_out_reverse_kl_nats if final else None,
+        success_share=last.success_share,
+        score_mean=last.score_mean,
+        turns_mean=last.turns_mean,
+        tokens_per_turn=last.tokens_per_turn,
+        tool_error_share=last.tool_error_share,
     )
 
 
@@ -223,6 +234,12 @@ def _summary_rows(runs: Sequence[RunSummary]) -> Iterator[list[str]]:
     yield ["last entropy", *(text.number(run.entropy_nats) for run in runs)]
     if any(run.loss is not None for run in runs):
         yield ["last loss", *(text.number(run.loss) for run in runs)]
+    if any(run.success_share is not None for run in runs):
+        yield ["last success", *(text.percent(run.success_share) for run in runs)]
+        yield ["last score", *(text.number(run.score_mean) for run in runs)]
+        yield ["last turns", *(text.number(run.turns_mean) for run in runs)]
+        yield ["last tokens a turn", *(text.number(run.tokens_per_turn) for run in runs)]
+        yield ["last tool errors", *(text.percent(run.tool_error_share) for run in runs)]
 
 
 def _config_rows(comparison: Comparison) -> Iterator[list[str]]:
