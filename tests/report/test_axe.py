@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from token_lines import token_lines
+from token_lines import conversation_lines, token_lines
 
 from patience import HANG_S
 from tutelage.report.compare_evaluations import compare_evaluations
@@ -42,6 +42,14 @@ def run_page(make_run: MakeRun, folder: Path) -> Path:
     return write_report(recorded(make_run("run", num_steps=3)), folder / "run.html")
 
 
+def conversation_page(make_run: MakeRun, folder: Path) -> Path:
+    run = make_run("run", num_steps=3)
+    lines = conversation_lines(TEXTS, "what a tool answers", kind="training")
+    lines += conversation_lines(TEXTS, "a long answer " * 40)
+    (run / "tokens.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return write_report(run, folder / "conversations.html")
+
+
 def compare_page(make_run: MakeRun, folder: Path) -> Path:
     runs = [recorded(make_run(name, num_steps=3, seed=i)) for i, name in enumerate("abc")]
     records = [read_run(run) for run in runs]
@@ -66,7 +74,9 @@ def evaluations_page(make_run: MakeRun, folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("quick_plots")
-@pytest.mark.parametrize("make_page", [run_page, compare_page, score_page, evaluations_page])
+@pytest.mark.parametrize(
+    "make_page", [run_page, conversation_page, compare_page, score_page, evaluations_page]
+)
 def test_axe_finds_nothing(
     browser: Any, make_run: MakeRun, tmp_path: Path, make_page: Callable[[MakeRun, Path], Path]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_run_page import HOSTILE
-from token_lines import NUM_TOKENS, RULES, token_lines
+from token_lines import NUM_TOKENS, RULES, conversation_lines, token_lines
 
 from patience import HANG_S
 from tutelage.report.compare_page import write_comparison
@@ -127,6 +127,35 @@ def test_tokens_are_coloured_filtered_and_walked_by_keyboard(show: Any) -> None:
     assert "position 5." in opened.page.inner_text("#detail")
     opened.page.select_option("#text-other", label="step 10")
     assert opened.page.locator(".reading").count() == 2
+
+
+@pytest.mark.parametrize("answer", ["short", "long " * 100, HOSTILE[1]])
+def test_turns_and_inserted_text_stand_between_the_tokens(
+    browser: Any, make_run: MakeRun, quick_plots: None, answer: str
+) -> None:
+    run = make_run(num_steps=3)
+    lines = conversation_lines(BENIGN, answer)
+    (run / "tokens.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with browser.new_context() as context:
+        context.set_default_timeout(1000 * HANG_S)
+        opened = Opened(context.new_page(), lines)
+        opened.page.goto(write_report(run).as_uri())
+        opened.page.click("#tab-viewer")
+        group = opened.page.locator("#readings .tokens").first
+        kinds = group.evaluate("e => [...e.children].map((c) => c.localName)")
+        order = [kind for kind in kinds if kind != "br"]
+        turn = ["h4", *["button"] * 5, "details", "h4", *["button"] * 4, "details", "h4"]
+        assert order == [*turn, *["button"] * 3]
+        details = group.locator("details").first
+        assert details.locator("pre").text_content() == answer
+        is_open = details.get_attribute("open") is not None
+        assert is_open == (len(answer) <= 400)
+        details.locator("summary").click()
+        assert details.locator("pre").is_visible() is not is_open
+        assert opened.page.inner_text("#readings .outcome").startswith("no success · score 0.75")
+        opened.page.click("#jump")
+        assert opened.page.evaluate("document.activeElement.className").startswith("token")
+        assert opened.complaints == []
 
 
 def test_the_jump_goes_through_q3_by_falling_kl(show: Any) -> None:
