@@ -128,7 +128,8 @@ def test_a_mark_of_a_thought_in_an_argument_is_none(format: ToolFormat, mark: st
 
 # --- what is no valid call ------------------------------------------------------------------------
 
-DEEP = "[" * MAX_DEPTH + "]" * MAX_DEPTH
+DEEP = "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1)
+"""One too many inside the call and its arguments."""
 MALFORMED = {
     "no end": ('{"name": "f", "KEY": {"a": 1', "no valid JSON"),
     "single quotes": ("{'name': 'f', 'KEY': {}}", "no valid JSON"),
@@ -179,7 +180,8 @@ def test_what_is_just_allowed(format: ToolFormat) -> None:
         "9" * MAX_DIGITS,
         "-" + "9" * MAX_DIGITS,
         "1e308",
-        DEEP[2:-2],
+        DEEP[1:-1],
+        DEEP[1:-1].replace("[]", "[1]"),
         '"\\ud83d\\ude00"',
     ):
         body = f'{{"name": "f", "{KEYS[format]}": {{"a": {value}}}}}'

@@ -316,12 +316,8 @@ def _refuse_unusable(value: Any) -> None:
         texts += [key for v in level if isinstance(v, dict) for key in v]
         if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
             raise _Invalid("a text has half a surrogate pair")
-        level = [
-            inner
-            for v in level
-            if isinstance(v, dict | list)
-            for inner in (v.values() if isinstance(v, dict) else v)
-        ]
-        if not level:
+        outer = [v for v in level if isinstance(v, dict | list)]
+        if not outer:
             return
+        level = [inner for v in outer for inner in (v.values() if isinstance(v, dict) else v)]
     raise _Invalid(_TOO_DEEP)
