@@ -102,6 +102,7 @@ def test_a_conversation_that_waits_for_its_tools_holds_up_no_other(
     sampler: VLLMServerSampler,
 ) -> None:
     arrived: list[int] = []
+    late: list[bool] = []
     both = threading.Event()
 
     @dataclass
@@ -113,18 +114,12 @@ def test_a_conversation_that_waits_for_its_tools_holds_up_no_other(
                 arrived.append(1)
                 if len(arrived) > 1:
                     both.set()
-                if not both.wait(8):
-                    raise TimeoutError
+                late.append(not both.wait(8))
             return super().act(turn)
 
-    rollouts = sample(sampler, Agent(Meeting, LedgerToolsData(tool_timeout_s=9)))
+    sample(sampler, Agent(Meeting, LedgerToolsData(tool_timeout_s=9)))
     assert len(arrived) > 2
-    assert not any(
-        "tools do not answer" in m["content"]
-        for r in rollouts
-        if r.conversation
-        for m in r.conversation.messages
-    )
+    assert not any(late)
 
 
 def test_a_conversation_that_may_outgrow_the_server_is_refused(
