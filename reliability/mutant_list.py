@@ -1,6 +1,6 @@
 """The mutants: by file (a pattern below src/tutelage), the guarding tests, and what is replaced.
 
-Those of `tutelage.core` are in `mutant_list_core`.
+Those of `tutelage.core` are in `mutant_list_core`, those of conversations in `mutant_list_agents`.
 
 A text has to occur once in its file. One that no longer does is left out and counted.
 """
@@ -156,7 +156,10 @@ MUTANTS: dict[str, Group] = {
                 "turn = self.turn.index_select(0, self.position)",
                 "turn = self.turn.index_select(0, self.position - 1)",
             ),
-            ("x = layer.down(x, layer.act(gate) * up)", "x = layer.down(x, gate * layer.act(up))"),
+            (
+                "up)\n        self.hidden = self.norm(x)\n",
+                "up.neg())\n        self.hidden = self.norm(x)\n",
+            ),
             ("(self.position + 1).clamp_(max=self.max_length - 1)", "self.position + 1"),
             ("self.end = min(self.end + 1, self.max_length - 1)", "self.end = self.end"),
             ("self.caches = [cache[:, index] for cache in self.caches]", "pass"),
@@ -177,19 +180,16 @@ MUTANTS: dict[str, Group] = {
     "rollout/generate.py": (
         ["rollout/test_sampling_fast.py", "rollout/test_sampling.py"],
         [
-            (
-                "first = [len(row.tokens) if row else 0 for row in self.open]",
-                "first = [0 for row in self.open]",
-            ),
+            ("first = [len(row.tokens) - len(row.pending) if row", "first = [0 if row"),
             ("tokens[i] in self.stops or num_left == step", "tokens[i] in self.stops"),
-            ("row.tokens += by_row[i][:stop]", "row.tokens += by_row[i]"),
-            ("hidden_by_row[i, :stop]", "hidden_by_row[i]"),
-            ("check_finite(logprobs_by_row[i][:stop], len(row.tokens))", "pass"),
+            ("row.tokens += by_row[i][start:stop]", "row.tokens += by_row[i]"),
+            ("hidden_by_row[i, start:stop]", "hidden_by_row[i]"),
+            ("check_finite(logprobs_by_row[i][start:stop], len(row.tokens))", "pass"),
             (
-                "check_finite(logprobs_by_row[i][:stop], len(row.tokens))",
-                "check_finite(logprobs_by_row[i][:stop], 0)",
+                "check_finite(logprobs_by_row[i][start:stop], len(row.tokens))",
+                "check_finite(logprobs_by_row[i][start:stop], 0)",
             ),
-            ("check_finite(logprobs_by_row[i][:stop],", "check_finite(logprobs_by_row[i],"),
+            ("check_finite(logprobs_by_row[i][start:stop],", "check_finite(logprobs_by_row[i],"),
             ("    model.eval()\n    try", "    try"),
             ("            module.training = True", "            pass"),
             (
@@ -297,7 +297,7 @@ MUTANTS: dict[str, Group] = {
     "rollout/cuda/generate.py": (
         ["rollout/test_generate.py"],
         [
-            ("most = min(segment.count, self.config", "most = max(segment.count, self.config"),
+            ("most = min(segment.count, self._num", "most = max(segment.count, self._num"),
             ("for n, token in enumerate(new, 1)", "for n, token in enumerate(new, 2)"),
             ("self.free_slots.append(row.slot)", "self.free_slots.append(0)"),
             ("states[source, length - 1]", "states[source, -1]"),

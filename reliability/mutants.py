@@ -21,6 +21,7 @@ from pathlib import Path
 
 from . import progress
 from .mutant_list import MUTANTS
+from .mutant_list_agents import AGENT_MUTANTS
 from .mutant_list_core import CORE_MUTANTS
 from .record import ROOT, Outcome
 
@@ -54,9 +55,10 @@ class Mutant:
 
 def mutants() -> Iterator[Mutant]:
     """The list, one object each."""
-    for pattern, (tests, pairs) in (CORE_MUTANTS | MUTANTS).items():
-        for old, new in pairs:
-            yield Mutant(pattern, old, new, tuple(tests))
+    for groups in (CORE_MUTANTS, MUTANTS, AGENT_MUTANTS):
+        for pattern, (tests, pairs) in groups.items():
+            for old, new in pairs:
+                yield Mutant(pattern, old, new, tuple(tests))
 
 
 def applicable() -> list[Mutant]:
