@@ -8,7 +8,7 @@ _SAMPLED = ["rollout/test_conversations.py"]
 
 AGENT_MUTANTS: dict[str, Group] = {
     "data/batch.py": (
-        ["invariance/test_conversations.py"],
+        ["invariance/test_masked_rollouts.py"],
         [
             ("masks = [r.is_generated or (True,)", "masks = [(True,)"),
             (
@@ -19,7 +19,7 @@ AGENT_MUTANTS: dict[str, Group] = {
         ],
     ),
     "data/types.py": (
-        ["invariance/test_conversations.py"],
+        ["invariance/test_masked_rollouts.py"],
         [
             (
                 "for token, is_generated in pairs if is_generated)",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tutelage.envs.tools import reply_to
 from tutelage.errors import RunError
 from tutelage.models.llama_cpu.decode import FastSlots
 from tutelage.models.tiny import tiny_tokenizer
+from tutelage.models.tokenizers import decode, stop_ids
 from tutelage.models.turn_template import TurnTemplate
 from tutelage.rollout import conversation as conversation_module
 from tutelage.rollout import slots
@@ -65,6 +67,13 @@ def largest_gap(model: Any, rollouts: list[Rollout]) -> float:
     return gap
 
 
+def spans(rollout: Rollout, is_generated: bool) -> list[tuple[int, ...]]:
+    """Runs of ids that were generated, or that were not."""
+    pairs = zip(rollout.completion_ids, rollout.is_generated, strict=True)
+    groups = itertools.groupby(pairs, key=lambda pair: pair[1])
+    return [tuple(token for token, _ in ids) for kind, ids in groups if kind == is_generated]
+
+
 def test_every_form_of_slots_samples_the_same_conversations(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,11 +81,11 @@ def test_every_form_of_slots_samples_the_same_conversations(
     assert max(r.conversation.num_turns for r in fast if r.conversation) == 4
     assert largest_gap(model, fast) < 1e-5
     assert ids_of(sample(model, batch_size=3)) == ids_of(fast)
-    short = sample(model, max_new_tokens=40, num_samples=1)
+    short = sample(model, max_new_tokens=40)
     for form in (slots.PlainSlots, slots.AlignedSlots, slots.RecomputedSlots):
         monkeypatch.setitem(slots._KNOWN, model, form)
         for batch_size in (64, 3):
-            rollouts = sample(model, batch_size, False, max_new_tokens=40, num_samples=1)
+            rollouts = sample(model, batch_size, False, max_new_tokens=40)
             assert ids_of(rollouts) == ids_of(short), form
             assert largest_gap(model, rollouts) < 1e-5
 
@@ -103,19 +112,17 @@ def test_nothing_is_read_twice(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_generated_ids_stand_as_sampled_between_the_templates_own(model: Any) -> None:
-    template = TurnTemplate(TOKENIZER, {TOKENIZER.eos_token_id})
+    stops = stop_ids(model, TOKENIZER)
+    template = TurnTemplate(TOKENIZER, stops)
     for rollout in sample(model):
         talk = rollout.conversation
         assert talk is not None
         answers = [m for m in talk.messages if m["role"] == "tool"]
         expected = [template.between([answer], (), "p") for answer in answers]
-        found, ids = [], list(zip(rollout.completion_ids, rollout.is_generated, strict=True))
-        while ids:
-            is_generated = ids[0][1]
-            size = next((n for n, (_, x) in enumerate(ids) if x != is_generated), len(ids))
-            if not is_generated:
-                found.append(tuple(token for token, _ in ids[:size]))
-            ids = ids[size:]
+        turns, found = spans(rollout, True), spans(rollout, False)
+        said = [m["content"] for m in talk.messages if m["role"] == "assistant"]
+        assert said == [decode(TOKENIZER, ids) for ids in turns]
+        assert all(ids[-1] in stops for ids in turns[:-1])
         assert found == expected[: len(found)]
         assert len(answers) - len(found) in (0, 1)  # the last answer may not have fitted
         assert len(rollout.logprobs) == len(rollout.generated_ids) == rollout.num_tokens
@@ -131,10 +138,14 @@ def test_limits_cut_a_conversation_off(model: Any) -> None:
         assert rollout.conversation is not None
         assert rollout.conversation.num_turns <= 2
     assert max(turns) > 2
-    for rollout in sample(model, who=agent(max_turn_tokens=6)):
-        lengths = "".join("x" if g else " " for g in rollout.is_generated).split()
-        assert max(map(len, lengths)) <= 6
-        assert not rollout.is_truncated or len(lengths[-1]) == 6
+    stops = stop_ids(model, TOKENIZER)
+    short = sample(model, who=agent(max_turn_tokens=20))
+    for rollout in short:
+        turns = spans(rollout, True)
+        assert max(map(len, turns)) <= 20
+        assert all(ids[-1] in stops for ids in turns[:-1])
+        assert rollout.is_truncated == (turns[-1][-1] not in stops)
+    assert {r.is_truncated for r in short} == {True, False}
     for rollout in sample(model, max_new_tokens=30):
         assert len(rollout.generated_ids) <= 30
     for rollout, other in zip(sample(model, who=agent(max_inserted_tokens=30)), free, strict=True):
@@ -152,6 +163,7 @@ class Trouble(Talk):
     """Fails in the way that its prompt names, at its second turn."""
 
     how: str = ""
+    num_acts: ClassVar[int] = 0
 
     def start(self, prompt: Prompt, seed: int) -> Opening:
         self.how = prompt.id[0]
@@ -162,6 +174,7 @@ class Trouble(Talk):
         return Opening(({"role": "user", "content": "x"},))
 
     def act(self, turn: Turn) -> Reply:
+        Trouble.num_acts += 1
         if len(self.heard) == 1 and self.how == "r":
             self.heard.append("")
             raise ValueError("broken\nin two lines")
@@ -208,7 +221,9 @@ def test_an_environment_that_raises_is_an_error_that_the_model_reads(
 
 
 def test_an_environment_that_hangs_is_lost(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Trouble.num_acts
     rollout = talk_of(model, monkeypatch, "h", seconds=0.2)
+    assert Trouble.num_acts - before == 2  # after it hung, it is asked for nothing
     error = '{"error": "the tools do not answer: no answer within 0.2 s"}'
     assert contents(rollout)[1:] == [error, error]
     assert rollout.conversation is not None

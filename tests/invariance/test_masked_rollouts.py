@@ -178,6 +178,13 @@ def test_a_row_stands_in_front_of_each_generated_token_and_of_no_other() -> None
         assert batch.position.tolist() == [i for r in rollouts for i in range(len(r.generated_ids))]
 
 
+def test_a_conversation_and_a_single_answer_share_a_batch() -> None:
+    told = Rollout(Prompt("a", "p"), 0, (1,), (2, 3, 4), is_generated=(True, False, True))
+    batch = collate([told, Rollout(Prompt("b", "p"), 0, (5,), (6, 7))], 0)
+    assert batch.tokens.tolist() == [2, 4, 6, 7]
+    assert batch.position.tolist() == [0, 1, 0, 1]
+
+
 def test_a_mask_of_another_length_is_refused() -> None:
     rollout = Rollout(Prompt("a", "p"), 0, (1,), (2, 3), is_generated=(True,))
     with pytest.raises(DataError, match="2 completion ids and 1 entries of is_generated"):
