@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from tutelage.envs.travel.choices import choose
-from tutelage.envs.travel.constraints import KINDS, is_met
+from tutelage.envs.travel.constraints import KINDS, direct_routes, is_met, solve
 from tutelage.envs.travel.environment import score_text
 from tutelage.envs.travel.generate import World, make_world
 from tutelage.envs.travel.plan import Day, Intercity, Meal, Plan, Room, Visit
 from tutelage.envs.travel.planner import Choices, compose
 from tutelage.envs.travel.query import Constraint, Stay, Trip
+from tutelage.envs.travel.rows import Mode, clock, minutes
 
 OTHERS = {
     "train": ("hotel_cheapest_star", "restaurant_highest_rated"),
@@ -101,6 +102,35 @@ def test_the_kinds_are_those_of_the_benchmark() -> None:
     counts = {family: families.count(family) for family in families}
     expected = {"train": 8, "flight": 10, "hotel": 8, "restaurant": 6, "attraction": 5, "budget": 1}
     assert counts == expected
+
+
+@pytest.mark.parametrize("kind", ["train_departure_time_range", "flight_arrival_time_range"])
+def test_both_ends_of_a_time_range_are_in_it(kind: str) -> None:
+    world = make_world(f"range-{kind}", 1, False, kinds=(kind,))
+    (constraint,) = world.query.constraints
+    (way,) = constraint.parameters["directions"]
+    mode: Mode = "train" if kind.startswith("train") else "flight"
+    routes = direct_routes(world.tables, world.query.trip, mode, way)
+    number = constraint.answer[f"{way}_{mode}_no"]
+    leg = next(route[0] for route in routes if route[0].number == number)
+    moment = leg.dep_datetime if "departure" in kind else leg.arr_datetime
+    for shift, is_in in ((0, True), (1, False)):
+        end, start = clock(minutes(moment[11:]) - shift), clock(minutes(moment[11:]) + shift)
+        for asked in ({"from": "00:00", "to": end}, {"from": start, "to": "23:59"}):
+            full = {**constraint.parameters, **asked}
+            assert (constraint.answer in solve(world.tables, world.query.trip, kind, full)) == is_in
+
+
+def test_a_budget_is_about_the_prices_and_not_the_total() -> None:
+    world = make_world("budget", 1, False, kinds=("budget_constraint",))
+    (constraint,) = world.query.constraints
+    trip = world.query.trip
+    plan = compose(world.tables, trip, choices_of(world))
+    assert plan is not None
+    assert is_met(constraint, plan, trip)
+    assert is_met(constraint, plan.model_copy(update={"total_cost": 1e9}), trip)
+    below = Constraint(constraint.kind, {"max_budget": plan.total_cost - 1})
+    assert not is_met(below, plan.model_copy(update={"total_cost": 0.0}), trip)
 
 
 def test_one_night_at_the_hotel_is_not_enough() -> None:

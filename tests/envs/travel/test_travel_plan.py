@@ -126,6 +126,10 @@ def set_price(found: Any) -> None:
     first(found, "meal")["cost"] += 1
 
 
+def set_ticket(found: Any) -> None:
+    first(found, "attraction")["cost"] += 1
+
+
 def set_hotel_price(found: Any) -> None:
     found["days"][0]["hotel"]["price"] -= 1
 
@@ -143,7 +147,8 @@ def set_train_number(found: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [set_price, set_hotel_price, set_travel_cost, set_train_price, set_train_number]
+    "change",
+    [set_price, set_ticket, set_hotel_price, set_travel_cost, set_train_price, set_train_number],
 )
 def test_only_sandbox_compliance(change: Callable[[Any], None]) -> None:
     assert wrong(changed(change)) == {"sandbox_compliance"}
@@ -177,9 +182,41 @@ def drop_rest(found: Any) -> None:
     found["days"][FULL_DAYS[0]]["activities"].pop()
 
 
-@pytest.mark.parametrize("change", [drop_hotel, move_dinner, drop_rest])
+def skip(found: Any, kind: str) -> None:
+    """Go past the first stop of a kind, straight to the next one."""
+    activities = found["days"][FULL_DAYS[0]]["activities"]
+    place = activities.index(first(found, kind))
+    before, after = activities[place - 1], activities[place + 1]
+    road = WORLD.tables.road(before["origin"], after["destination"])
+    way = {"destination": after["destination"], "end": after["end"], "cost": road.cost}
+    activities[place - 1 : place + 2] = [{**before, **way}]
+
+
+def skip_lunch(found: Any) -> None:
+    skip(found, "meal")
+
+
+def skip_sight(found: Any) -> None:
+    skip(found, "attraction")
+
+
+@pytest.mark.parametrize("change", [drop_hotel, move_dinner, drop_rest, skip_lunch, skip_sight])
 def test_only_itinerary_structure(change: Callable[[Any], None]) -> None:
     assert wrong(changed(change)) == {"itinerary_structure"}
+
+
+def test_a_second_lunch_is_one_too_many() -> None:
+    def add(found: Any) -> None:
+        found["days"][FULL_DAYS[0]]["activities"].insert(0, first(found, "meal"))
+
+    assert "itinerary_structure" in wrong(changed(add))
+
+
+def start_early(found: Any) -> None:
+    """A way that begins before the visit ahead of it ends."""
+    travel = [a for a in found["days"][FULL_DAYS[0]]["activities"] if a["type"] == "travel"][1]
+    hour = int(travel["start"][:2])
+    travel["start"] = f"{hour - 1:02d}{travel['start'][2:]}"
 
 
 def hurry(found: Any) -> None:
@@ -202,7 +239,7 @@ def board_late(found: Any) -> None:
     travel["end"] = ride["start"]
 
 
-@pytest.mark.parametrize("change", [hurry, jump, overlap, board_late])
+@pytest.mark.parametrize("change", [hurry, jump, overlap, board_late, start_early])
 def test_only_time_feasibility(change: Callable[[Any], None]) -> None:
     assert wrong(changed(change)) == {"time_feasibility"}
 
