@@ -133,6 +133,20 @@ def test_a_budget_is_about_the_prices_and_not_the_total() -> None:
     assert not is_met(below, plan.model_copy(update={"total_cost": 0.0}), trip)
 
 
+def test_no_constraint_follows_from_the_others() -> None:
+    """Each has a meal or an attraction of its own, so that it can be violated alone."""
+    kinds = ("attraction_top_rated_must_visit", "attraction_type_highest_rated")
+    for number in range(6):
+        world = make_world(f"implied-{number}", 2, False, kinds=kinds)
+        top, one = (set(c.answer["attraction_names"]) for c in world.query.constraints)
+        assert not one <= top
+    kinds = ("restaurant_cheapest_nearby_attraction", "restaurant_closest_to_attraction")
+    for number in range(20):
+        world = make_world(f"implied-{number}", 1, False, kinds=kinds)
+        names = [c.answer["restaurant_name"] for c in world.query.constraints]
+        assert names[0] != names[1]
+
+
 def test_one_night_at_the_hotel_is_not_enough() -> None:
     trip = Trip("A", (Stay("B", 2), Stay("C", 1)), "2026-03-02", 2, 1)
     constraint = Constraint("hotel_highest_rated", {"city": "B"}, {"hotel_name": "H"})

@@ -249,7 +249,14 @@ def test_only_business_hours() -> None:
     weekday = WORLD.query.trip.weekday(FULL_DAYS[0])
     closed = tables_with(visit.name, closing_dates=(weekday,))
     late = tables_with(visit.name, opening_time=visit.end, closing_time="24:00")
-    assert wrong(RIGHT, closed) == wrong(RIGHT, late) == {"business_hours"}
+    early = tables_with(visit.name, opening_time="00:00", closing_time=visit.start)
+    assert wrong(RIGHT, closed) == wrong(RIGHT, late) == wrong(RIGHT, early) == {"business_hours"}
+
+
+def test_hours_may_go_past_midnight() -> None:
+    visit = RIGHT.days[FULL_DAYS[0]].of(Visit)[0]
+    late = tables_with(visit.name, opening_time=visit.start, closing_time="02:00")
+    assert wrong(RIGHT, late) == set()
 
 
 def test_only_duration_rationality() -> None:
@@ -383,8 +390,14 @@ def test_a_conversation_without_an_answer_scores_nothing() -> None:
     assert environment.score().details["reason"] == (
         "the conversation ended without a final answer"
     )
-    assert environment.act(Turn("I cannot.")).is_done
-    assert environment.score().score == 0.0
+    assert environment.act(Turn('{"days": [], "total_cost": 0}')).is_done
+    assert environment.score().details["reason"] != (
+        "the conversation ended without a final answer"
+    )
+    environment.start(task.prompts(0, 1, 0)[0], 0)
+    assert environment.score().details["reason"] == (
+        "the conversation ended without a final answer"
+    )
 
 
 def test_the_prompt_shows_the_form_of_a_plan() -> None:

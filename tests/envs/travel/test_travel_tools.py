@@ -183,6 +183,11 @@ def test_restaurants_are_near_and_sorted() -> None:
         ("query_train_info", {**leg(), "seatClassName": "Sofa"}, "not one of Second Class Seat"),
         ("query_train_info", {**leg(), "speed": "1"}, "speed: Extra inputs are not permitted"),
         ("search_location", {"place_name": ""}, "there is no place ''"),
+        (
+            "query_road_route_info",
+            {"origin": "33.000000,110.000000", "destination": "33.000000,110.000000"},
+            "no coordinates of a place",
+        ),
         ("query_road_route_info", {"origin": "1,2", "destination": "1,2"}, "no coordinates"),
         ("recommend_restaurants", {"latitude": "33", "longitude": "110"}, "six decimals"),
         ("query_attraction_details", {"attraction_name": "Tower"}, "no attraction 'Tower'"),
