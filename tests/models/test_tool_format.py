@@ -200,6 +200,7 @@ MISPLACED: list[tuple[ToolFormat, str, list[str]]] = [
     ("hermes", f"<tool_call>{HERMES}", ["", "no valid JSON", "look_up", ""]),
     ("hermes", f"{HERMES}</tool_call>", ["look_up", "", "", "without <tool_call>"]),
     ("llama3", f"{LLAMA}; and then", ["look_up", "", "", "no valid JSON"]),
+    ("llama3", f"{LLAMA};; {LLAMA}", ["look_up", "", "", "no valid JSON"]),
     ("llama3", f"{LLAMA}; [1]", ["look_up", "", "", "must be a JSON object, got a list"]),
     ("llama3", '<|python_tag|>look_up.call(item="x")', ["", "no valid JSON"]),
     ("llama3", '<|python_tag|>{"days": 3}', ["", '"name" must be']),
@@ -296,6 +297,15 @@ def test_the_format_of_a_template_is_found(
 ) -> None:
     text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     assert detect_format(make_tokenizer(chat_template=text)) == wanted
+
+
+def test_spaces_around_the_calls_of_a_template_do_not_matter(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    text = OTHER.replace("[{{", "<tool_call>{{ c.function | tojson }}</tool_call>{#").replace(
+        "]{%", "#}{%"
+    )
+    assert detect_format(make_tokenizer(chat_template=text)) == "hermes"
 
 
 def test_a_template_without_calls_has_plain_json(make_tokenizer: Callable[..., Any]) -> None:

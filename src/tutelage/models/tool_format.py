@@ -175,8 +175,8 @@ def _parse_llama3(answer: str) -> tuple[ToolCall, ...]:
             if not calls and not is_tagged and not _is_attempt(value):
                 return ()
             calls.append(_call_or_error(value, "parameters"))
-            separator = re.compile(r"[;\s]*").match(text, at)
-            at = separator.end() if separator else at
+            if text.startswith(";", at):
+                at = _after_spaces(text, at + 1)
     except _Invalid as error:
         if not calls and not is_tagged and not _ATTEMPT.match(text):
             return ()
