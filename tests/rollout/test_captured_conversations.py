@@ -11,6 +11,7 @@ from talking import agent
 from eager import generate_captured, make_model
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
+from tutelage.models.packing import use_own_attention
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.rollout.cuda import extend, kv_slots
 from tutelage.rollout.cuda.extend import Following
@@ -67,6 +68,15 @@ def test_captured_steps_have_the_models_conversations(family: str) -> None:
         for a, b in zip(ours, expected, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
             torch.testing.assert_close(a.hidden, b.hidden, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_of_training_reads_insertions_too() -> None:
+    """On CUDA a student attends by a function of ours; here, with windows in one layer of two."""
+    model = talking_model("qwen3", **MIXED)
+    expected, _ = captured(model, 64)
+    assert use_own_attention(model)
+    ours, _ = captured(model, 64)
+    assert outcome(ours) == outcome(expected)
 
 
 def test_limits_are_those_of_other_engines() -> None:

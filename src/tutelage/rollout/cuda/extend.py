@@ -97,8 +97,7 @@ class _SlotCache:
         self.num_kept = max(row.num_kept for row in following)
         like = torch.empty(0, dtype=torch.int64, device=cache.device)
         facts = [[row.slot, row.num_kept, row.end] for row in following]
-        slot, kept, end = send(facts, like).t()[:, :, None]
-        self.slot = slot
+        self.slot, kept, end = send(facts, like).t()[:, :, None]
         every = torch.arange(max(row.end for row in following), device=cache.device)
         # Not the columns behind a row's end: they may hold NaN, and a masked NaN is still one.
         self.columns = every.minimum(end - 1)
@@ -106,7 +105,11 @@ class _SlotCache:
         self.position = (kept + every[:width]).minimum(end - 1)
         """Positions of the new ids `[R, width]`; padding repeats the last."""
         new = [(i, n) for i, row in enumerate(following) for n in range(len(row.ids))]
-        self.row, self.index = send(new, like).t()
+        row, index = send(new, like).t()
+        self.new = (row, slice(None), index)
+        """Where the new ids are among those of the pass, without padding."""
+        self.place = (self.slot[row, 0], slice(None), self.position[row, index])
+        """Where their keys and values go."""
 
     def seen(self, window: int) -> Tensor:
         """Whether each new id sees a column `[R, 1, width, columns]`; a window of 0 is none."""
@@ -128,9 +131,8 @@ class _SlotCache:
         Returns:
             All that the rows hold then `[R, groups, columns, head_dim]`, keys and values.
         """
-        place = (self.slot[self.row, 0], slice(None), self.position[self.row, self.index])
         for here, new in zip(self.cache[layer_idx], (keys, values), strict=True):
-            here[place] = new[self.row, :, self.index]
+            here[self.place] = new[self.new]
         held = self.cache[layer_idx][:, self.slot, :, self.columns]
         found = held.permute(2, 0, 3, 1, 4)
         return found[0], found[1]
