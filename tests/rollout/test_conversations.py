@@ -185,6 +185,8 @@ class Trouble(Talk):
     def score(self) -> Outcome:
         if self.how == "c":
             raise KeyError("score")
+        if self.how == "n":
+            return Outcome(1.0, True, {"match": float("nan")})
         return super().score()
 
 
@@ -235,6 +237,22 @@ def test_a_score_that_raises_is_no_success(model: Any, monkeypatch: pytest.Monke
     found = talk_of(model, monkeypatch, "c").conversation
     assert found is not None
     assert found.outcome == Outcome(0.0, False, {"environment_error": "KeyError: 'score'"})
+
+
+def test_a_score_that_logs_cannot_hold_is_no_success(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = talk_of(model, monkeypatch, "n").conversation
+    assert found is not None
+    assert (found.outcome.score, found.outcome.is_success) == (0.0, False)
+    assert found.outcome.details == {
+        "environment_error": "ValueError: detail 'match' of an outcome must be a finite number or "
+        "a text, got nan"
+    }
+    wrong: list[Any] = [float("inf"), None, "1", [1]]
+    for score in wrong:
+        with pytest.raises(ValueError, match="the score of an outcome must be a finite number"):
+            Outcome(score, True)
 
 
 def test_an_environment_that_does_not_start_ends_the_step_in_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -57,6 +58,19 @@ class Outcome:
     is_success: bool
     details: dict[str, float | int | str] = field(default_factory=dict)
     """Other measures by name; plain JSON values."""
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError: a value that the logs cannot hold."""
+        _require_finite("the score", self.score, (float, int))
+        for name, value in self.details.items():
+            _require_finite(f"detail {name!r}", value, (float, int, str))
+
+
+def _require_finite(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, kinds) or not is_finite:
+        wanted = " or ".join(["a finite number", *(["a text"] if str in kinds else [])])
+        raise ValueError(f"{name} of an outcome must be {wanted}, got {value!r:.60}")
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,10 @@ def _only_trace(prompt: Prompt, traced: TracedRollout, sampled: Sampled) -> Trac
         )
     if not any(trace.branches[0].sampled_mask):
         raise _refusal(prompt, f"has no token that was sampled (it ended with {trace.stop!r})")
-    if not math.isfinite(trace.reward):
-        raise _refusal(prompt, f"has the reward {trace.reward}")
+    measures = {"the reward": trace.reward, **trace.metrics, **trace.rewards}
+    for name, value in measures.items():
+        if not math.isfinite(value):
+            raise _refusal(prompt, f"has {value} as {name}")
     return trace
 
 
