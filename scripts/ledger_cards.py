@@ -84,21 +84,22 @@ def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:
     is_student_copy = recipe.parent is not None
     parts = [
         PREAMBLE.format(**fields),
-        _paragraph(WHAT, fields),
+        paragraph(WHAT, fields),
         "## Use\n",
-        _paragraph(USE, fields),
+        paragraph(USE, fields),
         "## Figures\n",
-        _paragraph(MEASURED, fields),
+        paragraph(MEASURED, fields),
         TABLE.format(**fields),
         "## How it was made\n",
-        _paragraph(MAKING, fields),
+        paragraph(MAKING, fields),
         "## Limits\n",
-        _paragraph(LIMITS + DAMAGED if is_student_copy else LIMITS, fields),
+        paragraph(LIMITS + DAMAGED if is_student_copy else LIMITS, fields),
     ]
     (folder / "README.md").write_text("\n".join(parts))
 
 
-def _paragraph(template: str, fields: dict[str, object]) -> str:
+def paragraph(template: str, fields: dict[str, object]) -> str:
+    """A filled template, wrapped."""
     text = template.format(**fields)
     return textwrap.fill(text, 98, break_long_words=False, break_on_hyphens=False) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,7 +70,7 @@ class Recipe:
 
 
 def fresh_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3-style decoder with random weights."""
+    """A Qwen3-style decoder with random weights, for sequences of the tokenizer's length."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -79,7 +80,7 @@ def fresh_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         num_key_value_heads=shape.num_heads,
         head_dim=shape.width // shape.num_heads,
         intermediate_size=shape.mlp_width,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -89,13 +90,22 @@ def fresh_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
     return Qwen3ForCausalLM(config)
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
-    """Train in place by the recipe and return the loss of the last step, in nats per token."""
-    schedule = recipe.schedule
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+    """Train in place by the recipe."""
+    fit(model, recipe.name, recipe.schedule, lambda step: _batch(tokenizer, recipe, step))
+
+
+def fit(
+    model: Qwen3ForCausalLM,
+    name: str,
+    schedule: Schedule,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+) -> None:
+    """Train in place on the ids and targets of each step, with the causal shift made here."""
     optimizers = _optimizers(model, schedule)
-    start, loss = time.monotonic(), torch.zeros(())
+    start = time.monotonic()
     for step in range(schedule.num_steps):
-        ids, targets = _batch(tokenizer, recipe, step)
+        ids, targets = batch(step)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
         torch.autograd.backward(loss)
@@ -106,11 +116,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
             optimizer.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == schedule.num_steps:
             seconds = time.monotonic() - start
-            print(
-                f"{recipe.name}: step {step + 1}, loss {loss.item():.4f}, {seconds:.0f} s",
-                flush=True,
-            )
-    return loss.item()
+            print(f"{name}: step {step + 1}, loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
 
 
 def _optimizers(

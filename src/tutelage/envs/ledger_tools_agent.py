@@ -78,14 +78,24 @@ class ScriptedTurn:
 class ScriptedAgent:
     """Answers one prompt, turn by turn.
 
-    It begins the look-ups at any of the numbers asked for and goes on in the order of the prompt,
-    one to all of them in a turn; then it adds any two numbers, in any order, until one is left.
+    It looks up in the order of the prompt, or else in the reverse order, one to all of what is left
+    in a turn; then it adds any two numbers, in any order, until one is left.
     """
 
     def __init__(
-        self, prompt: Prompt, rng: random.Random, beliefs: WrongBeliefs = NO_MISTAKES
+        self,
+        prompt: Prompt,
+        rng: random.Random,
+        beliefs: WrongBeliefs = NO_MISTAKES,
+        reverse: float = 0.5,
     ) -> None:
-        """See `WrongBeliefs` for mistakes; without any, every conversation is a success.
+        """A new conversation; without wrong beliefs it ends in success.
+
+        Args:
+            prompt: what is asked.
+            rng: generator of the order, of the turns and of mistakes.
+            beliefs: what it gets wrong.
+            reverse: chance of looking up in the reverse order.
 
         Raises:
             DataError: the prompt is not one of the task.
@@ -93,8 +103,7 @@ class ScriptedAgent:
         asked = parse_asked(prompt)
         if asked is None:
             raise DataError(f"prompt {prompt.id!r} is not a prompt of ledger_tools.")
-        first = below(len(asked), rng)
-        self._to_look_up = [*asked[first:], *asked[:first]]
+        self._to_look_up = list(asked if rng.random() < 1 - reverse else asked[::-1])
         self._values: list[tuple[Piece, ...]] = []  # numbers that still have to be added
         self._sum: tuple[int, int] | None = None  # that the last turn asked for
         self._rng, self._beliefs = rng, beliefs
