@@ -34,14 +34,26 @@ AGENT_MUTANTS: dict[str, Group] = {
             ("if tokens[-1] not in self.stops:", "if False:"),
             ("dialogue.num_turns >= self.limits.max_turns", "False"),
             ("or num_inserted > self.limits.max_inserted_tokens", ""),
-            ("if reply.is_timeout:", "if False:"),
             ("[False] * len(inserted)", "[True] * len(inserted)"),
-            ("turn is not None and not self._dialogue(row).lost", "turn is not None"),
-            ("dialogue.num_errors += reply.num_errors", "pass"),
             (
                 "tokens = row.tokens[row.turn_start :]\n        text",
                 "tokens = row.tokens\n        text",
             ),
+        ],
+    ),
+    "rollout/dialogue.py": (
+        _SAMPLED,
+        [
+            ("if reply.is_timeout:", "if False:"),
+            ("turn is not None and not dialogue.lost", "turn is not None"),
+            ("self.num_errors += reply.num_errors", "pass"),
+        ],
+    ),
+    "rollout/cuda/extend.py": (
+        ["rollout/test_captured_conversations.py"],
+        [
+            ("every.minimum(end - 1)", "every.expand(len(following), -1)"),
+            ("seen &= columns", "seen |= columns"),
         ],
     ),
     "rollout/request.py": (
