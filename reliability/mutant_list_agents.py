@@ -47,6 +47,7 @@ AGENT_MUTANTS: dict[str, Group] = {
             ("if reply.is_timeout:", "if False:"),
             ("turn is not None and not dialogue.lost", "turn is not None"),
             ("self.num_errors += reply.num_errors", "pass"),
+            ("map(_written, reply.messages)", "reply.messages"),
         ],
     ),
     "rollout/cuda/extend.py": (

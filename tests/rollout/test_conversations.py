@@ -222,6 +222,14 @@ def test_an_environment_that_raises_is_an_error_that_the_model_reads(
     assert rollout.conversation.num_tool_errors == 3
 
 
+def test_half_a_surrogate_pair_can_be_saved(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: dict[str, str] = {"role": "tool", "name": "f", "content": "a\ud800b"}
+    monkeypatch.setattr(Talk, "act", lambda *_: Reply((answer,)))
+    rollout = talk_of(model, monkeypatch, "x")
+    assert contents(rollout)[0] == r"a\ud800b"
+    assert r"a\ud800b" in TOKENIZER.decode(rollout.completion_ids)
+
+
 def test_an_environment_that_hangs_is_lost(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Trouble.num_acts
     rollout = talk_of(model, monkeypatch, "h", seconds=0.2)

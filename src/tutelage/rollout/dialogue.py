@@ -52,8 +52,9 @@ class Dialogue:
         self.num_errors += reply.num_errors
         if reply.is_done:
             return Reply(is_done=True)
-        self.messages += reply.messages
-        return reply
+        messages = tuple(map(_written, reply.messages))
+        self.messages += messages
+        return Reply(messages)
 
     def record(self, seconds: float) -> Conversation:
         """The record of a conversation that is over, with its score, for which it has a time."""
@@ -128,6 +129,11 @@ def _failed_reply(turn: Turn, reason: str) -> Reply:
     error = json.dumps({"error": f"the tools do not answer: {reason}"}, ensure_ascii=False)
     messages = [_tool_message(call, error) for call in turn.calls]
     return Reply(tuple(messages), is_done=not messages, num_errors=max(1, len(messages)))
+
+
+def _written(message: Message) -> Message:
+    """A message that can be saved: half a surrogate pair is written out."""
+    return {k: v.encode("utf-8", "backslashreplace").decode("utf-8") for k, v in message.items()}
 
 
 def _tool_message(call: ToolCall, content: str) -> Message:
