@@ -11,15 +11,13 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vllm: make test-vllm")
 
-from talking import Talk, agent
+from talking import agent
 
 from eager import make_model
-from tiny import tiny_config
+from tutelage.config.parse import load_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
-from tutelage.envs.ledger_tools import LedgerToolsTask
 from tutelage.errors import ModelError
-from tutelage.models.load import save_model
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.rollout.request import Agent, RolloutRequest
 from tutelage.rollout.vllm_engine import VLLMSampler
@@ -27,6 +25,7 @@ from tutelage.train.loop import train
 
 # vLLM and what it imports warn about a CPU; what is tested is what it computes.
 pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [Prompt(letter * 100, letter) for letter in "abcd"]
 CONFIG = SamplingConfig(max_new_tokens=60, num_samples=2)
@@ -96,24 +95,12 @@ def test_a_conversation_that_may_outgrow_vllm_is_refused(sampler: VLLMSampler) -
         sample(sampler, agent())
 
 
-def test_a_run_trains_on_conversations_by_vllm(
-    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LedgerToolsTask, "environment", lambda _: Talk())
-    for who in ("student", "teacher"):
-        save_model(model, TOKENIZER, tmp_path / who)
-        with torch.no_grad():
-            model.lm_head.weight.mul_(1.2)
+def test_the_embedded_agents_train_by_vllm(tmp_path: Path) -> None:
+    changes = ["engine.kind=vllm", "num_steps=2", "evaluation.num_problems=0", f"out={tmp_path}"]
     steps: list[dict[str, Any]] = []
-    config = tiny_config(
-        tmp_path,
-        tmp_path / "run",
-        engine={"kind": "vllm"},
-        data={"kind": "ledger_tools", "max_inserted_tokens": 400},
-        sampling={"num_samples": 2, "max_new_tokens": 40},
-        num_steps=2,
-    )
+    config = load_config(ROOT / "configs" / "ledger_tools.toml", changes)
     train(config, log=lambda _: None, on_step=steps.append)
     assert [step["step"] for step in steps] == [1, 2]
     assert all(0 < step["engine_logprob_gap_nats"] < 1e-5 for step in steps)
-    assert all(step["turns_mean"] > 1 for step in steps)
+    assert all(4 <= step["turns_mean"] <= 6 for step in steps)
+    assert all(step["success_share"] < 0.5 for step in steps)
