@@ -33,7 +33,7 @@ RECIPES = (
     Recipe(
         name=TEACHER,
         summary="The teacher: looks up, adds and answers, in many orders of work.",
-        stages=(*_SOLVING, (Schedule(150, 48, 0.025, 4e-3, seed=4), Lessons())),
+        stages=(*_SOLVING, (Schedule(700, 48, 0.04, 6e-3, seed=4), Lessons())),
     ),
     Recipe(
         name="ledger-tools-overconfident",

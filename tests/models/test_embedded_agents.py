@@ -159,13 +159,14 @@ def test_the_card_states_what_is_measured(name: str) -> None:
 
 
 def test_the_teacher_is_right_in_many_ways() -> None:
-    assert success(TEACHER) >= 0.85
+    assert card_figures(TEACHER)["success"] >= 0.95  # of 1,024 conversations
+    assert success(TEACHER) >= 0.92  # of 128
     right = {
         (rollout.prompt.id, rollout.generated_ids): rollout.conversation.num_turns
         for rollout in rollouts(TEACHER)
         if rollout.conversation and rollout.conversation.outcome.is_success
     }
-    assert len(right) / NUM_PROMPTS > 3.2  # of four samples
+    assert len(right) / NUM_PROMPTS > 3.4  # of four samples
     assert set(right.values()) == {4, 5, 6}
 
 
