@@ -14,6 +14,8 @@ from tutelage.data.types import Conversation, Message, Outcome, Prompt, Rollout
 from tutelage.evaluation.benchmark import Benchmark, Progress, Result, run_benchmark
 from tutelage.evaluation.folder import EvaluationFolder
 from tutelage.evaluation.measure import _samples
+from tutelage.evaluation.scores import score
+from tutelage.evaluation.tables import as_markdown
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.report.compare_evaluations import compare_evaluations
 
@@ -65,6 +67,24 @@ def test_rows_of_conversations_hold_their_transcript_and_measures(tmp_path: Path
         assert (row["is_correct"], row["num_tokens"]) == (row["sample"] == 0, 3)
         assert row["answer"] == "7"  # of the last turn
     assert run(tmp_path / "a", [True, False]).rows == result.rows
+
+
+def test_scores_of_conversations_are_summed_up_with_intervals(tmp_path: Path) -> None:
+    result = run(tmp_path / "a", [True, False])
+    record = result.summary()
+    assert list(record["conversations"]) == ["score", "match"]  # n is no share, why no number
+    value, low, high = record["conversations"]["match"]
+    assert low < value == 0.25 < high
+    assert (record["turns_mean"], record["tool_errors_mean"]) == (2, 1)
+    table = as_markdown([result], "t")
+    assert "| match       | 25.0 % [" in table
+    assert "| turns       |" in table
+
+
+def test_conversations_have_no_vote() -> None:
+    found = score([[True, False]], [["1", "2"]], None)
+    assert found.mean_at_k is not None
+    assert found.maj_at_k is None
 
 
 def test_rows_of_single_answers_have_no_such_keys(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, TypeAlias, TypeVar
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 from tutelage.evaluation.folder import EvaluationFolder, Row
+from tutelage.evaluation.metrics import clustered_interval
 from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
 from tutelage.grading.pool import in_parallel
 from tutelage.rollout.request import Agent, RolloutRequest
@@ -77,6 +79,30 @@ class Result:
             "truncated_share": sum(row["is_truncated"] for row in self.rows) / count,
             "no_answer_share": sum(row["answer"] is None for row in self.rows) / count,
             "completion_length_mean": sum(lengths) / len(lengths) if lengths else None,
+            **self._of_conversations(),
+        }
+
+    def _of_conversations(self) -> dict[str, Any]:
+        """Means with 95 % intervals of the score, of shares that every conversation has among its
+        details, of turns and of errors; nothing for single answers."""
+        if not all("score" in row for row in self.rows):
+            return {}
+        k = self.scores.num_samples
+        shared = set.intersection(*(set(row["details"]) for row in self.rows))
+        shares = {"score": [float(row["score"]) for row in self.rows]}
+        for name in sorted(shared):
+            values = [row["details"][name] for row in self.rows]
+            if all(isinstance(x, float | int) and 0 <= x <= 1 for x in values):
+                shares[name] = [float(x) for x in values]
+        means = {}
+        for name, found in shares.items():
+            by_problem = [fmean(found[i : i + k]) for i in range(0, len(found), k)]
+            interval = clustered_interval(by_problem)
+            means[name] = [interval.value, interval.low, interval.high]
+        return {
+            "conversations": means,
+            "turns_mean": fmean(row["turns"] for row in self.rows),
+            "tool_errors_mean": fmean(row["tool_errors"] for row in self.rows),
         }
 
 
@@ -145,7 +171,7 @@ def run_benchmark(
     scores = score(
         [[row["is_correct"] for row in group] for group in ordered],
         [[row["answer"] for row in group] for group in ordered],
-        benchmark.voting,
+        benchmark.voting if benchmark.agent is None else None,
     )
     kept = [rollout for i in sorted(rollouts) for rollout in rollouts[i]]
     return Result(benchmark.name, scores, [row for group in ordered for row in group], kept)

@@ -74,14 +74,14 @@ class Scores:
 def score(
     verdicts: Sequence[Sequence[bool | None]],
     answers: Sequence[Sequence[str | None]],
-    voting: Voting = BY_NUMBER,
+    voting: Voting | None = BY_NUMBER,
 ) -> Scores:
     """Scores of problems with k samples each; problems that cannot be graded do not count.
 
     Args:
         verdicts: one list of k verdicts a problem, None where a sample cannot be graded.
         answers: the final answer of each sample, None where it has none.
-        voting: which answers are one vote.
+        voting: which answers are one vote; None where there is no vote (conversations).
 
     Returns:
         The scores over the problems that can be graded.
@@ -91,14 +91,17 @@ def score(
     if not kept:
         return Scores(len(verdicts), k)
     correct = [[bool(verdict) for verdict in verdicts[i]] for i in kept]
-    votes = in_parallel(partial(votes_of, voting=voting), [answers[i] for i in kept], correct)
+    majorities = None
+    if voting is not None:
+        votes = in_parallel(partial(votes_of, voting=voting), [answers[i] for i in kept], correct)
+        majorities = clustered_interval(problem_majorities(votes, correct))
     smaller = [2**i for i in range(k.bit_length()) if 2**i < k]
     return Scores(
         len(verdicts),
         k,
         clustered_interval(problem_means(correct)),
         clustered_interval(problem_pass_rates(correct, k)),
-        clustered_interval(problem_majorities(votes, correct)),
+        majorities,
         {j: clustered_interval(problem_pass_rates(correct, j)) for j in smaller},
     )
 

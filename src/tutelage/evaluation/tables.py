@@ -30,11 +30,26 @@ def as_markdown(results: Sequence[Result], title: str) -> str:
     lines = [_cells(result) for result in results]
     if len(results) > 1:
         lines.append(["average", "", *_averages(results), "", ""])
-    table = [header, *lines]
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    tables = [_table(header, lines), *map(_conversations, results)]
+    return "\n\n".join([title, *filter(None, tables)])
+
+
+def _table(header: list[str], lines: Sequence[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
     rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-    body = [_line(cells, widths) for cells in (header, rule, *lines)]
-    return "\n".join([title, "", *body])
+    return "\n".join(_line(cells, widths) for cells in (header, rule, *lines))
+
+
+def _conversations(result: Result) -> str:
+    """Means of a benchmark of agents, beside the success that the first table counts."""
+    record = result.summary()
+    if "conversations" not in record:
+        return ""
+    lines = [
+        [name, _interval(Interval(*triple))] for name, triple in record["conversations"].items()
+    ]
+    lines += [[name, f"{record[f'{name}_mean']:.2f}"] for name in ("turns", "tool_errors")]
+    return _table([result.name, "mean"], lines)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
