@@ -77,7 +77,7 @@ def test_scores_of_conversations_are_summed_up_with_intervals(tmp_path: Path) ->
     assert low < value == 0.25 < high
     assert (record["turns_mean"], record["tool_errors_mean"]) == (2, 1)
     table = as_markdown([result], "t")
-    assert "| match       | 25.0 % [" in table
+    assert "| match       |  25.0 % [" in table
     assert "| turns       |" in table
 
 
