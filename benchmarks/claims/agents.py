@@ -53,7 +53,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 BASELINES = ("start", "teacher")
 SEEDS = (1, 2, 3, 4, 5)
-GRID = (5e-4, 1e-3, 2e-3)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEEDS = (101, 102)
 NUM_STEPS, PROMPTS_PER_STEP = 10, 12
 NUM_PROBLEMS, NUM_SAMPLES = 48, 4
