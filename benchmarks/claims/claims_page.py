@@ -144,7 +144,8 @@ def _introduction(results: dict[str, Any]) -> str:
         "Claims of two papers, TIP (token selection, T1 to T6) and EOPD (entropy-gated forward KL, "
         "E1 to E5), tested with seeds, controls and intervals. This page is generated from "
         f"`benchmarks/results/claims-{results['design']['name']}.json` by "
-        "`python benchmarks/claims/claims.py --page`; do not edit it." + note
+        "`python benchmarks/claims/claims.py --page`; do not edit it. TIP's claim about agents has "
+        "[a page of its own](claims-agents.md)." + note
     )
 
 
