@@ -84,7 +84,7 @@ class Trials:
             return None
         after = notes.stat().st_size if notes.exists() else 0
         return {
-            "point": "random moment" if aim is None else (name or "random point"),
+            "point": "random moment" if aim is None else self.points[aim],
             "during_resume": had_progress and before == after,
         }
 

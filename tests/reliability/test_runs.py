@@ -37,7 +37,9 @@ def outcome_of(name: str) -> dict[str, Any]:
     return outcome
 
 
-@pytest.mark.parametrize("name", ["kill", "signals", "crash", "corruption", "partition"])
+@pytest.mark.parametrize(
+    "name", ["kill", "kill_conversations", "signals", "crash", "corruption", "partition"]
+)
 def test_the_promise_holds_and_the_detector_sees(name: str) -> None:
     outcome_of(name)
 
