@@ -7,13 +7,14 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from tutelage.config.conversations import ConversationData, LedgerToolsData
 from tutelage.config.parse import flat_values, to_table
 from tutelage.config.sampling import TransformersEngine
 from tutelage.config.schema import Config, FileData
@@ -66,7 +67,10 @@ def dry_run(config: Config) -> Iterator[str]:
         yield from _models(config, folder)
         prompts, source = _prompts(config)
         _write(prompts, folder / "prompts.jsonl")
-        yield f"data: {len(prompts)} prompts of {source}"
+        if isinstance(config.data, ConversationData):
+            yield f"data: the embedded conversations, for those of {config.data.kind}"
+        else:
+            yield f"data: {len(prompts)} prompts of {source}"
         small = _scaled(config, folder)
         yield from (f"scaled: {line}" for line in _changes(config, small))
         steps: list[dict[str, Any]] = []
@@ -138,9 +142,6 @@ def _scaled(config: Config, folder: Path) -> Config:
         low = student.quantization if student.quantization != "4bit" else "none"
         student = replace(student, quantization=low, layers="transformers")
     path = folder / "prompts.jsonl"
-    data = config.data
-    if not isinstance(data, FileData):
-        data = FileData("file", str(path), chat=False, grader="number")
     num_prompts = len(path.read_text(encoding="utf-8").splitlines())
     evaluation, can_hold_out = config.evaluation, num_prompts > 1
     updates, sampling = config.updates_per_step, config.sampling
@@ -148,16 +149,7 @@ def _scaled(config: Config, folder: Path) -> Config:
         config,
         student=student,
         teacher=replace(config.teacher, model=str(folder / "teacher")),
-        data=replace(
-            data,
-            path=str(path),
-            subset=None,
-            prompt_column="prompt",
-            answer_column="answer",
-            suffix=None,
-            max_prompt_tokens=0,
-            num_held_out=int(can_hold_out),
-        ),
+        data=_data(config, path, int(can_hold_out)),
         sampling=replace(
             sampling,
             num_samples=max(2, min(3, sampling.num_samples)),
@@ -173,6 +165,27 @@ def _scaled(config: Config, folder: Path) -> Config:
         prompts_per_step=updates if updates > 1 else min(2, config.prompts_per_step),
         trackers=(),
         out=str(folder / "run"),
+    )
+
+
+def _data(config: Config, path: Path, num_held_out: int) -> FileData | LedgerToolsData:
+    """Short prompts in a file; for conversations of any kind, the embedded ones."""
+    data = config.data
+    if isinstance(data, ConversationData):
+        limits = {each.name: getattr(data, each.name) for each in fields(ConversationData)}
+        limits |= {"max_inserted_tokens": min(1024, data.max_inserted_tokens)}
+        return LedgerToolsData(**limits | {"tool_format": "json", "enable_thinking": None})
+    if not isinstance(data, FileData):
+        data = FileData("file", str(path), chat=False, grader="number")
+    return replace(
+        data,
+        path=str(path),
+        subset=None,
+        prompt_column="prompt",
+        answer_column="answer",
+        suffix=None,
+        max_prompt_tokens=0,
+        num_held_out=num_held_out,
     )
 
 
