@@ -74,7 +74,7 @@ FENCES = {
     "antlr4": ("grading/_worker.py",),
     "sympy": ("grading/_worker.py",),
     "matplotlib": ("report/",),
-    "jinja2": ("report/", "models/chat_template.py"),
+    "jinja2": ("report/", "models/chat/"),
     "verifiers": ("envs/verifiers_worker.py",),
     "renderers": ("envs/verifiers_worker.py",),
     "httpx2": ("rollout/http_client.py",),

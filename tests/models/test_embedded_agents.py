@@ -26,9 +26,9 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.types import Conversation, Rollout
 from tutelage.envs.ledger_tools import LedgerToolsTask
+from tutelage.models.chat.tool_format import detect_format
+from tutelage.models.chat.turn_template import TurnTemplate
 from tutelage.models.llama_cpu.decode import FastSlots
-from tutelage.models.tool_format import detect_format
-from tutelage.models.turn_template import TurnTemplate
 from tutelage.rollout.generate import generate
 from tutelage.rollout.request import Agent, RolloutRequest
 from tutelage.rollout.slots import open_slots

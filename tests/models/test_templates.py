@@ -11,7 +11,7 @@ import pytest
 
 from tutelage.data.types import Prompt
 from tutelage.errors import DataError, ModelError
-from tutelage.models.chat_template import render_chat
+from tutelage.models.chat.template import render_chat
 from tutelage.models.load import load_tokenizer
 from tutelage.models.tokenizers import encode_prompt
 

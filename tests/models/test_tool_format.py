@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from tutelage.data.types import ToolCall
 from tutelage.errors import ModelError
-from tutelage.models.tokenizers import decode
-from tutelage.models.tool_format import (
+from tutelage.models.chat.tool_format import (
     MAX_DEPTH,
     MAX_DIGITS,
     ToolFormat,
@@ -23,6 +22,7 @@ from tutelage.models.tool_format import (
     parse_calls,
     render_calls,
 )
+from tutelage.models.tokenizers import decode
 
 FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama3", "json")
 KEYS = {"hermes": "arguments", "llama3": "parameters", "json": "arguments"}

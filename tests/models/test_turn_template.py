@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from tutelage.data.batch import collate
 from tutelage.data.types import Message, Prompt, Rollout
 from tutelage.errors import ModelError
+from tutelage.models.chat.turn_template import TurnTemplate, turn_template
 from tutelage.models.tokenizers import control_ids, encode_prompt
-from tutelage.models.turn_template import TurnTemplate, turn_template
 
 TEMPLATES = Path(__file__).with_name("templates")
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -18,10 +18,10 @@ from tutelage.data.types import Outcome, Prompt, Rollout, ToolCall, Turn
 from tutelage.envs.environment import Environment, Opening, Reply
 from tutelage.envs.tools import reply_to
 from tutelage.errors import RunError
+from tutelage.models.chat.turn_template import TurnTemplate
 from tutelage.models.llama_cpu.decode import FastSlots
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.models.tokenizers import decode, stop_ids
-from tutelage.models.turn_template import TurnTemplate
 from tutelage.rollout import conversation as conversation_module
 from tutelage.rollout import slots
 from tutelage.rollout.generate import generate

@@ -21,7 +21,7 @@ from tutelage.errors import RunError
 from tutelage.evaluation.evaluate import evaluate
 from tutelage.evaluation.request import EvaluationRequest
 from tutelage.models import tiny
-from tutelage.models.chat_template import printed_date
+from tutelage.models.chat.template import printed_date
 from tutelage.models.load import load_tokenizer
 from tutelage.models.tokenizers import decode, encode_prompt
 from tutelage.rollout.request import RolloutRequest

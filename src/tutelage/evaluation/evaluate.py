@@ -44,13 +44,13 @@ from tutelage.evaluation.request import (
     student_of,
 )
 from tutelage.evaluation.tables import as_markdown, summarize
-from tutelage.models.chat_template import printed_date_of
+from tutelage.models.chat.template import printed_date_of
+from tutelage.models.chat.tool_format import format_of
+from tutelage.models.chat.tool_prompt import with_tools
 from tutelage.models.device import find_device
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import encode_prompt, refuse_thinking
-from tutelage.models.tool_format import format_of
-from tutelage.models.tool_prompt import with_tools
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.setup.inputs import prompt_format, thinking

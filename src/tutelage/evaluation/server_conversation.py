@@ -17,7 +17,7 @@ from tutelage.data.types import Prompt, Rollout, ToolCall, Turn
 from tutelage.errors import ModelError
 from tutelage.evaluation.benchmark import Progress
 from tutelage.evaluation.server import ChatReply, Server, seed_of
-from tutelage.models.tool_format import parse_calls, render_calls
+from tutelage.models.chat.tool_format import parse_calls, render_calls
 from tutelage.rollout.dialogue import Dialogue, answer_turns, open_dialogues
 from tutelage.rollout.http_client import RefusedRequest, Strict, in_thread, parse
 from tutelage.rollout.request import Agent

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tutelage.data.types import Message, Prompt
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.grading.answer import THOUGHT_TOKENS
-from tutelage.models.chat_template import refuse_lost_turns, render_chat, template_of
-from tutelage.models.tool_format import CALL_TOKENS
+from tutelage.models.chat.template import refuse_lost_turns, render_chat, template_of
+from tutelage.models.chat.tool_format import CALL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

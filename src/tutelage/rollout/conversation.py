@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 from tutelage.config.conversations import ConversationData
 from tutelage.data.types import Prompt, Rollout, Turn
 from tutelage.envs.environment import Opening, Reply
+from tutelage.models.chat.tool_format import format_of, parse_calls
+from tutelage.models.chat.tool_prompt import with_tools
+from tutelage.models.chat.turn_template import turn_template
 from tutelage.models.forward import Ids
 from tutelage.models.tokenizers import decode, encode_prompt
-from tutelage.models.tool_format import format_of, parse_calls
-from tutelage.models.tool_prompt import with_tools
-from tutelage.models.turn_template import turn_template
 from tutelage.rollout.dialogue import Dialogue, answer_turns, open_dialogues
 from tutelage.rollout.request import Agent, OpenRollout, RolloutRequest, to_rollout
 

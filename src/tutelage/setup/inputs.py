@@ -26,12 +26,12 @@ from tutelage.envs.shopping import ShoppingTask
 from tutelage.envs.travel import TravelTask
 from tutelage.envs.verifiers import Loading, VerifiersTask, Worker
 from tutelage.errors import ConfigError
+from tutelage.models.chat.tool_format import ToolFormat, format_of
+from tutelage.models.chat.tool_prompt import with_tools
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
 from tutelage.models.reference import tokenizer_place
 from tutelage.models.tokenizers import encode_prompt, eos_remap, refuse_different_vocabularies
-from tutelage.models.tool_format import ToolFormat, format_of
-from tutelage.models.tool_prompt import with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -26,7 +26,7 @@ from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, RunError
-from tutelage.models.chat_template import printed_date
+from tutelage.models.chat.template import printed_date
 from tutelage.models.load import load_model_config
 from tutelage.models.reference import resolve_model
 from tutelage.setup.inputs import Inputs

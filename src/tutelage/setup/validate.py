@@ -16,8 +16,8 @@ from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
-from tutelage.models.tool_format import format_of
-from tutelage.models.turn_template import TurnTemplate
+from tutelage.models.chat.tool_format import format_of
+from tutelage.models.chat.turn_template import TurnTemplate
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.run_folder import RunFolder

@@ -19,7 +19,7 @@ from tutelage.errors import RunError
 from tutelage.evaluation.measure import describe, measure
 from tutelage.evaluation.verdict import Verdict, verdict_of
 from tutelage.memory.cpu import STATE_BYTES, copied_bytes
-from tutelage.models.chat_template import printed_date
+from tutelage.models.chat.template import printed_date
 from tutelage.models.load import save_model
 from tutelage.setup.components import build_components, plain_student
 from tutelage.setup.inputs import pick_device

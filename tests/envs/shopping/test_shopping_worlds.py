@@ -23,7 +23,7 @@ from tutelage.envs.shopping.generate import (
     draw_wishes,
 )
 from tutelage.envs.shopping.query import WORD_KEYS, Solution, cheapest
-from tutelage.models.tool_format import parse_calls, render_calls
+from tutelage.models.chat.tool_format import parse_calls, render_calls
 
 LEVELS = (1, 2, 3)
 RENDER = partial(render_calls, "hermes")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 from tutelage.data.types import ToolCall
 from tutelage.errors import DataError, ModelError
 from tutelage.grading.answer import after_thoughts, ends_of_marks
-from tutelage.models.chat_template import render_chat, template_of
+from tutelage.models.chat.template import render_chat, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

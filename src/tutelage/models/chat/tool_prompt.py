@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tutelage.data.types import Message, Prompt, ToolCall
-from tutelage.models.chat_template import render_chat, template_of
-from tutelage.models.tool_format import ToolFormat, render_calls
+from tutelage.models.chat.template import render_chat, template_of
+from tutelage.models.chat.tool_format import ToolFormat, render_calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.data.types import Message
 from tutelage.errors import DataError, ModelError
 from tutelage.grading.answer import opened_thought
-from tutelage.models.chat_template import render_chat, template_of
+from tutelage.models.chat.template import render_chat, template_of
 from tutelage.models.tokenizers import control_ids, encode_completion
 
 if TYPE_CHECKING:
