@@ -1,4 +1,6 @@
-"""Student and teacher: loading, tokenizers, forward passes, optimizers; `llama_cpu` on a CPU only.
+"""Student and teacher: loading, tokenizers, forward passes, optimizers.
+
+`chat` has templates and calls of tools; `llama_cpu` is for a CPU only.
 
 May import `core`, `grading`, `data`, `envs`, `files`, `config`, `errors`.
 """
