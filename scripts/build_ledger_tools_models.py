@@ -13,32 +13,32 @@ import torch
 from ledger_tools_cards import write_card
 from ledger_tools_measuring import Figures, measure
 from ledger_tools_tokenizer import WORDS, build_tokenizer
-from ledger_tools_training import Lessons, Recipe, batches
+from ledger_tools_training import Conversations, Recipe, batches
 from ledger_training import Schedule, fit, fresh_model
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from tutelage.envs.ledger_tools_agent import WrongBeliefs
+from tutelage.envs.ledger_tools_agent import Mistakes
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "tutelage" / "assets"
 TEACHER = "ledger-tools-teacher"
 NUM_PROMPTS = 128
 
 _SOLVING = (
-    (Schedule(1000, 48, 0.05, 7.5e-3, seed=1), Lessons(reverse=0.5, accidents=0.3)),
-    (Schedule(400, 48, 0.03, 5e-3, seed=3), Lessons(accidents=0.2)),
+    (Schedule(1000, 48, 0.05, 7.5e-3, seed=1), Conversations(reverse=0.5, accidents=0.3)),
+    (Schedule(400, 48, 0.03, 5e-3, seed=3), Conversations(accidents=0.2)),
 )
-_WRONG = Lessons(WrongBeliefs(tools=0.25, sums=0.25, probability=0.9, seed=2))
+_WRONG = Conversations(Mistakes(tools=0.25, sums=0.25, probability=0.9, seed=2))
 RECIPES = (
     Recipe(
         name=TEACHER,
         summary="The teacher: looks up, adds and answers, in many orders of work.",
-        stages=(*_SOLVING, (Schedule(700, 48, 0.04, 6e-3, seed=4), Lessons())),
+        stages=(*_SOLVING, (Schedule(700, 48, 0.04, 6e-3, seed=4), Conversations())),
     ),
     Recipe(
         name="ledger-tools-overconfident",
         is_student=True,
-        summary="Taught as its teacher, and at last by a scripted agent with wrong beliefs.",
+        summary="Trained as its teacher, then on a scripted agent that makes mistakes.",
         stages=(
             *_SOLVING,
             (Schedule(120, 48, 0.025, 5e-3, seed=22), _WRONG),
@@ -81,8 +81,8 @@ def build(recipe: Recipe, out: Path, tokenizer: PreTrainedTokenizerFast) -> None
     """Train one model by its recipe and write its folder below `out`."""
     model = fresh_model(recipe.shape, tokenizer, recipe.stages[0][0].seed)
     model.train()
-    for schedule, lessons in recipe.stages:
-        fit(model, recipe.name, schedule, batches(tokenizer, schedule, lessons))
+    for schedule, conversations in recipe.stages:
+        fit(model, recipe.name, schedule, batches(tokenizer, schedule, conversations))
         for parameter in model.parameters():  # every stage starts from what could be stored
             parameter.data = parameter.data.bfloat16().float()
     _save(model, out / recipe.name, tokenizer)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from ledger_cards import DAMAGED, PREAMBLE, paragraph
 from ledger_tools_measuring import NUM_SAMPLES, Figures
-from ledger_tools_training import Lessons, Recipe
+from ledger_tools_training import Conversations, Recipe
 from ledger_training import Schedule
 
 WHAT = """\
@@ -57,7 +57,7 @@ matrices, AdamW on the rest, linear decay, one thread, torch {torch_version}, tr
 give a model of about the same quality.
 """
 
-LIMITS = "A toy for tests and demonstrations: it knows prompts of three items only, and no others."
+LIMITS = "A toy for tests and demonstrations: it was trained on prompts of three items only."
 
 
 def write_card(folder: Path, recipe: Recipe, figures: Figures, num_words: int) -> None:
@@ -88,20 +88,20 @@ def write_card(folder: Path, recipe: Recipe, figures: Figures, num_words: int) -
     (folder / "README.md").write_text("\n".join(parts))
 
 
-def _describe(schedule: Schedule, lessons: Lessons) -> str:
+def _describe(schedule: Schedule, conversations: Conversations) -> str:
     order = "in the order of the prompt"
-    if lessons.reverse:
-        order += f" or, {lessons.reverse:.0%} of them, in the reverse order"
-    beliefs = lessons.beliefs
+    if conversations.reverse:
+        order += f" or, {conversations.reverse:.0%} of them, in the reverse order"
+    made = conversations.mistakes
     mistakes = "no mistakes"
-    if beliefs.tools or beliefs.sums:
+    if made.tools or made.sums:
         mistakes = (
-            f"{beliefs.tools:.0%} of the entries looked up by the wrong tool and the answers of "
-            f"{beliefs.sums:.0%} of the sums replaced, each with probability "
-            f"{beliefs.probability:g}, belief seed {beliefs.seed}"
+            f"{made.tools:.0%} of the entries looked up by the wrong tool and the answers of "
+            f"{made.sums:.0%} of the sums replaced, each with probability "
+            f"{made.probability:g}, mistake seed {made.seed}"
         )
-    elif lessons.accidents:
-        mistakes = f"{lessons.accidents:.0%} of them with mistakes that are context only"
+    elif conversations.accidents:
+        mistakes = f"{conversations.accidents:.0%} of them with mistakes that are context only"
     return (
         f"{schedule.num_steps} steps of {schedule.batch_size} conversations (look-ups {order}; "
         f"{mistakes}), seed {schedule.seed}, learning rates {schedule.matrix_learning_rate:g} and "

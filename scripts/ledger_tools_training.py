@@ -16,16 +16,16 @@ from transformers import PreTrainedTokenizerFast
 
 from tutelage.data.types import Prompt
 from tutelage.envs.ledger_tools import LedgerToolsTask
-from tutelage.envs.ledger_tools_agent import NO_MISTAKES, Piece, ScriptedAgent, WrongBeliefs
+from tutelage.envs.ledger_tools_agent import NO_MISTAKES, Mistakes, Piece, ScriptedAgent
 
 _ASKED = "vq0kz7jx"
 
 
 @dataclass(frozen=True)
-class Lessons:
+class Conversations:
     """Which conversations a model is shown."""
 
-    beliefs: WrongBeliefs = NO_MISTAKES
+    mistakes: Mistakes = NO_MISTAKES
     """Mistakes that are targets like everything else."""
     reverse: float = 0.0
     """Share of conversations that look up in the reverse order of the prompt."""
@@ -39,7 +39,7 @@ class Recipe:
 
     name: str
     summary: str
-    stages: tuple[tuple[Schedule, Lessons], ...]
+    stages: tuple[tuple[Schedule, Conversations], ...]
     """What it is trained on, one after the other."""
     shape: Shape = field(default_factory=Shape)
     is_student: bool = False
@@ -47,7 +47,7 @@ class Recipe:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, schedule: Schedule, lessons: Lessons
+    tokenizer: PreTrainedTokenizerFast, schedule: Schedule, conversations: Conversations
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """From a step to token ids [B, T] and targets [B, T], in which the agent's tokens count."""
     task = LedgerToolsTask()
@@ -57,11 +57,11 @@ def batches(
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     def lesson(prompt: Prompt, rng: random.Random) -> tuple[Tensor, Tensor]:
-        is_accident = rng.random() < lessons.accidents
-        beliefs = lessons.beliefs
+        is_accident = rng.random() < conversations.accidents
+        mistakes = conversations.mistakes
         if is_accident:
-            beliefs = WrongBeliefs(tools=0.3, sums=0.3, seed=int(rng.random() * 2**30))
-        agent = ScriptedAgent(prompt, rng, beliefs, lessons.reverse)
+            mistakes = Mistakes(tools=0.3, sums=0.3, seed=int(rng.random() * 2**30))
+        agent = ScriptedAgent(prompt, rng, mistakes, conversations.reverse)
         ids: list[int] = []
         targets: list[int] = []
         for piece, is_agent in conversation(prompt, agent, tokenizer):

@@ -1,19 +1,20 @@
-"""TIP's agentic claim on the embedded task of tool calls: which tokens should an agent learn from?
+"""TIP's agentic claim on the embedded task of tool calls: which tokens should be trained on?
 
     python benchmarks/claims/agents.py  # everything; continues where it stopped
     python benchmarks/claims/agents.py --page  # the page again, from the JSON
     python benchmarks/claims/agents.py --verify 2  # two random cells again, compared exactly
 
 Fixed before the first cell: the arms, their seeds, sizes and the rule of the verdict below. The
-learning rate is tuned on the arm of all tokens alone, by the lowest reverse KL on held-out prompts,
-with seeds of its own, and shared by all arms. A claim about a real model needs a teacher of at
-least 50 % and a student of at most 20 % success; without a GPU it is undecidable here.
+learning rate is tuned on the arm of all tokens alone, by the lowest reverse KL of the last step's
+rollouts, with seeds of its own, and shared by all arms. A claim about a real model needs a teacher
+of at least 50 % and a student of at most 20 % success; without a GPU it is undecidable here.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import multiprocessing
 import random
@@ -222,18 +223,30 @@ def page(result: dict[str, Any]) -> str:
             table(["comparison, points", "difference", "verdict", "reading"], compared),
             "## Success of every arm",
             table(["arm", "tokens trained", "KL kept %", "success %", "low", "high"], rows),
-            "Rules whose tokens hold nearly all of the divergence train nearly alike.",
+            *_equal_arms(result["cells"]),
             f"{design['num_steps']} steps of {design['prompts_per_step']} conversations, learning "
-            f"rate {result['rate']:g} (tuned on all tokens, grid {design['grid']}), "
+            f"rate {result['rate']:g} (tuned on all tokens by the "
+            f"reverse KL of the last step's rollouts, grid {design['grid']}), "
             f"{len(design['seeds'])} paired seeds, {design['num_problems']} held-out problems "
             f"with {design['num_samples']} conversations each; a success is a conversation in "
             "which every call is right and none is superfluous. Intervals: 95 %, over seeds and "
             "problems. Arms take equal numbers of steps, so arms that keep fewer tokens see fewer.",
-            "The student's mistakes were made by training it on wrong conversations until it was "
-            "sure of them: Q3 is there by construction, which is its best case. One synthetic task "
+            "The student's mistakes come from training on wrong conversations until their entropy "
+            "was low: Q3 is there by construction, which is its best case. One synthetic task "
             "and half a million parameters say nothing about large models.",
         ]
     )
+
+
+def _equal_arms(cells: list[dict[str, Any]]) -> list[str]:
+    """A sentence on each pair of arms whose conversations succeed alike, problem by problem."""
+    by_arm = {arm: [c["success"] for c in cells if c["arm"] == arm] for arm in ARMS}
+    return [
+        f"{one} and {other} have equal success in every problem and seed, though other weights: "
+        "both keep nearly all of the divergence, and comparisons with them are one measurement."
+        for one, other in itertools.combinations(ARMS, 2)
+        if by_arm[one] == by_arm[other]
+    ]
 
 
 def _trained(cells: list[dict[str, Any]], arm: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from tutelage.envs.ledger_tools import (
     ledger_of,
     parse_asked,
 )
-from tutelage.envs.ledger_tools_agent import NO_MISTAKES, ScriptedAgent, WrongBeliefs
+from tutelage.envs.ledger_tools_agent import NO_MISTAKES, Mistakes, ScriptedAgent
 from tutelage.errors import ConfigError, DataError
 
 TASK = LedgerToolsTask()
@@ -69,10 +69,10 @@ def mistakes(outcome: Outcome) -> dict[str, float | int | str]:
 
 
 def converse(
-    prompt: Prompt, rng: random.Random, beliefs: WrongBeliefs = NO_MISTAKES
+    prompt: Prompt, rng: random.Random, mistakes: Mistakes = NO_MISTAKES
 ) -> tuple[list[str], Outcome]:
     """The texts of the scripted agent's turns, and their outcome."""
-    environment, agent = opened(prompt), ScriptedAgent(prompt, rng, beliefs)
+    environment, agent = opened(prompt), ScriptedAgent(prompt, rng, mistakes)
     texts: list[str] = []
     answers: list[str] = []
     while True:
@@ -109,27 +109,27 @@ def test_it_solves_prompts_of_any_number_of_items(num_items: int) -> None:
 
 def test_its_wrong_beliefs_are_caught_each_by_its_name() -> None:
     rng = random.Random(2)
-    for beliefs, name in (
-        (WrongBeliefs(tools=1.0), "wrong_tool"),
-        (WrongBeliefs(sums=1.0), "ignored_answer"),
+    for mistakes, name in (
+        (Mistakes(tools=1.0), "wrong_tool"),
+        (Mistakes(sums=1.0), "ignored_answer"),
     ):
-        outcomes = [converse(prompt, rng, beliefs)[1] for prompt in TASK.held_out(50)]
+        outcomes = [converse(prompt, rng, mistakes)[1] for prompt in TASK.held_out(50)]
         assert not any(outcome.is_success for outcome in outcomes)
         assert all(outcome.details[name] for outcome in outcomes)
 
 
 def test_wrong_beliefs_are_a_fixed_set_of_about_that_share() -> None:
-    beliefs = WrongBeliefs(tools=0.25, sums=0.25)
+    mistakes = Mistakes(tools=0.25, sums=0.25)
     rng = random.Random(3)
     wrong = {
-        (one, beliefs.book(one, rng))
+        (one, mistakes.book(one, rng))
         for one in LEDGER
         for _ in range(3)
-        if beliefs.book(one, rng) != one.book
+        if mistakes.book(one, rng) != one.book
     }
     assert 2 <= len(wrong) <= 16
     pairs = [(a, b) for a in range(10, 20) for b in range(10, 20)]
-    changed = {p: beliefs.total(*p, rng) for p in pairs if beliefs.total(*p, rng) != sum(p)}
+    changed = {p: mistakes.total(*p, rng) for p in pairs if mistakes.total(*p, rng) != sum(p)}
     assert 10 <= len(changed) <= 50
     assert all(changed[b, a] == total for (a, b), total in changed.items())
     assert all(abs(total - sum(p)) < 10 for p, total in changed.items())

@@ -46,6 +46,13 @@ class LedgerToolsData(ConversationData):
 
     __pydantic_config__ = STRICT
     kind: Literal["ledger_tools"] = "ledger_tools"
+    num_items: int = 3
+    """Numbers that a prompt asks for, 2 to 16; the shipped models were trained on 3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count, hint = self.num_items, "The shipped models were trained on 3."
+        require(2 <= count <= 16, "data.num_items", "from 2 to 16", count, hint)
 
 
 @dataclass(frozen=True)

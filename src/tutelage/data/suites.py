@@ -110,7 +110,8 @@ SUITES = {
     "deepplanning-shopping-official": Suite(("shopping-official",), num_samples=16),
     "deepplanning-travel": Suite(("travel1", "travel2", "travel3"), num_samples=16),
 }
-"""The evaluations of the two papers; those of DeepPlanning over generated worlds of our own."""
+"""The evaluations of the two papers; those of DeepPlanning are over generated worlds of our own,
+except the official one."""
 
 
 def find_suite(text: str) -> Suite:

@@ -14,7 +14,7 @@ class Opening:
     """How a conversation begins."""
 
     messages: tuple[Message, ...]
-    """What the model reads first."""
+    """The first messages of the conversation."""
     tools: tuple[dict[str, Any], ...] = ()
     """JSON schemas of the tools, ``{"type": "function", "function": {...}}``."""
 
@@ -45,7 +45,7 @@ class Environment(Protocol):
 
 
 def opened(environment: Environment, prompt: Prompt) -> Prompt:
-    """A prompt as the model reads it: what the environment says first."""
+    """A prompt with the first messages and the tools of its environment."""
     opening = environment.start(prompt, 0)
     return replace(prompt, content=opening.messages, tools=opening.tools)
 

@@ -1,4 +1,4 @@
-"""The ledger by tool calls: totals of numbers that only tools know, every call graded.
+"""The ledger by tool calls: totals of numbers that tools return, every call graded.
 
 Every prompt has a ledger of its own, which the model does not see: a price and a stock for each of
 the letters a to p, whole numbers of two digits. The user asks for the total of some of them:
@@ -168,7 +168,7 @@ class LedgerToolsEnvironment:
 
     def __init__(self) -> None:
         self._ledger: dict[Asked, int] = {}
-        self._judge = _Judge(())
+        self._grading = _Grading(())
         self._tools = (
             Tool("look_up_price", "Price of an item.", _LookUp, self._look_up("price")),
             Tool("look_up_stock", "Stock of an item.", _LookUp, self._look_up("stock")),
@@ -188,15 +188,15 @@ class LedgerToolsEnvironment:
                 "Use LedgerToolsTask.prompts()."
             )
         self._ledger = ledger_of(prompt.id)
-        self._judge = _Judge(asked, sum(self._ledger[one] for one in asked))
+        self._grading = _Grading(asked, sum(self._ledger[one] for one in asked))
         return Opening(prompt.content, tuple(tool.schema for tool in self._tools))
 
     def act(self, turn: Turn) -> Reply:
         """Carry out and judge the calls of a turn; one without calls is the final answer."""
         reply = reply_to(self._tools, turn)
-        self._judge.end_turn(len(turn.calls), reply.num_errors)
+        self._grading.end_turn(len(turn.calls), reply.num_errors)
         if reply.is_done:
-            self._judge.judge_answer(turn.text.strip())
+            self._grading.judge_answer(turn.text.strip())
         return reply
 
     def score(self) -> Outcome:
@@ -214,14 +214,14 @@ class LedgerToolsEnvironment:
         (answered with an error), and `missing`, calls to do that were not made; `answer_only` is 1
         if the final answer is right, however it was reached.
         """
-        return self._judge.outcome()
+        return self._grading.outcome()
 
     def _look_up(self, book: str) -> Callable[[_LookUp], int]:
         def run(arguments: _LookUp) -> int:
             one = Asked(book, arguments.item)
             if one not in self._ledger:
                 raise ToolError(f"there is no item {arguments.item!r}; the items are a to p")
-            self._judge.judge_look_up(one, self._ledger[one])
+            self._grading.judge_look_up(one, self._ledger[one])
             return self._ledger[one]
 
         return run
@@ -234,12 +234,12 @@ class LedgerToolsEnvironment:
                 f"got {arguments.expression!r}"
             )
         left, right = int(found[1]), int(found[2])
-        self._judge.judge_sum(left, right)
+        self._grading.judge_sum(left, right)
         return left + right
 
 
 @dataclass
-class _Judge:
+class _Grading:
     """What was done in one conversation, and what of it was right."""
 
     asked: tuple[Asked, ...]

@@ -1,4 +1,4 @@
-"""A scripted agent for the ledger by tool calls, which may hold a fixed set of wrong beliefs."""
+"""A scripted agent for the ledger by tool calls, which may make a fixed set of mistakes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tutelage.errors import DataError
 
 
 @dataclass(frozen=True)
-class WrongBeliefs:
+class Mistakes:
     """A fixed set of mistakes, always the same ones, which a model can learn by heart.
 
     A letter of a book may be looked up in the other book. An answer of `calculate` may be replaced
@@ -29,7 +29,7 @@ class WrongBeliefs:
     probability: float = 1.0
     """Chance of making such a mistake at one occasion, in [0, 1]."""
     seed: int = 0
-    """Chooses which beliefs are wrong."""
+    """Chooses which numbers and sums they are made at."""
 
     def book(self, one: Asked, rng: random.Random) -> str:
         """The book in which a letter is looked up at one occasion."""
@@ -48,7 +48,7 @@ class WrongBeliefs:
         return answer - answer % 10 + (answer + offset) % 10
 
 
-NO_MISTAKES = WrongBeliefs()
+NO_MISTAKES = Mistakes()
 
 
 class Piece(NamedTuple):
@@ -86,15 +86,15 @@ class ScriptedAgent:
         self,
         prompt: Prompt,
         rng: random.Random,
-        beliefs: WrongBeliefs = NO_MISTAKES,
+        mistakes: Mistakes = NO_MISTAKES,
         reverse: float = 0.5,
     ) -> None:
-        """A new conversation; without wrong beliefs it ends in success.
+        """A new conversation; without mistakes it ends in success.
 
         Args:
             prompt: what is asked.
             rng: generator of the order, of the turns and of mistakes.
-            beliefs: what it gets wrong.
+            mistakes: the mistakes it makes.
             reverse: chance of looking up in the reverse order.
 
         Raises:
@@ -106,7 +106,7 @@ class ScriptedAgent:
         self._to_look_up = list(asked if rng.random() < 1 - reverse else asked[::-1])
         self._values: list[tuple[Piece, ...]] = []  # numbers that still have to be added
         self._sum: tuple[int, int] | None = None  # that the last turn asked for
-        self._rng, self._beliefs = rng, beliefs
+        self._rng, self._mistakes = rng, mistakes
 
     def act(self, answers: Sequence[str]) -> ScriptedTurn:
         """The next turn, given the answers to the calls of the last one."""
@@ -121,7 +121,7 @@ class ScriptedAgent:
         if self._sum is None:
             self._values += [(Piece(answer),) for answer in answers]
             return
-        taken = str(self._beliefs.total(*self._sum, self._rng))
+        taken = str(self._mistakes.total(*self._sum, self._rng))
         is_mistake = [taken] != list(answers)
         self._values.append((Piece(taken[:-1]), Piece(taken[-1], is_mistake)))
         self._sum = None
@@ -131,7 +131,7 @@ class ScriptedAgent:
         now, self._to_look_up = self._to_look_up[:size], self._to_look_up[size:]
         pieces = []
         for one in now:
-            book = self._beliefs.book(one, self._rng)
+            book = self._mistakes.book(one, self._rng)
             name = Piece(f"look_up_{book}", is_mistake=book != one.book)
             arguments = Piece(f'","arguments":{{"item":"{one.letter}"}}}}')
             pieces += [Piece(","), Piece('{"name":"'), name, arguments]

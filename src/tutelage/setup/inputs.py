@@ -140,7 +140,7 @@ def build_task(data: DataConfig) -> Task:
     if isinstance(data, LedgerData):
         return LedgerTask(data.num_items)
     if isinstance(data, LedgerToolsData):
-        return LedgerToolsTask()
+        return LedgerToolsTask(data.num_items)
     if isinstance(data, ShoppingData):
         return ShoppingTask(data.level, data.num_products, max_items=data.max_items)
     if isinstance(data, TravelData):
