@@ -15,7 +15,6 @@ ends with the total alone:
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from tutelage.data.tasks.draws import below, shuffled
+from tutelage.data.tasks.draws import below, is_held_out, shuffled
 from tutelage.data.types import Outcome, Prompt, Turn
 from tutelage.envs.environment import Environment, Opening, Reply
 from tutelage.envs.tools import Arguments, Tool, ToolError, reply_to
@@ -40,7 +39,6 @@ MISTAKES = (
 """What is counted besides right calls; see `LedgerToolsEnvironment.score`."""
 
 _SMALLEST, _NUM_VALUES = 10, 90  # the numbers of two digits
-_HELD_OUT_ONE_IN = 16
 _ASKED = re.compile(r"(price|stock) ([a-p])")
 _PROMPT = re.compile(rf"Total: {_ASKED.pattern}(?:, {_ASKED.pattern})*")
 _NUMBER = r"(0|[1-9][0-9]{0,5})"
@@ -151,8 +149,7 @@ def _draw_asked(rng: random.Random, num_items: int) -> tuple[Asked, ...]:
 
 def _is_held_out(asked: tuple[Asked, ...]) -> bool:
     """The side of a question; the order in which a prompt asks does not matter."""
-    digest = hashlib.blake2b(", ".join(sorted(map(str, asked))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0
+    return is_held_out(", ".join(sorted(map(str, asked))))
 
 
 class _LookUp(Arguments):

@@ -8,14 +8,13 @@ modulo 10 and the running sum modulo 10, and ends with the last running sum:
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from tutelage.data.tasks.draws import below, shuffled
+from tutelage.data.tasks.draws import below, is_held_out, shuffled
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
 
@@ -26,7 +25,6 @@ PUNCTUATION = "=;#~>"
 ALPHABET = LETTERS + DIGITS + OPERATORS + PUNCTUATION
 """All that prompts and completions are written with."""
 
-_HELD_OUT_ONE_IN = 16
 _ITEM = re.compile(r"([a-p])([0-9])([-+*])([0-9]);")
 _PROMPT = re.compile(rf"(?:{_ITEM.pattern})+>")
 _STEP = re.compile(r"([a-p])([0-9])([-+*])([0-9])=([0-9])~([0-9]);")
@@ -241,5 +239,4 @@ def _draw_items(rng: random.Random, num_items: int) -> tuple[Item, ...]:
 
 def _is_held_out(items: tuple[Item, ...]) -> bool:
     """The side of a set of items; the order in which a prompt lists them does not matter."""
-    digest = hashlib.blake2b(" ".join(sorted(map(str, items))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0
+    return is_held_out(" ".join(sorted(map(str, items))))

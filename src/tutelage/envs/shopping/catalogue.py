@@ -6,10 +6,9 @@ import random
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from tutelage.data.tasks.draws import below, shuffled
+from tutelage.data.tasks.draws import below, between, pick, shuffled
 from tutelage.envs.shopping import words
 from tutelage.envs.shopping.coupons import COUPONS
-from tutelage.envs.shopping.draws import between, pick
 from tutelage.envs.shopping.transport import PROVIDERS, PROVINCES
 
 Product: TypeAlias = dict[str, Any]

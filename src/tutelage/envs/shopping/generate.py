@@ -15,7 +15,6 @@ the details of a product need an id that another tool found, and the cart takes 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -24,10 +23,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tutelage.data.tasks.draws import below, shuffled
+from tutelage.data.tasks.draws import below, between, is_held_out, pick, shuffled
 from tutelage.envs.shopping.catalogue import Product, draw_product
 from tutelage.envs.shopping.coupons import COUPONS, every_use
-from tutelage.envs.shopping.draws import between, pick
 from tutelage.envs.shopping.products import Group, Wish, draw_group, draw_wish
 from tutelage.envs.shopping.query import (
     Query,
@@ -47,7 +45,6 @@ MIN_NEAR_MISSES = 5
 """Near misses of every slot, at least."""
 MIN_DISTRACTORS = 20
 """Near misses of all slots together, at least."""
-_HELD_OUT_ONE_IN = 16
 _MAX_COMBINATIONS = 36
 _MIN_GAP = 6
 """Between the price of a solution and those of other combinations, in yuan."""
@@ -105,9 +102,7 @@ def _is_held_out(wishes: Sequence[Wish]) -> bool:
 
     A query's text has all of these words, so that no text is on both sides.
     """
-    text = "\n".join(sorted(_key(wish) for wish in wishes))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0
+    return is_held_out("\n".join(sorted(_key(wish) for wish in wishes)))
 
 
 def _key(wish: Wish) -> str:

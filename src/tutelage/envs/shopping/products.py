@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.data.tasks.draws import below, shuffled
+from tutelage.data.tasks.draws import below, between, pick, shuffled
 from tutelage.envs.shopping import words
 from tutelage.envs.shopping.catalogue import (
     STARS,
@@ -17,7 +17,6 @@ from tutelage.envs.shopping.catalogue import (
     field_of,
     rating_of,
 )
-from tutelage.envs.shopping.draws import between, other, pick
 from tutelage.envs.shopping.query import FILTER_KEYS, RANGE_KEYS, TRANSPORT, Constraint, Slot, fits
 from tutelage.envs.shopping.transport import transport_days
 
@@ -201,7 +200,7 @@ def _altered(rng: random.Random, fixed: Mapping[str, Any], key: str) -> dict[str
     """The fixed fields with another value for one of them."""
     if key == "name":
         start, _, end = fixed["line"].partition(" ")
-        return {**fixed, "line": f"{start} {other(words.LINE_ENDS, end, rng)}"}
+        return {**fixed, "line": f"{start} {_other(words.LINE_ENDS, end, rng)}"}
     values: dict[str, tuple[str, ...]] = {
         "size": next(k.sizes for k in words.KINDS if fixed.get("size", "S") in k.sizes),
         "brand": words.BRANDS,
@@ -209,7 +208,12 @@ def _altered(rng: random.Random, fixed: Mapping[str, Any], key: str) -> dict[str
         "suitable_season": words.SEASONS,
         "target_demographic": words.AUDIENCES,
     }
-    return {**fixed, key: other(values[key], fixed[key], rng)}
+    return {**fixed, key: _other(values[key], fixed[key], rng)}
+
+
+def _other(values: Sequence[str], value: str, rng: random.Random) -> str:
+    """One of the values that is not the given one."""
+    return pick([v for v in values if v != value], rng)
 
 
 def _worsen(rng: random.Random, product: Product, failed: Constraint, province: str) -> None:

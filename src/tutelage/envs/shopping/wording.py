@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from tutelage.data.tasks.draws import pick
 from tutelage.envs.shopping.catalogue import STARS
-from tutelage.envs.shopping.draws import pick
 from tutelage.envs.shopping.query import TRANSPORT, Constraint, Query, Slot
 
 _ROLE = (
