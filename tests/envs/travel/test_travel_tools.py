@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tutelage.data.types import ToolCall, Turn
 from tutelage.envs.environment import Environment, Reply
 from tutelage.envs.tools import call_tool
 from tutelage.envs.travel import TravelTask
+from tutelage.envs.travel.country import SEAT_CLASSES
 from tutelage.envs.travel.generate import World, make_world
-from tutelage.envs.travel.rows import WALK_METERS
+from tutelage.envs.travel.rows import WALK_METERS, Mode
 from tutelage.envs.travel.tools import make_tools
 
 SCHEMA = Path(os.environ.get("TUTELAGE_DATA", "")) / "deepplanning_tool_schema_en.json"
@@ -98,6 +100,22 @@ def test_seat_classes_filter() -> None:
         found = ask("query_flight_info", **leg(), seatClassName=name)
         expected = [route for route in every if route["Segment 1"]["seatClassName"] == name]
         assert (found == expected) if expected else found.startswith("No flights from")
+
+
+@pytest.mark.parametrize(("mode", "other"), [("train", "flight"), ("flight", "train")])
+def test_a_mode_has_its_own_seat_classes_whatever_the_rows(mode: Mode, other: Mode) -> None:
+    """Also one that no row has is no error, and one of the other mode is."""
+    first_rows = {
+        f"{kind}s": tuple(r for r in rows if r.seat_class == SEAT_CLASSES[kind][0])
+        for kind, rows in (("train", WORLD.tables.trains), ("flight", WORLD.tables.flights))
+    }
+    world = World(replace(WORLD.tables, **first_rows), WORLD.query)  # type: ignore[arg-type]
+    for name in SEAT_CLASSES[mode][1:]:
+        found = ask(f"query_{mode}_info", world, **leg(), seatClassName=name)
+        assert found.startswith(f"No {mode}s from")
+    for name in SEAT_CLASSES[other]:
+        message = error_of(f"query_{mode}_info", **leg(), seatClassName=name)
+        assert f"{name!r}, not one of {', '.join(SEAT_CLASSES[mode])}" in message
 
 
 def test_a_day_without_trains_says_so() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from travel_worlds import world_with
 
 from tutelage.data.types import Prompt, Turn
 from tutelage.envs.tools import call_tool
@@ -17,16 +19,17 @@ from tutelage.envs.travel import TravelTask
 from tutelage.envs.travel.agent import scripted_agent
 from tutelage.envs.travel.constraints import KINDS
 from tutelage.envs.travel.generate import World, make_world
-from tutelage.envs.travel.query import Constraint, Trip
+from tutelage.envs.travel.query import Constraint, Stay, Trip
 from tutelage.envs.travel.task import world_of
 from tutelage.envs.travel.tools import make_tools
+from tutelage.envs.travel.wording import write_query
 from tutelage.errors import ConfigError, DataError
 
 LEVELS = (1, 2, 3)
 HASHES = {
-    1: "b8017ad143ba24d9",
-    2: "20b514aa7b026aa6",
-    3: "f35be05f778e1aa3",
+    1: "074ff83e922786bd",
+    2: "5fca7a46eb6c83e0",
+    3: "c2a60e80d60bffaa",
 }
 """Of the first ten worlds of each level; a change makes prompts of old run folders others."""
 
@@ -180,12 +183,13 @@ def solve_by_tools(task: TravelTask, prompt: Prompt) -> Any:
     """The outcome of the scripted agent's conversation; no call of its may be an error."""
     environment = task.environment()
     environment.start(prompt, 0)
-    agent = task.scripted(prompt)
+    query = world_of(prompt).query
+    agent = scripted_agent(query.trip, [(c.kind, c.parameters) for c in query.constraints])
     step = next(agent)
     while isinstance(step, list):
         reply = environment.act(Turn("", tuple(step)))
         assert (reply.num_errors, reply.is_done) == (0, False), reply
-        step = agent.send([message["content"] for message in reply.messages])  # type: ignore[attr-defined]
+        step = agent.send([message["content"] for message in reply.messages])
     assert environment.act(Turn(step)).is_done
     return environment.score()
 
@@ -220,7 +224,7 @@ def test_a_thousand_queries_have_one_solution_and_tools_reach_it(level: int) -> 
 
 def test_the_search_sees_a_second_solution() -> None:
     """Negative control: with a twin of the answer there are two solutions."""
-    world = make_world("twin", 1, False, kinds=("hotel_highest_rated",))
+    world = world_with("twin", 1, ("hotel_highest_rated",))
     (constraint,) = world.query.constraints
     best = next(h for h in world.tables.hotels if h.name == constraint.answer["hotel_name"])
     twin = type(best)(**{**vars(best), "name": "Twin"})
@@ -235,7 +239,7 @@ def fields_of(world: World) -> dict[str, Any]:
 
 def test_an_agent_that_finds_no_restaurants_ends() -> None:
     """A tool that says that there are none has answered; the agent does not ask again."""
-    world = make_world("empty", 1, False, kinds=())
+    world = world_with("empty", 1, ())
     tools = make_tools(replace(world.tables, restaurants=()))
     agent = scripted_agent(world.query.trip, [])
     step = next(agent)
@@ -273,7 +277,7 @@ def test_training_and_held_out_prompts_never_meet() -> None:
     sides: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     for is_held_out in sides:
         for index in range(30):
-            trip = make_world(f"side-{index}", 1, is_held_out, kinds=()).query.trip
+            trip = world_with(f"side-{index}", 1, (), is_held_out).query.trip
             sides[is_held_out].add((trip.origin, trip.stays[0].city))
     assert not sides[True] & sides[False]
     train, held_out = TravelTask(1).prompts(0, 5, -1), TravelTask(1).held_out(5, -1)
@@ -285,7 +289,7 @@ def test_training_and_held_out_prompts_never_meet() -> None:
 
 @pytest.mark.parametrize(("level", "days"), [(1, {2, 3}), (2, {4, 5}), (3, {6, 7})])
 def test_levels_differ_in_days_and_cities(level: int, days: set[int]) -> None:
-    trips = [make_world(f"level-{n}", level, False, kinds=()).query.trip for n in range(20)]
+    trips = [world_with(f"level-{n}", level, ()).query.trip for n in range(20)]
     assert {trip.num_days for trip in trips} == days
     assert {len(trip.stays) for trip in trips} == ({1, 2} if level == 3 else {1})
 
@@ -320,6 +324,23 @@ def test_text_names_every_parameter() -> None:
             for name, value in constraint.parameters.items():
                 for part in value if isinstance(value, list) else [value]:
                     assert name in hidden or str(part) in world.query.text, constraint
+
+
+def test_one_traveler_writes_i_and_several_write_we() -> None:
+    """In every sentence there is."""
+    plural = re.compile(r"\b(we|us|our)\b", re.IGNORECASE)
+    singular = re.compile(r"\b(I|me)\b")
+    asked = {name: "7" for kind in KINDS.values() for name in kind.asks}
+    asked |= {"city": "B", "attraction_name": "T", "directions": ["outbound"]}
+    asked |= {"attraction_names": ["T", "U"]}  # type: ignore[dict-item]
+    constraints = [Constraint(kind, asked) for kind in KINDS]
+    for people in range(1, 6):
+        trip = Trip("A", (Stay("B", 1), Stay("C", 1)), "2026-03-02", people, (people + 1) // 2)
+        for seed in range(6):
+            text = write_query(trip, constraints, random.Random(seed))
+            text = text.replace("I'm planning", "Planning")
+            assert bool(plural.search(text)) == (people > 1)
+            assert bool(singular.search(text)) == (people == 1)
 
 
 def test_draws_use_nothing_but_random() -> None:

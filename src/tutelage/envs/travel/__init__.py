@@ -1,4 +1,7 @@
-"""Trips in invented countries: tables, tools, queries with one solution, plans and their scores."""
+"""Trips in invented countries: tables, tools, queries, plans and their scores.
+
+Every constraint of a query but the budget is met by one choice; many plans may have these choices.
+"""
 
 from tutelage.envs.travel.task import TravelTask
 

@@ -1,7 +1,7 @@
 """An agent that solves travel queries by rule, through the tools alone.
 
-It is told what a query asks for in structured form, asks the tools for the rows that it needs, and
-composes its plan from their replies.
+Its input is what a query asks for in structured form; it calls the tools for the rows that are
+needed, and composes its plan from their replies.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Calls: TypeAlias = list[ToolCall]
 
 
 class _Unasked(Exception):
-    """The restaurants near a point are needed, and no tool was asked for them."""
+    """The restaurants near a point are needed, and no tool was called for them."""
 
     def __init__(self, point: Point) -> None:
         super().__init__(coordinates(point))
@@ -50,14 +50,14 @@ class _KnownTables(Tables):
     asked_points: frozenset[str] = frozenset()
 
     def near(self, point: Point) -> list[tuple[int, Restaurant]]:
-        """As in `Tables`; raises _Unasked where no tool was asked."""
+        """As in `Tables`; raises _Unasked where no tool was called."""
         if coordinates(point) not in self.asked_points:
             raise _Unasked(point)
         return super().near(point)
 
 
 @dataclass
-class _Notes:
+class _KnownRows:
     """What tools returned so far; a row that came twice is kept once."""
 
     trains: dict[Any, Train] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class _Notes:
 
     @property
     def tables(self) -> _KnownTables:
-        """What is known, as tables."""
+        """The rows as tables."""
         return _KnownTables(
             tuple(self.trains.values()),
             tuple(self.flights.values()),
@@ -85,8 +85,8 @@ class _Notes:
             frozenset(self.asked_points),
         )
 
-    def keep(self, call: ToolCall, reply: str) -> None:
-        """Note the rows of a reply; one that is no JSON says that there are none."""
+    def add(self, call: ToolCall, reply: str) -> None:
+        """Add the rows of a reply; one that is no JSON has none."""
         given = call.arguments
         if call.name == "recommend_restaurants":
             self.asked_points.add(f"{given['latitude']},{given['longitude']}")
@@ -97,7 +97,7 @@ class _Notes:
         match call.name:
             case "query_train_info" | "query_flight_info":
                 for index, route in enumerate(found, start=1):
-                    self._keep_route(given, index, route)
+                    self._add_route(given, index, route)
             case "query_hotel_info":
                 for row in found:
                     self.hotels[row["name"]] = _hotel(row, given["destination"])
@@ -118,7 +118,7 @@ class _Notes:
                 ends = (found["origin"], found["destination"])
                 self.roads[ends] = Road(*ends, *facts)
 
-    def _keep_route(self, given: Mapping[str, Any], index: int, route: Mapping[str, Any]) -> None:
+    def _add_route(self, given: Mapping[str, Any], index: int, route: Mapping[str, Any]) -> None:
         for key, row in route.items():
             if key == "price":
                 continue
@@ -143,44 +143,44 @@ def scripted_agent(trip: Trip, asked: Asked) -> Generator[Calls | str, list[str]
 
     Send it the replies to the calls, one text for each, in their order.
     """
-    notes = _Notes()
+    known = _KnownRows()
 
     def ask(calls: Calls) -> Generator[Calls | str, list[str], None]:
         if calls:
             replies = yield calls
             for call, reply in zip(calls, replies, strict=True):
-                notes.keep(call, reply)
+                known.add(call, reply)
 
     yield from ask(list(_first_calls(trip, asked)))
     names = [p["restaurant_name"] for kind, p in asked if kind == "restaurant_must_eat_named"]
     details = [
-        ToolCall("query_attraction_details", {"attraction_name": n}) for n in notes.recommended
+        ToolCall("query_attraction_details", {"attraction_name": n}) for n in known.recommended
     ]
     yield from ask(
         [*details, *(ToolCall("query_restaurant_details", {"restaurant_name": n}) for n in names)]
     )
     transport = [(k, p) for k, p in asked if KINDS[k].family in ("train", "flight", "hotel")]
-    routes = choose(notes.tables, trip, transport)
+    routes = choose(known.tables, trip, transport)
     if routes is None:
         yield "There is no such trip."
         return
     near = dict.fromkeys(p["attraction_name"] for _, p in asked if "attraction_name" in p)
-    points = [notes.tables.places[name] for name in near]
+    points = [known.tables.places[name] for name in near]
     yield from ask([*_station_calls(routes), *map(_restaurants_near, points)])
-    choices = choose(notes.tables, trip, asked)
+    choices = choose(known.tables, trip, asked)
     if choices is None:
         yield "There is no such trip."
         return
-    sights = [notes.tables.places[s.name] for s in first_sights(notes.tables, trip, choices)]
-    yield from ask([_restaurants_near(p) for p in dict.fromkeys(sights) if _is_new(p, notes)])
+    sights = [known.tables.places[s.name] for s in first_sights(known.tables, trip, choices)]
+    yield from ask([_restaurants_near(p) for p in dict.fromkeys(sights) if _is_new(p, known)])
     plan = None
     while True:
         try:
-            plan = compose(notes.tables, trip, choices)
+            plan = compose(known.tables, trip, choices)
         except _Unasked as need:
             yield from ask([_restaurants_near(need.point)])
             continue
-        roads = _road_calls(plan, notes) if plan else []
+        roads = _road_calls(plan, known) if plan else []
         if not roads:
             break
         yield from ask(roads)
@@ -223,18 +223,18 @@ def _restaurants_near(point: Point) -> ToolCall:
     return ToolCall("recommend_restaurants", {"latitude": latitude, "longitude": longitude})
 
 
-def _is_new(point: Point, notes: _Notes) -> bool:
-    return coordinates(point) not in notes.asked_points
+def _is_new(point: Point, known: _KnownRows) -> bool:
+    return coordinates(point) not in known.asked_points
 
 
-def _road_calls(plan: Plan, notes: _Notes) -> Calls:
-    """The ways of a plan that no tool was asked about; until then they are estimates."""
-    places = notes.tables.places
+def _road_calls(plan: Plan, known: _KnownRows) -> Calls:
+    """The ways of a plan for which no tool was called; until then they are estimates."""
+    places = known.tables.places
     ways = [
         (coordinates(places[t.origin]), coordinates(places[t.destination])) for t in plan.of(Travel)
     ]
-    new = [way for way in dict.fromkeys(ways) if way not in notes.asked_roads]
-    notes.asked_roads.update(new)
+    new = [way for way in dict.fromkeys(ways) if way not in known.asked_roads]
+    known.asked_roads.update(new)
     return [
         ToolCall("query_road_route_info", {"origin": origin, "destination": destination})
         for origin, destination in new

@@ -20,6 +20,8 @@ duration_rationality        visits as long as the tables recommend; meals of 45 
 cost_calculation_accuracy   the total is the sum of the plan's prices
 activity_diversity          no restaurant and no attraction twice
 ==========================  ========================================================================
+
+All eight are violated by a plan in which a day of the trip is missing or has no activities.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ MEAL_MINUTES = (45, 120)
 
 def violations(plan: Plan, trip: Trip, tables: Tables) -> dict[str, str]:
     """For every dimension the first thing that violates it; "" where it holds."""
+    missing = _missing_day(plan, trip)
     found = {
         "route_consistency": _route(plan, trip, tables),
         "sandbox_compliance": _sandbox(plan, trip, tables),
@@ -67,7 +70,15 @@ def violations(plan: Plan, trip: Trip, tables: Tables) -> dict[str, str]:
         "cost_calculation_accuracy": _cost(plan, trip),
         "activity_diversity": _diversity(plan),
     }
-    return {name: next(reasons, "") for name, reasons in found.items()}
+    return {name: missing or next(reasons, "") for name, reasons in found.items()}
+
+
+def _missing_day(plan: Plan, trip: Trip) -> str:
+    """The first day of the trip for which nothing is planned; "" where there is none."""
+    if len(plan.days) < trip.num_days:
+        return f"{len(plan.days)} days, and the trip has {trip.num_days}"
+    empty = (n for n, day in enumerate(plan.days[: trip.num_days]) if not day.activities)
+    return next((f"day {number + 1} has no activities" for number in empty), "")
 
 
 def windows(day: Day) -> list[tuple[int, int]]:

@@ -97,7 +97,7 @@ def make_tables(trip: Trip, rng: random.Random, names: Names, wishes: Wishes) ->
     """The tables of a country in which a trip takes place.
 
     Beside the cities of the trip there is a city to change in, and another one with hotels, sights
-    and restaurants that nobody asked for.
+    and restaurants that is no part of it.
     """
     draft = _Draft(rng, names, trip, wishes)
     hub, other = names.city(), names.city()
@@ -142,11 +142,11 @@ def _add_routes(
     modes: tuple[Mode, ...] = ("train", "flight")
     for mode in modes:
         num_direct = draft.between(4, 6)
-        lucky = below(num_direct, draft.rng)
+        chosen = below(num_direct, draft.rng)
         for index in range(num_direct):
             start = _departure(draft, is_return, index)
-            seats = _seats(draft, mode, index == lucky)
-            seat_class = _seat_class(draft, mode, index == lucky)
+            seats = _seats(draft, mode, index == chosen)
+            seat_class = _seat_class(draft, mode, index == chosen)
             _add_segment(
                 draft,
                 mode,
@@ -167,19 +167,19 @@ def _departure(draft: _Draft, is_return: bool, index: int) -> int:
     return 5 * (draft.between(180, 224) if is_return else draft.between(72, 118))
 
 
-def _seat_class(draft: _Draft, mode: Mode, is_lucky: bool) -> str:
+def _seat_class(draft: _Draft, mode: Mode, is_chosen: bool) -> str:
     classes = SEAT_CLASSES[mode]
     if mode not in draft.wishes.first_class:
         return classes[0] if draft.chance(0.7) else classes[1 + below(2, draft.rng)]
     others = tuple(name for name in classes if name != FIRST_CLASS[mode])
-    return FIRST_CLASS[mode] if is_lucky else others[0 if draft.chance(0.8) else 1]
+    return FIRST_CLASS[mode] if is_chosen else others[0 if draft.chance(0.8) else 1]
 
 
-def _seats(draft: _Draft, mode: Mode, is_lucky: bool) -> int | None:
+def _seats(draft: _Draft, mode: Mode, is_chosen: bool) -> int | None:
     people = draft.trip.people
     if mode not in draft.wishes.few_seats:
         return draft.between(people + 1, 20) if draft.chance(0.3) else None
-    return people + below(3, draft.rng) if is_lucky else below(people, draft.rng)
+    return people + below(3, draft.rng) if is_chosen else below(people, draft.rng)
 
 
 def _add_transfer(

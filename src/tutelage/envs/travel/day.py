@@ -49,8 +49,6 @@ class Meals:
     """For "lunch" and "dinner", where that is given."""
     used: frozenset[str]
     """Names that cannot be taken again."""
-    is_frugal: bool
-    """Whether the cheapest or the dearest is taken."""
 
 
 def travel(tables: Tables, origin: str, destination: str, start: int) -> Travel:
@@ -105,14 +103,13 @@ def _options(
         return [asked]
     due = LUNCH if meal == "lunch" else DINNER
     points = [tables.places[sight.name] for sight in sights] or [tables.places[frame.end_place]]
-    sign = 1 if meals.is_frugal else -1
     found = {
         place.name: place
         for point in points
         for _, place in tables.near(point)
         if place.name not in meals.used and serves(place, due)
     }
-    return sorted(found.values(), key=lambda p: (sign * p.price_per_person, p.name))[:3]
+    return sorted(found.values(), key=lambda p: (p.price_per_person, p.name))[:3]
 
 
 def _lay_out(tables: Tables, frame: Frame, stops: list[Stop]) -> tuple[Activity, ...] | None:

@@ -1,4 +1,4 @@
-"""Draws queries whose constraints have exactly one solution, and the country for each."""
+"""Draws countries and queries whose constraints, but the budget, are met by one choice each."""
 
 from __future__ import annotations
 
@@ -50,27 +50,33 @@ class World:
     query: Query
 
 
-def make_world(
-    identity: str, level: int, is_held_out: bool, kinds: Sequence[str] | None = None
-) -> World:
+def make_world(identity: str, level: int, is_held_out: bool) -> World:
     """The world of a prompt: a pure function of the arguments.
 
     Args:
         identity: seeds all draws.
         level: 1 for 2 to 3 days, 2 for 4 to 5, 3 for 6 to 7 and one or two cities.
         is_held_out: the side of the pair of cities that the trip begins with; see `_is_held_out`.
-        kinds: the kinds of the constraints; None draws them.
     """
     for attempt in itertools.count():
         rng = random.Random(f"travel{level}/{identity}/{attempt}")  # the same on every machine
-        names = Names(rng)
-        wanted = _draw_kinds(level, rng) if kinds is None else tuple(kinds)
-        trip = _draw_trip(level, names, rng, is_held_out)
-        tables = make_tables(trip, rng, names, _wishes(wanted))
-        constraints = _draw_constraints(tables, trip, wanted, rng)
-        if constraints is not None:
-            return World(tables, Query(trip, constraints, write_query(trip, constraints, rng)))
+        world = draw_world(level, is_held_out, _draw_kinds(level, rng), rng)
+        if world is not None:
+            return world
     raise AssertionError("itertools.count() has no end")
+
+
+def draw_world(
+    level: int, is_held_out: bool, kinds: Sequence[str], rng: random.Random
+) -> World | None:
+    """A country with constraints of these kinds; None where it has none that one choice meets."""
+    names = Names(rng)
+    trip = _draw_trip(level, names, rng, is_held_out)
+    tables = make_tables(trip, rng, names, _wishes(kinds))
+    constraints = _draw_constraints(tables, trip, kinds, rng)
+    if constraints is None:
+        return None
+    return World(tables, Query(trip, constraints, write_query(trip, constraints, rng)))
 
 
 def _draw_kinds(level: int, rng: random.Random) -> tuple[str, ...]:
@@ -130,7 +136,7 @@ def _wishes(kinds: Sequence[str]) -> Wishes:
 def _draw_constraints(
     tables: Tables, trip: Trip, kinds: Sequence[str], rng: random.Random
 ) -> tuple[Constraint, ...] | None:
-    """Constraints of these kinds with one solution each and a plan for all; None without one."""
+    """Constraints of these kinds, met by one choice each and together by a plan; or None."""
     found: list[Constraint] = []
     free = {"outbound", "inbound"}
     for kind in sorted(kinds, key=lambda kind: len(KINDS[kind].directions) == 2):

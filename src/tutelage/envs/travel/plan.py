@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tutelage.envs.travel.query import Trip
-from tutelage.envs.travel.rows import Clock, minutes
+from tutelage.envs.travel.rows import minutes
 
 SCHEMA = """{"days": [{"date": "YYYY-MM-DD", "city": "B" or "from A to B", \
 "hotel": {"name": "...", "price": 0} or null, "activities": [
@@ -30,6 +30,8 @@ SCHEMA = """{"days": [{"date": "YYYY-MM-DD", "city": "B" or "from A to B", \
 
 A = TypeVar("A", bound="_Timed")
 _OPENED = re.compile(r"""\{\s*["}]""")
+Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$|^24:00$")]
+"""A time of day, ``HH:MM``."""
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

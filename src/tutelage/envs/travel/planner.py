@@ -1,7 +1,7 @@
 """Composes a plan around given choices: which day for what, in which order, and when.
 
-The scripted agent uses it on what its tools told it, and the generator to prove that a query can be
-solved at all. It is no part of the score.
+The scripted agent uses it on the rows that tools returned, and the generator to prove that a query
+can be solved at all. It is no part of the score.
 """
 
 from __future__ import annotations
@@ -53,10 +53,6 @@ class Choices:
     """By city."""
     attractions: tuple[Attraction, ...] = ()
     restaurants: tuple[Restaurant, ...] = ()
-    avoided: frozenset[str] = frozenset()
-    """Names of places that must not be in it."""
-    is_frugal: bool = True
-    """Whether what is free is filled with the cheapest, or with the dearest."""
 
 
 @dataclass
@@ -181,11 +177,10 @@ def _filled(
     composer: _Composer, frames: list[Frame], taken: list[list[Attraction]]
 ) -> list[list[Attraction]]:
     """Days with too few attractions get more, the cheapest first."""
-    used = {sight.name for sights in taken for sight in sights} | composer.choices.avoided
-    sign = 1 if composer.choices.is_frugal else -1
+    used = {sight.name for sights in taken for sight in sights}
     ranked = sorted(
         composer.tables.attractions,
-        key=lambda sight: (sign * sight.ticket_price, sight.min_visit_hours, sight.name),
+        key=lambda sight: (sight.ticket_price, sight.min_visit_hours, sight.name),
     )
     found = []
     for frame, sights in zip(frames, taken, strict=True):
@@ -239,7 +234,7 @@ def _compose_days(
     sights: list[list[Attraction]],
     meals: dict[tuple[int, str], Restaurant],
 ) -> list[tuple[Activity, ...]] | None:
-    used = {place.name for place in meals.values()} | composer.choices.avoided
+    used = {place.name for place in meals.values()}
     days = []
     for frame in frames:
         key = (frame.number, *(sight.name for sight in sights[frame.number]))
@@ -256,7 +251,6 @@ def _compose_days(
                 Meals(
                     {meal: place for (day, meal), place in meals.items() if day == frame.number},
                     frozenset(used),
-                    composer.choices.is_frugal,
                 ),
             )
         composed = composer.days[key]

@@ -1,28 +1,40 @@
-"""The rows of a country's tables, and how far apart two places are."""
+"""The rows of a country's tables, and how far apart two places are.
+
+Other tables than generated ones are brought in by making these rows, and of them `tables.Tables`:
+
+==================  ================================================================================
+trains              origin_city, destination_city, dep_date (YYYY-MM-DD), route_index,
+                    segment_index (from 1), dep_station_name, arr_station_name, dep_datetime and
+                    arr_datetime (YYYY-MM-DD HH:MM), duration (minutes), seat_class, seat_status
+                    (seats left; None: plenty), price (of the whole route for a person, on its
+                    first segment), train_type, train_no
+flights             the same without train_type and train_no; airline, flight_no, equip_type,
+                    manufacturer
+hotels              name, city, address, latitude, longitude, brand, hotel_star (1 to 5),
+                    decoration_time (year), price (a room, a night), score (0 to 5), services
+attractions         attraction_id, attraction_name, city, latitude, longitude, description,
+                    attraction_type, rating (0 to 5), opening_time, closing_time (HH:MM),
+                    closing_dates (weekdays), min_visit_hours, max_visit_hours, ticket_price
+restaurants         restaurant_id, restaurant_name, city, latitude, longitude, price_per_person,
+                    cuisine, opening_time, closing_time, rating (0 to 5), tags
+locations           place_name, city, latitude, longitude: stations, airports and other places
+roads (optional)    origin, destination ("latitude,longitude", six decimals), distance_meters,
+                    duration_minutes, cost; for other pairs see `road_between`
+==================  ================================================================================
+
+services, closing_dates and tags are tuples. Rows of trains and flights with the same cities, day
+and route_index are the segments of one route. A name belongs to one place, because a plan has
+nothing but names, and every station has a row in locations; nothing here checks that. Most columns
+have the names that the DeepPlanning benchmark has for them, but these tables are ours.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
-
-from pydantic import ConfigDict, Field
+from typing import ClassVar, Literal, TypeAlias
 
 Mode: TypeAlias = Literal["train", "flight"]
-Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$|^24:00$")]
-"""A time of day, ``HH:MM``."""
-Date = Annotated[str, Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$")]
-Moment = Annotated[
-    str,
-    Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01]) ([01]\d|2[0-3]):[0-5]\d$"),
-]
-"""A local time, ``YYYY-MM-DD HH:MM``."""
-Name = Annotated[str, Field(min_length=1)]
-Latitude = Annotated[float, Field(ge=-90, le=90)]
-Longitude = Annotated[float, Field(ge=-180, le=180)]
-Price = Annotated[float, Field(ge=0)]
-
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _METERS_PER_DEGREE = 111_195.0
 WALK_METERS = 2000
 """The longest way that is walked; longer ones are driven in a taxi."""
@@ -46,28 +58,27 @@ def clock(minute: int) -> str:
 class Leg:
     """One segment of a train or flight route, in one seat class."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     mode: ClassVar[Mode]
-    origin_city: Name
+    origin_city: str
     """Where the whole route begins."""
-    destination_city: Name
+    destination_city: str
     """Where the whole route ends."""
-    dep_date: Date
+    dep_date: str
     """Day on which the whole route begins."""
     route_index: int
     """Number of the route among those of the same cities and day."""
     segment_index: int
     """Place of the segment in its route, from 1; a direct route has one."""
-    dep_station_name: Name
-    arr_station_name: Name
-    dep_datetime: Moment
-    arr_datetime: Moment
+    dep_station_name: str
+    arr_station_name: str
+    dep_datetime: str
+    arr_datetime: str
     duration: int
     """Minutes from departure to arrival."""
-    seat_class: Name
+    seat_class: str
     seat_status: int | None
     """Seats left; None where there are plenty."""
-    price: Price
+    price: float
     """Of the whole route, for a person, on its first segment; 0 on later ones."""
 
     @property
@@ -86,8 +97,8 @@ class Train(Leg):
     """A segment of a train route."""
 
     mode: ClassVar[Mode] = "train"
-    train_type: Name
-    train_no: Name
+    train_type: str
+    train_no: str
 
     @property
     def number(self) -> str:
@@ -100,8 +111,8 @@ class Flight(Leg):
     """A segment of a flight route."""
 
     mode: ClassVar[Mode] = "flight"
-    airline: Name
-    flight_no: Name
+    airline: str
+    flight_no: str
     equip_type: str
     manufacturer: str
 
@@ -120,19 +131,18 @@ Route: TypeAlias = tuple[Segment, ...]
 class Hotel:
     """A hotel."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    name: Name
-    city: Name
+    name: str
+    city: str
     address: str
-    latitude: Latitude
-    longitude: Longitude
+    latitude: float
+    longitude: float
     brand: str
-    hotel_star: Annotated[int, Field(ge=1, le=5)]
+    hotel_star: int
     decoration_time: int
     """Year of the last renovation."""
-    price: Price
+    price: float
     """Of a room for a night."""
-    score: Annotated[float, Field(ge=0, le=5)]
+    score: float
     services: tuple[str, ...]
 
 
@@ -140,22 +150,21 @@ class Hotel:
 class Attraction:
     """A sight."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    attraction_id: Name
-    attraction_name: Name
-    city: Name
-    latitude: Latitude
-    longitude: Longitude
+    attraction_id: str
+    attraction_name: str
+    city: str
+    latitude: float
+    longitude: float
     description: str
     attraction_type: str
-    rating: Annotated[float, Field(ge=0, le=5)]
-    opening_time: Clock
-    closing_time: Clock
+    rating: float
+    opening_time: str
+    closing_time: str
     closing_dates: tuple[str, ...]
     """Weekdays on which it is closed, such as "Monday"."""
-    min_visit_hours: Annotated[float, Field(gt=0)]
-    max_visit_hours: Annotated[float, Field(gt=0)]
-    ticket_price: Price
+    min_visit_hours: float
+    max_visit_hours: float
+    ticket_price: float
     """For a person."""
 
     @property
@@ -168,17 +177,16 @@ class Attraction:
 class Restaurant:
     """A restaurant."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    restaurant_id: Name
-    restaurant_name: Name
-    city: Name
-    latitude: Latitude
-    longitude: Longitude
-    price_per_person: Price
+    restaurant_id: str
+    restaurant_name: str
+    city: str
+    latitude: float
+    longitude: float
+    price_per_person: float
     cuisine: str
-    opening_time: Clock
-    closing_time: Clock
-    rating: Annotated[float, Field(ge=0, le=5)]
+    opening_time: str
+    closing_time: str
+    rating: float
     tags: tuple[str, ...]
 
     @property
@@ -191,24 +199,22 @@ class Restaurant:
 class Location:
     """A place that is no hotel, sight or restaurant, such as a station."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    place_name: Name
-    city: Name
-    latitude: Latitude
-    longitude: Longitude
+    place_name: str
+    city: str
+    latitude: float
+    longitude: float
 
 
 @dataclass(frozen=True)
 class Road:
     """The way by road from one place to another, by their coordinates."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    origin: Name
+    origin: str
     """``latitude,longitude`` with six decimals, as `coordinates` writes them."""
-    destination: Name
-    distance_meters: Annotated[int, Field(ge=0)]
-    duration_minutes: Annotated[int, Field(ge=0)]
-    cost: Price
+    destination: str
+    distance_meters: int
+    duration_minutes: int
+    cost: float
     """Of one vehicle, which takes four people; 0 for a walk."""
 
 

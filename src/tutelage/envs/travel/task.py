@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tutelage.data.types import Prompt, ToolCall
+from tutelage.data.types import Prompt
 from tutelage.envs.environment import Environment
-from tutelage.envs.travel.agent import scripted_agent
 from tutelage.envs.travel.environment import TravelEnvironment, messages_of
 from tutelage.envs.travel.generate import LEVELS, World, make_world
 from tutelage.errors import ConfigError, DataError
@@ -61,11 +59,6 @@ class TravelTask:
     def environment(self) -> Environment:
         """A new environment, for one conversation."""
         return TravelEnvironment(world_of)
-
-    def scripted(self, prompt: Prompt) -> Iterator[list[ToolCall] | str]:
-        """An agent that solves the prompt; see `scripted_agent`."""
-        query = world_of(prompt).query
-        return scripted_agent(query.trip, [(c.kind, c.parameters) for c in query.constraints])
 
 
 def world_of(prompt: Prompt) -> World:

@@ -109,22 +109,22 @@ _DESCRIPTIONS = {
 
 def make_tools(tables: Tables) -> tuple[Tool, ...]:
     """The tools over these tables, which they never change."""
-    desk = _Desk(tables)
+    lookup = _Lookup(tables)
     runs: dict[str, tuple[type[Arguments], Callable[[Any], Any]]] = {
-        "query_train_info": (TrainArguments, lambda given: desk.transport("train", given)),
-        "query_flight_info": (FlightArguments, lambda given: desk.transport("flight", given)),
-        "query_hotel_info": (HotelArguments, desk.hotels),
-        "query_attraction_details": (AttractionArguments, desk.attraction),
-        "recommend_attractions": (RecommendAttractionsArguments, desk.attractions),
-        "search_location": (LocationArguments, desk.location),
-        "query_road_route_info": (RoadArguments, desk.road),
-        "recommend_restaurants": (RecommendRestaurantsArguments, desk.restaurants),
-        "query_restaurant_details": (RestaurantArguments, desk.restaurant),
+        "query_train_info": (TrainArguments, lambda given: lookup.transport("train", given)),
+        "query_flight_info": (FlightArguments, lambda given: lookup.transport("flight", given)),
+        "query_hotel_info": (HotelArguments, lookup.hotels),
+        "query_attraction_details": (AttractionArguments, lookup.attraction),
+        "recommend_attractions": (RecommendAttractionsArguments, lookup.attractions),
+        "search_location": (LocationArguments, lookup.location),
+        "query_road_route_info": (RoadArguments, lookup.road),
+        "recommend_restaurants": (RecommendRestaurantsArguments, lookup.restaurants),
+        "query_restaurant_details": (RestaurantArguments, lookup.restaurant),
     }
     return tuple(Tool(name, _DESCRIPTIONS[name], *run) for name, run in runs.items())
 
 
-class _Desk:
+class _Lookup:
     """Answers from tables."""
 
     def __init__(self, tables: Tables) -> None:
@@ -135,10 +135,10 @@ class _Desk:
         self._refuse_unknown_city(given.origin)
         self._refuse_unknown_city(given.destination)
         _date(given.depDate, "depDate")
-        known = {leg.seat_class for leg in (*self.tables.trains, *self.tables.flights)}
-        if given.seatClassName and given.seatClassName not in known:
-            classes = ", ".join(SEAT_CLASSES[mode])
-            raise ToolError(f"seatClassName is {given.seatClassName!r}, not one of {classes}")
+        classes = SEAT_CLASSES[mode]
+        if given.seatClassName and given.seatClassName not in classes:
+            listed = ", ".join(classes)
+            raise ToolError(f"seatClassName is {given.seatClassName!r}, not one of {listed}")
         routes = self.tables.routes(mode, given.origin, given.destination, given.depDate)
         wanted = given.seatClassName
         found = [
