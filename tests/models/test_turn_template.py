@@ -322,19 +322,20 @@ def test_half_a_surrogate_pair_is_written_as_its_number() -> None:
 # --- the end of a turn ----------------------------------------------------------------------------
 
 
-def test_the_end_of_a_turn_is_left_out_only_where_it_is_a_stop() -> None:
+def test_the_end_of_a_turn_is_left_out_whichever_stop_is_sampled() -> None:
     tokenizer = bpe(QWEN, "<|endoftext|>", WRAPPED)
     end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     message = [{"role": "user", "content": "x"}]
     text = "<|im_start|>user\nx<|im_end|><|im_start|>assistant\n"
-    for stops, wanted in (({end}, text), ({end, other}, text), ({other}, f"<|im_end|>{text}")):
-        assert tokenizer.decode(TurnTemplate(tokenizer, stops).between(message, (), "p")) == wanted
+    for stops in ({end}, {end, other}):
+        assert tokenizer.decode(TurnTemplate(tokenizer, stops).between(message, (), "p")) == text
 
 
 @pytest.mark.parametrize("header", ["", "<think>\n", "<think>\n\n</think>\n\n"])
 def test_the_thought_that_a_header_opens_is_known(header: str) -> None:
     template = WRAPPED.replace("assistant\n", f"assistant\n{header}")
-    turns = TurnTemplate(bpe(QWEN, "<|im_end|>", template), {0})
+    tokenizer = bpe(QWEN, "<|im_end|>", template)
+    turns = TurnTemplate(tokenizer, {tokenizer.eos_token_id})
     assert turns.thought == (header if header == "<think>\n" else "")
 
 
@@ -443,7 +444,7 @@ def test_a_template_is_tried_once() -> None:
     tokenizer = bpe(QWEN, "<|im_end|>", WRAPPED)
     first = turn_template(tokenizer, {2})
     assert turn_template(tokenizer, frozenset({2})) is first
-    assert turn_template(tokenizer, {1}) is not first
+    assert turn_template(tokenizer, {1, 2}) is not first
     tokenizer.chat_template = added("{{ messages | length }}")
     with pytest.raises(ModelError, match=BEFORE):
         turn_template(tokenizer, {2})
@@ -475,3 +476,18 @@ def test_a_tokenizer_that_ends_turns_for_strange_characters_is_refused(
     TurnTemplate(tokenizer, {tokenizer.eos_token_id})
     with pytest.raises(ModelError, match="writes the control token '<unk>' for a character"):
         TurnTemplate(tokenizer, {tokenizer.unk_token_id})
+
+
+def test_a_template_that_ends_turns_where_the_model_does_not_stop_is_refused() -> None:
+    tokenizer = bpe(QWEN, "<|im_end|>", WRAPPED)
+    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    TurnTemplate(tokenizer, {end, other})
+    message = r"ends turns with '<\|im_end\|>', but the model stops at '<\|endoftext\|>'"
+    with pytest.raises(ModelError, match=message):
+        TurnTemplate(tokenizer, {other})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ids = TurnTemplate(tokenizer, {other}).between([{"role": "user", "content": "x"}], (), "p")
+    assert tokenizer.decode(ids) == "<|im_start|>user\nx<|im_start|>assistant\n"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,48 +23,48 @@ def attempt(function: Callable[[], T]) -> T | Failure:
     """The result of a function, or how it failed."""
     try:
         return function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Failure(f"{type(error).__name__}: {' '.join(str(error).split())}"[:400])
 
 
-class _Running(threading.Thread, Generic[T]):
-    """A function in a thread that nobody has to wait for."""
+class _Worker:
+    """A thread that runs one function after the other; one that hangs is left behind."""
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(daemon=True)
-        self.function = function
-        self.result: T | Failure | None = None
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self._answered: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
 
-    def run(self) -> None:
-        self.result = attempt(self.function)
+    def _work(self) -> None:
+        while (function := self._asked.get()) is not None:
+            self._answered.put(attempt(function))
 
+    def run(self, function: Callable[[], T], seconds: float) -> T | Failure:
+        self._asked.put(function)
+        try:
+            found: T | Failure = self._answered.get(timeout=seconds)
+        except queue.Empty:
+            return Failure(f"no answer within {seconds:g} s", is_timeout=True)
+        return found
 
-_AT_ONCE = 64
-"""Threads at the same time."""
+    def end(self) -> None:
+        self._asked.put(None)
 
 
 def attempt_all(functions: Sequence[Callable[[], T]], seconds: float) -> list[T | Failure]:
-    """The results of functions, or how each failed; at most 64 run at the same time.
+    """The results of functions, or how each failed.
 
-    A function that takes longer than `seconds` is a failure; its thread goes on by itself, so what
-    it works on must not be used again.
+    They run one after the other, so that the limit of each is its own: beside others it would
+    depend on what these take. A function that takes longer than `seconds` is a failure; its thread
+    goes on by itself, so what it works on must not be used again.
     """
     results: list[T | Failure] = []
-    for start in range(0, len(functions), _AT_ONCE):
-        results += _attempt_together(functions[start : start + _AT_ONCE], seconds)
-    return results
-
-
-def _attempt_together(functions: Sequence[Callable[[], T]], seconds: float) -> list[T | Failure]:
-    running = [_Running(function) for function in functions]
-    for thread in running:
-        thread.start()
-    end = time.monotonic() + seconds
-    results: list[T | Failure] = []
-    for thread in running:
-        thread.join(max(0.0, end - time.monotonic()))
-        if thread.is_alive() or thread.result is None:
-            results.append(Failure(f"no answer within {seconds:g} s", is_timeout=True))
-        else:
-            results.append(thread.result)
+    worker = _Worker()
+    for function in functions:
+        found = worker.run(function, seconds)
+        results.append(found)
+        if isinstance(found, Failure) and found.is_timeout:
+            worker.end()
+            worker = _Worker()
+    worker.end()
     return results

@@ -86,7 +86,7 @@ class _Talk:
             reply = await self._reply()
             turn = None if reply is None else self._turn(reply)
             if reply is None or turn is None:
-                dialogue.is_truncated = True
+                dialogue.cut_off()
                 break
             (answer,) = await in_thread(answer_turns, [dialogue], [turn], seconds)
             if answer is None or not answer.messages:

@@ -150,7 +150,7 @@ class Conversations:
             or len(row.tokens) >= self.max_new_tokens
             or num_inserted > self.limits.max_inserted_tokens
         ):
-            dialogue.is_truncated = True
+            dialogue.cut_off()
             return None
         return ids
 

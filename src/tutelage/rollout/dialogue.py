@@ -56,6 +56,12 @@ class Dialogue:
         self.messages += messages
         return Reply(messages)
 
+    def cut_off(self) -> None:
+        """End at a limit; answers that the model did not get are no part of the conversation."""
+        self.is_truncated = True
+        while self.messages and self.messages[-1]["role"] != "assistant":
+            self.messages.pop()
+
     def record(self, seconds: float) -> Conversation:
         """The record of a conversation that is over, with its score, for which it has a time."""
         found: Outcome | Failure
@@ -105,7 +111,7 @@ def open_dialogues(
 def answer_turns(
     dialogues: Sequence[Dialogue], turns: Sequence[Turn | None], seconds: float
 ) -> list[Reply | None]:
-    """What the environments answer, all at the same time; None where there is no turn."""
+    """What the environments answer; None where there is no turn."""
     asked: list[int] = []
     calls: list[Callable[[], Reply]] = []
     for i, (dialogue, turn) in enumerate(zip(dialogues, turns, strict=True)):
@@ -128,7 +134,7 @@ def _failed_reply(turn: Turn, reason: str) -> Reply:
     """What the model reads of an environment that failed or hung; a final answer ends it."""
     error = json.dumps({"error": f"the tools do not answer: {reason}"}, ensure_ascii=False)
     messages = [_tool_message(call, error) for call in turn.calls]
-    return Reply(tuple(messages), is_done=not messages, num_errors=max(1, len(messages)))
+    return Reply(tuple(messages), is_done=not messages, num_errors=len(messages))
 
 
 def _written(message: Message) -> Message:

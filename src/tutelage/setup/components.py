@@ -20,6 +20,7 @@ from tutelage.data.tasks import Task
 from tutelage.envs.environment import AgentTask
 from tutelage.envs.verifiers import VerifiersTask
 from tutelage.errors import ConfigError, ModelError, RunError
+from tutelage.models.chat.turn_template import turn_template
 from tutelage.models.device import keep_freed_memory
 from tutelage.models.head import output_embeddings
 from tutelage.models.liger import use_liger_layers
@@ -212,6 +213,14 @@ def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrain
     return load
 
 
+def _refuse_other_ends(
+    config: Config, task: Task, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Conversations need a student that stops where its chat template ends a turn."""
+    if agent_of(config, task) is not None:
+        turn_template(tokenizer, stop_ids(student, tokenizer), thinking(config.data))
+
+
 def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:
     """Size and time of change of each file of a folder; a hub's cache does not change."""
     try:
@@ -271,6 +280,7 @@ def build_components(
     warnings = (*found.warnings, *model_warnings(config, found, student, model, vocab_size))
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
+    _refuse_other_ends(config, task, student, tokenizer)
     store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
     mode = _mode_at_rest(config.teacher, device)
     teacher = Teacher(model, vocab_size, device, mode, found.remap, load, store)

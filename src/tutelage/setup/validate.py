@@ -18,6 +18,7 @@ from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
 from tutelage.models.chat.tool_format import format_of
 from tutelage.models.chat.turn_template import TurnTemplate
+from tutelage.models.tokenizers import control_ids
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.run_folder import RunFolder
@@ -66,8 +67,8 @@ def validate(
 def _refuse_template(data: ConversationData, inputs: Inputs) -> None:
     """Refuses a chat template that cannot be continued turn by turn, or has unknown calls."""
     tokenizer = inputs.tokenizer
-    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    TurnTemplate(tokenizer, stops, data.enable_thinking)
+    ends = control_ids(tokenizer) - {tokenizer.unk_token_id}  # which of them are, the model says
+    TurnTemplate(tokenizer, ends, data.enable_thinking)
     format_of(tokenizer, data.tool_format)
 
 

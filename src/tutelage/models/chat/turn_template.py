@@ -78,7 +78,7 @@ class TurnTemplate:
     Raises:
         ModelError: there is no chat template; or it leaves out answers of tools; or what it writes
             between two turns depends on former turns, or is changed by later ones; or the
-            tokenizer writes something else for it.
+            tokenizer writes something else for it; or it ends turns with an id that is no stop.
     """
 
     thought: str
@@ -111,6 +111,7 @@ class TurnTemplate:
             self._refuse_dependence(tools)
             self._refuse_later_changes(tools)
         self._refuse_other_text()
+        self._refuse_another_end()
         self.thought = opened_thought(self._probe([_QUESTION], ()))
 
     def between(
@@ -144,6 +145,25 @@ class TurnTemplate:
             others = self._encoded(spread, tools, name)
             ids = ids if found == self._control_of(others) else others
         return tuple(ids[1:] if ids and ids[0] in self._stops else ids)
+
+    def _refuse_another_end(self) -> None:
+        """Refuses a template that ends turns with an id at which the model does not stop.
+
+        Both ends would then stand behind every turn. An id that begins the next turn ends none.
+        """
+        first = self._encoded([_QUESTION], (), "")[:1]
+        before = self._rendered([_message("user", _ANSWER)], (), "").partition(_ANSWER)[0]
+        opening = self._control_of(encode_completion(self._tokenizer, before))[-1:]
+        if first == opening or not self._control_of(first) or first[0] in self._stops:
+            return
+        token, *others = (
+            str(self._tokenizer.convert_ids_to_tokens(i)) for i in (first[0], *sorted(self._stops))
+        )
+        raise ModelError(
+            f"the chat template of {self._tokenizer.name_or_path!r} ends turns with {token!r}, but "
+            f"the model stops at {', '.join(map(repr, others)) or 'no token'}. Name {token!r} in "
+            "eos_token_id of its generation_config.json, or use a model trained on this template."
+        )
 
     def _stand_in(self, tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """One short tool for many, where it makes no difference to what is inserted."""
