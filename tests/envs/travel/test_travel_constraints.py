@@ -85,7 +85,7 @@ def alternatives(world: World, constraint: Constraint, choices: Choices) -> list
 
 def tables_without(world: World, constraint: Constraint, choices: Choices) -> Tables:
     """The tables without what the answer names and the choices have not."""
-    chosen = {place.name for place in (*choices.attractions, *choices.restaurants)}
+    chosen = {a.name for a in choices.attractions} | {r.name for r in choices.restaurants}
     names = (
         *constraint.answer.get("attraction_names", ()),
         constraint.answer.get("restaurant_name"),

@@ -20,7 +20,7 @@ def num_violated(plan: Plan) -> int:
 
 def empty_days(number: int) -> str:
     """A plan with dates and nothing else."""
-    days = [
+    days: list[object] = [
         {"date": WORLD.query.trip.date(n), "city": "", "hotel": None, "activities": []}
         for n in range(number)
     ]

@@ -105,11 +105,12 @@ def test_seat_classes_filter() -> None:
 @pytest.mark.parametrize(("mode", "other"), [("train", "flight"), ("flight", "train")])
 def test_a_mode_has_its_own_seat_classes_whatever_the_rows(mode: Mode, other: Mode) -> None:
     """Also one that no row has is no error, and one of the other mode is."""
-    first_rows = {
-        f"{kind}s": tuple(r for r in rows if r.seat_class == SEAT_CLASSES[kind][0])
-        for kind, rows in (("train", WORLD.tables.trains), ("flight", WORLD.tables.flights))
-    }
-    world = World(replace(WORLD.tables, **first_rows), WORLD.query)  # type: ignore[arg-type]
+    tables = replace(
+        WORLD.tables,
+        trains=tuple(r for r in WORLD.tables.trains if r.seat_class == SEAT_CLASSES["train"][0]),
+        flights=tuple(r for r in WORLD.tables.flights if r.seat_class == SEAT_CLASSES["flight"][0]),
+    )
+    world = World(tables, WORLD.query)
     for name in SEAT_CLASSES[mode][1:]:
         found = ask(f"query_{mode}_info", world, **leg(), seatClassName=name)
         assert found.startswith(f"No {mode}s from")

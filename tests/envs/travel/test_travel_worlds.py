@@ -330,9 +330,8 @@ def test_one_traveler_writes_i_and_several_write_we() -> None:
     """In every sentence there is."""
     plural = re.compile(r"\b(we|us|our)\b", re.IGNORECASE)
     singular = re.compile(r"\b(I|me)\b")
-    asked = {name: "7" for kind in KINDS.values() for name in kind.asks}
-    asked |= {"city": "B", "attraction_name": "T", "directions": ["outbound"]}
-    asked |= {"attraction_names": ["T", "U"]}  # type: ignore[dict-item]
+    asked: dict[str, Any] = {name: "7" for kind in KINDS.values() for name in kind.asks}
+    asked |= {"city": "B", "attraction_name": "T", "attraction_names": ["T", "U"]}
     constraints = [Constraint(kind, asked) for kind in KINDS]
     for people in range(1, 6):
         trip = Trip("A", (Stay("B", 1), Stay("C", 1)), "2026-03-02", people, (people + 1) // 2)

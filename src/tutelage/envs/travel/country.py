@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from tutelage.data.tasks.draws import below, shuffled
+from tutelage.data.tasks.draws import below, between, pick, shuffled
 from tutelage.envs.travel.names import (
     AIRLINES,
     BRANDS,
@@ -74,7 +74,7 @@ class _Draft:
 
     def between(self, low: int, high: int) -> int:
         """An integer from low to high."""
-        return low + below(high - low + 1, self.rng)
+        return between(low, high, self.rng)
 
     def chance(self, probability: float) -> bool:
         """True with a probability."""
@@ -222,7 +222,7 @@ def _add_segment(
         number = draft.names.number(TRAIN_TYPES[kind])
         draft.trains.append(Train(*common, kind, number))
     else:
-        airline, code = AIRLINES[below(len(AIRLINES), draft.rng)]
+        airline, code = pick(AIRLINES, draft.rng)
         maker = draft.names.pick(tuple(MAKERS))
         rest = (airline, draft.names.number(code), draft.names.pick(MAKERS[maker]), maker)
         draft.flights.append(Flight(*common, *rest))
@@ -280,7 +280,7 @@ def _add_sight(draft: _Draft, city: str, kind: str, point: Point) -> None:
         rating=draft.between(38, 50) / 10,
         opening_time="00:00" if is_open_air else clock(30 * draft.between(16, 19)),
         closing_time="24:00" if is_open_air else clock(30 * draft.between(34, 38)),
-        closing_dates=(WEEKDAYS[below(7, draft.rng)],) if draft.chance(0.25) else (),
+        closing_dates=(pick(WEEKDAYS, draft.rng),) if draft.chance(0.25) else (),
         min_visit_hours=shortest,
         max_visit_hours=shortest + draft.between(1, 4) / 2,
         ticket_price=0 if draft.chance(0.18) else 5 * draft.between(2, 36),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.data.tasks.draws import below, shuffled
+from tutelage.data.tasks.draws import below, between, is_held_out, pick, shuffled
 from tutelage.envs.travel.choices import choose
 from tutelage.envs.travel.commonsense import violations
 from tutelage.envs.travel.constraints import KINDS, compared, direct_routes, is_met, solve
@@ -33,7 +32,6 @@ from tutelage.envs.travel.rows import Mode, clock
 from tutelage.envs.travel.tables import Tables
 from tutelage.envs.travel.wording import write_query
 
-_HELD_OUT_ONE_IN = 16
 _DAYS = {1: (2, 3), 2: (4, 5), 3: (6, 7)}
 _NUM_CONSTRAINTS = {1: (3, 4), 2: (3, 5), 3: (4, 6)}
 _MOST = {"hotel": 1, "restaurant": 2, "attraction": 2, "budget": 1}
@@ -81,8 +79,7 @@ def draw_world(
 
 def _draw_kinds(level: int, rng: random.Random) -> tuple[str, ...]:
     """Kinds that can stand beside one another, in the order in which a text has them."""
-    low, high = _NUM_CONSTRAINTS[level]
-    number = low + below(high - low + 1, rng)
+    number = between(*_NUM_CONSTRAINTS[level], rng)
     found: list[str] = []
     for kind in shuffled(tuple(KINDS), rng):
         if len(found) < number and _fits(kind, found):
@@ -106,20 +103,18 @@ def _draw_trip(level: int, names: Names, rng: random.Random, is_held_out: bool) 
     origin, city = names.city(), names.city()
     while _is_held_out(origin, city) != is_held_out:
         origin, city = names.city(), names.city()
-    low, high = _DAYS[level]
-    nights = low + below(high - low + 1, rng) - 1
+    nights = between(*_DAYS[level], rng) - 1
     stays: tuple[Stay, ...] = (Stay(city, nights),)
     if level == LEVELS[-1] and rng.random() < 0.5:
         stays = (Stay(city, nights // 2), Stay(names.city(), nights - nights // 2))
     first = datetime.date(2026, 3, 2) + datetime.timedelta(days=below(600, rng))
-    people = 1 + below(5, rng)
+    people = between(1, 5, rng)
     return Trip(origin, stays, first.isoformat(), people, (people + 1) // 2)
 
 
 def _is_held_out(origin: str, city: str) -> bool:
     """The side of a trip: every text has both names, so the sides have no text in common."""
-    digest = hashlib.blake2b(f"{origin} {city}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0
+    return is_held_out(f"{origin} {city}")
 
 
 def _wishes(kinds: Sequence[str]) -> Wishes:
@@ -186,7 +181,7 @@ def _options(
 ) -> Iterator[dict[str, Any]]:
     """What a constraint of a kind might ask for."""
     spec = KINDS[kind]
-    city = trip.stays[below(len(trip.stays), rng)].city
+    city = pick(trip.stays, rng).city
     frames: list[dict[str, Any]] = [{"city": city}]
     if spec.directions:
         frames = [{"directions": list(way)} for way in spec.directions if free.issuperset(way)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tutelage.data.tasks.draws import below
+from tutelage.data.tasks.draws import between, pick
 
 _CITY_HEADS = (
     *("Al", "Ber", "Bran", "Cal", "Cor", "Dar", "Del", "Dun", "El", "Fal", "Fen", "Gal", "Glen"),
@@ -69,7 +69,7 @@ class Names:
 
     def pick(self, values: tuple[str, ...]) -> str:
         """One of the values."""
-        return values[below(len(values), self._rng)]
+        return pick(values, self._rng)
 
     def city(self) -> str:
         """A city."""
@@ -89,7 +89,7 @@ class Names:
 
     def number(self, letters: str) -> str:
         """The number of a train or flight."""
-        return self._new(lambda: f"{letters}{100 + below(9900, self._rng)}")
+        return self._new(lambda: f"{letters}{between(100, 9999, self._rng)}")
 
     def _new(self, make: Callable[[], str]) -> str:
         name = make()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from tutelage.data.tasks.draws import below
+from tutelage.data.tasks.draws import pick
 from tutelage.envs.travel.query import WEEKDAYS, Constraint, Trip
 
 _PEOPLE = ("one", "two", "three", "four", "five")
@@ -149,14 +149,10 @@ _CLOSINGS = (
 
 def write_query(trip: Trip, constraints: Sequence[Constraint], rng: random.Random) -> str:
     """The request for a trip with these constraints."""
-
-    def one_of(values: tuple[str, ...]) -> str:
-        return values[below(len(values), rng)]
-
     voice = _ONE if trip.people == 1 else _SEVERAL
     last = trip.num_days - 1
     cities = " and ".join(stay.city for stay in trip.stays)
-    opening = one_of(_OPENINGS).format(
+    opening = pick(_OPENINGS, rng).format(
         days=trip.num_days,
         origin=trip.origin,
         cities=cities,
@@ -168,12 +164,12 @@ def write_query(trip: Trip, constraints: Sequence[Constraint], rng: random.Rando
     if trip.people > 1:
         party = f"There are {_PEOPLE[trip.people - 1]} of us, and we need"
     rooms = f"{_PEOPLE[trip.rooms - 1]} room{'s' * (trip.rooms > 1)}."
-    sentences = [_sentence(one_of(_SENTENCES[c.kind]), c.parameters, voice) for c in constraints]
+    sentences = [_sentence(pick(_SENTENCES[c.kind], rng), c.parameters, voice) for c in constraints]
     return "\n\n".join(
         [
             f"{opening} {party} {rooms}{_stays(trip, voice['We'])}",
             " ".join(sentences),
-            one_of(_CLOSINGS),
+            pick(_CLOSINGS, rng),
         ]
     )
 
