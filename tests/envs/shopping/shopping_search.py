@@ -57,12 +57,17 @@ def holds(constraint: Constraint, product: dict[str, Any], province: str) -> boo
     else:
         found = product[constraint.key]
     compared = {
-        "is": lambda: found == constraint.value,
+        "is": lambda: found == constraint.value or is_for_all_seasons(constraint, product),
         "contains": lambda: constraint.value in found,
         "<": lambda: found < constraint.value,
         ">": lambda: found > constraint.value,
     }
     return bool(compared[constraint.operator]())
+
+
+def is_for_all_seasons(constraint: Constraint, product: dict[str, Any]) -> bool:
+    """Whether a product satisfies a constraint on the season because it suits every season."""
+    return constraint.key == "suitable_season" and product["suitable_season"] == "All Seasons"
 
 
 def _provider(product: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from tutelage.envs.shopping.generate import (
     draw_case,
     draw_wishes,
 )
-from tutelage.envs.shopping.query import WORD_KEYS, Solution, cheapest
+from tutelage.envs.shopping.query import WORD_KEYS, Constraint, Solution, cheapest
 from tutelage.models.chat.tool_format import parse_calls, render_calls
 
 LEVELS = (1, 2, 3)
@@ -65,6 +65,10 @@ def check_case(case: Case) -> None:
         assert 0 < sum(key in WORD_KEYS for key in keys) < len(keys)
         assert len(set(keys)) == len(keys)
         num_distractors += len(near)
+        for product, missed in zip(case.world.products, failed, strict=True):
+            # "Suitable for winter" gives the same products if all seasons are not taken for winter.
+            values = {c.value for c in slot if c.key == "suitable_season"}
+            assert missed or values <= {product["suitable_season"]}
     assert num_distractors >= MIN_DISTRACTORS
     assert set(case.solution.products) <= ids
 
@@ -111,6 +115,23 @@ def test_the_search_of_the_tests_sees_a_second_right_cart() -> None:
     twin = {**products[place], "product_id": "twin"}
     world = type(case.world)((*products, twin), case.world.user)
     assert len(right_carts(world, case.query)) == 2
+
+
+def test_a_product_for_all_seasons_suits_each_of_them() -> None:
+    for season in words.SEASONS:
+        wish = Constraint("suitable_season", "is", season)
+        right = [s for s in words.SEASONS if wish.holds({"suitable_season": s}, "")]
+        assert right == [s for s in words.SEASONS if s in (season, "All Seasons")]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_seasons_leave_one_right_cart(level: int) -> None:
+    cases = (case_of(level, number) for number in itertools.count())
+    seasonal = (
+        c for c in cases if any(w.key == "suitable_season" for s in c.query.slots for w in s)
+    )
+    for case in itertools.islice(seasonal, 6):
+        check_case(case)
 
 
 def test_equal_prices_are_two_solutions() -> None:

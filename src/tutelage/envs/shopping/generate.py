@@ -1,12 +1,15 @@
 """Cases: a query, a world that holds exactly one solution of it, and that solution.
 
-A case is drawn in three steps. First the words that the query tells of each product (brand, colour,
+A case is drawn in three steps. First the words that the query tells of each product (brand, color,
 part of the name, ...), which also decide whether a case is for training or held out. Then, for each
 slot, a product, thresholds that it passes, and products around it: some that satisfy the slot too
 (levels 2 and 3), and near misses, each of which fails exactly one constraint, at least one for
 every constraint. Then the rest of the catalogue, in which nothing satisfies a slot. The solution is
 found by searching through all products, combinations and coupons; a draw with another number of
 solutions than one is drawn again.
+
+Products for all seasons are suitable for winter too. All that satisfy a slot for winter are for
+winter alone, so that the right cart is the same if "suitable for winter" is read more strictly.
 
 No two tools are enough. Every slot has a constraint on words and one on numbers, and a near miss
 for each: no filter on words tells the number's near miss apart, no filter on numbers the word's,

@@ -197,7 +197,7 @@ def _near_miss(
 
 
 def _altered(rng: random.Random, fixed: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The fixed fields with another value for one of them."""
+    """The fixed fields with another value for one of them, which is not the one for all seasons."""
     if key == "name":
         start, _, end = fixed["line"].partition(" ")
         return {**fixed, "line": f"{start} {_other(words.LINE_ENDS, end, rng)}"}
@@ -205,7 +205,7 @@ def _altered(rng: random.Random, fixed: Mapping[str, Any], key: str) -> dict[str
         "size": next(k.sizes for k in words.KINDS if fixed.get("size", "S") in k.sizes),
         "brand": words.BRANDS,
         "color": words.COLORS,
-        "suitable_season": words.SEASONS,
+        "suitable_season": tuple(s for s in words.SEASONS if s != words.ALL_SEASONS),
         "target_demographic": words.AUDIENCES,
     }
     return {**fixed, key: _other(values[key], fixed[key], rng)}

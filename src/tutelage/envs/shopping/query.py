@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from tutelage.envs.shopping import words
 from tutelage.envs.shopping.catalogue import Product, field_of
 from tutelage.envs.shopping.coupons import discount_of, every_use, threshold_of, why_unusable
 from tutelage.envs.shopping.transport import transport_days
@@ -28,12 +29,16 @@ RANGE_KEYS = (
     "rating.average_score",
     "rating.total_reviews",
 )
-"""Keys that the tool filter_by_range knows."""
+"""Keys of the tool filter_by_range."""
 
 
 @dataclass(frozen=True, order=True)
 class Constraint:
-    """One thing that a user asks of a product."""
+    """One condition on a product.
+
+    A product for all seasons is suitable for each of them, so that it satisfies a constraint on any
+    season; only products for all seasons satisfy one on `words.ALL_SEASONS`.
+    """
 
     key: str
     """A product's field by its dotted name, or `TRANSPORT`."""
@@ -46,6 +51,8 @@ class Constraint:
         if self.key == TRANSPORT:
             found = transport_days(product, province)
         match self.operator:
+            case "is" if self.key == "suitable_season":
+                return found in (self.value, words.ALL_SEASONS)
             case "is":
                 return bool(found == self.value)
             case "contains":

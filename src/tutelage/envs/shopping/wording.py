@@ -94,7 +94,7 @@ def _thing(slot: Slot) -> str:
     if "name" in told:
         text += f" with '{told['name']}' in its name"
     if "suitable_season" in told:
-        text += f" that is made for {_season(told['suitable_season'])}"
+        text += f" that is suitable for {_season(told['suitable_season'])}"
     return text
 
 

@@ -12,7 +12,8 @@ COLORS = (
     *("Black", "White", "Light Grey", "Charcoal", "Navy Blue", "Sky Blue", "Dark Green"),
     *("Olive", "Red", "Burgundy", "Pink", "Purple", "Orange", "Yellow", "Beige", "Camel"),
 )
-SEASONS = ("Summer", "Winter", "Spring/Autumn", "All Seasons")
+ALL_SEASONS = "All Seasons"
+SEASONS = ("Summer", "Winter", "Spring/Autumn", ALL_SEASONS)
 AUDIENCES = ("Men", "Women")
 LINE_STARTS = (
     *("Amber", "Breeze", "Cedar", "Cloud", "Coast", "Copper", "Drift", "Ember", "Frost"),
