@@ -12,7 +12,7 @@ import pytest
 
 from tutelage.data.types import ToolCall, Turn
 from tutelage.envs.environment import AgentTask
-from tutelage.envs.shopping import OfficialShoppingTask
+from tutelage.envs.shopping import OfficialShoppingTask, ShoppingTask
 from tutelage.errors import DataError
 
 QUERIES = Path(os.environ.get("TUTELAGE_DATA", "")) / "deepplanning_shopping.jsonl"
@@ -80,6 +80,17 @@ def test_queries_are_read_in_order_with_their_worlds(folder: Path) -> None:
     assert "coupon" not in first.content[0]["content"]
     assert "coupon" in second.content[0]["content"]
     assert task.grade(first, "done") is None
+
+
+def test_official_cases_have_rules_of_their_own(folder: Path) -> None:
+    texts = [prompt.content[0]["content"] for prompt in read(folder).held_out(2)]
+    assert all("user's profile: see get_user_info" in text for text in texts)
+    # A coupon of the benchmark does not depend on what products list.
+    assert not any("applicable_coupons" in text for text in texts)
+    assert "Cross-store coupon counts the whole cart" in texts[1]
+    generated = ShoppingTask(3).held_out(1)[0].content[0]["content"]
+    assert "applicable_coupons" in generated
+    assert "profile" not in generated
 
 
 @pytest.mark.skipif(

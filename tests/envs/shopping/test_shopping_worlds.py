@@ -7,13 +7,16 @@ import os
 import random
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
+from shopping_agent import demonstrate
 from shopping_search import Cart, failures, right_carts
 
-from tutelage.envs.shopping import ShoppingTask, words
-from tutelage.envs.shopping.agent import Demonstration, demonstrate
+from tutelage.envs.environment import Opening
+from tutelage.envs.guard import attempt_all
+from tutelage.envs.shopping import ShoppingTask, generate, words
 from tutelage.envs.shopping.generate import (
     MIN_DISTRACTORS,
     MIN_NEAR_MISSES,
@@ -22,11 +25,10 @@ from tutelage.envs.shopping.generate import (
     draw_case,
     draw_wishes,
 )
+from tutelage.envs.shopping.products import Wish
 from tutelage.envs.shopping.query import WORD_KEYS, Constraint, Solution, cheapest
-from tutelage.models.chat.tool_format import parse_calls, render_calls
 
 LEVELS = (1, 2, 3)
-RENDER = partial(render_calls, "hermes")
 SIDES = (("train", False), ("held_out", True))
 
 DIGESTS = {
@@ -40,7 +42,7 @@ DIGESTS = {
 def case_of(level: int, number: int) -> Case:
     """Training and held-out cases in turn."""
     side, is_held_out = SIDES[number % 2]
-    return draw_case(f"shopping{level}-{side}-7-{number}", Size(level, 150, 2, 5), is_held_out)
+    return draw_case(f"shopping{level}-{side}-7-{number}", Size(level, 150, 5), is_held_out)
 
 
 def cart_of(solution: Solution) -> Cart:
@@ -73,17 +75,16 @@ def check_case(case: Case) -> None:
     assert set(case.solution.products) <= ids
 
 
-def check_demonstration(task: ShoppingTask, number: int) -> Demonstration:
+def check_demonstration(task: ShoppingTask, number: int) -> None:
     """The agent fills the right cart with the tools alone."""
     prompt = (task.prompts(number, 1, 3) + task.held_out(1, number))[number % 2]
     query = task.case(prompt).query
-    done = demonstrate(task.environment(), prompt, query, RENDER)
+    done = demonstrate(task.environment(), prompt, query)
     assert done.outcome.is_success
     assert done.outcome.score == 1.0
-    assert not any('"error"' in message["content"] for message in done.messages)
-    tools = {call.name for turn in done.turns for call in turn.calls}
-    assert len(tools) >= 4
-    return done
+    assert done.num_errors == 0
+    assert len({call.name for call in done.calls}) >= 4
+    assert "total is ¥" in done.text
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -175,17 +176,6 @@ def test_the_text_tells_every_constraint(level: int) -> None:
         assert (case.query.budget is not None) is (level == 2)
 
 
-def test_the_conversation_is_the_text_of_its_turns() -> None:
-    done = check_demonstration(ShoppingTask(3, max_items=2), 0)
-    said = [message["content"] for message in done.messages if message["role"] == "assistant"]
-    assert said == [turn.text for turn in done.turns]
-    for turn in done.turns:
-        assert parse_calls("hermes", turn.text) == turn.calls
-    assert [message["role"] for message in done.messages[:3]] == ["system", "user", "assistant"]
-    assert not done.turns[-1].calls
-    assert all(turn.calls for turn in done.turns[:-1])
-
-
 # Streams
 
 
@@ -216,7 +206,7 @@ def test_prompts_are_a_pure_function_of_their_counters() -> None:
     task = ShoppingTask(2)
     before = random.getstate()
     prompts = task.prompts(4, 3, seed=5)
-    draw_case.cache_clear()
+    generate._draw_case.cache_clear()
     assert random.getstate() == before
     assert ShoppingTask(2).prompts(4, 2, seed=5) == prompts[:2]
     assert task.held_out(2, 1) == task.held_out(3, 1)[:2]
@@ -227,19 +217,40 @@ def test_prompts_are_a_pure_function_of_their_counters() -> None:
     assert task.held_out(1, 2)[0].id == "shopping2-held_out-2-0"
 
 
+def test_conversations_that_begin_together_share_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+
+    def draw_slowly(rng: random.Random, size: Size, is_held_out: bool) -> list[Wish]:
+        drawn.append(size)
+        time.sleep(0.05)  # the others begin meanwhile
+        return draw_wishes(rng, size, is_held_out)
+
+    task = ShoppingTask(1, num_products=60)
+    prompts = [prompt for prompt in task.prompts(0, 3, 77) for _ in range(8)]
+    generate._draw_case.cache_clear()
+    monkeypatch.setattr(generate, "draw_wishes", draw_slowly)
+    openings = attempt_all([partial(task.environment().start, p, 0) for p in prompts], 60)
+    assert [o.messages for o in openings if isinstance(o, Opening)] == [p.content for p in prompts]
+    assert len(drawn) == 3
+
+
+def test_few_cases_are_kept() -> None:
+    assert generate._draw_case.cache_parameters()["maxsize"] <= 16
+
+
 def test_training_and_held_out_queries_never_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     # So few words that independent streams would collide.
     for name, size in (("BRANDS", 2), ("COLORS", 2), ("LINE_STARTS", 1), ("LINE_ENDS", 1)):
         monkeypatch.setattr(words, name, getattr(words, name)[:size])
     monkeypatch.setattr(words, "KINDS", words.KINDS[:1])
 
-    def told(is_held_out: bool, seed: int) -> set[frozenset[object]]:
-        rng, size = random.Random(f"{is_held_out}/{seed}"), Size(1, 150, 2, 2)
+    def texts(is_held_out: bool, seed: int) -> set[frozenset[object]]:
+        rng, size = random.Random(f"{is_held_out}/{seed}"), Size(1, 150, 2)
         drawn = (draw_wishes(rng, size, is_held_out) for _ in range(300))
-        return {frozenset(wish.told for wish in wishes) for wishes in drawn}
+        return {frozenset(wish.constraints for wish in wishes) for wishes in drawn}
 
-    training, held_out = told(False, 0), told(True, 0)
-    assert training & told(False, 1)  # the streams do collide within a side
-    assert held_out & told(True, 1)
+    training, held_out = texts(False, 0), texts(True, 0)
+    assert training & texts(False, 1)  # the streams do collide within a side
+    assert held_out & texts(True, 1)
     assert not training & held_out
     assert len(held_out) > 50

@@ -7,13 +7,10 @@ of what a model has to do.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from tutelage.data.types import Message, Outcome, Prompt, ToolCall, Turn
-from tutelage.envs.environment import Environment
+from tutelage.data.types import ToolCall
 from tutelage.envs.shopping.catalogue import Product
 from tutelage.envs.shopping.coupons import every_use
 from tutelage.envs.shopping.query import (
@@ -95,12 +92,12 @@ def _find(slot: Slot, level: int, province: str) -> Plan[list[Product]]:
 
 def _filters(slot: Slot) -> list[ToolCall]:
     """The calls that narrow a slot down, without the ids that they are to look among."""
-    told = {c.key: c.value for c in slot}
-    search = [ToolCall("search_products", {"query": told["name"]})] if "name" in told else []
+    values = {c.key: c.value for c in slot}
+    search = [ToolCall("search_products", {"query": values["name"]})] if "name" in values else []
     words = [
-        ToolCall(tool, {argument: [told[key]]})
+        ToolCall(tool, {argument: [values[key]]})
         for key, (tool, argument) in _WORD_FILTERS.items()
-        if key in told
+        if key in values
     ]
     numbers = [
         ToolCall(
@@ -141,51 +138,3 @@ def _together(plans: Sequence[Plan[T]]) -> Plan[list[T]]:
             for place, calls in asked.items():
                 answers[place], flat = flat[: len(calls)], flat[len(calls) :]
     return [results[place] for place in range(len(plans))]
-
-
-# Conversations
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """A conversation of the scripted agent."""
-
-    messages: tuple[Message, ...]
-    """From the opening on: system, user, then turns of the assistant and answers of the tools."""
-    turns: tuple[Turn, ...]
-    """What the agent said and called; the last one calls nothing."""
-    outcome: Outcome
-
-
-def demonstrate(
-    environment: Environment,
-    prompt: Prompt,
-    query: Query,
-    render: Callable[[Sequence[ToolCall]], str],
-) -> Demonstration:
-    """Let the agent answer a prompt in an environment.
-
-    Args:
-        environment: a new one.
-        prompt: what is asked.
-        query: the same as constraints.
-        render: the text of a turn with these calls, such as
-            `partial(models.tool_format.render_calls, "hermes")`.
-    """
-    messages = list(environment.start(prompt, 0).messages)
-    turns: list[Turn] = []
-    plan = solve(query)
-    calls: list[ToolCall] = next(plan)
-    while True:
-        turn = Turn(render(calls), tuple(calls))
-        turns.append(turn)
-        replies = environment.act(turn).messages
-        messages += [{"role": "assistant", "content": turn.text}, *replies]
-        try:
-            calls = plan.send([json.loads(reply["content"]) for reply in replies])
-        except StopIteration as end:
-            turns.append(Turn(str(end.value)))
-            break
-    environment.act(turns[-1])
-    messages.append({"role": "assistant", "content": turns[-1].text})
-    return Demonstration(tuple(messages), tuple(turns), environment.score())

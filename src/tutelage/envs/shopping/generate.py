@@ -1,18 +1,18 @@
 """Cases: a query, a world that holds exactly one solution of it, and that solution.
 
-A case is drawn in three steps. First the words that the query tells of each product (brand, color,
-part of the name, ...), which also decide whether a case is for training or held out. Then, for each
-slot, a product, thresholds that it passes, and products around it: some that satisfy the slot too
-(levels 2 and 3), and near misses, each of which fails exactly one constraint, at least one for
-every constraint. Then the rest of the catalogue, in which nothing satisfies a slot. The solution is
-found by searching through all products, combinations and coupons; a draw with another number of
-solutions than one is drawn again.
+A case is drawn in three steps. First the words in which the query asks for each product (brand,
+color, part of the name, ...), which also decide whether a case is for training or held out. Then,
+for each slot, a product, thresholds that it passes, and products around it: some that satisfy the
+slot too (levels 2 and 3), and near misses, each of which fails exactly one constraint, at least one
+for every constraint. Then the rest of the catalogue, in which nothing satisfies a slot. The
+solution is found by searching through all products, combinations and coupons; a draw with another
+number of solutions than one is drawn again.
 
 Products for all seasons are suitable for winter too. All that satisfy a slot for winter are for
 winter alone, so that the right cart is the same if "suitable for winter" is read more strictly.
 
 No two tools are enough. Every slot has a constraint on words and one on numbers, and a near miss
-for each: no filter on words tells the number's near miss apart, no filter on numbers the word's,
+for each: no filter on words drops the number's near miss, no filter on numbers the word's,
 the details of a product need an id that another tool found, and the cart takes a tool of its own.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,12 +49,16 @@ MIN_NEAR_MISSES = 5
 """Near misses of every slot, at least."""
 MIN_DISTRACTORS = 20
 """Near misses of all slots together, at least."""
+_MIN_ITEMS = 2
+"""Products that a query asks for, at least."""
 _MAX_COMBINATIONS = 36
 _MIN_GAP = 6
 """Between the price of a solution and those of other combinations, in yuan."""
 _MAX_SLACK = 60
 """Between the price of a solution and the ends of its budget, in yuan."""
 _COUPON_TRIES = 8
+_LOCK = threading.Lock()
+"""Held while a case is drawn, so that no other thread draws the same one meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,20 @@ class Size:
 
     level: int
     num_products: int
-    min_items: int
     max_items: int
 
 
-@lru_cache(maxsize=64)  # a prompt and the conversations about it share a case
 def draw_case(identity: str, size: Size, is_held_out: bool) -> Case:
-    """The case of a name: the same name, size and side always give the same case."""
+    """The case of a name: the same name, size and side always give the same case.
+
+    Conversations about one prompt share it, also those that begin at the same time in threads.
+    """
+    with _LOCK:
+        return _draw_case(identity, size, is_held_out)
+
+
+@lru_cache(maxsize=16)  # a case of 5,000 products takes 8 MB
+def _draw_case(identity: str, size: Size, is_held_out: bool) -> Case:
     rng = random.Random(identity)  # seeding with text hashes it: the same on every machine
     wishes = draw_wishes(rng, size, is_held_out)
     while True:
@@ -88,9 +100,9 @@ def draw_case(identity: str, size: Size, is_held_out: bool) -> Case:
 
 
 def draw_wishes(rng: random.Random, size: Size, is_held_out: bool) -> list[Wish]:
-    """What is told in words of each product, for training or held out; no two are told the same."""
+    """What is asked of each product in words, for training or held out; no two are the same."""
     while True:
-        num_items = between(size.min_items, size.max_items, rng)
+        num_items = between(_MIN_ITEMS, size.max_items, rng)
         wishes: dict[str, Wish] = {}
         while len(wishes) < num_items:
             wish = draw_wish(rng)
@@ -101,7 +113,7 @@ def draw_wishes(rng: random.Random, size: Size, is_held_out: bool) -> list[Wish]
 
 
 def _is_held_out(wishes: Sequence[Wish]) -> bool:
-    """The side of a query by what it tells in words, in whatever order.
+    """The side of a query by what it asks in words, in whatever order.
 
     A query's text has all of these words, so that no text is on both sides.
     """
@@ -109,7 +121,7 @@ def _is_held_out(wishes: Sequence[Wish]) -> bool:
 
 
 def _key(wish: Wish) -> str:
-    return json.dumps([[constraint.key, constraint.value] for constraint in wish.told])
+    return json.dumps([[constraint.key, constraint.value] for constraint in wish.constraints])
 
 
 def _try_case(rng: random.Random, size: Size, wishes: Sequence[Wish]) -> Case | None:

@@ -43,10 +43,9 @@ from tutelage.data.types import Prompt
 from tutelage.envs.shopping.coupons import COUPONS
 from tutelage.envs.shopping.query import Solution
 from tutelage.envs.shopping.task import ShoppingEnvironment, make_prompt
+from tutelage.envs.shopping.wording import official_system_text
 from tutelage.envs.shopping.world import World
 from tutelage.errors import DataError
-
-_CHEAPEST = " Where several products meet all conditions, take those with the lowest total price."
 
 
 class _Record(BaseModel):
@@ -154,7 +153,7 @@ class OfficialShoppingTask:
     def held_out(self, num_prompts: int, seed: int = 0) -> list[Prompt]:
         """The first queries of the file, in its order."""
         return [
-            make_prompt(row.id, row.level, row.problem, _CHEAPEST)
+            make_prompt(row.id, official_system_text(row.level), row.problem)
             for row in list(self._rows.values())[:num_prompts]
         ]
 

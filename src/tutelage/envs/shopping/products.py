@@ -27,10 +27,10 @@ _UPPER = ("price", "rating.three_star", "rating.two_star", "rating.one_star")
 
 @dataclass(frozen=True)
 class Wish:
-    """What a query tells of one product in words."""
+    """What a query asks of one product in words."""
 
-    told: Slot
-    """The constraints on words, sorted."""
+    constraints: Slot
+    """On words, sorted by key."""
     fixed: Mapping[str, Any]
     """The fields that they fix, as `draw_product` takes them."""
 
@@ -66,10 +66,10 @@ def draw_wish(rng: random.Random) -> Wish:
         if rng.random() < 0.35:
             fixed["kind"] = kind
             values["name"] = f"{line} {kind.name}"
-    told = [
+    constraints = [
         Constraint(key, "contains" if key == "name" else "is", values[key]) for key in sorted(keys)
     ]
-    return Wish(tuple(told), fixed)
+    return Wish(tuple(constraints), fixed)
 
 
 def draw_group(
@@ -97,15 +97,15 @@ def _try_group(
     num_near_misses: int,
 ) -> Group | None:
     model = draw_product(rng, wish.fixed)
-    numbers = _draw_thresholds(rng, model, province, has_price, max(1, 3 - len(wish.told)))
+    numbers = _draw_thresholds(rng, model, province, has_price, max(1, 3 - len(wish.constraints)))
     if numbers is None:
         return None
-    slot = (*wish.told, *numbers)
+    slot = (*wish.constraints, *numbers)
     fitting = [model] if fits(slot, model, province) else []
     while len(fitting) < num_fitting:
         product = _fitting(rng, slot, model, wish.fixed, province)
         fitting += [product] if fits(slot, product, province) else []
-    # Further ones fail what a filter sees: the details of products are long.
+    # Further ones fail what a filter tests: the details of products are long.
     filtered = [c for c in slot if c.key in (*FILTER_KEYS, *RANGE_KEYS)]
     failed = [*slot, *(pick(filtered, rng) for _ in range(num_near_misses - len(slot)))]
     near_misses = []

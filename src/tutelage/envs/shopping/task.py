@@ -63,10 +63,13 @@ def opening_messages(prompt: Prompt) -> tuple[Message, ...]:
     return prompt.content
 
 
-def make_prompt(identity: str, level: int, text: str, more: str = "") -> Prompt:
-    """A prompt with the tools and with the system message of its level, `more` at its end."""
-    system: Message = {"role": "system", "content": system_text(level) + more}
-    return Prompt(identity, (system, {"role": "user", "content": text}), tools=schemas())
+def make_prompt(identity: str, system: str, text: str) -> Prompt:
+    """A prompt with the tools, a system message and what the user says."""
+    messages: tuple[Message, ...] = (
+        {"role": "system", "content": system},
+        {"role": "user", "content": text},
+    )
+    return Prompt(identity, messages, tools=schemas())
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class ShoppingTask:
     """Shopping queries over generated catalogues, answered with the benchmark's 15 tools.
 
     A world and its query are a pure function of the prompt's id and of these parameters. Training
-    and held-out prompts cannot collide, whatever the seeds: a hash of what a query tells in words
+    and held-out prompts cannot collide, whatever the seeds: a hash of what a query asks in words
     assigns it to one of the two, one in sixteen to the held-out side, and each stream draws again
     until it has a query of its own side.
     """
@@ -84,10 +87,8 @@ class ShoppingTask:
     price after the user's coupons does."""
     num_products: int = 150
     """Size of the catalogue, at least 60."""
-    min_items: int = 2
-    """Products that a query asks for, at least; 2 to 5."""
     max_items: int = 5
-    """Products that a query asks for, at most."""
+    """Products that a query asks for, at most, from 2 to 5; they are at least 2."""
 
     def __post_init__(self) -> None:
         if self.level not in (1, 2, 3):
@@ -97,10 +98,9 @@ class ShoppingTask:
                 f"data.num_products must be at least {MIN_PRODUCTS}, got {self.num_products}. "
                 "The default is 150."
             )
-        if not 2 <= self.min_items <= self.max_items <= 5:
+        if not 2 <= self.max_items <= 5:
             raise ConfigError(
-                "data.min_items and data.max_items must be from 2 to 5 and in this order, got "
-                f"{self.min_items} and {self.max_items}. The defaults are 2 and 5."
+                f"data.max_items must be from 2 to 5, got {self.max_items}. The default is 5."
             )
 
     @property
@@ -137,7 +137,7 @@ class ShoppingTask:
                 "Use ShoppingTask.prompts()."
             )
         case = self._draw(prompt.id)
-        if make_prompt(prompt.id, self.level, case.text).content != prompt.content:
+        if make_prompt(prompt.id, system_text(self.level), case.text).content != prompt.content:
             raise DataError(
                 f"prompt {prompt.id!r} does not have the text that these parameters give it. "
                 "Use the parameters that it was made with."
@@ -145,12 +145,12 @@ class ShoppingTask:
         return case
 
     def _draw(self, identity: str) -> Case:
-        size = Size(self.level, self.num_products, self.min_items, self.max_items)
+        size = Size(self.level, self.num_products, self.max_items)
         return draw_case(identity, size, is_held_out="-held_out-" in identity)
 
     def _prompt(self, name: str) -> Prompt:
         identity = f"shopping{self.level}-{name}"
-        return make_prompt(identity, self.level, self._draw(identity).text)
+        return make_prompt(identity, system_text(self.level), self._draw(identity).text)
 
     def _find(self, prompt: Prompt) -> tuple[World, Solution]:
         case = self.case(prompt)

@@ -15,18 +15,31 @@ _ROLE = (
     "Every condition of a product has to be met. What is in the cart at the end is what the user "
     "buys. When the cart is right, answer with a short summary and call no tool."
 )
+_BUDGET = " The price of all products together has to be within the user's budget."
+_COUPONS = (
+    " Among all products that meet the conditions, choose those whose total price is lowest "
+    "after the user's coupons, and add those coupons to the cart. A coupon takes its discount "
+    "off once for every time that its threshold is reached, at most as often as the user owns "
+    "it. The thresholds of all coupons used add up to at most the price of the cart. "
+)
+_KINDS = (
+    "a Same-brand coupon reaches its threshold with products of one brand; a VIP coupon is for "
+    "VIPs."
+)
 _RULES = {
     1: "",
-    2: " The price of all products together has to be within the user's budget.",
-    3: (
-        " Among all products that meet the conditions, choose those whose total price is lowest "
-        "after the user's coupons, and add those coupons to the cart. A coupon takes its discount "
-        "off once for every time that its threshold is reached, at most as often as the user owns "
-        "it. The thresholds of all coupons used add up to at most the price of the cart. A coupon "
-        "counts only products that list it under applicable_coupons; a Same-brand coupon reaches "
-        "its threshold with products of one brand; a VIP coupon is for VIPs."
-    ),
+    2: _BUDGET,
+    3: f"{_COUPONS}A coupon counts only products that list it under applicable_coupons; {_KINDS}",
 }
+_OFFICIAL_RULES = {
+    1: "",
+    2: _BUDGET,
+    3: f"{_COUPONS}A Cross-store coupon counts the whole cart; {_KINDS}",
+}
+_OFFICIAL = (
+    " Where several products meet all conditions, take those with the lowest total price. A size "
+    "or an audience that the user leaves out follows from the user's profile: see get_user_info."
+)
 _INTROS = (
     "I'm refreshing my wardrobe and need to order a few specific things.",
     "I'm getting ready for a trip and would like to buy some items online.",
@@ -61,8 +74,14 @@ _COUNTS = {"rating.total_reviews": "reviews in total"} | {
 
 
 def system_text(level: int) -> str:
-    """The system message of a level."""
+    """The system message of a level of generated cases."""
     return _ROLE + _RULES[level]
+
+
+def official_system_text(level: int) -> str:
+    """The system message of a level of the benchmark's cases, whose coupons have no list of
+    products that they count."""
+    return _ROLE + _OFFICIAL_RULES[level] + _OFFICIAL
 
 
 def query_text(query: Query, rng: random.Random) -> str:
@@ -81,20 +100,20 @@ def query_text(query: Query, rng: random.Random) -> str:
 
 def _thing(slot: Slot) -> str:
     """What the product is, by the constraints on words."""
-    told = {constraint.key: str(constraint.value) for constraint in slot}
+    values = {constraint.key: str(constraint.value) for constraint in slot}
     text = "something"
-    if "target_demographic" in told:
-        text += f" for {told['target_demographic'].lower()}"
-    if "brand" in told:
-        text += f" from {told['brand']}"
-    if "color" in told:
-        text += f" in {told['color'].lower()}"
-    if "size" in told:
-        text += f" in size {told['size']}"
-    if "name" in told:
-        text += f" with '{told['name']}' in its name"
-    if "suitable_season" in told:
-        text += f" that is suitable for {_season(told['suitable_season'])}"
+    if "target_demographic" in values:
+        text += f" for {values['target_demographic'].lower()}"
+    if "brand" in values:
+        text += f" from {values['brand']}"
+    if "color" in values:
+        text += f" in {values['color'].lower()}"
+    if "size" in values:
+        text += f" in size {values['size']}"
+    if "name" in values:
+        text += f" with '{values['name']}' in its name"
+    if "suitable_season" in values:
+        text += f" that is suitable for {_season(values['suitable_season'])}"
     return text
 
 
