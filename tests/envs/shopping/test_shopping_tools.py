@@ -275,14 +275,20 @@ def test_same_brand_coupons_reach_their_threshold_with_one_brand() -> None:
     shop("add_coupon_to_cart", coupon_name=BRAND)
 
 
-def test_products_that_coupons_need_stay_until_the_coupons_are_gone() -> None:
+def test_coupons_take_nothing_off_while_the_products_that_they_need_are_gone() -> None:
     shop = Session()
-    shop("add_product_to_cart", product_id="c")
+    for key in ("a", "c"):
+        shop("add_product_to_cart", product_id=key)
     before = shop("add_coupon_to_cart", coupon_name=CROSS)
-    assert "coupons first" in shop.fails("delete_product_from_cart", product_id="c")
-    assert shop("get_cart_info") == before
-    shop("delete_coupon_from_cart", coupon_name=CROSS)
-    assert shop("delete_product_from_cart", product_id="c")["items"] == []
+    assert before["summary"]["total_price"] == 470
+    cart = shop("delete_product_from_cart", product_id="c")
+    assert cart["summary"] == {"total_items_count": 1, "total_price": 150}
+    assert cart["used_coupons"] == before["used_coupons"]
+    assert shop("add_product_to_cart", product_id="c") == before
+    shop("delete_product_from_cart", product_id="c")
+    shop("delete_product_from_cart", product_id="a")
+    assert shop("get_cart_info")["summary"]["total_price"] == 0
+    assert shop("delete_coupon_from_cart", coupon_name=CROSS)["used_coupons"] == []
 
 
 # Malformed calls

@@ -29,16 +29,12 @@ class Cart:
         self.products[product_id] = held + quantity
 
     def remove(self, product_id: str, quantity: int) -> None:
-        """Take products out, at most those that are in."""
+        """Take products out, at most those that are in; coupons stay in use, see `info`."""
         _check_quantity(quantity)
         self._product(product_id)
         if product_id not in self.products:
             raise ToolError(f"{product_id} is not in the cart")
-        left = _without(self.products, product_id, quantity)
-        reason = self._why_unusable(left, self.coupons)
-        if reason:
-            raise ToolError(f"remove coupons first: without the product {reason}")
-        self.products = left
+        self.products = _without(self.products, product_id, quantity)
 
     def add_coupon(self, name: str, quantity: int) -> None:
         """Use coupons that the user owns and the products allow."""
@@ -67,7 +63,11 @@ class Cart:
         self.coupons = _without(self.coupons, name, quantity)
 
     def info(self) -> dict[str, Any]:
-        """Items, coupons in use, and the summary: the price is the one after all discounts."""
+        """Items, coupons in use, and the summary with the price after discounts.
+
+        While the products do not allow the coupons in use, because some were taken out, nothing is
+        taken off.
+        """
         items = [
             {
                 "product_id": key,
@@ -78,10 +78,12 @@ class Cart:
             for key, quantity in self.products.items()
         ]
         price = sum(item["price"] * item["quantity"] for item in items)
+        if not self._why_unusable(self.products, self.coupons):
+            price = max(0, price - discount_of(self.coupons))
         used = [{"coupon_name": name, "quantity": count} for name, count in self.coupons.items()]
         summary = {
             "total_items_count": sum(self.products.values()),
-            "total_price": round(max(0, price - discount_of(self.coupons)), 2),
+            "total_price": round(price, 2),
         }
         return {"items": items, "used_coupons": used, "summary": summary}
 

@@ -1,4 +1,7 @@
-"""Days of transport between provinces, as the benchmark's published tool counts them."""
+"""Days of transport between provinces by the benchmark's table and its providers' full names.
+
+Short names (`sf`, `gd`) and Chinese names, which the published tool takes too, are not known here.
+"""
 
 from __future__ import annotations
 
