@@ -95,7 +95,8 @@ def test_the_scripted_agent_solves_a_thousand_prompts_in_many_ways() -> None:
         texts, outcome = converse(prompt, rng)
         assert outcome.is_success
         assert outcome.score == 1
-        assert outcome.details == dict.fromkeys(MISTAKES, 0) | {"num_calls": 5, "answer_only": 1}
+        assert outcome.details == dict.fromkeys(MISTAKES, 0) | {"num_calls": 5, "answer_only": 1.0}
+        assert type(outcome.details["answer_only"]) is float  # a share, not a count
         assert TASK.grade(prompt, texts[-1])
         forms.add(tuple(text.count("name") for text in texts))
     assert forms == {(3, 1, 1, 0), (2, 1, 1, 1, 0), (1, 2, 1, 1, 0), (1, 1, 1, 1, 1, 0)}

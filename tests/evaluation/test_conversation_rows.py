@@ -29,8 +29,16 @@ MESSAGES: tuple[Message, ...] = (
 TRANSCRIPT = "assistant: calls\nf\ntool f: </pre>1\nuser: go on\nassistant: the answer is 7"
 
 
-def rollout(prompt: Prompt, sample: int, is_success: bool = True) -> Rollout:
-    outcome = Outcome(0.5, is_success, {"match": 0.25, "n": 2, "why": "x"})
+DETAILS: dict[str, float | int | str] = {"match": 0.25, "n": 2, "why": "x"}
+
+
+def rollout(
+    prompt: Prompt,
+    sample: int,
+    is_success: bool = True,
+    details: dict[str, float | int | str] = DETAILS,
+) -> Rollout:
+    outcome = Outcome(0.5, is_success, details)
     found = Conversation(MESSAGES, 2, 3, 1, outcome)
     mask = (True, True, False, True)
     ids = (1, 2, 3, 4)
@@ -63,7 +71,7 @@ def test_rows_of_conversations_hold_their_transcript_and_measures(tmp_path: Path
     for row in result.rows:
         assert row["completion"] == TRANSCRIPT
         assert (row["turns"], row["tool_errors"], row["score"]) == (2, 1, 0.5)
-        assert row["details"] == {"match": 0.25, "n": 2, "why": "x"}
+        assert row["details"] == DETAILS
         assert (row["is_correct"], row["num_tokens"]) == (row["sample"] == 0, 3)
         assert row["answer"] == "7"  # of the last turn
     assert run(tmp_path / "a", [True, False]).rows == result.rows
@@ -72,13 +80,35 @@ def test_rows_of_conversations_hold_their_transcript_and_measures(tmp_path: Path
 def test_scores_of_conversations_are_summed_up_with_intervals(tmp_path: Path) -> None:
     result = run(tmp_path / "a", [True, False])
     record = result.summary()
-    assert list(record["conversations"]) == ["score", "match"]  # n is no share, why no number
+    assert list(record["conversations"]) == ["score", "match"]
+    assert record["counts"] == {"n": 2}  # n is no share, why no number
+    assert record["partial_details"] == {}
     value, low, high = record["conversations"]["match"]
     assert low < value == 0.25 < high
     assert (record["turns_mean"], record["tool_errors_mean"]) == (2, 1)
     table = as_markdown([result], "t")
     assert "| match       |  25.0 % [" in table
     assert "| turns       |" in table
+
+
+def test_details_are_shares_or_counts_by_their_type() -> None:
+    found: list[dict[str, float | int | str]] = [
+        {"calls": 0, "extra": 0, "right": 1.0, "reward": 0.5, "lost": 0.0, "why": ""},
+        {"calls": 1, "extra": 1, "right": 0.0, "reward": 3.0, "why": "x"},
+        {"calls": 1, "extra": 4, "right": 0.0, "reward": 0.5, "lost": 1.0, "why": ""},
+    ]
+    rollouts = [rollout(p, 0, details=details) for p, details in zip(PROMPTS, found, strict=True)]
+    result = run_benchmark(benchmark(), lambda *_: rollouts, 1)
+    record = result.summary()
+    assert list(record["conversations"]) == ["score", "right"]
+    assert record["conversations"]["right"][0] == pytest.approx(1 / 3)
+    assert record["counts"] == pytest.approx({"calls": 2 / 3, "extra": 5 / 3, "reward": 4 / 3})
+    assert record["partial_details"] == {"lost": 2}
+    rows = [line.split("|")[1:3] for line in as_markdown([result], "t").splitlines()[6:]]
+    table = {name.strip(): value.strip() for name, value in rows}
+    assert (table["calls"], table["extra"], table["reward"]) == ("0.67", "1.67", "1.33")
+    assert table["lost"] == "2 of 3 conversations have it"
+    assert table["right"].startswith("33.3 % [")
 
 
 def test_conversations_have_no_vote() -> None:

@@ -92,6 +92,13 @@ def test_cut_off() -> None:
     assert verdict(rows(0, [0.0] * N, KL), after).startswith("improved")
 
 
+def test_conversations_are_cut_off_at_other_limits_too() -> None:
+    parts = rows(0, None, KL), rows(LAST, None, KL, is_truncated=True)
+    said = verdict_of([*parts[0], *parts[1]], LAST, has_turns=True)
+    assert "cut off at a limit (sampling.max_new_tokens, data.max_turns, data.max_turn" in str(said)
+    assert "cut off at sampling.max_new_tokens;" in verdict(*parts)
+
+
 def test_no_verdict_without_both_measurements() -> None:
     assert verdict_of(rows(0, None, KL), LAST) is None
     assert verdict_of([], LAST) is None

@@ -17,7 +17,7 @@ from tutelage.errors import TutelageError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture
 from tutelage.models.tiny import save_tiny_model as save_tiny_family
-from tutelage.setup.warnings import _context_warnings
+from tutelage.setup.warnings import _context_warnings, _turn_warnings
 from tutelage.train.loop import train
 
 
@@ -238,3 +238,11 @@ def test_what_is_inserted_between_turns_needs_positions_too(
         text,
     )
     assert not list(_context_warnings(config, 8, student, student))
+
+
+def test_a_turn_that_is_longer_than_a_conversation(tmp_path: Path, tiny_models: Path) -> None:
+    for most, is_said in ((10, False), (11, True)):
+        data = {"kind": "ledger_tools", "max_turn_tokens": most}
+        config = tiny_config(tiny_models, tmp_path, data=data)  # 10 tokens a conversation
+        found = [line for line in _turn_warnings(config) if "data.max_turn_tokens = 11" in line]
+        assert bool(found) == is_said

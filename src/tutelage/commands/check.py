@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 from tutelage.commands.decontaminate import ALL, decontaminate
 from tutelage.commands.dry_run import dry_run
+from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.schema import Config
+from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
+from tutelage.models.chat.tool_format import format_of
 from tutelage.setup.components import build_components
+from tutelage.setup.inputs import Inputs
 from tutelage.setup.validate import validate
 from tutelage.train.loop import run_folder
 
@@ -62,6 +66,8 @@ def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iter
         f"data: task {components.task.name}, prompts of {prompts.shortest} to {prompts.longest} "
         f"tokens, {num_held_out} held out for evaluation"
     )
+    if isinstance(config.data, ConversationData):
+        yield _conversations_line(config, config.data, inputs)
     selection = config.selection
     kept = "every token"
     if isinstance(selection, FirstTokens):
@@ -75,6 +81,19 @@ def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iter
     yield from plan_run(config, components, prompts.longest).lines()
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
+
+
+def _conversations_line(config: Config, data: ConversationData, inputs: Inputs) -> str:
+    limits = [
+        f"{data.max_turns} turns",
+        f"{config.sampling.max_new_tokens} generated tokens",
+        *([f"{data.max_turn_tokens} of them a turn"] if data.max_turn_tokens else []),
+        f"{data.max_inserted_tokens} inserted tokens",
+    ]
+    how = "calls by the renderer"
+    if isinstance(inputs.task, AgentTask):
+        how = f"calls in the format {format_of(inputs.tokenizer, data.tool_format)}"
+    return f"conversations: {how}; at most {', '.join(limits)}"
 
 
 def _model_line(who: str, model: PreTrainedModel) -> str:

@@ -94,7 +94,9 @@ def _eval(parser: Parser) -> None:
     """Every default is None: what was not given takes the value of the suite or of the request."""
     _model(parser)
     parser.add_argument("--suite", metavar="NAME|FILE", help="tip, eopd, benchmarks such as "
-                        "gsm8k,math500, a .jsonl file, or held-out with a run folder")  # fmt: skip
+                        "gsm8k,math500, a .jsonl file, held-out with a run folder; of agents "
+                        "deepplanning-shopping, deepplanning-travel, "
+                        "deepplanning-shopping-official, ledger-tools")  # fmt: skip
     parser.add_argument("--model-name", help="name of the model on a server")
     parser.add_argument("--out", metavar="DIR", help="folder of a suite's samples and tables; the "
                         "same command continues there (default evaluations/...)")  # fmt: skip

@@ -208,8 +208,8 @@ class LedgerToolsEnvironment:
         `superfluous` (a letter not asked for), `repeated` (the same call again), `wrong_value` (a
         sum with the answer of a call that was not right), `ignored_answer` (a sum with, or a final
         answer of, a number that no earlier answer gave or that was used already), `malformed`
-        (answered with an error), and `missing`, calls to do that were not made; `answer_only` is 1
-        if the final answer is right, however it was reached.
+        (answered with an error), and `missing`, calls to do that were not made; `answer_only` is
+        1.0 if the final answer is right, however it was reached.
         """
         return self._grading.outcome()
 
@@ -302,7 +302,7 @@ class _Grading:
         missing = num_to_do - self.num_right
         counts = self.mistakes | Counter(missing=missing)
         details: dict[str, float | int | str] = {name: counts[name] for name in MISTAKES}
-        details |= {"num_calls": self.num_calls, "answer_only": int(self.is_answered)}
+        details |= {"num_calls": self.num_calls, "answer_only": float(self.is_answered)}
         done = self.num_right + self.is_answered
         score = done / (max(self.num_calls, num_to_do) + 1)
         return Outcome(score, score == 1, details)

@@ -15,6 +15,7 @@ from tutelage.data.suites import AGENT_BENCHMARKS
 from tutelage.data.tasks import Task
 from tutelage.envs.environment import AgentTask
 from tutelage.envs.shopping import OfficialShoppingTask
+from tutelage.errors import ConfigError
 from tutelage.evaluation.benchmark import Benchmark
 from tutelage.evaluation.request import EvaluationRequest
 from tutelage.evaluation.scores import voting_of
@@ -61,19 +62,44 @@ def limits_of(benchmark: Benchmark) -> dict[str, Any]:
     return {} if benchmark.agent is None else {"conversations": asdict(benchmark.agent.limits)}
 
 
-def fitted(benchmark: Benchmark, room: int) -> Benchmark:
-    """A benchmark whose conversations fit into so many tokens behind the prompt.
+def fitted(benchmark: Benchmark, room: int, is_length_given: bool = False) -> Benchmark:
+    """A benchmark whose completions or conversations fit into so many tokens behind the prompt.
 
-    Where the room is smaller than the limits of generated and inserted tokens together, each is
-    cut in the same proportion.
+    Where the room is smaller than a conversation's limits of generated and inserted tokens
+    together, each is cut in the same proportion.
+
+    Args:
+        benchmark: its problems and limits.
+        room: tokens of the model's context behind the longest prompt.
+        is_length_given: what a conversation may generate was asked for, and is kept.
+
+    Raises:
+        ConfigError: what was asked for leaves no room for answers of tools.
     """
+    generated = benchmark.max_new_tokens
     if benchmark.agent is None:
-        return replace(benchmark, max_new_tokens=min(benchmark.max_new_tokens, room))
-    limits, generated = benchmark.agent.limits, benchmark.max_new_tokens
+        return replace(benchmark, max_new_tokens=min(generated, room))
+    limits = benchmark.agent.limits
     whole = generated + limits.max_inserted_tokens
     if whole <= room:
         return benchmark
-    generated = max(1, generated * room // whole)
-    limits = replace(limits, max_inserted_tokens=max(1, room - generated))
+    if not is_length_given:
+        generated = max(1, generated * room // whole)
+    if generated >= room:
+        raise ConfigError(
+            f"{benchmark.name} needs room for answers of tools, but the model's context has "
+            f"{room} tokens behind the longest prompt and max_new_tokens is {generated}. "
+            "Lower --max-new-tokens, or choose another model."
+        )
+    limits = replace(limits, max_inserted_tokens=room - generated)
     agent = replace(benchmark.agent, limits=limits)
     return replace(benchmark, max_new_tokens=generated, agent=agent)
+
+
+def cuts(before: Benchmark, after: Benchmark) -> str:
+    """In words, which limits the model's context has cut; "" if none."""
+    pairs = [("max_new_tokens", before.max_new_tokens, after.max_new_tokens)]
+    if before.agent is not None and after.agent is not None:
+        old, new = before.agent.limits, after.agent.limits
+        pairs.append(("max_inserted_tokens", old.max_inserted_tokens, new.max_inserted_tokens))
+    return ", ".join(f"{name} from {old} to {new}" for name, old, new in pairs if old != new)

@@ -83,27 +83,40 @@ class Result:
         }
 
     def _of_conversations(self) -> dict[str, Any]:
-        """Means with 95 % intervals of the score, of shares that every conversation has among its
-        details, of turns and of errors; nothing for single answers."""
+        """Scores of conversations; nothing for single answers.
+
+        Among the details, floats in [0, 1] are shares, which have 95 % intervals like the score;
+        other numbers, such as counts, have plain means. A detail that some rows lack has no mean,
+        but the number of rows that have it.
+        """
         if not all("score" in row for row in self.rows):
             return {}
-        k = self.scores.num_samples
-        shared = set.intersection(*(set(row["details"]) for row in self.rows))
-        shares = {"score": [float(row["score"]) for row in self.rows]}
-        for name in sorted(shared):
-            values = [row["details"][name] for row in self.rows]
-            if all(isinstance(x, float | int) and 0 <= x <= 1 for x in values):
-                shares[name] = [float(x) for x in values]
-        means = {}
-        for name, found in shares.items():
-            by_problem = [fmean(found[i : i + k]) for i in range(0, len(found), k)]
-            interval = clustered_interval(by_problem)
-            means[name] = [interval.value, interval.low, interval.high]
+        shares = {"score": self._share([float(row["score"]) for row in self.rows])}
+        counts, partial_details = {}, {}
+        for name in sorted(set().union(*(row["details"] for row in self.rows))):
+            found = [row["details"][name] for row in self.rows if name in row["details"]]
+            if any(type(value) not in (float, int) for value in found):
+                continue
+            if len(found) < len(self.rows):
+                partial_details[name] = len(found)
+            elif all(type(value) is float and 0 <= value <= 1 for value in found):
+                shares[name] = self._share(found)
+            else:
+                counts[name] = fmean(found)
         return {
-            "conversations": means,
+            "conversations": shares,
+            "counts": counts,
+            "partial_details": partial_details,
             "turns_mean": fmean(row["turns"] for row in self.rows),
             "tool_errors_mean": fmean(row["tool_errors"] for row in self.rows),
         }
+
+    def _share(self, values: Sequence[float]) -> list[float]:
+        """Mean, and its interval over problems."""
+        k = self.scores.num_samples
+        by_problem = [fmean(values[i : i + k]) for i in range(0, len(values), k)]
+        interval = clustered_interval(by_problem)
+        return [interval.value, interval.low, interval.high]
 
 
 def generate_with(sampler: Sampler, sampling: SamplingConfig, seed: tuple[int, ...]) -> Generate:

@@ -17,7 +17,7 @@ from tutelage.data.columns import notes_of
 from tutelage.data.types import Prompt, Rollout
 from tutelage.envs.environment import opened
 from tutelage.errors import ConfigError
-from tutelage.evaluation.agents import fitted, limits_of
+from tutelage.evaluation.agents import cuts, fitted, limits_of
 from tutelage.evaluation.benchmark import (
     Benchmark,
     Generate,
@@ -47,10 +47,11 @@ from tutelage.evaluation.tables import as_markdown, summarize
 from tutelage.models.chat.template import printed_date_of
 from tutelage.models.chat.tool_format import format_of
 from tutelage.models.chat.tool_prompt import with_tools
+from tutelage.models.chat.turn_template import turn_template
 from tutelage.models.device import find_device
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.reference import resolve_model
-from tutelage.models.tokenizers import encode_prompt, refuse_thinking
+from tutelage.models.tokenizers import encode_prompt, refuse_thinking, stop_ids
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.setup.inputs import prompt_format, thinking
@@ -174,8 +175,10 @@ def _model_plan(
         refuse_thinking(request.thinking, [p for b in benchmarks for p in b.prompts], tokenizer)
     on_phase(f"loading {request.model}")
     model = load_model(source, dtype, str(device))
-    if request.suite is not None and request.max_new_tokens is None:
-        benchmarks = [_within_context(request, b, model, tokenizer) for b in benchmarks]
+    if any(benchmark.agent for benchmark in benchmarks):  # refuses a template without turns
+        turn_template(tokenizer, stop_ids(model, tokenizer), request.thinking)
+    if request.suite is not None:
+        benchmarks = [_within_context(request, b, model, tokenizer, log) for b in benchmarks]
     sampler, engine = _sampler(request, model, tokenizer, log)
     settings = _settings(request, benchmarks, sampling, chat)
     settings |= {
@@ -272,10 +275,15 @@ def _within_context(
     benchmark: Benchmark,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    log: Callable[[str], None],
 ) -> Benchmark:
-    """A suite's own length is cut to what the model's context leaves after the longest prompt."""
+    """A suite's limits are cut to what the model's context leaves after the longest prompt.
+
+    A length that was asked for is kept.
+    """
+    is_given = request.max_new_tokens is not None
     context = model.config.to_dict().get("max_position_embeddings")
-    if context is None:
+    if context is None or (is_given and benchmark.agent is None):
         return benchmark
     prompts = benchmark.prompts
     if benchmark.agent is not None:
@@ -289,7 +297,10 @@ def _within_context(
             f"{benchmark.name} has a prompt of {longest} tokens, the model's context is {context}. "
             "Choose another model, or other problems."
         )
-    return fitted(benchmark, context - longest)
+    found = fitted(benchmark, context - longest, is_given)
+    if cut := cuts(benchmark, found):
+        log(f"{benchmark.name}: {cut}, to fit the model's context of {context}")
+    return found
 
 
 # --- what identifies an evaluation ----------------------------------------------------------------

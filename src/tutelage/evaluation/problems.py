@@ -18,7 +18,7 @@ from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.evaluation.agents import agent_benchmark
 from tutelage.evaluation.benchmark import Benchmark
-from tutelage.evaluation.request import HELD_OUT, EvaluationRequest
+from tutelage.evaluation.request import HELD_OUT, EvaluationRequest, option
 from tutelage.evaluation.scores import voting_of
 from tutelage.setup.components import agent_of
 from tutelage.setup.inputs import build_task, grader_of, without_long_prompts
@@ -52,6 +52,7 @@ def sampling_of(request: EvaluationRequest, suite: Suite) -> SamplingConfig:
 def benchmarks_of(request: EvaluationRequest, suite: Suite, chat: bool) -> list[Benchmark]:
     columns = PromptFormat(chat=chat, suffix=request.suffix)
     if request.file is None:
+        _refuse_unused_by_agents(request, suite)
         return [_benchmark(name, columns, request) for name in suite.benchmarks]
     is_suite = request.suite is not None
     limit = request.num_problems or (None if is_suite else _DEFAULT_NUM_PROBLEMS)
@@ -60,6 +61,17 @@ def benchmarks_of(request: EvaluationRequest, suite: Suite, chat: bool) -> list[
     grader = request.grader or fitting_grader(prompts)
     length = request.max_new_tokens or default
     return [_graded(Path(request.file).stem, prompts, grader, length)]
+
+
+def _refuse_unused_by_agents(request: EvaluationRequest, suite: Suite) -> None:
+    agents = [name for name in suite.benchmarks if name in AGENT_BENCHMARKS]
+    for name in ("chat", "suffix"):
+        value = getattr(request, name)
+        if agents and value is not None:
+            raise ConfigError(
+                f"{option(name, value)} is not for conversations, whose messages the environment "
+                f"writes, got --suite {request.suite!r} with {agents[0]}. Leave it out."
+            )
 
 
 def _benchmark(name: str, columns: PromptFormat, request: EvaluationRequest) -> Benchmark:
@@ -81,8 +93,9 @@ def ledger(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> Be
     if tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) != set(ALPHABET):
         raise ConfigError(
             f"no prompts were given for {request.model!r}, and the built-in ledger task is for the "
-            "embedded models alone. Pass --prompts FILE, or --suite with eval (a run folder has "
-            "--suite held-out)."
+            "embedded models of it alone. Pass --prompts FILE, or --suite with eval (a run folder "
+            "has --suite held-out). Conversations are led by eval --suite alone, such as "
+            "ledger-tools; sample leads none."
         )
     task = LedgerTask()
     prompts = tuple(task.held_out(request.num_problems or _DEFAULT_NUM_PROBLEMS))

@@ -104,12 +104,12 @@ def refuse_unused(request: EvaluationRequest) -> None:
         if value is not None and not is_used:
             reason, _, remedy = what.partition(". ")
             raise ConfigError(
-                f"{_option(name, value)} {reason}, got model {request.model!r} and suite "
+                f"{option(name, value)} {reason}, got model {request.model!r} and suite "
                 f"{request.suite!r}. {remedy}."
             )
 
 
-def _option(name: str, value: object) -> str:
+def option(name: str, value: object) -> str:
     """An option as it was given, --no-chat for one."""
     return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 

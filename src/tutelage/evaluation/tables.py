@@ -48,6 +48,12 @@ def _conversations(result: Result) -> str:
     lines = [
         [name, _interval(Interval(*triple))] for name, triple in record["conversations"].items()
     ]
+    lines += [[name, f"{mean:.2f}"] for name, mean in record["counts"].items()]
+    total = len(result.rows)
+    lines += [
+        [name, f"{count} of {total} conversations have it"]
+        for name, count in record["partial_details"].items()
+    ]
     lines += [[name, f"{record[f'{name}_mean']:.2f}"] for name in ("turns", "tool_errors")]
     return _table([result.name, "mean"], lines)
 

@@ -24,6 +24,12 @@ _SMALL = 0.1
 _CUT_OFF = 0.5
 """From this share of completions on that reached their limit, scores are those of beginnings."""
 
+_LIMITS = (
+    "a limit (sampling.max_new_tokens, data.max_turns, data.max_turn_tokens or "
+    "data.max_inserted_tokens)"
+)
+"""What cuts a conversation off."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -44,7 +50,7 @@ class _Change:
     text: str
 
 
-def verdict_of(rows: Sequence[Row], last_step: int) -> Verdict | None:
+def verdict_of(rows: Sequence[Row], last_step: int, has_turns: bool = False) -> Verdict | None:
     """The verdict on a run; None where it did not measure the student before and after.
 
     Accuracy decides where problems are graded and its interval excludes 0; otherwise the reverse KL
@@ -54,6 +60,7 @@ def verdict_of(rows: Sequence[Row], last_step: int) -> Verdict | None:
     Args:
         rows: records of `evaluation_rows.jsonl`.
         last_step: the step after which the run ended.
+        has_turns: the completions are conversations, which have further limits.
     """
     before, after = (
         [row for row in rows if (row["model"], row["step"]) == ("student", step)]
@@ -67,8 +74,9 @@ def verdict_of(rows: Sequence[Row], last_step: int) -> Verdict | None:
     ]
     texts = [change.text for change in changes] or ["nothing could be measured"]
     if share >= _CUT_OFF:
-        limit = f"{share:.0%} of the last completions were cut off at sampling.max_new_tokens"
-        return Verdict("cut off", "; ".join([limit, *texts]))
+        limit = _LIMITS if has_turns else "sampling.max_new_tokens"
+        cut = f"{share:.0%} of the last completions were cut off at {limit}"
+        return Verdict("cut off", "; ".join([cut, *texts]))
     return Verdict(_word([change.word for change in changes]), "; ".join(texts))
 
 

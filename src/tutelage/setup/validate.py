@@ -60,6 +60,7 @@ def validate(
     _refuse_nothing_held_out(config, inputs)
     if isinstance(config.data, ConversationData) and isinstance(inputs.task, AgentTask):
         _refuse_template(config.data, inputs)
+        _refuse_thinking(config.data, inputs)
     prompts = inputs.measure_prompts(config)
     return replace(inputs, prompts=prompts, warnings=tuple(input_warnings(config, inputs, prompts)))
 
@@ -70,6 +71,15 @@ def _refuse_template(data: ConversationData, inputs: Inputs) -> None:
     ends = control_ids(tokenizer) - {tokenizer.unk_token_id}  # which of them are, the model says
     TurnTemplate(tokenizer, ends, data.enable_thinking)
     format_of(tokenizer, data.tool_format)
+
+
+def _refuse_thinking(data: ConversationData, inputs: Inputs) -> None:
+    wanted, tokenizer = data.enable_thinking, inputs.tokenizer
+    if wanted is not None and "enable_thinking" not in str(tokenizer.chat_template):
+        raise ConfigError(
+            f"data.enable_thinking = {str(wanted).lower()} has no effect: the chat template of "
+            f"{tokenizer.name_or_path!r} does not read it. Leave it out."
+        )
 
 
 def _refuse_processes(config: Config, num_processes: int) -> None:

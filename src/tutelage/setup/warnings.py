@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.schema import Config, FileData
 from tutelage.data.columns import notes_of
@@ -32,6 +33,7 @@ _FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 def input_warnings(config: Config, inputs: Inputs, prompts: PromptStats) -> Iterator[str]:
     """Warnings that need no weights."""
     yield from _sampling_warnings(config)
+    yield from _turn_warnings(config)
     yield from _optimizer_warnings(config)
     yield from _keep_warnings(config)
     if isinstance(config.data, FileData) and isinstance(inputs.task, FileTask):
@@ -61,6 +63,16 @@ def _sampling_warnings(config: Config) -> Iterator[str]:
         yield (
             "completions are not sampled from the distribution that is trained "
             "(sampling.temperature, top_p or top_k differ from 1, 1, 0)"
+        )
+
+
+def _turn_warnings(config: Config) -> Iterator[str]:
+    data, most = config.data, config.sampling.max_new_tokens
+    if isinstance(data, ConversationData) and data.max_turn_tokens > most:
+        yield (
+            f"data.max_turn_tokens = {data.max_turn_tokens} has no effect: all turns of a "
+            f"conversation together have at most sampling.max_new_tokens = {most}. Lower the one "
+            "or raise the other"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from tutelage.config.conversations import ConversationData
 from tutelage.config.parse import fingerprint
 from tutelage.config.schema import Config
 from tutelage.errors import RunError
@@ -339,7 +340,8 @@ class _Run:
         self.folder.append_text("tokens.jsonl", "".join(lines))
 
     def _verdict(self) -> Verdict | None:
-        return verdict_of(self.folder.read("evaluation_rows.jsonl"), self.done)
+        has_turns = isinstance(self.config.data, ConversationData)
+        return verdict_of(self.folder.read("evaluation_rows.jsonl"), self.done, has_turns)
 
     def _conclude(self) -> None:
         """Keep the verdict in the manifest, and log it where this start took a step."""
