@@ -68,7 +68,10 @@ def dry_run(config: Config) -> Iterator[str]:
         prompts, source = _prompts(config)
         _write(prompts, folder / "prompts.jsonl")
         if isinstance(config.data, ConversationData):
-            yield f"data: the embedded conversations, for those of {config.data.kind}"
+            yield (
+                f"data: the embedded conversations, for those of {config.data.kind}; a random "
+                "model calls no tool, so nothing is inserted"
+            )
         else:
             yield f"data: {len(prompts)} prompts of {source}"
         small = _scaled(config, folder)

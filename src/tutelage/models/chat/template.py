@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
@@ -23,6 +24,7 @@ _BY_TEMPLATE = (
 )  # fmt: skip
 """Errors that no other messages would mend."""
 
+_random_lock = threading.Lock()
 _date: datetime | None = None
 """What templates take for the present; None for the clock's."""
 
@@ -90,19 +92,18 @@ def render_chat(
         DataError: the template refuses the messages.
         ModelError: the template is no valid one.
     """
-    state = random.getstate()
-    random.seed(0)  # the filter that picks at random picks the same in every process
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=template,
-                add_generation_prompt=True,
-                tokenize=False,
-                strftime_now=(_date or datetime.now()).strftime,
-                **variables,
+        with _same_choices():
+            text = str(
+                tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=template,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    strftime_now=(_date or datetime.now()).strftime,
+                    **variables,
+                )
             )
-        )
         text.encode()  # half a surrogate pair, which no tokenizer takes
         return text
     except _BY_TEMPLATE as error:
@@ -116,8 +117,18 @@ def render_chat(
             f"prompt {prompt_id!r} does not fit the chat template: {_reason(error)}. "
             "Check the roles and the order of its messages."
         ) from error
-    finally:
-        random.setstate(state)
+
+
+@contextmanager
+def _same_choices() -> Iterator[None]:
+    """Inside, the filter that picks at random picks the same, in every process and thread."""
+    with _random_lock:
+        state = random.getstate()
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(state)
 
 
 def _reason(error: Exception) -> str:
