@@ -56,9 +56,10 @@ test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build
 test-peers: install .venvs/verifiers/installed  ## the tests that need peers' libraries
 	$(ONE_THREAD) $(BIN)/python -m pytest -m peers tests/peers
 
-.venvs/verifiers/installed: Makefile
+.venvs/verifiers/installed: Makefile tests/peers/constraints.txt
 	$(PYTHON) -m venv .venvs/verifiers
-	.venvs/verifiers/bin/pip install --quiet --disable-pip-version-check verifiers==0.4.0
+	.venvs/verifiers/bin/pip install --quiet --disable-pip-version-check \
+		-c tests/peers/constraints.txt verifiers==0.4.0
 	touch $@
 
 check: install  ## format, lint, strict types
