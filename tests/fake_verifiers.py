@@ -1,4 +1,4 @@
-"""A worker that speaks as `envs/verifiers_worker.py` does, without verifiers; run as a program.
+"""A worker with the protocol of `envs/verifiers_worker.py`, without verifiers; run as a program.
 
 Its rollouts have a prompt of four ids and then turns of the student, with three ids after each.
 The environment's name says what it does wrong, if anything.
@@ -42,8 +42,8 @@ def prompt_ids(task: int) -> list[int]:
     return [1, 3, 4 + task, 9]
 
 
-def ask(url: str, session: str, ids: list[int], **settings: Any) -> dict[str, Any] | None:
-    """What the endpoint generated, or None where it denies a turn."""
+def ask(url: str, session: str, ids: list[int], **settings: Any) -> dict[str, Any] | str:
+    """What the endpoint generated, or why it denies a turn."""
     body = {"model": "student", "token_ids": ids, "sampling_params": {"logprobs": 1, **settings}}
     headers = {
         "Authorization": f"Bearer {os.environ['TUTELAGE_ENDPOINT_API_KEY']}",
@@ -57,8 +57,8 @@ def ask(url: str, session: str, ids: list[int], **settings: Any) -> dict[str, An
         with urllib.request.urlopen(request) as reply:
             return json.load(reply)["choices"][0]  # type: ignore[no-any-return]
     except urllib.error.HTTPError as error:
-        error.close()
-        return None
+        with error:
+            return f"Error code: {error.code} - {json.load(error)}"
 
 
 def spoil(fault: str, branch: dict[str, Any]) -> None:
@@ -90,29 +90,29 @@ def play(
         "token_ids": prompt_ids(task),
         "sampled_mask": [False] * 4,
         "logprobs": [0.0] * 4,
-        "messages": [said("user", f"task {task}", False)],
+        "messages": [message("user", f"task {task}", False)],
     }
     settings = {"temperature": 0.25} if fault == "other_temperature" else {}
     error = ""
     for turn in range(arguments.get("num_turns", 3)):
         if turn:
             add(branch, BETWEEN, [0.0] * 3, False)
-            branch["messages"].append(said("tool", "error: none" if turn == 1 else "7", False))
+            branch["messages"].append(message("tool", "error: none" if turn == 1 else "7", False))
         if fault == "late" and turn == 0:
             late = threading.Timer(0.1, send, [{"began": {"name": name, "session": session}}])
             late.start()
         choice = ask(order["url"], session, branch["token_ids"], **settings)
-        if choice is None:
+        if isinstance(choice, str):
             del branch["token_ids"][-3:], branch["sampled_mask"][-3:], branch["logprobs"][-3:]
             branch["messages"].pop()
-            error = "ProviderError: denied"
+            error = f"ProviderError: {choice}"
             break
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         add(branch, choice["token_ids"], logprobs, True)
-        branch["messages"].append(said("assistant", "", True, 1))
+        branch["messages"].append(message("assistant", "", True, 1))
     spoil(fault, branch)
     trace = {
-        "error": "TaskError: no such sum" if fault == "error" else error,
+        "error": f"TaskError: no such sum: {error}" if fault == "error" else error,
         "is_truncated": False,
         "stop": "agent_completed",
         "reward": arguments.get("reward", 0.5 + task),
@@ -130,7 +130,7 @@ def add(branch: dict[str, Any], ids: list[int], logprobs: list[float], is_sample
     branch["logprobs"] += logprobs
 
 
-def said(role: str, content: str, is_sampled: bool, num_calls: int = 0) -> dict[str, Any]:
+def message(role: str, content: str, is_sampled: bool, num_calls: int = 0) -> dict[str, Any]:
     return {"role": role, "content": content, "is_sampled": is_sampled, "num_calls": num_calls}
 
 
@@ -168,11 +168,13 @@ def main() -> None:
     fault, arguments = "", {}
     for line in sys.stdin:
         ((kind, values),) = json.loads(line).items()
-        if kind == "open":
+        if kind == "version":
+            send({"version": "0.4.0"})
+        elif kind == "open":
             fault, arguments = values["environment"], values["arguments"]
             if fault == "unknown":
                 send({"error": "ModuleNotFoundError: taskset 'unknown' not found"})
-            send({"num_tasks": arguments.get("num_tasks", 5), "version": "0"})
+            send({"num_tasks": arguments.get("num_tasks", 5)})
         elif kind == "tasks":
             span = range(values["start"], min(values["stop"], arguments.get("num_tasks", 5)))
             send({"tasks": [f"{i}+{i}=" for i in span]})

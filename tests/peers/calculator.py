@@ -1,7 +1,7 @@
 """An environment of verifiers: sums with a calculator, in a harness that needs no other program.
 
-`taskset.style` says what follows a turn: `tool` runs the calls that it has; `user` reads the turn
-to a user, who always has another question; `refuse` gives a reward that cannot be computed.
+`taskset.style` says what follows a turn: `tool` runs the calls that it has; `user` adds another
+question of a user; `refuse` also ends at a denied turn, and gives a reward that cannot be computed.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Loop(vf.Harness[vf.HarnessConfig]):
                     headers={"Authorization": f"Bearer {secret}"},
                     json={"model": ctx.model, "messages": messages, **tools},
                 )
+                if reply.status_code != 200 and data.style == "refuse":
+                    break
                 if reply.status_code != 200:
                     raise RuntimeError(reply.text)
                 message = reply.json()["choices"][0]["message"]

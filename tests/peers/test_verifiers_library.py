@@ -154,7 +154,8 @@ def test_a_step_trains_on_exactly_what_the_student_generated(
 def test_calls_of_tools_are_answered_and_scored(tokenizer: PreTrainedTokenizerBase) -> None:
     call = '<tool_call>\n{{"name": "add", "arguments": {{"a": 4, "b": {}}}}}\n</tool_call>'
     turns = [call.format('"four"'), call.format(4), "It is 8."]
-    task, leading = service(tokenizer, arguments={"taskset": {"style": "tool", "num_tasks": 5}})
+    arguments = {"taskset": {"style": "tool", "num_tasks": 5}}
+    task, leading = service(tokenizer, arguments=arguments, max_turn_tokens=0)
     scripted = Scripted(tokenizer, turns)
     sampler = VerifiersSampler(scripted, leading, is_owner=True)
     prompts = sorted([*task.prompts(0, 2, 0), *task.held_out(3)], key=lambda prompt: prompt.id)
@@ -166,9 +167,9 @@ def test_calls_of_tools_are_answered_and_scored(tokenizer: PreTrainedTokenizerBa
     for rollout in rollouts:
         found = rollout.conversation
         assert found is not None
-        told = [m["content"] for m in found.messages if m["role"] == "tool"]
-        assert told[0].startswith("error: TypeError")
-        assert told[1] == "8"
+        replies = [m["content"] for m in found.messages if m["role"] == "tool"]
+        assert replies[0].startswith("error: TypeError")
+        assert replies[1] == "8"
         assert (found.num_turns, found.num_tool_calls, found.num_tool_errors) == (3, 2, 1)
         is_right = rollout.prompt.id == "4"
         assert (found.outcome.score, found.outcome.is_success) == (float(is_right), is_right)
@@ -206,6 +207,10 @@ def test_limits_of_tokens_cut_a_conversation_off(
     [
         (
             {"arguments": {"taskset": {"style": "refuse"}}},
+            "failed: TaskError: task SumTask scoring",
+        ),
+        (
+            {"arguments": {"taskset": {"style": "refuse"}}, "max_inserted_tokens": 1},
             "failed: TaskError: task SumTask scoring",
         ),
         ({"renderer": None}, "branches: its history was rewritten between turns"),

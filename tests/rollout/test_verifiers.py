@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fake_verifiers
 from fake_verifiers import turns_of
@@ -22,9 +23,11 @@ from tutelage.envs.verifiers import Loading, VerifiersTask, Worker
 from tutelage.errors import ConfigError, RunError, TutelageError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tokenizers import stop_ids
+from tutelage.rollout import verifiers_sampler
 from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
-from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersService
+from tutelage.rollout.verifiers_endpoint import Asked
+from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersService, _groups
 
 SAMPLING = SamplingConfig(max_new_tokens=18, num_samples=2)
 Make = Callable[..., VerifiersSampler]
@@ -110,7 +113,7 @@ def test_a_conversation_has_its_turns_and_its_score(make: Make) -> None:
 
 
 def test_tokens_do_not_depend_on_when_they_are_asked_for(make: Make) -> None:
-    """Nor on the other rollouts, nor on a worker that tells late of a trace."""
+    """Nor on the other rollouts, nor on a worker that announces a trace late."""
     first = make()
     wanted = first.sample(request(first))
     assert len({rollout.completion_ids for rollout in wanted}) > 3
@@ -123,6 +126,41 @@ def test_tokens_do_not_depend_on_when_they_are_asked_for(make: Make) -> None:
     asked = request(alone)
     asked = replace(asked, prompts=asked.prompts[1:2])
     assert ids_of(alone.sample(asked)) == ids_of(wanted[2:4])
+
+
+def test_turns_under_different_limits_are_sampled_together(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a limit of a turn, every rollout has another number of tokens left."""
+    monkeypatch.setattr(verifiers_sampler, "_GRACE_S", 60.0)
+    limits = {"max_turn_tokens": 0, "arguments": {"num_turns": 4}}
+    settings = SamplingConfig(max_new_tokens=40, num_samples=8)
+    together, alone = make(**limits), make(num_concurrent=1, **limits)
+    asked = request(together, sampling=settings, record_hidden=True)
+    found, wanted = together.sample(asked), alone.sample(asked)
+    assert isinstance(together.inner, Logging)
+    assert isinstance(alone.inner, Logging)
+    assert len(together.inner.sizes) <= 4
+    assert len(alone.inner.sizes) == len(alone.inner.sampled)
+    assert len({len(turn.completion_ids) for turn in alone.inner.sampled}) > 3
+    assert sum(map(len, (t.completion_ids for t in together.inner.sampled))) > sum(
+        len(rollout.generated_ids) for rollout in wanted
+    )  # some turns were cut to their own limits
+    for one, other in zip(found, wanted, strict=True):
+        assert replace(one, logprobs=()) == replace(other, logprobs=())
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert one.hidden is not None
+        assert other.hidden is not None
+        assert len(one.hidden) == len(one.generated_ids)
+        torch.testing.assert_close(one.hidden, other.hidden)
+
+
+def test_requests_that_fit_no_larger_limit_are_sampled_apart() -> None:
+    short, long = Asked("a", (1,) * 10, 0), Asked("b", (1,) * 30, 0)
+    left = [(short, 30), (long, 10), (short, 20)]
+    assert list(_groups(left, None)) == [left]
+    assert list(_groups(left, 60)) == [left]
+    assert list(_groups(left, 40)) == [[left[0], left[2]], [left[1]]]
 
 
 def test_seed_and_sample_decide_the_tokens(make: Make) -> None:
@@ -155,6 +193,12 @@ def test_limits_of_tokens_cut_a_conversation_off(make: Make) -> None:
         assert rollout.conversation.num_turns == 2
 
 
+def test_an_error_of_scoring_fails_a_conversation_that_was_cut_off(make: Make) -> None:
+    sampler = make("error", arguments={"num_turns": 50})
+    with pytest.raises(RunError, match="failed: TaskError: no such sum: ProviderError: Error code"):
+        sampler.sample(request(sampler))
+
+
 def test_greedy_samples_are_the_same(make: Make) -> None:
     sampler = make()
     greedy = replace(SAMPLING, temperature=0.0)
@@ -162,10 +206,10 @@ def test_greedy_samples_are_the_same(make: Make) -> None:
     assert ids[::2] == ids[1::2]
 
 
-def test_progress_is_told_of_each_rollout(make: Make) -> None:
-    sampler, told = make(), []
-    sampler.sample(request(sampler, progress=told.append))
-    assert told == [1] * 6
+def test_progress_counts_each_rollout(make: Make) -> None:
+    sampler, counts = make(), []
+    sampler.sample(request(sampler, progress=counts.append))
+    assert counts == [1] * 6
 
 
 @pytest.mark.parametrize(
@@ -175,7 +219,7 @@ def test_progress_is_told_of_each_rollout(make: Make) -> None:
         ("hangs", "asked for no turn and ended no rollout within 0.2 s"),
         ("no_json", "ended or did not answer"),
         ("other_fields", "a reply that cannot be used: rollout.error: Field required"),
-        ("unordered", "told of a rollout '7-7' that was not ordered"),
+        ("unordered", "reported a rollout '7-7' that was not ordered"),
         ("says_error", "failed: ValueError: no such task"),
         ("forgets", "gave no trace of task"),
         ("error", "failed: TaskError: no such sum"),
@@ -226,6 +270,18 @@ def test_a_worker_without_verifiers_is_one_line(
         Worker(Loading("x", {}, None, 3, 0, 60.0)).tasks()
     with pytest.raises(ConfigError, match="'no/python' is no program"):
         Worker(Loading("x", {}, "no/python", 3, 0, 60.0)).tasks()
+
+
+def test_another_version_of_verifiers_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "worker.py"
+    program.write_text(
+        """print('{"ready": true}', flush=True)\ninput()\nprint('{"version": "0.40.1"}')\n"""
+    )
+    monkeypatch.setattr(verifiers, "_PROGRAM", program)
+    with pytest.raises(ConfigError, match=r"has verifiers '0\.40\.1', which is not tested"):
+        Worker(Loading("x", {}, None, 3, 0, 60.0)).tasks()
 
 
 def test_the_worker_gets_no_key_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_turn_is_answered_in_vllms_form(endpoint: Endpoint) -> None:
         (body(max_tokens=-1), "max_tokens = '-1'"),
     ],
 )
-def test_a_request_that_cannot_be_answered_is_told(
+def test_an_unusable_request_is_refused_with_its_reason(
     endpoint: Endpoint, wrong: Any, part: str
 ) -> None:
     status, found = post(endpoint, wrong)

@@ -11,7 +11,7 @@ from tutelage.config.conversations import ConversationData
 
 @dataclass(frozen=True)
 class VerifiersData(ConversationData):
-    """Conversations that an environment of the library verifiers leads, in a process of its own."""
+    """Conversations that an environment of the library verifiers runs, in a process of its own."""
 
     __pydantic_config__ = STRICT
     kind: Literal["verifiers"] = "verifiers"

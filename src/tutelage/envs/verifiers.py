@@ -24,12 +24,14 @@ from tutelage.grading import child
 KEY_VARIABLE = "TUTELAGE_ENDPOINT_API_KEY"
 """Environment variable of the worker with the endpoint's key."""
 
+TESTED_VERSION = "0.4"
+"""First two numbers of the versions of verifiers whose traces and calls are known."""
 _PROGRAM = Path(__file__).with_name("verifiers_worker.py")
 _LISTED = 512
 """Tasks that are asked for at once."""
 _LAST_BYTES = 4096
-_FOR_EVER_S = 1e6
-"""A wait that somebody else ends."""
+_NO_LIMIT_S = 1e6
+"""A wait that the sampler ends, by data.timeout_s."""
 _CLEANUP_S = 10.0
 """Seconds that environments have to release what they hold."""
 
@@ -38,9 +40,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class _Version(_Strict):
+    version: str
+
+
 class _Opened(_Strict):
     num_tasks: int
-    version: str
 
 
 class TracedMessage(_Strict):
@@ -118,7 +123,7 @@ class Loading:
     max_tasks: int
     """Tasks that are used; 0 takes all."""
     limit_s: float
-    """Seconds without a word from the worker, after which it is given up."""
+    """Seconds without a reply of the worker, after which it has failed."""
 
 
 class Worker:
@@ -127,7 +132,7 @@ class Worker:
     def __init__(self, loading: Loading) -> None:
         self.loading = loading
         self.key = secrets.token_hex(16)
-        """What the worker shows to the endpoint that it asks."""
+        """Key of the endpoint, in every request of the worker."""
         self._process: _Process | None = None
         self._num_tasks = 0
 
@@ -158,7 +163,7 @@ class Worker:
         Raises:
             RunError: the worker failed.
         """
-        return _told(self._started(), order)
+        return _replies(self._started(), order)
 
     def stop(self) -> None:
         """End the process at once, also while another thread waits for it."""
@@ -176,6 +181,7 @@ class Worker:
         if self._process is None or not self._process.is_alive:
             self._process = _Process(self.loading, self.key)
             weakref.finalize(self, self._process.kill)  # also where a run ends before its time
+            self._process.refuse_other_versions()
             reply = self._process.ask({"open": self._opening()}, ConfigError)
             self._num_tasks = _parsed(reply, _Opened).num_tasks
         return self._process
@@ -191,8 +197,8 @@ class Worker:
         }
 
 
-def _told(process: _Process, order: dict[str, Any]) -> Iterator[Began | TracedRollout]:
-    reply = process.ask({"rollouts": order}, limit_s=_FOR_EVER_S)
+def _replies(process: _Process, order: dict[str, Any]) -> Iterator[Began | TracedRollout]:
+    reply = process.ask({"rollouts": order}, limit_s=_NO_LIMIT_S)
     while "num_rollouts" not in reply:
         if "began" in reply:
             yield _parsed(reply, _Begun).began
@@ -207,17 +213,32 @@ class _Process(child.Child):
     def __init__(self, loading: Loading, key: str) -> None:
         python = interpreter(loading.python)
         self._loading = loading
+        self._python = python or sys.executable
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         variables = {k: v for k, v in os.environ.items() if k not in _WITHHELD}
-        self._words = ""
+        self._error = ""
         name = loading.environment
         if name.endswith(".py"):  # servers of tools import the module again
             variables["PYTHONPATH"] = str(Path(name).resolve().parent)
         super().__init__(_PROGRAM, python, {**variables, KEY_VARIABLE: key}, self._errors)
         if not self.has_started():
             raise ConfigError(
-                f"data.python {python or sys.executable} does not run verifiers: "
-                f"{self._last_words()}. Name an interpreter that has verifiers 0.4.0."
+                f"data.python {self._python} does not run verifiers: "
+                f"{self._last_error()}. Name an interpreter that has verifiers {TESTED_VERSION}."
+            )
+
+    def refuse_other_versions(self) -> None:
+        """Refuse a version of verifiers that is not tested.
+
+        Raises:
+            ConfigError: the interpreter has one.
+        """
+        version = _parsed(self.ask({"version": {}}), _Version).version
+        if not version.startswith(f"{TESTED_VERSION}."):
+            self.kill()
+            raise ConfigError(
+                f"data.python {self._python} has verifiers {_cut(version)!r}, which is not tested. "
+                f"Name an interpreter that has verifiers {TESTED_VERSION}."
             )
 
     def ask(
@@ -232,13 +253,13 @@ class _Process(child.Child):
 
     def next_reply(self) -> dict[str, Any]:
         """A further reply to the same request."""
-        return self._accepted(self._receive(time.monotonic() + _FOR_EVER_S), RunError)
+        return self._accepted(self._receive(time.monotonic() + _NO_LIMIT_S), RunError)
 
     def kill(self) -> None:
         """End the process and close what belongs to it."""
         super().kill()
         if not self._errors.closed:
-            self._words = self._last_words()
+            self._error = self._last_error()
             self._errors.close()
 
     def _accepted(self, reply: dict[str, Any] | None, kind: type[Exception]) -> dict[str, Any]:
@@ -246,7 +267,7 @@ class _Process(child.Child):
         if reply is None:
             self.kill()
             raise RunError(
-                f"the process of {what} ended or did not answer: {self._last_words()}. Nothing of "
+                f"the process of {what} ended or did not answer: {self._last_error()}. Nothing of "
                 "this step was kept; run the command again to continue."
             )
         if "error" in reply:
@@ -254,12 +275,12 @@ class _Process(child.Child):
             raise kind(f"{what} failed: {_cut(str(reply['error']))}. Check it and its arguments.")
         return reply
 
-    def _last_words(self) -> str:
+    def _last_error(self) -> str:
         if self._errors.closed:
-            return self._words
+            return self._error
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _LAST_BYTES))
         lines = self._errors.read().decode("utf-8", "replace").split("\n")
-        return _cut(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
+        return _cut(next((line for line in reversed(lines) if line.strip()), "no message"))
 
 
 _WITHHELD = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TUTELAGE_API_KEY", KEY_VARIABLE)

@@ -3,7 +3,8 @@
 It runs under an interpreter that has verifiers, which need not have this package: it imports
 nothing of it. It reads one JSON object a line from its standard input and answers in JSON lines:
 
-    {"open": {...}}      -> {"num_tasks": n, "version": v}
+    {"version": {}}      -> {"version": v}
+    {"open": {...}}      -> {"num_tasks": n}
     {"tasks": {...}}     -> {"tasks": [text, ...]}
     {"rollouts": {...}}  -> {"began": {...}} for each trace, {"rollout": {...}} for each rollout, as
                             they begin and end, then {"num_rollouts": n}
@@ -62,7 +63,7 @@ class Worker:
         if not taskset.bounded and not max_tasks:
             raise ValueError("the taskset is infinite: state how many of its tasks are used")
         self.tasks = list(itertools.islice(taskset, max_tasks or None))
-        return {"num_tasks": len(self.tasks), "version": __version__}
+        return {"num_tasks": len(self.tasks)}
 
     def list_tasks(self, start: int, stop: int) -> dict[str, Any]:
         """What is known of tasks before they run."""
@@ -114,7 +115,9 @@ class Worker:
     async def answer(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Answer one request."""
         ((kind, values),) = request.items()
-        if kind == "open":
+        if kind == "version":
+            yield {"version": __version__}
+        elif kind == "open":
             yield self.open(**values)
         elif kind == "tasks":
             yield self.list_tasks(**values)
@@ -125,8 +128,8 @@ class Worker:
 
 def _text(data: Any) -> str:
     """What opens a task; nothing where a user of the environment does."""
-    told = data.prompt if isinstance(data.prompt, list) else []
-    texts = [content_text(message.content) for message in told]
+    messages = data.prompt if isinstance(data.prompt, list) else []
+    texts = [content_text(message.content) for message in messages]
     if isinstance(data.prompt, str):
         texts.append(data.prompt)
     return "\n\n".join(text for text in (data.system_prompt, *texts) if text)

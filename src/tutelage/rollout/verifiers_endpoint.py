@@ -23,6 +23,8 @@ from tutelage.config.sampling import SamplingConfig
 _HEADER = "X-Session-ID"
 """Names the trace that a request belongs to."""
 _PATH = "/inference/v1/generate"
+TOKEN_LIMIT = "tutelage: a limit of tokens of the conversation is reached"
+"""The answer to a request for a turn that is denied; a rollout's error contains it."""
 _MAX_BYTES = 64 * 2**20
 """Size of a request; one with a million ids has 8 MiB."""
 _STATED = ("temperature", "top_p", "top_k")
@@ -84,10 +86,10 @@ class Refused:
 
 
 class Endpoint:
-    """Takes requests on 127.0.0.1 and puts them into a queue; somebody else answers them.
+    """Takes requests on 127.0.0.1 and puts them into a queue, for the sampler to answer.
 
     Args:
-        key: what a request has to show.
+        key: what a request's header has to hold.
         stops: ids that end a turn of the student.
     """
 
@@ -123,7 +125,7 @@ class Endpoint:
             asked.answer("the endpoint is closed")
 
     def may_ask(self, authorization: str | None) -> bool:
-        """Whether a request shows the key."""
+        """Whether a request has the key."""
         shown = (authorization or "").removeprefix("Bearer ")
         return hmac.compare_digest(shown.encode(), self._key.encode())
 
@@ -156,7 +158,7 @@ class Endpoint:
         return Asked(session, tuple(request.token_ids), self._most(request.sampling_params))
 
     def _most(self, stated: dict[str, Any]) -> int:
-        """The most tokens that a request wants, if it changes nothing else."""
+        """The most tokens that a request asks for, if it changes nothing else."""
         most = stated.get("max_tokens", 0)
         if type(most) is not int or most < 0:
             raise _Unusable(f"a request with max_tokens = {_shown(most)!r}")
@@ -189,7 +191,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 1024
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A worker that went away is noticed elsewhere; anything else fails the step."""
+        """A closed connection is the worker's own failure; any other error fails the step."""
         error = sys.exception()
         if not isinstance(error, ConnectionError):
             reason = " ".join(f"{type(error).__name__}: {error}".split())

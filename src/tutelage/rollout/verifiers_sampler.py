@@ -1,4 +1,4 @@
-"""Conversations that an environment of verifiers leads with the student."""
+"""Conversations of the student with environments of verifiers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import queue
 import tempfile
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,10 +18,10 @@ from tutelage.config.verifiers import VerifiersData
 from tutelage.data.types import Prompt, Rollout
 from tutelage.envs.verifiers import Began, TracedRollout, Worker, order
 from tutelage.errors import RunError, TutelageError
-from tutelage.models.tokenizers import save_tokenizer
+from tutelage.models.tokenizers import decode, save_tokenizer
 from tutelage.rollout.request import RolloutRequest, earlier_samples
 from tutelage.rollout.sampler import Sampler
-from tutelage.rollout.verifiers_endpoint import Asked, Endpoint, Refused, Turn
+from tutelage.rollout.verifiers_endpoint import TOKEN_LIMIT, Asked, Endpoint, Refused, Turn
 from tutelage.rollout.verifiers_traces import Sampled, to_rollout
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class VerifiersService:
         student: its name, by which verifiers may know how its messages are rendered.
         stops: ids that end a turn.
         data: limits and settings.
+        context_limit: most tokens of a sequence that the student reads; None: no limit.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class VerifiersService:
         student: str,
         stops: frozenset[int],
         data: VerifiersData,
+        context_limit: int | None = None,
     ) -> None:
         self.worker, self.tokenizer, self.data = worker, tokenizer, data
+        self.context_limit = context_limit
         self._student, self._stops = student, stops
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._endpoint: Endpoint | None = None
@@ -79,7 +82,7 @@ class VerifiersService:
         return self._endpoint
 
     def order(self, url: str, rollouts: dict[str, _Open], max_new_tokens: int) -> dict[str, Any]:
-        """What the worker is told of rollouts."""
+        """The order of rollouts for the worker."""
         settings = {
             "url": url,
             "tokenizer": self._tokenizer_folder(),
@@ -114,7 +117,7 @@ class VerifiersService:
 
 
 class VerifiersSampler:
-    """Samples the turns of conversations that verifiers leads in a process of its own.
+    """Samples the turns of conversations that verifiers runs in a process of its own.
 
     The process asks an endpoint on this machine, which samples every turn with `inner`. A turn's
     tokens depend on the request's seed, the task, the sample and the ids before it, and neither on
@@ -139,14 +142,14 @@ class VerifiersSampler:
         service, rollouts = self.service, _opened(request)
         endpoint = service.endpoint(request.sampling)
         work = service.order(endpoint.url, rollouts, request.sampling.max_new_tokens)
-        told = service.worker.run(work)
-        pump = threading.Thread(target=_pump, args=(told, endpoint.events.put), name="verifiers")
+        replies = service.worker.run(work)
+        pump = threading.Thread(target=_pump, args=(replies, endpoint.events.put), name="verifiers")
         pump.start()
         with ExitStack() as stack:
             stack.callback(pump.join)
             with ExitStack() as on_failure:
                 on_failure.callback(service.stop)
-                _Step(self.inner, service.data, request, endpoint, rollouts).run()
+                _Step(self.inner, service, request, endpoint, rollouts).run()
                 on_failure.pop_all()
         return [self._rollout(rollout) for rollout in rollouts.values()]
 
@@ -180,11 +183,11 @@ def _opened(request: RolloutRequest) -> dict[str, _Open]:
     }
 
 
-def _pump(told: Iterator[Any], put: Callable[[Any], None]) -> None:
-    """Hand on what the worker tells, its failure included; then None."""
+def _pump(replies: Iterator[Any], put: Callable[[Any], None]) -> None:
+    """Pass on the worker's replies, or its failure; then None."""
     try:
-        for one in told:
-            put(one)
+        for reply in replies:
+            put(reply)
         put(None)
     except TutelageError as error:
         put(error)
@@ -198,12 +201,13 @@ class _Step:
     def __init__(
         self,
         inner: Sampler,
-        data: VerifiersData,
+        service: VerifiersService,
         request: RolloutRequest,
         endpoint: Endpoint,
         rollouts: dict[str, _Open],
     ) -> None:
-        self.inner, self.data, self.request = inner, data, request
+        self.inner, self.data, self.request = inner, service.data, request
+        self.tokenizer, self.context_limit = service.tokenizer, service.context_limit
         self.endpoint, self.rollouts = endpoint, rollouts
         self.names: dict[str, str] = {}
         """Rollouts by the sessions of their traces."""
@@ -212,14 +216,14 @@ class _Step:
         self.used: Counter[str] = Counter()
         """Tokens sampled so far in every session."""
         self.unknown: list[Asked] = []
-        """Requests of sessions that the worker has not yet told of."""
+        """Requests of sessions that the worker has not yet announced."""
         self.is_done = False
 
     def run(self) -> None:
-        """Answer requests until the worker has told of every rollout.
+        """Answer requests until the worker has reported every rollout.
 
         Raises:
-            RunError: it failed, fell silent, or asked for what cannot be sampled.
+            RunError: it failed, sent nothing in time, or asked for what cannot be sampled.
         """
         while True:
             asked = self._gathered()
@@ -279,23 +283,25 @@ class _Step:
     def _rollout(self, name: str) -> _Open:
         if name not in self.rollouts:
             raise RunError(
-                f"the worker of verifiers told of a rollout {name[:40]!r} that was not ordered. "
+                f"the worker of verifiers reported a rollout {name[:40]!r} that was not ordered. "
                 "Nothing of this step was kept; run the command again to continue."
             )
         return self.rollouts[name]
 
     def _answer(self, asked: Sequence[Asked]) -> None:
         """Sample a turn for each request that has tokens left."""
-        by_limit: dict[int, list[Asked]] = defaultdict(list)
+        left: list[tuple[Asked, int]] = []
         for one in sorted(asked, key=lambda one: (self.names[one.session], one.ids)):
             most = self._num_left(one)
             if most > 0:
-                by_limit[most].append(one)
+                left.append((one, most))
             else:
                 self.rollouts[self.names[one.session]].is_cut = True
-                one.answer("a limit of the conversation's tokens is reached")
-        for most, group in sorted(by_limit.items()):
-            for one, turn in zip(group, self._sampled(group, most), strict=True):
+                one.answer(TOKEN_LIMIT)
+        for group in _groups(left, self.context_limit):
+            sampled = self._sampled([one for one, _ in group], max(most for _, most in group))
+            for (one, most), longest in zip(group, sampled, strict=True):
+                turn = _prefix(self.tokenizer, longest, most)
                 self.used[one.session] += len(turn.completion_ids)
                 self.rollouts[self.names[one.session]].turns.append(turn)
                 one.answer(Turn(turn.completion_ids, turn.logprobs, turn.is_truncated))
@@ -327,3 +333,36 @@ class _Step:
         rollout.asked[one.ids] += 1
         digest = hashlib.blake2b(repr(one.ids).encode(), digest_size=16).hexdigest()
         return f"{rollout.prompt.id} {rollout.number} {digest} {times}"
+
+
+def _groups(
+    left: Sequence[tuple[Asked, int]], context_limit: int | None
+) -> Iterator[list[tuple[Asked, int]]]:
+    """Requests with their limits, by what is sampled together: all, with the largest limit.
+
+    Those that would not fit the context with that limit are sampled after the others.
+    """
+    while left:
+        largest = max(most for _, most in left)
+        group: list[tuple[Asked, int]] = []
+        others: list[tuple[Asked, int]] = []
+        for one, most in left:
+            fits = context_limit is None or len(one.ids) + largest <= context_limit
+            (group if fits or most == largest else others).append((one, most))
+        yield group
+        left = others
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase, turn: Rollout, most: int) -> Rollout:
+    """What a turn is under a smaller limit: tokens depend on none, so its first ones."""
+    if len(turn.completion_ids) <= most:
+        return turn
+    ids = turn.completion_ids[:most]
+    return replace(
+        turn,
+        completion_ids=ids,
+        is_truncated=True,
+        logprobs=turn.logprobs[:most],
+        text=decode(tokenizer, ids),
+        hidden=None if turn.hidden is None else turn.hidden[:most],
+    )

@@ -14,6 +14,7 @@ from tutelage.data.types import Conversation, Message, Outcome, Prompt, Rollout
 from tutelage.envs.verifiers import Branch, Trace, TracedMessage, TracedRollout
 from tutelage.errors import RunError
 from tutelage.models.tokenizers import decode
+from tutelage.rollout.verifiers_endpoint import TOKEN_LIMIT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,9 +70,10 @@ def to_rollout(
 
 
 def _only_trace(prompt: Prompt, traced: TracedRollout, sampled: Sampled) -> Trace:
-    error = traced.error or next((t.error for t in traced.traces if t.error), "")
-    if error and not sampled.is_cut:
-        raise _refusal(prompt, f"failed: {error}")
+    errors = [error for error in (traced.error, *(t.error for t in traced.traces)) if error]
+    for error in errors:
+        if not (sampled.is_cut and _is_denial(error)):
+            raise _refusal(prompt, f"failed: {error}")
     if len(traced.traces) != 1:
         raise _refusal(
             prompt,
@@ -93,6 +95,11 @@ def _only_trace(prompt: Prompt, traced: TracedRollout, sampled: Sampled) -> Trac
         if not math.isfinite(value):
             raise _refusal(prompt, f"has {value} as {name}")
     return trace
+
+
+def _is_denial(error: str) -> bool:
+    """Whether an error is the library's of a denied turn; the rollout was not scored then."""
+    return error.startswith("ProviderError: ") and TOKEN_LIMIT in error
 
 
 def _turns_of(prompt: Prompt, branch: Branch, turns: Sequence[Rollout]) -> list[Rollout]:
@@ -124,14 +131,14 @@ def _conversation(
     """Messages from the first turn on. A tool's message that begins with `error:`, verifiers' own
     mark, counts as an error."""
     first = next(i for i, message in enumerate(branch.messages) if message.is_sampled)
-    told = branch.messages[first:]
+    following = branch.messages[first:]
     texts = iter([decode(tokenizer, turn.completion_ids) for turn in turns])
-    messages = tuple(_message(m, next(texts) if m.is_sampled else m.content) for m in told)
-    errors = [m for m in told if m.role == "tool" and m.content.startswith("error:")]
+    messages = tuple(_message(m, next(texts) if m.is_sampled else m.content) for m in following)
+    errors = [m for m in following if m.role == "tool" and m.content.startswith("error:")]
     details: dict[str, float | int | str] = {**trace.metrics, **trace.rewards}
     details["stop"] = trace.stop
     outcome = Outcome(trace.reward, trace.reward >= success_reward, details)
-    num_calls = sum(message.num_calls for message in told)
+    num_calls = sum(message.num_calls for message in following)
     return Conversation(messages, len(turns), num_calls, len(errors), outcome)
 
 

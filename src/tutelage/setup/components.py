@@ -24,6 +24,7 @@ from tutelage.models.chat.turn_template import turn_template
 from tutelage.models.device import keep_freed_memory
 from tutelage.models.head import output_embeddings
 from tutelage.models.liger import use_liger_layers
+from tutelage.models.limits import context_limit
 from tutelage.models.load import load_model
 from tutelage.models.lora import (
     add_lora,
@@ -168,7 +169,8 @@ def verifiers_service(
     """What leads conversations where verifiers does; None elsewhere."""
     if isinstance(task, VerifiersTask) and isinstance(config.data, VerifiersData):
         name, stops = config.student.model, stop_ids(student, tokenizer)
-        return VerifiersService(task.worker, tokenizer, name, stops, config.data)
+        limit = context_limit(student)
+        return VerifiersService(task.worker, tokenizer, name, stops, config.data, limit)
     return None
 
 
