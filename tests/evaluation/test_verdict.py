@@ -129,6 +129,22 @@ def test_a_run_says_it_last_and_keeps_it(tiny_models: Path, tmp_path: Path) -> N
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["verdict"]
 
 
+def test_a_run_of_conversations_names_their_limits(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        tmp_path / "run",
+        num_steps=1,
+        student={"model": "package:tutelage/assets/ledger-tools-overconfident"},
+        teacher={"model": "package:tutelage/assets/ledger-tools-teacher"},
+        data={"kind": "ledger_tools", "max_turns": 1},
+        evaluation={"num_problems": 2, "num_samples": 1, "teacher": True},
+    )
+    said: list[str] = []
+    train(config, log=said.append)
+    assert said[-1].startswith("verdict: cut off: 100% of the last completions were cut off at a ")
+    assert "data.max_turns" in said[-1]
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_completions_are_measured_one_by_one(tiny_models: Path, tmp_path: Path, step: int) -> None:
     evaluation = {"num_problems": 3, "num_samples": 2, "teacher": True}
