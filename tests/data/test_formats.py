@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
-from tutelage.data.suites import BENCHMARKS, BOXED, SETS, SUITES, find_suite
+from tutelage.data.suites import AGENT_BENCHMARKS, BENCHMARKS, BOXED, SETS, SUITES, find_suite
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, DataError
 
@@ -205,7 +205,8 @@ def test_a_missing_set_says_in_one_line_where_to_get_it(
 
 
 def test_suites() -> None:
-    assert all(set(suite.benchmarks) <= BENCHMARKS.keys() for suite in SUITES.values())
+    known = {*BENCHMARKS, *AGENT_BENCHMARKS}
+    assert all(set(suite.benchmarks) <= known for suite in SUITES.values())
     tip, eopd = SUITES["tip"], SUITES["eopd"]
     assert (tip.num_samples, tip.temperature, tip.top_p) == (16, 1.0, 1.0)
     assert (eopd.num_samples, eopd.temperature, eopd.top_p) == (8, 1.0, 0.8)

@@ -102,7 +102,8 @@ def tables_without(world: World, constraint: Constraint, choices: Choices) -> Ta
 def failures(plan: Plan, world: World) -> set[str]:
     """Constraints and dimensions that a plan violates."""
     details = score_text(plan.json_text, world.query, world.tables).details
-    return {name for name, value in details.items() if "/" in name and value == 0}
+    unmet = {f"hard/{kind}" for kind in str(details["unmet"]).split(", ") if kind}
+    return unmet | {name for name, value in details.items() if "/" in name and value == 0}
 
 
 @pytest.mark.parametrize("kind", KINDS)

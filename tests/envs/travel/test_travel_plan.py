@@ -298,7 +298,7 @@ def test_the_score_is_the_product_of_the_two_shares() -> None:
     outcome = score_text(json.dumps(found), WORLD.query, WORLD.tables)
     details = outcome.details
     assert details["hard_share"] == pytest.approx(2 / 3)
-    assert details["hard/hotel_highest_rated"] == 0
+    assert details["unmet"] == "hotel_highest_rated"
     assert details["commonsense_share"] == pytest.approx(4 / 8)
     assert outcome.score == pytest.approx(2 / 3 * 4 / 8)
     assert details["composite"] == pytest.approx(1 / 4)

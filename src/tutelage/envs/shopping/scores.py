@@ -29,7 +29,7 @@ def score_cart(
     matched += sum(coupons.get(name) == count for name, count in expected.coupons.items())
     num_expected = len(expected.products) + len(expected.coupons)
     details: dict[str, float | int | str] = {
-        "exact": int(is_exact),
+        "exact": float(is_exact),
         "f1": f1,
         "match_rate": matched / num_expected,
         "case_score": float(matched == num_expected),

@@ -57,20 +57,34 @@ LONG_VISITS = 240
 MEAL_MINUTES = (45, 120)
 
 
+DIMENSIONS = (
+    "route_consistency",
+    "sandbox_compliance",
+    "itinerary_structure",
+    "time_feasibility",
+    "business_hours",
+    "duration_rationality",
+    "cost_calculation_accuracy",
+    "activity_diversity",
+)
+"""The eight dimensions, in the order in which they are checked."""
+
+
 def violations(plan: Plan, trip: Trip, tables: Tables) -> dict[str, str]:
     """For every dimension the first thing that violates it; "" where it holds."""
     missing = _missing_day(plan, trip)
-    found = {
-        "route_consistency": _route(plan, trip, tables),
-        "sandbox_compliance": _sandbox(plan, trip, tables),
-        "itinerary_structure": _structure(plan, trip),
-        "time_feasibility": _times(plan, tables),
-        "business_hours": _hours(plan, trip, tables),
-        "duration_rationality": _durations(plan, tables),
-        "cost_calculation_accuracy": _cost(plan, trip),
-        "activity_diversity": _diversity(plan),
-    }
-    return {name: missing or next(reasons, "") for name, reasons in found.items()}
+    found = (
+        _route(plan, trip, tables),
+        _sandbox(plan, trip, tables),
+        _structure(plan, trip),
+        _times(plan, tables),
+        _hours(plan, trip, tables),
+        _durations(plan, tables),
+        _cost(plan, trip),
+        _diversity(plan),
+    )
+    pairs = zip(DIMENSIONS, found, strict=True)
+    return {name: missing or next(reasons, "") for name, reasons in pairs}
 
 
 def _missing_day(plan: Plan, trip: Trip) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tutelage.data.types import Message, Outcome, Prompt, Turn
 from tutelage.envs.environment import Opening, Reply
 from tutelage.envs.tools import Tool, reply_to
-from tutelage.envs.travel.commonsense import violations
+from tutelage.envs.travel.commonsense import DIMENSIONS, violations
 from tutelage.envs.travel.constraints import KINDS, is_met
 from tutelage.envs.travel.generate import World
 from tutelage.envs.travel.plan import SCHEMA, parse_plan
@@ -118,18 +118,19 @@ def score_text(text: str, query: Query, tables: Tables) -> Outcome:
     hard_share = sum(hard.values()) / len(hard) if hard else 1.0
     sense_share = sum(not reason for reason in wrong.values()) / len(wrong)
     is_success = all(hard.values()) and not any(wrong.values())
-    unmet = next((kind for kind, is_true in hard.items() if not is_true), "")
+    unmet = ", ".join(kind for kind, is_true in hard.items() if not is_true)
     details: dict[str, float | int | str] = {
         "hard_share": hard_share,
         "commonsense_share": sense_share,
         "composite": (sense_share + all(hard.values())) / 2,
-        **{f"hard/{kind}": int(is_true) for kind, is_true in hard.items()},
-        **{f"commonsense/{name}": int(not reason) for name, reason in wrong.items()},
+        **{f"commonsense/{name}": float(not reason) for name, reason in wrong.items()},
+        "unmet": unmet,
         "reason": next(filter(None, wrong.values()), "") or unmet,
     }
     return Outcome(hard_share * sense_share, is_success, details)
 
 
 def _failed(reason: str) -> Outcome:
-    zeros = {"hard_share": 0.0, "commonsense_share": 0.0, "composite": 0.0}
-    return Outcome(0.0, False, {**zeros, "reason": reason})
+    shares = ("hard_share", "commonsense_share", "composite")
+    zeros = dict.fromkeys((*shares, *(f"commonsense/{name}" for name in DIMENSIONS)), 0.0)
+    return Outcome(0.0, False, {**zeros, "unmet": "all", "reason": reason})
