@@ -29,6 +29,8 @@ ENGINES = members(EngineConfig, "kind")
 FILE_KEYS = ("split", "subset", "prompt_column", "answer_column", "suffix", "enable_thinking",
              "max_prompt_tokens", "grader", "num_held_out")  # fmt: skip
 LEDGER_KEYS = ("num_items",)
+CONVERSATION_KEYS = ("max_turns", "max_turn_tokens", "max_inserted_tokens", "tool_timeout_s",
+                     "tool_format")  # fmt: skip
 
 Values = tuple[list[Any], list[Any], list[Any]]
 _HUGE = 1 << 62
@@ -59,6 +61,11 @@ VALUES: dict[str, Values] = {
     "data.enable_thinking": ([True, False], [], ["on"]),
     "data.max_prompt_tokens": ([0, 40, 4096], [_HUGE], [-1, 1]),
     "data.grader": (["none", "number", "math", "exact"], [], ["judge"]),
+    "data.max_turns": ([1, 4, 8], [1 << 20], [0, _HUGE]),
+    "data.max_turn_tokens": ([0, 8, 48], [_HUGE], [-1]),
+    "data.max_inserted_tokens": ([64, 256], [1, 1 << 20], [0, _HUGE]),
+    "data.tool_timeout_s": ([5.0, 10], [3600], [0.0, -1, 4000]),
+    "data.tool_format": (["auto", "json"], ["hermes", "llama3"], ["xml"]),
     "data.num_held_out": ([1, 4], [11], [-1, 0, 1000]),
     "sampling.temperature": ([1.0, 0.7, 0], [1e-30, 1e9], [-1.0, "inf", 1e30, 1e-320]),
     "sampling.top_p": ([1.0, 0.9], [1e-30, 0.9999999999], [0.0, 1.5]),
@@ -137,7 +144,20 @@ CHOSEN_WITH_MODELS = (
     *("selection.rule", "objective.kind", "weighting.kind", "out"),
 )
 """Keys that every configuration has, or that depend on the pair of models."""
+_VERIFIERS = "needs the library verifiers, which has an environment of its own"
+_LONG = "needs a model that takes the tools of shopping or travel, thousands of tokens"
 ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
+    "data.environment": (_VERIFIERS, ["some-environment", ""]),
+    "data.arguments": (_VERIFIERS, [{"a": 1}, 3]),
+    "data.python": (_VERIFIERS, ["/no/such/python", 1]),
+    "data.num_tasks": (_VERIFIERS, [8, -1]),
+    "data.success_reward": (_VERIFIERS, [0.5, "all"]),
+    "data.renderer": (_VERIFIERS, ["auto", 1]),
+    "data.num_concurrent": (_VERIFIERS, [4, 0]),
+    "data.timeout_s": (_VERIFIERS, [5.0, 0]),
+    "data.level": (_LONG, [1, 3, 9]),
+    "data.num_products": (_LONG, [60, 10]),
+    "data.max_items": (_LONG, [2, 9]),
     "engine.max_model_len": ("needs vLLM, which has an environment of its own", [64, -1]),
     "engine.gpu_memory_utilization": ("needs vLLM, which has an environment of its own", [0.5, 2]),
     "engine.max_logprob_gap": ("needs vLLM, which has an environment of its own", [0.1, 0.0]),
@@ -151,7 +171,7 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
 """Keys that are drawn here in refused configurations alone: why, and values."""
 LABELS = [
     *VALUES,
-    *("data.path", "data.chat", "data.kind=file", "data.kind=ledger"),
+    *("data.path", "data.chat", "data.kind=file", "data.kind=ledger", "data.kind=ledger_tools"),
     *(f"selection={name}" for name in SELECTIONS),
     *(f"objective={name}" for name in OBJECTIVES),
     *(f"weighting={name}" for name in WEIGHTINGS),

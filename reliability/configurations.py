@@ -35,6 +35,7 @@ from tutelage.commands import train as train_command
 
 from .config_values import (
     ALWAYS_REFUSED,
+    CONVERSATION_KEYS,
     ENGINES,
     FILE_KEYS,
     LABELS,
@@ -105,7 +106,7 @@ def drawn(number: int, models: Models, folder: Path) -> Trial:
         put(table, f"{part}.{tag}", name)
     is_broken = what == "unusable"
     kind = _kind_of_data(due)
-    where, pair = models.draw(rng, is_broken and rng.random() < 0.4, kind == "ledger")
+    where, pair = models.draw(rng, is_broken and rng.random() < 0.4, kind)
     for who, model in zip(("student", "teacher"), pair, strict=True):
         put(table, f"{who}.model", model)
     for key, value in models.data(rng, where, is_broken and rng.random() < 0.4, kind).items():
@@ -144,13 +145,16 @@ def _kind_of_data(due: str) -> str | None:
     """The kind of data that the label asks for."""
     if due in ("data.kind=ledger", *(f"data.{key}" for key in LEDGER_KEYS)):
         return "ledger"
+    if due in ("data.kind=ledger_tools", *(f"data.{key}" for key in CONVERSATION_KEYS)):
+        return "ledger_tools"
     return "file" if due.startswith("data.") else None
 
 
 def _possible(names: dict[str, str], data: str) -> list[str]:
     """Keys that a configuration of these kinds may have."""
     keys = {part: kinds[names[part]] for part, kinds in _KINDS.items()}
-    keys["data"] = LEDGER_KEYS if data == "ledger" else FILE_KEYS
+    by_kind = {"ledger": LEDGER_KEYS, "ledger_tools": CONVERSATION_KEYS}
+    keys["data"] = by_kind.get(data, FILE_KEYS)
     parts = {key: key.partition(".") for key in VALUES}
     return [key for key, (part, _, name) in parts.items() if name in keys.get(part, (name,))]
 
@@ -165,6 +169,11 @@ def spoil(table: dict[str, Any], possible: list[str], rng: random.Random) -> Non
         put(table, key, rng.choice(VALUES[key][2]))
     if rng.random() < 0.1:
         put(table, rng.choice(["typo", "student.typo", "data.typo", "optimizer.lr"]), 1)
+    if rng.random() < 0.1:
+        put(table, "data.kind", rng.choice(["verifiers", "shopping", "travel"]))
+        others = [key for key in ALWAYS_REFUSED if key.startswith("data.")]
+        for key in rng.sample(others, 3):
+            put(table, key, rng.choice(ALWAYS_REFUSED[key][1]))
     if rng.random() < 0.2:
         name = rng.choice([*ENGINES, "sglang"])
         put(table, "engine.kind", name)

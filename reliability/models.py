@@ -39,6 +39,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 EMBEDDED = "package:tutelage/assets/ledger-"
 
 
+_AGENTS = (
+    "package:tutelage/assets/ledger-tools-overconfident",
+    "package:tutelage/assets/ledger-tools-teacher",
+)
+
+
 @dataclass(frozen=True)
 class Models:
     """Pairs of models by the vocabulary they share, and prompt files that suit each."""
@@ -54,17 +60,21 @@ class Models:
     """Files of which every prompt has an answer."""
 
     def draw(
-        self, rng: random.Random, is_broken: bool, is_ledger: bool
+        self, rng: random.Random, is_broken: bool, kind: str | None
     ) -> tuple[str, tuple[str, str]]:
-        """A pair and what it is; of the models of the ledger task, if the data are to be that."""
+        """A pair and what it is; the models of the embedded tasks, if the data are to be those."""
+        if kind == "ledger_tools" and not is_broken:
+            return kind, _AGENTS
         source = self.broken if is_broken else self.pairs
-        where = "ledger" if is_ledger and not is_broken else rng.choice(list(source))
+        where = "ledger" if kind == "ledger" and not is_broken else rng.choice(list(source))
         return where, rng.choice(source[where])
 
     def data(
         self, rng: random.Random, where: str, is_broken: bool, kind: str | None
     ) -> dict[str, Any]:
         """A table of data that suits the pair, of the kind if one is given."""
+        if kind == "ledger_tools":
+            return {"kind": kind}
         is_ledger = where == "ledger"
         share = 0.5 if is_ledger else 0.1
         if kind == "ledger" or (kind is None and rng.random() < share):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tutelage.config.bounds import STRICT, require, require_counts, require_least
+from tutelage.config.bounds import STRICT, require, require_counts
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class ConversationData:
     """Passed to the chat template (Qwen3 thinks unless False); None leaves it to the template."""
 
     def __post_init__(self) -> None:
-        require_counts("data.", self.__dict__, max_turns=1)
-        require_least("data.", self.__dict__, max_inserted_tokens=1)
+        require_counts("data.", self.__dict__, max_turns=1, max_inserted_tokens=1)
         seconds, hint = self.tool_timeout_s, "10 is usual."
         require(0 < seconds <= 3600, "data.tool_timeout_s", "in (0, 3600]", seconds, hint)
 
