@@ -59,6 +59,8 @@ def attempt_all(functions: Sequence[Callable[[], T]], seconds: float) -> list[T 
     goes on by itself, so what it works on must not be used again.
     """
     results: list[T | Failure] = []
+    if not functions:
+        return results
     worker = _Worker()
     for function in functions:
         found = worker.run(function, seconds)

@@ -6,15 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 from tutelage.data.types import Conversation, Message, Outcome, Prompt, ToolCall, Turn
 from tutelage.envs.environment import Environment, Opening, Reply
 from tutelage.envs.guard import Failure, attempt_all
 from tutelage.errors import RunError
 from tutelage.rollout.request import Agent
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -68,7 +65,7 @@ class Dialogue:
         if self.lost:
             found = Failure(self.lost)
         else:
-            (found,) = guarded([self.environment.score], seconds)
+            (found,) = attempt_all([self.environment.score], seconds)
         if isinstance(found, Failure):
             found = Outcome(0.0, False, {"environment_error": found.reason})
         return Conversation(
@@ -90,7 +87,7 @@ def open_dialogues(
         RunError: an environment cannot begin.
     """
     environments = [agent.environment() for _ in prompts]
-    openings: list[Opening | Failure] = guarded(
+    openings: list[Opening | Failure] = attempt_all(
         [
             partial(environment.start, prompt, key)
             for environment, prompt, key in zip(environments, prompts, keys, strict=True)
@@ -118,16 +115,11 @@ def answer_turns(
         if turn is not None and not dialogue.lost:
             asked.append(i)
             calls.append(partial(dialogue.environment.act, turn))
-    replies: dict[int, Reply | Failure] = dict(zip(asked, guarded(calls, seconds), strict=True))
+    replies: dict[int, Reply | Failure] = dict(zip(asked, attempt_all(calls, seconds), strict=True))
     return [
         None if turn is None else dialogue.take(turn, replies.get(i))
         for i, (dialogue, turn) in enumerate(zip(dialogues, turns, strict=True))
     ]
-
-
-def guarded(functions: Sequence[Callable[[], T]], seconds: float) -> list[T | Failure]:
-    """The results of functions, or how each failed."""
-    return attempt_all(functions, seconds) if functions else []
 
 
 def _failed_reply(turn: Turn, reason: str) -> Reply:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,7 +26,7 @@ from tutelage.envs.shopping import ShoppingTask
 from tutelage.envs.travel import TravelTask
 from tutelage.envs.verifiers import Loading, VerifiersTask, Worker
 from tutelage.errors import ConfigError
-from tutelage.models.chat.tool_format import ToolFormat, format_of
+from tutelage.models.chat.tool_format import format_of
 from tutelage.models.chat.tool_prompt import with_tools
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
@@ -78,8 +78,8 @@ class Inputs:
         thinks = thinking(config.data)
         unknown = self.tokenizer.unk_token_id
         prompts = _used_prompts(self.task, config)
-        if isinstance(self.task, AgentTask):
-            tool_format = format_of(self.tokenizer, tool_format_of(config.data))
+        if isinstance(self.task, AgentTask) and isinstance(config.data, ConversationData):
+            tool_format = format_of(self.tokenizer, config.data.tool_format)
             prompts = [opened(self.task.environment(), prompt) for prompt in prompts]
             prompts = [with_tools(self.tokenizer, prompt, tool_format) for prompt in prompts]
         counts, num_ended = [], 0
@@ -189,11 +189,6 @@ def without_long_prompts(task: Task, data: DataConfig, tokenizer: PreTrainedToke
 def thinking(data: DataConfig) -> bool | None:
     """What a `[data]` table passes to the chat template as `enable_thinking`."""
     return None if isinstance(data, LedgerData) else data.enable_thinking
-
-
-def tool_format_of(data: DataConfig) -> ToolFormat | Literal["auto"]:
-    """How a `[data]` table has calls written."""
-    return data.tool_format if isinstance(data, ConversationData) else "auto"
 
 
 def pick_device(name: str) -> torch.device:
