@@ -6,15 +6,24 @@ python scripts/build_ledger_models.py [--out DIR] [--only NAME] [--measure]
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from ledger_cards import write_card
 from ledger_measuring import Figures, measure
 from ledger_tokenizer import build_tokenizer
-from ledger_training import MAX_LENGTH, Lessons, Recipe, Schedule, Shape, fresh_model, train
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from ledger_training import (
+    MAX_LENGTH,
+    Lessons,
+    Recipe,
+    Schedule,
+    Shape,
+    fresh_model,
+    load_model,
+    save_model,
+    train,
+)
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from tutelage.data.tasks.ledger import WrongFacts
@@ -67,7 +76,8 @@ def main() -> None:
         folder = arguments.out / recipe.name
         if not arguments.measure:
             build(recipe, arguments.out, tokenizer)
-        figures = measure(_load(folder), _load(arguments.out / TEACHER), tokenizer, NUM_PROMPTS)
+        model, teacher = load_model(folder), load_model(arguments.out / TEACHER)
+        figures = measure(model, teacher, tokenizer, NUM_PROMPTS)
         write_card(folder, recipe, figures)
         table.append((recipe.name, figures))
     _print_table(table)
@@ -88,25 +98,10 @@ def build(recipe: Recipe, out: Path, tokenizer: PreTrainedTokenizerFast) -> None
     if recipe.parent is None:
         model = fresh_model(recipe.shape, tokenizer, recipe.schedule.seed)
     else:
-        model = _load(out / recipe.parent)
+        model = load_model(out / recipe.parent)
     model.train()
     train(model, tokenizer, recipe)
-    _save(model, out / recipe.name, tokenizer)
-
-
-def _load(folder: Path) -> Qwen3ForCausalLM:
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
-
-
-def _save(model: Qwen3ForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Store bfloat16 weights, half the size, under a config that asks for float32 arithmetic."""
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text()) | {"dtype": "float32"}
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "model.safetensors").chmod(0o644)
+    save_model(model, out / recipe.name, tokenizer)
 
 
 def _print_table(table: list[tuple[str, Figures]]) -> None:

@@ -6,7 +6,6 @@ python scripts/build_ledger_tools_models.py [--out DIR] [--only NAME] [--measure
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from ledger_tools_cards import write_card
 from ledger_tools_measuring import Figures, measure
 from ledger_tools_tokenizer import WORDS, build_tokenizer
 from ledger_tools_training import Conversations, Recipe, batches
-from ledger_training import Schedule, fit, fresh_model
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from ledger_training import Schedule, fit, fresh_model, load_model, save_model
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from tutelage.envs.ledger_tools_agent import Mistakes
@@ -62,7 +61,8 @@ def main() -> None:
         folder = arguments.out / recipe.name
         if not arguments.measure:
             build(recipe, arguments.out, tokenizer)
-        figures = measure(_load(folder), _load(arguments.out / TEACHER), tokenizer, NUM_PROMPTS)
+        model, teacher = load_model(folder), load_model(arguments.out / TEACHER)
+        figures = measure(model, teacher, tokenizer, NUM_PROMPTS)
         write_card(folder, recipe, figures, len(WORDS))
         table.append((recipe.name, figures))
     _print_table(table)
@@ -85,22 +85,7 @@ def build(recipe: Recipe, out: Path, tokenizer: PreTrainedTokenizerFast) -> None
         fit(model, recipe.name, schedule, batches(tokenizer, schedule, conversations))
         for parameter in model.parameters():  # every stage starts from what could be stored
             parameter.data = parameter.data.bfloat16().float()
-    _save(model, out / recipe.name, tokenizer)
-
-
-def _load(folder: Path) -> Qwen3ForCausalLM:
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
-
-
-def _save(model: Qwen3ForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Store bfloat16 weights, half the size, under a config that asks for float32 arithmetic."""
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text()) | {"dtype": "float32"}
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "model.safetensors").chmod(0o644)
+    save_model(model, out / recipe.name, tokenizer)
 
 
 def _print_table(table: list[tuple[str, Figures]]) -> None:

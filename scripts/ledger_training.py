@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -158,3 +160,19 @@ def _num_items(schedule: Schedule, step: int) -> int:
     if step >= schedule.num_easy_steps:
         return LedgerTask().num_items
     return random.Random(f"k{schedule.seed}{step}").choice((2, 3, 4, 5))
+
+
+def load_model(folder: Path) -> Qwen3ForCausalLM:
+    """A stored model, for float32 arithmetic."""
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def save_model(model: Qwen3ForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Store bfloat16 weights, half the size, under a config that asks for float32 arithmetic."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) | {"dtype": "float32"}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
