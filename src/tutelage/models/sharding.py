@@ -1,0 +1,170 @@
+"""Weights in shards over the processes of a run (torch's FSDP2), and the whole model again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+_SHARD = "shard"
+"""Name of the mesh's dimension along which weights are cut; it is the last."""
+
+
+def sharding_mesh(device: torch.device, group_size: int = 0) -> DeviceMesh:
+    """All processes, in groups of neighbours that hold one copy of the weights together.
+
+    Args:
+        device: where the shards lie.
+        group_size: processes of a group; 0 puts all processes into one.
+
+    Returns:
+        A mesh of one dimension, or where there are several groups of two: (replicate, shard).
+
+    Raises:
+        ConfigError: the processes cannot be cut into groups of that size.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    count = torch.distributed.get_world_size()
+    size = group_size or count
+    if count % size:
+        raise ConfigError(
+            f"sharding_group_size must divide the number of processes, {count}, got {group_size}. "
+            "Use 0 for one group of all processes."
+        )
+    if size == count:
+        return init_device_mesh(device.type, (count,), mesh_dim_names=(_SHARD,))
+    shape = (count // size, size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", _SHARD))
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same modules without numbers (on the meta device): what `whole_weights` fills."""
+    memo: dict[int, Any] = {}
+    for weight in model.parameters():
+        empty = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+        memo[id(weight)] = empty
+    return copy.deepcopy(model, memo)
+
+
+def shard_model(
+    root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, is_offloaded: bool = False
+) -> None:
+    """Share the weights of each layer, and those outside layers, out over the mesh, in place.
+
+    Trained weights of less than float32 become float32 in their shards, and are rounded to their
+    dtype wherever they are gathered. Gradients are summed over processes, not averaged, in at
+    least float32.
+
+    Args:
+        root: the module whose forward pass uses all of the weights; holds `model`.
+        model: its layers are gathered one by one.
+        mesh: a mesh of `sharding_mesh`.
+        is_offloaded: whether the shards lie in main memory.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    trained = {weight.dtype for weight in root.parameters() if weight.requires_grad}
+    (dtype,) = trained  # refuse several before
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if wide == dtype else dtype, reduce_dtype=wide, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
+    names = set(model._no_split_modules or ())
+    units = [module for module in model.modules() if type(module).__name__ in names]
+    for unit in (*units, root):
+        _widen(unit, wide)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def _widen(unit: nn.Module, dtype: torch.dtype) -> None:
+    for weight in unit.parameters():
+        if weight.requires_grad and weight.dtype != dtype:
+            weight.data = weight.data.to(dtype)
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is one process's part of a larger one."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The numbers that this process holds of a tensor, in the same memory."""
+    shard: Any = tensor
+    found: Tensor = shard.to_local() if is_shard(tensor) else tensor
+    return found
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All numbers of a tensor; every process has to ask for it at the same point.
+
+    `DTensor.full_tensor` computes the same, and keeps the process group in caches that nothing
+    clears.
+    """
+    if not is_shard(tensor):
+        return tensor
+    shard: Any = tensor
+    group, count = shard.device_mesh.get_group(_SHARD), shard.device_mesh.size(-1)
+    own, num_rows = shard.to_local(), shard.shape[0]
+    size = -(-num_rows // count)  # of each but the last ones, as torch.chunk cuts
+    padded = own.new_zeros(size, *own.shape[1:])
+    padded[: len(own)] = own
+    whole: Tensor = own.new_empty(size * count, *own.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, padded, group)
+    return whole[:num_rows]
+
+
+@contextmanager
+def whole_weights(model: PreTrainedModel, plain: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A plain model with all weights, gathered once for the time of the block.
+
+    Every process has to enter together. Inside no process waits for another, and each may leave at
+    its own time.
+
+    Args:
+        model: one whose weights lie in shards.
+        plain: its `plain_copy`; without numbers again afterwards.
+    """
+    found: dict[int, nn.Parameter] = {}
+    empty = dict(plain.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            if id(weight) not in found:
+                dtype = empty[name].dtype
+                whole = gathered(weight.detach().to(dtype))
+                found[id(weight)] = nn.Parameter(whole, weight.requires_grad)
+            _set(plain, name, found[id(weight)])
+    found.clear()
+    try:
+        yield plain
+    finally:
+        for name, weight in empty.items():
+            _set(plain, name, weight)
+
+
+def _set(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, weight)
