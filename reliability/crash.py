@@ -22,8 +22,7 @@ from typing import Any, TypeAlias
 
 from tutelage.errors import RunError
 from tutelage.setup.run_folder import RunFolder
-from tutelage.train import checkpoint, checkpoint_thread
-from tutelage.train import loop as train
+from tutelage.train import checkpoint, checkpoint_thread, saving
 from tutelage.train.checkpoint import newest_checkpoint
 
 from . import forked
@@ -126,7 +125,7 @@ class Recorder:
             self.operations.append(["commit", step])
             return path
 
-        train.save_checkpoint = noted  # type: ignore[attr-defined]
+        saving.save_checkpoint = noted  # type: ignore[attr-defined]
         CheckpointThread = checkpoint_thread.CheckpointThread
         begin, wait = CheckpointThread.save, CheckpointThread.wait
         begun = [-1]

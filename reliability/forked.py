@@ -35,7 +35,7 @@ from tutelage.models.teacher import Teacher
 from tutelage.rollout.conversation import Conversations
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.run_folder import RunFolder
-from tutelage.train import checkpoint
+from tutelage.train import checkpoint, saving
 from tutelage.train import loop as train
 from tutelage.train.step import Step
 
@@ -53,12 +53,12 @@ POINTS: dict[str, tuple[Any, str]] = {
     "update": (torch.optim.AdamW, "step"),
     "log": (RunFolder, "append"),
     "evaluate": (measure, "_evaluate"),
-    "save": (train, "save_checkpoint"),
+    "save": (saving, "save_checkpoint"),
     "save model": (checkpoint, "save_model"),
     "save moments": (checkpoint, "save_file"),
     "seal": (checkpoint, "seal"),
     "rotate": (checkpoint, "discard"),
-    "export": (train, "save_model"),
+    "export": (saving, "save_model"),
     "fsync": (os, "fsync"),
     "rename": (os, "replace"),
     "rename model": (os, "rename"),

@@ -19,29 +19,24 @@ from tutelage.config.schema import Config
 from tutelage.errors import RunError
 from tutelage.evaluation.measure import describe, measure
 from tutelage.evaluation.verdict import Verdict, verdict_of
-from tutelage.memory.cpu import STATE_BYTES, copied_bytes
 from tutelage.models.chat.template import printed_date
-from tutelage.models.load import save_model
-from tutelage.setup.components import build_components, plain_student
+from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device
 from tutelage.setup.manifest import input_digests, manifest_of
 from tutelage.setup.numerics import open_accelerator, plain_arithmetic
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
-from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, environment, started_at
+from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, started_at
 from tutelage.setup.trackers import numbers, require_trackers, start_trackers
 from tutelage.setup.validate import validate
 from tutelage.train.checkpoint import (
     checkpoint_path,
     load_optimizer,
     newest_checkpoint,
-    require_space,
     rotate,
-    save_checkpoint,
 )
-from tutelage.train.checkpoint_thread import CheckpointThread, is_written_beside
 from tutelage.train.distributed import date_of_main, from_main
-from tutelage.train.model_card import model_card
 from tutelage.train.optimizer import build_optimizer, learning_rate
+from tutelage.train.saving import Saver, require_checkpoint_space
 from tutelage.train.signals import Stop, StoppedError, listening
 from tutelage.train.snapshot import snapshot
 from tutelage.train.step import Step
@@ -135,7 +130,8 @@ class _Run:
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
         self.components = build_components(config, saved, folder.path, inputs, self.on_phase)
-        self._require_space()
+        if self.first_step <= config.num_steps:
+            require_checkpoint_space(config, folder, self.components.masters)
         self._write_manifest(manifest)
         start_trackers(accelerator, config, folder.path.name)
         optimizer = build_optimizer(
@@ -143,12 +139,9 @@ class _Run:
         )
         if checkpoint is not None:
             load_optimizer(checkpoint, self.components, optimizer)
-        self.checkpoint_thread = None
-        device = self.components.device
-        copied = copied_bytes(config, self.components.masters.weights, device)
-        if self.folder.is_writer and is_written_beside(config, device, copied):
-            keep = config.keep_checkpoints
-            self.checkpoint_thread = CheckpointThread(folder.path, self.components, optimizer, keep)
+        self.saver = Saver(
+            config, folder, accelerator, self.components, optimizer, self.on_phase, self.log
+        )
         self.optimizer = optimizer
         self.step = Step(
             config, self.components, accelerator, self.components.student, optimizer, stop
@@ -168,11 +161,10 @@ class _Run:
                 self._record()
             while self.done < num_steps and not self._any_process():
                 self._take()
-                if self.checkpoint_thread is not None:
-                    self.checkpoint_thread.look()
+                self.saver.look()
                 self._record()
                 if self._is_due(self.config.checkpoint_every):
-                    self._save()
+                    self.saver.save(self.done)
                     saved = self.done
                 if self._is_evaluation_due():
                     self._evaluate()
@@ -181,13 +173,13 @@ class _Run:
         self.on_phase("")
         if self.done < num_steps or self._any_process():
             if self.done > saved:
-                self._save()
-            self._wait_for_checkpoint()
+                self.saver.save(self.done)
+            self.saver.wait()
             self.log(f"stopped after step {self.done}; the same command continues from there")
             return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
         if self.done >= self.first_step or not (self.folder.path / "student").exists():
-            self._export()
-        self._wait_for_checkpoint()
+            self.saver.export(self._verdict())
+        self.saver.wait()
         self._conclude()
         return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
 
@@ -259,22 +251,6 @@ class _Run:
         self.log(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
         return step, path
 
-    def _checkpoint_bytes(self) -> int:
-        """What a checkpoint will hold: weights, float32 masters and the optimizer's state."""
-        masters = self.components.masters
-        state = STATE_BYTES[self.config.optimizer.kind] * sum(m.numel() for m in masters.masters)
-        own = sum(master.nbytes for _, master in masters.pairs)
-        return sum(weight.nbytes for weight in masters.weights) + own + int(state)
-
-    def _require_space(self) -> None:
-        """Better now than after the first hours."""
-        needed = self._checkpoint_bytes()
-        if self.config.optimizer.state_is_on_disk:  # in use and in the checkpoint
-            count = sum(master.numel() for master in self.components.masters.masters)
-            needed += int(STATE_BYTES[self.config.optimizer.kind] * count)
-        if self.folder.is_writer and self.first_step <= self.config.num_steps:
-            require_space(self.folder.path, needed)
-
     def _is_due(self, every: int) -> bool:
         return self.done == self.config.num_steps or (every > 0 and self.done % every == 0)
 
@@ -285,25 +261,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, step, self.config.num_steps)
 
-    def _save(self) -> None:
-        self.on_phase("saving a checkpoint")
-        if self.accelerator.is_main_process:
-            if self.checkpoint_thread is not None:
-                self.checkpoint_thread.save(self.done)
-            else:
-                keep = self.config.keep_checkpoints
-                save_checkpoint(self.folder.path, self.done, self.components, self.optimizer, keep)
-        self.accelerator.wait_for_everyone()
-
-    def _wait_for_checkpoint(self) -> None:
-        if self.checkpoint_thread is not None:
-            self.checkpoint_thread.wait()
-        self.accelerator.wait_for_everyone()
-
     def close(self) -> None:
         """End what works beside the run."""
-        if self.checkpoint_thread is not None:
-            self.checkpoint_thread.close()
+        self.saver.close()
         self.components.sampler.close()
 
     def _evaluate(self) -> None:
@@ -351,18 +311,6 @@ class _Run:
             self.folder.write_manifest(manifest | {"verdict": asdict(verdict)})
             if self.done >= self.first_step:
                 self.log(f"verdict: {verdict}")
-
-    def _export(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        self.on_phase("exporting the student")
-        target = self.folder.path / "student"
-        model = plain_student(self.config, self.components.student.model)
-        records = self.folder.read("evaluation.jsonl")
-        card = model_card(self.config, records, environment(), self._verdict())
-        save_model(model, self.components.tokenizer, target, card)
-        self.on_phase("")
-        self.log(f"student exported to {target}")
 
 
 def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
