@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tutelage.config.conversations import ConversationData
 from tutelage.config.parse import fingerprint
 from tutelage.config.schema import Config
 from tutelage.errors import RunError
-from tutelage.evaluation.measure import describe, measure
-from tutelage.evaluation.verdict import Verdict, verdict_of
 from tutelage.models.chat.template import printed_date
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device
@@ -35,10 +32,10 @@ from tutelage.train.checkpoint import (
     rotate,
 )
 from tutelage.train.distributed import date_of_main, from_main
+from tutelage.train.measurements import Measurements
 from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.saving import Saver, require_checkpoint_space
 from tutelage.train.signals import Stop, StoppedError, listening
-from tutelage.train.snapshot import snapshot
 from tutelage.train.step import Step
 
 Log = Callable[[str], None]
@@ -146,6 +143,9 @@ class _Run:
         self.step = Step(
             config, self.components, accelerator, self.components.student, optimizer, stop
         )
+        self.measurements = Measurements(
+            config, self.components, accelerator, folder, stop, self.log, self.on_phase
+        )
         self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
 
     def go(self) -> RunResult:
@@ -156,18 +156,18 @@ class _Run:
             self.log(f"warning: {line}")
         try:
             if self._is_evaluation_due() and not self.folder.has_evaluation(self.done):
-                self._evaluate()
+                self.measurements.evaluate(self.done)
             if self.done == 0 and not self.folder.read("tokens.jsonl"):
-                self._record()
+                self.measurements.record(self.done, self.step.rollouts)
             while self.done < num_steps and not self._any_process():
                 self._take()
                 self.saver.look()
-                self._record()
-                if self._is_due(self.config.checkpoint_every):
+                self.measurements.record(self.done, self.step.rollouts)
+                if self.measurements.is_due(self.done, self.config.checkpoint_every):
                     self.saver.save(self.done)
                     saved = self.done
                 if self._is_evaluation_due():
-                    self._evaluate()
+                    self.measurements.evaluate(self.done)
         except StoppedError:
             pass  # whatever it was given up for did not count yet
         self.on_phase("")
@@ -178,9 +178,9 @@ class _Run:
             self.log(f"stopped after step {self.done}; the same command continues from there")
             return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
         if self.done >= self.first_step or not (self.folder.path / "student").exists():
-            self.saver.export(self._verdict())
+            self.saver.export(self.measurements.verdict(self.done))
         self.saver.wait()
-        self._conclude()
+        self.measurements.conclude(self.done, self.done >= self.first_step)
         return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
 
     def _take(self) -> None:
@@ -251,11 +251,9 @@ class _Run:
         self.log(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
         return step, path
 
-    def _is_due(self, every: int) -> bool:
-        return self.done == self.config.num_steps or (every > 0 and self.done % every == 0)
-
     def _is_evaluation_due(self) -> bool:
-        return self.done == 0 or self._is_due(self.config.evaluation.every)
+        every = self.config.evaluation.every
+        return self.done == 0 or self.measurements.is_due(self.done, every)
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
@@ -265,52 +263,6 @@ class _Run:
         """End what works beside the run."""
         self.saver.close()
         self.components.sampler.close()
-
-    def _evaluate(self) -> None:
-        """The main process evaluates; the others wait for it at the next gradient.
-
-        Raises:
-            StoppedError: a signal came meanwhile; the evaluation is repeated by the next start.
-        """
-        if not self.config.evaluation.num_problems or not self.accelerator.is_main_process:
-            return
-        with self.stop.interruptible():
-            measured = measure(self.config, self.components, self.done, self.on_phase)
-        for name, rows in measured.logs().items():
-            self.folder.append(name, rows)
-        for summary in measured.summaries:
-            found = numbers(summary, f"evaluation.{summary['model']}.")
-            self.accelerator.log(found, step=self.done)
-            self.log(describe(summary))
-
-    def _record(self) -> None:
-        """A snapshot of tokens for the report, on the main process alone."""
-        every = self.config.recording.every
-        if not every or not (self._is_due(every) or self.done == 0) or not self.folder.is_writer:
-            return
-        self.on_phase("recording tokens")
-        lines = snapshot(self.config, self.components, self.step.rollouts, self.done)
-        if (
-            self.folder.size("tokens.jsonl") + sum(map(len, lines))
-            > self.config.recording.max_bytes
-        ):
-            limit = self.config.recording.max_bytes
-            self.log(f"no tokens recorded at step {self.done}: recording.max_bytes is {limit:,}")
-            return
-        self.folder.append_text("tokens.jsonl", "".join(lines))
-
-    def _verdict(self) -> Verdict | None:
-        has_turns = isinstance(self.config.data, ConversationData)
-        return verdict_of(self.folder.read("evaluation_rows.jsonl"), self.done, has_turns)
-
-    def _conclude(self) -> None:
-        """Keep the verdict in the manifest, and log it where this start took a step."""
-        verdict = self._verdict()
-        if verdict is not None:
-            manifest = self.folder.read_manifest() or {}
-            self.folder.write_manifest(manifest | {"verdict": asdict(verdict)})
-            if self.done >= self.first_step:
-                self.log(f"verdict: {verdict}")
 
 
 def _skipped_in_a_row(metrics: list[dict[str, Any]]) -> int:
