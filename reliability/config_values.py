@@ -47,6 +47,8 @@ VALUES: dict[str, Values] = {
         [[], ["q_proj", "v_proj"]], [["lm_head"], ["norm"], ["q_proj", "no_such_layer"]],
         [["no_such_layer"], "q_proj", [1]],
     ),
+    "student.sharding": (["none", "fsdp2"], [], ["fsdp1", True]),
+    "student.sharding_group_size": ([0], [2, _HUGE], [1, -1]),
     "teacher.dtype": (["float32", "bfloat16", "float16"], [], ["float64"]),
     "teacher.mode": (["resident", "offload", "reload"], [], ["away"]),
     "teacher.quantization": (["none", "none", "8bit"], ["4bit"], ["2bit"]),

@@ -55,11 +55,25 @@ class StudentConfig:
     """Bits of the frozen weights under an adapter (QLoRA); needs the extra `lowbit`."""
     lora: LoraConfig | None = None
     """Train an adapter instead of the weights; None trains all weights."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """Where several processes share a run: none keeps the weights, gradients and optimizer state
+    whole in each; fsdp2 cuts them into as many parts, of which each process keeps one (torch's
+    FSDP2), and gathers weights for the draw, and layer by layer for a pass."""
+    sharding_group_size: int = 0
+    """Neighbouring processes that keep one copy of the weights between them; 0 is all. A smaller
+    group, such as those of one host, gathers within itself and sums gradients with the others."""
 
     def __post_init__(self) -> None:
         is_possible = self.quantization == "none" or self.lora is not None
         hint = "Quantized weights cannot be trained; add a table [student.lora]."
         require(is_possible, "student.quantization", "none", self.quantization, hint)
+        is_whole, size = self.sharding == "none", self.sharding_group_size
+        is_possible, hint = self.quantization == "none" or is_whole, 'Use sharding = "none".'
+        rule = "none with student.sharding = fsdp2"
+        require(is_possible, "student.quantization", rule, self.quantization, hint)
+        key, hint = "student.sharding_group_size", "0 is one group of all processes."
+        require(size == 0 or size >= 2, key, "0 or at least 2", size, hint)
+        require(size == 0 or not is_whole, key, "0 without student.sharding = fsdp2", size, hint)
 
 
 @dataclass(frozen=True)

@@ -227,8 +227,25 @@ class Config:
         what = "auto or inline with adamw_on_disk or quantized weights"
         hint = "A thread writes from a copy in memory."
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
+        self._require_sharded()
         updates, prompts, threads = self.updates_per_step, self.prompts_per_step, self.num_threads
         require(0 <= threads <= 1024, "num_threads", "from 0 to 1024", threads, "0 is torch's own.")
         hint = "Every update trains on the same number of prompts."
         is_even = prompts % updates == 0
         require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)
+
+    def _require_sharded(self) -> None:
+        """What works on the parts of weights that fsdp2 leaves with a process."""
+        if self.student.sharding == "none":
+            return
+        kind, writer = self.optimizer.kind, self.checkpoint_writer
+        rule, hint = (
+            "adamw or adamw_on_disk with student.sharding = fsdp2",
+            "Others need whole weights.",
+        )
+        require(kind in ("adamw", "adamw_on_disk"), "optimizer.kind", rule, kind, hint)
+        rule, hint = (
+            "auto or inline with student.sharding = fsdp2",
+            "Every process writes its part.",
+        )
+        require(writer != "thread", "checkpoint_writer", rule, writer, hint)

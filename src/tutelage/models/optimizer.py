@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from tutelage.config.models import OptimizerKind
 from tutelage.errors import ConfigError, MissingExtraError, RunError
 from tutelage.models.offload import MappedFile, whole_pages
+from tutelage.models.sharding import is_shard, local
 
 _PIECE = 1 << 22
 """Weights whose moments on disk are in memory at the same time; a whole number of pages."""
@@ -28,6 +29,9 @@ class MasterWeights:
     all micro-batches are summed there, and updates far below the weight's own precision add up
     there instead of being rounded away. With `device` the masters, and so the optimizer's state,
     live elsewhere, such as in main memory.
+
+    The master of a weight that lies in parts is this process's part, in the same memory; it may be
+    empty.
     """
 
     def __init__(
@@ -38,12 +42,15 @@ class MasterWeights:
 
     @property
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(weight, master) where they are two."""
+        """(weight, master) where they are two numbers each."""
         both = zip(self.weights, self.masters, strict=True)
-        return [(weight, master) for weight, master in both if weight is not master]
+        return [(weight, master) for weight, master in both if not _is_same(weight, master)]
 
     def accumulate_grads(self) -> None:
         """Add the weights' gradients to the masters', and free them."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight.grad is not None and is_shard(weight):
+                master.grad = local(weight.grad)  # FSDP2 adds to it in place
         for weight, master in self.pairs:
             if weight.grad is None:
                 continue
@@ -51,6 +58,11 @@ class MasterWeights:
             grad = weight.grad.to(master.device)
             master.grad = grad.to(master) if master.grad is None else master.grad.add_(grad)
             weight.grad = None
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of weights and masters."""
+        for tensor in (*self.weights, *self.masters):
+            tensor.grad = None
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -63,7 +75,13 @@ class MasterWeights:
         optimizer.register_step_post_hook(lambda *_: self.copy_to_model())
 
 
+def _is_same(weight: nn.Parameter, master: nn.Parameter) -> bool:
+    return weight is master or is_shard(weight)
+
+
 def _master(weight: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
+    if is_shard(weight):
+        return nn.Parameter(local(weight.detach()))
     dtype = torch.promote_types(weight.dtype, torch.float32)
     copy = weight.detach().to(device=device, dtype=dtype)
     is_same = copy.data_ptr() == weight.data_ptr() and copy.device == weight.device

@@ -20,6 +20,12 @@ _SHARD = "shard"
 """Name of the mesh's dimension along which weights are cut; it is the last."""
 
 
+def num_processes() -> int:
+    """Processes that share the run."""
+    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return 1 if is_alone else torch.distributed.get_world_size()
+
+
 def sharding_mesh(device: torch.device, group_size: int = 0) -> DeviceMesh:
     """All processes, in groups of neighbours that hold one copy of the weights together.
 
@@ -39,8 +45,8 @@ def sharding_mesh(device: torch.device, group_size: int = 0) -> DeviceMesh:
     size = group_size or count
     if count % size:
         raise ConfigError(
-            f"sharding_group_size must divide the number of processes, {count}, got {group_size}. "
-            "Use 0 for one group of all processes."
+            f"student.sharding_group_size must divide the number of processes, {count}, got "
+            f"{group_size}. Use 0 for one group of all processes."
         )
     if size == count:
         return init_device_mesh(device.type, (count,), mesh_dim_names=(_SHARD,))
@@ -96,6 +102,13 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    root.register_forward_hook(_reshard_unless_learning)
+
+
+def _reshard_unless_learning(root: Any, _inputs: Any, _output: Any) -> None:
+    """The root's weights stay gathered for the backward pass, which may never come."""
+    if not torch.is_grad_enabled():
+        root.reshard()
 
 
 def _widen(unit: nn.Module, dtype: torch.dtype) -> None:
@@ -124,17 +137,51 @@ def gathered(tensor: Tensor) -> Tensor:
     `DTensor.full_tensor` computes the same, and keeps the process group in caches that nothing
     clears.
     """
-    if not is_shard(tensor):
-        return tensor
-    shard: Any = tensor
-    group, count = shard.device_mesh.get_group(_SHARD), shard.device_mesh.size(-1)
-    own, num_rows = shard.to_local(), shard.shape[0]
-    size = -(-num_rows // count)  # of each but the last ones, as torch.chunk cuts
-    padded = own.new_zeros(size, *own.shape[1:])
+    return gathered_parts(local(tensor), tensor) if is_shard(tensor) else tensor
+
+
+def gathered_parts(own: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor that is cut as a sharded weight is, such as its moments.
+
+    Every process of the weight's group has to ask for it at the same point.
+
+    Args:
+        own: this process's rows, on any device.
+        like: the weight.
+
+    Returns:
+        A tensor of the weight's shape, on the device of its processes.
+    """
+    shard: Any = like
+    mesh, num_rows = shard.device_mesh, shard.shape[0]
+    size = -(-num_rows // mesh.size(-1))  # of each but the last ones, as torch.chunk cuts
+    padded = torch.zeros(size, *own.shape[1:], dtype=own.dtype, device=mesh.device_type)
     padded[: len(own)] = own
-    whole: Tensor = own.new_empty(size * count, *own.shape[1:])
-    torch.distributed.all_gather_into_tensor(whole, padded, group)
-    return whole[:num_rows]
+    return _all_gathered(padded, mesh)[:num_rows]
+
+
+def _all_gathered(own: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The rows of all processes of a group, one process after the other; as many from each."""
+    every = own.new_empty(mesh.size(-1) * len(own), *own.shape[1:])
+    names = vars(torch.distributed)
+    gather = names.get("all_gather_single") or names["all_gather_into_tensor"]  # before torch 2.13
+    gather(every, own, mesh.get_group(_SHARD))
+    return every
+
+
+def own_rows(like: Tensor) -> slice:
+    """Which rows of the whole are this process's part of a sharded weight."""
+    shard: Any = like
+    mesh, num_rows = shard.device_mesh, shard.shape[0]
+    size = -(-num_rows // mesh.size(-1))
+    start = min(mesh.get_local_rank(_SHARD) * size, num_rows)
+    return slice(start, min(start + size, num_rows))
+
+
+def norm_over_parts(part: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The Euclidean norm of what lies in parts, of the norm of this process's part."""
+    square = part.detach().double().square().reshape(1).to(mesh.device_type)
+    return _all_gathered(square, mesh).sum().sqrt().to(part)
 
 
 @contextmanager
@@ -153,8 +200,8 @@ def whole_weights(model: PreTrainedModel, plain: PreTrainedModel) -> Iterator[Pr
     with torch.no_grad():
         for name, weight in model.named_parameters(remove_duplicate=False):
             if id(weight) not in found:
-                dtype = empty[name].dtype
-                whole = gathered(weight.detach().to(dtype))
+                own = local(weight.detach()).to(empty[name].dtype)
+                whole = gathered_parts(own, weight) if is_shard(weight) else own
                 found[id(weight)] = nn.Parameter(whole, weight.requires_grad)
             _set(plain, name, found[id(weight)])
     found.clear()

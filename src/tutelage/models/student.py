@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +14,10 @@ from tutelage.core.terms import ReverseKL, Term
 from tutelage.data.batch import Batch
 from tutelage.models.forward import rounding
 from tutelage.models.head import head, hidden_rows
+from tutelage.models.sharding import plain_copy, shard_model, whole_weights
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 
@@ -25,14 +28,58 @@ _MAX_GAP = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 3e-2, torch
 class Student(nn.Module):
     """The student and its loss in one module.
 
-    Because the loss is computed inside `forward`, a wrapper such as DDP sees one ordinary module
-    and nothing special is needed for the head.
+    The loss is computed inside `forward`, so that whatever gathers or sums over processes sees one
+    ordinary module and nothing special is needed for the head. With weights in parts every process
+    has to call it as often, and learn from it as often.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        mesh: DeviceMesh | None = None,
+        is_offloaded: bool = False,
+    ) -> None:
+        """Take a model as it is, or cut its weights into parts, in place.
+
+        Args:
+            model: on its device.
+            vocab_size: ids that both models know.
+            mesh: processes that share the weights, of `sharding_mesh`; None keeps them whole.
+            is_offloaded: whether the parts lie in main memory.
+        """
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.mesh = mesh
+        # In a tuple, so that it counts as no part of this module.
+        self._plain = (model if mesh is None else plain_copy(model),)
+        if mesh is not None:
+            shard_model(self, model, mesh, is_offloaded)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has only a part of the weights."""
+        return self.mesh is not None
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The model that has all weights inside `whole`; of whole weights always."""
+        return self._plain[0]
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all weights for the time of the block, as an ordinary one.
+
+        Where they lie in parts, every process has to enter together, and has room for them all.
+        Inside none waits for another, and each may leave at its own time. Where they are whole this
+        is the model itself.
+        """
+        if self.mesh is None:
+            yield self.model
+            return
+        with whole_weights(self.model, self.plain) as model:
+            yield model
 
     def forward(
         self,
@@ -71,7 +118,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> LazyLogits:
-        """Student logits of the batch's N rows, no gradient."""
+        """Student logits of the batch's N rows, no gradient; not of weights in parts."""
         return head(self.model, hidden_rows(self.model, batch), self.vocab_size)
 
     @torch.no_grad()
@@ -90,9 +137,10 @@ class Student(nn.Module):
             max (with experts: median) ‖hidden − fresh‖/‖fresh‖ over rows, and the most that
             rounding may explain.
         """
-        if not len(hidden):
-            return 0.0, 0.0
-        fresh = hidden_rows(self.model, batch).double()
+        with self.whole() as model:
+            if not len(hidden):
+                return 0.0, 0.0
+            fresh = hidden_rows(model, batch).double()
         difference, size = (fresh - hidden.double()).norm(dim=1), fresh.norm(dim=1)
         gaps = torch.where(size > 0, difference / size, difference)
         has_experts = any(name.endswith("experts") for name, _ in self.model.named_modules())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import require_packed, use_own_attention
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import ResolvedModel, resolve_model
+from tutelage.models.sharding import num_processes, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
@@ -74,6 +76,18 @@ class Components:
     """Warnings about settings that are valid but seldom intended."""
     verifiers: VerifiersService | None = None
     """What leads the conversations of every model where the task is verifiers'."""
+
+    @contextmanager
+    def whole(self) -> Iterator[Components]:
+        """The same with a student that has all weights, for the time of the block.
+
+        Where they lie in parts, every process has to enter together. Inside none waits for another.
+        """
+        if not self.student.is_sharded:
+            yield self
+            return
+        with self.student.whole() as model:
+            yield replace(self, student=Student(model, self.student.vocab_size))
 
 
 def trained_names(student: Student) -> list[str]:
@@ -142,6 +156,24 @@ def plain_student(config: Config, student: PreTrainedModel) -> PreTrainedModel:
     _add_adapter(model, config)
     set_adapter_weights(model, student.get_adapter_state_dict())
     return merge(model)
+
+
+def shared_student(
+    config: Config, model: PreTrainedModel, vocab_size: int, device: torch.device
+) -> Student:
+    """The student, its weights in parts where several processes share them; alone one has all."""
+    start = config.student
+    if start.sharding == "none" or num_processes() == 1:
+        return Student(model, vocab_size)
+    mesh = sharding_mesh(device, start.sharding_group_size)
+    is_offloaded = config.optimizer.offload and device.type != "cpu"
+    return Student(model, vocab_size, mesh, is_offloaded)
+
+
+def masters_of(config: Config, student: Student) -> MasterWeights:
+    """The tensors that the optimizer updates, in main memory where it is to update there."""
+    trained = (weight for weight in student.model.parameters() if weight.requires_grad)
+    return MasterWeights(trained, "cpu" if config.optimizer.offload else None)
 
 
 def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
@@ -295,16 +327,14 @@ def build_components(
     with teacher.on_device():
         who = f"teacher {config.teacher.model!r}"
         notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
-    sampler = make_sampler(config, student, tokenizer)
+    trained = shared_student(config, student, vocab_size, device)
+    sampler = make_sampler(config, trained.plain, tokenizer)
     service = verifiers_service(config, task, student, tokenizer)
     if service is not None:
         sampler = VerifiersSampler(sampler, service, is_owner=True)
     return Components(
-        Student(student, vocab_size),
-        MasterWeights(
-            (weight for weight in student.parameters() if weight.requires_grad),
-            "cpu" if config.optimizer.offload else None,
-        ),
+        trained,
+        masters_of(config, trained),
         teacher,
         sampler,
         tokenizer,

@@ -19,6 +19,7 @@ from tutelage.files.atomic import discard, move, new_folder
 from tutelage.files.checksums import DamagedError, seal, unseal
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import DiskAdamW
+from tutelage.models.sharding import gathered_parts, is_shard, local, own_rows
 from tutelage.setup.components import trained_names
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def savable_tensors(
     """
     tensors = _optimizer_tensors(components, optimizer)
     weights = {
-        name: p for name, p in components.student.model.named_parameters() if p.requires_grad
+        name: local(p) for name, p in components.student.model.named_parameters() if p.requires_grad
     }
     _refuse_nonfinite(step, weights | tensors)
     require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
@@ -239,7 +240,9 @@ def load_optimizer(path: Path, components: Components, optimizer: torch.optim.Op
             raise RunError(
                 f"{file} cannot be read: {error}. Delete {path} to use an older one."
             ) from None
-    masters = dict(zip(trained_names(components.student), components.masters.masters, strict=True))
+    names = trained_names(components.student)
+    masters = dict(zip(names, components.masters.masters, strict=True))
+    weights_of = dict(zip(names, components.masters.weights, strict=True))
     # torch numbers weights in the order of the optimizer's groups, which need not be the model's
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     number = {id(weight): i for i, weight in enumerate(weights)}
@@ -250,6 +253,8 @@ def load_optimizer(path: Path, components: Components, optimizer: torch.optim.Op
         if name not in masters:
             raise RunError(f"{file} has moments of {name!r}, which the model does not have.")
         index = place[name]
+        if is_shard(weights_of[name]) and tensor.dim():
+            tensor = tensor[own_rows(weights_of[name])].clone()
         if entry == _MASTER:
             masters[name].data.copy_(tensor)
         elif entry.endswith(_NUMBER):
@@ -268,13 +273,21 @@ def _optimizer_tensors(
     masters = components.masters
     both = zip(masters.weights, masters.masters, strict=True)
     for name, (weight, master) in zip(trained_names(components.student), both, strict=True):
-        if weight is not master:
-            tensors[f"{name}|{_MASTER}"] = master.detach()
+        is_apart = weight is not master
+        if is_shard(weight):  # its part is its own master, of a model that may be of less
+            is_apart = components.student.plain.get_parameter(name).dtype != master.dtype
+        if is_apart:
+            tensors[f"{name}|{_MASTER}"] = _whole(master.detach(), weight)
         for entry, value in optimizer.state[master].items():
             if isinstance(value, Tensor):
                 # cloned where several weights share one table, which a file would refuse
                 tensor = value.clone() if entry.startswith("qmap") else value
-                tensors[f"{name}|{entry}"] = tensor.contiguous()
+                tensors[f"{name}|{entry}"] = _whole(tensor.contiguous(), weight)
             elif value is not None:
                 tensors[f"{name}|{entry}{_NUMBER}"] = torch.tensor(value)
     return tensors
+
+
+def _whole(tensor: Tensor, weight: Tensor) -> Tensor:
+    """All numbers of a weight's moment or master."""
+    return gathered_parts(tensor, weight) if is_shard(weight) and tensor.dim() else tensor

@@ -53,10 +53,13 @@ class Measurements:
         Raises:
             StoppedError: a signal came meanwhile; the evaluation is repeated by the next start.
         """
-        if not self.config.evaluation.num_problems or not self.accelerator.is_main_process:
+        if not self.config.evaluation.num_problems:
             return
-        with self.stop.interruptible():
-            measured = measure(self.config, self.components, step, self.on_phase)
+        with self.components.whole() as components:
+            if not self.accelerator.is_main_process:
+                return
+            with self.stop.interruptible():
+                measured = measure(self.config, components, step, self.on_phase)
         for name, rows in measured.logs().items():
             self.folder.append(name, rows)
         for summary in measured.summaries:
@@ -73,10 +76,13 @@ class Measurements:
         """
         settings = self.config.recording
         is_due = step == 0 or self.is_due(step, settings.every)
-        if not settings.every or not is_due or not self.folder.is_writer:
+        if not settings.every or not is_due:
             return
-        self.on_phase("recording tokens")
-        lines = snapshot(self.config, self.components, rollouts, step)
+        with self.components.whole() as components:
+            if not self.folder.is_writer:
+                return
+            self.on_phase("recording tokens")
+            lines = snapshot(self.config, components, rollouts, step)
         if self.folder.size("tokens.jsonl") + sum(map(len, lines)) > settings.max_bytes:
             limit = settings.max_bytes
             self.log(f"no tokens recorded at step {step}: recording.max_bytes is {limit:,}")

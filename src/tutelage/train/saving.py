@@ -15,7 +15,13 @@ from tutelage.models.optimizer import MasterWeights
 from tutelage.setup.components import Components, plain_student
 from tutelage.setup.phases import PhaseCallback
 from tutelage.setup.run_folder import RunFolder, environment
-from tutelage.train.checkpoint import require_space, save_checkpoint
+from tutelage.train.checkpoint import (
+    Snapshot,
+    require_space,
+    savable_tensors,
+    save_checkpoint,
+    write_snapshot,
+)
 from tutelage.train.checkpoint_thread import CheckpointThread, is_written_beside
 from tutelage.train.model_card import model_card
 
@@ -76,10 +82,19 @@ class Saver:
         self._on_phase("saving a checkpoint")
         if self._thread is not None:
             self._thread.save(step)
-        elif self._folder.is_writer:
-            keep = self._config.keep_checkpoints
-            save_checkpoint(self._folder.path, step, self._components, self._optimizer, keep)
+        elif self._folder.is_writer or self._components.student.is_sharded:
+            self._save_inline(step)
         self._accelerator.wait_for_everyone()
+
+    def _save_inline(self, step: int) -> None:
+        run, keep = self._folder.path, self._config.keep_checkpoints
+        if not self._components.student.is_sharded:
+            save_checkpoint(run, step, self._components, self._optimizer, keep)
+            return
+        tensors = savable_tensors(run, step, self._components, self._optimizer)
+        with self._components.whole() as components:
+            if self._folder.is_writer:
+                write_snapshot(run, Snapshot(step, None, tensors), components, keep)
 
     def look(self) -> None:
         """Raise what went wrong with a checkpoint that is no longer being written.
@@ -114,13 +129,14 @@ class Saver:
         Raises:
             RunError: the folder cannot be written.
         """
-        if not self._folder.is_writer:
-            return
-        self._on_phase("exporting the student")
         target = self._folder.path / "student"
-        model = plain_student(self._config, self._components.student.model)
-        records = self._folder.read("evaluation.jsonl")
-        card = model_card(self._config, records, environment(), verdict)
-        save_model(model, self._components.tokenizer, target, card)
+        with self._components.student.whole() as whole:
+            if not self._folder.is_writer:
+                return
+            self._on_phase("exporting the student")
+            model = plain_student(self._config, whole)
+            records = self._folder.read("evaluation.jsonl")
+            card = model_card(self._config, records, environment(), verdict)
+            save_model(model, self._components.tokenizer, target, card)
         self._on_phase("")
         self._log(f"student exported to {target}")

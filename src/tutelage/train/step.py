@@ -96,7 +96,7 @@ class Step:
         prompts = self.components.task.prompts(step - 1, config.prompts_per_step, config.seed)
         earlier = earlier_samples(prompts, config.sampling.num_samples)
         share = self.share(len(prompts) // self.ranks.count)
-        with self.clock.phase("rollout"):
+        with self.clock.phase("rollout"), self.components.student.whole():
             return self.components.sampler.sample(
                 RolloutRequest(
                     [prompts[i] for i in share],

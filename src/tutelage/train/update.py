@@ -14,6 +14,7 @@ from tutelage.config.schema import Config
 from tutelage.core import Objective, TokenStats
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
+from tutelage.models.sharding import norm_over_parts
 from tutelage.setup.components import Components, trained_names
 from tutelage.setup.objective import needed_extras, needs_scoring, scores_teacher
 from tutelage.train.distributed import Ranks
@@ -152,8 +153,7 @@ class Updater:
             RunError: it is one sequence, or other processes count on as many micro-batches.
         """
         # What was summed so far includes part of the one that failed.
-        self.optimizer.zero_grad()
-        self.components.student.zero_grad()
+        self.components.masters.zero_grad()
         if self.ranks.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         batch = update[place].batch
@@ -175,30 +175,35 @@ class Updater:
         Returns:
             The sum of the objective, the norm of the gradient, and what was not finite.
         """
-        masters = self.components.masters.masters
-        self.ranks.add_gradients(masters)
+        masters, student = self.components.masters, self.components.student
+        if not student.is_sharded:  # its backward passes summed them
+            self.ranks.add_gradients(masters.masters)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.config.optimizer.max_grad_norm
         found = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if student.mesh is not None:
+            found = norm_over_parts(found, student.mesh)
         total, norm = torch.stack((local_total, found.to(local_total))).tolist()
         total = self.ranks.sum(total)
         if not (math.isfinite(norm) and math.isfinite(total)):
-            named = zip(
-                trained_names(self.components.student),
-                (master.grad for master in masters),
-                strict=True,
-            )
-            bad = [n for n, g in named if g is not None and not bool(torch.isfinite(g).all())]
-            self.optimizer.zero_grad()
+            bad = self._nonfinite()
+            masters.zero_grad()
             part = "the loss" if math.isfinite(norm) else "the norm of the gradient"
             return total, norm, bad or [part]
         if 0 < limit < norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, found)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        masters.zero_grad()
         if self.components.teacher.mode == "reload" or self.config.optimizer.state_is_on_disk:
             give_back()  # to the teacher, whose forward comes next
         return total, norm, []
+
+    def _nonfinite(self) -> list[str]:
+        """Names of the weights whose gradient is not finite, in any process."""
+        grads = [master.grad for master in self.components.masters.masters]
+        flags = [float(g is not None and not bool(torch.isfinite(g).all())) for g in grads]
+        names = trained_names(self.components.student)
+        return [name for name, bad in zip(names, self.ranks.max(flags), strict=True) if bad]
 
 
 def _as_stats(objective: Objective) -> TokenStats:
