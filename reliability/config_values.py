@@ -163,10 +163,14 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
     "engine.max_model_len": ("needs vLLM, which has an environment of its own", [64, -1]),
     "engine.gpu_memory_utilization": ("needs vLLM, which has an environment of its own", [0.5, 2]),
     "engine.max_logprob_gap": ("needs vLLM, which has an environment of its own", [0.1, 0.0]),
-    "engine.url": (
+    "engine.urls": (
         "needs a server of vLLM",
-        ["http://127.0.0.1:9", "127.0.0.1", "ftp://x", "http://[", "http://127.0.0.1:99999999"],
+        [
+            *([url] for url in ("http://127.0.0.1:9", "127.0.0.1", "ftp://x", "http://[")),
+            *(["http://127.0.0.1:99999999"], ["http://127.0.0.1:9"] * 2, [], "http://127.0.0.1:9"),
+        ],
     ),
+    "engine.min_replicas": ("needs a server of vLLM", [1, 0, -1, 9]),
     "engine.folder": ("needs a server of vLLM", ["handed-over", ""]),
     "engine.num_concurrent": ("needs a server of vLLM", [1, 0, _HUGE]),
 }

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS: dict[str, Any] = {"student": {"model": "s"}, "teacher": {"model": "t"}}
 KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "data": ("kind", {"file": {"path": "p"}, "verifiers": {"environment": "e"}}),
-    "engine": ("kind", {"vllm_server": {"url": "u", "folder": "f"}}),
+    "engine": ("kind", {"vllm_server": {"urls": ["u"], "folder": "f"}}),
     "selection": ("rule", {"first_n": {"num_tokens": 1}}),
     "objective": ("kind", {}),
     "weighting": ("kind", {}),
@@ -192,7 +192,7 @@ def test_a_missing_model_is_asked_for_by_its_key() -> None:
     assert "pass student.model=VALUE" in explain({"teacher": {"model": "t"}})
     assert explain({"student": {"model": "s"}}).startswith("teacher.model is missing")
     assert explain({**MODELS, "engine": {"kind": "vllm_server"}}).startswith(
-        "engine.url is missing"
+        "engine.urls is missing"
     )
 
 

@@ -55,7 +55,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Metrics of a tiny run; with `num_syncs` its engine has weights of its own."""
 
-    def make_sampler(config: Any, student: Any, tokenizer: Any) -> Any:
+    def make_sampler(config: Any, student: Any, tokenizer: Any, service: Any) -> Any:
         sampler = TransformersSampler(student, tokenizer, 8)
         return sampler if num_syncs is None else OwnWeights(sampler, num_syncs)
 
@@ -80,7 +80,7 @@ def test_evaluations_snapshots_and_scores_are_drawn_by_the_engine(
 ) -> None:
     engines: list[OwnWeights] = []
 
-    def make_sampler(config: Any, student: Any, tokenizer: Any) -> Any:
+    def make_sampler(config: Any, student: Any, tokenizer: Any, service: Any) -> Any:
         engines.append(OwnWeights(TransformersSampler(student, tokenizer, 8), 99))
         return engines[-1]
 

@@ -28,6 +28,8 @@ from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.lora import add_lora
 from tutelage.models.tokenizers import pad_id, vocabulary_size
+from tutelage.rollout.replica_sampler import ReplicaSampler
+from tutelage.rollout.replicas import Replicas
 from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
@@ -54,14 +56,13 @@ def disturb(model: Any, seed: int) -> None:
         weight.data.add_(0.01 * torch.randn(weight.shape, generator=generator))
 
 
-def largest_gap(sampler: VLLMSampler | VLLMServerSampler, seed: int) -> float:
+def largest_gap(sampler: VLLMSampler | ReplicaSampler, seed: int) -> float:
     """Largest difference in nats between vLLM's log-probabilities and those of transformers."""
+    tokenizer = load_tokenizer(STUDENT)
     rollouts = sampler.sample(RolloutRequest(PROMPTS, CONFIG, (seed,)))
-    batch = collate(rollouts, pad_id(sampler.tokenizer))
+    batch = collate(rollouts, pad_id(tokenizer))
     with torch.no_grad():
-        rows = head(
-            sampler.model, hidden_rows(sampler.model, batch), vocabulary_size(sampler.tokenizer)
-        )
+        rows = head(sampler.model, hidden_rows(sampler.model, batch), vocabulary_size(tokenizer))
         log_p = torch.log_softmax(rows.block(0, batch.num_rows).double(), dim=-1)
     ours = log_p.gather(1, batch.tokens[:, None]).squeeze(1)
     said = torch.tensor([x for rollout in rollouts for x in rollout.logprobs])
@@ -170,7 +171,9 @@ def server(tmp_path: Path, port: int) -> Iterator[str]:
 
 def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> None:
     model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
-    sampler = VLLMServerSampler(model, tokenizer, server, tmp_path / "weights")
+    replicas = Replicas([server], tmp_path / "weights")
+    inner = VLLMServerSampler(model, tokenizer, replicas)
+    sampler = ReplicaSampler(inner, replicas, model)
     assert largest_gap(sampler, 1) < 1e-4
     disturb(model, 3)
     assert largest_gap(sampler, 2) < 1e-4

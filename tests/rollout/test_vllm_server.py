@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
-from vllm_stub import Change, FakeVLLM, serving
+from vllm_stub import Change, FakeVLLM, sampler_of, serving
 
 from tiny import tiny_config
 from tutelage.config.sampling import SamplingConfig
@@ -17,12 +17,10 @@ from tutelage.data.tasks import LedgerTask
 from tutelage.errors import ModelError, RunError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
-from tutelage.rollout.http_client import Limits
+from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import RolloutRequest
-from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.train.loop import train
 
-QUICK = Limits(num_tries=2, first_delay_s=0.01)
 PROMPTS = LedgerTask(1).prompts(0, 3, 0)
 CONFIG = SamplingConfig(max_new_tokens=6, num_samples=2)
 STATED = {
@@ -56,13 +54,13 @@ def server(student: PreTrainedModel, tiny_models: Path) -> Iterator[FakeVLLM]:
 @pytest.fixture
 def sampler(
     server: FakeVLLM, student: PreTrainedModel, tiny_models: Path, tmp_path: Path
-) -> VLLMServerSampler:
+) -> ReplicaSampler:
     tokenizer = load_tokenizer(str(tiny_models / "student"))
-    return VLLMServerSampler(student, tokenizer, server.url, tmp_path / "weights", 4, QUICK)
+    return sampler_of(student, tokenizer, [server.url], tmp_path / "weights")
 
 
 def test_weights_are_read_before_completions_are_asked_for(
-    sampler: VLLMServerSampler, server: FakeVLLM, tmp_path: Path
+    sampler: ReplicaSampler, server: FakeVLLM, tmp_path: Path
 ) -> None:
     rollouts = sampler.sample(RolloutRequest(PROMPTS, CONFIG, (0,)))
     assert [(r.prompt.id, r.sample) for r in rollouts] == [
@@ -118,7 +116,7 @@ SPOILT: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", SPOILT.values(), ids=SPOILT)
 def test_a_reply_that_is_not_what_was_asked_for_is_an_error(
-    change: Change, sampler: VLLMServerSampler, server: FakeVLLM
+    change: Change, sampler: ReplicaSampler, server: FakeVLLM
 ) -> None:
     server.change = change
     with pytest.raises(ModelError, match="no usable reply in 2 tries") as caught:
@@ -127,7 +125,7 @@ def test_a_reply_that_is_not_what_was_asked_for_is_an_error(
 
 
 def test_an_id_beyond_the_tokenizer_fails_the_batch_at_once(
-    sampler: VLLMServerSampler, server: FakeVLLM
+    sampler: ReplicaSampler, server: FakeVLLM
 ) -> None:
     server.change = lambda r: choice_of(r)["token_ids"].__setitem__(0, 10**6)
     with pytest.raises(ModelError, match=r"drew the id 1000000, .* end at \d+: .*padded") as caught:
@@ -147,7 +145,7 @@ def test_requests_carry_no_vocabulary_and_the_tokenizer_is_listed_once(
     listed = []
     vocabulary = tokenizer.get_vocab()
     monkeypatch.setattr(tokenizer, "get_vocab", lambda: listed.append(1) or vocabulary)
-    sampler = VLLMServerSampler(student, tokenizer, server.url, tmp_path / "w", 4, QUICK)
+    sampler = sampler_of(student, tokenizer, [server.url], tmp_path / "w")
     for step in range(2):
         sampler.sample(RolloutRequest(PROMPTS, CONFIG, (step,)))
     assert len(listed) <= 1
@@ -158,7 +156,7 @@ def test_requests_carry_no_vocabulary_and_the_tokenizer_is_listed_once(
 
 
 def run(server: FakeVLLM, models: Path, out: Path) -> list[dict[str, Any]]:
-    engine = {"kind": "vllm_server", "url": server.url, "folder": str(out / "weights")}
+    engine = {"kind": "vllm_server", "urls": [server.url], "folder": str(out / "weights")}
     steps: list[dict[str, Any]] = []
     optimizer = {"learning_rate": 1e-2, "schedule": "constant"}
     config = tiny_config(models, out, engine=engine, optimizer=optimizer)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from talking import Talk, agent
-from vllm_stub import FakeVLLM, serving
+from vllm_stub import FakeVLLM, sampler_of, serving
 
 from tutelage.config.conversations import LedgerToolsData
 from tutelage.config.sampling import SamplingConfig
@@ -20,9 +20,8 @@ from tutelage.envs.environment import Reply
 from tutelage.errors import ModelError
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.models.tokenizers import stop_ids
-from tutelage.rollout.http_client import Limits
+from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import Agent, RolloutRequest
-from tutelage.rollout.vllm_server import VLLMServerSampler
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [Prompt(letter, letter) for letter in "abcd"]
@@ -44,14 +43,11 @@ def server(model: Any) -> Iterator[FakeVLLM]:
 
 
 @pytest.fixture
-def sampler(server: FakeVLLM, model: Any, tmp_path: Path) -> VLLMServerSampler:
-    quick = Limits(num_tries=2, first_delay_s=0.01)
-    return VLLMServerSampler(model, TOKENIZER, server.url, tmp_path / "weights", 4, quick)
+def sampler(server: FakeVLLM, model: Any, tmp_path: Path) -> ReplicaSampler:
+    return sampler_of(model, TOKENIZER, [server.url], tmp_path / "weights")
 
 
-def sample(
-    sampler: VLLMServerSampler, who: Agent, config: SamplingConfig = CONFIG
-) -> list[Rollout]:
+def sample(sampler: ReplicaSampler, who: Agent, config: SamplingConfig = CONFIG) -> list[Rollout]:
     return sampler.sample(RolloutRequest(PROMPTS, config, (1,), agent=who))
 
 
@@ -67,7 +63,7 @@ def turns(rollout: Rollout) -> list[tuple[int, int]]:
 
 
 def test_every_turn_is_asked_for_behind_all_ids_so_far(
-    sampler: VLLMServerSampler, server: FakeVLLM
+    sampler: ReplicaSampler, server: FakeVLLM
 ) -> None:
     rollouts = sample(sampler, agent(max_turn_tokens=25))
     assert {r.conversation.num_turns for r in rollouts if r.conversation} >= {2, 3, 4}
@@ -87,7 +83,7 @@ def test_every_turn_is_asked_for_behind_all_ids_so_far(
 
 @torch.no_grad()
 def test_log_probabilities_are_those_of_the_whole_conversation(
-    sampler: VLLMServerSampler, model: Any
+    sampler: ReplicaSampler, model: Any
 ) -> None:
     for rollout in sample(sampler, agent()):
         ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
@@ -99,7 +95,7 @@ def test_log_probabilities_are_those_of_the_whole_conversation(
 
 
 def test_a_conversation_that_waits_for_its_tools_holds_up_no_other(
-    sampler: VLLMServerSampler,
+    sampler: ReplicaSampler,
 ) -> None:
     arrived: list[int] = []
     late: list[bool] = []
@@ -126,7 +122,7 @@ def test_a_conversation_that_may_outgrow_the_server_is_refused(
     server: FakeVLLM, model: Any, tmp_path: Path
 ) -> None:
     server.max_model_len = 200
-    sampler = VLLMServerSampler(model, TOKENIZER, server.url, tmp_path / "weights")
+    sampler = sampler_of(model, TOKENIZER, [server.url], tmp_path / "weights")
     with pytest.raises(ModelError, match=r"vLLM reads 200 tokens, .* 4096 inserted ones") as caught:
         sample(sampler, agent())
     assert "\n" not in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from tutelage.rollout.http_client import Limits
+from tutelage.rollout.replica_sampler import ReplicaSampler
+from tutelage.rollout.replicas import Replicas
+from tutelage.rollout.vllm_server import VLLMServerSampler
+
+QUICK = Limits(num_tries=2, first_delay_s=0.01)
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -32,12 +38,24 @@ class FakeVLLM(ThreadingHTTPServer):
         self.change: Change | None = None
         """Spoils completions."""
         self.max_model_len: int | None = None
+        self.num_left: int | None = None
+        """Completions after which it answers nothing any more."""
+        self.gate: threading.Event | None = None
+        """Completions wait until it is set."""
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def is_gone(self, path: str) -> bool:
+        """Whether a request gets no answer, as from a process that died."""
+        with self.lock:
+            if self.num_left and path == "/v1/completions":
+                self.num_left -= 1
+                return False
+            return self.num_left == 0
 
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with self.lock:
@@ -87,6 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeVLLM
 
     def _reply(self, body: dict[str, Any]) -> None:
+        if self.server.is_gone(self.path):
+            self.close_connection = True
+            return
+        if self.server.gate is not None and self.path == "/v1/completions":
+            self.server.gate.wait()
         content = json.dumps(self.server.answer(self.path, body)).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -117,3 +140,12 @@ def serving(model: PreTrainedModel, stops: frozenset[int], num_ids: int) -> Iter
         fake.shutdown()
         fake.server_close()
         thread.join()
+
+
+def sampler_of(
+    model: Any, tokenizer: Any, urls: Sequence[str], folder: Path, min_replicas: int = 0
+) -> ReplicaSampler:
+    """A sampler that gives a server up soon."""
+    replicas = Replicas(urls, folder, 4, QUICK, min_replicas)
+    inner = VLLMServerSampler(model, tokenizer, replicas)
+    return ReplicaSampler(inner, replicas, model)

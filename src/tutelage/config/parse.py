@@ -21,7 +21,10 @@ from tutelage.errors import ConfigError
 
 _ADAPTER = TypeAdapter(Config)
 
-_RENAMED = {"teacher.offload": 'teacher.mode = "offload"'}
+_RENAMED = {
+    "teacher.offload": 'teacher.mode = "offload"',
+    "engine.url": 'a list of addresses: engine.urls = ["URL"]',
+}
 _EARLIER_NAMES = {"renormalise": "renormalize"}
 """Keys of earlier versions and their names now; both are read, and name the same run."""
 
@@ -155,6 +158,10 @@ def parse_saved_config(table: dict[str, Any]) -> Config:
     optimizer = table.get("optimizer")
     if isinstance(optimizer, dict) and optimizer.get("weight_decay"):
         table = {**table, "optimizer": {"decay_all": True, **optimizer}}
+    engine = table.get("engine")
+    if isinstance(engine, dict) and "url" in engine:
+        rest = {key: value for key, value in engine.items() if key != "url"}
+        table = {**table, "engine": {**rest, "urls": (engine["url"],)}}
     return _read(table)  # with numbers of any size: what it did, it did
 
 
@@ -206,6 +213,9 @@ def fingerprint(config: Config) -> str:
     earlier = {now: key for key, now in _EARLIER_NAMES.items()}
     chosen = _chosen(config).items()
     table = {earlier.get(key, key): value for key, value in chosen if key not in _UNNAMED_KEYS}
+    if len(urls := table.get("engine", {}).get("urls", ())) == 1:
+        del table["engine"]["urls"]
+        table["engine"]["url"] = urls[0]  # as earlier versions named the only one
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -72,22 +72,31 @@ class VLLMEngine:
 
 @dataclass(frozen=True)
 class VLLMServer:
-    """A vLLM server in development mode, which reads the student's weights before every step."""
+    """vLLM servers in development mode, which read the student's weights before every step."""
 
     __pydantic_config__ = STRICT
     kind: Literal["vllm_server"]
-    url: str
-    """Address without a path, such as http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
+    urls: tuple[str, ...]
+    """Addresses of servers of the same model, the replicas, without a path, such as
+    http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
     folder: str
-    """Folder for the weights; the server must see it under the same name."""
+    """Folder for the weights; every replica must see it under the same name."""
+    min_replicas: int = 0
+    """Replicas without which the run ends; with more, one that gives no usable reply is left out
+    until the next start. 0: all of them."""
     num_concurrent: int = 64
-    """Completions asked for at the same time."""
+    """Completions that a process asks of one replica at the same time."""
     max_logprob_gap: float | None = None
-    """As for the engine vllm."""
+    """As for the engine vllm, for each replica."""
 
     def __post_init__(self) -> None:
-        count = self.num_concurrent
+        count, urls, least = self.num_concurrent, self.urls, self.min_replicas
         require(count >= 1, "engine.num_concurrent", "at least 1", count, "64 is usual.")
+        require(bool(urls), "engine.urls", "at least one address", list(urls), "Add one.")
+        repeated = sorted({url for url in urls if urls.count(url) > 1})
+        require(not repeated, "engine.urls", "different addresses", repeated, "Name each once.")
+        what = f"from 0 to {len(urls)}, the number of engine.urls"
+        require(0 <= least <= len(urls), "engine.min_replicas", what, least, "0 is all of them.")
         _require_gap(self.max_logprob_gap)
 
 

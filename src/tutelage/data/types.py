@@ -128,6 +128,10 @@ class Rollout:
     """The turns and their score; None where the completion is a single answer."""
     num_reported_tokens: int | None = None
     """Length of the completion in tokens as a server without ids reports it, if it does."""
+    replica: int | None = field(default=None, compare=False)
+    """Which of several servers sampled it, from 0; None for no server, or several of them."""
+    weights_version: int | None = None
+    """Steps after which the student's weights were those that sampled it; None outside of steps."""
 
     @property
     def generated_ids(self) -> tuple[int, ...]:

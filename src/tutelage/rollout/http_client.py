@@ -9,6 +9,7 @@ import random
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -29,6 +30,18 @@ _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 class BadReply(Exception):
     """The server did not answer, or not with what it was asked for; worth another try."""
+
+
+class NoReply(ModelError):
+    """The server gave no usable reply within its tries and its time: it may be gone."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        """How many tries there were, and what came of the last."""
+        super().__init__(
+            f"the server gave {reason}. Nothing of this batch was kept; run the command again to "
+            "continue."
+        )
 
 
 class RefusedRequest(ModelError):
@@ -95,24 +108,8 @@ class Client:
         requests: Sequence[Callable[[], Awaitable[Value]]],
         progress: Callable[[int], None] | None = None,
     ) -> list[Value]:
-        """What all requests return, in order, or the first error and nothing.
-
-        They run in an event loop of another thread, so that a signal ends the wait for them.
-        `progress` is called in this thread with the number of requests just answered.
-        """
-        places = asyncio.Semaphore(self.num_concurrent)
-
-        async def limited(request: Callable[[], Awaitable[Value]]) -> Value:
-            async with places:
-                return await request()
-
-        values = []
-        with start_blocking_portal() as portal:  # an error, or Ctrl-C, cancels what is left
-            for future in [portal.start_task_soon(limited, request) for request in requests]:
-                values.append(future.result())
-                if progress is not None:
-                    progress(1)
-        return values
+        """`run_all` of requests to this server."""
+        return run_all([(self, request) for request in requests], progress)
 
     def ask(
         self, path: str, body: dict[str, Any] | None, accept: Callable[[bytes], Value]
@@ -132,11 +129,8 @@ class Client:
                 return accept(await self._exchange(path, body, end))
             except BadReply as error:
                 if num_tries >= self.limits.num_tries or time.monotonic() + delay >= end:
-                    raise ModelError(
-                        f"the server gave no usable reply in {num_tries} tries: "
-                        f"{self._clean(str(error))}. Nothing of this batch was kept; run the "
-                        "command again to continue."
-                    ) from None
+                    said = self._clean(str(error))
+                    raise NoReply(f"no usable reply in {num_tries} tries: {said}") from None
             await anyio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, self.limits.max_delay_s)
 
@@ -190,6 +184,38 @@ class Client:
             text = text.replace(self._key, "***")
         shown = "".join(char if char.isprintable() else " " for char in text)
         return " ".join(shown.split())[:length]
+
+
+def run_all(
+    tasks: Sequence[tuple[Client, Callable[[], Awaitable[Value]]]],
+    progress: Callable[[int], None] | None = None,
+    on_start: Callable[[Sequence[Future[Value]]], None] | None = None,
+) -> list[Value]:
+    """What all requests return, in order, or the first error and nothing.
+
+    They run in an event loop of another thread, so that a signal ends the wait for them.
+
+    Args:
+        tasks: each with the client whose `num_concurrent` limits it.
+        progress: called in this thread with the number of requests just answered.
+        on_start: called with the futures of all; one that is canceled ends the others.
+    """
+    places = {client: asyncio.Semaphore(client.num_concurrent) for client, _ in tasks}
+
+    async def limited(client: Client, request: Callable[[], Awaitable[Value]]) -> Value:
+        async with places[client]:
+            return await request()
+
+    values = []
+    with start_blocking_portal() as portal:  # an error, or Ctrl-C, cancels what is left
+        futures = [portal.start_task_soon(limited, client, request) for client, request in tasks]
+        if on_start is not None:
+            on_start(futures)
+        for future in futures:
+            values.append(future.result())
+            if progress is not None:
+                progress(1)
+    return values
 
 
 async def in_thread(function: Callable[..., Value], *arguments: Any) -> Value:

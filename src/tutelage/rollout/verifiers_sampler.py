@@ -23,6 +23,7 @@ from tutelage.rollout.request import RolloutRequest, earlier_samples
 from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.verifiers_endpoint import TOKEN_LIMIT, Asked, Endpoint, Refused, Turn
 from tutelage.rollout.verifiers_traces import Sampled, to_rollout
+from tutelage.rollout.vllm_server import VLLMServerSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,6 +153,12 @@ class VerifiersSampler:
                 _Step(self.inner, service, request, endpoint, rollouts).run()
                 on_failure.pop_all()
         return [self._rollout(rollout) for rollout in rollouts.values()]
+
+    def cancel(self) -> None:
+        """End a draw that another thread waits for."""
+        if isinstance(self.inner, VLLMServerSampler):
+            self.inner.cancel()
+        self.service.stop()
 
     def close(self) -> None:
         """Release the engine's memory; the owner ends worker and endpoint."""

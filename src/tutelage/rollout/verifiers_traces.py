@@ -66,6 +66,7 @@ def to_rollout(
         hidden=torch.cat(hidden) if hidden else None,
         is_generated=tuple(branch.sampled_mask[start:]),
         conversation=_conversation(tokenizer, trace, branch, turns, success_reward),
+        replica=turns[0].replica if len({turn.replica for turn in turns}) == 1 else None,
     )
 
 

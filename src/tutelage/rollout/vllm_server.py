@@ -1,21 +1,21 @@
-"""Completions from a vLLM server, which reads the student's weights from a folder both can see."""
+"""Completions from vLLM servers over HTTP, by the weights that were handed over to them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from safetensors.torch import save_file
 
 from tutelage.data.types import Rollout
-from tutelage.errors import ModelError, RunError, remedy
-from tutelage.files.atomic import new_file
-from tutelage.models.lora import full_weights
+from tutelage.errors import ModelError
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.rollout.conversation import Conversations, completion_of, conversations_of
-from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, in_thread, parse
+from tutelage.rollout.http_client import BadReply, NoReply, Strict, in_thread, parse, run_all
+from tutelage.rollout.replicas import LostReplicaError, Replicas
 from tutelage.rollout.request import (
     CompletionRequest,
     OpenRollout,
@@ -27,8 +27,6 @@ from tutelage.rollout.vllm_engine import refuse_long_conversations, sampling_opt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_NAME = "model.safetensors"
 
 
 class _Logprobs(Strict):
@@ -48,28 +46,10 @@ class _Completion(Strict):
     choices: list[_Choice] = Field(min_length=1, max_length=1)
 
 
-class _Done(Strict):
-    success: Literal[True]
-
-
-class _Results(Strict):
-    results: list[None]
-
-
-class _Model(Strict):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(Strict):
-    object: Literal["list"]
-    data: list[_Model] = Field(min_length=1, max_length=1)
-
-
 class VLLMServerSampler:
-    """A vLLM server of one model. Before every batch it reads the student's weights.
+    """Completions from vLLM servers of one model, by the weights that they hold.
 
-    It has to be started with the student's architecture, in development mode, and to report
+    They have to be started with the student's architecture, in development mode, and to report
     log-probabilities as the model gives them::
 
         VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT --logprobs-mode raw_logprobs
@@ -77,17 +57,10 @@ class VLLMServerSampler:
     Development mode lets whoever reaches the port command the server: keep it on a trusted network.
 
     Args:
-        model: the student; `sample` uses the weights it has at that time.
+        model: the student.
         tokenizer: its tokenizer.
-        url: the server's address without a path, such as http://127.0.0.1:8000.
-        folder: where weights are handed over; the server must see it under the same name.
-        num_concurrent: completions asked for at the same time.
-        limits: how long and how often the server is asked.
+        replicas: the servers; each gets neighbours among the requests, and as many as any other.
         enable_thinking: passed to the chat template when not None.
-
-    Raises:
-        ConfigError: the address is none that may be asked.
-        ModelError: the server does not answer as vLLM does.
     """
 
     has_own_weights = True
@@ -96,86 +69,103 @@ class VLLMServerSampler:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        url: str,
-        folder: Path,
-        num_concurrent: int = 64,
-        limits: Limits | None = None,
+        replicas: Replicas,
         enable_thinking: bool | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.folder = folder.absolute()
+        self.replicas = replicas
         self.enable_thinking = enable_thinking
-        self._client = Client(url, limits or Limits(), num_concurrent)
-        models = self._client.ask("/v1/models", None, partial(parse, schema=_Models))
-        self._name, self._most = models.data[0].id, models.data[0].max_model_len
         self._stops = stop_ids(model, tokenizer)
         self._num_ids = vocabulary_size(tokenizer)
+        self._futures: Sequence[Future[Rollout]] = ()
+        self._is_canceled = False
 
     def sample(self, request: RolloutRequest) -> list[Rollout]:
-        """Completions of the prompts, from the student's present weights, or an error and none.
+        """Completions of the prompts, from the weights that were handed over last.
 
         Raises:
+            LostReplicaError: a replica gave no usable reply; there is no completion.
             ModelError: a completion could not be had.
-            RunError: the weights cannot be written.
         """
         thinks = self.enable_thinking
         conversations = conversations_of(request, self.tokenizer, self._stops, thinks)
         requests = completion_requests(self.tokenizer, request, thinks, conversations)
-        if conversations is not None and self._most is not None:
-            refuse_long_conversations(requests, conversations, self._most)
+        most = self.replicas.max_model_len
+        if conversations is not None and most is not None:
+            refuse_long_conversations(requests, conversations, most)
         options = sampling_options(self.model, self.tokenizer, request.sampling)
-        self._push()
-        if conversations is None:
-            asked = [partial(self._one, one, options) for one in requests]
-        else:
-            asked = [partial(self._converse, one, options, conversations) for one in requests]
-        return self._client.each(asked, request.progress)
+        tasks = []
+        for one, number in zip(requests, self._shared_out(len(requests)), strict=True):
+            task = partial(self._rollout, number, one, options, conversations)
+            tasks.append((self.replicas.clients[number], task))
+        return run_all(tasks, request.progress, self._begun)
+
+    def cancel(self) -> None:
+        """End the draw that another thread waits for; there is none after it."""
+        self._is_canceled = True
+        for future in self._futures:
+            future.cancel()
 
     def close(self) -> None:
-        """The server stays; the weights handed over last are removed."""
-        (self.folder / _NAME).unlink(missing_ok=True)
+        """Requests that are open end with their draw; the servers stay."""
 
-    def _push(self) -> None:
-        """Write the weights, have the server read them, and forget what the old ones computed."""
-        weights = {name: weight.cpu().contiguous() for name, weight in full_weights(self.model)}
+    def _shared_out(self, count: int) -> list[int]:
+        """The replica of each request; processes with few begin with different ones."""
+        live, first = self.replicas.live, self.replicas.group.index
+        return [live[(first + place * len(live) // count) % len(live)] for place in range(count)]
+
+    def _begun(self, futures: Sequence[Future[Rollout]]) -> None:
+        self._futures = futures
+        if self._is_canceled:
+            raise CancelledError
+
+    async def _rollout(
+        self,
+        number: int,
+        request: CompletionRequest,
+        options: dict[str, Any],
+        conversations: Conversations | None,
+    ) -> Rollout:
+        """A completion, or a conversation, by one replica."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with new_file(self.folder / _NAME, is_durable=False) as new:
-                save_file(weights, new, {"format": "pt"})
-        except OSError as error:
-            raise RunError(
-                f"weights cannot be written to engine.folder {self.folder}: {error.strerror}. "
-                + remedy(error, "Name a folder that the server reads, too.")
-            ) from None
-        path = {"weights_path": str(self.folder)}
-        order = {"method": "reload_weights", "kwargs": path}
-        self._client.ask("/collective_rpc", order, partial(parse, schema=_Results))
-        self._client.ask("/reset_prefix_cache", {}, partial(parse, schema=_Done))
+            if conversations is None:
+                rollout = await self._one(number, request, options)
+            else:
+                rollout = await self._converse(number, request, options, conversations)
+        except NoReply as error:
+            raise LostReplicaError(number, error.reason) from None
+        return replace(rollout, replica=number)
 
-    async def _one(self, request: CompletionRequest, options: dict[str, Any]) -> Rollout:
+    async def _one(
+        self, number: int, request: CompletionRequest, options: dict[str, Any]
+    ) -> Rollout:
         row = OpenRollout(request)
-        await self._turn(row, options)
+        await self._turn(number, row, options)
         return to_rollout(self.tokenizer, request, row.tokens, row.logprobs, self._stops)
 
     async def _converse(
-        self, request: CompletionRequest, options: dict[str, Any], conversations: Conversations
+        self,
+        number: int,
+        request: CompletionRequest,
+        options: dict[str, Any],
+        conversations: Conversations,
     ) -> Rollout:
         """One conversation; others go on while it waits for its environment."""
         row = OpenRollout(request)
         while True:
-            await self._turn(row, options | {"max_tokens": conversations.num_left(row)})
+            await self._turn(number, row, options | {"max_tokens": conversations.num_left(row)})
             (answer,) = await in_thread(conversations.answer, [row])
             if answer is None:
                 return await in_thread(conversations.rollout, row)
             row.insert(answer)
 
-    async def _turn(self, row: OpenRollout, options: dict[str, Any]) -> None:
+    async def _turn(self, number: int, row: OpenRollout, options: dict[str, Any]) -> None:
         """Append a completion of all ids of a row."""
         ids = [*row.request.ids, *completion_of(row)[0]]
         body = {
             **options,
-            "model": self._name,
+            "model": self.replicas.names[number],
             "prompt": ids,
             "seed": seed_of(row),
             "return_token_ids": True,
@@ -183,7 +173,7 @@ class VLLMServerSampler:
             "stream": False,
         }
         accept = partial(self._accepted, ids, options["max_tokens"])
-        choice = await self._client.send("/v1/completions", body, accept)
+        choice = await self.replicas.clients[number].send("/v1/completions", body, accept)
         row.tokens += choice.token_ids
         row.logprobs += choice.logprobs.token_logprobs
 

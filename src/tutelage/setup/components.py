@@ -42,6 +42,8 @@ from tutelage.models.sharding import num_processes, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
+from tutelage.rollout.replica_sampler import ReplicaSampler
+from tutelage.rollout.replicas import Replicas
 from tutelage.rollout.request import Agent
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersService
@@ -207,19 +209,26 @@ def verifiers_service(
 
 
 def make_sampler(
-    config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    service: VerifiersService | None,
 ) -> Sampler:
-    """The sampler of the configured engine."""
+    """The sampler of the configured engine, for conversations that `service` leads if it is one."""
     engine, thinks = config.engine, thinking(config.data)
+    if isinstance(engine, VLLMServer):
+        folder, at_once, least = Path(engine.folder), engine.num_concurrent, engine.min_replicas
+        replicas = Replicas(engine.urls, folder, at_once, min_replicas=least)
+        inner = VLLMServerSampler(student, tokenizer, replicas, thinks)
+        local = inner if service is None else VerifiersSampler(inner, service, is_owner=True)
+        return ReplicaSampler(local, replicas, student)
+    sampler: Sampler
     if isinstance(engine, VLLMEngine):
         memory = engine.gpu_memory_utilization
-        return VLLMSampler(student, tokenizer, engine.max_model_len, memory, thinks)
-    if isinstance(engine, VLLMServer):
-        folder, at_once = Path(engine.folder), engine.num_concurrent
-        return VLLMServerSampler(
-            student, tokenizer, engine.url, folder, at_once, enable_thinking=thinks
-        )
-    return TransformersSampler(student, tokenizer, config.sampling_batch_size, thinks)
+        sampler = VLLMSampler(student, tokenizer, engine.max_model_len, memory, thinks)
+    else:
+        sampler = TransformersSampler(student, tokenizer, config.sampling_batch_size, thinks)
+    return sampler if service is None else VerifiersSampler(sampler, service, is_owner=True)
 
 
 def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
@@ -328,10 +337,8 @@ def build_components(
         who = f"teacher {config.teacher.model!r}"
         notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
     trained = shared_student(config, student, vocab_size, device)
-    sampler = make_sampler(config, trained.plain, tokenizer)
     service = verifiers_service(config, task, student, tokenizer)
-    if service is not None:
-        sampler = VerifiersSampler(sampler, service, is_owner=True)
+    sampler = make_sampler(config, trained.plain, tokenizer, service)
     return Components(
         trained,
         masters_of(config, trained),

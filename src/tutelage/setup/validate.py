@@ -11,7 +11,7 @@ from pathlib import Path
 from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import PacedWeighting, RewardWeighting
-from tutelage.config.sampling import TransformersEngine, VLLMEngine
+from tutelage.config.sampling import VLLMEngine, VLLMServer
 from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.envs.environment import AgentTask
@@ -89,10 +89,16 @@ def _refuse_processes(config: Config, num_processes: int) -> None:
             f"prompts_per_step must be a multiple of {shares} (processes times "
             f"updates_per_step), got {config.prompts_per_step}."
         )
-    if num_processes > 1 and not isinstance(config.engine, TransformersEngine):
+    if num_processes > 1 and isinstance(config.engine, VLLMEngine):
         raise ConfigError(
             f"engine.kind {config.engine.kind!r} works with one process, got "
             f'{num_processes}. Use engine.kind = "transformers".'
+        )
+    is_measured = bool(config.evaluation.num_problems or config.recording.every)
+    if num_processes > 1 and isinstance(config.engine, VLLMServer) and is_measured:
+        raise ConfigError(
+            f"engine.kind 'vllm_server' with {num_processes} processes cannot evaluate or record "
+            "yet. Set evaluation.num_problems = 0 and recording.every = 0."
         )
 
 

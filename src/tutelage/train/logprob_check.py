@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tutelage.config.sampling import TransformersEngine
+from tutelage.config.sampling import TransformersEngine, VLLMServer
 from tutelage.config.schema import Config
 from tutelage.data.batch import Batch
 from tutelage.data.types import Rollout
@@ -28,36 +28,73 @@ def engine_mismatch(
     batches: Sequence[Batch],
     rollouts: Mapping[int, Rollout],
     step: int,
+    ranks: Ranks,
 ) -> float:
-    """Mean difference in nats between the engine's log-probabilities and the student's.
+    """Largest mean difference in nats between an engine's log-probabilities and the student's.
 
-    The first micro-batch with tokens is enough: weights of another step would show in any.
+    The first micro-batch with tokens is enough: weights of another step would show in any. Of
+    several servers each has its own mean, over the first micro-batches with tokens of all of them.
 
     Args:
         config: the run.
-        student: scores the rows.
-        batches: micro-batches of the rollouts.
+        student: scores the rows; every process scores as many micro-batches.
+        batches: micro-batches of this process's rollouts.
         rollouts: by the name that `Batch.completion` gives them.
         step: for the message.
+        ranks: the largest of all processes counts.
 
     Raises:
         RunError: it is too large, so the engine does not hold the student's weights.
     """
-    batch = next((batch for batch in batches if batch.num_rows), None)
-    if batch is None:
-        return 0.0
-    reported = torch.tensor([x for name in batch.names for x in rollouts[name].logprobs])
-    with torch.no_grad():
-        log_p = student(batch, None).log_p
-    mismatch = float((log_p - reported.to(log_p)).abs().mean())
+    replicas = [rollouts[name].replica for batch in batches for name in batch.names]
+    known = sorted(set(replicas), key=lambda replica: (replica is not None, replica))
+    count = int(ranks.max([_num_needed(batches, rollouts)])[0])
+    sums = torch.zeros(len(known), 2, dtype=torch.float64)
+    for batch in batches[:count]:
+        with torch.no_grad():
+            log_p = student(batch, None).log_p
+        gap = (log_p - sampler_logprobs([batch], rollouts).to(log_p)).abs().double().cpu()
+        sizes = [len(rollouts[name].logprobs) for name in batch.names]
+        for name, part in zip(batch.names, gap.split(sizes), strict=True):
+            place = known.index(rollouts[name].replica)
+            sums[place] += torch.tensor([part.sum(), len(part)], dtype=torch.float64)
+    means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    (mismatch,) = ranks.max([max(means, default=0.0)])
     limit = _limit(config)
     if not mismatch <= limit:
+        bad = [replica for replica, mean in zip(known, means, strict=True) if not mean <= limit]
         raise RunError(
             f"the engine's completions of step {step} are not the student's: their "
             f"log-probabilities differ by {mismatch:.3g} nats on average, more than {limit:.3g}. "
-            'Its weights were not replaced; use engine.kind = "transformers".'
+            f'Its weights were not replaced{_named(config, bad)}; use engine.kind = "transformers".'
         )
     return mismatch
+
+
+def sampler_logprobs(batches: Sequence[Batch], rollouts: Mapping[int, Rollout]) -> Tensor:
+    """What the sampler reported of every row, in the order of the micro-batches `[N]`."""
+    names = [name for batch in batches for name in batch.names]
+    return torch.tensor([x for name in names for x in rollouts[name].logprobs])
+
+
+def _num_needed(batches: Sequence[Batch], rollouts: Mapping[int, Rollout]) -> int:
+    """How many of the first micro-batches have a token of every server among the rollouts."""
+    seen: set[int | None] = set()
+    needed = 0
+    for number, batch in enumerate(batches, start=1):
+        found = {rollouts[name].replica for name in batch.names if rollouts[name].logprobs}
+        if not found <= seen:
+            seen |= found
+            needed = number
+    return needed
+
+
+def _named(config: Config, replicas: Sequence[int | None]) -> str:
+    """Which of several servers are meant."""
+    if not isinstance(config.engine, VLLMServer) or len(config.engine.urls) == 1:
+        return ""
+    urls = [config.engine.urls[replica] for replica in replicas if replica is not None]
+    return f" (replica {', '.join(urls)})" if urls else ""
 
 
 def _limit(config: Config) -> float:

@@ -17,6 +17,7 @@ from tutelage.config.parse import fingerprint
 from tutelage.config.schema import Config
 from tutelage.errors import RunError
 from tutelage.models.chat.template import printed_date
+from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device
 from tutelage.setup.manifest import input_digests, manifest_of
@@ -143,6 +144,8 @@ class _Run:
         self.step = Step(
             config, self.components, accelerator, self.components.student, optimizer, stop
         )
+        if isinstance(self.components.sampler, ReplicaSampler):
+            self.components.sampler.replicas.join(self.step.ranks, self.log)
         self.measurements = Measurements(
             config, self.components, accelerator, folder, stop, self.log, self.on_phase
         )

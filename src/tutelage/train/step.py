@@ -201,7 +201,7 @@ class Step:
         with self.clock.phase("score"):
             named = dict(zip(self.share(len(rollouts)), rollouts, strict=True))
             batches = [micro_batch.batch for micro_batch in micro_batches]
-            found = engine_mismatch(self.config, self.student, batches, named, step)
+            found = engine_mismatch(self.config, self.student, batches, named, step, self.ranks)
             self.checks["engine_logprob_gap_nats"] = found
 
     def choose(self, rows: StepRows, step: int) -> TokenSelection:

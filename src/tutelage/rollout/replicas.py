@@ -1,0 +1,209 @@
+"""vLLM servers that hold the same weights, and which of them still give replies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
+from safetensors.torch import save_file
+
+from tutelage.errors import ModelError, RunError, remedy
+from tutelage.files.atomic import new_file
+from tutelage.models.lora import full_weights
+from tutelage.rollout.http_client import Client, Limits, NoReply, Schema, Strict, parse, run_all
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "model.safetensors"
+
+
+class _Done(Strict):
+    success: Literal[True]
+
+
+class _Results(Strict):
+    results: list[None]
+
+
+class _Model(Strict):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(Strict):
+    object: Literal["list"]
+    data: list[_Model] = Field(min_length=1, max_length=1)
+
+
+class Group(Protocol):
+    """The processes of a run that use the same replicas."""
+
+    @property
+    def index(self) -> int:
+        """This process, from 0, which is the one that hands weights over."""
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over processes; each of them waits for all."""
+
+
+class OneProcess:
+    """The group of a process that is alone."""
+
+    index = 0
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """The values."""
+        return list(values)
+
+
+class LostReplicaError(Exception):
+    """A replica gave no usable reply, so that the draw it took part in has failed."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.number = number
+        self.reason = reason
+
+
+class Replicas:
+    """Servers of one model, which all read the weights that one process hands over.
+
+    A replica that gives any process no usable reply is left out by all of them until the next
+    start: `agree` is called by every process after every draw and after every handover.
+
+    Args:
+        urls: their addresses without a path, such as http://127.0.0.1:8000.
+        folder: where weights are handed over; every replica must see it under the same name.
+        num_concurrent: completions that this process asks of one replica at the same time.
+        limits: how long and how often a replica is asked.
+        min_replicas: the fewest that are enough; 0 for all.
+
+    Raises:
+        ConfigError: an address is none that may be asked.
+        ModelError: fewer than `min_replicas` answer as vLLM does.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        folder: Path,
+        num_concurrent: int = 64,
+        limits: Limits | None = None,
+        min_replicas: int = 0,
+    ) -> None:
+        self.urls, self.folder = tuple(urls), folder.absolute()
+        self.min_replicas = min_replicas or len(urls)
+        self.clients = [Client(url, limits or Limits(), num_concurrent) for url in urls]
+        self.live = list(range(len(urls)))
+        """Numbers of those that have not been left out."""
+        self.group: Group = OneProcess()
+        self._log: Callable[[str], None] = lambda line: None
+        found, self._silent = self._ask_live(("/v1/models", None, _Models))
+        self.names = {number: models.data[0].id for number, models in found.items()}
+        """How each calls its model."""
+        lengths = [models.data[0].max_model_len for models in found.values()]
+        self.max_model_len = min((n for n in lengths if n is not None), default=None)
+        """Most tokens of a sequence that all of them read; None where none says so."""
+        self.agree(self._silent)
+
+    def join(self, group: Group, log: Callable[[str], None]) -> None:
+        """Use the replicas together with other processes; `log` receives warnings.
+
+        Raises:
+            ModelError: too few of them answer all processes.
+        """
+        self.group, self._log = group, log
+        self.live = list(range(len(self.urls)))
+        self.agree(self._silent)
+
+    def agree(self, lost: Mapping[int, str]) -> bool:
+        """Leave out what gave a process no usable reply; every process calls it.
+
+        Args:
+            lost: numbers of replicas that failed this process, with what was wrong.
+
+        Returns:
+            Whether there is one, in any process.
+
+        Raises:
+            ModelError: fewer than `min_replicas` stay.
+        """
+        flags = self.group.max([float(number in lost) for number in range(len(self.urls))])
+        gone = [number for number in self.live if flags[number]]
+        self.live = [number for number in self.live if not flags[number]]
+        total, left = len(self.urls), len(self.live)
+        for number in gone:
+            reason = lost.get(number, "no usable reply to another process")
+            if left < self.min_replicas:
+                few = f"{left} of {total} replicas are left, and engine.min_replicas is "
+                raise ModelError(
+                    f"the server {self.urls[number]} gave {reason}. Nothing of this batch was "
+                    f"kept; {f'{few}{self.min_replicas}; ' if total > 1 else ''}run the command "
+                    "again to continue."
+                )
+            self._log(
+                f"warning: replica {self.urls[number]} gave {reason}; it is left out until the "
+                f"next start, {left} of {total} stay"
+            )
+        return any(flags)
+
+    def push(self, model: PreTrainedModel) -> None:
+        """Hand the model's weights over: one process writes them, and every replica reads them.
+
+        Raises:
+            ModelError: too few replicas read them.
+            RunError: they cannot be written.
+        """
+        lost: dict[int, str] = {}
+        if self.group.index == 0:
+            self._write(model)
+            path = {"weights_path": str(self.folder)}
+            order = {"method": "reload_weights", "kwargs": path}
+            _, lost = self._ask_live(
+                ("/collective_rpc", order, _Results), ("/reset_prefix_cache", {}, _Done)
+            )
+        self.agree(lost)
+
+    def close(self) -> None:
+        """The servers stay; the weights handed over last are removed."""
+        if self.group.index == 0:
+            (self.folder / _NAME).unlink(missing_ok=True)
+
+    def _ask_live(
+        self, *requests: tuple[str, dict[str, Any] | None, type[Schema]]
+    ) -> tuple[dict[int, Schema], dict[int, str]]:
+        """Send requests one after the other to every live replica, to all at the same time.
+
+        Returns:
+            The reply to the last request by the replica's number, and what was wrong with others.
+        """
+
+        async def ask(client: Client) -> Schema | NoReply:
+            try:
+                for path, body, schema in requests:
+                    reply = await client.send(path, body, partial(parse, schema=schema))
+            except NoReply as error:
+                return error
+            return reply
+
+        clients = [self.clients[number] for number in self.live]
+        replies = run_all([(client, partial(ask, client)) for client in clients])
+        found = dict(zip(self.live, replies, strict=True))
+        lost = {n: reply.reason for n, reply in found.items() if isinstance(reply, NoReply)}
+        return {n: r for n, r in found.items() if not isinstance(r, NoReply)}, lost
+
+    def _write(self, model: PreTrainedModel) -> None:
+        weights = {name: weight.cpu().contiguous() for name, weight in full_weights(model)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with new_file(self.folder / _NAME, is_durable=False) as new:
+                save_file(weights, new, {"format": "pt"})
+        except OSError as error:
+            raise RunError(
+                f"weights cannot be written to engine.folder {self.folder}: {error.strerror}. "
+                + remedy(error, "Name a folder that the server reads, too.")
+            ) from None
