@@ -258,6 +258,15 @@ def test_safe_keys_change_neither_fingerprint_nor_run(key: str) -> None:
     assert changed_keys(to_table(plain), to_table(other)) == []
 
 
+def test_sharding_changes_neither_fingerprint_nor_run() -> None:
+    student = {"sharding": "fsdp2", "sharding_group_size": 2}
+    other = parse_config(BASE | {"student": BASE["student"] | student})
+    plain = parse_config(BASE)
+    assert other != plain
+    assert fingerprint(other) == fingerprint(plain)
+    assert changed_keys(to_table(plain), to_table(other)) == []
+
+
 def test_changed_keys_are_dotted_and_include_those_of_another_kind() -> None:
     one = to_table(parse_config(BASE | {"seed": 1}))
     two = to_table(parse_config(BASE | {"selection": {"rule": "q3", "keep": 0.1}}))

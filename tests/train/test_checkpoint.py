@@ -51,7 +51,7 @@ def components_of(models: Path, model: Any) -> Any:
     """What a checkpoint needs of a run's parts."""
     tokenizer = load_tokenizer(str(models / "student"))
     weights = [p for p in model.parameters() if p.requires_grad]
-    student = SimpleNamespace(model=model)
+    student = SimpleNamespace(model=model, plain=model)
     return SimpleNamespace(student=student, masters=MasterWeights(weights), tokenizer=tokenizer)
 
 

@@ -39,6 +39,9 @@ SAFE_KEYS = (
 """Keys that may change when a run is continued: they change no number in it."""
 _UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device", "recording")
 """Keys that do not name a run: they change no more than rounding, or nothing."""
+SHARDING_KEYS = ("sharding", "sharding_group_size")
+"""Keys of models that say which process holds which weights; they may change and name no run, as
+the number of processes does."""
 
 
 _SMALLEST, _LARGEST = 1e-30, 1e9
@@ -227,6 +230,8 @@ def _chosen(table: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for field in fields(table):
+        if field.name in SHARDING_KEYS:
+            continue
         value = getattr(table, field.name)
         if is_dataclass(value):
             make = field.default_factory
@@ -241,8 +246,12 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ, safe keys aside, sorted."""
     before, after = dict(_flat(old)), dict(_flat(new))
     keys = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    is_safe = {key: key in SAFE_KEYS or key.startswith("recording.") for key in keys}
-    return sorted(key for key in keys if not is_safe[key])
+    return sorted(key for key in keys if not _is_safe(key))
+
+
+def _is_safe(key: str) -> bool:
+    is_sharding = key.rpartition(".")[2] in SHARDING_KEYS
+    return key in SAFE_KEYS or key.startswith("recording.") or is_sharding
 
 
 def flat_keys(table: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,18 @@ class DamagedError(Exception):
     """A sealed folder is not what it was; the text says which file and how."""
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the seal of a folder that is complete otherwise."""
-    (folder / SEAL).write_text(_text({**facts, "files": _sums(folder)}), encoding="utf-8")
+def seal(
+    folder: Path, facts: dict[str, Any], known: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Write the seal of a folder that is complete otherwise.
+
+    Args:
+        folder: the folder.
+        facts: what `unseal` returns.
+        known: `checksum` of files, by path in the folder, which are not read again.
+    """
+    sums = dict(known or {}) | _sums(folder, set(known or ()))
+    (folder / SEAL).write_text(_text({**facts, "files": sums}), encoding="utf-8")
 
 
 def unseal(folder: Path) -> dict[str, Any]:
@@ -56,14 +66,15 @@ def unseal(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key not in ("files", "digest")}
 
 
-def _sums(folder: Path) -> dict[str, dict[str, Any]]:
-    files = [p for p in sorted(folder.rglob("*")) if not p.is_dir() and p != folder / SEAL]
+def _sums(folder: Path, known: Set[str] = frozenset()) -> dict[str, dict[str, Any]]:
+    found = (p for p in sorted(folder.rglob("*")) if not p.is_dir() and p != folder / SEAL)
+    files = {name: p for p in found if (name := p.relative_to(folder).as_posix()) not in known}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        sums = pool.map(_sum, files)
-        return {p.relative_to(folder).as_posix(): s for p, s in zip(files, sums, strict=True)}
+        return dict(zip(files, pool.map(checksum, files.values()), strict=True))
 
 
-def _sum(path: Path) -> dict[str, Any]:
+def checksum(path: Path) -> dict[str, Any]:
+    """Length and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}

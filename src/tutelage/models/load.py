@@ -164,23 +164,39 @@ def save_model(
         RunError: The folder cannot be written, or holds something that is not a model.
     """
     target = Path(folder)
+    with explained_save(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(target, is_private=False, replaces=True) as new:
+            fill_model_folder(model, tokenizer, new, card, tensors)
+
+
+@contextlib.contextmanager
+def explained_save(target: Path) -> Iterator[None]:
+    """Refuse to replace what is no model, and turn errors of the disk into one line."""
     if target.exists() and not (target / "config.json").is_file():
         raise RunError(f"{target} exists and is not a model folder. Choose another folder.")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            new_folder(target, is_private=False, replaces=True) as new,
-            _without_bars(is_reading=False),
-        ):
-            model.save_pretrained(new, state_dict=tensors)
-            save_tokenizer(tokenizer, new)
-            if card is not None:
-                (new / "README.md").write_text(card, encoding="utf-8")
+        yield
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot save the model to {target}: {_one_line(error).rstrip('.')}. "
             f"What stood there stays. {remedy(error)}"
         ) from error
+
+
+def fill_model_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """The part of `save_model` that writes the files, into a folder that is there."""
+    with _without_bars(is_reading=False):
+        model.save_pretrained(folder, state_dict=tensors)
+    save_tokenizer(tokenizer, folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _low_bits(found: ResolvedModel, quantization: str, dtype: str) -> dict[str, Any]:

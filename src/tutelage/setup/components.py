@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tutelage.config.conversations import ConversationData
 from tutelage.config.models import TeacherConfig, TeacherMode
@@ -148,15 +149,23 @@ def _add_adapter(model: PreTrainedModel, config: Config) -> None:
         add_lora(model, lora.rank, lora.alpha, lora.dropout, names, config.seed)
 
 
-def plain_student(config: Config, student: PreTrainedModel) -> PreTrainedModel:
-    """The student as a plain model: an adapter is added to a fresh copy of the weights."""
+def plain_student(
+    config: Config, student: PreTrainedModel, adapter: dict[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """The student as a plain model: an adapter is added to a fresh copy of the weights.
+
+    Args:
+        config: the run.
+        student: the trained model.
+        adapter: weights of its adapter by name in it, if it has none itself.
+    """
     if config.student.lora is None:
         return student
     model = load_model(config.student.model, config.student.dtype)
     if config.student.num_layers is not None:
         prune_layers(model, config.student.num_layers)
     _add_adapter(model, config)
-    set_adapter_weights(model, student.get_adapter_state_dict())
+    set_adapter_weights(model, student.get_adapter_state_dict(state_dict=adapter))
     return merge(model)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tutelage.errors import RunError, remedy
@@ -19,7 +20,8 @@ from tutelage.files.atomic import discard, move, new_folder
 from tutelage.files.checksums import DamagedError, seal, unseal
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import DiskAdamW
-from tutelage.models.sharding import gathered_parts, is_shard, local, own_rows
+from tutelage.models.sharding import is_shard, own_rows
+from tutelage.models.weight_files import assign_files
 from tutelage.setup.components import trained_names
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ _MASTER = "master"
 """Name of a float32 master weight among its moments."""
 _NUMBER = "#"
 """Ends the name of an optimizer's entry that is a plain number."""
-_OPTIMIZER = "optimizer"
+OPTIMIZER = "optimizer"
 """Stem of the files of an optimizer's state."""
 _FILE_BYTES = 1 << 30
 """Most bytes of state in one file; more are written, and summed, by several threads."""
@@ -130,39 +132,35 @@ def save_checkpoint(
 def write_snapshot(run: Path, snapshot: Snapshot, components: Components, keep: int) -> Path:
     """The part of `save_checkpoint` that needs no number but the snapshot's."""
     final = checkpoint_path(run, snapshot.step)
+    with explained_checkpoint(final), new_folder(final) as temporary:
+        model, folder = components.student.model, temporary / "model"
+        save_model(model, components.tokenizer, folder, tensors=snapshot.model)
+        _save_tensors(snapshot.optimizer, temporary)
+        seal(temporary, {"step": snapshot.step})  # reads every byte back
+    rotate(run, keep)
+    return final
+
+
+@contextmanager
+def explained_checkpoint(final: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line that names the checkpoint."""
     try:
-        with new_folder(final) as temporary:
-            model, folder = components.student.model, temporary / "model"
-            save_model(model, components.tokenizer, folder, tensors=snapshot.model)
-            _save_tensors(snapshot.optimizer, temporary)
-            seal(temporary, {"step": snapshot.step})  # reads every byte back
+        yield
     except (OSError, SafetensorError, RunError) as error:
         cause = error.__cause__ or error
         raise RunError(
             f"checkpoint {final} cannot be written: {_sentence(cause)} "
             f"Earlier checkpoints are untouched. {remedy(cause)}"
         ) from None
-    rotate(run, keep)
-    return final
 
 
 def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     """`optimizer.safetensors`, or several files of at most `_FILE_BYTES`, written side by side."""
-    groups: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > _FILE_BYTES:
-            groups.append({})
-            size = 0
-        groups[-1][name] = tensor
-        size += tensor.nbytes
-    if len(groups) == 1:
-        save_file(groups[0], folder / f"{_OPTIMIZER}.safetensors")
-        return
-    count = len(groups)
-    names = [f"{_OPTIMIZER}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    files = assign_files(OPTIMIZER, sizes, _FILE_BYTES)
+    groups = [{name: tensors[name] for name in names} for names in files.values()]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        list(pool.map(save_file, groups, [folder / name for name in names]))
+        list(pool.map(save_file, groups, [folder / name for name in files]))
 
 
 def savable_tensors(
@@ -173,11 +171,11 @@ def savable_tensors(
     Raises:
         RunError: it is not.
     """
-    tensors = _optimizer_tensors(components, optimizer)
+    tensors = own_state(components, optimizer)
     weights = {
-        name: local(p) for name, p in components.student.model.named_parameters() if p.requires_grad
+        name: p for name, p in components.student.model.named_parameters() if p.requires_grad
     }
-    _refuse_nonfinite(step, weights | tensors)
+    refuse_nonfinite(step, weights | tensors)
     require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
     return tensors
 
@@ -216,7 +214,7 @@ def _sentence(error: BaseException) -> str:
     return str(error).removesuffix(".") + "."
 
 
-def _refuse_nonfinite(step: int, tensors: dict[str, Tensor]) -> None:
+def refuse_nonfinite(step: int, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RunError(
@@ -231,30 +229,17 @@ def load_optimizer(path: Path, components: Components, optimizer: torch.optim.Op
     Raises:
         RunError: the file is damaged or belongs to another model.
     """
-    tensors: dict[str, Tensor] = {}
-    whole = path / f"{_OPTIMIZER}.safetensors"
-    for file in sorted(path.glob(f"{_OPTIMIZER}-*.safetensors")) or [whole]:
-        try:
-            tensors |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{file} cannot be read: {error}. Delete {path} to use an older one."
-            ) from None
     names = trained_names(components.student)
     masters = dict(zip(names, components.masters.masters, strict=True))
-    weights_of = dict(zip(names, components.masters.weights, strict=True))
+    weights = dict(zip(names, components.masters.weights, strict=True))
     # torch numbers weights in the order of the optimizer's groups, which need not be the model's
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    number = {id(weight): i for i, weight in enumerate(weights)}
+    updated = [master for group in optimizer.param_groups for master in group["params"]]
+    number = {id(master): i for i, master in enumerate(updated)}
     place = {name: number[id(master)] for name, master in masters.items()}
-    state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(weights))}
-    for key, tensor in tensors.items():
+    state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(updated))}
+    for key, tensor in _own_tensors(path, weights):
         name, _, entry = key.rpartition("|")
-        if name not in masters:
-            raise RunError(f"{file} has moments of {name!r}, which the model does not have.")
         index = place[name]
-        if is_shard(weights_of[name]) and tensor.dim():
-            tensor = tensor[own_rows(weights_of[name])].clone()
         if entry == _MASTER:
             masters[name].data.copy_(tensor)
         elif entry.endswith(_NUMBER):
@@ -266,28 +251,59 @@ def load_optimizer(path: Path, components: Components, optimizer: torch.optim.Op
     optimizer.load_state_dict({"state": filled, "param_groups": groups})
 
 
-def _optimizer_tensors(
-    components: Components, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def has_own_master(weight: Tensor, master: Tensor, plain: Tensor) -> bool:
+    """Whether a master is saved beside its weight.
+
+    Args:
+        weight: whole, or sharded.
+        master: what the optimizer updates for it.
+        plain: the weight in the model's dtype, with or without numbers.
+    """
+    return master.dtype != plain.dtype if is_shard(weight) else weight is not master
+
+
+def _own_tensors(path: Path, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Of a checkpoint's moments and masters what belongs to this process; only that is read."""
+    whole = path / f"{OPTIMIZER}.safetensors"
+    for file in sorted(path.glob(f"{OPTIMIZER}-*.safetensors")) or [whole]:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    weight = weights.get(key.rpartition("|")[0])
+                    if weight is None:
+                        raise RunError(
+                            f"{file} has {key.rpartition('|')[2]} of {key.rpartition('|')[0]!r}, "
+                            "which the model does not have."
+                        )
+                    yield key, _own_rows(tensors, key, weight)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{file} cannot be read: {error}. Delete {path} to use an older one."
+            ) from None
+
+
+def _own_rows(tensors: Any, key: str, weight: Tensor) -> Tensor:
+    """A tensor of a file, or of one cut as a sharded weight is the rows of this process."""
+    if is_shard(weight) and tensors.get_slice(key).get_shape():
+        rows: Tensor = tensors.get_slice(key)[own_rows(weight)]
+        return rows
+    tensor: Tensor = tensors.get_tensor(key)
+    return tensor
+
+
+def own_state(components: Components, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and master weights by name; of a sharded student the rows of this process."""
     tensors: dict[str, Tensor] = {}
-    masters = components.masters
+    masters, plain = components.masters, dict(components.student.plain.named_parameters())
     both = zip(masters.weights, masters.masters, strict=True)
     for name, (weight, master) in zip(trained_names(components.student), both, strict=True):
-        is_apart = weight is not master
-        if is_shard(weight):  # its part is its own master, of a model that may be of less
-            is_apart = components.student.plain.get_parameter(name).dtype != master.dtype
-        if is_apart:
-            tensors[f"{name}|{_MASTER}"] = _whole(master.detach(), weight)
+        if has_own_master(weight, master, plain[name]):
+            tensors[f"{name}|{_MASTER}"] = master.detach()
         for entry, value in optimizer.state[master].items():
             if isinstance(value, Tensor):
                 # cloned where several weights share one table, which a file would refuse
                 tensor = value.clone() if entry.startswith("qmap") else value
-                tensors[f"{name}|{entry}"] = _whole(tensor.contiguous(), weight)
+                tensors[f"{name}|{entry}"] = tensor.contiguous()
             elif value is not None:
                 tensors[f"{name}|{entry}{_NUMBER}"] = torch.tensor(value)
     return tensors
-
-
-def _whole(tensor: Tensor, weight: Tensor) -> Tensor:
-    """All numbers of a weight's moment or master."""
-    return gathered_parts(tensor, weight) if is_shard(weight) and tensor.dim() else tensor

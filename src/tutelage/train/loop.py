@@ -26,13 +26,14 @@ from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, started_at
 from tutelage.setup.trackers import numbers, require_trackers, start_trackers
 from tutelage.setup.validate import validate
+from tutelage.train.agreement import in_all, in_main, require_shared
 from tutelage.train.checkpoint import (
     checkpoint_path,
     load_optimizer,
     newest_checkpoint,
     rotate,
 )
-from tutelage.train.distributed import date_of_main, from_main
+from tutelage.train.distributed import date_of_main
 from tutelage.train.measurements import Measurements
 from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.saving import Saver, require_checkpoint_space
@@ -93,8 +94,9 @@ def train(
     stop = Stop(may_interrupt=accelerator.num_processes == 1)
     with ExitStack() as stack:
         stack.callback(accelerator.end_training)  # a group that is left may abort its process
-        folder.open()
         stack.callback(folder.close)
+        in_main(accelerator, folder.open)
+        require_shared(accelerator, path)
         earlier = started_at(folder.read_manifest())
         started = date_of_main(accelerator, earlier or datetime.now())
         stack.enter_context(listening(stop))
@@ -129,14 +131,14 @@ class _Run:
         saved = None if checkpoint is None else str(checkpoint / "model")
         self.components = build_components(config, saved, folder.path, inputs, self.on_phase)
         if self.first_step <= config.num_steps:
-            require_checkpoint_space(config, folder, self.components.masters)
+            require_checkpoint_space(config, folder, accelerator, self.components)
         self._write_manifest(manifest)
         start_trackers(accelerator, config, folder.path.name)
         optimizer = build_optimizer(
             config.optimizer, self.components.student, self.components.masters, folder.path
         )
         if checkpoint is not None:
-            load_optimizer(checkpoint, self.components, optimizer)
+            in_all(accelerator, lambda: load_optimizer(checkpoint, self.components, optimizer))
         self.saver = Saver(
             config, folder, accelerator, self.components, optimizer, self.on_phase, self.log
         )
@@ -237,22 +239,27 @@ class _Run:
 
     def _start(self) -> tuple[int, Path | None]:
         """Steps that are done, and the checkpoint after them; the logs end there too."""
-        found = newest_checkpoint(self.folder.path, self.log) if self.folder.is_writer else None
-        step = from_main(self.accelerator, -1 if found is None else found[0])
+        step = in_main(self.accelerator, self._rewind)
         if step < 0:
-            self.folder.rewind(-1)
-            self.accelerator.wait_for_everyone()
             return 0, None
         path = checkpoint_path(self.folder.path, step)
-        if self.folder.is_writer:  # it may have died between a save and the removal of older ones
-            rotate(self.folder.path, self.config.keep_checkpoints)
-        self.folder.rewind(step)
-        if not self.folder.has_evaluation(step):  # it died while it evaluated
-            self.folder.rewind(step - 1, EVALUATION_LOGS)
-        self.accelerator.wait_for_everyone()
         what = "is finished" if step >= self.config.num_steps else "continues"
         self.log(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
         return step, path
+
+    def _rewind(self) -> int:
+        """The step of the newest whole checkpoint, after which nothing is logged; -1 for none."""
+        found = newest_checkpoint(self.folder.path, self.log)
+        if found is None:
+            self.folder.rewind(-1)
+            return -1
+        step, _ = found
+        # it may have died between a save and the removal of older ones
+        rotate(self.folder.path, self.config.keep_checkpoints)
+        self.folder.rewind(step)
+        if not self.folder.has_evaluation(step):  # it died while it evaluated
+            self.folder.rewind(step - 1, EVALUATION_LOGS)
+        return step
 
     def _is_evaluation_due(self) -> bool:
         every = self.config.evaluation.every

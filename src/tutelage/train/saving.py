@@ -12,41 +12,49 @@ from tutelage.evaluation.verdict import Verdict
 from tutelage.memory.cpu import STATE_BYTES, copied_bytes
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import MasterWeights
-from tutelage.setup.components import Components, plain_student
+from tutelage.setup.components import Components, plain_student, trained_names
 from tutelage.setup.phases import PhaseCallback
 from tutelage.setup.run_folder import RunFolder, environment
-from tutelage.train.checkpoint import (
-    Snapshot,
-    require_space,
-    savable_tensors,
-    save_checkpoint,
-    write_snapshot,
-)
+from tutelage.train.agreement import in_main
+from tutelage.train.checkpoint import has_own_master, require_space, save_checkpoint
 from tutelage.train.checkpoint_thread import CheckpointThread, is_written_beside
 from tutelage.train.model_card import model_card
+from tutelage.train.sharded_checkpoint import (
+    gathered_to_main,
+    save_sharded_checkpoint,
+    save_sharded_model,
+    trained_parts,
+)
 
 
-def checkpoint_bytes(config: Config, masters: MasterWeights) -> int:
+def checkpoint_bytes(config: Config, components: Components) -> int:
     """What a checkpoint will hold: weights, float32 masters and the optimizer's state."""
-    own = sum(master.nbytes for _, master in masters.pairs)
-    return sum(weight.nbytes for weight in masters.weights) + own + _state_bytes(config, masters)
+    plain, masters = dict(components.student.plain.named_parameters()), components.masters
+    total = _state_bytes(config, masters)
+    both = zip(masters.weights, masters.masters, strict=True)
+    for name, (weight, master) in zip(trained_names(components.student), both, strict=True):
+        total += plain[name].nbytes
+        if has_own_master(weight, master, plain[name]):
+            total += weight.numel() * master.itemsize
+    return total
 
 
-def require_checkpoint_space(config: Config, folder: RunFolder, masters: MasterWeights) -> None:
+def require_checkpoint_space(
+    config: Config, folder: RunFolder, accelerator: Accelerator, components: Components
+) -> None:
     """Refuse a run whose first checkpoint will not fit: better now than after hours.
 
     Raises:
         RunError: the disk of the run folder has too little room.
     """
-    needed = checkpoint_bytes(config, masters)
+    needed = checkpoint_bytes(config, components)
     if config.optimizer.state_is_on_disk:  # in use and in the checkpoint
-        needed += _state_bytes(config, masters)
-    if folder.is_writer:
-        require_space(folder.path, needed)
+        needed += _state_bytes(config, components.masters)
+    in_main(accelerator, lambda: require_space(folder.path, needed))
 
 
 def _state_bytes(config: Config, masters: MasterWeights) -> int:
-    count = sum(master.numel() for master in masters.masters)
+    count = sum(weight.numel() for weight in masters.weights)
     return int(STATE_BYTES[config.optimizer.kind] * count)
 
 
@@ -66,35 +74,34 @@ class Saver:
         self._config, self._folder, self._accelerator = config, folder, accelerator
         self._components, self._optimizer = components, optimizer
         self._on_phase, self._log = on_phase, log
-        self._thread = None
-        device = components.device
-        copied = copied_bytes(config, components.masters.weights, device)
-        if folder.is_writer and is_written_beside(config, device, copied):
-            keep = config.keep_checkpoints
-            self._thread = CheckpointThread(folder.path, components, optimizer, keep)
+        self._keep = config.keep_checkpoints
+        self._thread: CheckpointThread | None = None
+        self._is_beside = not components.student.is_sharded and in_main(accelerator, self._begin)
+
+    def _begin(self) -> bool:
+        """Start the thread of the main process, if there is to be one."""
+        components, device = self._components, self._components.device
+        copied = copied_bytes(self._config, components.masters.weights, device)
+        if not is_written_beside(self._config, device, copied):
+            return False
+        self._thread = CheckpointThread(self._folder.path, components, self._optimizer, self._keep)
+        return True
 
     def save(self, step: int) -> None:
         """Write the checkpoint after `step` updates, or begin to.
 
         Raises:
-            RunError: it cannot be written; earlier ones stay.
+            RunError: it cannot be written, the same in every process; earlier ones stay.
         """
         self._on_phase("saving a checkpoint")
-        if self._thread is not None:
-            self._thread.save(step)
-        elif self._folder.is_writer or self._components.student.is_sharded:
-            self._save_inline(step)
-        self._accelerator.wait_for_everyone()
-
-    def _save_inline(self, step: int) -> None:
-        run, keep = self._folder.path, self._config.keep_checkpoints
-        if not self._components.student.is_sharded:
-            save_checkpoint(run, step, self._components, self._optimizer, keep)
-            return
-        tensors = savable_tensors(run, step, self._components, self._optimizer)
-        with self._components.whole() as components:
-            if self._folder.is_writer:
-                write_snapshot(run, Snapshot(step, None, tensors), components, keep)
+        parts = (self._components, self._optimizer, self._keep)
+        if self._components.student.is_sharded:
+            save_sharded_checkpoint(self._accelerator, self._folder.path, step, *parts)
+        elif self._is_beside:
+            self._by_thread(lambda thread: thread.save(step))
+        else:
+            run = self._folder.path
+            in_main(self._accelerator, lambda: save_checkpoint(run, step, *parts))
 
     def look(self) -> None:
         """Raise what went wrong with a checkpoint that is no longer being written.
@@ -102,8 +109,8 @@ class Saver:
         Raises:
             RunError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.look()
+        if self._is_beside:
+            self._by_thread(CheckpointThread.look)
 
     def wait(self) -> None:
         """Return once every checkpoint stands.
@@ -111,9 +118,15 @@ class Saver:
         Raises:
             RunError: one could not be written.
         """
-        if self._thread is not None:
-            self._thread.wait()
-        self._accelerator.wait_for_everyone()
+        if self._is_beside:
+            self._by_thread(CheckpointThread.wait)
+
+    def _by_thread(self, work: Callable[[CheckpointThread], None]) -> None:
+        def called() -> None:
+            if self._thread is not None:
+                work(self._thread)
+
+        in_main(self._accelerator, called)
 
     def close(self) -> None:
         """End the thread that writes, if there is one."""
@@ -129,14 +142,20 @@ class Saver:
         Raises:
             RunError: the folder cannot be written.
         """
-        target = self._folder.path / "student"
-        with self._components.student.whole() as whole:
-            if not self._folder.is_writer:
-                return
-            self._on_phase("exporting the student")
-            model = plain_student(self._config, whole)
-            records = self._folder.read("evaluation.jsonl")
-            card = model_card(self._config, records, environment(), verdict)
-            save_model(model, self._components.tokenizer, target, card)
+        self._on_phase("exporting the student")
+        target, tokenizer = self._folder.path / "student", self._components.tokenizer
+        records = self._folder.read("evaluation.jsonl")
+        card = model_card(self._config, records, environment(), verdict)
+        student = self._components.student
+        if student.is_sharded and self._config.student.lora is None:
+            save_sharded_model(self._accelerator, student, tokenizer, target, card)
+        else:
+            adapter = gathered_to_main(trained_parts(student)) if student.is_sharded else None
+
+            def save() -> None:
+                model = plain_student(self._config, student.plain, adapter)
+                save_model(model, tokenizer, target, card)
+
+            in_main(self._accelerator, save)
         self._on_phase("")
         self._log(f"student exported to {target}")

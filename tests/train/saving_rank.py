@@ -1,0 +1,107 @@
+"""One process of several that take tiny runs through saves, faults and new starts, job after job.
+
+Usage: saving_rank.py FOLDER; reads `jobs.json` there, see `saved_runs.job`, and writes what each
+ended with to `ended0.json` and so on. The usual environment variables name process, world size and
+master.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ranks import process_group
+from saved_runs import cut, saved_again
+from tutelage.config.parse import parse_config
+from tutelage.errors import TutelageError
+from tutelage.train import checkpoint, loop, saving, sharded_checkpoint
+from tutelage.train.loop import train
+
+
+def disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def poisoned(accelerator: Accelerator, run: Path, step: int, components: Any, *rest: Any) -> Path:
+    """The last of a student's shards gets a number that is not finite."""
+    if accelerator.process_index == accelerator.num_processes - 1:
+        components.masters.masters[0].data[-1] = torch.inf
+    return sharded_checkpoint.save_sharded_checkpoint(accelerator, run, step, components, *rest)
+
+
+def faulty(name: str, plain: Any) -> Any:
+    """A function that writes a file, with a fault when it is the second of several."""
+
+    def write(tensors: dict[str, Tensor], path: Path) -> None:
+        if "-00002-of-" in path.name:
+            {"full": disk_full, "killed": killed}[name]()
+        plain(tensors, path)
+
+    return write
+
+
+def put_fault(stack: ExitStack, name: str) -> None:
+    if name in ("full", "killed"):
+        write = faulty(name, sharded_checkpoint.save_file)
+        stack.enter_context(mock.patch.object(sharded_checkpoint, "save_file", write))
+    if name == "not finite":
+        stack.enter_context(mock.patch.object(saving, "save_sharded_checkpoint", poisoned))
+    if name == "main full":
+        stack.enter_context(mock.patch.object(checkpoint, "seal", disk_full))
+
+
+def do(accelerator: Accelerator, job: dict[str, Any]) -> str:
+    """Do a job; the text of the error it ended with, or nothing."""
+    config = parse_config(job["table"])
+    if job["source"] and accelerator.is_main_process:
+        cut(*job["source"], Path(config.out))
+    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(loop, "open_accelerator", return_value=accelerator))
+        stack.enter_context(mock.patch.object(accelerator, "end_training"))
+        limit = mock.patch.object(sharded_checkpoint, "FILE_BYTES", job["file_bytes"])
+        stack.enter_context(limit)
+        put_fault(stack, job["fault"])
+        try:
+            if job["saves_again"]:
+                saved_again(config, accelerator)
+            else:
+                train(config, log=lambda _: None)
+        except TutelageError as error:
+            return str(error)
+        except RuntimeError as error:
+            if job["fault"] != "killed":
+                raise
+            return f"alone: {type(error).__name__}"
+    return ""
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with process_group() as index:
+        accelerator = Accelerator(cpu=True)
+        ended = {}
+        for job in json.loads((folder / "jobs.json").read_text()):
+            ended[job["name"]] = do(accelerator, job)
+            (folder / f"ended{index}.json").write_text(json.dumps(ended))
+            if job["fault"] == "killed":
+                os._exit(0)  # without its peer no process leaves a group in an orderly way
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
