@@ -270,7 +270,7 @@ MUTANTS: dict[str, Group] = {
             ("weight = weight.clone()  # a part", "weight = weight  # a part"),
         ],
     ),
-    "setup/components.py": (
+    "setup/teacher.py": (
         ["models/test_teacher_modes.py", "models/test_optimizer_memory.py"],
         [
             ("if _versions(found) != known:", "if False:"),

@@ -187,7 +187,7 @@ def test_a_tied_student_and_an_offloaded_teacher_give_the_plain_gradient(
     from tiny import save_tiny_model
 
     # As on an accelerator; on a CPU the teacher would be read again, in float32.
-    monkeypatch.setattr("tutelage.setup.components._mode_at_rest", lambda config, _: config.mode)
+    monkeypatch.setattr("tutelage.setup.teacher._mode_at_rest", lambda config, _: config.mode)
 
     tied = save_tiny_model(tmp_path / "tied", seed=3, is_tied=True)
     teacher = {"model": str(tiny_models / "teacher"), "mode": "offload"}

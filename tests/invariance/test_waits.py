@@ -16,7 +16,7 @@ from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import use_own_attention
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
-from tutelage.setup import components as setup
+from tutelage.setup import components, teacher
 from tutelage.train.update import Updater, UpdateResult
 
 pytest.importorskip("triton")
@@ -27,13 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "is_supported", lambda device: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    plain = setup._set_attention
+    plain = teacher.set_attention
 
     def set_attention(config: Any, model: Any, *rest: Any) -> None:
         plain(config, model, *rest)
         assert use_own_attention(model)  # as every student on CUDA has it
 
-    monkeypatch.setattr(setup, "_set_attention", set_attention)
+    for module in (components, teacher):
+        monkeypatch.setattr(module, "set_attention", set_attention)
 
 
 def learn(monkeypatch: pytest.MonkeyPatch, models: Path, rollouts: list[Rollout], **changes: Any

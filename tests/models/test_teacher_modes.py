@@ -23,7 +23,8 @@ from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.load import load_model
 from tutelage.models.teacher import HiddenStore, Teacher
-from tutelage.setup.components import _load_teacher, build_components
+from tutelage.setup.components import build_components
+from tutelage.setup.teacher import load_teacher
 
 
 def test_every_mode_and_store_learns_the_same_bits(tmp_path: Path, tiny_models: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_file_that_would_be_unpacked_in_every_step_is_refused(
     teacher = {"model": str(file), "mode": "reload"}
     config = tiny_config(tiny_models, tmp_path / "out", teacher=teacher)
     with pytest.raises(ConfigError, match="'reload' would unpack"):
-        _load_teacher(config, torch.device("cpu"))
+        load_teacher(config, torch.device("cpu"))
 
 
 def test_the_old_key_says_what_it_is_now(tmp_path: Path, tiny_models: Path) -> None:

@@ -23,6 +23,7 @@ from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup import components as setup
 from tutelage.setup import validate
+from tutelage.setup.teacher import _versions
 from tutelage.train.loop import train
 from tutelage.train.token_scores import ScoreRequest, score
 
@@ -168,12 +169,12 @@ def test_an_adapter_that_changed_under_a_run_is_not_read_again(tmp_path: Path) -
         folder.mkdir()
         (folder / "weights").write_text("before")
     found = ResolvedModel("adapter", str(base), adapter=str(adapter))
-    before = setup._versions(found)
+    before = _versions(found)
     assert len(before) == 2
     (adapter / "weights").write_text("after it")
-    assert setup._versions(found) != before
+    assert _versions(found) != before
     on_hub = ResolvedModel("adapter", "hub/base", is_local=False, adapter=str(adapter))
-    assert list(setup._versions(on_hub)) == [adapter / "weights"]
+    assert list(_versions(on_hub)) == [adapter / "weights"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")

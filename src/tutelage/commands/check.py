@@ -54,12 +54,18 @@ def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iter
         TutelageError: something does not fit.
     """
     inputs = validate(config, run_folder(config, name), allow_change=allow_change)
-    components = build_components(config, inputs=inputs)
+    components = build_components(config, inputs=inputs, is_run=False)
     prompts = inputs.prompts or inputs.measure_prompts(config)
     with components.teacher.on_device():
         sides = [_model_line("student", components.student.model)]
         sides.append(_model_line("teacher", components.teacher.model))
     yield from sides
+    if config.teacher.sharding != "none":
+        size = config.teacher.sharding_group_size
+        yield (
+            f"teacher: cut by {config.teacher.sharding} over {size or 'all'} processes; its "
+            "forward pass is tried when they start"
+        )
     yield f"vocabulary: {components.student.vocab_size:,} ids shared; tokenizers agree"
     num_held_out = len(components.task.held_out(config.evaluation.num_problems))
     yield (

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from tutelage.config.bounds import STRICT, require
 
 TeacherMode: TypeAlias = Literal["resident", "offload", "reload"]
+TeacherSharding: TypeAlias = Literal["none", "fsdp2", "tp"]
 OptimizerKind: TypeAlias = Literal[
     "adamw", "adamw_on_disk", "adamw_8bit", "paged_adamw_8bit", "adafactor"
 ]
@@ -96,11 +97,33 @@ class TeacherConfig:
     stop_token: Literal["map", "refuse"] = "map"
     """Where student and teacher end a text with different ids: map exchanges them for the teacher,
     refuse ends the run."""
+    sharding: TeacherSharding = "none"
+    """Where several processes share a run: none keeps the weights whole in each; fsdp2 cuts them
+    into as many parts, of which each process keeps one, and gathers a layer while it is computed;
+    tp (tensor parallelism) cuts each layer's products, and the processes compute together what each
+    of them asks for, for architectures with a plan in transformers. The model is a folder or hub id
+    with safetensors; it gives no completions of its own to an evaluation."""
+    sharding_group_size: int = 0
+    """Neighbouring processes that keep one copy of the weights between them; 0 is all."""
 
     def __post_init__(self) -> None:
         budget = self.hidden_budget_bytes
         hint = "0 writes all hidden states to disk."
         require(budget >= 0, "teacher.hidden_budget_bytes", "at least 0", budget, hint)
+        self._require_sharded()
+
+    def _require_sharded(self) -> None:
+        size, key = self.sharding_group_size, "teacher.sharding_group_size"
+        hint = "0 is one group of all processes."
+        require(size == 0 or size >= 2, key, "0 or at least 2", size, hint)
+        if self.sharding == "none":
+            require(size == 0, key, "0 without teacher.sharding", size, hint)
+            return
+        rule, hint = f"none with teacher.sharding = {self.sharding}", "Low bits are not cut."
+        require(self.quantization == "none", "teacher.quantization", rule, self.quantization, hint)
+        rule = f"resident or reload with teacher.sharding = {self.sharding}"
+        hint = "Reload maps the files in every step."
+        require(self.mode != "offload", "teacher.mode", rule, self.mode, hint)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ModelError, TutelageError
+from tutelage.models.sharding import is_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,6 +121,7 @@ def is_llama_like(model: PreTrainedModel) -> bool:
     same_dtype = base.norm.weight.dtype == base.embed_tokens.weight.dtype
     # Hooks (sharding, offloading) belong to the modules' own calls, some of which a step skips.
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    hooked = hooked or any(is_shard(weight) for weight in base.parameters())
     # So does the choice of dtypes.
     kind = model.device.type
     is_cast = kind != "meta" and torch.is_autocast_enabled(kind)

@@ -17,6 +17,7 @@ from tutelage.models.forward import backbone, read_alone, rounding, run, trial_i
 from tutelage.models.limits import refuse_beyond_table
 from tutelage.models.llama_cpu.forward import is_written_out, last_hidden
 from tutelage.models.packing import unmasked_inputs
+from tutelage.models.sharding import gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,8 @@ def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
 def head(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> LazyLogits:
     """The model's logits for rows of hidden states, over the first `vocab_size` ids.
 
+    A frozen head that lies in shards is gathered: all processes that hold it have to ask together.
+
     Raises:
         ModelError: the model has no output embeddings to project with, or its logits are more than
             products with them, a scale and a cap.
@@ -77,7 +80,10 @@ def head(model: PreTrainedModel, hidden: Tensor, vocab_size: int) -> LazyLogits:
     projection = output_embeddings(model)
     form = head_form(model)
     bias: Tensor | None = dict(projection.named_parameters()).get("bias")
-    logits = LazyLogits(hidden, projection.weight, bias, form.scale, form.softcap)
+    weight: Tensor = projection.weight
+    if not weight.requires_grad:
+        weight = gathered(weight)
+    logits = LazyLogits(hidden, weight, bias, form.scale, form.softcap)
     return logits.cut(vocab_size)
 
 

@@ -19,6 +19,7 @@ from tutelage.errors import RunError
 from tutelage.models.device import give_back
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.offload import MappedFile
+from tutelage.models.teacher_shards import TeacherShards, held_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +81,9 @@ class Teacher:
     Where it is outside `on_device()`: `resident` on its device; `offload` in main memory; `reload`
     nowhere, it is read from disk again. Its head stays on the device for the objective. `swap`
     trades two ids of its vocabulary: its stop token and the student's.
+
+    With `shards` it lies in parts in the processes of a group, which have to enter `on_device()`
+    together and to call `forward` as often inside.
     """
 
     def __init__(
@@ -91,9 +95,12 @@ class Teacher:
         swap: tuple[int, int] | None = None,
         load: Callable[[], PreTrainedModel] | None = None,
         store: HiddenStore | None = None,
+        shards: TeacherShards | None = None,
     ) -> None:
         if mode == "reload" and load is None:
             raise ValueError("mode 'reload' needs `load`, which reads the model again.")
+        if mode == "offload" and shards is not None:
+            raise ValueError("a teacher in shards is resident or reloaded.")
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.mode = mode
@@ -102,16 +109,30 @@ class Teacher:
         self.device_budget_bytes = device_budget(self.device) if mode == "resident" else 0
         self._on_device_bytes = 0
         self._load = load
-        self._model: PreTrainedModel | None = model.eval().requires_grad_(False)
+        self._shards = shards
+        self._model: PreTrainedModel | None = self._placed(model)
         self._head: LazyLogits | None = None
         weight = model.get_output_embeddings().weight
         self.head_shape, self.itemsize = tuple(weight.shape), weight.dtype.itemsize
         self.head_bytes = weight.nbytes
-        self.full_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        if mode == "resident":
-            model.to(self.device)
-        else:
+        self.full_bytes = held_bytes(model)
+        """Bytes of the weights that this process has of the teacher."""
+        if mode != "resident" and shards is None:
             model.to("cpu")
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model that was loaded, frozen, where it computes."""
+        model = model.eval().requires_grad_(False)
+        if self._shards is not None:
+            self._shards.shard(model)
+        elif self.mode == "resident":
+            model.to(self.device)
+        return model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has only a part of the weights."""
+        return self._shards is not None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -132,14 +153,15 @@ class Teacher:
         """The teacher is on its device inside, and where it rests afterwards."""
         self._head = None
         if self._model is None and self._load is not None:
-            self._model = self._load().eval().requires_grad_(False)
-        if self.mode != "resident":
+            self._model = self._placed(self._load())
+        if self.mode != "resident" and not self.is_sharded:
             self.model.to(self.device)
         self.store.empty()
         self._on_device_bytes = 0
         try:
             yield
         finally:
+            self._head = None
             self._rest()
 
     def _rest(self) -> None:
@@ -162,7 +184,11 @@ class Teacher:
         Returns:
             `LazyLogits` of N rows, no gradient.
         """
-        hidden = hidden_rows(self.model, batch.to(self.device))
+        here = batch.to(self.device)
+        if self._shards is None:
+            hidden = hidden_rows(self.model, here)
+        else:
+            hidden = self._shards.hidden_rows(self.model, here)
         if self._head is None:
             # detached: the model may move or go, while its head's memory stays for the objective
             self._head = self._detached_head(hidden)
@@ -179,6 +205,6 @@ class Teacher:
         logits = head(self.model, hidden[:0], self.vocab_size)
         weight = logits.weight.detach()
         bias = None if logits.bias is None else logits.bias.detach()
-        if self.mode == "reload" and weight.device.type == "cpu":
+        if self.mode == "reload" and weight.device.type == "cpu" and not self.is_sharded:
             weight = weight.clone()  # a part of a mapped file would keep all of it in memory
         return replace(logits, weight=weight, bias=bias, swap=self.swap)

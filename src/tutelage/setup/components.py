@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +13,12 @@ import torch
 from torch import Tensor
 
 from tutelage.config.conversations import ConversationData
-from tutelage.config.models import TeacherConfig, TeacherMode
 from tutelage.config.sampling import TransformersEngine, VLLMEngine, VLLMServer
 from tutelage.config.schema import Config
 from tutelage.config.verifiers import VerifiersData
 from tutelage.data.tasks import Task
 from tutelage.envs.environment import AgentTask
 from tutelage.envs.verifiers import VerifiersTask
-from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.chat.turn_template import turn_template
 from tutelage.models.device import keep_freed_memory
 from tutelage.models.head import output_embeddings
@@ -36,12 +33,10 @@ from tutelage.models.lora import (
     set_adapter_weights,
 )
 from tutelage.models.optimizer import MasterWeights
-from tutelage.models.packing import require_packed, use_own_attention
 from tutelage.models.prune import prune_layers
-from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.sharding import num_processes, sharding_mesh
 from tutelage.models.student import Student
-from tutelage.models.teacher import HiddenStore, Teacher
+from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.replicas import Replicas
@@ -53,7 +48,8 @@ from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.setup.inputs import Inputs, load_inputs, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
-from tutelage.setup.trial import try_model
+from tutelage.setup.teacher import build_teacher, load_teacher, set_attention, try_teacher
+from tutelage.setup.trial import refuse_nonfinite, try_model
 from tutelage.setup.warnings import model_warnings
 
 if TYPE_CHECKING:
@@ -118,16 +114,8 @@ def _student(
         checkpoint_activations(model)
     if start.layers == "liger":
         use_liger_layers(model, f"student {start.model!r}")
-    _set_attention(config, model, f"student {start.model!r}", device)
+    set_attention(config, model, f"student {start.model!r}", device)
     return model
-
-
-def _set_attention(config: Config, model: PreTrainedModel, who: str, device: torch.device) -> None:
-    """Attention for packed rows, or on CUDA one that needs no synchronization for its mask."""
-    if config.micro_batches == "packed":
-        require_packed(model, who, device)
-    elif device.type == "cuda":
-        use_own_attention(model)
 
 
 def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -187,18 +175,6 @@ def masters_of(config: Config, student: Student) -> MasterWeights:
     return MasterWeights(trained, "cpu" if config.optimizer.offload else None)
 
 
-def _refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
-    """Weights that are not finite make every loss NaN."""
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.numel():
-            low, high = torch.aminmax(weight.detach())  # one pass, no copy
-            if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-                raise ModelError(
-                    f"the {who} has numbers in {name} that are not finite, from {float(low)} to "
-                    f"{float(high)}. Copy or download it again."
-                )
-
-
 def agent_of(config: Config, task: Task) -> Agent | None:
     """How a task's prompts become conversations; None where they have single answers."""
     if isinstance(task, AgentTask) and isinstance(config.data, ConversationData):
@@ -240,31 +216,6 @@ def make_sampler(
     return sampler if service is None else VerifiersSampler(sampler, service, is_owner=True)
 
 
-def _load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
-    """A function that loads the teacher to where it is kept; an error if its files changed."""
-    teacher = config.teacher
-    found = resolve_model(teacher.model)
-    if teacher.mode == "reload" and found.gguf_file is not None:
-        raise ConfigError(
-            f"teacher.mode 'reload' would unpack {teacher.model!r} in every step: it is a GGUF "
-            "file. Use offload, or a folder with safetensors."
-        )
-    place = "cpu" if teacher.mode == "offload" else str(device)
-    known = _versions(found)
-
-    def load() -> PreTrainedModel:
-        if _versions(found) != known:
-            raise RunError(
-                f"the files of teacher {teacher.model!r} have changed since the run began. "
-                "Restore them and start the same command again."
-            )
-        model = load_model(teacher.model, teacher.dtype, place, quantization=teacher.quantization)
-        _set_attention(config, model, f"teacher {teacher.model!r}", device)
-        return model
-
-    return load
-
-
 def _refuse_other_ends(
     config: Config, task: Task, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -273,31 +224,13 @@ def _refuse_other_ends(
         turn_template(tokenizer, stop_ids(student, tokenizer), thinking(config.data))
 
 
-def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:
-    """Size and time of change of each file of a folder; a hub's cache does not change."""
-    try:
-        folders = [found.source] * found.is_local + [found.adapter] * (found.adapter is not None)
-        files = {path: path.stat() for name in folders for path in Path(str(name)).iterdir()}
-    except OSError:
-        return {}  # missing or unreadable
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
-
-
-def _mode_at_rest(config: TeacherConfig, device: torch.device) -> TeacherMode:
-    """The teacher's mode: on a CPU, offload maps the files of a folder instead of copying them."""
-    found = resolve_model(config.model)
-    is_mapped = found.is_local and found.gguf_file is None and config.quantization == "none"
-    if config.mode == "offload" and device.type == "cpu" and is_mapped:
-        return "reload"
-    return config.mode
-
-
 def build_components(
     config: Config,
     student_model: str | None = None,
     scratch: Path | None = None,
     inputs: Inputs | None = None,
     on_phase: PhaseCallback = no_phases,
+    is_run: bool = True,
 ) -> Components:
     """Load both models and check that they fit the task, the tokenizers and each other.
 
@@ -307,6 +240,8 @@ def build_components(
         scratch: folder for what does not fit in memory; None for the system's temporary one.
         inputs: the result of `validate` or `load_inputs`; None loads them now.
         on_phase: receives which model is being loaded.
+        is_run: False where the models are only looked at: a teacher that processes share stays in
+            its files and is not tried.
 
     Raises:
         TutelageError: a model, a tokenizer or the data cannot be used together.
@@ -317,7 +252,7 @@ def build_components(
     device, task, tokenizer = found.device, found.task, found.tokenizer
     if device.type == "cpu":
         keep_freed_memory()
-    load = _load_teacher(config, device)
+    load = load_teacher(config, device)
     on_phase(f"loading the teacher {config.teacher.model}")
     model = load()
     on_phase(f"loading the student {student_model or config.student.model}")
@@ -333,18 +268,15 @@ def build_components(
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
     _refuse_other_ends(config, task, student, tokenizer)
-    store = HiddenStore(config.teacher.hidden_budget_bytes, scratch)
-    mode = _mode_at_rest(config.teacher, device)
-    teacher = Teacher(model, vocab_size, device, mode, found.remap, load, store)
+    teacher = build_teacher(config, model, load, vocab_size, device, found.remap, scratch, is_run)
+    del model
     on_phase("trying both models")
-    _refuse_nonfinite(student, f"student {config.student.model!r}")
-    _refuse_nonfinite(model, f"teacher {config.teacher.model!r}")
+    refuse_nonfinite(student, f"student {config.student.model!r}")
     decodes = isinstance(config.engine, TransformersEngine)
     is_packed, who = config.micro_batches == "packed", f"student {config.student.model!r}"
     notes = try_model(student, who, vocab_size, decodes, is_packed)
-    with teacher.on_device():
-        who = f"teacher {config.teacher.model!r}"
-        notes += try_model(model, who, vocab_size, decodes=False, is_packed=is_packed)
+    if is_run or config.teacher.sharding == "none":
+        notes += try_teacher(config, teacher)
     trained = shared_student(config, student, vocab_size, device)
     service = verifiers_service(config, task, student, tokenizer)
     sampler = make_sampler(config, trained.plain, tokenizer, service)

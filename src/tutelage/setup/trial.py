@@ -15,6 +15,7 @@ from tutelage.models.forward import foreign, read_alone, relative_gap, rounding,
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.limits import context_limit
 from tutelage.models.llama_cpu.layers import is_fast_family
+from tutelage.models.sharding import is_shard, local
 from tutelage.rollout.slots import slots_for
 
 if TYPE_CHECKING:
@@ -114,3 +115,33 @@ def _check_neighbours(
             f"{type(model).__name__} differ by {gap:.2g} of their size. "
             'Use micro_batches = "padded".'
         )
+
+
+def refuse_nonfinite(model: PreTrainedModel, who: str) -> None:
+    """Weights that are not finite make every loss NaN.
+
+    Where they lie in shards, all processes refuse what one finds.
+
+    Raises:
+        ModelError: a weight has such numbers.
+    """
+    message = _nonfinite(model, who)
+    if any(is_shard(weight) for weight in model.parameters()):
+        found: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, message)
+        message = next((text for text in found if text is not None), None)
+    if message is not None:
+        raise ModelError(message)
+
+
+def _nonfinite(model: PreTrainedModel, who: str) -> str | None:
+    for name, weight in model.named_parameters():
+        own = local(weight.detach())
+        if own.is_floating_point() and own.numel():
+            low, high = torch.aminmax(own)  # one pass, no copy
+            if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+                return (
+                    f"the {who} has numbers in {name} that are not finite, from {float(low)} to "
+                    f"{float(high)}. Copy or download it again."
+                )
+    return None

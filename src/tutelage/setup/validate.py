@@ -46,6 +46,7 @@ def validate(
         TutelageError: the run cannot be trained as configured.
     """
     _refuse_processes(config, num_processes)
+    _refuse_measured_alone(config, num_processes)
     _refuse_too_many_completions(config)
     require_trackers(config)
     _refuse_layers(config)
@@ -89,6 +90,11 @@ def _refuse_processes(config: Config, num_processes: int) -> None:
             f"prompts_per_step must be a multiple of {shares} (processes times "
             f"updates_per_step), got {config.prompts_per_step}."
         )
+    if num_processes > 1 and num_processes % (config.teacher.sharding_group_size or 1):
+        raise ConfigError(
+            "teacher.sharding_group_size must divide the number of processes, got "
+            f"{config.teacher.sharding_group_size} and {num_processes}. 0 is all."
+        )
     if num_processes > 1 and isinstance(config.engine, VLLMEngine):
         raise ConfigError(
             f"engine.kind {config.engine.kind!r} works with one process, got "
@@ -100,6 +106,19 @@ def _refuse_processes(config: Config, num_processes: int) -> None:
             f"engine.kind 'vllm_server' with {num_processes} processes cannot evaluate or record "
             "yet. Set evaluation.num_problems = 0 and recording.every = 0."
         )
+
+
+def _refuse_measured_alone(config: Config, num_processes: int) -> None:
+    """One process evaluates and records, and cannot ask for a teacher that all of them hold."""
+    for key, value in (
+        ("evaluation.num_problems", config.evaluation.num_problems),
+        ("recording.every", config.recording.every),
+    ):
+        if value and num_processes > 1 and config.teacher.sharding != "none":
+            raise ConfigError(
+                f"{key} must be 0 with teacher.sharding = {config.teacher.sharding!r} and several "
+                f"processes, got {value}: the main process measures alone. Set {key} = 0."
+            )
 
 
 def _refuse_too_many_completions(config: Config) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -94,6 +97,7 @@ def train(
     stop = Stop(may_interrupt=accelerator.num_processes == 1)
     with ExitStack() as stack:
         stack.callback(accelerator.end_training)  # a group that is left may abort its process
+        stack.push(_let_go)
         stack.callback(folder.close)
         in_main(accelerator, folder.open)
         require_shared(accelerator, path)
@@ -101,9 +105,23 @@ def train(
         started = date_of_main(accelerator, earlier or datetime.now())
         stack.enter_context(listening(stop))
         stack.enter_context(printed_date(started))
-        run = _Run(config, folder, accelerator, started, allow_change, log, on_step, stop, on_phase)
-        stack.callback(run.close)
+        return _go(config, folder, accelerator, started, allow_change, log, on_step, stop, on_phase)
+
+
+def _let_go(_: object, __: object, trace: TracebackType | None) -> None:
+    """Free the models of a run: what lies in shards holds its process group."""
+    if torch.distributed.is_initialized():
+        clear_frames(trace)
+        gc.collect()
+
+
+def _go(*of_run: Any) -> RunResult:
+    """A run, to which nothing refers afterwards."""
+    run = _Run(*of_run)
+    try:
         return run.go()
+    finally:
+        run.close()
 
 
 class _Run:

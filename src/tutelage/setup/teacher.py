@@ -1,0 +1,127 @@
+"""Loads the teacher of a run, and places it where the processes of the run hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tutelage.config.models import TeacherConfig, TeacherMode
+from tutelage.config.schema import Config
+from tutelage.errors import ConfigError, RunError
+from tutelage.models.load import load_model
+from tutelage.models.packing import require_packed, use_own_attention
+from tutelage.models.reference import ResolvedModel, resolve_model
+from tutelage.models.sharding import num_processes
+from tutelage.models.teacher import HiddenStore, Teacher
+from tutelage.models.teacher_shards import TeacherShards, require_shardable
+from tutelage.setup.trial import refuse_nonfinite, try_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def set_attention(config: Config, model: PreTrainedModel, who: str, device: torch.device) -> None:
+    """Attention for packed rows, or on CUDA one that needs no synchronization for its mask."""
+    if config.micro_batches == "packed":
+        require_packed(model, who, device)
+    elif device.type == "cuda":
+        use_own_attention(model)
+
+
+def load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
+    """A function that loads the teacher to where it is kept; an error if its files changed."""
+    teacher = config.teacher
+    found = resolve_model(teacher.model)
+    if teacher.mode == "reload" and found.gguf_file is not None:
+        raise ConfigError(
+            f"teacher.mode 'reload' would unpack {teacher.model!r} in every step: it is a GGUF "
+            "file. Use offload, or a folder with safetensors."
+        )
+    if teacher.sharding != "none" and found.gguf_file is not None:
+        raise ConfigError(
+            f"teacher.sharding {teacher.sharding!r} would unpack {teacher.model!r} in every "
+            "process: it is a GGUF file. Give a folder with safetensors."
+        )
+    is_mapped = teacher.mode == "offload" or teacher.sharding != "none"
+    place = "cpu" if is_mapped else str(device)
+    known = _versions(found)
+
+    def load() -> PreTrainedModel:
+        if _versions(found) != known:
+            raise RunError(
+                f"the files of teacher {teacher.model!r} have changed since the run began. "
+                "Restore them and start the same command again."
+            )
+        model = load_model(teacher.model, teacher.dtype, place, quantization=teacher.quantization)
+        set_attention(config, model, f"teacher {teacher.model!r}", device)
+        return model
+
+    return load
+
+
+def build_teacher(
+    config: Config,
+    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
+    vocab_size: int,
+    device: torch.device,
+    swap: tuple[int, int] | None = None,
+    scratch: Path | None = None,
+    is_run: bool = True,
+) -> Teacher:
+    """The teacher where it rests; of several processes that share it each has its part.
+
+    Args:
+        config: the run's configuration.
+        model: what `load` gave.
+        load: from `load_teacher`.
+        vocab_size: ids that both models know.
+        device: the run's.
+        swap: ids that trade places.
+        scratch: folder for hidden states beyond the budget; None for the system's temporary one.
+        is_run: False where it is only looked at: one that processes share stays in its files.
+
+    Raises:
+        ModelError: its architecture cannot be shared so.
+    """
+    settings, who = config.teacher, f"teacher {config.teacher.model!r}"
+    store = HiddenStore(settings.hidden_budget_bytes, scratch)
+    mode, shards, kind = _mode_at_rest(settings, device), None, settings.sharding
+    if kind != "none" and not is_run:
+        require_shardable(model, kind, who, settings.sharding_group_size)
+        device = torch.device("cpu")
+    elif kind != "none" and num_processes() > 1:
+        shards = TeacherShards(kind, device, settings.sharding_group_size, who)
+    return Teacher(model, vocab_size, device, mode, swap, load, store, shards)
+
+
+def try_teacher(config: Config, teacher: Teacher) -> list[str]:
+    """Warnings of a teacher that computes what it should; see `try_model`."""
+    who, notes = f"teacher {config.teacher.model!r}", []
+    with teacher.on_device():
+        refuse_nonfinite(teacher.model, who)
+        is_packed = config.micro_batches == "packed"
+        notes += try_model(teacher.model, who, teacher.vocab_size, False, is_packed)
+    return notes
+
+
+def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of each file of a folder; a hub's cache does not change."""
+    try:
+        folders = [found.source] * found.is_local + [found.adapter] * (found.adapter is not None)
+        files = {path: path.stat() for name in folders for path in Path(str(name)).iterdir()}
+    except OSError:
+        return {}  # missing or unreadable
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
+
+
+def _mode_at_rest(config: TeacherConfig, device: torch.device) -> TeacherMode:
+    """The teacher's mode: on a CPU, offload maps the files of a folder instead of copying them."""
+    found = resolve_model(config.model)
+    is_mapped = found.is_local and found.gguf_file is None and config.quantization == "none"
+    if config.mode == "offload" and device.type == "cpu" and is_mapped:
+        return "reload"
+    return config.mode
