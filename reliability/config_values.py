@@ -173,6 +173,7 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
         ],
     ),
     "engine.min_replicas": ("needs a server of vLLM", [1, 0, -1, 9]),
+    "engine.max_staleness": ("needs a server of vLLM", [1, 0, 2, -1]),
     "engine.folder": ("needs a server of vLLM", ["handed-over", ""]),
     "engine.num_concurrent": ("needs a server of vLLM", [1, 0, _HUGE]),
 }

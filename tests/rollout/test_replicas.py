@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
-from vllm_stub import FakeVLLM, sampler_of, serving
 
 from tiny import tiny_config
 from tiny_runs import are_equal, metrics_of, weights_of
@@ -18,10 +16,11 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.data.tasks import LedgerTask
 from tutelage.errors import ConfigError, ModelError, RunError
 from tutelage.models.load import load_model, load_tokenizer
-from tutelage.models.tokenizers import stop_ids, vocabulary_size
+from tutelage.rollout import replicas
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import RolloutRequest
 from tutelage.train.loop import train
+from vllm_stub import QUICK, FakeVLLM, engine_of, replicas_of, sampler_of
 
 PROMPTS = LedgerTask(1).prompts(0, 3, 0)
 CONFIG = SamplingConfig(max_new_tokens=6, num_samples=2)
@@ -35,11 +34,10 @@ def student(tiny_models: Path) -> PreTrainedModel:
 
 
 @pytest.fixture
-def servers(student: PreTrainedModel, tiny_models: Path) -> Iterator[list[FakeVLLM]]:
-    tokenizer = load_tokenizer(str(tiny_models / "student"))
-    known = stop_ids(student, tokenizer), vocabulary_size(tokenizer)
-    with ExitStack() as stack:
-        yield [stack.enter_context(serving(student, *known)) for _ in range(3)]
+def servers(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeVLLM]]:
+    monkeypatch.setattr(replicas, "Limits", lambda: QUICK)
+    with replicas_of(tiny_models, 3) as found:
+        yield found
 
 
 def sampler(
@@ -51,11 +49,6 @@ def sampler(
 
 def num_completions(server: FakeVLLM) -> int:
     return sum(path == "/v1/completions" for path, _ in server.asked)
-
-
-def engine(servers: list[FakeVLLM], out: Path, **changes: Any) -> dict[str, Any]:
-    urls = [server.url for server in servers]
-    return {"kind": "vllm_server", "urls": urls, "folder": str(out / "weights")} | changes
 
 
 def run(models: Path, out: Path, table: dict[str, Any], **changes: Any) -> list[str]:
@@ -118,16 +111,15 @@ def test_a_replica_that_does_not_answer_at_the_start_is_left_out_if_it_may(
 
 
 class Elsewhere:
-    """A group whose other process loses replicas that are named here, in this order."""
+    """A group whose other process says what is given here, in this order."""
 
     index = 0
 
-    def __init__(self, *lost: set[int]) -> None:
-        self.lost = list(lost)
+    def __init__(self, *said: tuple[dict[int, str], str | None]) -> None:
+        self.said = list(said)
 
-    def max(self, values: Any) -> list[float]:
-        lost = self.lost.pop(0) if self.lost else set()
-        return [max(value, float(i in lost)) for i, value in enumerate(values)]
+    def gathered(self, value: Any) -> list[Any]:
+        return [value, self.said.pop(0) if self.said else ({}, None)]
 
 
 def test_what_fails_another_process_is_drawn_again_here(
@@ -135,12 +127,17 @@ def test_what_fails_another_process_is_drawn_again_here(
 ) -> None:
     drawing, lines = sampler(servers, student, tmp_path, 2), []
     whole = drawing.sample(REQUEST)
-    drawing.replicas.join(Elsewhere(set(), set(), {0}), lines.append)  # start, handover, draw
+    quiet: Any = ({}, None)
+    start_handover_draw = (quiet, quiet, ({0: "no reply"}, None))
+    drawing.replicas.join(Elsewhere(*start_handover_draw), lines.append)
     drawn = drawing.sample(REQUEST)
     assert drawn == whole
     assert {rollout.replica for rollout in drawn} == {1, 2}
     assert len(lines) == 1
-    assert f"replica {servers[0].url} gave no usable reply to another process" in lines[0]
+    assert f"replica {servers[0].url} gave no reply; it is left out" in lines[0]
+    drawing.replicas.join(Elsewhere(quiet, quiet, ({}, "an id too large")), lines.append)
+    with pytest.raises(ModelError, match=r"^an id too large$"):
+        drawing.sample(REQUEST)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -150,8 +147,8 @@ def test_a_run_with_two_replicas_is_the_run_with_one(
     servers: list[FakeVLLM], tiny_models: Path, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(tiny_models, one, engine(servers[:1], one))
-    run(tiny_models, two, engine(servers[1:], two))
+    run(tiny_models, one, engine_of(servers[:1], one))
+    run(tiny_models, two, engine_of(servers[1:], two))
     assert are_equal(weights_of(one / "student"), weights_of(two / "student"))
     gap = "engine_logprob_gap_nats"  # measured on more completions
     assert [m | {gap: 0} for m in metrics_of(one)] == [m | {gap: 0} for m in metrics_of(two)]
@@ -164,7 +161,7 @@ def test_the_weights_of_every_replica_are_proven(
 ) -> None:
     servers[stale].reads_weights = False
     with pytest.raises(RunError, match="step 2 are not the student's") as caught:
-        run(tiny_models, tmp_path, engine(servers[:2], tmp_path), micro_batch_size=1)
+        run(tiny_models, tmp_path, engine_of(servers[:2], tmp_path), micro_batch_size=1)
     assert f"(replica {servers[stale].url})" in str(caught.value)
 
 
@@ -172,9 +169,9 @@ def test_a_run_goes_on_without_a_replica_that_dies_in_a_step(
     servers: list[FakeVLLM], tiny_models: Path, tmp_path: Path
 ) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    run(tiny_models, whole, engine(servers[:1], whole))
+    run(tiny_models, whole, engine_of(servers[:1], whole))
     servers[2].num_left = 6  # of 4 in every step
-    lines = run(tiny_models, torn, engine(servers[1:], torn, min_replicas=1))
+    lines = run(tiny_models, torn, engine_of(servers[1:], torn, min_replicas=1))
     assert sum("is left out until the next start, 1 of 2 stay" in line for line in lines) == 1
     assert are_equal(weights_of(whole / "student"), weights_of(torn / "student"))
 

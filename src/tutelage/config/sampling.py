@@ -84,6 +84,9 @@ class VLLMServer:
     min_replicas: int = 0
     """Replicas without which the run ends; with more, one that gives no usable reply is left out
     until the next start. 0: all of them."""
+    max_staleness: Literal[0, 1] = 0
+    """1 samples the completions of a step by the weights that the step before begins with, while it
+    learns; 0 samples every step by the weights it begins with."""
     num_concurrent: int = 64
     """Completions that a process asks of one replica at the same time."""
     max_logprob_gap: float | None = None

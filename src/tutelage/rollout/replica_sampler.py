@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from tutelage.data.types import Rollout
+from tutelage.errors import TutelageError
 from tutelage.rollout.replicas import LostReplicaError, Replicas
 from tutelage.rollout.request import RolloutRequest
 
@@ -30,10 +31,11 @@ class LocalSampler(Protocol):
 
 @dataclass(frozen=True)
 class _Draw:
-    """What a process has of a draw: its rollouts, or the replica that failed it."""
+    """What a process has of a draw: its rollouts, or the replica that failed it, or an error."""
 
     rollouts: list[Rollout] = field(default_factory=list)
     lost: Mapping[int, str] = field(default_factory=dict)
+    error: TutelageError | None = None
 
 
 class ReplicaSampler:
@@ -64,8 +66,9 @@ class ReplicaSampler:
             ModelError: a completion could not be had.
             RunError: the weights cannot be written.
         """
-        self._push()
-        return self._agreed(request, self._draw(request))
+        with self.replicas.undisturbed():
+            self._push()
+            return self._agreed(request, self._draw(request))
 
     def begin(self, request: RolloutRequest) -> None:
         """Begin a draw from the student's present weights, which may change meanwhile.
@@ -74,8 +77,9 @@ class ReplicaSampler:
             ModelError: too few replicas read the weights.
             RunError: the weights cannot be written.
         """
-        self._push()
-        self._begun = (request, self._pool.submit(self._draw, request))
+        with self.replicas.undisturbed():
+            self._push()
+            self._begun = (request, self._pool.submit(self._draw, request))
 
     def settle(self) -> list[Rollout]:
         """The rollouts that were begun last, once there are all of them.
@@ -85,15 +89,15 @@ class ReplicaSampler:
         """
         if self._begun is not None:
             request, future = self._begun
-            draw = future.result()  # a signal may end the wait; the draw then goes on
-            self._settled = self._agreed(request, draw)
-            self._begun = None
+            with self.replicas.undisturbed():  # elsewhere a signal ends the wait, not the draw
+                self._settled = self._agreed(request, future.result())
+                self._begun = None
         if self._settled is None:
             raise ValueError("settle comes after begin.")
         return self._settled
 
     def cancel(self) -> None:
-        """Give up the draw that was begun."""
+        """Give up the draw that was begun; there is none after it."""
         begun, self._begun = self._begun, None
         if begun is not None:
             self.inner.cancel()
@@ -114,11 +118,13 @@ class ReplicaSampler:
     def _draw(self, request: RolloutRequest) -> _Draw:
         try:
             return _Draw(self.inner.sample(request))
-        except LostReplicaError as error:
-            return _Draw(lost={error.number: error.reason})
+        except LostReplicaError as lost:
+            return _Draw(lost={lost.number: lost.reason})
+        except TutelageError as error:
+            return _Draw(error=error)
 
     def _agreed(self, request: RolloutRequest, draw: _Draw) -> list[Rollout]:
         """A draw that failed in no process."""
-        while self.replicas.agree(draw.lost):
+        while self.replicas.agree(draw.lost, draw.error):
             draw = self._draw(request)
         return draw.rollouts

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
 from safetensors.torch import save_file
 
-from tutelage.errors import ModelError, RunError, remedy
+from tutelage.errors import ModelError, RunError, TutelageError, remedy
 from tutelage.files.atomic import new_file
 from tutelage.models.lora import full_weights
 from tutelage.rollout.http_client import Client, Limits, NoReply, Schema, Strict, parse, run_all
@@ -18,6 +19,7 @@ from tutelage.rollout.http_client import Client, Limits, NoReply, Schema, Strict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 _NAME = "model.safetensors"
 
 
@@ -46,8 +48,8 @@ class Group(Protocol):
     def index(self) -> int:
         """This process, from 0, which is the one that hands weights over."""
 
-    def max(self, values: Sequence[float]) -> list[float]:
-        """The largest of each value over processes; each of them waits for all."""
+    def gathered(self, value: T) -> list[T]:
+        """A value of every process, in their order; each of them waits for all."""
 
 
 class OneProcess:
@@ -55,9 +57,9 @@ class OneProcess:
 
     index = 0
 
-    def max(self, values: Sequence[float]) -> list[float]:
-        """The values."""
-        return list(values)
+    def gathered(self, value: T) -> list[T]:
+        """The value."""
+        return [value]
 
 
 class LostReplicaError(Exception):
@@ -101,6 +103,8 @@ class Replicas:
         self.live = list(range(len(urls)))
         """Numbers of those that have not been left out."""
         self.group: Group = OneProcess()
+        self.undisturbed: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Gives a context around what the processes do together; a signal ends it afterwards."""
         self._log: Callable[[str], None] = lambda line: None
         found, self._silent = self._ask_live(("/v1/models", None, _Models))
         self.names = {number: models.data[0].id for number, models in found.items()}
@@ -110,46 +114,59 @@ class Replicas:
         """Most tokens of a sequence that all of them read; None where none says so."""
         self.agree(self._silent)
 
-    def join(self, group: Group, log: Callable[[str], None]) -> None:
+    def join(
+        self,
+        group: Group,
+        log: Callable[[str], None],
+        undisturbed: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Use the replicas together with other processes; `log` receives warnings.
 
         Raises:
             ModelError: too few of them answer all processes.
         """
-        self.group, self._log = group, log
+        self.group, self._log, self.undisturbed = group, log, undisturbed
         self.live = list(range(len(self.urls)))
         self.agree(self._silent)
 
-    def agree(self, lost: Mapping[int, str]) -> bool:
+    def agree(self, lost: Mapping[int, str], error: TutelageError | None = None) -> bool:
         """Leave out what gave a process no usable reply; every process calls it.
 
         Args:
             lost: numbers of replicas that failed this process, with what was wrong.
+            error: what else ended this process's work, and ends that of all.
 
         Returns:
-            Whether there is one, in any process.
+            Whether a replica failed any process.
 
         Raises:
-            ModelError: fewer than `min_replicas` stay.
+            ModelError: fewer than `min_replicas` stay, or another process has an error.
         """
-        flags = self.group.max([float(number in lost) for number in range(len(self.urls))])
-        gone = [number for number in self.live if flags[number]]
-        self.live = [number for number in self.live if not flags[number]]
+        told = self.group.gathered((dict(lost), None if error is None else str(error)))
+        if error is not None:
+            raise error
+        if texts := [text for _, text in told if text is not None]:
+            raise ModelError(texts[0])
+        failed: dict[int, str] = {}
+        for found, _ in told:
+            failed = found | failed
+        gone = [number for number in self.live if number in failed]
+        self.live = [number for number in self.live if number not in failed]
         total, left = len(self.urls), len(self.live)
         for number in gone:
-            reason = lost.get(number, "no usable reply to another process")
+            url, reason = self.urls[number], failed[number]
             if left < self.min_replicas:
                 few = f"{left} of {total} replicas are left, and engine.min_replicas is "
                 raise ModelError(
-                    f"the server {self.urls[number]} gave {reason}. Nothing of this batch was "
-                    f"kept; {f'{few}{self.min_replicas}; ' if total > 1 else ''}run the command "
-                    "again to continue."
+                    f"the server {url} gave {reason}. Nothing of this batch was kept; "
+                    f"{f'{few}{self.min_replicas}; ' if total > 1 else ''}run the command again "
+                    "to continue."
                 )
             self._log(
-                f"warning: replica {self.urls[number]} gave {reason}; it is left out until the "
-                f"next start, {left} of {total} stay"
+                f"warning: replica {url} gave {reason}; it is left out until the next start, "
+                f"{left} of {total} stay"
             )
-        return any(flags)
+        return bool(failed)
 
     def push(self, model: PreTrainedModel) -> None:
         """Hand the model's weights over: one process writes them, and every replica reads them.
@@ -159,19 +176,25 @@ class Replicas:
             RunError: they cannot be written.
         """
         lost: dict[int, str] = {}
+        failure = None
         if self.group.index == 0:
-            self._write(model)
-            path = {"weights_path": str(self.folder)}
-            order = {"method": "reload_weights", "kwargs": path}
-            _, lost = self._ask_live(
-                ("/collective_rpc", order, _Results), ("/reset_prefix_cache", {}, _Done)
-            )
-        self.agree(lost)
+            try:
+                lost = self._hand_over(model)
+            except TutelageError as error:
+                failure = error
+        self.agree(lost, failure)
 
     def close(self) -> None:
         """The servers stay; the weights handed over last are removed."""
         if self.group.index == 0:
             (self.folder / _NAME).unlink(missing_ok=True)
+
+    def _hand_over(self, model: PreTrainedModel) -> dict[int, str]:
+        self._write(model)
+        order = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        return self._ask_live(
+            ("/collective_rpc", order, _Results), ("/reset_prefix_cache", {}, _Done)
+        )[1]
 
     def _ask_live(
         self, *requests: tuple[str, dict[str, Any] | None, type[Schema]]

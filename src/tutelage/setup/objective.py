@@ -164,7 +164,12 @@ def uniform_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float
 
 
 def row_terms(
-    objective: ObjectiveConfig, stats: TokenStats, tokens: Tensor, weights: Tensor, gate: Tensor
+    objective: ObjectiveConfig,
+    stats: TokenStats,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    weights: Tensor,
+    gate: Tensor,
 ) -> list[tuple[Term, Tensor | float]]:
     """Terms of any objective with a weight for each of the K rows to train on.
 
@@ -172,10 +177,11 @@ def row_terms(
         objective: the configured one.
         stats: statistics of the K rows before the step.
         tokens: sampled ids `[K]`.
+        old_logprobs: log-probabilities of those ids `[K]`, nats, by the weights that sampled them.
         weights: loss weights `[K]`.
         gate: EOPD's gate `[K]`.
     """
-    w, old_logprobs = weights, stats.log_p
+    w = weights
     match objective:
         case AdaptiveObjective():
             share = stats.extras["head_share"]

@@ -34,6 +34,8 @@ _NUMBER = "#"
 """Ends the name of an optimizer's entry that is a plain number."""
 OPTIMIZER = "optimizer"
 """Stem of the files of an optimizer's state."""
+ROLLOUTS = "rollouts.jsonl"
+"""Completions of the step after a checkpoint, where they were sampled before it."""
 _FILE_BYTES = 1 << 30
 """Most bytes of state in one file; more are written, and summed, by several threads."""
 _NUM_THREADS = 8
@@ -101,6 +103,8 @@ class Snapshot:
     """Weights by name; None for those that the model holds while it is written."""
     optimizer: dict[str, Tensor]
     """Moments and master weights by name."""
+    rollouts: str = ""
+    """Lines of the next step's completions, where they were sampled already."""
 
 
 def save_checkpoint(
@@ -109,6 +113,7 @@ def save_checkpoint(
     components: Components,
     optimizer: torch.optim.Optimizer,
     keep: int,
+    rollouts: str = "",
 ) -> Path:
     """Write weights, optimizer state and step, then drop checkpoints beyond the `keep` newest.
 
@@ -123,7 +128,7 @@ def save_checkpoint(
     """
     tensors = savable_tensors(run, step, components, optimizer)
     try:
-        return write_snapshot(run, Snapshot(step, None, tensors), components, keep)
+        return write_snapshot(run, Snapshot(step, None, tensors, rollouts), components, keep)
     finally:
         if isinstance(optimizer, DiskAdamW):
             optimizer.release()
@@ -136,9 +141,16 @@ def write_snapshot(run: Path, snapshot: Snapshot, components: Components, keep: 
         model, folder = components.student.model, temporary / "model"
         save_model(model, components.tokenizer, folder, tensors=snapshot.model)
         _save_tensors(snapshot.optimizer, temporary)
+        write_rollouts(temporary, snapshot.rollouts)
         seal(temporary, {"step": snapshot.step})  # reads every byte back
     rotate(run, keep)
     return final
+
+
+def write_rollouts(folder: Path, lines: str) -> None:
+    """Completions of the next step into a checkpoint's folder; no file where there are none."""
+    if lines:
+        (folder / ROLLOUTS).write_text(lines, encoding="utf-8")
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class CheckpointThread:
         self._writing: Future[Path] | None = None
         self._copies: dict[str, Tensor] = {}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, rollouts: str = "") -> None:
         """Copy the numbers and begin to write them.
 
         Raises:
@@ -67,7 +67,7 @@ class CheckpointThread:
         self.wait()
         tensors = savable_tensors(self._run, step, self._components, self._optimizer)
         weights = self._weights()
-        snapshot = Snapshot(step, self._copy(weights), self._copy(tensors))
+        snapshot = Snapshot(step, self._copy(weights), self._copy(tensors), rollouts)
         if self._components.device.type == "cuda":
             torch.cuda.synchronize(self._components.device)  # whole before a weight changes
         arguments = (self._run, snapshot, self._components, self._keep)

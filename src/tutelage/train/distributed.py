@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from tutelage.core import TokenStats
 from tutelage.data.batch import Batch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Ranks:
         """The largest of each value over processes."""
         found: list[float] = self.table(self._tensor([values], torch.float64)).amax(0).tolist()
         return found
+
+    def gathered(self, value: T) -> list[T]:
+        """A value of every process, in their order."""
+        return [value] if self.count == 1 else gather_object([value])
 
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum the gradients of parameters over processes, in at least float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -75,6 +76,38 @@ def sampler_logprobs(batches: Sequence[Batch], rollouts: Mapping[int, Rollout]) 
     """What the sampler reported of every row, in the order of the micro-batches `[N]`."""
     names = [name for batch in batches for name in batch.names]
     return torch.tensor([x for name in names for x in rollouts[name].logprobs])
+
+
+def staleness(rollouts: Sequence[Rollout], step: int) -> int:
+    """Steps between the weights that sampled and those that a step begins with."""
+    return max((step - 1 - (r.weights_version or 0) for r in rollouts), default=0)
+
+
+def ratio_metrics(log_p: Tensor, reported: Tensor, ranks: Ranks) -> dict[str, float | None]:
+    """Mean, least and largest ``log p(y) − log p_sampler(y)`` over rows of all processes, nats.
+
+    Args:
+        log_p: the student's log-probabilities `[N]`; rows where one is not finite do not count.
+        reported: the sampler's `[N]`.
+        ranks: the processes.
+
+    Returns:
+        0 where there are no rows: the student is what sampled.
+    """
+    ratio = (log_p - reported.to(log_p)).double()
+    ratio = ratio[torch.isfinite(ratio)]
+    count = ranks.sum(len(ratio))
+    if not count:
+        low = high = total = 0.0
+    else:
+        bounds = [float(x.max()) if len(x) else -math.inf for x in (-ratio, ratio)]
+        low, high = ranks.max(bounds)
+        total = ranks.sum(float(ratio.sum()))
+    return {
+        "log_ratio_mean_nats": total / max(count, 1),
+        "log_ratio_min_nats": -low if count else 0.0,
+        "log_ratio_max_nats": high,
+    }
 
 
 def _num_needed(batches: Sequence[Batch], rollouts: Mapping[int, Rollout]) -> int:

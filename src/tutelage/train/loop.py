@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -31,6 +31,7 @@ from tutelage.setup.trackers import numbers, require_trackers, start_trackers
 from tutelage.setup.validate import validate
 from tutelage.train.agreement import in_all, in_main, require_shared
 from tutelage.train.checkpoint import (
+    ROLLOUTS,
     checkpoint_path,
     load_optimizer,
     newest_checkpoint,
@@ -165,11 +166,29 @@ class _Run:
             config, self.components, accelerator, self.components.student, optimizer, stop
         )
         if isinstance(self.components.sampler, ReplicaSampler):
-            self.components.sampler.replicas.join(self.step.ranks, self.log)
+            undisturbed = nullcontext if accelerator.num_processes == 1 else stop.deferred
+            self.components.sampler.replicas.join(self.step.ranks, self.log, undisturbed)
+        self._restore_ahead(checkpoint)
         self.measurements = Measurements(
             config, self.components, accelerator, folder, stop, self.log, self.on_phase
         )
         self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
+
+    def _restore_ahead(self, checkpoint: Path | None) -> None:
+        """The rollouts of the first step, where the run stopped after they were drawn."""
+        path = None if checkpoint is None else checkpoint / ROLLOUTS
+        if path is None or not path.exists():
+            return
+        if not self.step.restore_ahead(self.first_step, path.read_text(encoding="utf-8")):
+            self.log(
+                f"warning: {path} has completions of other prompts, or another number of them, "
+                f"than step {self.first_step} has now; they are sampled anew"
+            )
+
+    def _save(self) -> None:
+        if self.step.ahead is not None and self.done < self.config.num_steps:
+            self.on_phase(f"sampling for step {self.done + 1}, which the checkpoint holds")
+        self.saver.save(self.done, self.step.saved_ahead(self.done))
 
     def go(self) -> RunResult:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
@@ -187,7 +206,7 @@ class _Run:
                 self.saver.look()
                 self.measurements.record(self.done, self.step.rollouts)
                 if self.measurements.is_due(self.done, self.config.checkpoint_every):
-                    self.saver.save(self.done)
+                    self._save()
                     saved = self.done
                 if self._is_evaluation_due():
                     self.measurements.evaluate(self.done)
@@ -196,7 +215,7 @@ class _Run:
         self.on_phase("")
         if self.done < num_steps or self._any_process():
             if self.done > saved:
-                self.saver.save(self.done)
+                self._save()
             self.saver.wait()
             self.log(f"stopped after step {self.done}; the same command continues from there")
             return RunResult(self.folder.path, self.done, False, self.folder.is_writer)

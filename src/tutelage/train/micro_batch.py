@@ -36,6 +36,9 @@ class MicroBatch:
     """Loss weight of the K rows `[K]`; None with `stats`."""
     gate: Tensor | None = None
     """EOPD's gate of the K rows `[K]`; None with `stats`."""
+    sampler_logprobs: Tensor | None = None
+    """What the sampler gave the N sampled tokens, nats, where it had older weights than the step
+    begins with `[N]`; sampled objectives clip against it."""
     terms: Sequence[tuple[Term, Tensor | float]] = field(default_factory=list)
     """Terms of the objective with their weights, `[K]` or one number each."""
 
@@ -60,7 +63,9 @@ class MicroBatch:
     ) -> None:
         """The given rows train, each with its weight and gate, `[K]` each."""
         self.rows, self.stats, self.weights, self.gate = rows, stats, weights, gate
-        self.terms = row_terms(objective, stats, self.batch.tokens[rows], weights, gate)
+        sampler = self.sampler_logprobs
+        old = stats.log_p if sampler is None else sampler[rows].to(stats.log_p)
+        self.terms = row_terms(objective, stats, self.batch.tokens[rows], old, weights, gate)
 
     def halves(self, objective: ObjectiveConfig) -> tuple[MicroBatch, MicroBatch]:
         """The same rows in two micro-batches; sums and their divisor are as before."""
@@ -73,6 +78,8 @@ class MicroBatch:
             stop = start + batch.num_rows
             half = MicroBatch(batch, self.update)
             half.teacher_logits = replace(self.teacher_logits, hidden=hidden[start:stop])
+            if self.sampler_logprobs is not None:
+                half.sampler_logprobs = self.sampler_logprobs[start:stop]
             here = (self.rows >= start) & (self.rows < stop)
             if self.stats is None or self.weights is None or self.gate is None:
                 half.train_on_all(objective)

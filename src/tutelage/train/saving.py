@@ -87,18 +87,22 @@ class Saver:
         self._thread = CheckpointThread(self._folder.path, components, self._optimizer, self._keep)
         return True
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, rollouts: str = "") -> None:
         """Write the checkpoint after `step` updates, or begin to.
+
+        Args:
+            step: updates done.
+            rollouts: lines of the next step's completions, where they were sampled already.
 
         Raises:
             RunError: it cannot be written, the same in every process; earlier ones stay.
         """
         self._on_phase("saving a checkpoint")
-        parts = (self._components, self._optimizer, self._keep)
+        parts = (self._components, self._optimizer, self._keep, rollouts)
         if self._components.student.is_sharded:
             save_sharded_checkpoint(self._accelerator, self._folder.path, step, *parts)
         elif self._is_beside:
-            self._by_thread(lambda thread: thread.save(step))
+            self._by_thread(lambda thread: thread.save(step, rollouts))
         else:
             run = self._folder.path
             in_main(self._accelerator, lambda: save_checkpoint(run, step, *parts))

@@ -37,6 +37,7 @@ from tutelage.train.checkpoint import (
     refuse_nonfinite,
     require_space,
     rotate,
+    write_rollouts,
 )
 from tutelage.train.sharded_files import FILE_BYTES, Part, ShardedFolder
 
@@ -53,6 +54,7 @@ def save_sharded_checkpoint(
     components: Components,
     optimizer: torch.optim.Optimizer,
     keep: int,
+    rollouts: str = "",
 ) -> Path:
     """`save_checkpoint` of all processes together, each of which writes some of the files.
 
@@ -76,6 +78,7 @@ def save_sharded_checkpoint(
         _write_model(folder, "model", student, components.tokenizer, saved)
         files = assign_files(OPTIMIZER, {n: p.num_bytes for n, p in state.items()}, FILE_BYTES)
         folder.write(".", files, state, save_file)
+        folder.by_main(lambda: write_rollouts(folder.path, rollouts))
         folder.by_main(lambda: seal(folder.path, {"step": step}, folder.checksums))
         folder.close()
     in_main(accelerator, lambda: rotate(run, keep))

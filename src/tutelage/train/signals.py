@@ -61,6 +61,21 @@ class Stop:
         finally:
             self._is_inside = False
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Around what processes do together: a signal inside `interruptible` ends it afterwards.
+
+        Raises:
+            StoppedError: the run is to stop.
+        """
+        was_inside, self._is_inside = self._is_inside, False
+        try:
+            yield
+        finally:
+            self._is_inside = was_inside
+        if was_inside and self.is_set:
+            raise StoppedError
+
 
 @contextmanager
 def listening(stop: Stop) -> Iterator[None]:

@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tutelage.config.method import PacedWeighting, RewardWeighting
+from tutelage.config.sampling import VLLMServer
 from tutelage.config.schema import Config
 from tutelage.core import TokenSelection, TokenStats
-from tutelage.data.types import Rollout
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import RunError
 from tutelage.evaluation.benchmark import grade_rollouts
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
+from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import RolloutRequest, earlier_samples
 from tutelage.setup.components import Components, agent_of
 from tutelage.setup.objective import (
@@ -28,9 +30,16 @@ from tutelage.setup.objective import (
     row_weights,
     scores_teacher,
 )
+from tutelage.train.ahead import Ahead, restored, saved_lines
 from tutelage.train.clock import Clock
 from tutelage.train.distributed import Ranks, StepRows
-from tutelage.train.logprob_check import engine_mismatch, hidden_mismatch
+from tutelage.train.logprob_check import (
+    engine_mismatch,
+    hidden_mismatch,
+    ratio_metrics,
+    sampler_logprobs,
+    staleness,
+)
 from tutelage.train.metrics import clip_share, rollout_metrics, token_metrics
 from tutelage.train.micro_batch import MicroBatch, pack_rollouts
 from tutelage.train.selection import Selection, choose, selection_of
@@ -65,8 +74,18 @@ class Step:
         self.rollouts: list[Rollout] = []
         """This process's rollouts of the last step."""
         self.clock = Clock(self.device)
-        self.checks: dict[str, float] = {}
+        self.ahead = self._ahead()
+        """Draws a step ahead; None where rollouts are the present student's."""
+        self.checks: dict[str, float | None] = {}
         """What was measured to trust the step's rollouts, by the key of its metric."""
+
+    def _ahead(self) -> Ahead | None:
+        engine, sampler = self.config.engine, self.components.sampler
+        if not isinstance(sampler, ReplicaSampler) or not isinstance(engine, VLLMServer):
+            return None
+        if not engine.max_staleness:
+            return None
+        return Ahead(sampler, self.components.student, self.request, self.config.num_steps)
 
     def take(self, step: int) -> dict[str, Any]:
         """Take step `step` (from 1), with one update or several, and return its metrics.
@@ -92,28 +111,24 @@ class Step:
 
     def generate(self, step: int) -> list[Rollout]:
         """The student samples this process's share of the step's completions."""
-        config = self.config
-        prompts = self.components.task.prompts(step - 1, config.prompts_per_step, config.seed)
-        earlier = earlier_samples(prompts, config.sampling.num_samples)
-        share = self.share(len(prompts) // self.ranks.count)
-        with self.clock.phase("rollout"), self.components.student.whole():
-            return self.components.sampler.sample(
-                RolloutRequest(
-                    [prompts[i] for i in share],
-                    config.sampling,
-                    (config.seed, step),
-                    [earlier[i] for i in share],
-                    record_hidden=needs_scoring(config) and config.scoring == "recorded",
-                    agent=agent_of(config, self.components.task),
-                )
-            )
+        with self.clock.phase("rollout"):
+            if self.ahead is not None:
+                return self.ahead.take(step)
+            with self.components.student.whole():
+                rollouts = self.components.sampler.sample(self.request(step))
+            return [replace(rollout, weights_version=step - 1) for rollout in rollouts]
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """Micro-batches of each update, as many in every process."""
         completions = self.share(len(rollouts))
-        return pack_rollouts(
+        micro_batches = pack_rollouts(
             self.config, rollouts, completions, self.pad_id, self.ranks, self.device
         )
+        if self.ahead is not None:
+            for micro_batch in micro_batches:
+                logprobs = sampler_logprobs([micro_batch.batch], self._named(rollouts))
+                micro_batch.sampler_logprobs = logprobs.to(self.device)
+        return micro_batches
 
     def teacher_forward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """The teacher's logits of every row, as hidden states; it may then leave the device."""
@@ -125,9 +140,12 @@ class Step:
         self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], step: int
     ) -> Selection | None:
         """Which rows train, how heavily; None where every row does and no statistics are needed."""
-        if self.components.sampler.has_own_weights:
+        if self.ahead is not None:
+            self.checks["staleness_steps"] = staleness(rollouts, step)
+        if self.components.sampler.has_own_weights and not staleness(rollouts, step):
             self._check_engine(micro_batches, rollouts, step)
         if not needs_scoring(self.config):
+            self._compare_with_sampler(micro_batches[:1], rollouts, step)
             return None
         with self.clock.phase("score"):
             recorded = self._recorded(micro_batches, rollouts)
@@ -137,6 +155,7 @@ class Step:
                 )
                 self.checks["max_relative_hidden_gap"] = found
             stats = self._score(micro_batches, recorded)
+            self._compare_with_sampler(micro_batches, rollouts, step, stats.log_p)
             rows = self.ranks.rows([m.batch for m in micro_batches], stats)
             return self._selection(rows, rollouts, step)
 
@@ -183,7 +202,82 @@ class Step:
             **self.clock.memory,
         }
 
+    # --- rollouts that are drawn ahead ------------------------------------------------------------
+
+    def saved_ahead(self, done: int) -> str:
+        """What a checkpoint after `done` steps holds of the next one; "" where that is nothing.
+
+        Raises:
+            ModelError: its draw has failed.
+        """
+        rollouts = None if self.ahead is None else self.ahead.known(done + 1)
+        if rollouts is None:
+            return ""
+        return saved_lines(self.ranks, rollouts, self.share(len(rollouts)))
+
+    def restore_ahead(self, step: int, text: str) -> bool:
+        """Let a step learn from what a checkpoint holds; whether that fits the configuration."""
+        if self.ahead is None:
+            return True
+        rollouts = restored(text, self._prompts(step), self.config.sampling.num_samples)
+        if rollouts is None:
+            return False
+        self.ahead.restore(
+            step, [rollouts[i] for i in self.share(len(rollouts) // self.ranks.count)]
+        )
+        return True
+
+    def _compare_with_sampler(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        rollouts: Sequence[Rollout],
+        step: int,
+        log_p: Tensor | None = None,
+    ) -> None:
+        """How far the student has moved from the weights that sampled.
+
+        Args:
+            micro_batches: those that are compared.
+            rollouts: of the step.
+            step: that learns from them.
+            log_p: the student's log-probability of every row, where it is known.
+        """
+        if self.ahead is None:
+            return
+        if not staleness(rollouts, step):
+            self.checks |= ratio_metrics(torch.zeros(0), torch.zeros(0), self.ranks)
+            return
+        batches = [micro_batch.batch for micro_batch in micro_batches]
+        if log_p is None:
+            with self.clock.phase("score"), torch.no_grad():
+                log_p = torch.cat([self.student(batch, None).log_p for batch in batches])
+        reported = sampler_logprobs(batches, self._named(rollouts))
+        self.checks |= ratio_metrics(log_p, reported, self.ranks)
+
     # --- what they need ---------------------------------------------------------------------------
+
+    def request(self, step: int) -> RolloutRequest:
+        """This process's share of the completions of a step."""
+        config, prompts = self.config, self._prompts(step)
+        earlier = earlier_samples(prompts, config.sampling.num_samples)
+        share = self.share(len(prompts) // self.ranks.count)
+        return RolloutRequest(
+            [prompts[i] for i in share],
+            config.sampling,
+            (config.seed, step),
+            [earlier[i] for i in share],
+            record_hidden=needs_scoring(config) and config.scoring == "recorded",
+            agent=agent_of(config, self.components.task),
+        )
+
+    def _prompts(self, step: int) -> Sequence[Prompt]:
+        """The prompts of a step, of all processes."""
+        config = self.config
+        return self.components.task.prompts(step - 1, config.prompts_per_step, config.seed)
+
+    def _named(self, rollouts: Sequence[Rollout]) -> dict[int, Rollout]:
+        """Rollouts by the names that batches give them."""
+        return dict(zip(self.share(len(rollouts)), rollouts, strict=True))
 
     def share(self, count: int) -> list[int]:
         """Which of the step's items the `count` items of this process are.
@@ -199,7 +293,7 @@ class Step:
     ) -> None:
         """Whether an engine with weights of its own has the student's."""
         with self.clock.phase("score"):
-            named = dict(zip(self.share(len(rollouts)), rollouts, strict=True))
+            named = self._named(rollouts)
             batches = [micro_batch.batch for micro_batch in micro_batches]
             found = engine_mismatch(self.config, self.student, batches, named, step, self.ranks)
             self.checks["engine_logprob_gap_nats"] = found

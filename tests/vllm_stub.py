@@ -6,7 +6,7 @@ import copy
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from patience import HANG_S
+from tutelage.models.load import load_model, load_tokenizer
+from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.rollout.http_client import Limits
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.replicas import Replicas
@@ -40,8 +43,9 @@ class FakeVLLM(ThreadingHTTPServer):
         self.max_model_len: int | None = None
         self.num_left: int | None = None
         """Completions after which it answers nothing any more."""
-        self.gate: threading.Event | None = None
-        """Completions wait until it is set."""
+        self.num_open: int | None = None
+        """Completions that are answered; others wait for ever."""
+        self.is_closed = threading.Event()
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.lock = threading.Lock()
 
@@ -56,6 +60,14 @@ class FakeVLLM(ThreadingHTTPServer):
                 self.num_left -= 1
                 return False
             return self.num_left == 0
+
+    def is_stuck(self, path: str) -> bool:
+        """Whether a request has to wait for ever."""
+        with self.lock:
+            if self.num_open is None or path != "/v1/completions":
+                return False
+            self.num_open -= 1
+            return self.num_open < 0
 
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with self.lock:
@@ -108,8 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.is_gone(self.path):
             self.close_connection = True
             return
-        if self.server.gate is not None and self.path == "/v1/completions":
-            self.server.gate.wait()
+        if self.server.is_stuck(self.path):
+            self.server.is_closed.wait(HANG_S)
+            self.close_connection = True
+            return
         content = json.dumps(self.server.answer(self.path, body)).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -137,6 +151,7 @@ def serving(model: PreTrainedModel, stops: frozenset[int], num_ids: int) -> Iter
     try:
         yield fake
     finally:
+        fake.is_closed.set()
         fake.shutdown()
         fake.server_close()
         thread.join()
@@ -149,3 +164,19 @@ def sampler_of(
     replicas = Replicas(urls, folder, 4, QUICK, min_replicas)
     inner = VLLMServerSampler(model, tokenizer, replicas)
     return ReplicaSampler(inner, replicas, model)
+
+
+@contextmanager
+def replicas_of(models: Path, count: int) -> Iterator[list[FakeVLLM]]:
+    """Servers of the student in a folder of models."""
+    folder = str(models / "student")
+    student, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
+    known = stop_ids(student, tokenizer), vocabulary_size(tokenizer)
+    with ExitStack() as stack:
+        yield [stack.enter_context(serving(student, *known)) for _ in range(count)]
+
+
+def engine_of(servers: Sequence[FakeVLLM], out: Path, **changes: Any) -> dict[str, Any]:
+    """The table `engine` of a run."""
+    urls = [server.url for server in servers]
+    return {"kind": "vllm_server", "urls": urls, "folder": str(out / "weights")} | changes
