@@ -137,6 +137,7 @@ VALUES: dict[str, Values] = {
     "checkpoint_writer": (["auto", "thread", "inline"], [], ["later"]),
     "keep_checkpoints": ([1, 2], [_HUGE], [0]),
     "max_skipped_steps": ([1, 3], [_HUGE], [0]),
+    "process_timeout_s": ([600], [5, _HUGE], [4, -1]),
     "num_threads": ([1], [], [-1, 1 << 40]),
     "device": (["cpu", "auto"], ["cuda"], ["tpu", ""]),
     "trackers": ([[]], [["tensorboard"], ["wandb"]], [["mlflow"], "wandb"]),

@@ -15,6 +15,7 @@ from tutelage.commands.launch import print_once
 from tutelage.commands.options import INTERRUPTED, USER_ERROR, make_parser
 from tutelage.errors import (
     ConfigError,
+    LostProcessError,
     TutelageError,
     explained,
     is_out_of_memory,
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()  # so that a closed pipe is noticed here and not at exit
+    except LostProcessError as error:
+        if error.is_first:
+            print(f"tutelage: {error}", file=sys.stderr)
+        return USER_ERROR
     except TutelageError as error:
         print_once(f"tutelage: {' '.join(str(error).split())}")
         return USER_ERROR
@@ -112,6 +117,8 @@ def _quiet_libraries() -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A process that is gone is one line of ours; torch prints a page for every refused connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search every package
     # It warns of missing kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

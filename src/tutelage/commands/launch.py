@@ -152,6 +152,10 @@ def is_first_to_print(line: str) -> bool:
 
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+    from tutelage.train.peer_store import is_open
+
+    if not is_open(str(place[0]), int(str(place[1]))):
+        return True
     try:
         store = TCPStore(
             str(place[0]),

@@ -34,6 +34,7 @@ SAFE_KEYS = (
     "checkpoint_writer",
     "keep_checkpoints",
     "max_skipped_steps",
+    "process_timeout_s",
     "trackers",
 )
 """Keys that may change when a run is continued: they change no number in it."""

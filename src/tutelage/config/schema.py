@@ -186,6 +186,9 @@ class Config:
     max_skipped_steps: int = 3
     """Stop after so many steps in a row with a skipped update, at least 1. An update whose loss or
     gradient is infinite or NaN is skipped: weights and optimizer stay as they are."""
+    process_timeout_s: int = 600
+    """Seconds without a heartbeat after which a process is lost and the others end, at least 5;
+    work of any length is no silence."""
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     device: str = "auto"
@@ -220,6 +223,7 @@ class Config:
             require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
         require_counts("", self.__dict__, prompts_per_step=1)
         require_least("", self.__dict__, checkpoint_every=0, micro_batch_tokens=0)
+        require_least("", self.__dict__, process_timeout_s=5)
         positive = ("num_steps", "micro_batch_size", "sampling_batch_size", "keep_checkpoints")
         for key in (*positive, "max_skipped_steps", "updates_per_step"):
             require_least("", self.__dict__, **{key: 1})

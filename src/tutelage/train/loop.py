@@ -40,6 +40,7 @@ from tutelage.train.checkpoint import (
 from tutelage.train.distributed import date_of_main
 from tutelage.train.measurements import Measurements
 from tutelage.train.optimizer import build_optimizer, learning_rate
+from tutelage.train.peers import Peers
 from tutelage.train.saving import Saver, require_checkpoint_space
 from tutelage.train.signals import Stop, StoppedError, listening
 from tutelage.train.step import Step
@@ -93,12 +94,13 @@ def train(
     """
     require_trackers(config)
     path = run_folder(config, name)
-    accelerator = open_accelerator(config, path, pick_device(config.device))
-    folder = RunFolder(path, accelerator.is_main_process)
-    stop = Stop(may_interrupt=accelerator.num_processes == 1)
-    with ExitStack() as stack:
+    with Peers(path, config.process_timeout_s) as peers, ExitStack() as stack, peers.told():
+        peers.meet()
+        accelerator = open_accelerator(config, path, pick_device(config.device))
         stack.callback(accelerator.end_training)  # a group that is left may abort its process
         stack.push(_let_go)
+        folder = RunFolder(path, accelerator.is_main_process)
+        stop = Stop(accelerator.num_processes == 1, peers.is_lost)
         stack.callback(folder.close)
         in_main(accelerator, folder.open)
         require_shared(accelerator, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,11 +23,15 @@ class Stop:
     Args:
         may_interrupt: whether work may be given up half-way; several processes must instead finish
             the step together.
+        is_over: whether another process is lost, so that a signal ends the run at once.
     """
 
-    def __init__(self, may_interrupt: bool = True) -> None:
+    def __init__(
+        self, may_interrupt: bool = True, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
         self.is_set = False
         self.may_interrupt = may_interrupt
+        self._is_over = is_over
         self._is_inside = False
 
     def __bool__(self) -> bool:
@@ -38,9 +42,9 @@ class Stop:
 
         Raises:
             StoppedError: inside `interruptible`.
-            KeyboardInterrupt: it was asked before.
+            KeyboardInterrupt: it was asked before, or a process is lost.
         """
-        if self.is_set:
+        if self.is_set or self._is_over():
             raise KeyboardInterrupt
         self.is_set = True
         if self._is_inside:

@@ -1,0 +1,404 @@
+"""The other processes of a run: one that is gone or silent ends all, in one line.
+
+Every process has a thread that writes a heartbeat each second and reads those of the others, so
+that work of any length is no silence. Processes of the same machine are looked for among the
+system's processes as well, which shows at once that one was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count as counter
+from pathlib import Path
+from types import TracebackType
+
+from torch.distributed import DistError
+
+from tutelage.errors import LostProcessError, RunError, TutelageError
+from tutelage.train.heartbeat import End, Lost, State, Watch, is_gone, own_state
+from tutelage.train.peer_store import Address, PeerStore, address_of
+
+PERIOD_S = 1.0
+"""Seconds between two heartbeats."""
+ERROR_GRACE_S = 3.0
+"""Seconds that a process gets to end by itself after another one failed: often for one reason."""
+_UNWIND_S = 3.0
+"""Seconds that the main thread gets to end; it may be in a call that never returns."""
+_LINGER_S = 3.0
+"""Seconds for which the process that has the store stays for the others."""
+_ASK_S = 10.0
+"""Seconds to find out which process broke a connection."""
+_ASKED_SILENCE_S = 5.0
+"""Longest silence once a connection is broken."""
+_REFUSED_S = 2.0
+"""Seconds of refused connections after which what has the store is gone."""
+_ANSWER_S = (1.0, 5.0)
+"""Least and most seconds that the store has to answer."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_RUNS = counter()
+
+
+class Peers:
+    """The processes of a run, of which this is one; for a single process it does nothing.
+
+    A context manager: inside, a thread watches the others. If one is lost, the main thread ends
+    with `LostProcessError`, or, where it cannot, the process with exit code 2.
+
+    Args:
+        folder: of the run, whose newest checkpoint is named.
+        limit_s: longest silence, `process_timeout_s`.
+        environment: names and values that the launcher set.
+        is_watched: False lets a lost process go unnoticed; for the harness.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit_s: float,
+        environment: Mapping[str, str] = os.environ,
+        is_watched: bool = True,
+    ) -> None:
+        self._folder, self._limit_s = folder, limit_s
+        self._lock = threading.Condition()
+        self._wake = threading.Event()
+        self._is_closing = self._is_closed = False
+        self._is_asked = self._is_unwinding = self._was_interrupted = False
+        self._lost: BaseException | None = None
+        self._own = own_state()
+        self._written: End = ""
+        self._thread: threading.Thread | None = None
+        address = address_of(environment) if is_watched else None
+        if address is not None:
+            self._start(address)
+
+    def _start(self, address: Address) -> None:
+        self._watch = Watch(address.rank, address.count)
+        least, most = _ANSWER_S
+        self._answer_s = min(max(self._limit_s / 4, least), most)
+        self._store = PeerStore(address, next(_RUNS), self._answer_s)
+        # Every process reads every heartbeat: of many processes, less often.
+        self._period_s = PERIOD_S * max(1, address.count / 64)
+        self._gone = [False] * address.count
+        self._states: list[State] | None = None
+        self._has_reached = False
+        self._refused_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
+
+    # --- of the main thread -----------------------------------------------------------------------
+
+    def __enter__(self) -> Peers:
+        if self._thread is not None:
+            if self._store.address.is_owner:
+                self._serve()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is None:
+            return
+        try:
+            self.note(error)
+        finally:
+            self._close()
+
+    def is_lost(self) -> bool:
+        """Whether a process was lost."""
+        return self._lost is not None
+
+    def meet(self) -> None:
+        """Wait until every process has started.
+
+        Raises:
+            LostProcessError: one did not, or ended.
+        """
+        if self._thread is None:
+            return
+        with self._lock:
+            while self._lost is None and not self._watch.has_started():
+                self._lock.wait(PERIOD_S)
+            if self._lost is not None:
+                raise self._lost
+
+    def note(self, error: BaseException | None) -> None:
+        """Write how this process ends, as soon as that is certain.
+
+        Args:
+            error: which ends it; None if it ends properly.
+
+        Raises:
+            LostProcessError: the error comes from the loss of another process.
+            RunError: a connection to another process broke, and all of them are there.
+            KeyboardInterrupt: another process was interrupted for good.
+        """
+        if isinstance(error, KeyboardInterrupt) and self._lost is not None:
+            raise self._lost from None  # it may come late
+        if self._thread is None or self._written:
+            return
+        self._begin_to_unwind()
+        if self._lost is None and error is not None and is_of_connection(error):
+            self._ask()
+        if error is not None and self._lost is not None and not isinstance(error, TutelageError):
+            raise self._lost from None
+        if error is None:
+            self._write("done", "")
+        elif isinstance(error, KeyboardInterrupt):
+            self._write("interrupted", "")
+        elif is_of_connection(error):
+            line = f"the connection of the processes broke: {_first_line(error)}. {self._left()}"
+            self._write("error", line)
+            raise RunError(line) from None
+        else:
+            name = "" if isinstance(error, TutelageError) else f"{type(error).__name__}: "
+            self._write("error", f"{name}{_first_line(error)}")
+
+    def told(self) -> _Told:
+        """A block whose end, and error, the other processes get to know at once."""
+        return _Told(self)
+
+    def _serve(self) -> None:
+        address = self._store.address
+        try:
+            self._store.serve()
+        except DistError as error:
+            raise RunError(
+                f"MASTER_PORT {address.port} of MASTER_ADDR {address.host!r} cannot be used: "
+                f"{_first_line(error)}. Choose another port in every process."
+            ) from None
+
+    def _begin_to_unwind(self) -> None:
+        """From here on the thread does not interrupt; an interrupt that it has sent arrives."""
+        try:
+            with self._lock:
+                self._is_unwinding = True
+                self._lock.notify_all()
+            if self._was_interrupted:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            if not self.is_lost():
+                raise
+
+    def _ask(self) -> None:
+        """Wait until the thread has found who is lost."""
+        with self._lock:
+            self._is_asked = True
+            self._wake.set()
+            self._lock.wait_for(lambda: self._lost is not None, _ASK_S)
+
+    def _write(self, end: End, line: str) -> None:
+        with self._lock:
+            if not self._own.end:
+                self._own = replace(self._own, end=end, line=line)
+            self._wake.set()
+            self._lock.wait_for(lambda: self._written != "", 2 * self._answer_s)
+
+    def _close(self) -> None:
+        """End the thread; the process that has the store waits until no other needs it."""
+        with self._lock:
+            self._is_closing = True
+            self._wake.set()
+            self._lock.wait_for(lambda: self._is_closed, _LINGER_S + 2 * self._answer_s)
+
+    # --- of the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        end = float("inf")
+        while True:
+            self._wake.clear()
+            self._beat()
+            now = time.monotonic()
+            self._look(now - last)
+            last = now
+            if self._is_closing:
+                end = min(end, now + _LINGER_S)
+                if now >= end or self._may_close():
+                    break
+            elif self._lost is not None:
+                end = min(end, now + _UNWIND_S)
+                if now >= end:
+                    self._exit()
+            is_hurried = self._is_closing or self._is_asked or self._lost is not None
+            self._wake.wait(PERIOD_S / 10 if is_hurried else self._period_s)
+        with self._lock:
+            self._is_closed = True
+            self._lock.notify_all()
+
+    def _beat(self) -> None:
+        """Write a heartbeat and read all."""
+        with self._lock:
+            checkpoint = self._newest() if self._store.address.rank == 0 else ""
+            self._own = replace(self._own, beat=self._own.beat + 1, checkpoint=checkpoint)
+            own = self._own
+        # before the states are read: a process writes that it ends, then ends
+        gone = [is_gone(state) for state in self._watch.states]
+        states: list[State] | None = None
+        try:
+            states = self._store.exchange(own)
+            self._has_reached = True
+        except (RuntimeError, ValueError):
+            pass  # nothing new was heard; who is gone is seen, and who is silent is counted
+        self._gone, self._states = gone, states
+        if states is not None and own.end:
+            with self._lock:
+                self._written = own.end
+                self._lock.notify_all()
+
+    def _look(self, elapsed_s: float) -> None:
+        """Judge what was heard."""
+        is_refused = self._states is None and self._has_reached and self._store.is_gone()
+        self._refused_s = self._refused_s + elapsed_s if is_refused else 0.0
+        # A pause of this process, or of the machine, is no silence of the others.
+        awake_s = min(elapsed_s, 2 * self._period_s + 2 * self._answer_s)
+        with self._lock:
+            self._watch.note(self._states, awake_s)
+            self._lock.notify_all()
+        if self._lost is not None or self._own.end:
+            return
+        limit_s = min(self._limit_s, _ASKED_SILENCE_S) if self._is_asked else self._limit_s
+        lost = self._lost_store(limit_s) or self._watch.lost(self._gone, limit_s)
+        if lost is not None and not self._is_after_the_end():
+            self._lose(lost)
+
+    def _lost_store(self, limit_s: float) -> Lost | None:
+        """What has the store, if that is gone or was never there."""
+        is_gone = self._refused_s >= _REFUSED_S
+        if is_gone or (not self._has_reached and self._watch.silent_s[0] >= limit_s):
+            if not self._store.address.is_in_process_0:
+                return Lost(0, "launcher")
+            return Lost(0, "gone" if is_gone else "late")
+        return None
+
+    def _is_after_the_end(self) -> bool:
+        """Whether process 0 had the store, and ended properly: there is nobody to be watched."""
+        is_there = self._store.address.is_in_process_0 and self._states is None
+        return is_there and self._watch.states[0].end == "done"
+
+    def _lose(self, lost: Lost) -> None:
+        if lost.kind == "gone" and not self._store.address.is_in_process_0:
+            # its launcher may know by what
+            time.sleep(PERIOD_S / 4)
+            self._beat()
+            self._watch.note(self._states, 0)
+            lost = self._watch.lost(self._gone, self._limit_s) or lost
+        is_own_doing = lost.kind in ("error", "interrupted") and not self._is_asked
+        if is_own_doing and self._waits_for(ERROR_GRACE_S):
+            return
+        line = self._line(lost)
+        error: BaseException = LostProcessError(line, self._store.is_first_to_print(line))
+        if lost.kind == "interrupted":
+            error = KeyboardInterrupt()
+        with self._lock:
+            self._own = replace(self._own, end="lost", line=line)
+        self._beat()
+        with self._lock:
+            self._lost = error
+            self._lock.notify_all()
+            if not self._is_unwinding:
+                self._is_unwinding = self._was_interrupted = True
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _waits_for(self, seconds: float) -> bool:
+        """Whether the main thread began to end by itself within some seconds."""
+        with self._lock:
+            is_over = self._lock.wait_for(lambda: self._is_unwinding, seconds)
+            return is_over and not self._is_asked
+
+    def _line(self, lost: Lost) -> str:
+        state = self._watch.states[lost.rank]
+        if lost.kind == "lost":
+            return lost.line
+        where = f" on {state.host}" if state.host not in ("", self._own.host) else ""
+        who, limit = f"process {lost.rank}{where}", f"process_timeout_s = {self._limit_s:g} s"
+        if lost.kind == "launcher":
+            address = self._store.address
+            what = "is gone" if self._has_reached else "does not answer"
+            return f"the launcher at {address.host}:{address.port} {what}. {self._left()}"
+        what = {
+            "killed": f"{lost.line}.",
+            "gone": f"(pid {state.pid}) is gone: it was killed or it crashed.",
+            "silent": f"has been silent for longer than {limit}.",
+            "late": f"has not started within {limit}.",
+            "error": f"ended: {lost.line}",
+            "interrupted": "was interrupted.",
+        }[lost.kind]
+        line = f"{who} {what}"
+        return line if lost.kind == "error" else f"{line} {self._left()}"
+
+    def _left(self) -> str:
+        newest = max(self._newest(), self._watch.states[0].checkpoint, key=_step)
+        if newest:
+            return f"The same command continues from {newest}."
+        return "The same command starts anew: there is no checkpoint yet."
+
+    def _newest(self) -> str:
+        """Name of the newest checkpoint that this process sees."""
+        try:
+            names = [name for name in os.listdir(self._folder) if _CHECKPOINT.fullmatch(name)]
+        except OSError:  # no folder yet, or one of another machine
+            return ""
+        return max(names, key=_step, default="")
+
+    def _may_close(self) -> bool:
+        if self._store.is_reached and self._own.end and not self._written:
+            return False
+        is_needed = self._store.address.is_owner and self._own.beat > 0
+        return not is_needed or self._watch.have_ended(self._gone, self._limit_s)
+
+    def _exit(self) -> None:
+        """End the process whose main thread does not end."""
+        error = self._lost
+        with self._lock:
+            if self._is_closing:
+                return
+            if isinstance(error, LostProcessError):
+                if error.is_first:
+                    os.write(2, f"tutelage: {error}\n".encode())
+                os._exit(2)
+            os._exit(130)
+
+
+class _Told:
+    """See `Peers.told`."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._peers.note(error)
+
+
+def is_of_connection(error: BaseException) -> bool:
+    """Whether an error of torch is about the connection to another process."""
+    if isinstance(error, DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _step(name: str) -> int:
+    found = _CHECKPOINT.fullmatch(name)
+    return int(found.group(1)) if found else -1
