@@ -8,7 +8,6 @@ system's processes as well, which shows at once that one was killed.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 import time
@@ -22,6 +21,7 @@ from torch.distributed import DistError
 
 from tutelage.errors import LostProcessError, RunError, TutelageError
 from tutelage.train.heartbeat import End, Lost, State, Watch, is_gone, own_state
+from tutelage.train.lost import first_line, is_of_connection, left_in, line_of, newest_in
 from tutelage.train.peer_store import Address, PeerStore, address_of
 
 PERIOD_S = 1.0
@@ -40,7 +40,6 @@ _REFUSED_S = 2.0
 """Seconds of refused connections after which what has the store is gone."""
 _ANSWER_S = (1.0, 5.0)
 """Least and most seconds that the store has to answer."""
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RUNS = counter()
 
 
@@ -155,12 +154,12 @@ class Peers:
         elif isinstance(error, KeyboardInterrupt):
             self._write("interrupted", "")
         elif is_of_connection(error):
-            line = f"the connection of the processes broke: {_first_line(error)}. {self._left()}"
+            line = f"the connection of the processes broke: {first_line(error)}. {self._left()}"
             self._write("error", line)
             raise RunError(line) from None
         else:
             name = "" if isinstance(error, TutelageError) else f"{type(error).__name__}: "
-            self._write("error", f"{name}{_first_line(error)}")
+            self._write("error", f"{name}{first_line(error)}")
 
     def told(self) -> _Told:
         """A block whose end, and error, the other processes get to know at once."""
@@ -173,7 +172,7 @@ class Peers:
         except DistError as error:
             raise RunError(
                 f"MASTER_PORT {address.port} of MASTER_ADDR {address.host!r} cannot be used: "
-                f"{_first_line(error)}. Choose another port in every process."
+                f"{first_line(error)}. Choose another port in every process."
             ) from None
 
     def _begin_to_unwind(self) -> None:
@@ -237,7 +236,7 @@ class Peers:
     def _beat(self) -> None:
         """Write a heartbeat and read all."""
         with self._lock:
-            checkpoint = self._newest() if self._store.address.rank == 0 else ""
+            checkpoint = newest_in(self._folder) if self._store.address.rank == 0 else ""
             self._own = replace(self._own, beat=self._own.beat + 1, checkpoint=checkpoint)
             own = self._own
         # before the states are read: a process writes that it ends, then ends
@@ -274,8 +273,10 @@ class Peers:
         """What has the store, if that is gone or was never there."""
         is_gone = self._refused_s >= _REFUSED_S
         if is_gone or (not self._has_reached and self._watch.silent_s[0] >= limit_s):
-            if not self._store.address.is_in_process_0:
-                return Lost(0, "launcher")
+            address = self._store.address
+            if not address.is_in_process_0:
+                what = "is gone" if is_gone else "does not answer"
+                return Lost(0, "launcher", f"the launcher at {address.host}:{address.port} {what}.")
             return Lost(0, "gone" if is_gone else "late")
         return None
 
@@ -316,38 +317,10 @@ class Peers:
 
     def _line(self, lost: Lost) -> str:
         state = self._watch.states[lost.rank]
-        if lost.kind == "lost":
-            return lost.line
-        where = f" on {state.host}" if state.host not in ("", self._own.host) else ""
-        who, limit = f"process {lost.rank}{where}", f"process_timeout_s = {self._limit_s:g} s"
-        if lost.kind == "launcher":
-            address = self._store.address
-            what = "is gone" if self._has_reached else "does not answer"
-            return f"the launcher at {address.host}:{address.port} {what}. {self._left()}"
-        what = {
-            "killed": f"{lost.line}.",
-            "gone": f"(pid {state.pid}) is gone: it was killed or it crashed.",
-            "silent": f"has been silent for longer than {limit}.",
-            "late": f"has not started within {limit}.",
-            "error": f"ended: {lost.line}",
-            "interrupted": "was interrupted.",
-        }[lost.kind]
-        line = f"{who} {what}"
-        return line if lost.kind == "error" else f"{line} {self._left()}"
+        return line_of(lost, state, self._own.host, self._limit_s, self._left())
 
     def _left(self) -> str:
-        newest = max(self._newest(), self._watch.states[0].checkpoint, key=_step)
-        if newest:
-            return f"The same command continues from {newest}."
-        return "The same command starts anew: there is no checkpoint yet."
-
-    def _newest(self) -> str:
-        """Name of the newest checkpoint that this process sees."""
-        try:
-            names = [name for name in os.listdir(self._folder) if _CHECKPOINT.fullmatch(name)]
-        except OSError:  # no folder yet, or one of another machine
-            return ""
-        return max(names, key=_step, default="")
+        return left_in(self._folder, self._watch.states[0].checkpoint)
 
     def _may_close(self) -> bool:
         if self._store.is_reached and self._own.end and not self._written:
@@ -384,21 +357,3 @@ class _Told:
         trace: TracebackType | None,
     ) -> None:
         self._peers.note(error)
-
-
-def is_of_connection(error: BaseException) -> bool:
-    """Whether an error of torch is about the connection to another process."""
-    if isinstance(error, DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _step(name: str) -> int:
-    found = _CHECKPOINT.fullmatch(name)
-    return int(found.group(1)) if found else -1
