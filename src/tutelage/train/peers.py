@@ -148,6 +148,7 @@ class Peers:
         if self._lost is None and error is not None and is_of_connection(error):
             self._ask()
         if error is not None and self._lost is not None and not isinstance(error, TutelageError):
+            error.with_traceback(None)  # its frames hold the models, and those the process group
             raise self._lost from None
         if error is None:
             self._write("done", "")
@@ -156,6 +157,7 @@ class Peers:
         elif is_of_connection(error):
             line = f"the connection of the processes broke: {first_line(error)}. {self._left()}"
             self._write("error", line)
+            error.with_traceback(None)
             raise RunError(line) from None
         else:
             name = "" if isinstance(error, TutelageError) else f"{type(error).__name__}: "
