@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
-from vllm_stub import Change, FakeVLLM, sampler_of, serving
 
 from tiny import tiny_config
 from tutelage.config.sampling import SamplingConfig
@@ -20,6 +19,7 @@ from tutelage.models.tokenizers import stop_ids, vocabulary_size
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import RolloutRequest
 from tutelage.train.loop import train
+from vllm_stub import Change, FakeVLLM, sampler_of, serving
 
 PROMPTS = LedgerTask(1).prompts(0, 3, 0)
 CONFIG = SamplingConfig(max_new_tokens=6, num_samples=2)

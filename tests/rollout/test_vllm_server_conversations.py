@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from talking import Talk, agent
-from vllm_stub import FakeVLLM, sampler_of, serving
 
 from tutelage.config.conversations import LedgerToolsData
 from tutelage.config.sampling import SamplingConfig
@@ -22,6 +21,7 @@ from tutelage.models.tiny import tiny_tokenizer
 from tutelage.models.tokenizers import stop_ids
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import Agent, RolloutRequest
+from vllm_stub import FakeVLLM, sampler_of, serving
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [Prompt(letter, letter) for letter in "abcd"]
