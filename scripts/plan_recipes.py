@@ -24,8 +24,10 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "performance"))
 import gpu_models  # noqa: E402
 from tutelage.config.parse import load_config  # noqa: E402
 from tutelage.config.schema import Config  # noqa: E402
-from tutelage.memory.cpu import MemoryPlan  # noqa: E402
-from tutelage.memory.cuda import Facts, plan_cuda  # noqa: E402
+from tutelage.memory.cuda import plan_cuda  # noqa: E402
+from tutelage.memory.facts import Facts  # noqa: E402
+from tutelage.memory.meta_model import shapes  # noqa: E402
+from tutelage.memory.plan import MemoryPlan  # noqa: E402
 
 GIB = 1 << 30
 CARDS = {"80gb": 79 * GIB, "24gb": int(23.5 * GIB)}
@@ -42,13 +44,8 @@ def facts_of(card: str) -> Facts:
 
 def plan_of(config: Config, card: str) -> MemoryPlan:
     """The plan of a recipe on such a card, its longest prompts and completions included."""
-    student = gpu_models.shapes(
-        gpu_models.architecture(config.student.model),
-        config.student.activation_checkpointing,
-        config.student.quantization,
-        config.student.lora,
-    )
-    teacher = gpu_models.shapes(
+    student = shapes(gpu_models.architecture(config.student.model), student=config.student)
+    teacher = shapes(
         gpu_models.architecture(config.teacher.model), quantization=config.teacher.quantization
     )
     longest = config.data.max_prompt_tokens  # type: ignore[union-attr]

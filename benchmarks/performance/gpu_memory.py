@@ -174,7 +174,7 @@ def _random_models(sizes: dict[str, str]) -> Any:
 @contextmanager
 def _limited(num_bytes: int) -> Any:
     """As on a smaller card: its context is there already, so torch has the rest."""
-    from tutelage.memory.cuda import CONTEXT_BYTES
+    from tutelage.memory.facts import CONTEXT_BYTES
 
     if not (num_bytes and gpu_card.is_cuda()):
         yield
@@ -189,7 +189,7 @@ def _limited(num_bytes: int) -> Any:
 
 
 def _facts() -> Any:
-    from tutelage.memory.cuda import Facts
+    from tutelage.memory.facts import Facts
 
     if gpu_card.is_cuda():
         return Facts.of(torch.device("cuda"))

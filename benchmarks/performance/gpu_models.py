@@ -93,41 +93,6 @@ def random_qwen3(size: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) 
     return model.eval()
 
 
-def in_few_bits(twin: PreTrainedModel, num_bits: int) -> PreTrainedModel:
-    """The same with its linear layers, the head aside, frozen in so many bits."""
-    from tutelage.memory.meta_model import FewBits
-
-    head = twin.get_output_embeddings()
-    for parent in list(twin.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is torch.nn.Linear and module is not head:
-                setattr(parent, name, FewBits(module, num_bits, twin.dtype))
-    return twin
-
-
-def shapes(
-    config: PreTrainedConfig,
-    is_checkpointed: bool = False,
-    quantization: str = "none",
-    lora: Any = None,
-) -> PreTrainedModel:
-    """A model of an architecture in bfloat16 without numbers, as plans of memory take it."""
-    from transformers import AutoModelForCausalLM
-
-    from tutelage.memory.meta_model import shadow
-    from tutelage.models.lora import add_lora, checkpoint_activations
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        if quantization != "none":
-            in_few_bits(model, int(quantization.removesuffix("bit")))
-        if lora is not None:
-            add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules)
-    if is_checkpointed:
-        checkpoint_activations(model)
-    return shadow(model)
-
-
 def fast_folder() -> str | None:
     """Where files are kept in main memory, so that no disk is measured; None: nowhere."""
     return "/dev/shm" if os.path.isdir("/dev/shm") else None

@@ -11,7 +11,9 @@ import pytest
 import gpu_models
 import gpu_step
 from tutelage.config.parse import parse_config
-from tutelage.memory.cuda import Facts, plan_cuda
+from tutelage.memory.cuda import plan_cuda
+from tutelage.memory.facts import Facts
+from tutelage.memory.meta_model import shapes
 
 MIB, GIB = 1 << 20, 1 << 30
 MEASURED = json.loads(
@@ -30,8 +32,8 @@ def test_the_plan_is_what_a_card_was_measured_to_hold(
 ) -> None:
     changes = {"sampling": {"max_new_tokens": new_tokens}}
     config = parse_config(gpu_step.configuration(tmp_path, **changes))
-    student = gpu_models.shapes(gpu_models.qwen3_config("1.7B"), is_checkpointed=True)
-    other = gpu_models.shapes(gpu_models.qwen3_config(teacher))
+    student = shapes(gpu_models.qwen3_config("1.7B"), student=config.student)
+    other = shapes(gpu_models.qwen3_config(teacher))
     # In these runs the objective ran in plain torch; its kernels take more memory.
     card = Facts(140 * GIB, 139 * GIB, (9, 0), False, 1 << 50)
     plan = plan_cuda(config, student, other, card, gpu_step.PROMPT_TOKENS)

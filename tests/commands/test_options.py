@@ -31,12 +31,14 @@ VALUES = {
     "--dtype": "bfloat16", "--suite": "problems.jsonl", "--model-name": "m", "--out": "new",
     "--decontaminate": "gsm8k", "--dry-run": None, "--allow-change": "seed", "--rules": "q3",
     "--keep": "0.3", "--completions": "problems.jsonl", "--html": "page.html", "--figures": "dir",
+    "--processes": "2", "--hosts": "2", "--card-gib": "80",
     "config": "other.toml", "overrides": "seed=3", "model": "other", "run_folder": "other",
     "run_folders": "other",
 }  # fmt: skip
 MODES: dict[str, list[str]] = {
     "check": ["check", str(LEDGER)],
     "check dry": ["check", str(LEDGER), "--dry-run"],
+    "check card": ["check", str(LEDGER), "--card-gib", "24"],
     "train": ["train", str(LEDGER)],
     "eval ledger": ["eval", TEACHER],
     "eval prompts": ["eval", TEACHER, "--prompts", "problems.jsonl"],
@@ -167,6 +169,7 @@ def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: tuple[Any, 
     spy.replace(compare, "compare_evaluations", Sampled())
     spy.replace(check, "check", ["checked"])
     spy.replace(check, "dry_run", ["tried"])
+    spy.replace(check, "plan_card", ["planned"])
     spy.replace(check, "decontaminate", ["clean"])
     spy.replace(train, "train", SimpleNamespace(folder=tmp_path, is_finished=True, is_writer=True))
     return spy

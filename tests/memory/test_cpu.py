@@ -11,14 +11,13 @@ import torch
 from tiny import tiny_config
 from tutelage.commands.check import check
 from tutelage.memory.cpu import (
-    MemoryPlan,
-    Phase,
     _cache_bytes,
     _saved_bytes,
     _saved_bytes_per_token,
     copied_bytes,
     plan_memory,
 )
+from tutelage.memory.plan import MemoryPlan, Phase
 from tutelage.models.load import load_model
 from tutelage.setup.components import build_components
 

@@ -14,8 +14,11 @@ from tutelage.errors import ModelError
 from tutelage.memory import cpu as memory
 from tutelage.memory import cuda as memory_cuda
 from tutelage.memory.cpu import available_bytes, plan_memory
-from tutelage.memory.cuda import ALLOCATOR_SHARE, CONTEXT_BYTES, Facts, plan_cuda, plan_run
+from tutelage.memory.cuda import plan_cuda, plan_run
+from tutelage.memory.facts import ALLOCATOR_SHARE, CONTEXT_BYTES, Facts
 from tutelage.memory.meta_model import shadow
+from tutelage.memory.plan import UNCOUNTED, Phase
+from tutelage.memory.shards import ONE, Processes
 from tutelage.models.load import load_model
 from tutelage.models.lora import checkpoint_activations
 from tutelage.setup.components import build_components
@@ -24,13 +27,15 @@ MIB, GIB = 1 << 20, 1 << 30
 CARD = Facts(140 * GIB, 100 * GIB, (9, 0), True, 200 * GIB)
 
 
-def phases_of(models: Path, out: Path, facts: Facts = CARD, **changes: Any) -> Any:
+def phases_of(
+    models: Path, out: Path, facts: Facts = CARD, processes: Processes = ONE, **changes: Any
+) -> Any:
     """Parts of each phase of a tiny run on a card that is not there, and main memory's."""
     config = tiny_config(models, out, **changes)
     sides = [load_model(str(models / who), config.student.dtype) for who in ("student", "teacher")]
     if config.student.activation_checkpointing:
         checkpoint_activations(sides[0])
-    plan = plan_cuda(config, shadow(sides[0]), shadow(sides[1]), facts, 10)
+    plan = plan_cuda(config, shadow(sides[0]), shadow(sides[1]), facts, 10, processes)
     assert plan.host is not None
     return {phase.name: phase.parts for phase in (*plan.phases, *plan.host.phases)}
 
@@ -119,7 +124,7 @@ def test_engines_scoring_and_evaluation_have_their_parts(tmp_path: Path, models:
     assert evaluated["evaluate"]["KV cache"] > evaluated["rollout"]["KV cache"]
     assert evaluated["evaluate"]["optimizer"] == 0
     for parts in evaluated.values():
-        rest = sum(size for name, size in parts.items() if name not in memory.UNCOUNTED)
+        rest = sum(size for name, size in parts.items() if name not in UNCOUNTED)
         if "context" in parts:
             assert parts["context"] == CONTEXT_BYTES
             assert parts["allocator"] == int(ALLOCATOR_SHARE * rest)
@@ -160,3 +165,81 @@ def test_what_torch_holds_already_is_available(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 9 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
     assert available_bytes(torch.device("cuda")) == 5 * GIB
+
+
+def parts_of(models: Path, out: Path, processes: Processes, **changes: Any) -> Any:
+    """Parts of each phase in one of several processes."""
+    student = {"model": str(models / "student"), "dtype": "bfloat16", "sharding": "fsdp2"}
+    teacher = {"model": str(models / "teacher"), "dtype": "bfloat16"}
+    sides = {"student": student, "teacher": teacher} | changes
+    return phases_of(models, out, processes=processes, prompts_per_step=8, **sides)
+
+
+def test_a_process_holds_its_shards_and_gathers_the_rest_for_a_while(
+    tmp_path: Path, models: Path
+) -> None:
+    two, eight = (parts_of(models, tmp_path, Processes(n)) for n in (2, 8))
+    student = load_model(str(models / "student"), "bfloat16")
+    weights = sum(p.numel() for p in student.parameters())
+    for plan, count in ((two, 2), (eight, 8)):
+        learn, whole = plan["learn"], plan["rollout"]["whole weights"]
+        # the shards are the float32 masters
+        assert learn["student"] == pytest.approx(4 * weights / count, rel=0.02)
+        assert learn["optimizer"] == pytest.approx(8 * weights / count, rel=0.02)
+        assert (learn["masters"], learn["KV cache"]) == (0, 0)
+        assert 2 * weights <= whole < 3.1 * weights
+        assert plan["run"]["checkpoint copy"] == 0
+    assert two["learn"]["gradients"] >= 4 * eight["learn"]["gradients"] * 0.9
+    one = parts_of(models, tmp_path, Processes(1))
+    assert "whole weights" not in one["rollout"] or one["rollout"]["whole weights"] == 0
+    held = ("student", "masters", "optimizer")
+    assert sum(two["learn"][k] for k in held) <= 0.55 * sum(one["learn"][k] for k in held)
+    # an eighth of the prompts
+    assert eight["rollout"]["KV cache"] < one["rollout"]["KV cache"]
+    grouped = {"model": str(models / "student"), "dtype": "bfloat16", "sharding": "fsdp2"}
+    grouped |= {"sharding_group_size": 2}
+    assert (
+        parts_of(models, tmp_path, Processes(8), student=grouped)["learn"]["student"]
+        == (two["learn"]["student"])
+    )
+
+
+def test_shards_in_main_memory_are_counted_there(tmp_path: Path, models: Path) -> None:
+    moved = {"optimizer": {"learning_rate": 1e-3, "offload": True}}
+    plan = parts_of(models, tmp_path, Processes(2), **moved)
+    assert plan["learn"]["student"] == plan["learn"]["optimizer"] == 0
+    weights = sum(p.numel() for p in load_model(str(models / "student")).parameters())
+    assert plan["run"]["float32 weights"] >= 4 * weights / 2
+    assert plan["run"]["float32 gradients"] >= 4 * weights / 2
+    assert plan["run"]["moments"] == pytest.approx(8 * weights / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "tp"])
+def test_a_teacher_of_several_processes_keeps_a_part_and_the_head(
+    tmp_path: Path, models: Path, sharding: str
+) -> None:
+    table = {"model": str(models / "teacher"), "dtype": "bfloat16", "sharding": sharding}
+    plan = parts_of(models, tmp_path, Processes(2), teacher=table)
+    teacher = load_model(str(models / "teacher"), "bfloat16")
+    weights, head = sum(p.nbytes for p in teacher.parameters()), teacher.lm_head.weight.nbytes
+    for phase in ("rollout", "teacher", "learn"):
+        assert plan[phase]["teacher"] == pytest.approx(weights / 2 + head, rel=0.02)
+    assert (plan["teacher"]["gathered weights"] > 0) == (sharding == "fsdp2")
+
+
+def test_several_processes_of_a_host_share_its_main_memory(tmp_path: Path, models: Path) -> None:
+    sides = [shadow(load_model(str(models / who))) for who in ("student", "teacher")]
+    config = tiny_config(models, tmp_path, prompts_per_step=8)
+    spread = [plan_cuda(config, *sides, CARD, 10, Processes(8, hosts)) for hosts in (1, 4)]
+    assert [plan.host and plan.host.available_bytes for plan in spread] == [25 * GIB, 100 * GIB]
+    lines = list(spread[1].lines())
+    assert lines[0] == "memory: of each of 8 processes, 4 hosts"
+
+
+def test_whole_weights_that_do_not_fit_have_a_way_out(tmp_path: Path, models: Path) -> None:
+    student = {"model": str(models / "student"), "sharding": "fsdp2"}
+    config = tiny_config(models, tmp_path, prompts_per_step=8, student=student)
+    sides = [shadow(load_model(str(models / who))) for who in ("student", "teacher")]
+    plan = plan_cuda(config, *sides, replace(CARD, available_bytes=1), 10, Processes(8))
+    rollout = replace(plan, phases=(Phase("rollout", {"whole weights": 9, "KV cache": 2}),))
+    assert [line for line in rollout.lines() if "vllm_server" in line]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from tutelage.commands.decontaminate import ALL, decontaminate
 from tutelage.commands.dry_run import dry_run
+from tutelage.commands.plan_card import plan_card
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.schema import Config
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
+from tutelage.memory.shards import ONE, Processes
 from tutelage.models.chat.tool_format import format_of
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import Inputs
@@ -33,8 +35,8 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
             f"--allow-change {allowed[0]} is for continuing a run, and --dry-run has a run of its "
             "own. Give one of the two."
         )
-    name = Path(arguments.config).stem
-    for line in dry_run(config) if arguments.dry_run else check(config, name, allowed):
+    processes = Processes(arguments.processes or 1, arguments.hosts or 1)
+    for line in _lines(config, arguments, processes):
         print(line, flush=True)
     if arguments.decontaminate is not None:
         for line in decontaminate(config, arguments.decontaminate or ALL):
@@ -42,13 +44,44 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iterator[str]:
+def _lines(config: Config, arguments: argparse.Namespace, processes: Processes) -> Iterator[str]:
+    """What was asked for.
+
+    Raises:
+        ConfigError: options that have no effect on one another.
+    """
+    allowed, card = tuple(arguments.allow_change), arguments.card_gib
+    is_planned = arguments.processes or arguments.hosts or card
+    if arguments.dry_run and is_planned:
+        raise ConfigError(
+            "--processes, --hosts and --card-gib are for the memory plan, and --dry-run makes "
+            f"none, got {processes.count} processes. Give one of the two."
+        )
+    if card and allowed:
+        raise ConfigError(
+            f"--allow-change {allowed[0]} is for continuing a run, and --card-gib looks at none. "
+            "Give one of the two."
+        )
+    if arguments.dry_run:
+        return dry_run(config)
+    if card:
+        return plan_card(config, card, processes)
+    return check(config, Path(arguments.config).stem, allowed, processes)
+
+
+def check(
+    config: Config,
+    name: str,
+    allow_change: tuple[str, ...] = (),
+    processes: Processes = ONE,
+) -> Iterator[str]:
     """Lines on models, tokenizers and data that fit each other, and on what the run will do.
 
     Args:
         config: the run.
         name: stem of the default folder's name.
         allow_change: keys that may differ from the run that is to be continued.
+        processes: of the run whose memory is planned.
 
     Raises:
         TutelageError: something does not fit.
@@ -84,7 +117,7 @@ def check(config: Config, name: str, allow_change: tuple[str, ...] = ()) -> Iter
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
-    yield from plan_run(config, components, prompts.longest).lines()
+    yield from plan_run(config, components, prompts.longest, processes).lines()
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
 

@@ -76,6 +76,12 @@ def _check(parser: Parser) -> None:
                         "(default: of all suites)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="run one step on tiny random models "
                         "of the same architectures; nothing is downloaded")  # fmt: skip
+    parser.add_argument("--processes", type=count, metavar="N", help="plan the memory of each of "
+                        "so many processes; 1 by default")  # fmt: skip
+    parser.add_argument("--hosts", type=count, metavar="N",
+                        help="machines that the processes are spread over")  # fmt: skip
+    parser.add_argument("--card-gib", type=above_zero, metavar="GIB", help="plan cards of so much "
+                        "memory, which need not be here; weights are not loaded")  # fmt: skip
     _allow_change(parser)
 
 
@@ -183,6 +189,14 @@ def count(text: str) -> int:
     value = _number(text, int, "a whole number")
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text, float, "a number")
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,8 @@ from torch import Tensor
 from tutelage.config.schema import Config
 from tutelage.core._block import chunk_budget
 from tutelage.core.kernels import is_supported
+from tutelage.memory.plan import MemoryPlan, Phase
+from tutelage.memory.shards import ONE, Processes, Shards, TeacherParts
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.limits import context_limit
 from tutelage.setup.components import Components
@@ -33,95 +34,11 @@ STATE_BYTES = {
     "adafactor": 0.1,
 }
 """Bytes of optimizer state for each trained weight."""
-_KNOBS = {
-    "student": 'student.dtype = "bfloat16" or a smaller student',
-    "masters": "optimizer.offload = true",
-    "optimizer": 'optimizer.kind = "adamw_on_disk" or "adamw_8bit", optimizer.offload = true or '
-    "[student.lora]",
-    "teacher": 'teacher.mode = "offload" or "reload", or teacher.quantization = "8bit"',
-    "hidden states": "teacher.hidden_budget_bytes or prompts_per_step",
-    "file": 'teacher.mode = "offload"',
-    "checkpoint copy": 'checkpoint_writer = "inline"',
-    "float32 weights": "[student.lora] or a smaller student",
-    "float32 gradients": "[student.lora] or a smaller student",
-    "moments": 'optimizer.kind = "adamw_on_disk" or "adafactor"',
-    "teacher weights": 'teacher.mode = "reload"',
-    "vLLM": "engine.gpu_memory_utilization",
-    "prefill": "data.max_prompt_tokens",
-    "decoding step": "sampling_batch_size",
-    "recorded states": 'scoring = "forward"',
-    "KV cache": "sampling_batch_size, sampling.max_new_tokens or, with tools, "
-    "data.max_inserted_tokens",
-    "sampled logits": "sampling_batch_size",
-    "activations": "micro_batch_tokens or student.activation_checkpointing = true",
-    "head": "[student.lora], whose head is frozen",
-    "gradients": "[student.lora]",
-    "read at once": "a model folder with safetensors in the configured dtype",
-}
-"""What to turn when a part is the largest of a phase that does not fit."""
 
 
-UNCOUNTED = ("context", "allocator")
-"""Parts that are no tensors of a device."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Bytes of everything that is alive at the peak of a phase, by name."""
-
-    name: str
-    parts: dict[str, int]
-
-    @property
-    def total_bytes(self) -> int:
-        """Their sum."""
-        return sum(self.parts.values())
-
-    @property
-    def allocated_bytes(self) -> int:
-        """What tensors take of them, which torch's allocator counts."""
-        return sum(size for name, size in self.parts.items() if name not in UNCOUNTED)
-
-    def line(self) -> str:
-        """One line: the total, and the parts from large to small."""
-        large = sorted(self.parts.items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{name} {_mib(size)}" for name, size in large if size >= 1 << 20)
-        return f"{self.name:8} {_mib(self.total_bytes):>10}: {shown}"
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Phases of a run on one device."""
-
-    phases: tuple[Phase, ...]
-    available_bytes: int
-    host: MemoryPlan | None = None
-    """The same of main memory, where the phases are those of a device of its own."""
-    what: str = "memory"
-
-    @property
-    def peak(self) -> Phase:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda phase: phase.total_bytes)
-
-    def lines(self) -> Iterator[str]:
-        """The plan as text, with a warning and what to turn if it does not fit."""
-        for phase in self.phases:
-            yield f"{self.what}: {phase.line()}"
-        peak, available = self.peak, self.available_bytes
-        needed = _mib(peak.total_bytes)
-        yield f"{self.what}: peak {needed} in {peak.name}, {_mib(available)} available"
-        if peak.total_bytes > available:
-            largest = max((x for x in peak.parts if x in _KNOBS), key=peak.parts.__getitem__)
-            yield (
-                f"warning: {peak.name} needs {_mib(peak.total_bytes - available)} more than there "
-                f"is; its largest part is {largest}. Turn to {_KNOBS[largest]}."
-            )
-        if self.host is not None:
-            yield from self.host.lines()
-
-
-def plan_memory(config: Config, components: Components, prompt_tokens: int) -> MemoryPlan:
+def plan_memory(
+    config: Config, components: Components, prompt_tokens: int, processes: Processes = ONE
+) -> MemoryPlan:
     """What each phase of a step needs on the device of the run.
 
     Weights are counted, what the backward pass keeps is measured on a short forward pass of this
@@ -131,26 +48,35 @@ def plan_memory(config: Config, components: Components, prompt_tokens: int) -> M
         config: the run.
         components: its models, loaded and at rest.
         prompt_tokens: length of the longest prompt.
+        processes: of the run, of which one is planned.
+
+    Raises:
+        ConfigError: the processes cannot share models or prompts evenly.
     """
-    sizes = Sizes(config, prompt_tokens)
+    sizes = Sizes(config, prompt_tokens, processes)
     model, teacher = components.student.model, components.teacher
+    shards = shards_of(config, model, processes)
+    parts = _parts_of(config, teacher, processes)
     weights = list(model.parameters())
     loaded = _bytes(weights) + _bytes(_own_masters(components)) + teacher.resting_bytes
     on_cpu = components.device.type == "cpu"
     base = {
         "process": max(0, status_bytes("VmRSS") - loaded) if on_cpu else 0,
-        "student": _bytes(weights),
+        "student": _bytes(weights) if shards is None else shards.stored_bytes,
         "masters": 0
-        if config.optimizer.offload and not on_cpu
+        if shards is not None or (config.optimizer.offload and not on_cpu)
         else _bytes(_own_masters(components)),
     }
     trained = sum(w.numel() for w in components.masters.weights)
+    if shards is not None:
+        trained = shards.trained_numel
     state = int(trained * STATE_BYTES[config.optimizer.kind])
     is_elsewhere = config.optimizer.state_is_on_disk or (config.optimizer.offload and not on_cpu)
     base["optimizer"] = 0 if is_elsewhere else state
-    resting = teacher.full_bytes if teacher.mode == "resident" else teacher.head_bytes
+    full = teacher.full_bytes if parts is None else parts.stored_bytes + parts.head_bytes
+    resting = full if teacher.mode == "resident" else teacher.head_bytes
     if teacher.mode == "offload" and on_cpu:
-        resting = teacher.full_bytes
+        resting = full
     rest = base | {"teacher": resting}
     hidden = sizes.rows * teacher.head_shape[1] * teacher.itemsize
     kept = min(hidden, config.teacher.hidden_budget_bytes) if on_cpu else 0
@@ -159,16 +85,36 @@ def plan_memory(config: Config, components: Components, prompt_tokens: int) -> M
     if needs_scoring(config) and config.scoring == "recorded":
         recorded = sizes.rows * model.get_output_embeddings().weight.shape[1] * model.dtype.itemsize
     base["recorded states"] = rest["recorded states"] = recorded
+    whole = 0 if shards is None else shards.whole_bytes + shards.gathering_bytes
+    reading = {"teacher": full, "gathered weights": 0 if parts is None else parts.gathered_bytes}
     phases = [
-        Phase("rollout", rest | _rollout(model, sizes)),
+        Phase("rollout", rest | _rollout(model, sizes) | {"whole weights": whole}),
         Phase(
-            "teacher", base | _teacher(components, sizes) | {"hidden states": kept, "file": read}
+            "teacher",
+            base | _teacher(components, sizes) | reading | {"hidden states": kept, "file": read},
         ),
-        Phase("learn", rest | _learn(config, components, sizes) | {"hidden states": kept}),
+        Phase("learn", rest | _learn(config, components, sizes, shards) | {"hidden states": kept}),
     ]
+    available = available_bytes(components.device)
     if on_cpu:
         phases.insert(0, Phase("load", {"read at once": status_bytes("VmHWM")}))
-    return MemoryPlan(tuple(phases), available_bytes(components.device))
+        available //= processes.per_host
+    title = processes.described(config) if processes.count > 1 else ""
+    return MemoryPlan(tuple(phases), available, title=title)
+
+
+def shards_of(config: Config, student: PreTrainedModel, processes: Processes) -> Shards | None:
+    """The shards of a student that processes hold together; None where each has it whole."""
+    group = processes.student_group(config)
+    return Shards.of(student, student, group) if group > 1 else None
+
+
+def _parts_of(config: Config, teacher: Teacher, processes: Processes) -> TeacherParts | None:
+    group = processes.teacher_group(config)
+    if group == 1:
+        return None
+    with teacher.on_device():
+        return TeacherParts.of(teacher.model, config.teacher.sharding, group)
 
 
 def _copied_bytes(config: Config, teacher: Teacher) -> int:
@@ -184,8 +130,12 @@ def _copied_bytes(config: Config, teacher: Teacher) -> int:
 class Sizes:
     """Tokens and sequences at the peak of each phase."""
 
-    def __init__(self, config: Config, prompt_tokens: int) -> None:
-        completions = config.prompts_per_step * config.sampling.num_samples
+    def __init__(self, config: Config, prompt_tokens: int, processes: Processes = ONE) -> None:
+        self.completions = completions = processes.prompts(config) * config.sampling.num_samples
+        evaluation = config.evaluation
+        problems = -(-evaluation.num_problems // processes.count)
+        self.evaluated = problems * evaluation.num_samples
+        """Completions of an evaluation that one process has."""
         self.length = prompt_tokens + config.max_completion_tokens
         self.rows = completions * config.sampling.max_new_tokens
         self.decoded = min(config.sampling_batch_size, completions)
@@ -213,16 +163,15 @@ def _rollout(model: PreTrainedModel, sizes: Sizes) -> dict[str, int]:
 
 
 def _teacher(components: Components, sizes: Sizes) -> dict[str, int]:
-    """The teacher and the widest tensors of a forward pass without gradient."""
+    """The widest tensors of a forward pass without gradient."""
     teacher = components.teacher
     width = 8 * teacher.head_shape[1]
-    return {
-        "teacher": teacher.full_bytes,
-        "activations": sizes.micro_batch * width * teacher.itemsize,
-    }
+    return {"activations": sizes.micro_batch * width * teacher.itemsize}
 
 
-def _learn(config: Config, components: Components, sizes: Sizes) -> dict[str, int]:
+def _learn(
+    config: Config, components: Components, sizes: Sizes, shards: Shards | None
+) -> dict[str, int]:
     model, masters = components.student.model, components.masters
     head = model.get_output_embeddings().weight
     per_token = _saved_bytes_per_token(model)
@@ -239,9 +188,16 @@ def _learn(config: Config, components: Components, sizes: Sizes) -> dict[str, in
     gradients += sum(w.nbytes for w, _ in masters.pairs)
     # the head's gradient is summed in float32 beside that of the backward pass
     summed = 4 * head.numel() if head.requires_grad and is_summed else 0
+    gathered = reduced = 0
+    if shards is not None:
+        gathered = max(shards.first_bytes, shards.forward_bytes)
+        reduced = max(shards.summing_bytes, shards.last_sum_bytes - shards.root.trained_bytes)
+        gradients = shards.trained_bytes + shards.root.trained_bytes
     return {
         "activations": sizes.micro_batch * activations,
         "gradients": gradients,
+        "gathered weights": gathered,
+        "summed gradients": reduced,
         "head": min(budget, logits) + summed + 2 * 4 * sizes.micro_rows * head.shape[1],
     }
 
@@ -301,7 +257,7 @@ def copied_bytes(config: Config, weights: Iterable[Tensor], device: torch.device
 
     A copy of what lies on a CUDA device is pinned, and torch pins powers of two.
     """
-    here = _pinned if device.type == "cuda" else int
+    here = pinned_bytes if device.type == "cuda" else int
     beside = int if config.optimizer.offload else here
     half = STATE_BYTES[config.optimizer.kind] / 2
     total = 0
@@ -312,7 +268,8 @@ def copied_bytes(config: Config, weights: Iterable[Tensor], device: torch.device
     return total
 
 
-def _pinned(num_bytes: int) -> int:
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch takes of main memory to pin so many bytes: a power of two."""
     return 1 << max(0, num_bytes - 1).bit_length()
 
 
@@ -343,7 +300,3 @@ def available_bytes(device: torch.device) -> int:
         return 1 << 62
     line = next(x for x in file.read_text().splitlines() if x.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024 + status_bytes("VmRSS")
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 20):,.0f} MiB"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,19 +13,15 @@ from torch import Tensor
 from tutelage.config.sampling import TransformersEngine, VLLMEngine
 from tutelage.config.schema import Config
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES
-from tutelage.core.kernels import is_supported
 from tutelage.core.kernels.buffers import Buffers
 from tutelage.errors import ModelError
 from tutelage.memory.cpu import (
-    STATE_BYTES,
-    UNCOUNTED,
-    MemoryPlan,
-    Phase,
     Sizes,
-    available_bytes,
     copied_bytes,
     plan_memory,
+    shards_of,
 )
+from tutelage.memory.facts import Facts, with_uncounted
 from tutelage.memory.meta_model import (
     Learning,
     keys_for_every_head,
@@ -35,7 +30,10 @@ from tutelage.memory.meta_model import (
     shadow,
     stored_bytes,
 )
+from tutelage.memory.plan import MemoryPlan, Phase
 from tutelage.memory.rollout_cuda import RolloutMemory, rollout_memory
+from tutelage.memory.shards import ONE, Processes, Shards, TeacherParts
+from tutelage.memory.student import student_in_shards, whole_student
 from tutelage.models.packing import repeats_keys
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
@@ -44,57 +42,18 @@ from tutelage.setup.objective import needs_scoring, scores_teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONTEXT_BYTES = 640 << 20
-"""What a process takes of a device before its first tensor: the driver's context, the kernels of
-torch and cuBLAS, captured graphs. Between 0.5 and 0.7 GiB on the cards of the last years."""
-NUM_WORKSPACES = 3
-"""Where cuBLAS works: once for the forward pass, for the thread of the backward pass, and for the
-stream that graphs are captured on."""
-ALLOCATOR_SHARE = 1 / 20
-"""What torch's allocator holds beyond the tensors in it, as a share of them: sizes rounded up to
-512 bytes and 2 MiB, and gaps that no later tensor fits. An assumption, not a measurement."""
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What a plan has to know of a CUDA device."""
-
-    total_bytes: int
-    available_bytes: int
-    """Free now, with what this process holds already."""
-    capability: tuple[int, int]
-    has_kernels: bool
-    """Whether the objective runs by fused kernels."""
-    host_bytes: int
-    """Main memory that is free now."""
-
-    @staticmethod
-    def of(device: torch.device) -> Facts:
-        """What is known of the device that is here."""
-        about = torch.cuda.get_device_properties(device)
-        return Facts(
-            about.total_memory,
-            available_bytes(device) + CONTEXT_BYTES,
-            (about.major, about.minor),
-            is_supported(device),
-            available_bytes(torch.device("cpu")),
-        )
-
-    @property
-    def workspace_bytes(self) -> int:
-        """cuBLAS's memory, which torch allocates: 32 MiB from Hopper on, before 8.125 MiB."""
-        return NUM_WORKSPACES * ((32 << 20) if self.capability >= (9, 0) else 8_519_680)
-
-
-def plan_run(config: Config, components: Components, prompt_tokens: int) -> MemoryPlan:
+def plan_run(
+    config: Config, components: Components, prompt_tokens: int, processes: Processes = ONE
+) -> MemoryPlan:
     """The plan of a run on the device it has; arguments as for `plan_memory`."""
     if components.device.type != "cuda":
-        return plan_memory(config, components, prompt_tokens)
+        return plan_memory(config, components, prompt_tokens, processes)
     try:
-        student, teacher = shadows(components)
-        return plan_cuda(config, student, teacher, Facts.of(components.device), prompt_tokens)
+        sides, facts = shadows(components), Facts.of(components.device)
+        return plan_cuda(config, *sides, facts, prompt_tokens, processes)
     except ModelError:  # a class that cannot do without numbers, or weights of few bits
-        return plan_memory(config, components, prompt_tokens)
+        return plan_memory(config, components, prompt_tokens, processes)
 
 
 def shadows(components: Components) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -114,6 +73,7 @@ def plan_cuda(
     teacher: PreTrainedModel,
     facts: Facts,
     prompt_tokens: int,
+    processes: Processes = ONE,
 ) -> MemoryPlan:
     """What each phase of a step needs on a CUDA device, and what all of them need beside it.
 
@@ -127,26 +87,24 @@ def plan_cuda(
         teacher: from `shadow`.
         facts: of the device.
         prompt_tokens: length of the longest prompt.
+        processes: of the run, each with a device like that; the plan is that of one of them, and
+            of its part of a host's main memory.
 
     Raises:
         ModelError: a class cannot be run without numbers.
+        ConfigError: the processes cannot share models or prompts evenly.
     """
-    plan = _Plan(config, student, teacher, facts, prompt_tokens)
+    plan = _Plan(config, student, teacher, facts, prompt_tokens, processes)
     phases = [plan.rollout(), plan.teacher_reads(), plan.learn()]
     if needs_scoring(config) or not isinstance(config.engine, TransformersEngine):
         phases.insert(2, plan.score())
     if config.evaluation.num_problems and config.evaluation.teacher:
         phases.insert(0, plan.evaluate())
-    host = MemoryPlan((plan.host(),), facts.host_bytes, what="main memory")
-    return MemoryPlan(tuple(_outside(x) for x in phases), facts.available_bytes, host)
-
-
-def _outside(phase: Phase) -> Phase:
-    """The phase with what is no tensor."""
-    allocator = int(phase.allocated_bytes * ALLOCATOR_SHARE)
-    return Phase(
-        phase.name, phase.parts | dict(zip(UNCOUNTED, (CONTEXT_BYTES, allocator), strict=True))
-    )
+    room = facts.host_bytes // processes.per_host
+    host = MemoryPlan((plan.host(room),), room, what="main memory")
+    title = processes.described(config) if processes.count > 1 else ""
+    phases = [with_uncounted(phase) for phase in phases]
+    return MemoryPlan(tuple(phases), facts.available_bytes, host, title=title)
 
 
 class _Plan:
@@ -157,14 +115,15 @@ class _Plan:
         teacher: PreTrainedModel,
         facts: Facts,
         prompt_tokens: int,
+        processes: Processes,
     ) -> None:
         self.config, self.facts = config, facts
         self.student, self.teacher = student, teacher
-        self.prompt_tokens = prompt_tokens
-        self.sizes = sizes = Sizes(config, prompt_tokens)
+        self.prompt_tokens, self.processes = prompt_tokens, processes
+        self.sizes = sizes = Sizes(config, prompt_tokens, processes)
         self.shape = (sizes.micro_batch // sizes.length, sizes.length)
         """Sequences of the largest micro-batch, and their length."""
-        completions = config.prompts_per_step * config.sampling.num_samples
+        completions = sizes.completions
         each = completions // config.updates_per_step
         is_packed = config.micro_batches == "packed"
         self.repeats_keys = is_packed and repeats_keys()
@@ -180,8 +139,15 @@ class _Plan:
         self.teacher_head: Tensor = teacher.get_output_embeddings().weight
         self.vocab_size = min(len(self.head), len(self.teacher_head))
         self.is_drawn_here = isinstance(config.engine, TransformersEngine)
+        self.shards = shards_of(config, student, processes)
+        self.own = (
+            whole_student(config, student)
+            if self.shards is None
+            else student_in_shards(config, self.shards)
+        )
+        group, sharding = processes.teacher_group(config), config.teacher.sharding
+        self.parts = TeacherParts.of(teacher, sharding, group) if group > 1 else None
         trained: list[Tensor] = [w for w in student.parameters() if w.requires_grad]
-        self.trained = sum(w.numel() for w in trained)
         self.trained_bytes = _bytes(trained)
         self.largest = max((w.numel() for w in trained), default=0)
         self.masters = sum(4 * w.numel() for w in trained if w.itemsize < 4)
@@ -191,8 +157,8 @@ class _Plan:
     @cached_property
     def draws(self) -> RolloutMemory:
         """Of the student's draws; evaluation may open more completions than a step."""
-        config, each = self.config, self.config.evaluation
-        most = max(self.sizes.decoded, each.num_problems * each.num_samples)
+        config = self.config
+        most = max(self.sizes.decoded, self.sizes.evaluated)
         rows = min(config.sampling_batch_size, most)
         return self._draws(self.student, rows, config.sampling.num_samples)
 
@@ -205,25 +171,28 @@ class _Plan:
 
     @cached_property
     def rest(self) -> dict[str, int]:
-        """Without the teacher."""
-        optimizer = self.config.optimizer
-        is_here = not optimizer.offload
-        state = 0 if optimizer.state_is_on_disk else STATE_BYTES[optimizer.kind]
-        is_kept = self.is_drawn_here and self.draws.is_kept
+        """Without the teacher. What a draw captured has the addresses of whole weights, which those
+        that were gathered lose."""
+        is_kept = self.is_drawn_here and self.draws.is_kept and self.shards is None
         return {
             "workspaces": self.facts.workspace_bytes,
-            "student": stored_bytes(self.student),
-            "masters": self.masters * is_here,
-            "optimizer": int(self.trained * state) * is_here,
+            **self.own.device,
             "KV cache": self.draws.cache if is_kept else 0,
             "decoding step": self.draws.step if is_kept else 0,
         }
 
     @property
+    def teacher_bytes(self) -> int:
+        """Of what this process has of the teacher, and of the whole head beside parts."""
+        if self.parts is not None:
+            return self.parts.stored_bytes + self.parts.head_bytes
+        return stored_bytes(self.teacher)
+
+    @property
     def teacher_at_rest(self) -> int:
         """All of it, or the head, which the objective reads."""
         is_resident = self.config.teacher.mode == "resident"
-        return stored_bytes(self.teacher) if is_resident else self.teacher_head.nbytes
+        return self.teacher_bytes if is_resident else self.teacher_head.nbytes
 
     @property
     def _all_hidden(self) -> int:
@@ -253,13 +222,14 @@ class _Plan:
 
     def evaluate(self) -> Phase:
         """The teacher draws beside the student."""
-        config, each = self.config, self.config.evaluation
-        rows = min(config.sampling_batch_size, each.num_problems * each.num_samples)
-        draws = self._draws(self.teacher, rows, each.num_samples)
+        config = self.config
+        rows = min(config.sampling_batch_size, self.sizes.evaluated)
+        draws = self._draws(self.teacher, rows, config.evaluation.num_samples)
         rest = self.rest | {"optimizer": 0}
         mine = {"KV cache": rest["KV cache"] + draws.cache}
         mine |= {"decoding step": rest["decoding step"] + draws.step, "prefill": draws.prefill}
-        return Phase("evaluate", rest | mine | {"teacher": stored_bytes(self.teacher)})
+        mine |= {"teacher": stored_bytes(self.teacher), "whole weights": self.own.whole}
+        return Phase("evaluate", rest | mine)
 
     def rollout(self) -> Phase:
         """The student draws, or vLLM does."""
@@ -270,6 +240,7 @@ class _Plan:
         elif self.is_drawn_here:
             rest["KV cache"], rest["decoding step"] = self.draws.cache, self.draws.step
             rest["prefill"] = self.draws.prefill
+            rest["whole weights"] = self.own.whole
         return Phase("rollout", rest)
 
     def teacher_reads(self) -> Phase:
@@ -278,8 +249,9 @@ class _Plan:
             activations = reading(self.teacher, self.shape).peak
         parts = {
             "recorded states": self.recorded,
-            "teacher": stored_bytes(self.teacher),
+            "teacher": self.teacher_bytes,
             "activations": activations,
+            "gathered weights": 0 if self.parts is None else self.parts.gathered_bytes,
             "hidden states": self.hidden_states,
         }
         return Phase("teacher", self.rest | parts)
@@ -297,6 +269,7 @@ class _Plan:
             "hidden states": self.hidden_states,
             # those of each micro-batch are put together, and the rollouts still hold theirs
             "recorded states": 2 * self.recorded,
+            "gathered weights": self.own.forward,
         }
         head = self._buffers(has_gradient=False)
         if activations > head:
@@ -304,22 +277,56 @@ class _Plan:
         return Phase("score", self.rest | parts | {"activations": 0, "head": head})
 
     def learn(self) -> Phase:
-        """The largest of three moments: the objective, the backward pass, the sum of gradients."""
+        """The largest of some moments: the objective, the backward pass, the sum of gradients."""
+        parts = {"teacher": self.teacher_at_rest, "hidden states": self.hidden_states}
+        moments = self._moments() if self.shards is None else self._moments_of(self.shards)
+        largest = max(moments, key=lambda moment: sum(moment.values()))
+        return Phase("learn", self.rest | parts | largest)
+
+    def _moments(self) -> list[dict[str, int]]:
+        """Of a student that this process has whole."""
         is_later = self.num_passes > 1
         own = self.trained_bytes if is_later and not self.masters else 0
         with keys_for_every_head(self.student, self.repeats_keys):
             found = learning_from(self.student, self.shape, self.num_rows, has_gradients=own > 0)
         summed = 0 if self.config.optimizer.offload else self.masters
         before = own + summed * is_later
-        parts = {"teacher": self.teacher_at_rest, "hidden states": self.hidden_states}
-        moments = [
+        return [
             {"gradients": before, "activations": found.forward.kept, "head": self._objective()},
             {"gradients": before, "activations": found.forward.peak},
             {"gradients": before + self._made(found), "activations": self._beside(found)},
             {"gradients": self._collected(summed, is_later)},
         ]
-        largest = max(moments, key=lambda moment: sum(moment.values()))
-        return Phase("learn", self.rest | parts | largest)
+
+    def _moments_of(self, shards: Shards) -> list[dict[str, int]]:
+        """Of a student in shards, whose layers' gradients are summed as soon as they are whole."""
+        layers = [w for w in shards.weights if not shards.is_root(w)]
+        with keys_for_every_head(self.student, self.repeats_keys):
+            found = learning_from(self.student, self.shape, self.num_rows, False, layers)
+        gradients = 0 if self.config.optimizer.offload else shards.trained_bytes
+        before = gradients * (self.num_passes > 1)
+        last = shards.root.gathered_bytes + shards.layer.gathered_bytes
+        return [
+            {"gradients": before, "gathered weights": shards.first_bytes},
+            {
+                "gradients": before,
+                "activations": found.forward.kept,
+                "head": self._objective(),
+                "gathered weights": last,
+            },
+            {
+                "gradients": before,
+                "activations": found.forward.peak,
+                "gathered weights": shards.forward_bytes,
+            },
+            {
+                "gradients": gradients,
+                "activations": found.backward,
+                "gathered weights": shards.backward_bytes,
+                "summed gradients": shards.summing_bytes,
+            },
+            {"gradients": gradients, "summed gradients": shards.last_sum_bytes},
+        ]
 
     def _made(self, found: Learning) -> int:
         """Gradients at the end of a backward pass that were not there before it."""
@@ -360,32 +367,25 @@ class _Plan:
         summed = 4 * (hidden + weight)
         return rows + summed + max(buffers, narrow)
 
-    def host(self) -> Phase:
+    def host(self, available_bytes: int) -> Phase:
         """Main memory: what was moved there, and the copy that checkpoints are written from."""
         config = self.config
-        is_offloaded = config.optimizer.offload
-        state = 0 if config.optimizer.state_is_on_disk else STATE_BYTES[config.optimizer.kind]
-        moments = int(self.trained * state)
-        masters = self.masters if is_offloaded else 0
         hidden = self._all_hidden - self._kept_hidden
-        parts = {
-            "float32 weights": masters,
-            "moments": moments * is_offloaded,
-            "float32 gradients": masters,
-            "teacher weights": stored_bytes(self.teacher)
-            if config.teacher.mode == "offload"
-            else 0,
+        is_offloaded = config.teacher.mode == "offload"
+        parts = self.own.host | {
+            "teacher weights": stored_bytes(self.teacher) if is_offloaded else 0,
             "hidden states": min(hidden, config.teacher.hidden_budget_bytes),
         }
         copy = self._checkpoint_copy()
         is_asked = config.checkpoint_writer == "thread"
-        if is_asked or sum(parts.values()) + copy <= self.facts.host_bytes:
+        if is_asked or sum(parts.values()) + copy <= available_bytes:
             parts["checkpoint copy"] = copy
         return Phase("run", parts)
 
     def _checkpoint_copy(self) -> int:
         config = self.config
-        if config.checkpoint_writer == "inline" or not config.can_copy_checkpoints:
+        is_inline = config.checkpoint_writer == "inline" or self.shards is not None
+        if is_inline or not config.can_copy_checkpoints:
             return 0
         trained = [w for w in self.student.parameters() if w.requires_grad]
         return copied_bytes(config, trained, torch.device("cuda"))

@@ -16,10 +16,14 @@ from transformers import AttentionInterface, DynamicCache
 
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.liger import with_own_layers
-from tutelage.models.lora import learning
+from tutelage.models.lora import add_lora, checkpoint_activations, learning
+from tutelage.models.prune import prune_layers
+from tutelage.models.reference import causal_class
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from tutelage.config.models import StudentConfig
 
 _FUSED = "shapes_of_fused_attention"
 _REPEATED = "shapes_of_fused_attention_by_head"
@@ -107,6 +111,49 @@ def shadow(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
+def shapes(
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    student: StudentConfig | None = None,
+    quantization: str = "none",
+) -> PreTrainedModel:
+    """A model of an architecture without numbers, made without its files; as from `shadow`.
+
+    Args:
+        config: its architecture.
+        dtype: of its weights.
+        student: the table of the configuration that says how it is trained; None for a teacher.
+        quantization: of a teacher: none, 8bit or 4bit.
+
+    Raises:
+        ModelError: a class that cannot do without numbers.
+    """
+    with foreign("has no shape of its own", config), torch.device("meta"):
+        auto = causal_class(config, "of this type").auto
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype).eval()
+        if student is not None:
+            quantization = student.quantization
+            if student.num_layers is not None:
+                model = prune_layers(model, student.num_layers)
+        if quantization != "none":
+            _in_few_bits(model, int(quantization.removesuffix("bit")))
+        if student is not None and student.lora is not None:
+            lora = student.lora
+            add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules)
+    if student is not None and student.activation_checkpointing:
+        checkpoint_activations(model)
+    return shadow(model)
+
+
+def _in_few_bits(twin: PreTrainedModel, num_bits: int) -> None:
+    """Freeze its linear layers, the head aside, in so many bits."""
+    head = twin.get_output_embeddings()
+    for parent in list(twin.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is nn.Linear and module is not head:
+                setattr(parent, name, FewBits(module, num_bits, twin.dtype))
+
+
 @contextmanager
 def keys_for_every_head(twin: PreTrainedModel, is_so: bool = True) -> Iterator[PreTrainedModel]:
     """Attention that repeats the keys and values that heads share, as some kernels need them."""
@@ -145,7 +192,11 @@ def reading(twin: PreTrainedModel, shape: tuple[int, int], is_cached: bool = Fal
 
 
 def learning_from(
-    twin: PreTrainedModel, shape: tuple[int, int], num_rows: int, has_gradients: bool
+    twin: PreTrainedModel,
+    shape: tuple[int, int],
+    num_rows: int,
+    has_gradients: bool,
+    released: Iterable[Tensor] = (),
 ) -> Learning:
     """A forward pass over `[B, T]` tokens and the backward pass from gradients of N rows and head.
 
@@ -154,6 +205,7 @@ def learning_from(
         shape: sequences and their length.
         num_rows: N.
         has_gradients: whether the weights have gradients already, which are added to.
+        released: weights whose gradients go as soon as they are there.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")
     for weight in twin.parameters():
@@ -163,6 +215,7 @@ def learning_from(
     with (
         foreign("cannot be run without numbers", twin),
         learning(twin, (0,)),
+        _releasing(released),
         _live(twin) as live,
     ):
         states = backbone(twin)(input_ids=ids, use_cache=False).last_hidden_state
@@ -176,6 +229,20 @@ def learning_from(
         backward = live.peak
     twin.zero_grad()
     return Learning(forward, backward)
+
+
+@contextmanager
+def _releasing(weights: Iterable[Tensor]) -> Iterator[None]:
+    def release(weight: Tensor) -> None:
+        weight.grad = None
+
+    trained: list[Any] = [weight for weight in weights if weight.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(release) for weight in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _live(twin: PreTrainedModel) -> Live:

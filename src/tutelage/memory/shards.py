@@ -1,0 +1,273 @@
+"""What a process holds of models that are shared out over processes, by shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tutelage.config.schema import Config
+from tutelage.errors import ConfigError
+from tutelage.models.forward import backbone
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_WIDE = 4
+"""Bytes of a number that the optimizer updates, and of one that is summed over processes."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many there are, and where."""
+
+    count: int = 1
+    hosts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.hosts < 1 or self.count % self.hosts:
+            raise ConfigError(
+                "the number of processes must be a multiple of the number of hosts, both at least "
+                f"1, got {self.count} and {self.hosts}."
+            )
+
+    @property
+    def per_host(self) -> int:
+        """Processes that share the main memory of one machine."""
+        return self.count // self.hosts
+
+    def student_group(self, config: Config) -> int:
+        """Processes that hold one copy of the student together; 1 is a whole copy in each."""
+        return self._group("student", config.student.sharding, config.student.sharding_group_size)
+
+    def teacher_group(self, config: Config) -> int:
+        """The same of the teacher."""
+        return self._group("teacher", config.teacher.sharding, config.teacher.sharding_group_size)
+
+    def _group(self, who: str, sharding: str, size: int) -> int:
+        if sharding == "none" or self.count == 1:
+            return 1
+        if self.count % (size or self.count):
+            raise ConfigError(
+                f"{who}.sharding_group_size must divide the number of processes, {self.count}, got "
+                f"{size}. Use 0 for one group of all processes."
+            )
+        return size or self.count
+
+    def prompts(self, config: Config) -> int:
+        """Prompts of a step that one process has.
+
+        Raises:
+            ConfigError: they cannot be shared out evenly.
+        """
+        shares = self.count * config.updates_per_step
+        if config.prompts_per_step % shares:
+            raise ConfigError(
+                f"prompts_per_step must be a multiple of {shares} (processes times "
+                f"updates_per_step), got {config.prompts_per_step}."
+            )
+        return config.prompts_per_step // self.count
+
+    def described(self, config: Config) -> str:
+        """The processes and what they share, as one line."""
+        hosts = f", {self.hosts} hosts" if self.hosts > 1 else ""
+        sides = [
+            f"{who} {side.sharding} in groups of {group}"
+            for who, side, group in (
+                ("student", config.student, self.student_group(config)),
+                ("teacher", config.teacher, self.teacher_group(config)),
+            )
+            if group > 1
+        ]
+        return f"{self.count} processes{hosts}" + "".join(f", {side}" for side in sides)
+
+
+ONE = Processes()
+
+
+def shard_numel(tensor: Tensor, group: int) -> int:
+    """Numbers of a tensor that each of `group` processes has room for.
+
+    FSDP2 cuts along the first dimension into equal parts, the last of which are filled up.
+    """
+    if not tensor.ndim:
+        return 1
+    rows = tensor.shape[0]
+    return -(-rows // group) * (tensor.numel() // max(rows, 1))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that FSDP2 gathers and releases together."""
+
+    gathered_bytes: int
+    """Of all of them, in the dtype that they are used in, filled up for equal shards."""
+    summed_bytes: int
+    """Of the gradients of its trained weights, as they are summed over processes."""
+    trained_bytes: int
+    """Of the same gradients before, in the weights' own dtype."""
+
+    @staticmethod
+    def of(weights: Iterable[Tensor], group: int) -> Unit:
+        """A unit of these weights."""
+        gathered = summed = trained = 0
+        for weight in weights:
+            padded = group * shard_numel(weight, group)
+            gathered += padded * weight.itemsize
+            if weight.requires_grad:
+                summed += padded * max(_WIDE, weight.itemsize)
+                trained += weight.nbytes
+        return Unit(gathered, summed, trained)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A model whose weights lie in shards, as `models/sharding.py` cuts it."""
+
+    group: int
+    """Processes that hold one copy of the weights together."""
+    weights: tuple[Tensor, ...]
+    """Whole, each once; they may be without numbers."""
+    layer: Unit
+    """The largest of the layers, which are gathered one by one."""
+    root: Unit
+    """What is outside the layers. It stays gathered from its first use to the end of the backward
+    pass."""
+    outside: frozenset[int]
+    """Identities of the weights outside the layers."""
+
+    @staticmethod
+    def of(model: nn.Module, layers: PreTrainedModel, group: int) -> Shards:
+        """The shards of a model.
+
+        Args:
+            model: all that is cut.
+            layers: the model that names the classes of layers.
+            group: processes that hold one copy of the weights together.
+        """
+        names = set(layers._no_split_modules or ())
+        units = [list(m.parameters()) for m in model.modules() if type(m).__name__ in names]
+        inside = {id(weight) for unit in units for weight in unit}
+        weights = list(model.parameters())
+        sizes = [Unit.of(unit, group) for unit in units]
+        largest = max(sizes, key=lambda u: u.gathered_bytes + u.summed_bytes, default=Unit(0, 0, 0))
+        outside = [w for w in weights if id(w) not in inside]
+        root = Unit.of(outside, group)
+        return Shards(group, tuple(weights), largest, root, frozenset(map(id, outside)))
+
+    def is_root(self, weight: Tensor) -> bool:
+        """Whether a weight is outside the layers."""
+        return id(weight) in self.outside
+
+    @property
+    def trained_numel(self) -> int:
+        """Trained numbers that this process updates; its moments are as many."""
+        return sum(shard_numel(w, self.group) for w in self.weights if w.requires_grad)
+
+    @property
+    def trained_bytes(self) -> int:
+        """Their bytes; shards of trained weights have float32, and are the master weights."""
+        return sum(
+            shard_numel(w, self.group) * max(_WIDE, w.itemsize)
+            for w in self.weights
+            if w.requires_grad
+        )
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of the shards of weights that are not trained."""
+        frozen = (w for w in self.weights if not w.requires_grad)
+        return sum(shard_numel(w, self.group) * w.itemsize for w in frozen)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all shards."""
+        return self.trained_bytes + self.frozen_bytes
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of all weights while they are gathered for sampling."""
+        return sum(self.group * shard_numel(w, self.group) * w.itemsize for w in self.weights)
+
+    @property
+    def gathering_bytes(self) -> int:
+        """What gathering the whole model takes beside it: this process's part of one weight."""
+        return max(2 * shard_numel(w, self.group) * w.itemsize for w in self.weights)
+
+    @property
+    def first_bytes(self) -> int:
+        """Weights that are gathered when the first layer's arrive: those outside layers and those
+        of a layer, each as they arrived and as they are used."""
+        return 2 * (self.root.gathered_bytes + self.layer.gathered_bytes)
+
+    @property
+    def forward_bytes(self) -> int:
+        """The same at any later layer: those of the layer before are released when its own are
+        there."""
+        return self.root.gathered_bytes + 3 * self.layer.gathered_bytes
+
+    @property
+    def backward_bytes(self) -> int:
+        """The same during a backward pass: the next layer's arrive while one is used."""
+        return self.root.gathered_bytes + 2 * self.layer.gathered_bytes
+
+    @property
+    def summing_bytes(self) -> int:
+        """Gradients during a backward pass: those of a layer, and the float32 copy of the layer
+        before, which is summed over processes meanwhile."""
+        return self.layer.trained_bytes + self.layer.summed_bytes
+
+    @property
+    def last_sum_bytes(self) -> int:
+        """The same at its end, of what is outside the layers, and this process's part of it."""
+        part = self.root.summed_bytes // self.group
+        return self.root.trained_bytes + self.root.summed_bytes + part
+
+
+@dataclass(frozen=True)
+class TeacherParts:
+    """What a process holds of a teacher that several processes hold together."""
+
+    stored_bytes: int
+    """Of its parts, at rest."""
+    gathered_bytes: int
+    """Of the weights that are gathered during a forward pass."""
+    head_bytes: int
+    """Of the whole head, which is gathered for the objective."""
+
+    @staticmethod
+    def of(model: PreTrainedModel, sharding: str, group: int) -> TeacherParts:
+        """The parts of a model, as `models/teacher_shards.py` cuts it.
+
+        Args:
+            model: whole; it may be without numbers.
+            sharding: fsdp2 or tp.
+            group: processes that hold it together.
+        """
+        head = model.get_output_embeddings().weight
+        base = Shards.of(backbone(model), model, group)
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        plan = _plan_of(model) if sharding == "tp" else {}
+        stored = 0
+        for weight in model.parameters():
+            is_cut = sharding == "fsdp2" or weight is head or _is_cut(names[id(weight)], plan)
+            stored += (shard_numel(weight, group) if is_cut else weight.numel()) * weight.itemsize
+        gathered = max(base.first_bytes, base.forward_bytes) if sharding == "fsdp2" else 0
+        return TeacherParts(stored, gathered, head.nbytes)
+
+
+def _plan_of(model: PreTrainedModel) -> dict[str, str]:
+    """How transformers cuts each layer, by its name; the embedding is cut by rows."""
+    embedding = model.get_input_embeddings()
+    found = {name: "rowwise" for name, module in model.named_modules() if module is embedding}
+    return {**(model.tp_plan or {}), **found}
+
+
+def _is_cut(name: str, plan: dict[str, str]) -> bool:
+    module, _, leaf = name.rpartition(".")
+    style = plan.get(re.sub(r"\.\d+(?=\.)", ".*", module), plan.get(module, ""))
+    return "colwise" in style or ("rowwise" in style and leaf != "bias")
