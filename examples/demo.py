@@ -25,7 +25,8 @@ from tutelage.evaluation.evaluate import evaluate
 from tutelage.evaluation.metrics import Interval
 from tutelage.evaluation.request import EvaluationRequest
 from tutelage.report.run_page import write_report
-from tutelage.train.loop import RunResult, run_folder, train
+from tutelage.setup.run_folder import run_folder
+from tutelage.train.loop import RunResult, train
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES_STEPS = 24

@@ -153,9 +153,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
-    from tutelage.commands.train import run
+    from tutelage.setup.run_folder import run_folder
+    from tutelage.train.peers import Peers
 
-    return run(config, arguments)
+    folder = run_folder(config, Path(arguments.config).stem)
+    with Peers(folder, config.process_timeout_s) as peers:  # before what takes long to import
+        from tutelage.commands.train import run
+
+        return run(config, arguments, peers)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

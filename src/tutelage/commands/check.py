@@ -20,8 +20,8 @@ from tutelage.memory.shards import ONE, Processes
 from tutelage.models.chat.tool_format import format_of
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import Inputs
+from tutelage.setup.run_folder import run_folder
 from tutelage.setup.validate import validate
-from tutelage.train.loop import run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 from tutelage.errors import RunError, TutelageError
@@ -46,15 +46,18 @@ def rendezvous() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def started(command: Sequence[str], count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def started(
+    command: Sequence[str], count: int, store: Mapping[str, str]
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     """`count` processes of one command, none of which outlives the block.
 
     Args:
         command: the same in every process; variables such as `RANK` tell them apart.
         count: of processes.
+        store: what `rendezvous` gives.
     """
     with ExitStack() as stack:
-        common = os.environ | stack.enter_context(rendezvous())
+        common = os.environ | dict(store)
         common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         processes = []
         for rank in range(count):
@@ -82,14 +85,39 @@ def launch(command: Sequence[str], count: int) -> int:
     """
     if count < 1:
         raise RunError(f"the number of processes must be 1 or more, got {count}.")
-    with _signals() as arrived, started(command, count) as processes:
+    with _signals() as arrived, rendezvous() as store, started(command, count, store) as processes:
         while (codes := [process.poll() for process in processes]).count(None):
             _pass_on(arrived, processes)
-            if failed := [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0, 130)]:
+            failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, 130)]
+            if failed:
+                _report(failed, codes, store)
                 _give_time(arrived, processes)
-                return _explained(*failed[0])
+                return _common_code(failed[0], [process.poll() for process in processes])
             time.sleep(_PERIOD_S)
     return next((_explained(rank, code) for rank, code in enumerate(codes) if code), 0)
+
+
+def _report(failed: Sequence[int], codes: Sequence[int | None], store: Mapping[str, str]) -> None:
+    """Let the other processes know which one a signal ended, which it could not write itself."""
+    killed = [rank for rank in failed if (codes[rank] or 0) < 0]
+    if not killed or len(codes) < 2:
+        return
+    from tutelage.train.peer_store import PeerStore, address_of
+
+    for rank in killed:
+        environment = {**store, "RANK": str(rank), "WORLD_SIZE": str(len(codes))}
+        address = address_of(environment)
+        with suppress(RuntimeError, ValueError):  # it holds the store itself: nobody else ended it
+            if address is not None:
+                own = PeerStore(address, 0, ASK_LIMIT_S)
+                own.report_killed(rank, f"was ended by {_name(codes[rank])}")
+
+
+def _common_code(first: int, codes: Sequence[int | None]) -> int:
+    """The exit code of all: where a signal ended one, that of those which have said so."""
+    if (codes[first] or 0) < 0 and 2 in codes:
+        return 2
+    return _explained(first, codes[first])
 
 
 def _pass_on(arrived: list[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -111,11 +139,15 @@ def _explained(rank: int, code: int | None) -> int:
     """The exit code of a process; an error for one that a signal ended."""
     if code is not None and code >= 0:
         return code
-    name = signal.Signals(-(code or 0)).name
     raise RunError(
-        f"process {rank} was ended by {name}, and the others with it. The same command continues "
-        "from the last checkpoint."
+        f"process {rank} was ended by {_name(code)}, and the others with it. The same command "
+        "continues from the last checkpoint."
     )
+
+
+def _name(code: int | None) -> str:
+    """Of the signal that ended a process."""
+    return signal.Signals(-(code or 0)).name
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from tutelage.config.schema import Config
 from tutelage.report.run_page import write_report
 from tutelage.setup.run_folder import describe_contents
 from tutelage.train.loop import train
+from tutelage.train.peers import Peers
 
 
-def run(config: Config, arguments: argparse.Namespace) -> int:
+def run(config: Config, arguments: argparse.Namespace, peers: Peers) -> int:
     """Train; returns `INTERRUPTED` if a signal stopped the run."""
     with Reporter(config.num_steps, as_json=arguments.json) as reporter:
         result = train(
@@ -23,6 +24,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
             reporter.log,
             reporter.on_step,
             reporter.phase,
+            peers,
         )
     if not result.is_finished:
         return INTERRUPTED

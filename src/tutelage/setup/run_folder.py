@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from tutelage import __version__
+from tutelage.config.parse import fingerprint
+from tutelage.config.schema import Config
 from tutelage.errors import RunError, explained_write, remedy
 from tutelage.files.atomic import remove_remnants, write_atomically
 from tutelage.files.lock import FolderLock
@@ -60,6 +62,11 @@ _CONTENTS = {
     "samples.jsonl": "some completions",
     "manifest.json": "configuration and environment",
 }
+
+
+def run_folder(config: Config, name: str = "run") -> Path:
+    """The folder of a run: `out`, or runs/NAME-FINGERPRINT."""
+    return Path(config.out) if config.out else Path("runs") / f"{name}-{fingerprint(config)}"
 
 
 def describe_contents(folder: Path) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tutelage.config.parse import fingerprint
 from tutelage.config.schema import Config
 from tutelage.errors import RunError
 from tutelage.models.chat.template import printed_date
@@ -26,7 +25,7 @@ from tutelage.setup.inputs import pick_device
 from tutelage.setup.manifest import input_digests, manifest_of
 from tutelage.setup.numerics import open_accelerator, plain_arithmetic
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
-from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, started_at
+from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, run_folder, started_at
 from tutelage.setup.trackers import numbers, require_trackers, start_trackers
 from tutelage.setup.validate import validate
 from tutelage.train.agreement import in_all, in_main, require_shared
@@ -62,11 +61,6 @@ class RunResult:
     """False in every process but the main one: no other writes files."""
 
 
-def run_folder(config: Config, name: str = "run") -> Path:
-    """The folder of a run: `out`, or runs/NAME-FINGERPRINT."""
-    return Path(config.out) if config.out else Path("runs") / f"{name}-{fingerprint(config)}"
-
-
 @plain_arithmetic()
 def train(
     config: Config,
@@ -75,6 +69,7 @@ def train(
     log: Log = print,
     on_step: OnStep | None = None,
     on_phase: PhaseCallback = no_phases,
+    peers: Peers | None = None,
 ) -> RunResult:
     """Train the student, or continue an earlier run in the same folder.
 
@@ -85,6 +80,7 @@ def train(
         log: receives one line of text for every event a user should see.
         on_step: receives the metrics of every step.
         on_phase: told what is done between steps.
+        peers: the other processes, if they are watched already.
 
     Returns:
         `RunResult`.
@@ -94,13 +90,14 @@ def train(
     """
     require_trackers(config)
     path = run_folder(config, name)
-    with Peers(path, config.process_timeout_s) as peers, ExitStack() as stack, peers.told():
-        peers.meet()
+    all_of = peers or Peers(path, config.process_timeout_s)
+    with nullcontext() if peers else all_of, ExitStack() as stack, all_of.told():
+        all_of.meet()
         accelerator = open_accelerator(config, path, pick_device(config.device))
         stack.callback(accelerator.end_training)  # a group that is left may abort its process
         stack.push(_let_go)
         folder = RunFolder(path, accelerator.is_main_process)
-        stop = Stop(accelerator.num_processes == 1, peers.is_lost)
+        stop = Stop(accelerator.num_processes == 1, all_of.is_lost)
         stack.callback(folder.close)
         in_main(accelerator, folder.open)
         require_shared(accelerator, path)
