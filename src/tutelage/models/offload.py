@@ -35,6 +35,8 @@ class MappedFile:
 
     def tensor(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
         """`count` numbers from byte `start` on `[count]`; they live as long as the tensor."""
+        if not count:
+            return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
 
     def release(self, start: int, num_bytes: int) -> None:
@@ -42,7 +44,8 @@ class MappedFile:
 
         Their numbers stay: they are read from the file, or the kernel's copy of it, when needed.
         """
-        self._map.madvise(mmap.MADV_DONTNEED, start, num_bytes)
+        if num_bytes:
+            self._map.madvise(mmap.MADV_DONTNEED, start, num_bytes)
 
 
 def whole_pages(num_bytes: int) -> int:

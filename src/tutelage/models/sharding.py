@@ -86,23 +86,64 @@ def shard_model(
         fully_shard,
     )
 
-    trained = {weight.dtype for weight in root.parameters() if weight.requires_grad}
-    (dtype,) = trained  # refuse several before
+    require_shardable(model)
+    (dtype,) = {weight.dtype for weight in root.parameters() if weight.requires_grad}
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(
         param_dtype=None if wide == dtype else dtype, reduce_dtype=wide, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
-    names = set(model._no_split_modules or ())
-    units = [module for module in model.modules() if type(module).__name__ in names]
-    for unit in (*units, root):
+    marks = {name: dict(vars(weight)) for name, weight in root.named_parameters()}
+    for unit in (*(model.get_submodule(name) for name in reversed(_units(model))), root):
         _widen(unit, wide)
         fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for name, weight in root.named_parameters():
+        vars(weight).update(marks[name])  # such as that a weight does not decay
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            if "set_reduce_scatter_unused_params" in dir(module):  # from torch 2.13 on
+                # A process whose rows leave a weight out takes part in its sum all the same.
+                module.set_reduce_scatter_unused_params(True)
     root.register_forward_hook(_reshard_unless_learning)
+
+
+def _units(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that are gathered one by one, outer ones first."""
+    kinds = set(model._no_split_modules or ())
+    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
+
+
+def require_shardable(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights cannot be cut by their rows, layer by layer.
+
+    Raises:
+        ConfigError: it trains weights of several dtypes, has a single number for a weight, or
+            layers that share one.
+    """
+    hint = 'Use student.sharding = "none".'
+    named = list(model.named_parameters(remove_duplicate=False))
+    trained = {str(w.dtype).removeprefix("torch."): n for n, w in named if w.requires_grad}
+    if len(trained) > 1:
+        listed = " and ".join(f"{dtype} ({name})" for dtype, name in sorted(trained.items()))
+        raise ConfigError(
+            "student.sharding 'fsdp2' trains weights of one dtype, "
+            f"{type(model).__name__} has {listed}. {hint}"
+        )
+    units, owner = _units(model), dict[int, str]()
+    for name, weight in named:
+        if not weight.dim():
+            raise ConfigError(
+                f"student.sharding 'fsdp2' cuts weights by their rows, {name} of "
+                f"{type(model).__name__} is a single number. {hint}"
+            )
+        unit = max((u for u in units if name.startswith(f"{u}.")), key=len, default="")
+        if owner.setdefault(id(weight), unit) != unit:
+            raise ConfigError(
+                f"student.sharding 'fsdp2' gathers layers one by one, {name} of "
+                f"{type(model).__name__} belongs to several. {hint}"
+            )
 
 
 def _reshard_unless_learning(root: Any, _inputs: Any, _output: Any) -> None:

@@ -34,10 +34,11 @@ from tutelage.models.lora import (
 )
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
-from tutelage.models.sharding import num_processes, sharding_mesh
+from tutelage.models.sharding import num_processes, require_shardable, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
+from tutelage.rollout.cuda.generate import forget
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.replicas import Replicas
 from tutelage.rollout.request import Agent
@@ -86,7 +87,10 @@ class Components:
             yield self
             return
         with self.student.whole() as model:
-            yield replace(self, student=Student(model, self.student.vocab_size))
+            try:
+                yield replace(self, student=Student(model, self.student.vocab_size))
+            finally:
+                forget(model)  # what captured steps hold of the weights
 
 
 def trained_names(student: Student) -> list[str]:
@@ -162,6 +166,8 @@ def shared_student(
 ) -> Student:
     """The student, its weights in parts where several processes share them; alone one has all."""
     start = config.student
+    if start.sharding == "fsdp2":
+        require_shardable(model)
     if start.sharding == "none" or num_processes() == 1:
         return Student(model, vocab_size)
     mesh = sharding_mesh(device, start.sharding_group_size)

@@ -90,11 +90,12 @@ def _refuse_processes(config: Config, num_processes: int) -> None:
             f"prompts_per_step must be a multiple of {shares} (processes times "
             f"updates_per_step), got {config.prompts_per_step}."
         )
-    if num_processes > 1 and num_processes % (config.teacher.sharding_group_size or 1):
-        raise ConfigError(
-            "teacher.sharding_group_size must divide the number of processes, got "
-            f"{config.teacher.sharding_group_size} and {num_processes}. 0 is all."
-        )
+    for who, side in (("student", config.student), ("teacher", config.teacher)):
+        if num_processes > 1 and num_processes % (side.sharding_group_size or 1):
+            raise ConfigError(
+                f"{who}.sharding_group_size must divide the number of processes, got "
+                f"{side.sharding_group_size} and {num_processes}. 0 is all."
+            )
     if num_processes > 1 and isinstance(config.engine, VLLMEngine):
         raise ConfigError(
             f"engine.kind {config.engine.kind!r} works with one process, got "

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
-from traceback import clear_frames
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -36,7 +33,7 @@ from tutelage.train.checkpoint import (
     newest_checkpoint,
     rotate,
 )
-from tutelage.train.distributed import date_of_main
+from tutelage.train.distributed import Leaving, date_of_main
 from tutelage.train.measurements import Measurements
 from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.peers import Peers
@@ -94,8 +91,7 @@ def train(
     with nullcontext() if peers else all_of, ExitStack() as stack, all_of.told():
         all_of.meet()
         accelerator = open_accelerator(config, path, pick_device(config.device))
-        stack.callback(accelerator.end_training)  # a group that is left may abort its process
-        stack.push(_let_go)
+        stack.enter_context(Leaving(accelerator))
         folder = RunFolder(path, accelerator.is_main_process)
         stop = Stop(accelerator.num_processes == 1, all_of.is_lost)
         stack.callback(folder.close)
@@ -106,13 +102,6 @@ def train(
         stack.enter_context(listening(stop))
         stack.enter_context(printed_date(started))
         return _go(config, folder, accelerator, started, allow_change, log, on_step, stop, on_phase)
-
-
-def _let_go(_: object, __: object, trace: TracebackType | None) -> None:
-    """Free the models of a run: what lies in shards holds its process group."""
-    if torch.distributed.is_initialized():
-        clear_frames(trace)
-        gc.collect()
 
 
 def _go(*of_run: Any) -> RunResult:

@@ -114,7 +114,7 @@ class Step:
         with self.clock.phase("rollout"):
             if self.ahead is not None:
                 return self.ahead.take(step)
-            with self.components.student.whole():
+            with self.components.whole():
                 rollouts = self.components.sampler.sample(self.request(step))
             return [replace(rollout, weights_version=step - 1) for rollout in rollouts]
 
