@@ -258,6 +258,13 @@ def test_safe_keys_change_neither_fingerprint_nor_run(key: str) -> None:
     assert changed_keys(to_table(plain), to_table(other)) == []
 
 
+def test_no_thread_writes_checkpoints_of_a_sharded_student() -> None:
+    table = BASE | {"student": BASE["student"] | {"sharding": "fsdp2"}}
+    parse_config(table | {"checkpoint_writer": "inline"})
+    with pytest.raises(ConfigError, match=r"checkpoint_writer must be auto or inline with student"):
+        parse_config(table | {"checkpoint_writer": "thread"})
+
+
 def test_sharding_changes_neither_fingerprint_nor_run() -> None:
     student = {"sharding": "fsdp2", "sharding_group_size": 2}
     other = parse_config(BASE | {"student": BASE["student"] | student})

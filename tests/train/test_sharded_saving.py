@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from saved_runs import are_same, contents, cut, distance, job, run_jobs
@@ -49,7 +50,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     alone(job(root, root / "one", "none"))
     jobs = [
         job(root, root / "unbroken"),
-        job(root, root / "same", **at_two),
+        job(root, root / "same", fault="counted", **at_two),
+        job(root, Path("elsewhere"), fault="elsewhere"),
         job(root, root / "whole", "none", **at_two),
         job(root, root / "from one", **of_one),
         job(root, root / "again", "none", saves_again=True, **at_two),
@@ -113,6 +115,20 @@ def test_transformers_loads_several_files(runs: Runs) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder)
         both = zip(model.parameters(), whole.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in both)
+
+
+def test_a_process_reads_its_own_rows_of_moments(runs: Runs) -> None:
+    saved = load_file(checkpoint_path(runs.folder / "same", 2) / "optimizer.safetensors")
+    total = sum(tensor.numel() for tensor in saved.values())
+    for ended in runs.ended:
+        assert 0.45 * total < int(ended["same"]) < 0.55 * total
+
+
+def test_a_folder_that_a_process_does_not_share_is_named(runs: Runs) -> None:
+    first, second = (ended["elsewhere"] for ended in runs.ended)
+    assert first == second
+    assert first.startswith("run folder elsewhere of process 0 on ")
+    assert " is not there for process 1 on " in first
 
 
 @pytest.mark.parametrize(
