@@ -26,6 +26,10 @@ SIZES: dict[str, dict[str, Any]] = {
            "num_attention_heads": 32, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288,
            "num_attention_heads": 32, "tie_word_embeddings": False},
+    "14B": {"hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 17408,
+            "num_attention_heads": 40, "tie_word_embeddings": False},
+    "32B": {"hidden_size": 5120, "num_hidden_layers": 64, "intermediate_size": 25600,
+            "num_attention_heads": 64, "tie_word_embeddings": False},
 }  # fmt: skip
 """Qwen3's dense models."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-for folder in ("claims", "performance"):
+for folder in (".", "claims", "performance"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / folder))
 
 TINY = {

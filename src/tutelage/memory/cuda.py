@@ -232,15 +232,15 @@ class _Plan:
         return Phase("evaluate", rest | mine)
 
     def rollout(self) -> Phase:
-        """The student draws, or vLLM does."""
+        """The student draws, or vLLM does; weights in shards are gathered in either case."""
         rest = self.rest | {"teacher": self.teacher_at_rest, "recorded states": self.recorded}
+        rest["whole weights"] = self.own.whole
         if isinstance(self.config.engine, VLLMEngine):
             share = self.config.engine.gpu_memory_utilization
             rest["vLLM"] = int(share * self.facts.total_bytes)
         elif self.is_drawn_here:
             rest["KV cache"], rest["decoding step"] = self.draws.cache, self.draws.step
             rest["prefill"] = self.draws.prefill
-            rest["whole weights"] = self.own.whole
         return Phase("rollout", rest)
 
     def teacher_reads(self) -> Phase:

@@ -29,7 +29,8 @@ _KNOBS = {
     "sampled logits": "sampling_batch_size",
     "activations": "micro_batch_tokens or student.activation_checkpointing = true",
     "head": "[student.lora], whose head is frozen",
-    "whole weights": 'engine.kind = "vllm_server", whose servers sample elsewhere',
+    "whole weights": 'engine.kind = "vllm_server", whose servers hold the caches, or a smaller '
+    "student",
     "gradients": "[student.lora]",
     "read at once": "a model folder with safetensors in the configured dtype",
 }
