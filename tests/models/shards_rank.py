@@ -160,7 +160,7 @@ def runs(models: Path, group_size: int) -> dict[str, list[float]]:
     for kind in KINDS:
         settings = teacher | {"sharding": kind, "sharding_group_size": group_size}
         found[kind] = losses(models, accelerator, teacher=settings)
-    settings = teacher | {"sharding": "tp", "mode": "reload"}
+    settings |= {"sharding": "tp", "mode": "reload"}
     student |= {"sharding": "fsdp2"}
     found["both"] = losses(models, accelerator, teacher=settings, student=student)
     # The student starts with the teacher's weights, which are then cut.

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from ranks import run_script
-from tiny import tiny_config
+from tiny import save_tiny_model, tiny_config
 from tutelage.commands.check import check
 from tutelage.config.parse import parse_config
 from tutelage.errors import ConfigError, ModelError
+from tutelage.models.forward import foreign
 from tutelage.models.teacher_shards import require_shardable
 from tutelage.setup.teacher import load_teacher
 from tutelage.setup.validate import validate
@@ -62,10 +63,10 @@ def test_families_of_models_are_cut_too(tiny_models: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [0, 2])
-def test_four_processes_in_one_group_or_two(
-    tiny_models: Path, tmp_path: Path, group_size: int
-) -> None:
-    each = seen(tiny_models, tmp_path, 4, group_size, "qwen3", "tied")
+def test_four_processes_in_one_group_or_two(tmp_path: Path, group_size: int) -> None:
+    for seed, name in enumerate(("student", "teacher")):
+        save_tiny_model(tmp_path / "models" / name, seed, num_key_value_heads=4)
+    each = seen(tmp_path / "models", tmp_path, 4, group_size, "qwen3", "tied")
     compare(each, ("qwen3", "tied"), 1 / (group_size or 4))
 
 
@@ -121,3 +122,11 @@ def test_check_looks_at_a_teacher_that_is_to_be_cut(tiny_models: Path, tmp_path:
     config = replace(config, teacher=replace(config.teacher, sharding_group_size=2))
     lines = list(check(config, "run"))
     assert "teacher: cut by tp over 2 processes; its forward pass is tried when they start" in lines
+
+
+def test_a_broken_connection_is_no_fault_of_the_model(qwen3: Any) -> None:
+    broken = RuntimeError("[x/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="Connection closed"), foreign("cannot be run", qwen3):
+        raise broken
+    with pytest.raises(ModelError, match="cannot be run"), foreign("cannot be run", qwen3):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ModelError, TutelageError
-from tutelage.models.sharding import is_shard
+from tutelage.models.sharding import is_of_connection, is_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +42,8 @@ def foreign(what: str, model: object) -> Iterator[None]:
         raise
     except Exception as error:
         if "not enough memory" in str(error):  # what torch's allocator of main memory raises
+            raise
+        if is_of_connection(error):  # a layer in shards asked another process for its part
             raise
         reason = " ".join(str(error).split())[:200].rstrip(".") or "no reason given"
         raise ModelError(

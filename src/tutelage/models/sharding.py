@@ -26,6 +26,14 @@ def num_processes() -> int:
     return 1 if is_alone else torch.distributed.get_world_size()
 
 
+def is_of_connection(error: BaseException) -> bool:
+    """Whether an error of torch is about the connection to another process."""
+    if torch.distributed.is_available() and isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
+
+
 def sharding_mesh(device: torch.device, group_size: int = 0) -> DeviceMesh:
     """All processes, in groups of neighbours that hold one copy of the weights together.
 

@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from torch.distributed import DistError
-
 from tutelage.train.heartbeat import Lost, State
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -66,14 +64,6 @@ def newest_in(folder: Path) -> str:
 def _step(name: str) -> int:
     found = _CHECKPOINT.fullmatch(name)
     return int(found.group(1)) if found else -1
-
-
-def is_of_connection(error: BaseException) -> bool:
-    """Whether an error of torch is about the connection to another process."""
-    if isinstance(error, DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
 
 
 def first_line(error: BaseException) -> str:

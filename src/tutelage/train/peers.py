@@ -20,8 +20,9 @@ from types import TracebackType
 from torch.distributed import DistError
 
 from tutelage.errors import LostProcessError, RunError, TutelageError
+from tutelage.models.sharding import is_of_connection
 from tutelage.train.heartbeat import End, Lost, State, Watch, is_gone, own_state
-from tutelage.train.lost import first_line, is_of_connection, left_in, line_of, newest_in
+from tutelage.train.lost import first_line, left_in, line_of, newest_in
 from tutelage.train.peer_store import Address, PeerStore, address_of
 
 PERIOD_S = 1.0
