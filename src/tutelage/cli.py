@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutelage.commands.launch import print_once
+from tutelage.commands.launch import num_processes, print_once
 from tutelage.commands.options import INTERRUPTED, USER_ERROR, make_parser
 from tutelage.errors import (
     ConfigError,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tutelage.config.schema import Config
 
 _LESS_MEMORY = "Lower the setting that needs it; `tutelage check` shows what memory is used for."
+_ALONE = ("check", "report", "compare")
+"""Commands that one process does whole."""
 _NO_DOCSTRINGS = (
     "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
     f"got optimisation {sys.flags.optimize}. Use -O at most."
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     _print_any_character()
     try:
+        _refuse_processes(arguments.command)
         code: int = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()  # so that a closed pipe is noticed here and not at exit
     except LostProcessError as error:
@@ -67,6 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tutelage: {explained(error, _has_output_failed())}", file=sys.stderr)
         return USER_ERROR
     return code
+
+
+def _refuse_processes(command: str) -> None:
+    """Several processes of a command that shares nothing out would each do all of it."""
+    if command in _ALONE and num_processes() > 1:
+        raise ConfigError(
+            f"`tutelage {command}` works in one process, got {num_processes()}. Start it without "
+            "the launcher."
+        )
 
 
 def _has_output_failed() -> bool:

@@ -13,7 +13,7 @@ import pytest
 from tutelage.data.types import Conversation, Message, Outcome, Prompt, Rollout
 from tutelage.evaluation.benchmark import Benchmark, Progress, Result, run_benchmark
 from tutelage.evaluation.folder import EvaluationFolder
-from tutelage.evaluation.measure import _samples
+from tutelage.evaluation.measure import _sample
 from tutelage.evaluation.scores import score
 from tutelage.evaluation.tables import as_markdown
 from tutelage.models.tiny import tiny_tokenizer
@@ -127,7 +127,7 @@ def test_rows_of_single_answers_have_no_such_keys(tmp_path: Path) -> None:
 def test_samples_of_a_run_are_transcripts() -> None:
     found = run_benchmark(benchmark(), lambda *_: [rollout(p, 0) for p in PROMPTS], 1)
     components: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
-    samples = _samples(components, 4, found)
+    samples = [_sample(components, 4, one) for one in found.rollouts]
     assert [sample["completion"] for sample in samples] == [TRANSCRIPT] * 3
 
 

@@ -60,9 +60,14 @@ def test_two_processes_write_one_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert second.said == ""
     # A launcher may start fewer processes than one thinks it does.
     for out, said, count in (("one", alone, 1), ("both", first.said, 2)):
-        assert said.startswith(f"{count} process{'es' * (count > 1)} on cpu\n")
+        assert said.startswith(
+            "2 processes, 1 host on cpu\n" if count > 1 else "1 process on cpu\n"
+        )
         manifest = json.loads((tmp_path / out / "manifest.json").read_text())
-        assert manifest["num_processes"] == count
+        layout = {"num_processes": count, "num_hosts": 1, "sharding": "none"}
+        layout["teacher_sharding"] = "none"
+        assert layout.items() <= manifest.items()
+        assert manifest["layouts"] == [{"first_step": 1, **layout}]
 
 
 def test_ranks_that_are_refused_leave_their_group_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tiny import tiny_config
 from tutelage.data.types import Conversation, Outcome, Prompt, Rollout
 from tutelage.models.tiny import tiny_tokenizer
 from tutelage.rollout.request import RolloutRequest
+from tutelage.setup.shares import ALONE
 from tutelage.train.snapshot import _between, _panel
 
 TOKENIZER = tiny_tokenizer()
@@ -90,8 +91,13 @@ def test_conversations_of_the_panel_are_sampled_whole(
         recording={"every": 1, "num_prompts": 2, "max_new_tokens": 20},
     )
     asked: list[RolloutRequest] = []
-    sampler = SimpleNamespace(sample=asked.append)
+
+    def sample(request: RolloutRequest) -> list[None]:
+        asked.append(request)
+        return [None] * len(request.prompts)
+
+    sampler = SimpleNamespace(sample=sample)
     components: Any = SimpleNamespace(task=AgentTask(), sampler=sampler)
-    _panel(config, components)
+    _panel(config, components, ALONE)
     assert [request.sampling.max_new_tokens for request in asked] == [longest]
     assert (asked[0].agent is not None) == (kind == "ledger_tools")

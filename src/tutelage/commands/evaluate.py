@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from tutelage.commands.progress import PhaseReporter
+from tutelage.commands.processes import sharing
 from tutelage.evaluation.evaluate import Evaluation, evaluate
 from tutelage.evaluation.request import EvaluationRequest
 
@@ -15,6 +15,8 @@ _ABOUT_OUTPUT = ("command", "json")
 def run(arguments: argparse.Namespace) -> int:
     """Print the accuracies of a model, or the table of a suite."""
     found = _evaluate(arguments)
+    if found is None:
+        return 0
     scores = found.results[0].scores
     if arguments.json:
         print(json.dumps(scores.summary() if found.folder is None else found.record))
@@ -37,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 def run_sample(arguments: argparse.Namespace) -> int:
     """Print completions with their verdicts."""
     found = _evaluate(arguments)
+    if found is None:
+        return 0
     (result,) = found.results
     marks = {True: "right", False: "wrong", None: "ungraded"}
     for row in result.rows:
@@ -54,13 +58,14 @@ def run_sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> Evaluation:
-    """Options that were not given keep the request's defaults."""
+def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
+    """Options that were not given keep the request's defaults; None in all processes but one."""
     given = {
         name: value
         for name, value in vars(arguments).items()
         if value is not None and name not in _ABOUT_OUTPUT
     }
     request = EvaluationRequest(**given)
-    with PhaseReporter() as reporter:
-        return evaluate(request, reporter, reporter.log)
+    with sharing(request.device or "auto") as processes:
+        found = evaluate(request, processes.on_phase, processes.log, processes.shares)
+        return found if processes.shares.is_main else None

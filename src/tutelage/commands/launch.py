@@ -170,6 +170,11 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def num_processes() -> int:
+    """How many processes the launcher started for this command; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first_to_print(line: str) -> bool:
     """Whether no other process of the run has printed this line; true for a single process.
 
@@ -177,7 +182,7 @@ def is_first_to_print(line: str) -> bool:
     line that is printed twice is better than one that is lost.
     """
     place = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or None in place:
+    if num_processes() < 2 or None in place:
         return True
     from datetime import timedelta
     from hashlib import sha256

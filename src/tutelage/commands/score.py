@@ -9,24 +9,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tutelage.commands.progress import PhaseReporter
+from tutelage.commands.processes import sharing
 from tutelage.config.parse import to_table
 from tutelage.config.schema import Config
 from tutelage.errors import ConfigError, remedy
 from tutelage.report.run_page import write_score_page
+from tutelage.train.score_request import ScoreRequest
 from tutelage.train.snapshot import score_for_page
-from tutelage.train.token_scores import ScoreRequest, Scores, score
+from tutelage.train.token_scores import Scores, score
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
     """Score tokens and write them to every place that was asked for."""
     to_stdout = arguments.out == "-" or (arguments.out is None and arguments.html is None)
     request = _request(arguments)
-    with PhaseReporter() as reporter:
+    with sharing(config.device) as processes:
+        told = (processes.on_phase, processes.log, processes.shares)
         if arguments.html is None:
-            scores = score(config, request, reporter, reporter.log)
+            scores = score(config, request, *told)
         else:
-            scores, lines = score_for_page(config, request, reporter, reporter.log)
+            scores, lines = score_for_page(config, request, *told)
+        if not processes.shares.is_main:
+            return 0
     if arguments.html is not None:
         _write_page(arguments, config, lines, request.keep)
     if to_stdout:

@@ -259,6 +259,16 @@ def micro_batches(
     return batches
 
 
+def without_rows(pad_id: int) -> Batch:
+    """One token and nothing to supervise: a forward pass of a process that has no work left.
+
+    Models whose weights lie in several processes are read by all of them equally often.
+    """
+    one = torch.ones(1, 1, dtype=torch.long)
+    none = torch.zeros(0, dtype=torch.long)
+    return Batch(one * pad_id, one, one * 0, none, none, none, none, is_padded_right=True)
+
+
 def _length(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + len(rollout.completion_ids)
 

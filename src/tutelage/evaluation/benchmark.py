@@ -19,6 +19,7 @@ from tutelage.evaluation.scores import BY_NUMBER, Scores, Voting, score
 from tutelage.grading.pool import in_parallel
 from tutelage.rollout.request import Agent, RolloutRequest
 from tutelage.rollout.sampler import Sampler
+from tutelage.setup.shares import ALONE, Shares
 
 T = TypeVar("T")
 Grade: TypeAlias = Callable[[Prompt, str, bool], bool | None]
@@ -62,7 +63,8 @@ class Result:
     rows: list[Row] = field(repr=False)
     """One record a sample, in the order of the problems."""
     rollouts: list[Rollout] = field(default_factory=list, repr=False, compare=False)
-    """The completions of the rows; empty where a folder keeps the rows."""
+    """The completions of the rows, of several processes this one's; empty where a folder keeps the
+    rows."""
 
     @property
     def is_correct(self) -> list[bool | None]:
@@ -140,6 +142,7 @@ def run_benchmark(
     chunk_size: int | None = None,
     folder: EvaluationFolder | None = None,
     progress: Progress = lambda count: None,
+    shares: Shares = ALONE,
 ) -> Result:
     """Measure a model on one benchmark, continuing what the folder holds.
 
@@ -154,9 +157,12 @@ def run_benchmark(
             them in their order.
         folder: where rows are saved; None keeps them and the completions in memory only.
         progress: called with the number of completions just finished.
+        shares: the processes that complete and grade the problems of each chunk together; the main
+            one alone opens the folder.
 
     Returns:
-        Scores and rows.
+        Scores and rows in the main process, neither in the others; of the completions, in each
+        process those of its share of the problems.
 
     Raises:
         DataError: there are no problems, or a completion is missing.
@@ -167,27 +173,64 @@ def run_benchmark(
     rollouts: dict[int, list[Rollout]] = {}
     for chunk in _chunks(benchmark.prompts, chunk_size):
         prompts = [benchmark.prompts[i] for i in chunk]
-        ids = [prompt.id for prompt in prompts]
-        rows = folder.find(benchmark.name, ids, num_samples) if folder else None
-        if rows is not None:
-            progress(len(rows))
+        rows = _saved(folder, benchmark, prompts, num_samples, shares)
+        if shares.told(rows is not None):
+            progress(len(rows or []))
         else:
-            generated = generate(benchmark, prompts, progress)
-            rows = in_parallel(partial(_row, benchmark), generated)
-            _refuse_gaps(rows, ids, num_samples)
+            mine = shares.mine(len(chunk))
+            own = [prompts[i] for i in mine]
+            generated, found = shares.apart(
+                partial(_completed, benchmark, generate, own, num_samples, progress)
+            )
+            collected = shares.collect(_grouped(mine, found, num_samples))
+            rows = [row for group in collected for row in group]
             if folder:
-                folder.append(rows)
+                shares.in_main(partial(folder.append, rows))
             else:
-                rollouts |= _grouped(chunk, generated, num_samples)
-        groups |= _grouped(chunk, rows, num_samples)
-    ordered = [groups[i] for i in range(len(groups))]
-    scores = score(
-        [[row["is_correct"] for row in group] for group in ordered],
-        [[row["answer"] for row in group] for group in ordered],
-        benchmark.voting if benchmark.agent is None else None,
-    )
+                rollouts |= _grouped([chunk[i] for i in mine], generated, num_samples)
+        groups |= _grouped(chunk, rows or [], num_samples)
+    ordered = [groups[i] for i in sorted(groups)]
+    scores = shares.in_main(partial(_scores, benchmark, ordered))
+    if scores is None:
+        scores, ordered = Scores(len(benchmark.prompts), num_samples), []
     kept = [rollout for i in sorted(rollouts) for rollout in rollouts[i]]
     return Result(benchmark.name, scores, [row for group in ordered for row in group], kept)
+
+
+def _saved(
+    folder: EvaluationFolder | None,
+    benchmark: Benchmark,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    shares: Shares,
+) -> list[Row] | None:
+    """The rows of a chunk that the folder holds, in the main process."""
+    if folder is None:
+        return None
+    ids = [prompt.id for prompt in prompts]
+    return shares.in_main(partial(folder.find, benchmark.name, ids, num_samples))
+
+
+def _completed(
+    benchmark: Benchmark,
+    generate: Generate,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    progress: Progress,
+) -> tuple[list[Rollout], list[Row]]:
+    """Completions of some problems, and their rows."""
+    generated = generate(benchmark, prompts, progress)
+    rows = in_parallel(partial(_row, benchmark), generated)
+    _refuse_gaps(rows, [prompt.id for prompt in prompts], num_samples)
+    return generated, rows
+
+
+def _scores(benchmark: Benchmark, groups: Sequence[Sequence[Row]]) -> Scores:
+    return score(
+        [[row["is_correct"] for row in group] for group in groups],
+        [[row["answer"] for row in group] for group in groups],
+        benchmark.voting if benchmark.agent is None else None,
+    )
 
 
 def grade_rollouts(grade: Grade, rollouts: Sequence[Rollout]) -> list[bool | None]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,9 @@ from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.setup.inputs import prompt_format, thinking
 from tutelage.setup.manifest import at_the_date_of_the_run
 from tutelage.setup.numerics import plain_arithmetic
-from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
+from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.setup.run_folder import RunFolder, environment
+from tutelage.setup.shares import ALONE, Shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +103,7 @@ def evaluate(
     request: EvaluationRequest,
     on_phase: PhaseCallback = no_phases,
     log: Callable[[str], None] = no_log,
+    shares: Shares = ALONE,
 ) -> Evaluation:
     """Measure a model; an earlier evaluation of a suite with the same settings is continued.
 
@@ -109,35 +112,45 @@ def evaluate(
         on_phase: receives each phase as it begins.
         log: receives a line for what was left out of prompts, and for every sampling setting that
             a server does not know.
+        shares: the processes that complete and grade the problems together; the main one alone
+            writes files.
 
     Returns:
-        Scores, one JSON record, a Markdown table and, of a suite, the folder with all samples.
+        Scores, one JSON record, a Markdown table and, of a suite, the folder with all samples; in
+        processes that are not the main one, without any sample.
 
     Raises:
         TutelageError: model, data, server or a setting cannot be used.
     """
     refuse_unused(request)
-    is_server = is_url(request.model)
-    plan = _server_plan(request, log) if is_server else _model_plan(request, on_phase, log)
+    if is_url(request.model):
+        _refuse_processes("a server does the work", shares)
+        plan = _server_plan(request, log)
+    else:
+        plan = shares.apart(partial(_model_plan, request, on_phase, log, shares))
     for note in notes_of(prompt for benchmark in plan.benchmarks for prompt in benchmark.prompts):
         log(f"warning: {note}")
     folder = None
     if request.suite is not None:
         folder = Path(request.out) if request.out else _default_folder(request, plan)
     k = plan.sampling.num_samples
-    chunk_size = max(1, _CHUNKS_OF_BATCHES * request.batch_size // k) if folder else None
+    at_once = request.batch_size * shares.count
+    chunk_size = max(1, _CHUNKS_OF_BATCHES * at_once // k) if folder else None
     results = []
     with ExitStack() as stack:
         stack.callback(plan.close)
         saved = None
         if folder is not None:
-            saved = stack.enter_context(EvaluationFolder(folder, plan.settings))
-            stack.enter_context(printed_date_of(saved.started))
+            saved = EvaluationFolder(folder, plan.settings)
+            shares.in_main(partial(stack.enter_context, saved))
+            stack.enter_context(printed_date_of(shares.told(saved.started)))
         for benchmark in plan.benchmarks:
             total = len(benchmark.prompts) * k
-            progress = counting(on_phase, f"{benchmark.name}: completions", total)
-            result = run_benchmark(benchmark, plan.generate, k, chunk_size, saved, progress)
+            progress = shares.progress(on_phase, f"{benchmark.name}: completions", total)
+            result = run_benchmark(benchmark, plan.generate, k, chunk_size, saved, progress, shares)
             results.append(result)
+        if not shares.is_main:
+            return Evaluation(results, plan.conditions, {}, "", folder)
         head = {"model": request.model, "suite": request.suite, "folder": str(folder)}
         record = summarize(results, head | {"sampling": plan.sent()})
         stated = ", ".join(f"{name} {value}" for name, value in plan.sent().items())
@@ -151,8 +164,19 @@ def evaluate(
 # --- model or server ------------------------------------------------------------------------------
 
 
+def _refuse_processes(why: str, shares: Shares) -> None:
+    if shares.count > 1:
+        raise ConfigError(
+            f"{why}, so one process is enough, got {shares.count}. Start `tutelage eval` without "
+            "the launcher."
+        )
+
+
 def _model_plan(
-    request: EvaluationRequest, on_phase: PhaseCallback, log: Callable[[str], None]
+    request: EvaluationRequest,
+    on_phase: PhaseCallback,
+    log: Callable[[str], None],
+    shares: Shares,
 ) -> _Plan:
     """Problems first, since they are the cheapest thing that can be wrong; then the model."""
     device, dtype = find_device(request.device or "auto"), request.dtype or "float32"
@@ -179,10 +203,10 @@ def _model_plan(
         turn_template(tokenizer, stop_ids(model, tokenizer), request.thinking)
     if request.suite is not None:
         benchmarks = [_within_context(request, b, model, tokenizer, log) for b in benchmarks]
-    sampler, engine = _sampler(request, model, tokenizer, log)
+    sampler, engine = _sampler(request, model, tokenizer, log, shares)
     settings = _settings(request, benchmarks, sampling, chat)
     settings |= {
-        "model_content": _content_digest(source) if request.suite else None,
+        "model_content": _content_digest(source) if request.suite and shares.is_main else None,
         "device": device.type,
         "dtype": dtype,
     }
@@ -204,6 +228,7 @@ def _sampler(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     log: Callable[[str], None],
+    shares: Shares,
 ) -> tuple[Sampler, dict[str, str]]:
     """The engine and what settings record of it: vLLM for a run that sampled with it.
 
@@ -212,6 +237,7 @@ def _sampler(
     engine = _engine_of_run(request.model)
     kind = engine.get("kind", "transformers")
     if kind == "vllm" and model.device.type == "cuda" and _has_vllm():
+        _refuse_processes("the run's engine vllm samples in a process of its own", shares)
         used = VLLMEngine(**engine)
         share = used.gpu_memory_utilization
         sampler = VLLMSampler(model, tokenizer, used.max_model_len, share, request.thinking)

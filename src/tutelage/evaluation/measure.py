@@ -11,7 +11,7 @@ import torch
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
-from tutelage.data.batch import micro_batches
+from tutelage.data.batch import micro_batches, without_rows
 from tutelage.data.types import Rollout
 from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.evaluation.request import HELD_OUT
@@ -23,7 +23,8 @@ from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.verifiers_sampler import VerifiersSampler
 from tutelage.setup.components import Components, agent_of
 from tutelage.setup.inputs import grader_of
-from tutelage.setup.phases import PhaseCallback, counting, no_phases
+from tutelage.setup.phases import PhaseCallback, no_phases
+from tutelage.setup.shares import ALONE, Shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,34 +56,53 @@ class Measured:
 
 
 def measure(
-    config: Config, components: Components, step: int, on_phase: PhaseCallback = no_phases
+    config: Config,
+    components: Components,
+    step: int,
+    on_phase: PhaseCallback = no_phases,
+    shares: Shares = ALONE,
 ) -> Measured:
     """Evaluate the student after `step`, and once, before the first step, the teacher.
 
     The run's own engine samples from the student. Transformers samples from the teacher, whose
     weights no engine holds.
+
+    Args:
+        config: the run; its `evaluation` says how much.
+        components: the models after `step`; the student has all weights.
+        step: updates done.
+        on_phase: told what is being done.
+        shares: the processes that share the held-out prompts.
+
+    Returns:
+        Everything in the main process, and no lines in the others.
     """
     sampler = components.sampler
     if not sampler.has_own_weights:  # the same model, in the evaluation's own batches
         sampler = _transformers(config, components, components.student.model)
-    student = _evaluate(config, components, sampler, "student", on_phase)
+    student = _evaluate(config, components, sampler, "student", on_phase, shares)
     on_phase("held-out KL")
-    sums = held_out_reverse_kl(
+    nats = held_out_reverse_kl(
         components.student,
         components.teacher,
         student.rollouts,
         pad_id(components.tokenizer, components.student.vocab_size),
         config.micro_batch_size,
         config.micro_batch_tokens,
+        shares,
     )
-    kl = mean_reverse_kl(student.rollouts, sums)
+    sums, counts, samples = _collected(config, components, step, student, nats, shares)
+    kl = mean_reverse_kl(counts, sums)
     found = [("student", student, kl)]
-    if step == 0 and config.evaluation.teacher and student.scores.mean_at_k is not None:
+    has_grades = shares.told(student.scores.mean_at_k is not None)
+    if step == 0 and config.evaluation.teacher and has_grades:
         with components.teacher.on_device():
             sampler = _transformers(config, components, components.teacher.model)
-            result = _evaluate(config, components, sampler, "teacher", on_phase)
+            result = _evaluate(config, components, sampler, "teacher", on_phase, shares)
             sampler.close()
             found.append(("teacher", result, None))
+    if not shares.is_main:
+        return Measured([], [], [])
     engines = {"student": config.engine.kind, "teacher": "transformers"}
     heads = [{"step": step, "model": who, "engine": engines[who]} for who, _, _ in found]
     pairs = list(zip(heads, found, strict=True))
@@ -96,14 +116,44 @@ def measure(
             for h, (who, result, _) in pairs
             for row, nats in zip(result.rows, _per_row(who, result, sums), strict=True)
         ],
-        _samples(components, step, student),
+        samples,
+    )
+
+
+def _collected(
+    config: Config,
+    components: Components,
+    step: int,
+    result: Result,
+    nats: Sequence[float],
+    shares: Shares,
+) -> tuple[list[float], list[int], list[dict[str, Any]]]:
+    """Nats and tokens of every completion, and some of the completions, in the main process."""
+    k, rollouts = config.evaluation.num_samples, result.rollouts
+    own: dict[int, tuple[Sequence[float], list[int], list[dict[str, Any]]]] = {}
+    for place, index in enumerate(shares.mine(result.scores.num_problems)):
+        here = slice(place * k, (place + 1) * k)
+        counts = [len(rollout.generated_ids) for rollout in rollouts[here]]
+        first = rollouts[place * k : place * k + 1] if index < _NUM_SAVED_SAMPLES else []
+        samples = [_sample(components, step, rollout) for rollout in first]
+        own[index] = (nats[here], counts, samples)
+    problems = shares.collect(own)
+    verdicts = result.is_correct[::k]
+    return (
+        [x for sums, _, _ in problems for x in sums],
+        [n for _, counts, _ in problems for n in counts],
+        [
+            {**sample, "is_correct": verdict}
+            for (_, _, found), verdict in zip(problems, verdicts, strict=True)
+            for sample in found
+        ],
     )
 
 
 def _per_row(who: str, result: Result, sums: list[float]) -> list[float | None]:
     """Nats of each completion; the teacher's divergence from itself is not measured."""
     if who == "teacher":
-        return [None] * len(result.rollouts)
+        return [None] * len(result.rows)
     return [nats if math.isfinite(nats) else None for nats in sums]
 
 
@@ -127,15 +177,32 @@ def held_out_reverse_kl(
     pad_id: int,
     micro_batch_size: int,
     max_tokens: int = 0,
+    shares: Shares = ALONE,
 ) -> list[float]:
-    """Reverse KL of every rollout in nats, summed over its tokens."""
+    """Reverse KL of every rollout in nats, summed over its tokens.
+
+    Args:
+        student: has all weights.
+        teacher: the frozen model, which the processes may hold together.
+        rollouts: this process's.
+        pad_id: fills padded rows.
+        micro_batch_size: most rollouts of a forward pass.
+        max_tokens: most tokens of one, padding included; 0 sets no limit.
+        shares: the processes, each of which runs as many forward passes.
+    """
     order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
     by_length = [rollouts[i] for i in order]
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
+    batches = micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens)
+    blanks = [without_rows(pad_id)] * (int(shares.max([len(batches)])[0]) - len(batches))
     with teacher.on_device(), torch.no_grad():
-        for batch in micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens):
+        for batch in [*batches, *blanks]:
+            shares.check()
             here = batch.to(student.model.device)
-            stats = student(here, teacher.to_device(teacher.forward(here)))
+            view = teacher.forward(here)
+            if not here.num_rows:
+                continue
+            stats = student(here, teacher.to_device(view))
             sums.index_add_(0, here.completion.cpu(), stats.reverse_kl.double().cpu())
     found = torch.zeros_like(sums)
     found[torch.tensor(order, dtype=torch.int64)] = sums
@@ -146,9 +213,14 @@ def _length(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + len(rollout.completion_ids)
 
 
-def mean_reverse_kl(rollouts: Sequence[Rollout], sums: Sequence[float]) -> float | None:
-    """Mean over all generated tokens, nats; None without tokens or if infinite."""
-    total, count = math.fsum(sums), sum(len(r.generated_ids) for r in rollouts)
+def mean_reverse_kl(counts: Sequence[int], sums: Sequence[float]) -> float | None:
+    """Mean over all generated tokens, nats; None without tokens or if infinite.
+
+    Args:
+        counts: generated tokens of each completion.
+        sums: nats of each.
+    """
+    total, count = math.fsum(sums), sum(counts)
     return total / count if count and math.isfinite(total) else None
 
 
@@ -160,7 +232,12 @@ def _transformers(config: Config, components: Components, model: PreTrainedModel
 
 
 def _evaluate(
-    config: Config, components: Components, sampler: Sampler, who: str, on_phase: PhaseCallback
+    config: Config,
+    components: Components,
+    sampler: Sampler,
+    who: str,
+    on_phase: PhaseCallback,
+    shares: Shares = ALONE,
 ) -> Result:
     settings, task = config.evaluation, components.task
     sampling = SamplingConfig(
@@ -183,19 +260,18 @@ def _evaluate(
     )
     generate = generate_with(sampler, sampling, (_EVALUATION_SEED,))
     num_completions = len(prompts) * settings.num_samples
-    progress = counting(on_phase, f"evaluating the {who}: completions", num_completions)
-    return run_benchmark(benchmark, generate, settings.num_samples, progress=progress)
+    text = f"evaluating the {who}: completions"
+    progress = shares.progress(on_phase, text, num_completions)
+    with shares.uninterrupted(sampler.has_own_weights):  # processes hand them over together
+        return run_benchmark(
+            benchmark, generate, settings.num_samples, progress=progress, shares=shares
+        )
 
 
-def _samples(components: Components, step: int, result: Result) -> list[dict[str, Any]]:
-    chosen = range(0, len(result.rollouts), result.scores.num_samples)
-    return [
-        {
-            "step": step,
-            "prompt_id": result.rollouts[i].prompt.id,
-            "prompt": decode(components.tokenizer, result.rollouts[i].prompt_ids),
-            "completion": result.rollouts[i].transcript,
-            "is_correct": result.is_correct[i],
-        }
-        for i in list(chosen)[:_NUM_SAVED_SAMPLES]
-    ]
+def _sample(components: Components, step: int, rollout: Rollout) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_id": rollout.prompt.id,
+        "prompt": decode(components.tokenizer, rollout.prompt_ids),
+        "completion": rollout.transcript,
+    }

@@ -30,7 +30,7 @@ from tutelage.errors import RunError
 
 _OFF = ("", "no", "none", "false", "f", "n", "off", "0")
 """Values that request nothing, in lower case."""
-_SHARDING = "A run keeps whole models in every process"
+_SHARDING = "Use student.sharding and teacher.sharding"
 _CPU_PRECISION = "float32 is float32; use student.dtype and teacher.dtype"
 _OF_ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": (_OFF, "Use student.dtype and teacher.dtype"),
@@ -110,7 +110,7 @@ def open_accelerator(config: Config, folder: Path, device: torch.device) -> Acce
         import torch.distributed.fsdp
         import torch.distributed.nn
         import torch.distributed.optim  # noqa: F401
-    # The main process evaluates alone while the others wait for its next gradient.
+    # Rollouts and evaluations of one process may take hours longer than those of another.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     try:
         accelerator = Accelerator(

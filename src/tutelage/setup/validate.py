@@ -11,7 +11,7 @@ from pathlib import Path
 from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import PacedWeighting, RewardWeighting
-from tutelage.config.sampling import VLLMEngine, VLLMServer
+from tutelage.config.sampling import VLLMEngine
 from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.envs.environment import AgentTask
@@ -46,7 +46,7 @@ def validate(
         TutelageError: the run cannot be trained as configured.
     """
     _refuse_processes(config, num_processes)
-    _refuse_measured_alone(config, num_processes)
+    _refuse_teacher_draws(config, num_processes)
     _refuse_too_many_completions(config)
     require_trackers(config)
     _refuse_layers(config)
@@ -96,30 +96,30 @@ def _refuse_processes(config: Config, num_processes: int) -> None:
                 f"{who}.sharding_group_size must divide the number of processes, got "
                 f"{side.sharding_group_size} and {num_processes}. 0 is all."
             )
+    refuse_engine(config, num_processes)
+
+
+def refuse_engine(config: Config, num_processes: int) -> None:
+    """Refuses an engine that several processes cannot share.
+
+    Raises:
+        ConfigError: it is one.
+    """
     if num_processes > 1 and isinstance(config.engine, VLLMEngine):
         raise ConfigError(
             f"engine.kind {config.engine.kind!r} works with one process, got "
             f'{num_processes}. Use engine.kind = "transformers".'
         )
-    is_measured = bool(config.evaluation.num_problems or config.recording.every)
-    if num_processes > 1 and isinstance(config.engine, VLLMServer) and is_measured:
+
+
+def _refuse_teacher_draws(config: Config, num_processes: int) -> None:
+    """Nothing is drawn from a teacher that several processes hold together."""
+    measured, kind = config.evaluation, config.teacher.sharding
+    if num_processes > 1 and kind != "none" and measured.teacher and measured.num_problems:
         raise ConfigError(
-            f"engine.kind 'vllm_server' with {num_processes} processes cannot evaluate or record "
-            "yet. Set evaluation.num_problems = 0 and recording.every = 0."
+            f"evaluation.teacher must be false with teacher.sharding = {kind!r}, got true: no "
+            "process has all of its weights to draw completions from."
         )
-
-
-def _refuse_measured_alone(config: Config, num_processes: int) -> None:
-    """One process evaluates and records, and cannot ask for a teacher that all of them hold."""
-    for key, value in (
-        ("evaluation.num_problems", config.evaluation.num_problems),
-        ("recording.every", config.recording.every),
-    ):
-        if value and num_processes > 1 and config.teacher.sharding != "none":
-            raise ConfigError(
-                f"{key} must be 0 with teacher.sharding = {config.teacher.sharding!r} and several "
-                f"processes, got {value}: the main process measures alone. Set {key} = 0."
-            )
 
 
 def _refuse_too_many_completions(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +19,7 @@ from tutelage.models.chat.template import printed_date
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device
+from tutelage.setup.launcher import Layout, launcher_warning, num_hosts
 from tutelage.setup.manifest import input_digests, manifest_of
 from tutelage.setup.numerics import open_accelerator, plain_arithmetic
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
@@ -160,7 +161,9 @@ class _Run:
         self.measurements = Measurements(
             config, self.components, accelerator, folder, stop, self.log, self.on_phase
         )
-        self._num_skipped = _skipped_in_a_row(folder.read("metrics.jsonl"))
+        self._num_skipped = in_main(
+            accelerator, lambda: _skipped_in_a_row(folder.read("metrics.jsonl"))
+        )
 
     def _restore_ahead(self, checkpoint: Path | None) -> None:
         """The rollouts of the first step, where the run stopped after they were drawn."""
@@ -184,15 +187,16 @@ class _Run:
         self.done = saved = self.first_step - 1
         for line in self.components.warnings:
             self.log(f"warning: {line}")
+        has_evaluation, has_tokens = in_main(self.accelerator, self._logged)
         try:
-            if self._is_evaluation_due() and not self.folder.has_evaluation(self.done):
+            if self._is_evaluation_due() and not has_evaluation:
                 self.measurements.evaluate(self.done)
-            if self.done == 0 and not self.folder.read("tokens.jsonl"):
-                self.measurements.record(self.done, self.step.rollouts)
+            if self.done == 0 and not has_tokens:
+                self._record()
             while self.done < num_steps and not self._any_process():
                 self._take()
                 self.saver.look()
-                self.measurements.record(self.done, self.step.rollouts)
+                self._record()
                 if self.measurements.is_due(self.done, self.config.checkpoint_every):
                     self._save()
                     saved = self.done
@@ -207,7 +211,8 @@ class _Run:
             self.saver.wait()
             self.log(f"stopped after step {self.done}; the same command continues from there")
             return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
-        if self.done >= self.first_step or not (self.folder.path / "student").exists():
+        has_student = in_main(self.accelerator, (self.folder.path / "student").exists)
+        if self.done >= self.first_step or not has_student:
             self.saver.export(self.measurements.verdict(self.done))
         self.saver.wait()
         self.measurements.conclude(self.done, self.done >= self.first_step)
@@ -249,6 +254,15 @@ class _Run:
                 "raise max_skipped_steps."
             )
 
+    def _record(self) -> None:
+        rollouts = self.step.rollouts
+        self.measurements.record(self.done, rollouts, self.step.share(len(rollouts)))
+
+    def _logged(self) -> tuple[bool, bool]:
+        """Whether there is an evaluation of the last step, and a snapshot of the start."""
+        has_tokens = self.done == 0 and bool(self.folder.read("tokens.jsonl"))
+        return self.folder.has_evaluation(self.done), has_tokens
+
     def _any_process(self) -> bool:
         """Whether a signal reached any process: all of them have to stop after the same step."""
         if self.accelerator.num_processes == 1:
@@ -257,10 +271,22 @@ class _Run:
         return bool(self.accelerator.gather(flag).any())
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        count = self.accelerator.num_processes
-        self.folder.write_manifest(manifest | {"num_processes": count})
-        device = self.accelerator.device.type
-        self.log(f"{count} {'process' if count == 1 else 'processes'} on {device}")
+        config, count = self.config, self.accelerator.num_processes
+        layout = Layout(count, num_hosts(), config.student.sharding, config.teacher.sharding)
+
+        def write() -> None:
+            earlier = self.folder.read_manifest()
+            if self.first_step > config.num_steps and earlier is not None:  # it takes no step
+                kept = (*asdict(layout), "layouts")
+                known = {key: earlier[key] for key in kept if key in earlier}
+            else:
+                known = layout.record(earlier, self.first_step)
+            self.folder.write_manifest(manifest | known)
+
+        in_main(self.accelerator, write)
+        self.log(f"{layout} on {self.accelerator.device.type}")
+        if warning := launcher_warning(count):
+            self.log(f"warning: {warning}")
 
     def _start(self) -> tuple[int, Path | None]:
         """Steps that are done, and the checkpoint after them; the logs end there too."""

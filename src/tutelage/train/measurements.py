@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from accelerate import Accelerator
 
@@ -15,8 +16,10 @@ from tutelage.evaluation.verdict import Verdict, verdict_of
 from tutelage.setup.components import Components
 from tutelage.setup.phases import PhaseCallback
 from tutelage.setup.run_folder import RunFolder
+from tutelage.setup.shares import Shares
 from tutelage.setup.trackers import numbers
-from tutelage.train.signals import Stop
+from tutelage.train.agreement import in_main
+from tutelage.train.signals import Stop, StoppedError
 from tutelage.train.snapshot import snapshot
 
 
@@ -46,48 +49,59 @@ class Measurements:
         self.config, self.components = config, components
         self.accelerator, self.folder = accelerator, folder
         self.stop, self.log, self.on_phase = stop, log, on_phase
+        count, index = accelerator.num_processes, accelerator.process_index
+        self.shares = Shares(count, index)
+        self.interruptible_shares = Shares(
+            count, index, StoppedError, partial(stop.interruptible, is_agreed=True)
+        )
 
     def evaluate(self, step: int) -> None:
-        """The main process evaluates; the others wait for it at the next gradient.
+        """All processes evaluate their share of the held-out prompts; the main one logs it.
 
         Raises:
-            StoppedError: a signal came meanwhile; the evaluation is repeated by the next start.
+            StoppedError: a signal came to one of them meanwhile; the evaluation is repeated by the
+                next start.
         """
         if not self.config.evaluation.num_problems:
             return
-        with self.components.whole() as components:
-            if not self.accelerator.is_main_process:
-                return
-            with self.stop.interruptible():
-                measured = measure(self.config, components, step, self.on_phase)
-        for name, rows in measured.logs().items():
-            self.folder.append(name, rows)
+        shares = self.interruptible_shares
+        with self.components.whole() as components, self.stop.interruptible():
+            measured = measure(self.config, components, step, self.on_phase, shares)
+
+        def write() -> None:
+            for name, rows in measured.logs().items():
+                self.folder.append(name, rows)
+
+        in_main(self.accelerator, write)
         for summary in measured.summaries:
             found = numbers(summary, f"evaluation.{summary['model']}.")
             self.accelerator.log(found, step=step)
             self.log(describe(summary))
 
-    def record(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """A snapshot of tokens for the report, on the main process alone.
+    def record(self, step: int, rollouts: Sequence[Rollout], places: Sequence[int]) -> None:
+        """A snapshot of tokens for the report; all processes score, and the main one logs it.
 
         Args:
             step: updates done.
-            rollouts: what the step learned from.
+            rollouts: what the step learned from, this process's.
+            places: their indices among those of all processes.
         """
         settings = self.config.recording
         is_due = step == 0 or self.is_due(step, settings.every)
         if not settings.every or not is_due:
             return
+        self.on_phase("recording tokens")
         with self.components.whole() as components:
-            if not self.folder.is_writer:
-                return
-            self.on_phase("recording tokens")
-            lines = snapshot(self.config, components, rollouts, step)
-        if self.folder.size("tokens.jsonl") + sum(map(len, lines)) > settings.max_bytes:
-            limit = settings.max_bytes
-            self.log(f"no tokens recorded at step {step}: recording.max_bytes is {limit:,}")
-            return
-        self.folder.append_text("tokens.jsonl", "".join(lines))
+            lines = snapshot(self.config, components, rollouts, step, self.shares, places)
+
+        def write() -> None:
+            if self.folder.size("tokens.jsonl") + sum(map(len, lines)) > settings.max_bytes:
+                limit = settings.max_bytes
+                self.log(f"no tokens recorded at step {step}: recording.max_bytes is {limit:,}")
+            else:
+                self.folder.append_text("tokens.jsonl", "".join(lines))
+
+        in_main(self.accelerator, write)
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is due."""

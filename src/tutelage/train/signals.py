@@ -51,15 +51,18 @@ class Stop:
             raise StoppedError
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self, is_agreed: bool = False) -> Iterator[None]:
         """Around long work that changes nothing which is kept: a signal ends it at once.
+
+        Args:
+            is_agreed: several processes end it together, though `may_interrupt` is False.
 
         Raises:
             StoppedError: the run is to stop.
         """
-        self._is_inside = self.may_interrupt
+        self._is_inside = self.may_interrupt or is_agreed
         try:
-            if self.is_set and self.may_interrupt:
+            if self.is_set and self._is_inside:
                 raise StoppedError
             yield
         finally:

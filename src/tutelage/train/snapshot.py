@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +27,9 @@ from tutelage.setup.components import Components, agent_of
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import gate_of
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
-from tutelage.train.token_scores import (
-    ScoreRequest,
-    Scores,
-    loaded_components,
-    rollouts_of,
-    score_rollouts,
-)
+from tutelage.setup.shares import ALONE, Shares
+from tutelage.train.score_request import ScoreRequest, rollouts_of
+from tutelage.train.token_scores import Scores, loaded_components, score_rollouts
 
 NUM_TOP = 5
 """Likeliest tokens kept of student and teacher."""
@@ -46,28 +43,38 @@ _MAX_PAGE_TOKENS = 1024
 
 
 def snapshot(
-    config: Config, components: Components, rollouts: Sequence[Rollout], step: int
+    config: Config,
+    components: Components,
+    rollouts: Sequence[Rollout],
+    step: int,
+    shares: Shares = ALONE,
+    places: Sequence[int] | None = None,
 ) -> list[str]:
     """JSON lines of the panel's completions, drawn now, and of some of the step's rollouts.
 
     Args:
         config: the run; its `recording` says how much.
-        components: the models after `step`.
-        rollouts: what the step learned from; of these every n-th is taken.
+        components: the models after `step`; the student has all weights.
+        rollouts: what the step learned from, as many in each process; of these every n-th is taken.
         step: updates done.
+        shares: the processes that sample and score together.
+        places: the indices of `rollouts` among those of all processes; None counts from 0.
 
     Returns:
-        One line a completion, none if there is nothing to record.
+        One line a completion in the main process, none in the others, and none if there is nothing
+        to record.
     """
     start, settings = time.perf_counter(), config.recording
-    panel = _panel(config, components)
-    every = max(1, len(rollouts) // max(1, settings.num_rollouts))
-    trained = list(rollouts[::every][: settings.num_rollouts])
+    total = len(rollouts) * shares.count
+    every = max(1, total // max(1, settings.num_rollouts))
+    taken = range(0, total, every)[: settings.num_rollouts]
+    of = dict(zip(range(total) if places is None else places, rollouts, strict=False))
+    trained = {i: of[i] for i in taken if i in of}
     lines: list[dict[str, Any]] = []
-    for kind, chosen in (("held-out", panel), ("training", trained)):
-        chosen = [rollout for rollout in chosen if rollout.generated_ids]
-        if chosen:
-            scores = score_rollouts(config, components, chosen, request_of(config))
+    for kind, chosen in (("held-out", _panel(config, components, shares)), ("training", trained)):
+        chosen = {i: rollout for i, rollout in chosen.items() if rollout.generated_ids}
+        if any(shares.max([len(chosen)])):
+            scores = score_rollouts(config, components, chosen, request_of(config), shares)
             lines += token_lines(config, components, scores, step, kind)
     seconds = round(time.perf_counter() - start, 4)
     return [_dump({**line, "seconds": seconds}) for line in lines]
@@ -79,6 +86,7 @@ def score_for_page(
     request: ScoreRequest,
     on_phase: PhaseCallback = no_phases,
     log: Callable[[str], None] = no_log,
+    shares: Shares = ALONE,
 ) -> tuple[Scores, list[dict[str, Any]]]:
     """`score`, and its completions as the lines that a page is made of.
 
@@ -87,16 +95,23 @@ def score_for_page(
         request: which completions and rules; without rules those of a recording.
         on_phase: told what is being done.
         log: receives a line for what was left out of the prompts' records.
+        shares: the processes that sample and score the completions together.
+
+    Returns:
+        Everything in the main process, and nothing in the others.
 
     Raises:
         TutelageError: models, data or request cannot be used.
     """
     request = replace(request, rules=request.rules or PANEL_RULES, num_top=NUM_TOP)
     config = replace(config, recording=replace(config.recording, max_new_tokens=_MAX_PAGE_TOKENS))
-    with loaded_components(config, on_phase) as components:
-        rollouts = rollouts_of(config, components, request, on_phase, log)
+    with (
+        loaded_components(config, on_phase, log, shares) as components,
+        components.whole() as whole,
+    ):
+        rollouts = rollouts_of(config, whole, request, on_phase, log, shares)
         on_phase("scoring")
-        scores = score_rollouts(config, components, rollouts, request)
+        scores = score_rollouts(config, whole, rollouts, request, shares)
     kind = "sampled" if request.completions is None else "given"
     return scores, list(token_lines(config, components, scores, 0, kind))
 
@@ -124,6 +139,8 @@ def token_lines(
         step: updates done.
         kind: "held-out", "training" or "given".
     """
+    if not scores.rollouts:  # in a process that is not the main one
+        return
     gate = _gate(config, scores)
     texts: dict[int, str] = {}
     start = 0
@@ -188,18 +205,20 @@ def _between(components: Components, rollout: Rollout, num_shown: int) -> dict[s
     }
 
 
-def _panel(config: Config, components: Components) -> list[Rollout]:
+def _panel(config: Config, components: Components, shares: Shares) -> dict[int, Rollout]:
     settings = config.recording
     if not settings.num_prompts:
-        return []
+        return {}
     agent = agent_of(config, components.task)
     longest = config.sampling.max_new_tokens
     if agent is None:  # the outcome of a conversation needs all of it
         longest = min(settings.max_new_tokens, longest)
     once = replace(config.sampling, num_samples=1, max_new_tokens=longest)
     prompts = components.task.held_out(settings.num_prompts)
-    seed = (config.seed, _PANEL_SEED)
-    return components.sampler.sample(RolloutRequest(prompts, once, seed, agent=agent))
+    mine, seed = shares.mine(len(prompts)), (config.seed, _PANEL_SEED)
+    request = RolloutRequest([prompts[i] for i in mine], once, seed, agent=agent)
+    rollouts = shares.apart(partial(components.sampler.sample, request))
+    return dict(zip(mine, rollouts, strict=True))
 
 
 def _gate(config: Config, scores: Scores) -> Tensor:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,47 +22,19 @@ from tutelage.core import (
     quadrants,
     select_tokens,
 )
-from tutelage.data.batch import micro_batches
-from tutelage.data.columns import notes_of
-from tutelage.data.prompts import load_completions
-from tutelage.data.types import Prompt, Rollout
-from tutelage.errors import ConfigError, DataError, ModelError
-from tutelage.models.tokenizers import encode_completion, encode_prompt, pad_id
-from tutelage.rollout.request import RolloutRequest
-from tutelage.setup.components import Components, agent_of, build_components
-from tutelage.setup.inputs import prompt_format
+from tutelage.data.batch import micro_batches, without_rows
+from tutelage.data.types import Rollout
+from tutelage.errors import ModelError
+from tutelage.models.tokenizers import pad_id
+from tutelage.rollout.replica_sampler import ReplicaSampler
+from tutelage.setup.components import Components, build_components
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
-from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
+from tutelage.setup.phases import PhaseCallback, no_log, no_phases
+from tutelage.setup.shares import ALONE, Shares
+from tutelage.setup.validate import refuse_engine
+from tutelage.train.score_request import ScoreRequest, rollouts_of
 from tutelage.train.selection import ranking_options
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """What `tutelage score` is asked for."""
-
-    num_prompts: int = 8
-    """Held-out prompts that the student completes; not used with `completions`."""
-    rules: tuple[str, ...] = ()
-    """Selection rules whose importance and choice each row reports."""
-    keep: float = 0.2
-    """Budget of the rules, in (0, 1]."""
-    completions: str | None = None
-    """JSONL file of prompts with completions to score instead of sampling."""
-    num_top: int = 0
-    """Likeliest tokens of student and teacher to return for every row."""
-
-    def __post_init__(self) -> None:
-        if self.num_prompts < 1:
-            raise ConfigError(f"--num-prompts must be at least 1, got {self.num_prompts}.")
-        if not 0.0 < self.keep <= 1.0:
-            raise ConfigError(f"--keep must be in (0, 1], got {self.keep}.")
-        unknown = [rule for rule in self.rules if rule not in RULES]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], RULES, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            names = ", ".join(RULES)
-            raise ConfigError(f"--rules must be among {names}, got {unknown[0]!r}.{hint}")
 
 
 @dataclass(frozen=True)
@@ -163,6 +132,7 @@ def score(
     request: ScoreRequest,
     on_phase: PhaseCallback = no_phases,
     log: Callable[[str], None] = no_log,
+    shares: Shares = ALONE,
 ) -> Scores:
     """Score the student's own completions of held-out prompts, or given ones.
 
@@ -171,63 +141,143 @@ def score(
         request: which completions, and which rules to report.
         on_phase: told what is being done.
         log: receives a line for what was left out of the prompts' records.
+        shares: the processes that sample and score the completions together.
+
+    Returns:
+        Every token in the main process, and none in the others.
 
     Raises:
         TutelageError: models, data or request cannot be used.
     """
-    with loaded_components(config, on_phase) as components:
-        rollouts = rollouts_of(config, components, request, on_phase, log)
+    with (
+        loaded_components(config, on_phase, log, shares) as components,
+        components.whole() as whole,
+    ):
+        rollouts = rollouts_of(config, whole, request, on_phase, log, shares)
         on_phase("scoring")
-        return score_rollouts(config, components, rollouts, request)
+        return score_rollouts(config, whole, rollouts, request, shares)
 
 
 @contextmanager
-def loaded_components(config: Config, on_phase: PhaseCallback) -> Iterator[Components]:
-    """Models, tokenizer and task, whose engine is closed in the end."""
+def loaded_components(
+    config: Config, on_phase: PhaseCallback, log: Callable[[str], None], shares: Shares
+) -> Iterator[Components]:
+    """Models, tokenizer and task, whose engine the processes share and close in the end."""
+    refuse_engine(config, shares.count)
     components = build_components(config, on_phase=on_phase)
     try:
+        if isinstance(components.sampler, ReplicaSampler):
+            components.sampler.replicas.join(shares, log)
         yield components
     finally:
         components.sampler.close()
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """One completion and what both models say of its tokens, on the CPU."""
+
+    rollout: Rollout
+    table: Tensor
+    """Its statistics, as `TokenStats.stack` has them `[6 + E, N]`."""
+    top: Top | None
+
+
 def score_rollouts(
-    config: Config, components: Components, rollouts: list[Rollout], request: ScoreRequest
+    config: Config,
+    components: Components,
+    rollouts: Sequence[Rollout] | Mapping[int, Rollout],
+    request: ScoreRequest,
+    shares: Shares = ALONE,
 ) -> Scores:
     """Score every token of some rollouts with loaded models.
 
     Args:
         config: names batch sizes, seed and quadrant thresholds.
-        components: student and teacher.
-        rollouts: at least one, with at least one token.
+        components: student and teacher; the student has all weights.
+        rollouts: at least one, with at least one token; of several processes, those that this one
+            scores by their indices among all.
         request: rules to report, their budget, and how many of the likeliest tokens to return.
+        shares: the processes, each of which runs as many forward passes.
+
+    Returns:
+        All rollouts by their indices in the main process, and none in the others.
 
     Raises:
         ModelError: no token has finite statistics.
     """
+    own = rollouts if isinstance(rollouts, Mapping) else dict(enumerate(rollouts))
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
+    found = _scored(config, components, list(own.values()), request, extras, shares)
+    scored = shares.collect(dict(zip(own, found, strict=True)))
+    if not scored:
+        table = torch.zeros(6 + len(extras), 0, dtype=torch.float64)
+        nothing = TokenStats.unstack(table, extras)
+        size, cuts = components.student.vocab_size, config.quadrant_thresholds
+        return Scores([], nothing, torch.zeros(0, dtype=torch.int64), {}, size, [], cuts)
+    return _selected(config, components, scored, request, extras)
+
+
+def _scored(
+    config: Config,
+    components: Components,
+    rollouts: Sequence[Rollout],
+    request: ScoreRequest,
+    extras: tuple[str, ...],
+    shares: Shares,
+) -> list[_Scored]:
+    """The forward passes of some rollouts, in their order."""
     pad = pad_id(components.tokenizer, components.student.vocab_size)
     limit = config.micro_batch_tokens
     batches = micro_batches(rollouts, config.micro_batch_size, pad, max_tokens=limit)
+    blanks = [without_rows(pad)] * (int(shares.max([len(batches)])[0]) - len(batches))
     tables, tops = [], []
     with components.teacher.on_device(), torch.no_grad():
-        for batch in batches:
+        for batch in [*batches, *blanks]:
+            shares.check()
             here = batch.to(components.device)
-            view = components.teacher.to_device(components.teacher.forward(here))
+            view = components.teacher.forward(here)
+            if not here.num_rows:
+                continue
+            view = components.teacher.to_device(view)
             logits = components.student.logits(here)
-            tables.append(components.student(here, view, extras=extras, hidden=logits.hidden))
+            stats = components.student(here, view, extras=extras, hidden=logits.hidden)
+            tables.append(stats.stack().cpu())
             if request.num_top:
                 tops.append((*_top(logits, request.num_top), *_top(view, request.num_top)))
-    stats = TokenStats.unstack(TokenStats.cat(tables).stack().cpu(), extras)
+    sizes = [len(rollout.generated_ids) for rollout in rollouts]
+    if not sizes:
+        return []
+    # Copies, since a part of a tensor goes to another process with all of it.
+    parts = [part.clone() for part in torch.split(torch.cat(tables, 1), sizes, 1)]
+    columns = [map(torch.clone, torch.split(torch.cat(x), sizes)) for x in zip(*tops, strict=True)]
+    likeliest: list[Top | None] = [Top(*rows) for rows in zip(*columns, strict=True)]
+    return [
+        _Scored(*row) for row in zip(rollouts, parts, likeliest or [None] * len(sizes), strict=True)
+    ]
+
+
+def _selected(
+    config: Config,
+    components: Components,
+    scored: Sequence[_Scored],
+    request: ScoreRequest,
+    extras: tuple[str, ...],
+) -> Scores:
+    """All rollouts with their quadrants and what each rule would keep."""
+    rollouts = [one.rollout for one in scored]
+    stats = TokenStats.unstack(torch.cat([one.table for one in scored], 1), extras)
     if not bool(stats.is_finite().any()):
         raise ModelError(
             f"the statistics of all {len(stats)} tokens are not finite, so "
             f"{culprit(config, stats)} gives logits that are not numbers. Check its weights and "
             "dtype."
         )
-    completion = torch.cat([batch.completion for batch in batches])
-    position = torch.cat([batch.position for batch in batches])
-    tokens = torch.cat([batch.tokens for batch in batches]).tolist()
+    generated = [rollout.generated_ids for rollout in rollouts]
+    completion = torch.cat([torch.full((len(ids),), i) for i, ids in enumerate(generated)])
+    position = torch.cat([torch.arange(len(ids)) for ids in generated])
+    tokens = [token for ids in generated for token in ids]
+    tops = [one.top for one in scored if one.top is not None]
     texts = {token: components.tokenizer.decode([token]) for token in set(tokens)}
     uniform = counter_uniform((config.seed,), completion, position)
     options: dict[str, Any] = {"keep": request.keep, "uniform": uniform, "position": position}
@@ -240,8 +290,13 @@ def score_rollouts(
         components.student.vocab_size,
         [texts[token] for token in tokens],
         config.quadrant_thresholds,
-        Top(*map(torch.cat, zip(*tops, strict=True))) if tops else None,
+        _all(tops) if tops else None,
     )
+
+
+def _all(tops: Sequence[Top]) -> Top:
+    rows = [(x.student_ids, x.student, x.teacher_ids, x.teacher) for x in tops]
+    return Top(*map(torch.cat, zip(*rows, strict=True)))
 
 
 def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tensor]:
@@ -252,53 +307,6 @@ def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tenso
         high, ids = block.topk(k)
         found.append((ids.cpu(), (high - block.logsumexp(1, keepdim=True)).exp().cpu()))
     return torch.cat([ids for ids, _ in found]), torch.cat([shares for _, shares in found])
-
-
-def rollouts_of(
-    config: Config,
-    components: Components,
-    request: ScoreRequest,
-    on_phase: PhaseCallback = no_phases,
-    log: Callable[[str], None] = no_log,
-) -> list[Rollout]:
-    """The given completions, or the student's own of held-out prompts, by the run's engine."""
-    rollouts = _rollouts_of(config, components, request, on_phase)
-    prompts = {rollout.prompt.id: rollout.prompt for rollout in rollouts}
-    for note in notes_of(prompts.values()):
-        log(f"warning: {note}")
-    return rollouts
-
-
-def _rollouts_of(
-    config: Config, components: Components, request: ScoreRequest, on_phase: PhaseCallback
-) -> list[Rollout]:
-    if request.completions is not None:
-        pairs = load_completions(request.completions, prompt_format(config.data))
-        number: dict[str, Iterator[int]] = defaultdict(itertools.count)
-        return [_given(components, prompt, next(number[prompt.id]), text) for prompt, text in pairs]
-    prompts = components.task.held_out(request.num_prompts)
-    num_completions = len(prompts) * config.sampling.num_samples
-    progress = counting(on_phase, "sampling: completions", num_completions)
-    seed = (config.seed, 0)
-    agent = agent_of(config, components.task)
-    sampled = RolloutRequest(prompts, config.sampling, seed, progress=progress, agent=agent)
-    return components.sampler.sample(sampled)
-
-
-def _given(
-    components: Components, prompt: Prompt, sample: int, completion: str | list[int]
-) -> Rollout:
-    ids = completion
-    if isinstance(ids, str):
-        ids = encode_completion(components.tokenizer, ids)
-    beyond = [i for i in ids if i >= components.student.vocab_size]
-    if beyond or not ids:
-        raise DataError(
-            f"completion of prompt {prompt.id!r} must have ids from 0 to "
-            f"{components.student.vocab_size - 1}, got {beyond[:1] or 'none'}."
-        )
-    prompt_ids = encode_prompt(components.tokenizer, prompt, components.enable_thinking)
-    return Rollout(prompt, sample, tuple(prompt_ids), tuple(ids))
 
 
 def _quadrants(stats: TokenStats, thresholds: str | tuple[float, float]) -> Tensor:
