@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tiny import tiny_config
 from tutelage.commands.check import check
+from tutelage.errors import ConfigError
 from tutelage.memory.cpu import (
     _cache_bytes,
     _saved_bytes,
@@ -18,6 +20,7 @@ from tutelage.memory.cpu import (
     plan_memory,
 )
 from tutelage.memory.plan import MemoryPlan, Phase
+from tutelage.memory.shards import Processes
 from tutelage.models.load import load_model
 from tutelage.setup.components import build_components
 
@@ -100,3 +103,25 @@ def test_a_pinned_copy_is_as_large_as_what_torch_pins(tmp_path: Path, tiny_model
     assert copied_bytes(config, weights, cpu) == (400 + 800) + (128 + 256 + 512)
     assert copied_bytes(config, weights, cuda) == (512 + 2 * 512) + (128 + 256 + 512)
     assert copied_bytes(away, weights, cuda) == (512 + 800) + (128 + 256 + 512)
+
+
+def test_check_plans_one_of_several_processes(tmp_path: Path, tiny_models: Path) -> None:
+    sides = {
+        who: {"model": str(tiny_models / who), "sharding": "fsdp2"}
+        for who in ("student", "teacher")
+    }
+    config = tiny_config(tiny_models, tmp_path, prompts_per_step=4, **sides)
+    text = "\n".join(check(config, "name", (), Processes(2)))
+    assert "memory: of each of 2 processes, student fsdp2 in groups of 2, teacher fsdp2" in text
+    components = build_components(config)
+    one, two = (
+        {p.name: p.parts for p in plan_memory(config, components, 10, Processes(n)).phases}
+        for n in (1, 2)
+    )
+    held = ("student", "masters", "optimizer")
+    whole, half = (sum(plan["learn"][key] for key in held) for plan in (one, two))
+    assert half <= 0.55 * whole
+    assert two["teacher"]["teacher"] < one["teacher"]["teacher"]
+    assert two["rollout"]["whole weights"] >= one["rollout"]["student"]
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        list(check(config, "name", (), Processes(3)))

@@ -86,7 +86,7 @@ def check(
     Raises:
         TutelageError: something does not fit.
     """
-    inputs = validate(config, run_folder(config, name), allow_change=allow_change)
+    inputs = validate(config, run_folder(config, name), processes.count, allow_change)
     components = build_components(config, inputs=inputs, is_run=False)
     prompts = inputs.prompts or inputs.measure_prompts(config)
     with components.teacher.on_device():
