@@ -124,10 +124,6 @@ def do(accelerator: Accelerator, job: dict[str, Any]) -> str:
                 train(config, log=lambda _: None)
         except TutelageError as error:
             return str(error)
-        except RuntimeError as error:
-            if job["fault"] != "killed":
-                raise
-            return f"alone: {type(error).__name__}"
     return ""
 
 
