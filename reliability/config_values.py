@@ -173,6 +173,7 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
             *(["http://127.0.0.1:99999999"], ["http://127.0.0.1:9"] * 2, [], "http://127.0.0.1:9"),
         ],
     ),
+    "engine.transfer": ("needs a server of vLLM", ["folder", "nccl", "ipc"]),
     "engine.min_replicas": ("needs a server of vLLM", [1, 0, -1, 9]),
     "engine.max_staleness": ("needs a server of vLLM", [1, 0, 2, -1]),
     "engine.folder": ("needs a server of vLLM", ["handed-over", ""]),

@@ -153,6 +153,7 @@ def test_a_run_with_two_replicas_is_the_run_with_one(
     gap = "engine_logprob_gap_nats"  # measured on more completions
     assert [m | {gap: 0} for m in metrics_of(one)] == [m | {gap: 0} for m in metrics_of(two)]
     assert all(0 <= m[gap] < 1e-6 for m in metrics_of(two))
+    assert {(m["staleness_steps"], m["log_ratio_max_nats"]) for m in metrics_of(two)} == {(0, 0)}
 
 
 @pytest.mark.parametrize("stale", [0, 1])
@@ -201,6 +202,8 @@ def test_a_url_of_earlier_versions_is_explained_and_still_names_the_same_run() -
         ({"urls": ["a", "a"]}, "engine.urls must be different addresses, got ['a']"),
         ({"urls": "a"}, "engine.urls must be a list, got 'a'"),
         ({"min_replicas": 3}, "engine.min_replicas must be from 0 to 2, the number of"),
+        ({"transfer": "nccl"}, "engine.transfer must be folder, got nccl. NCCL takes vLLM in this"),
+        ({"max_staleness": 2}, "engine.max_staleness: input should be 0 or 1, got 2"),
         ({"min_replicas": -1}, "engine.min_replicas must be from 0 to 2"),
     ],
 )

@@ -129,7 +129,7 @@ if __name__ == "__main__":
 """A CPU server whose weights can be replaced; on CUDA `vllm serve` is enough."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """A port that nobody else can take: it stays bound, and vLLM's server shares what it binds."""
     with socket.socket() as held:
@@ -145,9 +145,10 @@ def answers(url: str) -> bool:
     return False
 
 
-@pytest.fixture
-def server(tmp_path: Path, port: int) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[str]:
     """A vLLM server of the student, in a process of its own."""
+    tmp_path = tmp_path_factory.mktemp("server")
     folder = tmp_path / "served"
     save_model(load_model(STUDENT, "float32"), load_tokenizer(STUDENT), folder)
     url, options = f"http://127.0.0.1:{port}", "--dtype float32 --enforce-eager"
@@ -182,11 +183,28 @@ def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> 
     assert largest_gap(sampler, 3) > 1e-2
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_of_three_steps_trains_on_what_a_server_samples(
+    server: str, tmp_path: Path, staleness: int
+) -> None:
+    folder = str(tmp_path / "weights")
+    engine = {"kind": "vllm_server", "urls": [server], "folder": folder, "max_staleness": staleness}
+    optimizer = {"learning_rate": 1e-3, "schedule": "constant"}
+    steps = run(tmp_path, num_steps=3, engine=engine, optimizer=optimizer, checkpoint_every=1)
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert [step["staleness_steps"] for step in steps] == [0, staleness, staleness]
+    fresh = [step for step in steps if not step["staleness_steps"]]
+    assert all(0 < step["engine_logprob_gap_nats"] < 1e-4 for step in fresh)
+    stale = [step for step in steps if step["staleness_steps"]]
+    assert all(0 < step["log_ratio_max_nats"] < 2 for step in stale)
+
+
 def run(tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
+    changes = {"engine": {"kind": "vllm"}} | changes
     teacher = "package:tutelage/assets/ledger-teacher"
     tables = {"student": {"model": STUDENT}, "teacher": {"model": teacher}}
     steps: list[dict[str, Any]] = []
-    config = tiny_config(tmp_path, tmp_path / "run", engine={"kind": "vllm"}, **tables, **changes)
+    config = tiny_config(tmp_path, tmp_path / "run", **tables, **changes)
     train(config, log=lambda _: None, on_step=steps.append)
     return steps
 

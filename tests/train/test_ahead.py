@@ -19,6 +19,8 @@ from tiny_runs import are_equal, metrics_of, weights_of
 from tutelage.data.types import Conversation, Outcome, Prompt, Rollout
 from tutelage.errors import ModelError
 from tutelage.rollout import replicas
+from tutelage.rollout.replica_sampler import ReplicaSampler
+from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.saved_rollouts import from_line, to_line
 from tutelage.train import loop
 from tutelage.train.step import Step
@@ -78,6 +80,27 @@ class Sequential(Step):
         return [replace(rollout, weights_version=version) for rollout in rollouts]
 
 
+def draw_late(patch: pytest.MonkeyPatch) -> None:
+    """A draw beside learning samples nothing before somebody waits for it."""
+    is_waited_for = threading.Event()
+    draw, settle = ReplicaSampler._draw, ReplicaSampler.settle
+
+    def late(self: ReplicaSampler, request: RolloutRequest) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            assert is_waited_for.wait(HANG_S)
+        return draw(self, request)
+
+    def waited(self: ReplicaSampler) -> list[Rollout]:
+        is_waited_for.set()
+        try:
+            return settle(self)
+        finally:
+            is_waited_for.clear()
+
+    patch.setattr(ReplicaSampler, "_draw", late)
+    patch.setattr(ReplicaSampler, "settle", waited)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,7 +112,9 @@ class Sequential(Step):
 def test_a_run_is_that_of_the_sequential_reference(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    steps = run(tmp_path / "beside", **changes)
+    with monkeypatch.context() as patch:
+        draw_late(patch)
+        steps = run(tmp_path / "beside", **changes)
     monkeypatch.setattr(loop, "Step", Sequential)
     run(tmp_path / "in line", **changes)
     assert are_one_run(tmp_path / "beside", tmp_path / "in line")
@@ -133,7 +158,7 @@ class Died(Exception):
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+    "step", [pytest.param(step, marks=pytest.mark.slow) for step in (1, 2)] + [3]
 )
 def test_a_run_that_died_continues_as_the_unbroken_one(run: Run, tmp_path: Path, step: int) -> None:
     def die(metrics: dict[str, Any]) -> None:

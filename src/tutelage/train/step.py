@@ -140,7 +140,7 @@ class Step:
         self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], step: int
     ) -> Selection | None:
         """Which rows train, how heavily; None where every row does and no statistics are needed."""
-        if self.ahead is not None:
+        if isinstance(self.components.sampler, ReplicaSampler):
             self.checks["staleness_steps"] = staleness(rollouts, step)
         if self.components.sampler.has_own_weights and not staleness(rollouts, step):
             self._check_engine(micro_batches, rollouts, step)
@@ -242,7 +242,7 @@ class Step:
             step: that learns from them.
             log_p: the student's log-probability of every row, where it is known.
         """
-        if self.ahead is None:
+        if not isinstance(self.components.sampler, ReplicaSampler):
             return
         if not staleness(rollouts, step):
             self.checks |= ratio_metrics(torch.zeros(0), torch.zeros(0), self.ranks)
