@@ -26,6 +26,7 @@ from tutelage.core import LazyLogits, Objective
 from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.models.load import load_model
+from tutelage.models.sharding import gathered, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 
@@ -102,28 +103,15 @@ class Case:
 
 def gradients(module: nn.Module) -> Tensor:
     """The whole gradient of all weights, flat; it is taken away."""
-    from torch.distributed.tensor import DTensor
-
     found = []
     for parameter in module.parameters():
         gradient = parameter.grad
         if gradient is None:
             found.append(torch.zeros(parameter.numel(), dtype=parameter.dtype))
         else:
-            whole = gathered(gradient.to_local()) if isinstance(gradient, DTensor) else gradient
-            found.append(whole.detach().flatten())
+            found.append(gathered(gradient).detach().flatten())
         parameter.grad = None
     return torch.cat(found)
-
-
-def gathered(shard: Tensor) -> Tensor:
-    """All ranks' shards of a tensor, which is cut along its first dimension.
-
-    `full_tensor` would do the same, and keep the process group in caches that nothing clears.
-    """
-    shards: list[Any] = [None] * NUM_RANKS
-    torch.distributed.all_gather_object(shards, shard)
-    return torch.cat(shards)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -134,14 +122,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 def modules(models: Path, dtype: torch.dtype) -> tuple[dict[str, nn.Module], Teacher]:
     """The same student three times, twice shared between the ranks, and the teacher."""
-    from torch.distributed.fsdp import fully_shard
-
     student = Student(load_model(str(models / "student")).to(dtype), VOCAB)
     teacher = Teacher(load_model(str(models / "teacher")).to(dtype), VOCAB)
-    sharded = copy.deepcopy(student)
-    for layer in sharded.model.model.layers:
-        fully_shard(layer)
-    fully_shard(sharded)
+    sharded = Student(copy.deepcopy(student.model), VOCAB, sharding_mesh(torch.device("cpu")))
     ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(student))
     return {"one process": student, "ddp": ddp, "fsdp2": sharded}, teacher
 
@@ -159,8 +142,8 @@ def shared_out(
     expected, found = mine.clone(), {"one process": mine.clone()}
     torch.distributed.broadcast(expected, 0)
     torch.distributed.broadcast(found["one process"], 1)
-    for mode in MODES[1:]:
-        case.backward(made[mode], teacher, case.cuts[index], NUM_RANKS, divisor)
+    for mode, factor in (("ddp", NUM_RANKS), ("fsdp2", 1)):  # one averages, the other sums
+        case.backward(made[mode], teacher, case.cuts[index], factor, divisor)
         found[mode] = gradients(made[mode])
     return expected, found
 
