@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for `reference` and `tiny`
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in the command line, before torch
 
 HARNESSES: dict[str, tuple[int, int]] = {
     "mutants": (0, 0),
@@ -20,6 +22,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "grader": (5_000, 1_000_000),
     "configurations": (25, 500),
     "kill": (6, 150),
+    "peers": (4, 40),
     "kill_conversations": (2, 30),
     "families": (18, 0),
     "disk": (5, 150),
