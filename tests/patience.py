@@ -10,6 +10,7 @@ from typing import Any
 from tutelage.commands import launch, progress
 from tutelage.grading import child
 from tutelage.grading import pool as grading_pool
+from tutelage.train import peers
 
 HANG_S = 1800.0
 """Only what would never end takes so long."""
@@ -24,6 +25,7 @@ def unhurried() -> None:
     grading_pool.TIME_LIMIT_S = grading_pool.COMPARE_LIMIT_S = HANG_S
     launch.ASK_LIMIT_S = HANG_S
     progress.DELAY_S = HANG_S
+    peers.ERROR_GRACE_S = HANG_S
 
 
 def wait_until(is_so: Callable[[], bool], process: Popen[Any]) -> None:

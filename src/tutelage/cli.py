@@ -169,7 +169,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from tutelage.train.peers import Peers
 
     folder = run_folder(config, Path(arguments.config).stem)
-    with Peers(folder, config.process_timeout_s) as peers:  # before what takes long to import
+    with Peers(folder, config.process_timeout_s) as peers:
+        peers.watch()  # before what takes long to import
         from tutelage.commands.train import run
 
         return run(config, arguments, peers)

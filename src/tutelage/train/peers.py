@@ -47,14 +47,13 @@ _RUNS = counter()
 class Peers:
     """The processes of a run, of which this is one; for a single process it does nothing.
 
-    A context manager: inside, a thread watches the others. If one is lost, the main thread ends
-    with `LostProcessError`, or, where it cannot, the process with exit code 2.
+    A context manager: inside, from `watch` on, a thread watches the others. If one is lost, the
+    main thread ends with `LostProcessError`, or, where it cannot, the process with exit code 2.
 
     Args:
         folder: of the run, whose newest checkpoint is named.
         limit_s: longest silence, `process_timeout_s`.
         environment: names and values that the launcher set.
-        is_watched: False lets a lost process go unnoticed; for the harness.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class Peers:
         folder: Path,
         limit_s: float,
         environment: Mapping[str, str] = os.environ,
-        is_watched: bool = True,
     ) -> None:
         self._folder, self._limit_s = folder, limit_s
         self._lock = threading.Condition()
@@ -73,11 +71,11 @@ class Peers:
         self._own = own_state()
         self._written: End = ""
         self._thread: threading.Thread | None = None
-        address = address_of(environment) if is_watched else None
+        address = address_of(environment)
         if address is not None:
-            self._start(address)
+            self._prepare(address)
 
-    def _start(self, address: Address) -> None:
+    def _prepare(self, address: Address) -> None:
         self._watch = Watch(address.rank, address.count)
         least, most = _ANSWER_S
         self._answer_s = min(max(self._limit_s / 4, least), most)
@@ -93,10 +91,6 @@ class Peers:
     # --- of the main thread -----------------------------------------------------------------------
 
     def __enter__(self) -> Peers:
-        if self._thread is not None:
-            if self._store.address.is_owner:
-                self._serve()
-            self._thread.start()
         return self
 
     def __exit__(
@@ -105,12 +99,26 @@ class Peers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._thread is None:
+        if self._thread is None or self._thread.ident is None:
             return
         try:
             self.note(error)
+        except KeyboardInterrupt:
+            raise (self._lost or KeyboardInterrupt()) from None
         finally:
             self._close()
+
+    def watch(self) -> None:
+        """Begin to watch, inside the block, which an interrupt by the thread then ends.
+
+        Raises:
+            RunError: this process has the store, and its port cannot be used.
+        """
+        if self._thread is None or self._thread.ident is not None:
+            return
+        if self._store.address.is_owner:
+            self._serve()
+        self._thread.start()
 
     def is_lost(self) -> bool:
         """Whether a process was lost."""
@@ -161,8 +169,11 @@ class Peers:
             error.with_traceback(None)
             raise RunError(line) from None
         else:
-            name = "" if isinstance(error, TutelageError) else f"{type(error).__name__}: "
-            self._write("error", f"{name}{first_line(error)}")
+            is_ours = isinstance(error, TutelageError)
+            line = " ".join(str(error).split())
+            self._write(
+                "error", line if is_ours else f"{type(error).__name__}: {first_line(error)}."
+            )
 
     def told(self) -> _Told:
         """A block whose end, and error, the other processes get to know at once."""

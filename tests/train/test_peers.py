@@ -1,0 +1,292 @@
+"""Which process of a run is lost, how the others get to know it, and how they end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from patience import HANG_S
+from tutelage.commands.launch import launch, rendezvous
+from tutelage.config.parse import changed_keys, fingerprint, parse_config, to_table
+from tutelage.errors import ConfigError, LostProcessError, RunError
+from tutelage.train import peers as module
+from tutelage.train.heartbeat import Lost, State, Watch, is_gone, own_state
+from tutelage.train.peer_store import Address, PeerStore, address_of
+from tutelage.train.peers import Peers
+
+HERE = State(1)
+MODELS = {"student": {"model": "a"}, "teacher": {"model": "b"}}
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def watch_of(*states: State, silent_s: float = 0.0) -> Watch:
+    watch = Watch(0, len(states))
+    watch.note(states, 0)
+    watch.note(None, silent_s)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("states", "gone", "lost"),
+    [
+        ([HERE, HERE, HERE], [], None),
+        ([HERE, HERE, HERE], [2], Lost(2, "gone")),
+        ([HERE, State(1, end="done"), HERE], [1], None),
+        # what follows from a loss comes after its cause
+        ([HERE, State(1, end="error", line="x"), HERE], [2], Lost(2, "gone")),
+        ([HERE, State(1, end="error", line="x"), HERE], [1], Lost(1, "error", "x")),
+        ([HERE, HERE, State(1, end="lost", line="1 left")], [1, 2], Lost(2, "lost", "1 left")),
+        ([HERE, State(1, end="lost"), State(1, end="killed", line="by 9")], [1, 2],
+         Lost(2, "killed", "by 9")),
+        ([HERE, State(1, end="interrupted"), HERE], [1], Lost(1, "interrupted")),
+    ],
+)  # fmt: skip
+def test_the_cause_of_a_loss_is_named(
+    states: list[State], gone: list[int], lost: Lost | None
+) -> None:
+    watch = watch_of(*states)
+    assert watch.lost([rank in gone for rank in range(3)], 10) == lost
+
+
+def test_a_process_without_a_new_heartbeat_is_silent_after_the_limit_and_not_before() -> None:
+    watch = watch_of(HERE, HERE, silent_s=9.0)
+    assert watch.lost([False] * 2, 10) is None
+    watch.note([HERE, State(2)], 1.0)
+    watch.note(None, 9.0)  # the store did not answer
+    assert watch.lost([False] * 2, 10) is None
+    watch.note([State(3), State(2)], 1.0)
+    assert watch.lost([False] * 2, 10) == Lost(1, "silent")
+
+
+def test_a_process_that_never_started_is_named() -> None:
+    watch = watch_of(HERE, HERE, State(), silent_s=10.0)
+    assert not watch.has_started()
+    watch.note([HERE, State(2), State()], 0)
+    assert watch.lost([False] * 3, 10) == Lost(2, "late")
+
+
+def test_a_process_is_gone_when_it_was_killed_or_its_number_is_another_one_s() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    own = own_state()
+    start = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    state = replace(own, pid=process.pid, started=start)
+    assert not is_gone(own)
+    assert not is_gone(state)
+    assert is_gone(replace(state, started="1"))
+    process.kill()
+    # Until somebody waits for it, it is there in name only.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert is_gone(state)
+    process.communicate()
+    assert is_gone(state)
+    assert not is_gone(replace(state, namespace="another machine"))
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"beat": "1"}', b"\xff", b"[" * 99])
+def test_what_is_no_heartbeat_is_refused(text: bytes) -> None:
+    with pytest.raises(ValueError):
+        State.from_json(text)
+    assert State.from_json(own_state().to_json().encode()) == own_state()
+
+
+def test_the_store_is_that_of_the_launcher_or_of_process_0() -> None:
+    found = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
+    assert address_of(found) == Address(1, 2, "h", 7, is_in_process_0=True)
+    launched = found | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
+    assert address_of(launched) == Address(1, 2, "h", 7, False, "3")
+    for name, value in (("WORLD_SIZE", "1"), ("RANK", "2"), ("MASTER_PORT", ""), ("RANK", "-1")):
+        assert address_of(found | {name: value}) is None
+
+
+# --- ending ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="other")
+def _other(monkeypatch: pytest.MonkeyPatch) -> Iterator[PeerStore]:
+    """Process 1 of 2, of which this is process 0."""
+    monkeypatch.setattr(module, "_RUNS", count())
+    monkeypatch.setattr(module, "PERIOD_S", 0.05)
+    with rendezvous() as common:
+        for name, value in (common | {"WORLD_SIZE": "2", "RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        address = address_of(common | {"WORLD_SIZE": "2", "RANK": "1"})
+        assert address is not None
+        yield PeerStore(address, 0, HANG_S)
+
+
+def run(folder: Path, limit_s: float, error: BaseException | None = None) -> None:
+    """A run that fails, or waits for as long as nothing interrupts it."""
+    with Peers(folder, limit_s) as peers, peers.told():
+        peers.watch()
+        if error is not None:
+            raise error
+        time.sleep(HANG_S)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (State(1, end="killed", line="was ended by SIGKILL"),
+         "process 1 was ended by SIGKILL. The same command continues from checkpoint-000012."),
+        (State(1, end="lost", line="process 7 is gone."), "process 7 is gone."),
+        (State(1, host="far"), "process 1 on far has been silent for longer than "
+         "process_timeout_s = 0.5 s. The same command continues from checkpoint-000012."),
+        (State(), "process 1 has not started within process_timeout_s = 0.5 s. "
+         "The same command continues from checkpoint-000012."),
+    ],
+)  # fmt: skip
+def test_a_loss_ends_the_main_thread_in_one_line(
+    other: PeerStore, tmp_path: Path, state: State, said: str
+) -> None:
+    for name in ("checkpoint-000012", "checkpoint-000003", "checkpoint-000013.damaged"):
+        (tmp_path / name).mkdir()
+    other.exchange(state)
+    with pytest.raises(LostProcessError) as caught:
+        run(tmp_path, 0.5)
+    assert str(caught.value) == said
+    assert other.exchange(state)[0].end == "lost"
+
+
+def test_a_process_of_this_machine_is_missed_at_once(other: PeerStore, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    other.exchange(replace(own_state(), beat=1, pid=process.pid))
+    with pytest.raises(LostProcessError, match=f"process 1 .pid {process.pid}. is gone"):
+        run(tmp_path, HANG_S)
+
+
+def test_an_error_of_a_connection_becomes_the_line_about_its_cause(
+    other: PeerStore, tmp_path: Path
+) -> None:
+    other.exchange(State(1, end="error", line="the disk is full."))
+    with pytest.raises(LostProcessError, match=r"^process 1 ended: the disk is full\.$"):
+        run(tmp_path, HANG_S, RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed"))
+
+
+def test_an_error_of_a_connection_while_all_are_there_is_one_line_too(
+    other: PeerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ASK_S", 0.1)
+    other.exchange(replace(own_state(), beat=1))
+    with pytest.raises(RunError, match=r"connection of the processes broke: NCCL.*anew") as caught:
+        run(tmp_path, HANG_S, RuntimeError("NCCL error\nand a page about it"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [(None, "done"), (ConfigError("out of range."), "error"), (KeyError("a"), "error"),
+     (KeyboardInterrupt(), "interrupted")],
+)  # fmt: skip
+def test_others_get_to_know_how_a_process_ended(
+    other: PeerStore, tmp_path: Path, error: BaseException | None, end: str
+) -> None:
+    state = replace(own_state(), beat=1)
+    other.exchange(state)
+    caught: BaseException | None = None
+    try:
+        with Peers(tmp_path, HANG_S) as peers, peers.told():
+            peers.watch()
+            peers.meet()
+            if error is not None:
+                raise error
+    except (ConfigError, KeyError, KeyboardInterrupt) as found:
+        caught = found
+    assert caught is error
+    found_state = other.exchange(state)[0]
+    assert found_state.end == end
+    assert found_state.line == {"done": "", "interrupted": ""}.get(
+        end, "out of range." if isinstance(error, ConfigError) else "KeyError: 'a'."
+    )
+
+
+def test_a_refusal_that_all_share_is_said_as_it_is(
+    other: PeerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one was faster, and this one is told so before it fails."""
+    monkeypatch.setattr(module, "ERROR_GRACE_S", HANG_S)
+    other.exchange(State(1, end="error", line="no such model."))
+
+    def load() -> None:
+        with Peers(tmp_path, HANG_S) as peers, peers.told():
+            peers.watch()
+            peers.meet()
+            raise ConfigError("no such model.")
+
+    with pytest.raises(ConfigError, match="no such model"):
+        load()
+
+
+def test_a_process_that_was_interrupted_for_good_interrupts_the_others(
+    other: PeerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ERROR_GRACE_S", 0.0)
+    other.exchange(State(1, end="interrupted"))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, HANG_S)
+
+
+def test_a_single_process_watches_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with Peers(tmp_path, 5) as peers, peers.told():
+        peers.watch()
+        peers.meet()
+    assert [thread.name for thread in threading.enumerate() if thread.name == "peers"] == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from tutelage.errors import LostProcessError
+from tutelage.train.peers import Peers
+try:
+    with Peers(Path(sys.argv[1]), 1800) as peers, peers.told():
+        peers.watch()
+        peers.meet()
+        torch.distributed.init_process_group("gloo")
+        for step in range(10**9):
+            if (step, os.environ["RANK"]) == (3, "1"):
+                os.kill(os.getpid(), 9)
+            torch.distributed.all_reduce(torch.zeros(1))
+except LostProcessError as error:
+    if error.is_first:
+        print(f"tutelage: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def test_a_process_that_is_killed_ends_the_other_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoint-000004").mkdir()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    assert launch([sys.executable, "-c", KILLED, str(tmp_path)], 2) == 2
+    assert capfd.readouterr().err == (
+        "tutelage: process 1 was ended by SIGKILL. "
+        "The same command continues from checkpoint-000004.\n"
+    )
+
+
+# --- the key --------------------------------------------------------------------------------------
+
+
+def test_the_limit_may_change_in_a_run_and_is_some_seconds_at_least() -> None:
+    short, long = (parse_config({**MODELS, "process_timeout_s": s}) for s in (5, 600))
+    assert changed_keys(to_table(short), to_table(long)) == []
+    assert fingerprint(short) == fingerprint(long)
+    with pytest.raises(ConfigError, match="process_timeout_s must be at least 5, got 4"):
+        parse_config({**MODELS, "process_timeout_s": 4})
