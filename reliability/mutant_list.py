@@ -1,6 +1,7 @@
 """The mutants: by file (a pattern below src/tutelage), the guarding tests, and what is replaced.
 
-Those of `tutelage.core` are in `mutant_list_core`, those of conversations in `mutant_list_agents`.
+Those of `tutelage.core` are in `mutant_list_core`, those of conversations in `mutant_list_agents`,
+those of several processes in `mutant_list_processes`.
 
 A text has to occur once in its file. One that no longer does is left out and counted.
 """
@@ -429,7 +430,7 @@ MUTANTS: dict[str, Group] = {
                 'seal(temporary, {"step": snapshot.step})',
                 'seal(temporary, {"step": snapshot.step + 1})',
             ),
-            ("        if name not in masters:\n", "        if False:\n"),
+            ("                    if weight is None:\n", "                    if False:\n"),
             ('if unseal(path) != {"step": step}:', "if unseal(path) is None:"),
         ],
     ),
