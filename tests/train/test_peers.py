@@ -13,11 +13,13 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from patience import HANG_S
 from tutelage.commands.launch import launch, rendezvous
 from tutelage.config.parse import changed_keys, fingerprint, parse_config, to_table
 from tutelage.errors import ConfigError, LostProcessError, RunError
+from tutelage.train import peer_store
 from tutelage.train import peers as module
 from tutelage.train.heartbeat import Lost, State, Watch, is_gone, own_state
 from tutelage.train.peer_store import Address, PeerStore, address_of
@@ -182,6 +184,23 @@ def test_an_error_of_a_connection_while_all_are_there_is_one_line_too(
     with pytest.raises(RunError, match=r"connection of the processes broke: NCCL.*anew") as caught:
         run(tmp_path, HANG_S, RuntimeError("NCCL error\nand a page about it"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_connection_is_made_anew_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once it may be to a process that is being killed, about which torch prints a page."""
+    monkeypatch.setattr(peer_store, "_RETRY_S", HANG_S)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = ("127.0.0.1", server.port)
+    store = PeerStore(Address(0, 2, *place, is_in_process_0=False), 0, HANG_S)
+    assert store.exchange(HERE) == [HERE, State()]
+    del server
+    with pytest.raises(RuntimeError):
+        store.exchange(HERE)
+    server = TCPStore(*place, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError, match="nothing listens"):
+        store.exchange(HERE)
+    monkeypatch.setattr(peer_store, "_RETRY_S", 0.0)
+    assert store.exchange(HERE) == [HERE, State()]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ It is the one by which torch's processes find each other: in the launcher (torch
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,6 +26,8 @@ from tutelage.train.heartbeat import State, own_state
 Answer = TypeVar("Answer")
 _PROBE_S = 1.0
 """Seconds in which a connection is accepted or refused."""
+_RETRY_S = 1.0
+"""Seconds after which a broken connection is made anew: the other end may be about to be gone."""
 _SERVERS: list[TCPStore] = []
 """Stores that live in this process: they serve until it ends, so that the others can print once."""
 
@@ -78,6 +82,7 @@ class PeerStore:
         self.address = address
         self._timeout_s = timeout_s
         self._pending: threading.Thread | None = None
+        self._broken_at = -math.inf
         prefix = f"tutelage/peers/{address.attempt}/{run}"
         self._keys = [f"{prefix}/{rank}" for rank in range(address.count)]
         self._client: TCPStore | None = None
@@ -163,7 +168,8 @@ class PeerStore:
             try:
                 found.put(question(self._connected()))
             except RuntimeError as error:
-                self._client = None
+                if self._client is not None:
+                    self._client, self._broken_at = None, time.monotonic()
                 found.put(error)
 
         self._pending = threading.Thread(target=ask, name="peers-store", daemon=True)
@@ -180,7 +186,8 @@ class PeerStore:
     def _connected(self) -> TCPStore:
         if self._client is None:
             place = (self.address.host, self.address.port)
-            if not is_open(*place):  # torch would try for a long time, and print a page
+            is_early = time.monotonic() - self._broken_at < _RETRY_S
+            if is_early or not is_open(*place):  # torch would try for long, and print a page
                 raise RuntimeError(f"nothing listens at {place}")
             timeout = timedelta(seconds=self._timeout_s)
             client = TCPStore(*place, is_master=False, timeout=timeout)
