@@ -196,11 +196,12 @@ def test_a_broken_connection_is_made_anew_after_a_while(monkeypatch: pytest.Monk
     del server
     with pytest.raises(RuntimeError):
         store.exchange(HERE)
-    server = TCPStore(*place, is_master=True, wait_for_workers=False)
+    again = TCPStore(*place, is_master=True, wait_for_workers=False)
     with pytest.raises(RuntimeError, match="nothing listens"):
         store.exchange(HERE)
     monkeypatch.setattr(peer_store, "_RETRY_S", 0.0)
     assert store.exchange(HERE) == [HERE, State()]
+    assert again.port == place[1]
 
 
 @pytest.mark.parametrize(
