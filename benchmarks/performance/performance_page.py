@@ -20,6 +20,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from performance_gpu import gpu
+from performance_processes import processes_goals, processes_table
 
 HERE = Path(__file__).resolve().parents[1]
 DOCS = HERE.parent / "docs" / "results"
@@ -284,6 +285,7 @@ class Part:
 PARTS = {
     "rollout": Part("Rollouts", rollout_table, rollout_goals),
     "step": Part("The whole step", step_table, step_goals, step_notes, is_more_better=False),
+    "processes": Part("Several processes", processes_table, processes_goals),
     "packing": Part("Micro-batches by length", packing_table, packing_goals),
     "memory": Part("The memory plan against measured memory", memory_table),
 }

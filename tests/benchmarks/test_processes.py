@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import processes
+from performance_page import page
 
 
 def step(seconds: float, cpu: float) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def step(seconds: float, cpu: float) -> dict[str, Any]:
 
 
 def test_a_step_is_as_long_as_in_its_slowest_process_and_cpu_seconds_add_up(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = {
         (1, "none"): [[step(4.0, 4.0), step(4.0, 4.0)]],
@@ -37,6 +40,11 @@ def test_a_step_is_as_long_as_in_its_slowest_process_and_cpu_seconds_add_up(
     assert found["none"]["phases_cpu_s"] == {"learn_s": 4.75 / 2}
     assert found["none"]["step_s_of_all"] == [2.5] * 6
     assert len(processes.table(found).splitlines()) == 1 + 2 * 2
+    record = {"processes": 2, "arms": found, "commit": "c", "date": "2026-01-01", "machine": {}}
+    (tmp_path / "processes-2026-01-01.json").write_text(json.dumps(record))
+    text = page(tmp_path, tmp_path)
+    assert "| 2 processes, sharding none / one | ≥ 1.6 | 1.60 | yes |" in text
+    assert "| 2, sharding none | 10 | 2.50 | 1.25 | 1.60 | 4.75 | 1.19 |" in text
 
 
 def test_phases_of_a_step_are_counted_by_cpu_seconds() -> None:
