@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tutelage.cli import main
 from tutelage.commands.launch import is_first_to_print, launch, rendezvous
 from tutelage.errors import RunError
 
@@ -95,3 +96,18 @@ def test_a_line_is_said_by_the_first_process_that_has_it(monkeypatch: pytest.Mon
             True,
             False,
         ]
+
+
+@pytest.mark.parametrize("command", [["check", "x.toml"], ["report", "x"], ["compare", "x"]])
+def test_commands_that_share_nothing_are_refused_in_several_processes(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with rendezvous() as common:
+        for name, value in (common | {"WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, value)
+        assert main(command) == 2
+        first = capsys.readouterr().err
+        assert main(command) == 2  # the other process
+    assert f"`tutelage {command[0]}` works in one process, got 2." in first
+    assert first.count("\n") == 1
+    assert capsys.readouterr().err == ""

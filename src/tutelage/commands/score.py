@@ -23,7 +23,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     """Score tokens and write them to every place that was asked for."""
     to_stdout = arguments.out == "-" or (arguments.out is None and arguments.html is None)
     request = _request(arguments)
-    with sharing(config.device) as processes:
+    with sharing(config.device, config.process_timeout_s) as processes:
         told = (processes.on_phase, processes.log, processes.shares)
         if arguments.html is None:
             scores = score(config, request, *told)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -99,21 +98,23 @@ def num_hosts() -> int:
     return len(set(names))
 
 
-@contextmanager
-def open_processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """A group of the processes that a launcher started: their number, and which one this is.
+class Processes:
+    """A group of the processes that a launcher started, for a command that is no run.
 
     Args:
         device: of what they compute; on CUDA each takes its own.
     """
-    # Their functions have the group of the time of import as the default of an argument.
-    import torch.distributed.fsdp
-    import torch.distributed.nn
-    import torch.distributed.optim  # noqa: F401
-    from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
-    try:
-        yield int(state.num_processes), int(state.process_index)
-    finally:
-        state.destroy_process_group()
+    def __init__(self, device: torch.device) -> None:
+        # Their functions have the group of the time of import as the default of an argument.
+        import torch.distributed.fsdp
+        import torch.distributed.nn
+        import torch.distributed.optim  # noqa: F401
+        from accelerate import PartialState
+
+        self._state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+        self.num_processes, self.index = self._state.num_processes, self._state.process_index
+
+    def end_training(self) -> None:
+        """Leave the group."""
+        self._state.destroy_process_group()
