@@ -48,10 +48,20 @@ def torn(whole: Path, out: Path) -> Path:
     return out
 
 
+def evaluated(out: Path) -> list[Any]:
+    """Problem and length of each completion of the evaluations."""
+    lines = (out / "evaluation_rows.jsonl").read_text().splitlines()
+    names = ("step", "prompt_id", "sample", "num_tokens")
+    return [[json.loads(line)[name] for name in names] for line in lines]
+
+
 def are_close(one: Path, two: Path) -> bool:
     """Whether two runs learned from the same completions and differ by rounding alone."""
     names = ("step", "num_rows", "completion_length_mean", "staleness_steps")
     pairs = list(zip(metrics_of(one), metrics_of(two), strict=True))
+    counts = [evaluated(out) for out in (one, two)]
+    assert counts[0] == counts[1]
+    assert len(counts[0]) == 5 * 3
     same = all([a[name] for name in names] == [b[name] for name in names] for a, b in pairs)
     return same and all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs)
 
@@ -65,11 +75,13 @@ def test_two_processes_draw_what_one_does_and_each_continues_the_other(
         sampling = {"num_samples": 2, "max_new_tokens": 8}
         objective = {"kind": "sampled"}
         changes = {"engine": engine, "sampling": sampling, "objective": objective}
+        changes["evaluation"] = {"num_problems": 3, "num_samples": 1, "every": 1, "teacher": False}
+        changes["recording"] = {"every": 2, "num_prompts": 1, "num_rollouts": 1}
         return tiny_table(tiny_models, out, **changes)
 
     one, both = tmp_path / "one", tmp_path / "both"
     train(parse_config(table(one)), log=lambda _: None)
-    servers[1].num_left = 9  # of 4 a step: it dies in the draw of the third
+    servers[1].num_left = 11  # of about 6 a step with its evaluation: it dies in the second
     said = two(table(both))
     assert said.count("is left out until the next start, 1 of 2 stay") == 1
     assert are_close(one, both)
