@@ -14,7 +14,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from tutelage.errors import RunError, TutelageError
+from tutelage.errors import RunError, TutelageError, explained_write
 from tutelage.files.atomic import temporary_beside
 
 T = TypeVar("T")
@@ -75,7 +75,8 @@ def require_shared(accelerator: Accelerator, folder: Path) -> None:
 
     def mark() -> tuple[str, str]:
         place = temporary_beside(folder / "shared")
-        place.touch()
+        with explained_write(place, "Checkpoints are untouched."):
+            place.touch()
         return place.name, platform.node()
 
     def look() -> None:

@@ -187,7 +187,7 @@ def savable_tensors(
     weights = {
         name: p for name, p in components.student.model.named_parameters() if p.requires_grad
     }
-    refuse_nonfinite(step, weights | tensors)
+    refuse_nonfinite(step, (weights | tensors).items())
     require_space(run, sum(t.nbytes for t in (*weights.values(), *tensors.values())))
     return tensors
 
@@ -226,8 +226,8 @@ def _sentence(error: BaseException) -> str:
     return str(error).removesuffix(".") + "."
 
 
-def refuse_nonfinite(step: int, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
+def refuse_nonfinite(step: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RunError(
                 f"{name} holds numbers that are not finite after step {step}, so nothing was "

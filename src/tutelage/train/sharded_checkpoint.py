@@ -64,10 +64,8 @@ def save_sharded_checkpoint(
     student, final = components.student, checkpoint_path(run, step)
     trained, state = trained_parts(student), _state_parts(accelerator, components, optimizer)
     saved = trained if _has_adapter(student) else _weight_parts(student)
-    written = trained | state
-    in_all(
-        accelerator, lambda: refuse_nonfinite(step, {n: p.rounded() for n, p in written.items()})
-    )
+    rounded = ((name, part.rounded()) for name, part in (trained | state).items())
+    in_all(accelerator, lambda: refuse_nonfinite(step, rounded))
     num_bytes = sum(part.num_bytes for part in (saved | state).values())
     in_main(accelerator, lambda: require_space(run, num_bytes))
     explained = partial(explained_checkpoint, final)
