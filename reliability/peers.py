@@ -233,12 +233,16 @@ class Trials:
         self.folder = folder
         self.config = folder / "run.toml"
         self.config.write_text(as_toml(tiny_table(folder, folder / "unused", **_CHANGES)))
-        self.expected = []
-        for number, (count, overrides) in enumerate(VARIANTS):
-            out = folder / f"unbroken-{number}"
-            if problems := self.again(out, count, overrides, None):
+        self._expected: dict[int, dict[str, Any]] = {}
+
+    def expected(self, variant: int) -> dict[str, Any]:
+        """What the unbroken run of a variant leaves."""
+        if variant not in self._expected:
+            out = self.folder / f"unbroken-{variant}"
+            if problems := self.again(out, *VARIANTS[variant], None):
                 raise RuntimeError(f"the unbroken run failed: {problems}")
-            self.expected.append(portrait(out))
+            self._expected[variant] = portrait(out)
+        return self._expected[variant]
 
     def again(
         self, out: Path, count: int, overrides: dict[str, Any], expected: dict[str, Any] | None
@@ -279,7 +283,7 @@ class Trials:
         if is_stop and not problems:
             problems += self._continued(group, victim, out)
         group.close()
-        problems += self.again(out, count, overrides, self.expected[variant])
+        problems += self.again(out, count, overrides, self.expected(variant))
         if not problems:
             shutil.rmtree(out)
         return {
@@ -341,6 +345,11 @@ def run(size: int) -> Outcome:
         trials = Trials(folder)
         results = progress.trials("peers", size, trials.one, least=40)
         control = trials.unwatched()
+    return outcome_of(results, control)
+
+
+def outcome_of(results: list[progress.Result], control: int) -> Outcome:
+    """What the trials come to."""
     met = [result for result in results if result["was_in_time"]]
     slowest = {
         kind: max((r["seconds"] for r in met if r["signal"] == kind), default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -124,12 +125,16 @@ def _other(monkeypatch: pytest.MonkeyPatch) -> Iterator[PeerStore]:
             monkeypatch.setenv(name, value)
         address = address_of(common | {"WORLD_SIZE": "2", "RANK": "1"})
         assert address is not None
-        yield PeerStore(address, 0, HANG_S)
+        yield PeerStore(address, "0", HANG_S)
 
 
 def run(folder: Path, limit_s: float, error: BaseException | None = None) -> None:
     """A run that fails, or waits for as long as nothing interrupts it."""
-    with Peers(folder, limit_s) as peers, peers.told():
+    run_of(Peers(folder, limit_s), error)
+
+
+def run_of(peers: Peers, error: BaseException | None = None) -> None:
+    with peers, peers.told():
         peers.watch()
         if error is not None:
             raise error
@@ -186,12 +191,25 @@ def test_an_error_of_a_connection_while_all_are_there_is_one_line_too(
     assert "\n" not in str(caught.value)
 
 
+def test_runs_whose_stores_have_one_port_do_not_hear_of_each_other(tmp_path: Path) -> None:
+    """The second could not open the port, and its process 1 found the store of the first."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with Peers(tmp_path / "first", HANG_S, names | {"RANK": "0"}) as first:
+        first.watch()
+        second = Peers(tmp_path / "second", 0.5, names | {"RANK": "1"})
+        with pytest.raises(LostProcessError, match="process 0 has not started"):
+            run_of(second)
+        assert not first.is_lost()
+
+
 def test_a_broken_connection_is_made_anew_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once it may be to a process that is being killed, about which torch prints a page."""
     monkeypatch.setattr(peer_store, "_RETRY_S", HANG_S)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = ("127.0.0.1", server.port)
-    store = PeerStore(Address(0, 2, *place, is_in_process_0=False), 0, HANG_S)
+    store = PeerStore(Address(0, 2, *place, is_in_process_0=False), "0", HANG_S)
     assert store.exchange(HERE) == [HERE, State()]
     del server
     with pytest.raises(RuntimeError):

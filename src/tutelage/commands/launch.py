@@ -109,7 +109,7 @@ def _report(failed: Sequence[int], codes: Sequence[int | None], store: Mapping[s
         address = address_of(environment)
         with suppress(RuntimeError, ValueError):  # it holds the store itself: nobody else ended it
             if address is not None:
-                own = PeerStore(address, 0, ASK_LIMIT_S)
+                own = PeerStore(address, "0", ASK_LIMIT_S)
                 own.report_killed(rank, f"was ended by {_name(codes[rank])}")
 
 

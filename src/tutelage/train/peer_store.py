@@ -74,11 +74,11 @@ class PeerStore:
 
     Args:
         address: of the store.
-        run: number of the run among those of this process.
+        run: names the run among those that may use the store.
         timeout_s: seconds that an answer may take.
     """
 
-    def __init__(self, address: Address, run: int, timeout_s: float) -> None:
+    def __init__(self, address: Address, run: str, timeout_s: float) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._pending: threading.Thread | None = None

@@ -79,7 +79,9 @@ class Peers:
         self._watch = Watch(address.rank, address.count)
         least, most = _ANSWER_S
         self._answer_s = min(max(self._limit_s / 4, least), most)
-        self._store = PeerStore(address, next(_RUNS), self._answer_s)
+        # A launcher's store is of one run; at a port of process 0 there may be that of another run.
+        name = f"{next(_RUNS)} {self._folder if address.is_in_process_0 else ''}".strip()
+        self._store = PeerStore(address, name, self._answer_s)
         # Every process reads every heartbeat: of many processes, less often.
         self._period_s = PERIOD_S * max(1, address.count / 64)
         self._gone = [False] * address.count
