@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for `reference` and `tiny`
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in the command line, before torch
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as in the command line, before torch
 
 HARNESSES: dict[str, tuple[int, int]] = {
     "mutants": (0, 0),

@@ -129,8 +129,8 @@ def _quiet_libraries() -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A process that is gone is one line of ours; torch prints a page for every refused connection.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A process that is lost is one line of ours; torch and NCCL print a page for each connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would search every package
     # It warns of missing kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
