@@ -83,3 +83,25 @@ def test_weights_in_parts_are_one_run_and_leave_the_group(tmp_path: Path) -> Non
     assert [rank.code for rank in ranks] == [0, 0], [rank.said for rank in ranks]
     assert main(arguments(tmp_path / "one")) == 0
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["fsdp2", "tp"])
+def test_a_teacher_in_parts_supervises_as_a_whole_one(teacher: str, tmp_path: Path) -> None:
+    """With evaluations and recorded tokens, which are shared out; the group is left."""
+    measured = {"evaluation.num_problems": 3, "recording.every": 2}
+    assert main(arguments(tmp_path / "one", **measured)) == 0
+    parts = {"teacher.sharding": teacher}
+    first, second = two(*arguments(tmp_path / "both", **measured, **parts))
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert second.said == ""
+    one, both = tmp_path / "one", tmp_path / "both"
+    assert losses(both) == pytest.approx(losses(one), abs=1e-5)
+    for log, key in (("evaluation.jsonl", "held_out_reverse_kl_nats"), ("tokens.jsonl", "step")):
+        found, expected = (
+            [json.loads(line)[key] for line in (out / log).read_text().splitlines()]
+            for out in (both, one)
+        )
+        assert len(found) > 1
+        assert found == pytest.approx(expected, abs=1e-5), log
+    assert json.loads((both / "manifest.json").read_text())["teacher_sharding"] == teacher

@@ -16,6 +16,7 @@ from tiny import save_tiny_model, tiny_config
 from tutelage.commands.check import check
 from tutelage.config.parse import parse_config
 from tutelage.errors import ConfigError, ModelError
+from tutelage.memory.shards import Processes
 from tutelage.models.forward import foreign
 from tutelage.models.teacher_shards import require_shardable
 from tutelage.setup.teacher import load_teacher
@@ -119,8 +120,15 @@ def test_check_looks_at_a_teacher_that_is_to_be_cut(tiny_models: Path, tmp_path:
     config = tiny_config(tiny_models, tmp_path / "out", teacher=teacher)
     with pytest.raises(ModelError, match="has 2 num_key_value_heads, which 4 processes cannot"):
         list(check(config, "run"))
+    config = replace(config, teacher=replace(config.teacher, sharding_group_size=0))
+    with pytest.raises(ModelError, match="has 2 num_key_value_heads, which 4 processes cannot"):
+        list(check(config, "run", processes=Processes(4)))
     config = replace(config, teacher=replace(config.teacher, sharding_group_size=2))
+    measured = replace(config, evaluation=replace(config.evaluation, num_problems=2))
+    lines = list(check(measured, "run"))
+    assert any("Set evaluation.teacher = false" in line for line in lines)
     lines = list(check(config, "run"))
+    assert not any(line.startswith("warning: several processes") for line in lines)
     assert "teacher: cut by tp over 2 processes; its forward pass is tried when they start" in lines
 
 

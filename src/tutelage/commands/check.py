@@ -18,7 +18,8 @@ from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
 from tutelage.memory.shards import ONE, Processes
 from tutelage.models.chat.tool_format import format_of
-from tutelage.setup.components import build_components
+from tutelage.models.teacher_shards import require_shardable
+from tutelage.setup.components import Components, build_components
 from tutelage.setup.inputs import Inputs
 from tutelage.setup.run_folder import run_folder
 from tutelage.setup.validate import validate
@@ -93,12 +94,7 @@ def check(
         sides = [_model_line("student", components.student.model)]
         sides.append(_model_line("teacher", components.teacher.model))
     yield from sides
-    if config.teacher.sharding != "none":
-        size = config.teacher.sharding_group_size
-        yield (
-            f"teacher: cut by {config.teacher.sharding} over {size or 'all'} processes; its "
-            "forward pass is tried when they start"
-        )
+    yield from _sharding_lines(config, components, processes)
     yield f"vocabulary: {components.student.vocab_size:,} ids shared; tokenizers agree"
     num_held_out = len(components.task.held_out(config.evaluation.num_problems))
     yield (
@@ -120,6 +116,25 @@ def check(
     yield from plan_run(config, components, prompts.longest, processes).lines()
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
+
+
+def _sharding_lines(config: Config, components: Components, processes: Processes) -> Iterator[str]:
+    """How processes are to hold the teacher together, if they are."""
+    kind, size = config.teacher.sharding, config.teacher.sharding_group_size
+    if kind == "none":
+        return
+    with components.teacher.on_device():
+        who, count = f"teacher {config.teacher.model!r}", size or processes.count
+        require_shardable(components.teacher.model, kind, who, count)
+    yield (
+        f"teacher: cut by {kind} over {size or 'all'} processes; its forward pass is tried when "
+        "they start"
+    )
+    if config.evaluation.teacher and config.evaluation.num_problems:
+        yield (
+            "warning: several processes that hold the teacher together cannot evaluate it. Set "
+            "evaluation.teacher = false"
+        )
 
 
 def _conversations_line(config: Config, data: ConversationData, inputs: Inputs) -> str:
