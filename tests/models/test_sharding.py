@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
+from ranks import run_script
 from tiny import tiny_config
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, RunError
+from tutelage.models import optimizer
 from tutelage.models.load import load_model
 from tutelage.models.offload import MappedFile, whole_pages
+from tutelage.models.optimizer import MasterWeights
 from tutelage.models.sharding import require_shardable
 from tutelage.setup.components import build_components
 from tutelage.setup.validate import validate
@@ -104,3 +108,60 @@ def test_a_part_without_rows_takes_no_room_in_a_file(tmp_path: Path) -> None:
     empty = file.tensor(whole_pages(8), 0, torch.float32)
     assert empty.shape == (0,)
     file.release(whole_pages(8), 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["set_force_sum_reduction_for_comms", "set_gradient_divide_factor"]
+)
+def test_a_torch_that_cannot_sum_gradients_is_one_line(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr(FSDPModule, name)
+    student = {"model": str(tiny_models / "student"), "sharding": "fsdp2"}
+    with pytest.raises(ConfigError, match=rf"torch with FSDPModule\.{name}, got .* Update torch\."):
+        build_components(tiny_config(tiny_models, Path("unused"), student=student), is_run=False)
+
+
+def test_experts_that_some_process_may_not_use_need_a_newer_torch(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(tiny_models / "student"))
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    require_shardable(model)
+    model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
+    with pytest.raises(ConfigError, match=r"experts .*\(model\.layers\.0\.mlp\.experts of Qwen3"):
+        require_shardable(model)
+    monkeypatch.undo()
+    require_shardable(model)
+
+
+def test_a_weight_that_has_left_its_master_is_not_learned_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optimizer, "is_shard", lambda _: True)
+    weight = nn.Parameter(torch.ones(2, 3))
+    masters = MasterWeights([weight])
+    weight.grad = torch.ones(2, 3)
+    masters.accumulate_grads()
+    assert masters.masters[0].grad is weight.grad
+    weight.data = weight.data.clone()
+    with pytest.raises(RunError, match=r"moved a weight in shards, \(2, 3\), away from the memory"):
+        masters.accumulate_grads()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+        ),
+    ],
+)
+def test_shards_in_main_memory_learn_as_whole_weights(
+    tiny_models: Path, tmp_path: Path, device: str
+) -> None:
+    script = Path(__file__).parent / "offload_rank.py"
+    run_script(script, (tiny_models / "student", tmp_path, device), 1)
+    assert float((tmp_path / "gap").read_text()) < 2e-4  # two updates move a weight by 2e-3

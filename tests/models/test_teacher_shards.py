@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -98,6 +100,20 @@ def test_architectures_that_cannot_be_cut_are_refused(gpt2: Any, qwen3: Any) -> 
     gpt2._no_split_modules = None
     with pytest.raises(ModelError, match="names no layers that could be gathered one by one"):
         require_shardable(gpt2, "fsdp2", "teacher")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_old_transformers_is_one_line(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    name = "transformers.distributed.tensor_parallel"
+    old = ModuleType(name)
+    vars(old)["apply_tensor_parallelism"] = lambda model, tp_mesh: model
+    monkeypatch.setitem(sys.modules, name, old if is_there else None)
+    teacher = {"model": str(tiny_models / "teacher"), "sharding": "tp"}
+    config = tiny_config(tiny_models, tmp_path / "out", teacher=teacher)
+    with pytest.raises(ModelError, match=r"^teacher.sharding 'tp' needs transformers 5.19 or lat"):
+        list(check(config, "run"))
 
 
 def test_files_and_groups_that_do_not_suit_are_refused(tmp_path: Path, tiny_models: Path) -> None:

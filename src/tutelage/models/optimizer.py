@@ -50,6 +50,12 @@ class MasterWeights:
         """Add the weights' gradients to the masters', and free them."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight.grad is not None and is_shard(weight):
+                if local(weight).data_ptr() != master.data_ptr():
+                    raise RunError(
+                        f"torch {torch.__version__} moved a weight in shards, {tuple(weight.shape)}"
+                        ", away from the memory that the optimizer updates: what it learned would "
+                        'be lost. Use another torch, or student.sharding = "none".'
+                    )
                 master.grad = local(weight.grad)  # FSDP2 adds to it in place
         for weight, master in self.pairs:
             if weight.grad is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
+GROUP_TIMEOUT = timedelta(hours=12)
+"""Rollouts, evaluations or reading of one process may take hours longer than those of another. A
+process that is lost is noticed otherwise."""
+_NEEDED = ("set_force_sum_reduction_for_comms", "set_gradient_divide_factor")
+"""Methods of FSDP2's modules by which gradients are summed, not averaged."""
+_FOR_UNUSED = "set_reduce_scatter_unused_params"
+"""The one by which a weight without a gradient in some process is summed; from torch 2.13 on."""
 _SHARD = "shard"
 """Name of the mesh's dimension along which weights are cut; it is the last."""
 
@@ -34,12 +42,15 @@ def is_of_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text)
 
 
-def sharding_mesh(device: torch.device, group_size: int = 0) -> DeviceMesh:
+def sharding_mesh(
+    device: torch.device, group_size: int = 0, key: str = "student.sharding_group_size"
+) -> DeviceMesh:
     """All processes, in groups of neighbours that hold one copy of the weights together.
 
     Args:
         device: where the shards lie.
         group_size: processes of a group; 0 puts all processes into one.
+        key: of the configuration that says so.
 
     Returns:
         A mesh of one dimension, or where there are several groups of two: (replicate, shard).
@@ -47,19 +58,28 @@ def sharding_mesh(device: torch.device, group_size: int = 0) -> DeviceMesh:
     Raises:
         ConfigError: the processes cannot be cut into groups of that size.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     count = torch.distributed.get_world_size()
     size = group_size or count
     if count % size:
         raise ConfigError(
-            f"student.sharding_group_size must divide the number of processes, {count}, got "
-            f"{group_size}. Use 0 for one group of all processes."
+            f"{key} must divide the number of processes, {count}, got {group_size}. "
+            "Use 0 for one group of all processes."
         )
     if size == count:
         return init_device_mesh(device.type, (count,), mesh_dim_names=(_SHARD,))
-    shape = (count // size, size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", _SHARD))
+    # A mesh that makes its groups itself gives them torch's short timeout.
+    ranks = torch.arange(count).view(-1, size)
+    groups = [_group_among(ranks.t()), _group_among(ranks)]
+    names = ("replicate", _SHARD)
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+
+
+def _group_among(rows: Tensor) -> Any:
+    """The group of this process; those of all processes are the rows."""
+    new: Any = torch.distributed.new_subgroups_by_enumeration
+    return new(rows.tolist(), timeout=GROUP_TIMEOUT)[0]
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -111,9 +131,9 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-            if "set_reduce_scatter_unused_params" in dir(module):  # from torch 2.13 on
+            if hasattr(module, _FOR_UNUSED):
                 # A process whose rows leave a weight out takes part in its sum all the same.
-                module.set_reduce_scatter_unused_params(True)
+                getattr(module, _FOR_UNUSED)(True)
     root.register_forward_hook(_reshard_unless_learning)
 
 
@@ -128,9 +148,10 @@ def require_shardable(model: PreTrainedModel) -> None:
 
     Raises:
         ConfigError: it trains weights of several dtypes, has a single number for a weight, or
-            layers that share one.
+            layers that share one; or this version of torch cannot sum its gradients.
     """
     hint = 'Use student.sharding = "none".'
+    _require_sums(model, hint)
     named = list(model.named_parameters(remove_duplicate=False))
     trained = {str(w.dtype).removeprefix("torch."): n for n, w in named if w.requires_grad}
     if len(trained) > 1:
@@ -152,6 +173,26 @@ def require_shardable(model: PreTrainedModel) -> None:
                 f"student.sharding 'fsdp2' gathers layers one by one, {name} of "
                 f"{type(model).__name__} belongs to several. {hint}"
             )
+
+
+def _require_sums(model: PreTrainedModel, hint: str) -> None:
+    """Refuse a version of torch that cannot sum the gradients of this model over processes."""
+    from torch.distributed.fsdp import FSDPModule
+
+    lacking = [name for name in _NEEDED if not hasattr(FSDPModule, name)]
+    if lacking:
+        raise ConfigError(
+            f"student.sharding 'fsdp2' needs a torch with FSDPModule.{lacking[0]}, got "
+            f"{torch.__version__}. Update torch. {hint}"
+        )
+    named = model.named_modules()
+    experts = [n for n, m in named if isinstance(m, nn.ModuleList) and n.endswith("experts")]
+    if experts and not hasattr(FSDPModule, _FOR_UNUSED):
+        raise ConfigError(
+            f"student.sharding 'fsdp2' of experts that are modules of their own ({experts[0]} of "
+            f"{type(model).__name__}) needs a torch with FSDPModule.{_FOR_UNUSED}, got "
+            f"{torch.__version__}. Update torch. {hint}"
+        )
 
 
 def _reshard_unless_learning(root: Any, _inputs: Any, _output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +46,7 @@ class TeacherShards:
         self.kind = kind
         self.device = device
         self.who = who
-        mesh = sharding_mesh(device, group_size)
+        mesh = sharding_mesh(device, group_size, "teacher.sharding_group_size")
         _name_groups_only(mesh)
         self.mesh: DeviceMesh = mesh if mesh.ndim == 1 else mesh["shard"]
 
@@ -192,7 +193,7 @@ def require_shardable(
 
     Raises:
         ModelError: it names no layers, has no plan for tensor parallelism, or has attention heads
-            that the group cannot share evenly.
+            that the group cannot share evenly; or transformers is too old.
     """
     name = type(model).__name__
     if kind == "fsdp2" and not _layers(model):
@@ -200,6 +201,8 @@ def require_shardable(
             f"the {who}, a {name}, names no layers that could be gathered one by one. "
             'Use teacher.sharding = "none".'
         )
+    if kind == "tp":
+        _require_tensor_parallelism()
     if kind == "tp" and not _plan(model):
         raise ModelError(
             f"the {who}, a {name}, has no plan for tensor parallelism in transformers. {_INSTEAD}"
@@ -212,6 +215,21 @@ def require_shardable(
                 f"the {who} has {found} {key}, which {count} processes cannot share evenly. Set "
                 f"teacher.sharding_group_size to a divisor of it. {_INSTEAD}"
             )
+
+
+def _require_tensor_parallelism() -> None:
+    """Refuse a version of transformers that cannot cut a loaded model by a given plan."""
+    import transformers
+
+    try:
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+        inspect.signature(apply_tensor_parallelism).bind("model", "mesh", "plan")
+    except (ImportError, TypeError):
+        raise ModelError(
+            "teacher.sharding 'tp' needs transformers 5.19 or later, got "
+            f"{transformers.__version__}. Update transformers. {_INSTEAD}"
+        ) from None
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -7,10 +7,11 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
+
+from tutelage.models.sharding import GROUP_TIMEOUT
 
 _SIZES = (
     "WORLD_SIZE",
@@ -21,7 +22,6 @@ _SIZES = (
 )
 """Variables by which launchers tell how many processes they started."""
 _REMEDY = "Start them by torchrun --nproc_per_node N -m tutelage"
-_PATIENCE = timedelta(hours=12)
 
 
 def launcher_warning(num_processes: int, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -112,7 +112,7 @@ class Processes:
         import torch.distributed.optim  # noqa: F401
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+        self._state = PartialState(cpu=device.type == "cpu", timeout=GROUP_TIMEOUT)
         self.num_processes, self.index = self._state.num_processes, self._state.process_index
 
     def end_training(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -27,6 +26,7 @@ from accelerate.utils import (
 
 from tutelage.config.schema import Config
 from tutelage.errors import RunError
+from tutelage.models.sharding import GROUP_TIMEOUT
 
 _OFF = ("", "no", "none", "false", "f", "n", "off", "0")
 """Values that request nothing, in lower case."""
@@ -110,8 +110,7 @@ def open_accelerator(config: Config, folder: Path, device: torch.device) -> Acce
         import torch.distributed.fsdp
         import torch.distributed.nn
         import torch.distributed.optim  # noqa: F401
-    # Rollouts and evaluations of one process may take hours longer than those of another.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    patience = InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)
     try:
         accelerator = Accelerator(
             cpu=device.type == "cpu",

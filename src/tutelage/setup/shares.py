@@ -26,6 +26,27 @@ _NUMBERS = itertools.count()
 _FAILURES = (TutelageError, RuntimeError, OSError, ValueError, MemoryError)
 
 
+def on_cpu(value: T) -> T:
+    """A value that is to be pickled for other processes.
+
+    A tensor of a device would be pickled with the name of this process's device, and be opened
+    there by all of them.
+
+    Raises:
+        ValueError: it has a tensor that is not on the CPU, in whatever dicts, lists and tuples.
+    """
+    found: list[Any] = [value]
+    while found:
+        each = found.pop()
+        if isinstance(each, torch.Tensor) and each.device.type != "cpu":
+            raise ValueError(f"a tensor for other processes is on {each.device}. Use .cpu().")
+        if isinstance(each, Mapping):
+            found += each.values()
+        elif isinstance(each, list | tuple | set):
+            found += each
+    return value
+
+
 class NoInterruption(BaseException):
     """Raised by nothing: the work of shares that no signal interrupts."""
 
@@ -71,7 +92,7 @@ class Shares:
         if self.count == 1:
             return [found[i] for i in sorted(found)]
         parts: list[Any] | None = [None] * self.count if self.is_main else None
-        torch.distributed.gather_object(dict(found), parts)
+        torch.distributed.gather_object(on_cpu(dict(found)), parts)
         merged: dict[int, T] = {}
         for part in parts or []:
             merged |= part
@@ -81,7 +102,7 @@ class Shares:
         """The main process's value, in every process."""
         if self.count == 1:
             return value
-        values: list[Any] = [value if self.is_main else None]
+        values: list[Any] = [on_cpu(value) if self.is_main else None]
         torch.distributed.broadcast_object_list(values)
         told: T = values[0]
         return told
@@ -180,11 +201,13 @@ class Shares:
         """Every process's value, in every process."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
-            torch.distributed.all_gather_object(values, value)
+            torch.distributed.all_gather_object(values, on_cpu(value))
         return values
 
     def _key(self, name: str) -> str:
-        return f"tutelage/shares {self._number}/{name}"
+        # A launcher that starts the processes again keeps the store of the time before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return f"tutelage/shares {attempt}/{self._number}/{name}"
 
 
 @cache

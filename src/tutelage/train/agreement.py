@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from tutelage.errors import RunError, TutelageError, explained_write
 from tutelage.files.atomic import temporary_beside
+from tutelage.setup.shares import on_cpu
 
 T = TypeVar("T")
 _NUM_LOOKS = 20
@@ -43,7 +44,7 @@ def in_all(accelerator: Accelerator, work: Callable[[], T]) -> list[T]:
         value = work()
     except TutelageError as error:
         reason = str(error)
-    ended = gather_object([(value, reason)])
+    ended = gather_object([on_cpu((value, reason))])
     reasons = [reason for _, reason in ended if reason is not None]
     if reasons:
         raise RunError(reasons[0])

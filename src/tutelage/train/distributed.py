@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tutelage.core import TokenStats
 from tutelage.data.batch import Batch
+from tutelage.setup.shares import on_cpu
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class Ranks:
 
     def gathered(self, value: T) -> list[T]:
         """A value of every process, in their order."""
-        return [value] if self.count == 1 else gather_object([value])
+        return [value] if self.count == 1 else gather_object([on_cpu(value)])
 
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum the gradients of parameters over processes, in at least float32.

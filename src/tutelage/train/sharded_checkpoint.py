@@ -164,7 +164,7 @@ def _state_parts(
     """Moments and master weights; the main process, which has a row of each, lists them."""
     weights = dict(zip(trained_names(components.student), components.masters.weights, strict=True))
     own = own_state(components, optimizer)
-    listed = {key: (t.dtype, None if t.dim() else t) for key, t in own.items()}
+    listed = {key: (t.dtype, None if t.dim() else t.cpu()) for key, t in own.items()}
     parts = {}
     for key, (dtype, number) in in_main(accelerator, lambda: listed).items():
         weight = weights[key.rpartition("|")[0]]
