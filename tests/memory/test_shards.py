@@ -17,10 +17,20 @@ from transformers import PreTrainedModel
 from ranks import leave_group
 from tiny import save_tiny_model, tiny_config
 from tutelage.errors import ConfigError
+from tutelage.memory.cuda import plan_cuda
+from tutelage.memory.facts import Facts
+from tutelage.memory.meta_model import shadow
 from tutelage.memory.shards import Processes, Shards, TeacherParts, shard_numel
 from tutelage.models.load import load_model
 from tutelage.models.lora import add_lora
-from tutelage.models.sharding import local, plain_copy, shard_model, sharding_mesh, whole_weights
+from tutelage.models.sharding import (
+    GROUP_TIMEOUT,
+    local,
+    plain_copy,
+    shard_model,
+    sharding_mesh,
+    whole_weights,
+)
 from tutelage.models.teacher_shards import TeacherShards, held_bytes
 
 COUNT = 3
@@ -165,3 +175,37 @@ def test_rows_are_cut_as_torch_cuts_them() -> None:
         parts = torch.zeros(rows, 5).chunk(group)
         assert shard_numel(torch.zeros(rows, 5), group) == parts[0].numel()
     assert shard_numel(torch.zeros(()), 4) == 1
+
+
+def test_groups_within_a_run_wait_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, waits = dist.distributed_c10d.new_group, []
+
+    def new_group(*given: Any, **named: Any) -> Any:
+        waits.append(named.get("timeout"))
+        return make(*given, **named)
+
+    monkeypatch.setattr(dist.distributed_c10d, "new_group", new_group)
+    with one_of(4, 3):
+        mesh = sharding_mesh(CPU, 2)
+        groups = [mesh.get_group(name) for name in ("replicate", "shard")]
+        assert [dist.get_process_group_ranks(group) for group in groups] == [[1, 3], [2, 3]]
+        del mesh, groups
+    assert waits == [GROUP_TIMEOUT] * 4
+
+
+def test_models_of_another_dtype_than_their_files_are_counted_twice(
+    models: Path, tmp_path: Path
+) -> None:
+    student, teacher = ({"model": str(models / "student"), "sharding": "fsdp2"} for _ in range(2))
+    config = tiny_config(models, tmp_path, student=student, teacher=teacher | {"dtype": "bfloat16"})
+    sides = [load_model(str(models / "student"), dtype) for dtype in ("float32", "bfloat16")]
+    size = sum(weight.nbytes for weight in sides[1].parameters())
+    processes = Processes(4, 2)
+    assert processes.copied_bytes(config, *sides) == size
+    assert Processes(1).copied_bytes(config, *sides) == 0
+    twins = [shadow(side) for side in sides]
+    facts = Facts(1 << 34, 1 << 34, (9, 0), True, 2 * size)
+    plan = plan_cuda(config, *twins, facts, 8, processes, size)
+    assert plan.host is not None
+    assert plan.host.phases[0].parts == {"read at once": size}
+    assert plan.host.available_bytes == size  # of each of a host's two processes

@@ -103,6 +103,33 @@ def test_groups_have_to_be_as_large_as_each_other(tiny_models: Path, tmp_path: P
         validate(config, tmp_path / "run", num_processes=4)
 
 
+def is_in_a_file(tensor: torch.Tensor) -> bool:
+    """Whether its memory is that of a file with weights."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    found = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
+    return any(int(a, 16) <= tensor.data_ptr() < int(b, 16) for a, b in found)
+
+
+def test_a_student_that_starts_as_its_teacher_is_no_copy(tiny_models: Path) -> None:
+    side = {"model": str(tiny_models / "student")}
+    config = tiny_config(tiny_models, Path("unused"), student=side, teacher=side)
+    components = build_components(config)
+    weights = [*components.student.model.parameters(), *components.teacher.model.parameters()]
+    assert all(is_in_a_file(weight) for weight in weights)
+    assert len({weight.data_ptr() for weight in weights}) == len(weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copy_to_be_made_in_each_process_is_one_warning(tiny_models: Path, dtype: str) -> None:
+    teacher = {"model": str(tiny_models / "teacher"), "dtype": dtype, "sharding": "fsdp2"}
+    config = tiny_config(tiny_models, Path("unused"), teacher=teacher)
+    said = [w for w in build_components(config, is_run=False).warnings if "copies all of it" in w]
+    assert len(said) == (dtype == "bfloat16")
+    for line in said:
+        assert line.startswith("teacher.dtype = 'bfloat16', but the files of ")
+        assert line.endswith("keeps its part. teacher.dtype = 'float32' copies nothing")
+
+
 def test_a_part_without_rows_takes_no_room_in_a_file(tmp_path: Path) -> None:
     file = MappedFile(whole_pages(8), tmp_path)
     empty = file.tensor(whole_pages(8), 0, torch.float32)

@@ -47,4 +47,5 @@ def plan_card(config: Config, card_gib: float, processes: Processes) -> Iterator
     student = shapes(found[0], dtypes[0], config.student)
     teacher = shapes(found[1], dtypes[1], quantization=config.teacher.quantization)
     yield "plan of cards that are not here, from the models' configurations; nothing was checked"
-    yield from plan_cuda(config, student, teacher, facts, prompt_tokens, processes).lines()
+    copied = processes.copied_bytes(config, student, teacher)
+    yield from plan_cuda(config, student, teacher, facts, prompt_tokens, processes, copied).lines()

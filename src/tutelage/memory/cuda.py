@@ -51,7 +51,8 @@ def plan_run(
         return plan_memory(config, components, prompt_tokens, processes)
     try:
         sides, facts = shadows(components), Facts.of(components.device)
-        return plan_cuda(config, *sides, facts, prompt_tokens, processes)
+        copied = processes.copied_bytes(config, *sides)
+        return plan_cuda(config, *sides, facts, prompt_tokens, processes, copied)
     except ModelError:  # a class that cannot do without numbers, or weights of few bits
         return plan_memory(config, components, prompt_tokens, processes)
 
@@ -74,6 +75,7 @@ def plan_cuda(
     facts: Facts,
     prompt_tokens: int,
     processes: Processes = ONE,
+    copied_bytes: int = 0,
 ) -> MemoryPlan:
     """What each phase of a step needs on a CUDA device, and what all of them need beside it.
 
@@ -89,6 +91,7 @@ def plan_cuda(
         prompt_tokens: length of the longest prompt.
         processes: of the run, each with a device like that; the plan is that of one of them, and
             of its part of a host's main memory.
+        copied_bytes: of models that it copies to main memory before it keeps its parts.
 
     Raises:
         ModelError: a class cannot be run without numbers.
@@ -101,7 +104,8 @@ def plan_cuda(
     if config.evaluation.num_problems and config.evaluation.teacher:
         phases.insert(0, plan.evaluate())
     room = facts.host_bytes // processes.per_host
-    host = MemoryPlan((plan.host(room),), room, what="main memory")
+    loading = [Phase("load", {"read at once": copied_bytes})] if copied_bytes else []
+    host = MemoryPlan((*loading, plan.host(room)), room, what="main memory")
     title = processes.described(config) if processes.count > 1 else ""
     phases = [with_uncounted(phase) for phase in phases]
     return MemoryPlan(tuple(phases), facts.available_bytes, host, title=title)

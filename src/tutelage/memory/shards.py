@@ -12,6 +12,7 @@ from torch import Tensor
 from tutelage.config.schema import Config
 from tutelage.errors import ConfigError
 from tutelage.models.forward import backbone
+from tutelage.models.load import DTYPES, file_dtype
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,26 @@ class Processes:
     def teacher_group(self, config: Config) -> int:
         """The same of the teacher."""
         return self._group("teacher", config.teacher.sharding, config.teacher.sharding_group_size)
+
+    def copied_bytes(self, config: Config, student: nn.Module, teacher: nn.Module) -> int:
+        """What a process copies to main memory before it keeps its parts: models whose files have
+        another dtype than the run. Others are mapped from their files.
+
+        Args:
+            config: the run.
+            student: whole; it may be without numbers.
+            teacher: likewise.
+        """
+        sides = (
+            (config.student, student, self.student_group(config)),
+            (config.teacher, teacher, self.teacher_group(config)),
+        )
+        return sum(
+            weight.nbytes
+            for side, model, group in sides
+            if group > 1 and file_dtype(side.model) not in (None, DTYPES[side.dtype])
+            for weight in model.parameters()
+        )
 
     def _group(self, who: str, sharding: str, size: int) -> int:
         if sharding == "none" or self.count == 1:

@@ -123,6 +123,18 @@ def load_model_config(found: ResolvedModel) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(found.source, **_options(found))
 
 
+def file_dtype(ref: str) -> torch.dtype | None:
+    """What config.json says of the weights in a model's files; a model of another dtype is a copy.
+
+    Raises:
+        ModelError: There is no usable configuration.
+        MissingExtraError: A GGUF file without the package `gguf`.
+    """
+    config = load_model_config(resolve_model(ref))
+    found = config.dtype or config.get_text_config().dtype
+    return found if isinstance(found, torch.dtype) else None
+
+
 def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model reference, see `resolve_model`.
 

@@ -34,6 +34,7 @@ from tutelage.models.lora import (
 )
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
+from tutelage.models.reference import resolve_model
 from tutelage.models.sharding import num_processes, require_shardable, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
@@ -51,7 +52,7 @@ from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
 from tutelage.setup.teacher import build_teacher, load_teacher, set_attention, try_teacher
 from tutelage.setup.trial import refuse_nonfinite, try_model
-from tutelage.setup.warnings import model_warnings
+from tutelage.setup.warnings import copy_warnings, model_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,8 +127,9 @@ def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> Pr
     """The configured start, perhaps pruned or quantised."""
     start, other = config.student, config.teacher
     same = (start.model, start.dtype, start.quantization)
-    if same == (other.model, other.dtype, other.quantization) and start.quantization == "none":
-        model = copy.deepcopy(teacher)  # reading a GGUF file twice takes many seconds
+    is_same = same == (other.model, other.dtype, other.quantization)
+    if is_same and start.quantization == "none" and resolve_model(start.model).gguf_file:
+        model = copy.deepcopy(teacher)  # unpacking a GGUF file twice takes many seconds
         model.to(device)
     else:
         model = load_model(start.model, start.dtype, str(device), quantization=start.quantization)
@@ -271,6 +273,7 @@ def build_components(
     )
     refuse_remap_beyond(found.remap, vocab_size)
     warnings = (*found.warnings, *model_warnings(config, found, student, model, vocab_size))
+    warnings += tuple(copy_warnings(config, student if student_model is None else None, model))
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
     _refuse_other_ends(config, task, student, tokenizer)

@@ -15,6 +15,7 @@ from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError
 from tutelage.models.limits import context_limit, has_position_table
+from tutelage.models.load import DTYPES, file_dtype
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import stop_ids
 from tutelage.setup.inputs import Inputs, PromptStats
@@ -201,6 +202,32 @@ def model_warnings(
                 f"the teacher has {sizes[1]:,} parameters and the student {sizes[0]:,}: it is "
                 "smaller than the student. Check student.model and teacher.model"
             )
+
+
+def copy_warnings(
+    config: Config, student: PreTrainedModel | None, teacher: PreTrainedModel
+) -> Iterator[str]:
+    """Of models that are to lie in parts, but that each process first copies to main memory.
+
+    Args:
+        config: the run.
+        student: as it was loaded; None where it goes on from a checkpoint, which has its dtype.
+        teacher: as it was loaded.
+    """
+    models = (("student", config.student, student), ("teacher", config.teacher, teacher))
+    for who, side, model in models:
+        if side.sharding == "none" or model is None:
+            continue
+        found = file_dtype(side.model)
+        if found is None or found == DTYPES[side.dtype]:
+            continue
+        name = str(found).removeprefix("torch.")
+        size = sum(weight.nbytes for weight in model.parameters()) / 1e9
+        yield (
+            f"{who}.dtype = {side.dtype!r}, but the files of {side.model!r} have {name}: each "
+            f"process copies all of it, {size:,.1f} GB, to main memory before it keeps its part. "
+            f"{who}.dtype = {name!r} copies nothing"
+        )
 
 
 def _size(model: PreTrainedModel) -> int:
