@@ -68,7 +68,7 @@ FENCES = {
     "datasets": ("data/formats.py",),
     "huggingface_hub": ("data/hub.py", "data/formats.py"),
     "pyarrow": ("data/formats.py",),
-    "vllm": ("rollout/vllm_engine.py",),
+    "vllm": ("rollout/vllm_engine.py", "rollout/nccl_transfer.py"),
     "math_verify": ("grading/_worker.py",),
     "latex2sympy2_extended": ("grading/_worker.py",),
     "antlr4": ("grading/_worker.py",),

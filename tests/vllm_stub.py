@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from nccl_stub import Worker
 from patience import HANG_S
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tokenizers import stop_ids, vocabulary_size
@@ -22,6 +23,7 @@ from tutelage.rollout.http_client import Limits
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.replicas import Replicas
 from tutelage.rollout.vllm_server import VLLMServerSampler
+from tutelage.rollout.weight_transfer import FolderTransfer, WeightTransfer
 
 QUICK = Limits(num_tries=2, first_delay_s=0.01)
 Change = Callable[[dict[str, Any]], None]
@@ -45,6 +47,9 @@ class FakeVLLM(ThreadingHTTPServer):
         """Completions after which it answers nothing any more."""
         self.num_open: int | None = None
         """Completions that are answered; others wait for ever."""
+        self.gone_at = self.stuck_at = ""
+        """Path of a request from which on it answers nothing, or that waits for ever."""
+        self.worker = Worker(self.model)
         self.is_closed = threading.Event()
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.lock = threading.Lock()
@@ -56,6 +61,8 @@ class FakeVLLM(ThreadingHTTPServer):
     def is_gone(self, path: str) -> bool:
         """Whether a request gets no answer, as from a process that died."""
         with self.lock:
+            if path == self.gone_at:
+                self.num_left = 0
             if self.num_left and path == "/v1/completions":
                 self.num_left -= 1
                 return False
@@ -63,6 +70,8 @@ class FakeVLLM(ThreadingHTTPServer):
 
     def is_stuck(self, path: str) -> bool:
         """Whether a request has to wait for ever."""
+        if path == self.stuck_at:
+            return True
         with self.lock:
             if self.num_open is None or path != "/v1/completions":
                 return False
@@ -72,6 +81,9 @@ class FakeVLLM(ThreadingHTTPServer):
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with self.lock:
             self.asked.append((path, body))
+            about_weights = self.worker.answer(path, body)
+            if about_weights is not None:
+                return about_weights
             match path:
                 case "/v1/models":
                     about = {"id": "student", "max_model_len": self.max_model_len}
@@ -158,10 +170,15 @@ def serving(model: PreTrainedModel, stops: frozenset[int], num_ids: int) -> Iter
 
 
 def sampler_of(
-    model: Any, tokenizer: Any, urls: Sequence[str], folder: Path, min_replicas: int = 0
+    model: Any,
+    tokenizer: Any,
+    urls: Sequence[str],
+    by: Path | WeightTransfer,
+    min_replicas: int = 0,
 ) -> ReplicaSampler:
-    """A sampler that gives a server up soon."""
-    replicas = Replicas(urls, folder, 4, QUICK, min_replicas)
+    """A sampler that gives a server up soon; weights are handed over in a folder, or otherwise."""
+    transfer = FolderTransfer(by) if isinstance(by, Path) else by
+    replicas = Replicas(urls, transfer, 4, QUICK, min_replicas)
     inner = VLLMServerSampler(model, tokenizer, replicas)
     return ReplicaSampler(inner, replicas, model)
 

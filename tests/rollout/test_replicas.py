@@ -202,7 +202,11 @@ def test_a_url_of_earlier_versions_is_explained_and_still_names_the_same_run() -
         ({"urls": ["a", "a"]}, "engine.urls must be different addresses, got ['a']"),
         ({"urls": "a"}, "engine.urls must be a list, got 'a'"),
         ({"min_replicas": 3}, "engine.min_replicas must be from 0 to 2, the number of"),
-        ({"transfer": "nccl"}, "engine.transfer must be folder, got nccl. NCCL takes vLLM in this"),
+        (
+            {"transfer": "nccl"},
+            "engine.folder must be left out, got f. Weights are not written with",
+        ),
+        ({"folder": ""}, "engine.folder must be a folder, got ''. Every replica must see it under"),
         ({"max_staleness": 2}, "engine.max_staleness: input should be 0 or 1, got 2"),
         ({"min_replicas": -1}, "engine.min_replicas must be from 0 to 2"),
     ],

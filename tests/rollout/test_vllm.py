@@ -33,6 +33,7 @@ from tutelage.rollout.replicas import Replicas
 from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
+from tutelage.rollout.weight_transfer import FolderTransfer
 from tutelage.train.loop import train
 
 # vLLM and what it imports warn about a CPU; what is tested is what it computes.
@@ -172,7 +173,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[str]
 
 def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> None:
     model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
-    replicas = Replicas([server], tmp_path / "weights")
+    replicas = Replicas([server], FolderTransfer(tmp_path / "weights"))
     inner = VLLMServerSampler(model, tokenizer, replicas)
     sampler = ReplicaSampler(inner, replicas, model)
     assert largest_gap(sampler, 1) < 1e-4

@@ -79,10 +79,11 @@ class VLLMServer:
     urls: tuple[str, ...]
     """Addresses of servers of the same model, the replicas, without a path, such as
     http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
-    folder: str
-    """Folder for the weights; every replica must see it under the same name."""
+    folder: str = ""
+    """Folder for the weights of transfer folder; every replica must see it under the same name."""
     transfer: Literal["folder", "nccl"] = "folder"
-    """How weights reach the replicas: by a file in the folder; nccl is refused."""
+    """How weights reach the replicas: by a file in the folder, or nccl, from this run's CUDA device
+    into theirs, for vLLM 0.32: better without a folder in memory that all hosts see."""
     min_replicas: int = 0
     """Replicas without which the run ends; with more, one that gives no usable reply is left out
     until the next start. 0: all of them."""
@@ -100,8 +101,12 @@ class VLLMServer:
         require(bool(urls), "engine.urls", "at least one address", list(urls), "Add one.")
         repeated = sorted({url for url in urls if urls.count(url) > 1})
         require(not repeated, "engine.urls", "different addresses", repeated, "Name each once.")
-        why = "NCCL takes vLLM in this process and a second device, and has not been built."
-        require(self.transfer == "folder", "engine.transfer", "folder", self.transfer, why)
+        if self.transfer == "folder":
+            hint = "Every replica must see it under the same name."
+            require(bool(self.folder), "engine.folder", "a folder", repr(self.folder), hint)
+        else:
+            hint = "Weights are not written with engine.transfer = 'nccl'."
+            require(not self.folder, "engine.folder", "left out", self.folder, hint)
         what = f"from 0 to {len(urls)}, the number of engine.urls"
         require(0 <= least <= len(urls), "engine.min_replicas", what, least, "0 is all of them.")
         _require_gap(self.max_logprob_gap)

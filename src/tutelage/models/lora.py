@@ -203,21 +203,30 @@ def _refuse_partial(report: Any, folder: str) -> None:
 
 def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Names and weights that a plain model would have: an adapter is added, layer after layer."""
-    if not model._hf_peft_config_loaded:
-        yield from ((name, weight.detach()) for name, weight in model.named_parameters())
-        return
-    from peft.tuners.lora import LoraLayer
+    for name, weight, layer in _full_weights(model):
+        if layer is not None:
+            weight = weight + layer.get_delta_weight(_NAME).to(weight)
+        yield name, weight.detach()
 
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+def full_shapes(model: PreTrainedModel) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of each of the `full_weights`, without computing them."""
+    return ((name, weight.dtype, tuple(weight.shape)) for name, weight, _ in _full_weights(model))
+
+
+def _full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Any]]:
+    """Names of a plain model, its weights, and the adapted layer whose update is added to each."""
+    adapted: dict[str, Any] = {}
+    if model._hf_peft_config_loaded:
+        from peft.tuners.lora import LoraLayer
+
+        adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     for name, weight in model.named_parameters():
         place, _, leaf = name.partition(".base_layer.")
-        if leaf == "weight" and place in adapted:
-            update = adapted[place].get_delta_weight(_NAME)
-            yield f"{place}.weight", (weight + update.to(weight)).detach()
-        elif leaf:
-            yield f"{place}.{leaf}", weight.detach()
-        elif ".lora_" not in name:
-            yield name, weight.detach()
+        if place in adapted and leaf:
+            yield f"{place}.{leaf}", weight, adapted[place] if leaf == "weight" else None
+        elif not adapted or ".lora_" not in name:
+            yield name, weight, None
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

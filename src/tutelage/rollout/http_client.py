@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -90,7 +91,7 @@ class Client:
     def __init__(self, url: str, limits: Limits, num_concurrent: int = 16) -> None:
         self.limits = limits
         self.num_concurrent = num_concurrent
-        self._url = _checked(url)
+        self.url = _checked(url)
         self._key = _read_key()
         headers = {"Accept-Encoding": "identity", "User-Agent": "tutelage"}
         if self._key is not None:
@@ -102,6 +103,12 @@ class Client:
             timeout=None,  # one read's; the deadline is the whole request's
             trust_env=False,  # no proxy and no other key because of an environment variable
         )
+
+    def once(self) -> Client:
+        """The same server, to be asked for what must not be done twice: there is one try."""
+        other = copy.copy(self)
+        other.limits = replace(self.limits, num_tries=1)
+        return other
 
     def each(
         self,
@@ -146,14 +153,14 @@ class Client:
                 async with (
                     self._session() as session,
                     session.stream(
-                        method, self._url + path, content=content, headers=headers
+                        method, self.url + path, content=content, headers=headers
                     ) as reply,
                 ):
                     return await self._read(reply)
         except TimeoutError:
             raise BadReply(f"no whole reply within {seconds:.0f} s") from None
         except httpx2.RequestError as error:
-            raise BadReply(f"{self._url}: {str(error) or type(error).__name__}") from None
+            raise BadReply(f"{self.url}: {str(error) or type(error).__name__}") from None
 
     async def _read(self, reply: httpx2.Response) -> bytes:
         content = bytearray()
@@ -222,6 +229,18 @@ async def in_thread(function: Callable[..., Value], *arguments: Any) -> Value:
     """What a function returns that may take long, called in a thread of its own."""
     one = anyio.CapacityLimiter(1)  # the default one is shared by all that wait
     return await to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=one)
+
+
+async def in_thread_within(
+    seconds: float, function: Callable[..., Value], *arguments: Any
+) -> Value:
+    """`in_thread`, with the thread left behind if it takes longer.
+
+    Raises:
+        TimeoutError: it did.
+    """
+    with anyio.fail_after(seconds):
+        return await in_thread(function, *arguments)
 
 
 def parse(content: bytes, schema: type[Schema]) -> Schema:

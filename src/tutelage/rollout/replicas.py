@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from pydantic import Field
-from safetensors.torch import save_file
 
-from tutelage.errors import ModelError, RunError, TutelageError, remedy
-from tutelage.files.atomic import new_file
-from tutelage.models.lora import full_weights
-from tutelage.rollout.http_client import Client, Limits, NoReply, Schema, Strict, parse, run_all
+from tutelage.errors import ModelError, TutelageError
+from tutelage.rollout.http_client import Client, Limits, Strict
+from tutelage.rollout.weight_transfer import WeightTransfer, ask_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-_NAME = "model.safetensors"
-
-
-class _Done(Strict):
-    success: Literal[True]
-
-
-class _Results(Strict):
-    results: list[None]
 
 
 class _Model(Strict):
@@ -79,7 +66,7 @@ class Replicas:
 
     Args:
         urls: their addresses without a path, such as http://127.0.0.1:8000.
-        folder: where weights are handed over; every replica must see it under the same name.
+        transfer: how weights reach them.
         num_concurrent: completions that this process asks of one replica at the same time.
         limits: how long and how often a replica is asked.
         min_replicas: the fewest that are enough; 0 for all.
@@ -92,12 +79,12 @@ class Replicas:
     def __init__(
         self,
         urls: Sequence[str],
-        folder: Path,
+        transfer: WeightTransfer,
         num_concurrent: int = 64,
         limits: Limits | None = None,
         min_replicas: int = 0,
     ) -> None:
-        self.urls, self.folder = tuple(urls), folder.absolute()
+        self.urls, self.transfer = tuple(urls), transfer
         self.min_replicas = min_replicas or len(urls)
         self.clients = [Client(url, limits or Limits(), num_concurrent) for url in urls]
         self.live = list(range(len(urls)))
@@ -106,7 +93,7 @@ class Replicas:
         self.undisturbed: Callable[[], AbstractContextManager[None]] = nullcontext
         """Gives a context around what the processes do together; a signal ends it afterwards."""
         self._log: Callable[[str], None] = lambda line: None
-        found, self._silent = self._ask_live(("/v1/models", None, _Models))
+        found, self._silent = ask_all(self._live_clients(), ("/v1/models", None, _Models))
         self.names = {number: models.data[0].id for number, models in found.items()}
         """How each calls its model."""
         lengths = [models.data[0].max_model_len for models in found.values()]
@@ -169,64 +156,25 @@ class Replicas:
         return bool(failed)
 
     def push(self, model: PreTrainedModel) -> None:
-        """Hand the model's weights over: one process writes them, and every replica reads them.
+        """Hand the model's weights over: one process sends them, and every replica takes them.
 
         Raises:
-            ModelError: too few replicas read them.
+            ModelError: too few replicas took them.
             RunError: they cannot be written.
         """
         lost: dict[int, str] = {}
         failure = None
         if self.group.index == 0:
             try:
-                lost = self._hand_over(model)
+                lost = self.transfer.send(model, self._live_clients())
             except TutelageError as error:
                 failure = error
         self.agree(lost, failure)
 
     def close(self) -> None:
-        """The servers stay; the weights handed over last are removed."""
+        """The servers stay; what the handovers took is released."""
         if self.group.index == 0:
-            (self.folder / _NAME).unlink(missing_ok=True)
+            self.transfer.close()
 
-    def _hand_over(self, model: PreTrainedModel) -> dict[int, str]:
-        self._write(model)
-        order = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-        return self._ask_live(
-            ("/collective_rpc", order, _Results), ("/reset_prefix_cache", {}, _Done)
-        )[1]
-
-    def _ask_live(
-        self, *requests: tuple[str, dict[str, Any] | None, type[Schema]]
-    ) -> tuple[dict[int, Schema], dict[int, str]]:
-        """Send requests one after the other to every live replica, to all at the same time.
-
-        Returns:
-            The reply to the last request by the replica's number, and what was wrong with others.
-        """
-
-        async def ask(client: Client) -> Schema | NoReply:
-            try:
-                for path, body, schema in requests:
-                    reply = await client.send(path, body, partial(parse, schema=schema))
-            except NoReply as error:
-                return error
-            return reply
-
-        clients = [self.clients[number] for number in self.live]
-        replies = run_all([(client, partial(ask, client)) for client in clients])
-        found = dict(zip(self.live, replies, strict=True))
-        lost = {n: reply.reason for n, reply in found.items() if isinstance(reply, NoReply)}
-        return {n: r for n, r in found.items() if not isinstance(r, NoReply)}, lost
-
-    def _write(self, model: PreTrainedModel) -> None:
-        weights = {name: weight.cpu().contiguous() for name, weight in full_weights(model)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with new_file(self.folder / _NAME, is_durable=False) as new:
-                save_file(weights, new, {"format": "pt"})
-        except OSError as error:
-            raise RunError(
-                f"weights cannot be written to engine.folder {self.folder}: {error.strerror}. "
-                + remedy(error, "Name a folder that the server reads, too.")
-            ) from None
+    def _live_clients(self) -> dict[int, Client]:
+        return {number: self.clients[number] for number in self.live}

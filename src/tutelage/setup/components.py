@@ -40,6 +40,7 @@ from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
 from tutelage.rollout.cuda.generate import forget
+from tutelage.rollout.nccl_transfer import NCCLTransfer, require_nccl
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.replicas import Replicas
 from tutelage.rollout.request import Agent
@@ -47,7 +48,8 @@ from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersService
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
-from tutelage.setup.inputs import Inputs, load_inputs, thinking
+from tutelage.rollout.weight_transfer import FolderTransfer, WeightTransfer
+from tutelage.setup.inputs import Inputs, load_inputs, pick_device, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
 from tutelage.setup.teacher import build_teacher, load_teacher, set_attention, try_teacher
@@ -210,8 +212,9 @@ def make_sampler(
     """The sampler of the configured engine, for conversations that `service` leads if it is one."""
     engine, thinks = config.engine, thinking(config.data)
     if isinstance(engine, VLLMServer):
-        folder, at_once, least = Path(engine.folder), engine.num_concurrent, engine.min_replicas
-        replicas = Replicas(engine.urls, folder, at_once, min_replicas=least)
+        at_once, least = engine.num_concurrent, engine.min_replicas
+        transfer = make_transfer(engine, pick_device(config.device))
+        replicas = Replicas(engine.urls, transfer, at_once, min_replicas=least)
         inner = VLLMServerSampler(student, tokenizer, replicas, thinks)
         local = inner if service is None else VerifiersSampler(inner, service, is_owner=True)
         return ReplicaSampler(local, replicas, student)
@@ -222,6 +225,14 @@ def make_sampler(
     else:
         sampler = TransformersSampler(student, tokenizer, config.sampling_batch_size, thinks)
     return sampler if service is None else VerifiersSampler(sampler, service, is_owner=True)
+
+
+def make_transfer(engine: VLLMServer, device: torch.device) -> WeightTransfer:
+    """How the student's weights reach an engine's replicas from a device."""
+    if engine.transfer == "folder":
+        return FolderTransfer(Path(engine.folder))
+    require_nccl(device)
+    return NCCLTransfer()
 
 
 def _refuse_other_ends(

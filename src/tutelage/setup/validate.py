@@ -11,7 +11,7 @@ from pathlib import Path
 from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import PacedWeighting, RewardWeighting
-from tutelage.config.sampling import VLLMEngine
+from tutelage.config.sampling import VLLMEngine, VLLMServer
 from tutelage.config.schema import Config, FileData
 from tutelage.data.prompts import FileTask
 from tutelage.envs.environment import AgentTask
@@ -19,6 +19,7 @@ from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
 from tutelage.models.chat.tool_format import format_of
 from tutelage.models.chat.turn_template import TurnTemplate
 from tutelage.models.tokenizers import control_ids
+from tutelage.rollout.nccl_transfer import require_nccl
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.run_folder import RunFolder
@@ -50,6 +51,8 @@ def validate(
     _refuse_too_many_completions(config)
     require_trackers(config)
     _refuse_layers(config)
+    if isinstance(config.engine, VLLMServer) and config.engine.transfer == "nccl":
+        require_nccl(pick_device(config.device))
     _require_packages(config)
     earlier = RunFolder(folder, is_writer=False).read_manifest()
     refuse_another_run(config, folder, earlier, allow_change)
