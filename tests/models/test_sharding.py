@@ -18,6 +18,7 @@ from tutelage.models.load import load_model
 from tutelage.models.offload import MappedFile, whole_pages
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.sharding import require_shardable
+from tutelage.setup import components
 from tutelage.setup.components import build_components
 from tutelage.setup.validate import validate
 
@@ -66,11 +67,11 @@ def test_frozen_weights_may_be_of_another_dtype(tiny_models: Path) -> None:
 
 def test_one_process_has_all_weights_whatever_the_key_says(tiny_models: Path) -> None:
     student = {"model": str(tiny_models / "student"), "sharding": "fsdp2", "sharding_group_size": 2}
-    components = build_components(tiny_config(tiny_models, Path("unused"), student=student))
-    assert not components.student.is_sharded
-    assert components.student.plain is components.student.model
-    with components.whole() as same:
-        assert same is components
+    found = build_components(tiny_config(tiny_models, Path("unused"), student=student))
+    assert not found.student.is_sharded
+    assert found.student.plain is found.student.model
+    with found.whole() as same:
+        assert same is found
 
 
 @pytest.mark.parametrize(
@@ -110,12 +111,18 @@ def is_in_a_file(tensor: torch.Tensor) -> bool:
     return any(int(a, 16) <= tensor.data_ptr() < int(b, 16) for a, b in found)
 
 
-def test_a_student_that_starts_as_its_teacher_is_no_copy(tiny_models: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_student_that_starts_as_a_shared_teacher_is_no_copy(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(components, "num_processes", lambda: count)
     side = {"model": str(tiny_models / "student")}
-    config = tiny_config(tiny_models, Path("unused"), student=side, teacher=side)
-    components = build_components(config)
-    weights = [*components.student.model.parameters(), *components.teacher.model.parameters()]
-    assert all(is_in_a_file(weight) for weight in weights)
+    teacher = side | {"sharding": "fsdp2"}
+    config = tiny_config(tiny_models, Path("unused"), student=side, teacher=teacher)
+    found = build_components(config, is_run=False)
+    weights = [*found.student.model.parameters()]
+    assert [is_in_a_file(weight) for weight in weights] == [count > 1] * len(weights)
+    weights += found.teacher.model.parameters()
     assert len({weight.data_ptr() for weight in weights}) == len(weights)
 
 

@@ -130,8 +130,12 @@ def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> Pr
     start, other = config.student, config.teacher
     same = (start.model, start.dtype, start.quantization)
     is_same = same == (other.model, other.dtype, other.quantization)
-    if is_same and start.quantization == "none" and resolve_model(start.model).gguf_file:
-        model = copy.deepcopy(teacher)  # unpacking a GGUF file twice takes many seconds
+    is_mapped = other.sharding != "none" and num_processes() > 1
+    is_here = teacher.device.type == device.type and not is_mapped
+    # A copy of what is only mapped would take main memory; a GGUF file takes seconds to unpack.
+    is_copied = is_here or resolve_model(start.model).gguf_file is not None
+    if is_same and start.quantization == "none" and is_copied:
+        model = copy.deepcopy(teacher)
         model.to(device)
     else:
         model = load_model(start.model, start.dtype, str(device), quantization=start.quantization)
