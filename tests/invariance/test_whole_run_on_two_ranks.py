@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from patience import HANG_S
 from ranks import Ended, run_ranks
 from tutelage.cli import main
 
@@ -40,7 +41,7 @@ def arguments(out: Path, **changes: Any) -> list[str]:
 
 def two(*arguments: str) -> list[Ended]:
     """Both ranks of one command."""
-    return run_ranks([sys.executable, "-c", PROGRAM, *arguments], 2)
+    return run_ranks([sys.executable, "-c", PROGRAM, *arguments], 2, limit_s=HANG_S)
 
 
 def losses(out: Path) -> list[float]:
@@ -76,6 +77,15 @@ def test_ranks_that_are_refused_leave_their_group_too(tmp_path: Path) -> None:
     said = ranks[0].said + ranks[1].said
     assert said.count("\n") == said.count("prompts_per_step must be a multiple of 2") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_evaluate_together_and_one_says_what_they_found() -> None:
+    student = "package:tutelage/assets/ledger-overconfident"
+    lengths = ("--num-problems=3", "--num-samples=2", "--max-new-tokens=8")
+    first, second = two("eval", student, *lengths, "--device=cpu", "--json")
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert json.loads(first.said.splitlines()[-1])["num_problems"] == 3
+    assert second.said == ""
 
 
 def test_weights_in_parts_are_one_run_and_leave_the_group(tmp_path: Path) -> None:

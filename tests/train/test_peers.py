@@ -235,7 +235,6 @@ def test_others_get_to_know_how_a_process_ended(
     caught: BaseException | None = None
     try:
         with Peers(tmp_path, HANG_S) as peers, peers.told():
-            peers.watch()
             peers.meet()
             if error is not None:
                 raise error
@@ -258,7 +257,6 @@ def test_a_refusal_that_all_share_is_said_as_it_is(
 
     def load() -> None:
         with Peers(tmp_path, HANG_S) as peers, peers.told():
-            peers.watch()
             peers.meet()
             raise ConfigError("no such model.")
 
@@ -279,7 +277,6 @@ def test_a_single_process_watches_nobody(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with Peers(tmp_path, 5) as peers, peers.told():
-        peers.watch()
         peers.meet()
     assert [thread.name for thread in threading.enumerate() if thread.name == "peers"] == []
 
@@ -292,7 +289,6 @@ from tutelage.errors import LostProcessError
 from tutelage.train.peers import Peers
 try:
     with Peers(Path(sys.argv[1]), 1800) as peers, peers.told():
-        peers.watch()
         peers.meet()
         torch.distributed.init_process_group("gloo")
         for step in range(10**9):

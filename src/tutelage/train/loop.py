@@ -90,7 +90,6 @@ def train(
     path = run_folder(config, name)
     all_of = peers or Peers(path, config.process_timeout_s)
     with nullcontext() if peers else all_of, ExitStack() as stack, all_of.told():
-        all_of.watch()
         all_of.meet()
         accelerator = open_accelerator(config, path, pick_device(config.device))
         stack.enter_context(Leaving(accelerator))

@@ -47,8 +47,9 @@ _RUNS = counter()
 class Peers:
     """The processes of a run, of which this is one; for a single process it does nothing.
 
-    A context manager: inside, from `watch` on, a thread watches the others. If one is lost, the
-    main thread ends with `LostProcessError`, or, where it cannot, the process with exit code 2.
+    A context manager: inside, from `watch` or `meet` on, a thread watches the others. If one is
+    lost, the main thread ends with `LostProcessError`, or, where it cannot, the process with exit
+    code 2.
 
     Args:
         folder: of the run, whose newest checkpoint is named.
@@ -111,7 +112,7 @@ class Peers:
             self._close()
 
     def watch(self) -> None:
-        """Begin to watch, inside the block, which an interrupt by the thread then ends.
+        """Begin to watch, if not yet, inside the block, which an interrupt by the thread ends.
 
         Raises:
             RunError: this process has the store, and its port cannot be used.
@@ -127,13 +128,15 @@ class Peers:
         return self._lost is not None
 
     def meet(self) -> None:
-        """Wait until every process has started.
+        """Watch, and wait until every process has started.
 
         Raises:
             LostProcessError: one did not, or ended.
+            RunError: as `watch`.
         """
         if self._thread is None:
             return
+        self.watch()
         with self._lock:
             while self._lost is None and not self._watch.has_started():
                 self._lock.wait(PERIOD_S)
