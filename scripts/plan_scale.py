@@ -28,7 +28,7 @@ from tutelage.memory import cuda, rollout_cuda  # noqa: E402
 from tutelage.memory.facts import Facts  # noqa: E402
 from tutelage.memory.meta_model import learning_from, reading, shapes  # noqa: E402
 from tutelage.memory.plan import UNKNOWN_BYTES, MemoryPlan  # noqa: E402
-from tutelage.memory.shards import Processes  # noqa: E402
+from tutelage.setup.process_counts import ProcessCounts  # noqa: E402
 
 GIB = 1 << 30
 PAGE = ROOT / "docs" / "scale.md"
@@ -130,7 +130,7 @@ def side(name: str, student: bool) -> Any:
 def plan(pair: Pair, way: Way, decoded: int, count: int, card: int) -> MemoryPlan:
     """The plan of one of `count` processes, eight a host."""
     size = int(CARDS[card] * GIB)
-    processes = Processes(count, max(1, count // 8))
+    processes = ProcessCounts(count, max(1, count // 8))
     room = UNKNOWN_BYTES * processes.per_host
     facts = Facts(size, size, (9, 0) if card >= 80 else (8, 9), True, room)
     sides = (side(pair.student, True), side(pair.teacher, False))

@@ -74,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse_processes(command: str) -> None:
     """Several processes of a command that shares nothing out would each do all of it."""
-    if command in _ALONE and num_processes() > 1:
+    if command in _ALONE and (found := num_processes()) > 1:
+        plans = f"; `tutelage check --processes {found}` plans a run of {found}"
         raise ConfigError(
-            f"`tutelage {command}` works in one process, got {num_processes()}. Start it without "
-            "the launcher."
+            f"`tutelage {command}` works in one process, got {found}. Start it without the "
+            f"launcher{plans if command == 'check' else ''}."
         )
 
 

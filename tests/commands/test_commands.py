@@ -50,6 +50,12 @@ def test_help_has_an_example_of_the_command(command: str) -> None:
     assert re.search(rf"^example:\n  tutelage {command} \S+", text, re.MULTILINE)
 
 
+def test_help_of_train_has_an_example_of_several_processes() -> None:
+    assert (
+        "\n  python -m tutelage.commands.launch 2 train configs/" in succeed("train", "--help").out
+    )
+
+
 def test_help_lists_every_command_and_no_other() -> None:
     text = succeed("--help").out
     listed = re.findall(r"^    ([a-z]+) ", text, re.MULTILINE)

@@ -109,5 +109,6 @@ def test_commands_that_share_nothing_are_refused_in_several_processes(
         first = capsys.readouterr().err
         assert main(command) == 2  # the other process
     assert f"`tutelage {command[0]}` works in one process, got 2." in first
+    assert ("`tutelage check --processes 2` plans" in first) == (command[0] == "check")
     assert first.count("\n") == 1
     assert capsys.readouterr().err == ""

@@ -20,9 +20,9 @@ from tutelage.memory.cpu import (
     plan_memory,
 )
 from tutelage.memory.plan import MemoryPlan, Phase
-from tutelage.memory.shards import Processes
 from tutelage.models.load import load_model
 from tutelage.setup.components import build_components
+from tutelage.setup.process_counts import ProcessCounts
 
 
 def phases_of(models: Path, out: Path, **changes: Any) -> dict[str, dict[str, int]]:
@@ -111,11 +111,11 @@ def test_check_plans_one_of_several_processes(tmp_path: Path, tiny_models: Path)
         for who in ("student", "teacher")
     }
     config = tiny_config(tiny_models, tmp_path, prompts_per_step=4, **sides)
-    text = "\n".join(check(config, "name", (), Processes(2)))
+    text = "\n".join(check(config, "name", (), ProcessCounts(2)))
     assert "memory: of each of 2 processes, student fsdp2 in groups of 2, teacher fsdp2" in text
     components = build_components(config)
     one, two = (
-        {p.name: p.parts for p in plan_memory(config, components, 10, Processes(n)).phases}
+        {p.name: p.parts for p in plan_memory(config, components, 10, ProcessCounts(n)).phases}
         for n in (1, 2)
     )
     held = ("student", "masters", "optimizer")
@@ -124,4 +124,4 @@ def test_check_plans_one_of_several_processes(tmp_path: Path, tiny_models: Path)
     assert two["teacher"]["teacher"] < one["teacher"]["teacher"]
     assert two["rollout"]["whole weights"] >= one["rollout"]["student"]
     with pytest.raises(ConfigError, match="multiple of 3"):
-        list(check(config, "name", (), Processes(3)))
+        list(check(config, "name", (), ProcessCounts(3)))

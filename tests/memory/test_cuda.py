@@ -18,17 +18,21 @@ from tutelage.memory.cuda import plan_cuda, plan_run
 from tutelage.memory.facts import ALLOCATOR_SHARE, CONTEXT_BYTES, Facts
 from tutelage.memory.meta_model import shadow
 from tutelage.memory.plan import UNCOUNTED, Phase
-from tutelage.memory.shards import ONE, Processes
 from tutelage.models.load import load_model
 from tutelage.models.lora import checkpoint_activations
 from tutelage.setup.components import build_components
+from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 
 MIB, GIB = 1 << 20, 1 << 30
 CARD = Facts(140 * GIB, 100 * GIB, (9, 0), True, 200 * GIB)
 
 
 def phases_of(
-    models: Path, out: Path, facts: Facts = CARD, processes: Processes = ONE, **changes: Any
+    models: Path,
+    out: Path,
+    facts: Facts = CARD,
+    processes: ProcessCounts = ONE_PROCESS,
+    **changes: Any,
 ) -> Any:
     """Parts of each phase of a tiny run on a card that is not there, and main memory's."""
     config = tiny_config(models, out, **changes)
@@ -167,7 +171,7 @@ def test_what_torch_holds_already_is_available(monkeypatch: pytest.MonkeyPatch) 
     assert available_bytes(torch.device("cuda")) == 5 * GIB
 
 
-def parts_of(models: Path, out: Path, processes: Processes, **changes: Any) -> Any:
+def parts_of(models: Path, out: Path, processes: ProcessCounts, **changes: Any) -> Any:
     """Parts of each phase in one of several processes."""
     student = {"model": str(models / "student"), "dtype": "bfloat16", "sharding": "fsdp2"}
     teacher = {"model": str(models / "teacher"), "dtype": "bfloat16"}
@@ -178,7 +182,7 @@ def parts_of(models: Path, out: Path, processes: Processes, **changes: Any) -> A
 def test_a_process_holds_its_shards_and_gathers_the_rest_for_a_while(
     tmp_path: Path, models: Path
 ) -> None:
-    two, eight = (parts_of(models, tmp_path, Processes(n)) for n in (2, 8))
+    two, eight = (parts_of(models, tmp_path, ProcessCounts(n)) for n in (2, 8))
     student = load_model(str(models / "student"), "bfloat16")
     weights = sum(p.numel() for p in student.parameters())
     for plan, count in ((two, 2), (eight, 8)):
@@ -190,7 +194,7 @@ def test_a_process_holds_its_shards_and_gathers_the_rest_for_a_while(
         assert 2 * weights <= whole < 3.1 * weights
         assert plan["run"]["checkpoint copy"] == 0
     assert two["learn"]["gradients"] >= 4 * eight["learn"]["gradients"] * 0.9
-    one = parts_of(models, tmp_path, Processes(1))
+    one = parts_of(models, tmp_path, ProcessCounts(1))
     assert "whole weights" not in one["rollout"] or one["rollout"]["whole weights"] == 0
     held = ("student", "masters", "optimizer")
     assert sum(two["learn"][k] for k in held) <= 0.55 * sum(one["learn"][k] for k in held)
@@ -199,14 +203,14 @@ def test_a_process_holds_its_shards_and_gathers_the_rest_for_a_while(
     grouped = {"model": str(models / "student"), "dtype": "bfloat16", "sharding": "fsdp2"}
     grouped |= {"sharding_group_size": 2}
     assert (
-        parts_of(models, tmp_path, Processes(8), student=grouped)["learn"]["student"]
+        parts_of(models, tmp_path, ProcessCounts(8), student=grouped)["learn"]["student"]
         == (two["learn"]["student"])
     )
 
 
 def test_shards_in_main_memory_are_counted_there(tmp_path: Path, models: Path) -> None:
     moved = {"optimizer": {"learning_rate": 1e-3, "offload": True}}
-    plan = parts_of(models, tmp_path, Processes(2), **moved)
+    plan = parts_of(models, tmp_path, ProcessCounts(2), **moved)
     assert plan["learn"]["student"] == plan["learn"]["optimizer"] == 0
     weights = sum(p.numel() for p in load_model(str(models / "student")).parameters())
     assert plan["run"]["float32 weights"] >= 4 * weights / 2
@@ -219,7 +223,7 @@ def test_a_teacher_of_several_processes_keeps_a_part_and_the_head(
     tmp_path: Path, models: Path, sharding: str
 ) -> None:
     table = {"model": str(models / "teacher"), "dtype": "bfloat16", "sharding": sharding}
-    plan = parts_of(models, tmp_path, Processes(2), teacher=table)
+    plan = parts_of(models, tmp_path, ProcessCounts(2), teacher=table)
     teacher = load_model(str(models / "teacher"), "bfloat16")
     weights, head = sum(p.nbytes for p in teacher.parameters()), teacher.lm_head.weight.nbytes
     for phase in ("rollout", "teacher", "learn"):
@@ -230,7 +234,7 @@ def test_a_teacher_of_several_processes_keeps_a_part_and_the_head(
 def test_several_processes_of_a_host_share_its_main_memory(tmp_path: Path, models: Path) -> None:
     sides = [shadow(load_model(str(models / who))) for who in ("student", "teacher")]
     config = tiny_config(models, tmp_path, prompts_per_step=8)
-    spread = [plan_cuda(config, *sides, CARD, 10, Processes(8, hosts)) for hosts in (1, 4)]
+    spread = [plan_cuda(config, *sides, CARD, 10, ProcessCounts(8, hosts)) for hosts in (1, 4)]
     assert [plan.host and plan.host.available_bytes for plan in spread] == [25 * GIB, 100 * GIB]
     lines = list(spread[1].lines())
     assert lines[0] == "memory: of each of 8 processes, 4 hosts"
@@ -240,6 +244,6 @@ def test_whole_weights_that_do_not_fit_have_a_way_out(tmp_path: Path, models: Pa
     student = {"model": str(models / "student"), "sharding": "fsdp2"}
     config = tiny_config(models, tmp_path, prompts_per_step=8, student=student)
     sides = [shadow(load_model(str(models / who))) for who in ("student", "teacher")]
-    plan = plan_cuda(config, *sides, replace(CARD, available_bytes=1), 10, Processes(8))
+    plan = plan_cuda(config, *sides, replace(CARD, available_bytes=1), 10, ProcessCounts(8))
     rollout = replace(plan, phases=(Phase("rollout", {"whole weights": 9, "KV cache": 2}),))
     assert [line for line in rollout.lines() if "vllm_server" in line]

@@ -20,7 +20,7 @@ from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_cuda
 from tutelage.memory.facts import Facts
 from tutelage.memory.meta_model import shadow
-from tutelage.memory.shards import Processes, Shards, TeacherParts, shard_numel
+from tutelage.memory.shards import Shards, TeacherParts, shard_numel
 from tutelage.models.load import load_model
 from tutelage.models.lora import add_lora
 from tutelage.models.sharding import (
@@ -32,6 +32,7 @@ from tutelage.models.sharding import (
     whole_weights,
 )
 from tutelage.models.teacher_shards import TeacherShards, held_bytes
+from tutelage.setup.process_counts import ProcessCounts
 
 COUNT = 3
 CPU = torch.device("cpu")
@@ -156,18 +157,22 @@ def test_a_teacher_in_parts_is_as_large_as_planned(models: Path) -> None:
 
 def test_processes_that_cannot_share_evenly_are_refused(tmp_path: Path, models: Path) -> None:
     with pytest.raises(ConfigError, match="multiple of the number of hosts"):
-        Processes(4, 3)
+        ProcessCounts(4, 3)
     sharded = {"model": str(models / "student"), "sharding": "fsdp2", "sharding_group_size": 3}
     config = tiny_config(models, tmp_path, student=sharded)
     with pytest.raises(ConfigError, match="must divide the number of processes"):
-        Processes(4).student_group(config)
-    assert Processes(6).student_group(config) == 3
-    assert Processes(1).student_group(config) == 1
+        ProcessCounts(4).student_group(config)
+    assert ProcessCounts(6).student_group(config) == 3
+    assert ProcessCounts(1).student_group(config) == 1
     with pytest.raises(ConfigError, match="prompts_per_step must be a multiple of 3"):
-        Processes(3).prompts(config)
-    assert Processes(6, 2).described(config) == (
-        "6 processes, 2 hosts, student fsdp2 in groups of 3"
+        ProcessCounts(3).prompts(config)
+    assert ProcessCounts(6, 2).title(config) == (
+        "of each of 6 processes, 2 hosts, student fsdp2 in groups of 3"
     )
+    assert ProcessCounts(1).title(config) == (
+        "plan of one process, which holds all weights; --processes N plans N"
+    )
+    assert ProcessCounts(1).title(tiny_config(models, tmp_path)) == ""
 
 
 def test_rows_are_cut_as_torch_cuts_them() -> None:
@@ -200,9 +205,9 @@ def test_models_of_another_dtype_than_their_files_are_counted_twice(
     config = tiny_config(models, tmp_path, student=student, teacher=teacher | {"dtype": "bfloat16"})
     sides = [load_model(str(models / "student"), dtype) for dtype in ("float32", "bfloat16")]
     size = sum(weight.nbytes for weight in sides[1].parameters())
-    processes = Processes(4, 2)
+    processes = ProcessCounts(4, 2)
     assert processes.copied_bytes(config, *sides) == size
-    assert Processes(1).copied_bytes(config, *sides) == 0
+    assert ProcessCounts(1).copied_bytes(config, *sides) == 0
     twins = [shadow(side) for side in sides]
     facts = Facts(1 << 34, 1 << 34, (9, 0), True, 2 * size)
     plan = plan_cuda(config, *twins, facts, 8, processes, size)

@@ -17,7 +17,7 @@ from tutelage.models import optimizer
 from tutelage.models.load import load_model
 from tutelage.models.offload import MappedFile, whole_pages
 from tutelage.models.optimizer import MasterWeights
-from tutelage.models.sharding import require_shardable
+from tutelage.models.sharding import require_shardable_student
 from tutelage.setup import components
 from tutelage.setup.components import build_components
 from tutelage.setup.validate import validate
@@ -49,10 +49,10 @@ def shared(model: Any) -> None:
 )
 def test_a_model_that_cannot_be_cut_is_one_line(tiny_models: Path, change: Any, part: str) -> None:
     model = load_model(str(tiny_models / "student"))
-    require_shardable(model)
+    require_shardable_student(model)
     change(model)
     with pytest.raises(ConfigError) as refused:
-        require_shardable(model)
+        require_shardable_student(model)
     said = str(refused.value)
     assert part in said
     assert "\n" not in said
@@ -62,7 +62,7 @@ def test_a_model_that_cannot_be_cut_is_one_line(tiny_models: Path, change: Any, 
 def test_frozen_weights_may_be_of_another_dtype(tiny_models: Path) -> None:
     model = load_model(str(tiny_models / "student"))
     model.model.embed_tokens.requires_grad_(False).to(torch.bfloat16)
-    require_shardable(model)
+    require_shardable_student(model)
 
 
 def test_one_process_has_all_weights_whatever_the_key_says(tiny_models: Path) -> None:
@@ -100,7 +100,7 @@ def test_groups_have_to_be_as_large_as_each_other(tiny_models: Path, tmp_path: P
     student = {"model": str(tiny_models / "student"), "sharding": "fsdp2", "sharding_group_size": 3}
     config = tiny_config(tiny_models, tmp_path / "run", student=student)
     validate(config, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"student\.sharding_group_size must divide .* got 3 and"):
+    with pytest.raises(ConfigError, match=r"student\.sharding_group_size must divide .* 4, got 3"):
         validate(config, tmp_path / "run", num_processes=4)
 
 
@@ -161,12 +161,12 @@ def test_experts_that_some_process_may_not_use_need_a_newer_torch(
 ) -> None:
     model = load_model(str(tiny_models / "student"))
     monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
-    require_shardable(model)
+    require_shardable_student(model)
     model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
     with pytest.raises(ConfigError, match=r"experts .*\(model\.layers\.0\.mlp\.experts of Qwen3"):
-        require_shardable(model)
+        require_shardable_student(model)
     monkeypatch.undo()
-    require_shardable(model)
+    require_shardable_student(model)
 
 
 def test_a_weight_that_has_left_its_master_is_not_learned_in_vain(

@@ -18,9 +18,9 @@ from tiny import save_tiny_model, tiny_config
 from tutelage.commands.check import check
 from tutelage.config.parse import parse_config
 from tutelage.errors import ConfigError, ModelError
-from tutelage.memory.shards import Processes
 from tutelage.models.forward import foreign
-from tutelage.models.teacher_shards import require_shardable
+from tutelage.models.teacher_shards import require_shardable_teacher
+from tutelage.setup.process_counts import ProcessCounts
 from tutelage.setup.teacher import load_teacher
 from tutelage.setup.validate import validate
 
@@ -89,17 +89,17 @@ def test_what_cannot_be_cut_is_refused(changes: dict[str, Any], match: str) -> N
 
 
 def test_architectures_that_cannot_be_cut_are_refused(gpt2: Any, qwen3: Any) -> None:
-    require_shardable(gpt2, "fsdp2", "teacher")
-    require_shardable(qwen3, "tp", "teacher", 2)
+    require_shardable_teacher(gpt2, "fsdp2", "teacher")
+    require_shardable_teacher(qwen3, "tp", "teacher", 2)
     with pytest.raises(
         ModelError, match=r"GPT2LMHeadModel, has no plan for tensor parallelism.*fs"
     ):
-        require_shardable(gpt2, "tp", "teacher")
+        require_shardable_teacher(gpt2, "tp", "teacher")
     with pytest.raises(ModelError, match="has 2 num_key_value_heads, which 4 processes cannot"):
-        require_shardable(qwen3, "tp", "teacher", 4)
+        require_shardable_teacher(qwen3, "tp", "teacher", 4)
     gpt2._no_split_modules = None
     with pytest.raises(ModelError, match="names no layers that could be gathered one by one"):
-        require_shardable(gpt2, "fsdp2", "teacher")
+        require_shardable_teacher(gpt2, "fsdp2", "teacher")
 
 
 @pytest.mark.parametrize("is_there", [False, True])
@@ -127,7 +127,7 @@ def test_files_and_groups_that_do_not_suit_are_refused(tmp_path: Path, tiny_mode
     whole = str(tiny_models / "teacher")
     three = {"model": whole, "sharding": "tp", "sharding_group_size": 3}
     config = tiny_config(tiny_models, tmp_path / "out", teacher=three)
-    with pytest.raises(ConfigError, match="must divide the number of processes, got 3 and 4"):
+    with pytest.raises(ConfigError, match="must divide the number of processes, 4, got 3"):
         validate(config, tmp_path / "out", 4)
 
 
@@ -138,7 +138,7 @@ def test_check_looks_at_a_teacher_that_is_to_be_cut(tiny_models: Path, tmp_path:
         list(check(config, "run"))
     config = replace(config, teacher=replace(config.teacher, sharding_group_size=0))
     with pytest.raises(ModelError, match="has 2 num_key_value_heads, which 4 processes cannot"):
-        list(check(config, "run", processes=Processes(4)))
+        list(check(config, "run", processes=ProcessCounts(4)))
     config = replace(config, teacher=replace(config.teacher, sharding_group_size=2))
     measured = replace(config, evaluation=replace(config.evaluation, num_problems=2))
     lines = list(check(measured, "run"))

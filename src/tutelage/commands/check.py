@@ -16,11 +16,11 @@ from tutelage.config.schema import Config
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
-from tutelage.memory.shards import ONE, Processes
 from tutelage.models.chat.tool_format import format_of
-from tutelage.models.teacher_shards import require_shardable
+from tutelage.models.teacher_shards import require_shardable_teacher
 from tutelage.setup.components import Components, build_components
 from tutelage.setup.inputs import Inputs
+from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 from tutelage.setup.run_folder import run_folder
 from tutelage.setup.validate import validate
 
@@ -36,7 +36,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
             f"--allow-change {allowed[0]} is for continuing a run, and --dry-run has a run of its "
             "own. Give one of the two."
         )
-    processes = Processes(arguments.processes or 1, arguments.hosts or 1)
+    processes = ProcessCounts(arguments.processes or 1, arguments.hosts or 1)
     for line in _lines(config, arguments, processes):
         print(line, flush=True)
     if arguments.decontaminate is not None:
@@ -45,7 +45,9 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _lines(config: Config, arguments: argparse.Namespace, processes: Processes) -> Iterator[str]:
+def _lines(
+    config: Config, arguments: argparse.Namespace, processes: ProcessCounts
+) -> Iterator[str]:
     """What was asked for.
 
     Raises:
@@ -74,7 +76,7 @@ def check(
     config: Config,
     name: str,
     allow_change: tuple[str, ...] = (),
-    processes: Processes = ONE,
+    processes: ProcessCounts = ONE_PROCESS,
 ) -> Iterator[str]:
     """Lines on models, tokenizers and data that fit each other, and on what the run will do.
 
@@ -118,14 +120,16 @@ def check(
     yield f"folder: {run_folder(config, name)} on {components.device}"
 
 
-def _sharding_lines(config: Config, components: Components, processes: Processes) -> Iterator[str]:
+def _sharding_lines(
+    config: Config, components: Components, processes: ProcessCounts
+) -> Iterator[str]:
     """How processes are to hold the teacher together, if they are."""
     kind, size = config.teacher.sharding, config.teacher.sharding_group_size
     if kind == "none":
         return
     with components.teacher.on_device():
         who, count = f"teacher {config.teacher.model!r}", size or processes.count
-        require_shardable(components.teacher.model, kind, who, count)
+        require_shardable_teacher(components.teacher.model, kind, who, count)
     yield (
         f"teacher: cut by {kind} over {size or 'all'} processes; its forward pass is tried when "
         "they start"

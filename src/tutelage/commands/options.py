@@ -25,6 +25,11 @@ _EXAMPLES = {
     "report": "tutelage report runs/ledger-1a2b3c4d",
     "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
 }
+_MORE = {
+    "train": "\n\nin 2 processes, one a device:\n"
+    "  python -m tutelage.commands.launch 2 train configs/examples/ledger.toml",
+}
+"""Further examples."""
 _SUMMARIES = {
     "check": "Check that the models, tokenizers and data of a run fit, and plan its memory.",
     "train": "Train a student, or continue an interrupted run.",
@@ -56,7 +61,7 @@ def make_parser(version: str) -> Parser:
                 name,
                 help=_SUMMARIES[name],
                 description=_SUMMARIES[name],
-                epilog=f"example:\n  {_EXAMPLES[name]}",
+                epilog=f"example:\n  {_EXAMPLES[name]}{_MORE.get(name, '')}",
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
         )

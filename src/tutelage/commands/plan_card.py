@@ -12,15 +12,15 @@ from tutelage.memory.cuda import plan_cuda
 from tutelage.memory.facts import Facts
 from tutelage.memory.meta_model import shapes
 from tutelage.memory.plan import UNKNOWN_BYTES
-from tutelage.memory.shards import Processes
 from tutelage.models.load import load_model_config
 from tutelage.models.reference import resolve_model
+from tutelage.setup.process_counts import ProcessCounts
 
 _CAPABILITY = (9, 0)
 """Of Hopper, whose libraries take more of a card than those before it."""
 
 
-def plan_card(config: Config, card_gib: float, processes: Processes) -> Iterator[str]:
+def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iterator[str]:
     """Lines on what each process of a run takes of a card and of main memory.
 
     Only the configurations of the models are read. Prompts are as long as they may be.

@@ -13,11 +13,12 @@ from tutelage.config.schema import Config
 from tutelage.core._block import chunk_budget
 from tutelage.core.kernels import is_supported
 from tutelage.memory.plan import MemoryPlan, Phase
-from tutelage.memory.shards import ONE, Processes, Shards, TeacherParts
+from tutelage.memory.shards import Shards, TeacherParts
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.limits import context_limit
 from tutelage.setup.components import Components
 from tutelage.setup.objective import needs_scoring
+from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,10 @@ STATE_BYTES = {
 
 
 def plan_memory(
-    config: Config, components: Components, prompt_tokens: int, processes: Processes = ONE
+    config: Config,
+    components: Components,
+    prompt_tokens: int,
+    processes: ProcessCounts = ONE_PROCESS,
 ) -> MemoryPlan:
     """What each phase of a step needs on the device of the run.
 
@@ -99,17 +103,16 @@ def plan_memory(
     if on_cpu:
         phases.insert(0, Phase("load", {"read at once": status_bytes("VmHWM")}))
         available //= processes.per_host
-    title = processes.described(config) if processes.count > 1 else ""
-    return MemoryPlan(tuple(phases), available, title=title)
+    return MemoryPlan(tuple(phases), available, title=processes.title(config))
 
 
-def shards_of(config: Config, student: PreTrainedModel, processes: Processes) -> Shards | None:
+def shards_of(config: Config, student: PreTrainedModel, processes: ProcessCounts) -> Shards | None:
     """The shards of a student that processes hold together; None where each has it whole."""
     group = processes.student_group(config)
     return Shards.of(student, student, group) if group > 1 else None
 
 
-def _parts_of(config: Config, teacher: Teacher, processes: Processes) -> TeacherParts | None:
+def _parts_of(config: Config, teacher: Teacher, processes: ProcessCounts) -> TeacherParts | None:
     group = processes.teacher_group(config)
     if group == 1:
         return None
@@ -130,7 +133,9 @@ def _copied_bytes(config: Config, teacher: Teacher) -> int:
 class Sizes:
     """Tokens and sequences at the peak of each phase."""
 
-    def __init__(self, config: Config, prompt_tokens: int, processes: Processes = ONE) -> None:
+    def __init__(
+        self, config: Config, prompt_tokens: int, processes: ProcessCounts = ONE_PROCESS
+    ) -> None:
         self.completions = completions = processes.prompts(config) * config.sampling.num_samples
         evaluation = config.evaluation
         problems = -(-evaluation.num_problems // processes.count)

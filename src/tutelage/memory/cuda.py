@@ -15,12 +15,7 @@ from tutelage.config.schema import Config
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES
 from tutelage.core.kernels.buffers import Buffers
 from tutelage.errors import ModelError
-from tutelage.memory.cpu import (
-    Sizes,
-    copied_bytes,
-    plan_memory,
-    shards_of,
-)
+from tutelage.memory.cpu import Sizes, copied_bytes, plan_memory, shards_of
 from tutelage.memory.facts import Facts, with_uncounted
 from tutelage.memory.meta_model import (
     Learning,
@@ -32,19 +27,23 @@ from tutelage.memory.meta_model import (
 )
 from tutelage.memory.plan import MemoryPlan, Phase
 from tutelage.memory.rollout_cuda import RolloutMemory, rollout_memory
-from tutelage.memory.shards import ONE, Processes, Shards, TeacherParts
+from tutelage.memory.shards import Shards, TeacherParts
 from tutelage.memory.student import student_in_shards, whole_student
 from tutelage.models.packing import repeats_keys
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
 from tutelage.setup.objective import needs_scoring, scores_teacher
+from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def plan_run(
-    config: Config, components: Components, prompt_tokens: int, processes: Processes = ONE
+    config: Config,
+    components: Components,
+    prompt_tokens: int,
+    processes: ProcessCounts = ONE_PROCESS,
 ) -> MemoryPlan:
     """The plan of a run on the device it has; arguments as for `plan_memory`."""
     if components.device.type != "cuda":
@@ -74,7 +73,7 @@ def plan_cuda(
     teacher: PreTrainedModel,
     facts: Facts,
     prompt_tokens: int,
-    processes: Processes = ONE,
+    processes: ProcessCounts = ONE_PROCESS,
     copied_bytes: int = 0,
 ) -> MemoryPlan:
     """What each phase of a step needs on a CUDA device, and what all of them need beside it.
@@ -106,7 +105,7 @@ def plan_cuda(
     room = facts.host_bytes // processes.per_host
     loading = [Phase("load", {"read at once": copied_bytes})] if copied_bytes else []
     host = MemoryPlan((*loading, plan.host(room)), room, what="main memory")
-    title = processes.described(config) if processes.count > 1 else ""
+    title = processes.title(config)
     phases = [with_uncounted(phase) for phase in phases]
     return MemoryPlan(tuple(phases), facts.available_bytes, host, title=title)
 
@@ -119,7 +118,7 @@ class _Plan:
         teacher: PreTrainedModel,
         facts: Facts,
         prompt_tokens: int,
-        processes: Processes,
+        processes: ProcessCounts,
     ) -> None:
         self.config, self.facts = config, facts
         self.student, self.teacher = student, teacher

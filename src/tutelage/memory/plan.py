@@ -78,7 +78,7 @@ class MemoryPlan:
     """The same of main memory, where the phases are those of a device of its own."""
     what: str = "memory"
     title: str = ""
-    """Processes of which this is the plan of one."""
+    """Of which processes it is; empty where there is one alone."""
 
     @property
     def peak(self) -> Phase:
@@ -88,7 +88,7 @@ class MemoryPlan:
     def lines(self) -> Iterator[str]:
         """The plan as text, with a warning and what to turn if it does not fit."""
         if self.title:
-            yield f"{self.what}: of each of {self.title}"
+            yield f"{self.what}: {self.title}"
         for phase in self.phases:
             yield f"{self.what}: {phase.line()}"
         peak, available = self.peak, self.available_bytes

@@ -114,7 +114,7 @@ def shard_model(
         fully_shard,
     )
 
-    require_shardable(model)
+    require_shardable_student(model)
     (dtype,) = {weight.dtype for weight in root.parameters() if weight.requires_grad}
     wide = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(
@@ -143,7 +143,7 @@ def _units(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
-def require_shardable(model: PreTrainedModel) -> None:
+def require_shardable_student(model: PreTrainedModel) -> None:
     """Refuse a model whose weights cannot be cut by their rows, layer by layer.
 
     Raises:

@@ -69,7 +69,7 @@ class TeacherShards:
         Raises:
             ModelError: its architecture cannot be cut so.
         """
-        require_shardable(model, self.kind, self.who, self.count)
+        require_shardable_teacher(model, self.kind, self.who, self.count)
         projection, embedding = output_embeddings(model), model.get_input_embeddings()
         is_tied = embedding is not None and projection.weight is embedding.weight
         if self.kind == "tp":
@@ -180,7 +180,7 @@ def _name_groups_only(mesh: DeviceMesh) -> None:
             del held[key]
 
 
-def require_shardable(
+def require_shardable_teacher(
     model: PreTrainedModel, kind: TeacherSharding, who: str, count: int = 0
 ) -> None:
     """Refuse an architecture that cannot be cut.

@@ -35,7 +35,7 @@ from tutelage.models.lora import (
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
-from tutelage.models.sharding import num_processes, require_shardable, sharding_mesh
+from tutelage.models.sharding import num_processes, require_shardable_student, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
@@ -175,7 +175,7 @@ def shared_student(
     """The student, its weights in parts where several processes share them; alone one has all."""
     start = config.student
     if start.sharding == "fsdp2":
-        require_shardable(model)
+        require_shardable_student(model)
     if start.sharding == "none" or num_processes() == 1:
         return Student(model, vocab_size)
     mesh = sharding_mesh(device, start.sharding_group_size)

@@ -16,7 +16,7 @@ from tutelage.models.packing import require_packed, use_own_attention
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.sharding import num_processes
 from tutelage.models.teacher import HiddenStore, Teacher
-from tutelage.models.teacher_shards import TeacherShards, require_shardable
+from tutelage.models.teacher_shards import TeacherShards, require_shardable_teacher
 from tutelage.setup.trial import refuse_nonfinite, try_model
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def build_teacher(
     store = HiddenStore(settings.hidden_budget_bytes, scratch)
     mode, shards, kind = _mode_at_rest(settings, device), None, settings.sharding
     if kind != "none" and not is_run:
-        require_shardable(model, kind, who, settings.sharding_group_size)
+        require_shardable_teacher(model, kind, who, settings.sharding_group_size)
         device = torch.device("cpu")
     elif kind != "none" and num_processes() > 1:
         shards = TeacherShards(kind, device, settings.sharding_group_size, who)

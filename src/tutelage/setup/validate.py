@@ -22,6 +22,7 @@ from tutelage.models.tokenizers import control_ids
 from tutelage.rollout.nccl_transfer import require_nccl
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
+from tutelage.setup.process_counts import ProcessCounts
 from tutelage.setup.run_folder import RunFolder
 from tutelage.setup.trackers import require_trackers
 from tutelage.setup.warnings import input_warnings
@@ -46,7 +47,8 @@ def validate(
     Raises:
         TutelageError: the run cannot be trained as configured.
     """
-    _refuse_processes(config, num_processes)
+    ProcessCounts(num_processes).refuse_uneven(config)
+    refuse_engine(config, num_processes)
     _refuse_teacher_draws(config, num_processes)
     _refuse_too_many_completions(config)
     require_trackers(config)
@@ -86,22 +88,6 @@ def _refuse_thinking(data: ConversationData, inputs: Inputs) -> None:
         )
 
 
-def _refuse_processes(config: Config, num_processes: int) -> None:
-    shares = num_processes * config.updates_per_step
-    if config.prompts_per_step % shares:
-        raise ConfigError(
-            f"prompts_per_step must be a multiple of {shares} (processes times "
-            f"updates_per_step), got {config.prompts_per_step}."
-        )
-    for who, side in (("student", config.student), ("teacher", config.teacher)):
-        if num_processes > 1 and num_processes % (side.sharding_group_size or 1):
-            raise ConfigError(
-                f"{who}.sharding_group_size must divide the number of processes, got "
-                f"{side.sharding_group_size} and {num_processes}. 0 is all."
-            )
-    refuse_engine(config, num_processes)
-
-
 def refuse_engine(config: Config, num_processes: int) -> None:
     """Refuses an engine that several processes cannot share.
 
@@ -111,7 +97,7 @@ def refuse_engine(config: Config, num_processes: int) -> None:
     if num_processes > 1 and isinstance(config.engine, VLLMEngine):
         raise ConfigError(
             f"engine.kind {config.engine.kind!r} works with one process, got "
-            f'{num_processes}. Use engine.kind = "transformers".'
+            f'{num_processes}. Use engine.kind = "transformers" or "vllm_server".'
         )
 
 
