@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tutelage.data.types import Prompt, Rollout
 from tutelage.setup.shares import Shares, on_cpu
 
+ROLLOUT = Rollout(Prompt("p", ""), 0, (1,), (2, 3))
+PLACES = [
+    lambda t: t,
+    lambda t: [(1, {"a": t})],
+    lambda t: {0: [t]},
+    lambda t: [replace(ROLLOUT, hidden=t)],
+]
 
-@pytest.mark.parametrize("place", [lambda t: t, lambda t: [(1, {"a": t})], lambda t: {0: [t]}])
+
+@pytest.mark.parametrize("place", PLACES)
 def test_tensors_of_a_device_are_not_pickled_for_others(place: Any) -> None:
     value = place(torch.ones(2))
     assert on_cpu(value) is value

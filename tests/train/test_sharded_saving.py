@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from saved_runs import are_same, contents, cut, distance, job, run_jobs
 from tiny import save_tiny_model
 from tutelage.config.parse import parse_config
 from tutelage.files.checksums import unseal
+from tutelage.train import sharded_checkpoint
 from tutelage.train.checkpoint import checkpoint_path, list_checkpoints
 from tutelage.train.loop import train
 
@@ -161,3 +163,28 @@ def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(runs: Runs
     train(parse_config(job(runs.folder, out)["table"]), log=lambda _: None)
     assert distance(out, runs.folder / "one") < NEAR
     assert not list(out.glob(".*.tmp"))
+
+
+class OnDevice:
+    """A number that lies on a device, such as AdamW's count of steps."""
+
+    dtype = torch.float32
+
+    def dim(self) -> int:
+        return 0
+
+    def cpu(self) -> torch.Tensor:
+        return torch.tensor(3.0)
+
+
+def test_numbers_that_processes_send_each_other_come_from_main_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    named = {"trained_names": lambda _: ["w"], "own_state": lambda *_: {"w|step": OnDevice()}}
+    for name, value in named.items():
+        monkeypatch.setattr(sharded_checkpoint, name, value)
+    components: Any = SimpleNamespace(student=None, masters=SimpleNamespace(weights=[weight]))
+    one: Any = SimpleNamespace(num_processes=1, is_main_process=True)
+    parts = sharded_checkpoint._state_parts(one, components, torch.optim.SGD([weight]))
+    assert parts["w|step"].own == 3

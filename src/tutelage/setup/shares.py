@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -33,7 +34,8 @@ def on_cpu(value: T) -> T:
     there by all of them.
 
     Raises:
-        ValueError: it has a tensor that is not on the CPU, in whatever dicts, lists and tuples.
+        ValueError: it has a tensor that is not on the CPU, in whatever dicts, lists, tuples
+            and dataclasses.
     """
     found: list[Any] = [value]
     while found:
@@ -44,6 +46,8 @@ def on_cpu(value: T) -> T:
             found += each.values()
         elif isinstance(each, list | tuple | set):
             found += each
+        elif is_dataclass(each):
+            found += (getattr(each, field.name) for field in fields(each))
     return value
 
 
