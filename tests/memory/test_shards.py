@@ -194,6 +194,7 @@ def test_groups_within_a_run_wait_as_long_as_the_run(monkeypatch: pytest.MonkeyP
         mesh = sharding_mesh(CPU, 2)
         groups = [mesh.get_group(name) for name in ("replicate", "shard")]
         assert [dist.get_process_group_ranks(group) for group in groups] == [[1, 3], [2, 3]]
+        assert sharding_mesh(CPU).get_group() is dist.group.WORLD
         del mesh, groups
     assert waits == [GROUP_TIMEOUT] * 4
 

@@ -58,7 +58,7 @@ def sharding_mesh(
     Raises:
         ConfigError: the processes cannot be cut into groups of that size.
     """
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
 
     count = torch.distributed.get_world_size()
     size = group_size or count
@@ -67,9 +67,10 @@ def sharding_mesh(
             f"{key} must divide the number of processes, {count}, got {group_size}. "
             "Use 0 for one group of all processes."
         )
-    if size == count:
-        return init_device_mesh(device.type, (count,), mesh_dim_names=(_SHARD,))
     # A mesh that makes its groups itself gives them torch's short timeout.
+    if size == count:
+        world: Any = torch.distributed.group.WORLD
+        return DeviceMesh.from_group(world, device.type, mesh_dim_names=(_SHARD,))
     ranks = torch.arange(count).view(-1, size)
     groups = [_group_among(ranks.t()), _group_among(ranks)]
     names = ("replicate", _SHARD)
