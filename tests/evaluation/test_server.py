@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -242,12 +243,21 @@ def test_urls_that_are_refused_without_showing_them(url: str) -> None:
     assert "secret" not in str(error.value)
 
 
+def test_a_malformed_url_without_a_secret_is_shown() -> None:
+    for url in ("host:8000", "http://", "http://host:99999/v1", "http://a..b/v1", "ftp://host"):
+        with pytest.raises(ConfigError, match=re.escape(f"malformed, got {url!r}. Write it as")):
+            Client(url, QUICK)
+
+
 def test_a_server_that_is_not_there_is_one_line_that_names_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    with pytest.raises(ModelError, match=f"no usable reply in 3 tries: {url}: ") as error:
+    with pytest.raises(ModelError, match=f"{url} gave no usable reply in 3 tries: ") as error:
         Server(url, SamplingConfig(), MODEL, limits=QUICK).complete([CHAT], 64)
     assert "\n" not in str(error.value)
+    assert str(error.value).count(url) == 1
+    with pytest.raises(ModelError, match=f"{url} gave no usable .* Start it, or correct its URL"):
+        Server(url, SamplingConfig(), limits=QUICK)
 
 
 def test_no_variable_of_the_environment_leads_requests_elsewhere(

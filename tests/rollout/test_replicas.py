@@ -19,6 +19,7 @@ from tutelage.models.load import load_model, load_tokenizer
 from tutelage.rollout import replicas
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import RolloutRequest
+from tutelage.setup.validate import validate
 from tutelage.train.loop import train
 from vllm_stub import QUICK, FakeVLLM, engine_of, replicas_of, sampler_of
 
@@ -104,8 +105,13 @@ def test_a_replica_that_does_not_answer_at_the_start_is_left_out_if_it_may(
     servers: list[FakeVLLM], student: PreTrainedModel, tmp_path: Path
 ) -> None:
     servers[0].num_left = 0
-    with pytest.raises(ModelError, match=f"{servers[0].url} gave no usable reply"):
+    with pytest.raises(ModelError, match=f"{servers[0].url} gave no usable reply") as caught:
         sampler(servers, student, tmp_path)
+    assert str(caught.value).count(servers[0].url) == 1
+    assert str(caught.value).endswith(
+        "Nothing was sampled yet; 2 of 3 replicas are left, and engine.min_replicas is 3; start "
+        "the server, or correct engine.urls."
+    )
     drawing = sampler(servers, student, tmp_path, 1)
     assert {rollout.replica for rollout in drawing.sample(REQUEST)} == {1, 2}
 
@@ -199,7 +205,6 @@ def test_a_url_of_earlier_versions_is_explained_and_still_names_the_same_run() -
     ("changes", "said"),
     [
         ({"urls": []}, "engine.urls must be at least one address, got []"),
-        ({"urls": ["a", "a"]}, "engine.urls must be different addresses, got ['a']"),
         ({"urls": "a"}, "engine.urls must be a list, got 'a'"),
         ({"min_replicas": 3}, "engine.min_replicas must be from 0 to 2, the number of"),
         (
@@ -216,3 +221,32 @@ def test_replicas_that_cannot_be_are_refused(changes: dict[str, Any], said: str)
     with pytest.raises(ConfigError) as caught:
         parse_config({**MODELS, "engine": table})
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("urls", "said"),
+    [
+        (["http://h:1", "http://h:1/"], "must be different addresses, got ['http://h:1'] several"),
+        (
+            ["http://h:80", "http://H"],
+            "must be different addresses, got ['http://h'] several times",
+        ),
+        (["http://h:1/v1/"], "ends in /v1, got 'http://h:1/v1'. Write it as http://h:1."),
+        (["h:1"], "is malformed, got 'h:1'. Write it as http://host:8000."),
+        (
+            ["http://me:hidden@h:1"],
+            "holds a user, a password or more than a path. Write it as http:",
+        ),
+        (["http://h:hidden"], "is malformed. Write it as http://host:8000."),
+    ],
+)
+def test_addresses_that_are_none_of_replicas_are_refused_before_models_are_loaded(
+    urls: list[str], said: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    engine = {"kind": "vllm_server", "urls": urls, "folder": str(tmp_path)}
+    config = tiny_config(tiny_models, tmp_path / "run", engine=engine)
+    with pytest.raises(ConfigError) as caught:
+        validate(config, tmp_path / "run")
+    assert "engine.urls" in str(caught.value)
+    assert said in str(caught.value)
+    assert "hidden" not in str(caught.value)

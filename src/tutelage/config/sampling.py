@@ -99,8 +99,6 @@ class VLLMServer:
         count, urls, least = self.num_concurrent, self.urls, self.min_replicas
         require(count >= 1, "engine.num_concurrent", "at least 1", count, "64 is usual.")
         require(bool(urls), "engine.urls", "at least one address", list(urls), "Add one.")
-        repeated = sorted({url for url in urls if urls.count(url) > 1})
-        require(not repeated, "engine.urls", "different addresses", repeated, "Name each once.")
         if self.transfer == "folder":
             hint = "Every replica must see it under the same name."
             require(bool(self.folder), "engine.folder", "a folder", repr(self.folder), hint)

@@ -18,13 +18,14 @@ from pydantic import Field
 
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Prompt, Rollout
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.evaluation.benchmark import Progress
 from tutelage.grading.answer import closes_unopened, opened_thought
 from tutelage.rollout.http_client import (
     BadReply,
     Client,
     Limits,
+    NoReply,
     RefusedRequest,
     Strict,
     parse,
@@ -126,7 +127,14 @@ class Server:
         self._opens_thoughts = False
         self._logged: set[str] = set()
         self.client = Client(self.url, self.limits, self.num_concurrent)
-        self.model_name = self.model_name or self.client.ask("/models", None, self._only_model)
+        if not self.model_name:
+            try:
+                self.model_name = self.client.ask("/models", None, self._only_model)
+            except NoReply as error:
+                raise ModelError(
+                    f"the server {self.client.url} gave {error.reason}. Start it, or correct its "
+                    "URL."
+                ) from None
 
     @property
     def sent(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import random
+import re
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,6 +27,8 @@ from tutelage.errors import ConfigError, ModelError
 KEY_VARIABLE = "TUTELAGE_API_KEY"
 """Environment variable with the key of a server; there is no other way to give it."""
 
+_MAY_BE_SECRET = re.compile(r"[@?#]|:(?!\d*(/|$))")
+"""In a URL: what a user, a password or a key may be before or after."""
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -36,12 +39,12 @@ class BadReply(Exception):
 class NoReply(ModelError):
     """The server gave no usable reply within its tries and its time: it may be gone."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, url: str, reason: str) -> None:
         self.reason = reason
         """How many tries there were, and what came of the last."""
         super().__init__(
-            f"the server gave {reason}. Nothing of this batch was kept; run the command again to "
-            "continue."
+            f"the server {url} gave {reason}. Nothing of this batch was kept; run the command "
+            "again to continue."
         )
 
 
@@ -91,7 +94,7 @@ class Client:
     def __init__(self, url: str, limits: Limits, num_concurrent: int = 16) -> None:
         self.limits = limits
         self.num_concurrent = num_concurrent
-        self.url = _checked(url)
+        self.url = checked_url(url)
         self._key = _read_key()
         headers = {"Accept-Encoding": "identity", "User-Agent": "tutelage"}
         if self._key is not None:
@@ -137,7 +140,8 @@ class Client:
             except BadReply as error:
                 if num_tries >= self.limits.num_tries or time.monotonic() + delay >= end:
                     said = self._clean(str(error))
-                    raise NoReply(f"no usable reply in {num_tries} tries: {said}") from None
+                    reason = f"no usable reply in {num_tries} tries: {said}"
+                    raise NoReply(self.url, reason) from None
             await anyio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, self.limits.max_delay_s)
 
@@ -160,7 +164,7 @@ class Client:
         except TimeoutError:
             raise BadReply(f"no whole reply within {seconds:.0f} s") from None
         except httpx2.RequestError as error:
-            raise BadReply(f"{self.url}: {str(error) or type(error).__name__}") from None
+            raise BadReply(str(error) or type(error).__name__) from None
 
     async def _read(self, reply: httpx2.Response) -> bytes:
         content = bytearray()
@@ -253,8 +257,19 @@ def parse(content: bytes, schema: type[Schema]) -> Schema:
         raise BadReply(f"a reply whose {place} does not fit: {first['msg']}") from None
 
 
-def _checked(url: str) -> str:
-    """A base URL that names a server and holds no secret, without its last slash."""
+def checked_url(
+    url: str, what: str = "the server's URL", example: str = "http://host:8000/v1"
+) -> str:
+    """A base URL that names a server and holds no secret, without its last slash.
+
+    Args:
+        url: as it was given.
+        what: names it in errors.
+        example: of one.
+
+    Raises:
+        ConfigError: it is another one; it is shown unless it may hold a secret.
+    """
     try:
         parsed = httpx2.URL(url)
         parsed.host.encode("idna")  # as a look-up will
@@ -262,11 +277,12 @@ def _checked(url: str) -> str:
         parsed = httpx2.URL()
     is_port = parsed.port is None or parsed.port < 1 << 16
     if parsed.scheme not in ("http", "https") or not parsed.host or not is_port:
-        raise ConfigError("the server's URL is malformed. Write it as http://host:8000/v1.")
+        shown = "" if _MAY_BE_SECRET.search(url) else f", got {url[:200]!r}"
+        raise ConfigError(f"{what} is malformed{shown}. Write it as {example}.")
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise ConfigError(
-            "the server's URL holds a user, a password or more than a path. Write it as "
-            f"http://host:8000/v1, and set {KEY_VARIABLE} where a key is needed."
+            f"{what} holds a user, a password or more than a path. Write it as {example}, and set "
+            f"{KEY_VARIABLE} where a key is needed."
         )
     return str(parsed).rstrip("/")
 

@@ -215,19 +215,19 @@ class _Link:
         Raises:
             NoReply: a request of its failed, or it took too long, or NCCL failed.
         """
-        seconds = self._client.limits.deadline_s
+        url, seconds = self._client.url, self._client.limits.deadline_s
         task = partial(in_thread_within, seconds, self._on_device, work)
         try:
             result: T = run_all([(self._client, task)], on_start=self._wait_begun)[0]
         except CancelledError:
-            raise self._failure or NoReply("no transfer of weights: it was canceled") from None
+            raise self._failure or NoReply(url, "no transfer of weights: it was canceled") from None
         except TimeoutError:
-            raise NoReply(f"no end of a transfer of weights within {seconds:.0f} s") from None
+            raise NoReply(url, f"no end of a transfer of weights within {seconds:.0f} s") from None
         except (TutelageError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:  # of NCCL, and of torch's store
             reason = " ".join(str(error).split())[:200]
-            raise NoReply(f"a transfer of weights that failed: {reason}") from None
+            raise NoReply(url, f"a transfer of weights that failed: {reason}") from None
         return result
 
     def _on_device(self, work: Callable[[], T]) -> T:
@@ -289,4 +289,4 @@ def _own_address(url: str) -> tuple[str, int]:
             free.bind((address, 0))
             return address, int(free.getsockname()[1])
     except OSError as error:
-        raise NoReply(f"no IPv4 address for NCCL: {error.strerror or error}") from None
+        raise NoReply(url, f"no IPv4 address for NCCL: {error.strerror or error}") from None

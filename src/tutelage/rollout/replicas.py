@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from tutelage.errors import ModelError, TutelageError
-from tutelage.rollout.http_client import Client, Limits, Strict
+from tutelage.errors import ConfigError, ModelError, TutelageError
+from tutelage.rollout.http_client import Client, Limits, Strict, checked_url
 from tutelage.rollout.weight_transfer import WeightTransfer, ask_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+_AT_START = "Nothing was sampled yet", "start the server, or correct engine.urls"
+_AFTER_A_DRAW = "Nothing of this batch was kept", "run the command again to continue"
 
 
 class _Model(Strict):
@@ -58,6 +60,27 @@ class LostReplicaError(Exception):
         self.reason = reason
 
 
+def replica_addresses(urls: Sequence[str]) -> tuple[str, ...]:
+    """Addresses of replicas, each written in one way.
+
+    Raises:
+        ConfigError: one is malformed, has the path of an API, or is there twice.
+    """
+    what, example = "an address of engine.urls", "http://host:8000"
+    found = tuple(checked_url(url, what, example) for url in urls)
+    for url in found:
+        if url.endswith("/v1"):
+            raise ConfigError(
+                f"{what} ends in /v1, got {url!r}. Write it as {url.removesuffix('/v1')}."
+            )
+    if repeated := sorted({url for url in found if found.count(url) > 1}):
+        raise ConfigError(
+            f"engine.urls must be different addresses, got {repeated} several times. Name each "
+            "once."
+        )
+    return found
+
+
 class Replicas:
     """Servers of one model, which all read the weights that one process hands over.
 
@@ -84,9 +107,9 @@ class Replicas:
         limits: Limits | None = None,
         min_replicas: int = 0,
     ) -> None:
-        self.urls, self.transfer = tuple(urls), transfer
+        self.urls, self.transfer = replica_addresses(urls), transfer
         self.min_replicas = min_replicas or len(urls)
-        self.clients = [Client(url, limits or Limits(), num_concurrent) for url in urls]
+        self.clients = [Client(url, limits or Limits(), num_concurrent) for url in self.urls]
         self.live = list(range(len(urls)))
         """Numbers of those that have not been left out."""
         self.group: Group = OneProcess()
@@ -99,7 +122,7 @@ class Replicas:
         lengths = [models.data[0].max_model_len for models in found.values()]
         self.max_model_len = min((n for n in lengths if n is not None), default=None)
         """Most tokens of a sequence that all of them read; None where none says so."""
-        self.agree(self._silent)
+        self.agree(self._silent, is_start=True)
 
     def join(
         self,
@@ -114,14 +137,20 @@ class Replicas:
         """
         self.group, self._log, self.undisturbed = group, log, undisturbed
         self.live = list(range(len(self.urls)))
-        self.agree(self._silent)
+        self.agree(self._silent, is_start=True)
 
-    def agree(self, lost: Mapping[int, str], error: TutelageError | None = None) -> bool:
+    def agree(
+        self,
+        lost: Mapping[int, str],
+        error: TutelageError | None = None,
+        is_start: bool = False,
+    ) -> bool:
         """Leave out what gave a process no usable reply; every process calls it.
 
         Args:
             lost: numbers of replicas that failed this process, with what was wrong.
             error: what else ended this process's work, and ends that of all.
+            is_start: whether nothing was asked for yet but the servers' names.
 
         Returns:
             Whether a replica failed any process.
@@ -144,11 +173,9 @@ class Replicas:
             url, reason = self.urls[number], failed[number]
             if left < self.min_replicas:
                 few = f"{left} of {total} replicas are left, and engine.min_replicas is "
-                raise ModelError(
-                    f"the server {url} gave {reason}. Nothing of this batch was kept; "
-                    f"{f'{few}{self.min_replicas}; ' if total > 1 else ''}run the command again "
-                    "to continue."
-                )
+                few = f"{few}{self.min_replicas}; " if total > 1 else ""
+                kept, then = _AT_START if is_start else _AFTER_A_DRAW
+                raise ModelError(f"the server {url} gave {reason}. {kept}; {few}{then}.")
             self._log(
                 f"warning: replica {url} gave {reason}; it is left out until the next start, "
                 f"{left} of {total} stay"

@@ -20,6 +20,7 @@ from tutelage.models.chat.tool_format import format_of
 from tutelage.models.chat.turn_template import TurnTemplate
 from tutelage.models.tokenizers import control_ids
 from tutelage.rollout.nccl_transfer import require_nccl
+from tutelage.rollout.replicas import replica_addresses
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.process_counts import ProcessCounts
@@ -53,8 +54,10 @@ def validate(
     _refuse_too_many_completions(config)
     require_trackers(config)
     _refuse_layers(config)
-    if isinstance(config.engine, VLLMServer) and config.engine.transfer == "nccl":
-        require_nccl(pick_device(config.device))
+    if isinstance(config.engine, VLLMServer):
+        replica_addresses(config.engine.urls)
+        if config.engine.transfer == "nccl":
+            require_nccl(pick_device(config.device))
     _require_packages(config)
     earlier = RunFolder(folder, is_writer=False).read_manifest()
     refuse_another_run(config, folder, earlier, allow_change)
