@@ -27,9 +27,17 @@ def test_a_plan_needs_no_weights(tiny_models: Path, tmp_path: Path) -> None:
     assert "available" not in lines[-1]  # how much main memory the hosts have is unknown
 
 
+def test_prompts_of_an_embedded_task_are_measured() -> None:
+    outcome = call("check", LEDGER, "student.sharding=fsdp2", "--card-gib", "24")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("24,576 MiB available") == 1
+    assert outcome.out.count("memory: plan of one process, which holds all weights;") == 1
+
+
 def test_what_cannot_be_planned_is_one_line() -> None:
     for options, part in (
-        (("--card-gib", "24"), "data.max_prompt_tokens"),
+        (("data.kind=file", "data.path=no.jsonl", "--card-gib", "24"), "data.max_prompt_tokens"),
+        (("data.kind=verifiers", "data.environment=no", "--card-gib", "24"), "'verifiers'"),
         (("--card-gib", "24", "--allow-change", "seed"), "--allow-change seed"),
         (("--dry-run", "--processes", "2"), "--dry-run makes none"),
         (("--processes", "3", "--hosts", "2"), "multiple of the number of hosts"),

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import torch
 
 from tutelage.config.schema import Config, FileData
+from tutelage.config.verifiers import VerifiersData
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_cuda
 from tutelage.memory.facts import Facts
 from tutelage.memory.meta_model import shapes
 from tutelage.memory.plan import UNKNOWN_BYTES
-from tutelage.models.load import load_model_config
+from tutelage.models.load import load_model_config, load_tokenizer
 from tutelage.models.reference import resolve_model
+from tutelage.setup.inputs import Inputs, build_task
 from tutelage.setup.process_counts import ProcessCounts
 
 _CAPABILITY = (9, 0)
@@ -23,7 +25,8 @@ _CAPABILITY = (9, 0)
 def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iterator[str]:
     """Lines on what each process of a run takes of a card and of main memory.
 
-    Only the configurations of the models are read. Prompts are as long as they may be.
+    Only the configurations of the models are read. Prompts are as long as they may be, or as those
+    of the first step where they are generated.
 
     Args:
         config: the run.
@@ -33,12 +36,7 @@ def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iter
     Raises:
         TutelageError: the plan cannot be made.
     """
-    prompt_tokens = config.data.max_prompt_tokens if isinstance(config.data, FileData) else 0
-    if not prompt_tokens:
-        raise ConfigError(
-            f"--card-gib needs the longest prompt, got data.max_prompt_tokens = {prompt_tokens}. "
-            "Set it, or leave --card-gib out to plan the machine that is here."
-        )
+    prompt_tokens = _prompt_tokens(config)
     size, room = int(card_gib * (1 << 30)), UNKNOWN_BYTES * processes.per_host
     facts = Facts(size, size, _CAPABILITY, has_kernels=True, host_bytes=room)
     sides = (config.student, config.teacher)
@@ -49,3 +47,27 @@ def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iter
     yield "plan of cards that are not here, from the models' configurations; nothing was checked"
     copied = processes.copied_bytes(config, student, teacher)
     yield from plan_cuda(config, student, teacher, facts, prompt_tokens, processes, copied).lines()
+
+
+def _prompt_tokens(config: Config) -> int:
+    """Length of the longest prompt.
+
+    Raises:
+        TutelageError: a file's is not limited, or a generated task cannot be asked here.
+    """
+    data, instead = config.data, "leave --card-gib out to plan the machine that is here."
+    if isinstance(data, FileData):
+        if not data.max_prompt_tokens:
+            raise ConfigError(
+                "--card-gib needs the longest prompt, got data.max_prompt_tokens = 0. Set it, or "
+                f"{instead}"
+            )
+        return data.max_prompt_tokens
+    if isinstance(data, VerifiersData):
+        raise ConfigError(
+            f"--card-gib starts no environments, got data.kind = {data.kind!r}. Use a task that "
+            f"comes with tutelage or data.kind = 'file', or {instead}"
+        )
+    tokenizer = load_tokenizer(config.student.model)
+    inputs = Inputs(torch.device("cpu"), build_task(data), tokenizer, tokenizer, None)
+    return inputs.measure_prompts(config).longest
