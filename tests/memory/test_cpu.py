@@ -74,15 +74,37 @@ def test_each_saving_shows_in_its_phase(tmp_path: Path, tiny_models: Path) -> No
     assert fewer["rollout"] | {"process": 0} == plain["rollout"] | {"process": 0}
 
 
-def test_a_plan_that_does_not_fit_names_what_to_turn() -> None:
+def test_a_plan_that_does_not_fit_names_what_to_turn(tmp_path: Path, tiny_models: Path) -> None:
+    config = tiny_config(tiny_models, tmp_path)
     phases = (
         Phase("rollout", {"process": 300 << 20, "KV cache": 50 << 20}),
         Phase("learn", {"process": 300 << 20, "activations": 200 << 20}),
     )
-    text = "\n".join(MemoryPlan(phases, 400 << 20).lines())
+    text = "\n".join(MemoryPlan(phases, 400 << 20).lines(config))
     assert "warning: learn needs 100 MiB more than there is" in text
     assert "activations. Turn to micro_batch_tokens" in text
-    assert "warning" not in "\n".join(MemoryPlan(phases, 600 << 20).lines())
+    assert "warning" not in "\n".join(MemoryPlan(phases, 600 << 20).lines(config))
+
+
+def test_what_is_turned_already_or_cannot_be_is_no_advice(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    def advice(part: str, **changes: Any) -> str:
+        config = tiny_config(tiny_models, tmp_path, **changes)
+        *_, last = MemoryPlan((Phase("learn", {part: 2}),), 1).lines(config)
+        return last.partition(f"its largest part is {part}.")[2]
+
+    teacher = {"model": str(tiny_models / "teacher"), "sharding": "fsdp2"}
+    student = {"model": str(tiny_models / "student"), "sharding": "fsdp2"}
+    low = student | {"dtype": "bfloat16"}
+    assert "a smaller student or over several processes, student.shard" in advice("student")
+    assert advice("student", student=low) == " Turn to a smaller student."
+    assert advice("teacher", teacher=teacher) == ' Turn to teacher.mode = "reload".'
+    assert "adamw_8bit" in advice("optimizer")
+    assert "adamw_8bit" not in advice("optimizer", student=student)
+    assert advice("recorded states", scoring="forward") == ""
+    away = {"offload": True, "learning_rate": 1e-3}
+    assert advice("masters", optimizer=away, student=student) == ""
 
 
 def test_check_prints_the_plan_of_a_teacher_that_is_not_there(

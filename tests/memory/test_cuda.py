@@ -141,7 +141,7 @@ def test_check_plans_a_device_and_a_class_without_shapes_as_before(
     components = build_components(config)
     monkeypatch.setattr(Facts, "of", lambda device: CARD)
     here = replace(components, device=torch.device("cuda"))
-    lines = list(plan_run(config, here, 10).lines())
+    lines = list(plan_run(config, here, 10).lines(config))
     assert [line.split()[:2] for line in lines[:3]] == [
         ["memory:", name] for name in ("rollout", "teacher", "learn")
     ]
@@ -151,7 +151,7 @@ def test_check_plans_a_device_and_a_class_without_shapes_as_before(
     monkeypatch.setattr(Facts, "of", lambda device: warned)
     table = {"teacher": {"model": str(models / "teacher"), "mode": "offload"}}
     config = tiny_config(models, tmp_path, **table)
-    text = "\n".join(plan_run(config, here, 10).lines())
+    text = "\n".join(plan_run(config, here, 10).lines(config))
     assert "needs" in text
     assert "Turn to teacher.mode" in text.splitlines()[-1]
 
@@ -236,7 +236,7 @@ def test_several_processes_of_a_host_share_its_main_memory(tmp_path: Path, model
     config = tiny_config(models, tmp_path, prompts_per_step=8)
     spread = [plan_cuda(config, *sides, CARD, 10, ProcessCounts(8, hosts)) for hosts in (1, 4)]
     assert [plan.host and plan.host.available_bytes for plan in spread] == [25 * GIB, 100 * GIB]
-    lines = list(spread[1].lines())
+    lines = list(spread[1].lines(config))
     assert lines[0] == "memory: of each of 8 processes, 4 hosts"
 
 
@@ -246,4 +246,4 @@ def test_whole_weights_that_do_not_fit_have_a_way_out(tmp_path: Path, models: Pa
     sides = [shadow(load_model(str(models / who))) for who in ("student", "teacher")]
     plan = plan_cuda(config, *sides, replace(CARD, available_bytes=1), 10, ProcessCounts(8))
     rollout = replace(plan, phases=(Phase("rollout", {"whole weights": 9, "KV cache": 2}),))
-    assert [line for line in rollout.lines() if "vllm_server" in line]
+    assert [line for line in rollout.lines(config) if "vllm_server" in line]

@@ -115,7 +115,7 @@ def check(
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
-    yield from plan_run(config, components, prompts.longest, processes).lines()
+    yield from plan_run(config, components, prompts.longest, processes).lines(config)
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
 

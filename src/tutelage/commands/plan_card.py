@@ -46,7 +46,8 @@ def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iter
     teacher = shapes(found[1], dtypes[1], quantization=config.teacher.quantization)
     yield "plan of cards that are not here, from the models' configurations; nothing was checked"
     copied = processes.copied_bytes(config, student, teacher)
-    yield from plan_cuda(config, student, teacher, facts, prompt_tokens, processes, copied).lines()
+    plan = plan_cuda(config, student, teacher, facts, prompt_tokens, processes, copied)
+    yield from plan.lines(config)
 
 
 def _prompt_tokens(config: Config) -> int:

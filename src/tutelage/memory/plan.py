@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from tutelage.config.schema import Config
+from tutelage.errors import ConfigError
+
+_SHARDING = 'over several processes, student.sharding = "fsdp2"'
 _KNOBS = {
-    "student": 'student.dtype = "bfloat16", a smaller student or, over several processes, '
-    'student.sharding = "fsdp2"',
-    "masters": 'optimizer.offload = true or, over several processes, student.sharding = "fsdp2"',
-    "optimizer": 'optimizer.kind = "adamw_on_disk" or "adamw_8bit", optimizer.offload = true, '
-    '[student.lora] or, over several processes, student.sharding = "fsdp2"',
-    "teacher": 'teacher.mode = "offload" or "reload", teacher.quantization = "8bit" or, over '
-    'several processes, teacher.sharding = "fsdp2" or "tp"',
-    "hidden states": "teacher.hidden_budget_bytes or prompts_per_step",
-    "file": 'teacher.mode = "offload"',
-    "checkpoint copy": 'checkpoint_writer = "inline"',
-    "float32 weights": "[student.lora] or a smaller student",
-    "float32 gradients": "[student.lora] or a smaller student",
-    "moments": 'optimizer.kind = "adamw_on_disk" or "adafactor"',
-    "teacher weights": 'teacher.mode = "reload"',
-    "vLLM": "engine.gpu_memory_utilization",
-    "prefill": "data.max_prompt_tokens",
-    "decoding step": "sampling_batch_size",
-    "recorded states": 'scoring = "forward"',
-    "KV cache": "sampling_batch_size, sampling.max_new_tokens or, with tools, "
-    "data.max_inserted_tokens",
-    "sampled logits": "sampling_batch_size",
-    "activations": "micro_batch_tokens or student.activation_checkpointing = true",
-    "head": "[student.lora], whose head is frozen",
-    "whole weights": 'engine.kind = "vllm_server", whose servers hold the caches, or a smaller '
-    "student",
-    "gradients": "[student.lora]",
-    "read at once": "a model folder with safetensors in the configured dtype",
+    "student": ('student.dtype = "bfloat16"', "a smaller student", _SHARDING),
+    "masters": ("optimizer.offload = true", _SHARDING),
+    "optimizer": (
+        'optimizer.kind = "adamw_on_disk"',
+        'optimizer.kind = "adamw_8bit"',
+        "optimizer.offload = true",
+        "[student.lora]",
+        _SHARDING,
+    ),
+    "teacher": (
+        'teacher.mode = "offload"',
+        'teacher.mode = "reload"',
+        'teacher.quantization = "8bit"',
+        'over several processes, teacher.sharding = "fsdp2"',
+        'over several processes, teacher.sharding = "tp"',
+    ),
+    "hidden states": ("teacher.hidden_budget_bytes", "prompts_per_step"),
+    "file": ('teacher.mode = "offload"',),
+    "checkpoint copy": ('checkpoint_writer = "inline"',),
+    "float32 weights": ("[student.lora]", "a smaller student"),
+    "float32 gradients": ("[student.lora]", "a smaller student"),
+    "moments": ('optimizer.kind = "adamw_on_disk"', 'optimizer.kind = "adafactor"'),
+    "teacher weights": ('teacher.mode = "reload"',),
+    "vLLM": ("engine.gpu_memory_utilization",),
+    "prefill": ("data.max_prompt_tokens",),
+    "decoding step": ("sampling_batch_size",),
+    "recorded states": ('scoring = "forward"',),
+    "KV cache": (
+        "sampling_batch_size",
+        "sampling.max_new_tokens",
+        "with tools, data.max_inserted_tokens",
+    ),
+    "sampled logits": ("sampling_batch_size",),
+    "activations": ("micro_batch_tokens", "student.activation_checkpointing = true"),
+    "head": ("[student.lora], whose head is frozen",),
+    "whole weights": (
+        'engine.kind = "vllm_server", whose servers hold the caches',
+        "a smaller student",
+    ),
+    "gradients": ("[student.lora]",),
+    "read at once": ("a model folder with safetensors in the configured dtype",),
 }
 """What to turn when a part is the largest of a phase that does not fit."""
 
@@ -85,8 +106,12 @@ class MemoryPlan:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.total_bytes)
 
-    def lines(self) -> Iterator[str]:
-        """The plan as text, with a warning and what to turn if it does not fit."""
+    def lines(self, config: Config) -> Iterator[str]:
+        """The plan as text, with a warning and what to turn if it does not fit.
+
+        Args:
+            config: the run's; what it has already, or would refuse, is not named.
+        """
         if self.title:
             yield f"{self.what}: {self.title}"
         for phase in self.phases:
@@ -99,10 +124,36 @@ class MemoryPlan:
             largest = max((x for x in peak.parts if x in _KNOBS), key=peak.parts.__getitem__)
             yield (
                 f"warning: {peak.name} needs {_mib(peak.total_bytes - available)} more than there "
-                f"is; its largest part is {largest}. Turn to {_KNOBS[largest]}."
+                f"is; its largest part is {largest}.{_advice(config, largest)}"
             )
         if self.host is not None:
-            yield from self.host.lines()
+            yield from self.host.lines(config)
+
+
+def _advice(config: Config, part: str) -> str:
+    """What to turn where this part is too large; empty where all of it was turned."""
+    *others, last = [knob for knob in _KNOBS[part] if _is_left(config, knob)] or [""]
+    return f" Turn to {', '.join(others)}{' or ' if others else ''}{last}." if last else ""
+
+
+def _is_left(config: Config, knob: str) -> bool:
+    """Whether a configuration lacks the setting or the table that a text names, and may have it."""
+    if table := re.search(r"\[(\w+)\.(\w+)\]", knob):
+        return getattr(getattr(config, table[1]), table[2]) is None
+    setting = re.search(r"(?:(\w+)\.)?(\w+) = (\w+|\"\w+\")", knob)
+    if setting is None:
+        return True
+    name, value = setting[2], json.loads(setting[3])
+    whole: Any = config
+    side = getattr(whole, setting[1]) if setting[1] else whole
+    if name == "sharding" and side.sharding != "none":
+        return False
+    try:
+        turned = replace(side, **{name: value})
+        turned = replace(whole, **{setting[1]: turned}) if setting[1] else turned
+    except ConfigError:
+        return False
+    return bool(turned != config)
 
 
 def _mib(num_bytes: int) -> str:
