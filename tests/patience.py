@@ -7,9 +7,10 @@ from collections.abc import Callable
 from subprocess import Popen
 from typing import Any
 
-from tutelage.commands import launch, progress
+from tutelage.commands import progress
 from tutelage.grading import child
 from tutelage.grading import pool as grading_pool
+from tutelage.setup import common_store
 from tutelage.train import peers
 
 HANG_S = 1800.0
@@ -23,7 +24,7 @@ def unhurried() -> None:
     """
     child.START_LIMIT_S = HANG_S
     grading_pool.TIME_LIMIT_S = grading_pool.COMPARE_LIMIT_S = HANG_S
-    launch.ASK_LIMIT_S = HANG_S
+    common_store.ANSWER_S = HANG_S
     progress.DELAY_S = HANG_S
     peers.ERROR_GRACE_S = HANG_S
 

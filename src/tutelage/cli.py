@@ -15,7 +15,6 @@ from tutelage.commands.launch import num_processes, print_once
 from tutelage.commands.options import INTERRUPTED, USER_ERROR, make_parser
 from tutelage.errors import (
     ConfigError,
-    LostProcessError,
     TutelageError,
     explained,
     is_out_of_memory,
@@ -45,17 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse_processes(arguments.command)
         code: int = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()  # so that a closed pipe is noticed here and not at exit
-    except LostProcessError as error:
-        if error.is_first:
-            print(f"tutelage: {error}", file=sys.stderr)
-        return USER_ERROR
     except TutelageError as error:
-        print_once(f"tutelage: {' '.join(str(error).split())}")
+        print_once(" ".join(str(error).split()))
         return USER_ERROR
     except KeyboardInterrupt:
         is_saved = arguments.command == "train" or vars(arguments).get("suite")
         left = "the same command continues" if is_saved else "nothing was saved"
-        print_once(f"tutelage: interrupted; {left}")
+        print_once(f"interrupted; {left}")
         return INTERRUPTED
     except BrokenPipeError:  # head or less closed the pipe
         _close_output()
@@ -64,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0][-200:] if str(error).strip() else "Python"
-        print_once(f"tutelage: out of memory: {reason.rstrip('.')}. {_LESS_MEMORY}")
+        print_once(f"out of memory: {reason.rstrip('.')}. {_LESS_MEMORY}")
         return USER_ERROR
     except OSError as error:
         print(f"tutelage: {explained(error, _has_output_failed())}", file=sys.stderr)
@@ -74,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse_processes(command: str) -> None:
     """Several processes of a command that shares nothing out would each do all of it."""
-    if command in _ALONE and (found := num_processes()) > 1:
-        plans = f"; `tutelage check --processes {found}` plans a run of {found}"
+    count = num_processes()
+    if command in _ALONE and count > 1:
+        plans = f"; `tutelage check --processes {count}` plans a run of {count}"
         raise ConfigError(
-            f"`tutelage {command}` works in one process, got {found}. Start it without the "
+            f"`tutelage {command}` works in one process, got {count}. Start it without the "
             f"launcher{plans if command == 'check' else ''}."
         )
 
@@ -167,10 +163,10 @@ def _check(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     from tutelage.setup.run_folder import run_folder
-    from tutelage.train.peers import Peers
+    from tutelage.train.peers import peers_of
 
     folder = run_folder(config, Path(arguments.config).stem)
-    with Peers(folder, config.process_timeout_s) as peers:
+    with peers_of(folder, config.process_timeout_s) as peers:
         peers.watch()  # before what takes long to import
         from tutelage.commands.train import run
 

@@ -32,16 +32,7 @@ class RunError(TutelageError, RuntimeError):
 
 
 class LostProcessError(RunError):
-    """Another process of the run is gone or silent.
-
-    Args:
-        line: which, and from which checkpoint the same command continues.
-        is_first: whether it has still to be printed; several processes may print to one place.
-    """
-
-    def __init__(self, line: str, is_first: bool = True) -> None:
-        super().__init__(line)
-        self.is_first = is_first
+    """Another process of the command is gone or silent."""
 
 
 class MissingExtraError(TutelageError, ImportError):

@@ -6,13 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tutelage.cli import main
-from tutelage.commands.launch import is_first_to_print, launch, rendezvous
+from tutelage.commands.launch import launch, rendezvous
 from tutelage.errors import RunError
+from tutelage.setup import common_store
+from tutelage.setup.common_store import is_first_to_print
 
 STOPPABLE = """
 import os, signal, sys, time
@@ -85,29 +89,82 @@ def test_no_process_at_all_is_refused() -> None:
         launch([sys.executable, "-c", ""], 0)
 
 
-def test_a_line_is_said_by_the_first_process_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [is_first_to_print("alone") for _ in range(2)] == [True, True]
-    with rendezvous() as common:
-        for name, value in (common | {"WORLD_SIZE": "2"}).items():
+@pytest.fixture(name="two")
+def _two(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Be one of two processes; a call is the next one, with other variables if these are given."""
+
+    def become(**changes: str) -> None:
+        monkeypatch.setattr(common_store, "_FIRST", {})
+        for name, value in changes.items():
             monkeypatch.setenv(name, value)
-        assert [is_first_to_print(line) for line in ("a", "a", "b", "b")] == [
-            True,
-            False,
-            True,
-            False,
-        ]
+
+    with rendezvous() as common:
+        become(**common, WORLD_SIZE="2", RANK="0")
+        yield become
+
+
+def first(*lines: str) -> list[bool]:
+    return [is_first_to_print(line) for line in lines]
+
+
+def test_a_line_is_said_by_the_first_process_that_has_it(two: Callable[..., None]) -> None:
+    assert first("a", "b", "a") == [True, True, True]
+    two()
+    assert first("a", "c", "a") == [False, True, False]
+
+
+def test_processes_that_were_started_again_say_it_again(two: Callable[..., None]) -> None:
+    """Their launcher keeps its store."""
+    assert first("a")[0]
+    two(TORCHELASTIC_RESTART_COUNT="1")
+    assert first("a")[0]
+
+
+def test_a_line_is_said_once_in_each_log(
+    two: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert first("a")[0]
+    two()
+    with tempfile.TemporaryFile("w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        assert first("a")[0]
+        two()
+        assert not first("a")[0]
+
+
+def test_a_line_is_said_when_the_store_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common_store, "_FIRST", {})
+    with rendezvous() as common:
+        names = common | {"WORLD_SIZE": "2", "RANK": "0"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert first("a")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", ""), ("RANK", "-1"),
+                        ("MASTER_PORT", "tcp://h:1")]
+)  # fmt: skip
+def test_variables_of_a_launcher_that_are_no_numbers_are_refused(
+    name: str, value: str, two: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    two(**{name: value})
+    for command in (["report", "x"], ["eval", "x"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err == (
+            f"tutelage: the environment variable {name} must be a number, got {value!r}. Unset "
+            "it, or start the processes by torchrun.\n"
+        )
 
 
 @pytest.mark.parametrize("command", [["check", "x.toml"], ["report", "x"], ["compare", "x"]])
 def test_commands_that_share_nothing_are_refused_in_several_processes(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], two: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with rendezvous() as common:
-        for name, value in (common | {"WORLD_SIZE": "2"}).items():
-            monkeypatch.setenv(name, value)
-        assert main(command) == 2
-        first = capsys.readouterr().err
-        assert main(command) == 2  # the other process
+    assert main(command) == 2
+    first = capsys.readouterr().err
+    two()
+    assert main(command) == 2
     assert f"`tutelage {command[0]}` works in one process, got 2." in first
     assert ("`tutelage check --processes 2` plans" in first) == (command[0] == "check")
     assert first.count("\n") == 1

@@ -31,6 +31,9 @@ def test_tensors_of_a_device_are_not_pickled_for_others(place: Any) -> None:
 def test_processes_that_were_started_again_have_keys_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "h")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
     shares = Shares(2)
     before = shares._key("interrupted")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

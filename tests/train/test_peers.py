@@ -18,13 +18,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from patience import HANG_S
 from tutelage.commands.launch import launch, rendezvous
+from tutelage.commands.processes import sharing
 from tutelage.config.parse import changed_keys, fingerprint, parse_config, to_table
 from tutelage.errors import ConfigError, LostProcessError, RunError
-from tutelage.train import peer_store
+from tutelage.setup import common_store
+from tutelage.setup.common_store import Address, address_of
 from tutelage.train import peers as module
 from tutelage.train.heartbeat import Lost, State, Watch, is_gone, own_state
-from tutelage.train.peer_store import Address, PeerStore, address_of
-from tutelage.train.peers import Peers
+from tutelage.train.peer_store import PeerStore, run_name
+from tutelage.train.peers import Peers, peers_of
 
 HERE = State(1)
 MODELS = {"student": {"model": "a"}, "teacher": {"model": "b"}}
@@ -125,12 +127,12 @@ def _other(monkeypatch: pytest.MonkeyPatch) -> Iterator[PeerStore]:
             monkeypatch.setenv(name, value)
         address = address_of(common | {"WORLD_SIZE": "2", "RANK": "1"})
         assert address is not None
-        yield PeerStore(address, "0", HANG_S)
+        yield PeerStore(address, run_name(), HANG_S)
 
 
 def run(folder: Path, limit_s: float, error: BaseException | None = None) -> None:
     """A run that fails, or waits for as long as nothing interrupts it."""
-    run_of(Peers(folder, limit_s), error)
+    run_of(peers_of(folder, limit_s), error)
 
 
 def run_of(peers: Peers, error: BaseException | None = None) -> None:
@@ -165,6 +167,39 @@ def test_a_loss_ends_the_main_thread_in_one_line(
     assert other.exchange(state)[0].end == "lost"
 
 
+def test_a_file_system_that_does_not_answer_delays_no_loss(
+    other: PeerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a heartbeat, which looks for no checkpoint."""
+    monkeypatch.setattr(module, "_LEAST_ANSWER_S", 0.3)
+    thawed = threading.Event()
+
+    def left() -> str:
+        thawed.wait(HANG_S)
+        return "Never said."
+
+    other.exchange(State(1, end="killed", line="was ended by SIGKILL"))
+    said = r"SIGKILL\. The same command continues from the newest checkpoint, if there is one\."
+    with pytest.raises(LostProcessError, match=said):
+        run_of(Peers(left, 1.2))
+    thawed.set()
+
+
+@pytest.mark.parametrize(
+    ("is_saved", "said"),
+    [(True, "The same command continues."), (False, "Start the same command again.")],
+)
+def test_a_command_that_is_no_run_names_no_checkpoint(
+    is_saved: bool, said: str, other: PeerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoint-000012").mkdir()
+    monkeypatch.chdir(tmp_path)
+    other.exchange(State(0, end="killed", line="was ended by SIGKILL"))
+    with pytest.raises(LostProcessError) as caught, sharing("cpu", is_saved=is_saved):
+        pass
+    assert str(caught.value) == f"process 1 was ended by SIGKILL. {said}"
+
+
 def test_a_process_of_this_machine_is_missed_at_once(other: PeerStore, tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
@@ -196,9 +231,9 @@ def test_runs_whose_stores_have_one_port_do_not_hear_of_each_other(tmp_path: Pat
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with Peers(tmp_path / "first", HANG_S, names | {"RANK": "0"}) as first:
+    with peers_of(tmp_path / "first", HANG_S, names | {"RANK": "0"}) as first:
         first.watch()
-        second = Peers(tmp_path / "second", 0.5, names | {"RANK": "1"})
+        second = peers_of(tmp_path / "second", 0.5, names | {"RANK": "1"})
         with pytest.raises(LostProcessError, match="process 0 has not started"):
             run_of(second)
         assert not first.is_lost()
@@ -206,7 +241,7 @@ def test_runs_whose_stores_have_one_port_do_not_hear_of_each_other(tmp_path: Pat
 
 def test_a_broken_connection_is_made_anew_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once it may be to a process that is being killed, about which torch prints a page."""
-    monkeypatch.setattr(peer_store, "_RETRY_S", HANG_S)
+    monkeypatch.setattr(common_store, "_RETRY_S", HANG_S)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = ("127.0.0.1", server.port)
     store = PeerStore(Address(0, 2, *place, is_in_process_0=False), "0", HANG_S)
@@ -215,9 +250,9 @@ def test_a_broken_connection_is_made_anew_after_a_while(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError):
         store.exchange(HERE)
     again = TCPStore(*place, is_master=True, wait_for_workers=False)
-    with pytest.raises(RuntimeError, match="nothing listens"):
+    with pytest.raises(RuntimeError, match="broke a moment ago"):
         store.exchange(HERE)
-    monkeypatch.setattr(peer_store, "_RETRY_S", 0.0)
+    monkeypatch.setattr(common_store, "_RETRY_S", 0.0)
     assert store.exchange(HERE) == [HERE, State()]
     assert again.port == place[1]
 
@@ -234,7 +269,7 @@ def test_others_get_to_know_how_a_process_ended(
     other.exchange(state)
     caught: BaseException | None = None
     try:
-        with Peers(tmp_path, HANG_S) as peers, peers.told():
+        with peers_of(tmp_path, HANG_S) as peers, peers.told():
             peers.meet()
             if error is not None:
                 raise error
@@ -256,7 +291,7 @@ def test_a_refusal_that_all_share_is_said_as_it_is(
     other.exchange(State(1, end="error", line="no such model."))
 
     def load() -> None:
-        with Peers(tmp_path, HANG_S) as peers, peers.told():
+        with peers_of(tmp_path, HANG_S) as peers, peers.told():
             peers.meet()
             raise ConfigError("no such model.")
 
@@ -276,7 +311,7 @@ def test_a_process_that_was_interrupted_for_good_interrupts_the_others(
 def test_a_single_process_watches_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with Peers(tmp_path, 5) as peers, peers.told():
+    with peers_of(tmp_path, 5) as peers, peers.told():
         peers.meet()
     assert [thread.name for thread in threading.enumerate() if thread.name == "peers"] == []
 
@@ -285,10 +320,11 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
+from tutelage.commands.launch import print_once
 from tutelage.errors import LostProcessError
-from tutelage.train.peers import Peers
+from tutelage.train.peers import peers_of
 try:
-    with Peers(Path(sys.argv[1]), 1800) as peers, peers.told():
+    with peers_of(Path(sys.argv[1]), 1800) as peers, peers.told():
         peers.meet()
         torch.distributed.init_process_group("gloo")
         for step in range(10**9):
@@ -296,8 +332,7 @@ try:
                 os.kill(os.getpid(), 9)
             torch.distributed.all_reduce(torch.zeros(1))
 except LostProcessError as error:
-    if error.is_first:
-        print(f"tutelage: {error}", file=sys.stderr)
+    print_once(str(error))
     sys.exit(2)
 """
 

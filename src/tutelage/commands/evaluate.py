@@ -66,6 +66,6 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
         if value is not None and name not in _ABOUT_OUTPUT
     }
     request = EvaluationRequest(**given)
-    with sharing(request.device or "auto") as processes:
+    with sharing(request.device or "auto", is_saved=bool(request.suite)) as processes:
         found = evaluate(request, processes.on_phase, processes.log, processes.shares)
         return found if processes.shares.is_main else None

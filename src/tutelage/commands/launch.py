@@ -17,13 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
-from tutelage.errors import RunError, TutelageError
+from tutelage.errors import ConfigError, RunError, TutelageError
 
 _PERIOD_S = 0.05
 _GRACE_S = 15.0
 """Seconds that processes get to end by themselves after one of them failed."""
-ASK_LIMIT_S = 5.0
-"""Seconds that the processes' common store has to answer whether a line was printed."""
 
 
 @contextmanager
@@ -102,14 +100,15 @@ def _report(failed: Sequence[int], codes: Sequence[int | None], store: Mapping[s
     killed = [rank for rank in failed if (codes[rank] or 0) < 0]
     if not killed or len(codes) < 2:
         return
-    from tutelage.train.peer_store import PeerStore, address_of
+    from tutelage.setup.common_store import ANSWER_S, address_of
+    from tutelage.train.peer_store import PeerStore, run_name
 
     for rank in killed:
         environment = {**store, "RANK": str(rank), "WORLD_SIZE": str(len(codes))}
         address = address_of(environment)
         with suppress(RuntimeError, ValueError):  # it holds the store itself: nobody else ended it
             if address is not None:
-                own = PeerStore(address, "0", ASK_LIMIT_S)
+                own = PeerStore(address, run_name(), ANSWER_S)
                 own.report_killed(rank, f"was ended by {_name(codes[rank])}")
 
 
@@ -140,8 +139,8 @@ def _explained(rank: int, code: int | None) -> int:
     if code is not None and code >= 0:
         return code
     raise RunError(
-        f"process {rank} was ended by {_name(code)}, and the others with it. The same command "
-        "continues from the last checkpoint."
+        f"process {rank} was ended by {_name(code)}, and the others with it. Start the same "
+        "command again: a run continues from its last checkpoint."
     )
 
 
@@ -171,45 +170,30 @@ def _signals() -> Iterator[list[int]]:
 
 
 def num_processes() -> int:
-    """How many processes the launcher started for this command; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes the launcher started for this command; 1 without a launcher.
 
-
-def is_first_to_print(line: str) -> bool:
-    """Whether no other process of the run has printed this line; true for a single process.
-
-    The processes' common store counts. One that cannot be reached any more counts nothing, and a
-    line that is printed twice is better than one that is lost.
+    Raises:
+        ConfigError: a variable by which launchers tell this is no number.
     """
-    place = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
-    if num_processes() < 2 or None in place:
-        return True
-    from datetime import timedelta
-    from hashlib import sha256
-
-    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-
-    from tutelage.train.peer_store import is_open
-
-    if not is_open(str(place[0]), int(str(place[1]))):
-        return True
-    try:
-        store = TCPStore(
-            str(place[0]),
-            int(str(place[1])),
-            is_master=False,
-            timeout=timedelta(seconds=ASK_LIMIT_S),
-        )
-        key = f"tutelage/printed/{sha256(line.encode()).hexdigest()}"
-        return int(store.add(key, 1)) == 1
-    except (DistError, OSError, RuntimeError, ValueError):
-        return True
+    count = os.environ.get("WORLD_SIZE", "1")
+    for name in ("WORLD_SIZE", *(("RANK", "MASTER_PORT") if count != "1" else ())):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise ConfigError(
+                f"the environment variable {name} must be a number, got {value!r}. Unset it, or "
+                "start the processes by torchrun."
+            )
+    return int(count)
 
 
 def print_once(line: str) -> None:
-    """Print an error on standard error, once for all processes that end for the same reason."""
-    if is_first_to_print(line):
-        print(line, file=sys.stderr)
+    """Print an error, once for all processes of one terminal or log that end for that reason."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from tutelage.setup.common_store import is_first_to_print
+
+        if not is_first_to_print(line):
+            return
+    print(f"tutelage: {line}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> int:

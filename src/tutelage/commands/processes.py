@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -31,7 +30,7 @@ class Sharing:
 
 
 @contextmanager
-def sharing(device: str, limit_s: float = 600) -> Iterator[Sharing]:
+def sharing(device: str, limit_s: float = 600, is_saved: bool = False) -> Iterator[Sharing]:
     """The processes that a launcher started, or this one alone.
 
     A signal to one of several interrupts all; alone, it interrupts as it does any program.
@@ -39,6 +38,7 @@ def sharing(device: str, limit_s: float = 600) -> Iterator[Sharing]:
     Args:
         device: as `find_device` takes it.
         limit_s: longest silence of a process, see `process_timeout_s`.
+        is_saved: whether the same command continues where one was ended.
 
     Raises:
         LostProcessError: one of several processes is gone or silent.
@@ -50,7 +50,8 @@ def sharing(device: str, limit_s: float = 600) -> Iterator[Sharing]:
         if num_processes() == 1:
             yield Sharing(Shares(), reporter, reporter.log)
             return
-        with Peers(Path(), limit_s) as peers, peers.told():
+        left = "The same command continues." if is_saved else "Start the same command again."
+        with Peers(lambda: left, limit_s) as peers, peers.told():
             peers.meet()
             with _together(find_device(device), peers, reporter) as found:
                 yield found

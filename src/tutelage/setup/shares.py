@@ -7,7 +7,6 @@ which writes files; what ends the work of one process ends that of all.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from tutelage.errors import RunError, TutelageError
+from tutelage.setup.common_store import Address, address_of
 from tutelage.setup.phases import PhaseCallback, counting
 
 T = TypeVar("T")
@@ -209,18 +209,20 @@ class Shares:
         return values
 
     def _key(self, name: str) -> str:
-        # A launcher that starts the processes again keeps the store of the time before.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return f"tutelage/shares {attempt}/{self._number}/{name}"
+        return _address().key(f"shares {self._number}/{name}")
+
+
+def _address() -> Address:
+    address = address_of()
+    if address is None:
+        raise RuntimeError("several processes need RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT")
+    return address
 
 
 @cache
 def _store() -> Any:
     """What the processes tell each other without waiting: the store where they found each other."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(host, port, is_master=False, wait_for_workers=False)
+    return _address().connect()
 
 
 ALONE = Shares()

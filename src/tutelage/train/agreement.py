@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from tutelage.errors import RunError, TutelageError, explained_write
+from tutelage.errors import RunError, explained_write
 from tutelage.files.atomic import temporary_beside
-from tutelage.setup.shares import on_cpu
+from tutelage.setup.shares import Shares
 
 T = TypeVar("T")
 _NUM_LOOKS = 20
@@ -35,20 +34,10 @@ def in_all(accelerator: Accelerator, work: Callable[[], T]) -> list[T]:
         What it returned in each process, in the order of processes.
 
     Raises:
-        RunError: it raised a `TutelageError` in some process; the text of the first of them.
+        TutelageError: it failed in some process; as `Shares.apart`.
     """
-    if accelerator.num_processes == 1:
-        return [work()]
-    value, reason = None, None
-    try:
-        value = work()
-    except TutelageError as error:
-        reason = str(error)
-    ended = gather_object([on_cpu((value, reason))])
-    reasons = [reason for _, reason in ended if reason is not None]
-    if reasons:
-        raise RunError(reasons[0])
-    return [value for value, _ in ended]
+    shares = Shares(accelerator.num_processes, accelerator.process_index)
+    return shares.gathered(shares.apart(work))
 
 
 def in_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -58,7 +47,7 @@ def in_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
         What it returned, in every process.
 
     Raises:
-        RunError: it raised a `TutelageError`.
+        TutelageError: it failed there.
     """
     found = in_all(accelerator, lambda: work() if accelerator.is_main_process else None)
     value: T = found[0]  # type: ignore[assignment]

@@ -35,8 +35,6 @@ class State:
     pid: int = 0
     started: str = ""
     """When the process started, in the system's ticks: another one may get its `pid`."""
-    checkpoint: str = ""
-    """Name of the newest checkpoint, from the process that writes them."""
     end: End = ""
     line: str = ""
     """Why it ended."""

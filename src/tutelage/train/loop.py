@@ -37,7 +37,7 @@ from tutelage.train.checkpoint import (
 from tutelage.train.distributed import Leaving, date_of_main
 from tutelage.train.measurements import Measurements
 from tutelage.train.optimizer import build_optimizer, learning_rate
-from tutelage.train.peers import Peers
+from tutelage.train.peers import Peers, peers_of
 from tutelage.train.saving import Saver, require_checkpoint_space
 from tutelage.train.signals import Stop, StoppedError, listening
 from tutelage.train.step import Step
@@ -88,7 +88,7 @@ def train(
     """
     require_trackers(config)
     path = run_folder(config, name)
-    all_of = peers or Peers(path, config.process_timeout_s)
+    all_of = peers or peers_of(path, config.process_timeout_s)
     with nullcontext() if peers else all_of, ExitStack() as stack, all_of.told():
         all_of.meet()
         accelerator = open_accelerator(config, path, pick_device(config.device))

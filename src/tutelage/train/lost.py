@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from tutelage.train.heartbeat import Lost, State
@@ -11,7 +12,7 @@ from tutelage.train.heartbeat import Lost, State
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def line_of(lost: Lost, state: State, here: str, limit_s: float, left: str) -> str:
+def line_of(lost: Lost, state: State, here: str, limit_s: float, left: Callable[[], str]) -> str:
     """One line about a lost process.
 
     Args:
@@ -19,7 +20,7 @@ def line_of(lost: Lost, state: State, here: str, limit_s: float, left: str) -> s
         state: its last heartbeat.
         here: host of this process; another one is named.
         limit_s: longest silence.
-        left: from where the same command continues.
+        left: says what to do.
     """
     where = f" on {state.host}" if state.host not in ("", here) else ""
     limit = f"process_timeout_s = {limit_s:g} s"
@@ -34,36 +35,21 @@ def line_of(lost: Lost, state: State, here: str, limit_s: float, left: str) -> s
     if lost.kind == "lost":
         return lost.line
     if lost.kind == "launcher":
-        return f"{lost.line} {left}"
+        return f"{lost.line} {left()}"
     line = f"process {lost.rank}{where} {what[lost.kind]}"
-    return line if lost.kind == "error" else f"{line} {left}"
+    return line if lost.kind == "error" else f"{line} {left()}"
 
 
-def left_in(folder: Path, known: str) -> str:
-    """From where the same command continues.
-
-    Args:
-        folder: of the run.
-        known: name of a checkpoint that the process that writes them has seen; "" for none.
-    """
-    newest = max(newest_in(folder), known, key=_step)
-    if newest:
-        return f"The same command continues from {newest}."
-    return "The same command starts anew: there is no checkpoint yet."
-
-
-def newest_in(folder: Path) -> str:
-    """Name of the newest checkpoint that this process sees; "" for none."""
+def left_in(folder: Path) -> str:
+    """From which checkpoint of a run's folder the same command continues."""
     try:
-        names = [name for name in os.listdir(folder) if _CHECKPOINT.fullmatch(name)]
-    except OSError:  # no folder yet, or one of another machine
-        return ""
-    return max(names, key=_step, default="")
-
-
-def _step(name: str) -> int:
-    found = _CHECKPOINT.fullmatch(name)
-    return int(found.group(1)) if found else -1
+        found = [match for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
+    except OSError:  # no folder yet
+        found = []
+    if not found:
+        return "The same command starts anew: there is no checkpoint yet."
+    newest = max(found, key=lambda match: int(match.group(1)))
+    return f"The same command continues from {newest.group()}."
 
 
 def first_line(error: BaseException) -> str:

@@ -11,8 +11,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count as counter
 from pathlib import Path
 from types import TracebackType
@@ -21,49 +23,57 @@ from torch.distributed import DistError
 
 from tutelage.errors import LostProcessError, RunError, TutelageError
 from tutelage.models.sharding import is_of_connection
+from tutelage.setup.common_store import (
+    ANSWER_S,
+    Address,
+    Asking,
+    address_of,
+    is_first_to_print,
+)
 from tutelage.train.heartbeat import End, Lost, State, Watch, is_gone, own_state
-from tutelage.train.lost import first_line, left_in, line_of, newest_in
-from tutelage.train.peer_store import Address, PeerStore, address_of
+from tutelage.train.lost import first_line, left_in, line_of
+from tutelage.train.peer_store import PeerStore, run_name
 
 PERIOD_S = 1.0
 """Seconds between two heartbeats."""
 ERROR_GRACE_S = 3.0
 """Seconds that a process gets to end by itself after another one failed: often for one reason."""
-_UNWIND_S = 3.0
-"""Seconds that the main thread gets to end; it may be in a call that never returns."""
-_LINGER_S = 3.0
-"""Seconds for which the process that has the store stays for the others."""
+_END_S = 3.0
+"""Seconds that processes get to end: a main thread, which may be in a call that never returns, and
+the others, for which the process that has the store stays."""
 _ASK_S = 10.0
 """Seconds to find out which process broke a connection."""
 _ASKED_SILENCE_S = 5.0
 """Longest silence once a connection is broken."""
 _REFUSED_S = 2.0
 """Seconds of refused connections after which what has the store is gone."""
-_ANSWER_S = (1.0, 5.0)
-"""Least and most seconds that the store has to answer."""
+_LEAST_ANSWER_S = 1.0
+"""Least seconds that the store has to answer."""
 _RUNS = counter()
 
 
 class Peers:
-    """The processes of a run, of which this is one; for a single process it does nothing.
+    """The processes of a command, of which this is one; for a single process it does nothing.
 
     A context manager: inside, from `watch` or `meet` on, a thread watches the others. If one is
     lost, the main thread ends with `LostProcessError`, or, where it cannot, the process with exit
     code 2.
 
     Args:
-        folder: of the run, whose newest checkpoint is named.
+        left: called when a process is lost; says what to do in one sentence.
         limit_s: longest silence, `process_timeout_s`.
         environment: names and values that the launcher set.
+        place: tells a run from others whose processes are given the same port.
     """
 
     def __init__(
         self,
-        folder: Path,
+        left: Callable[[], str],
         limit_s: float,
         environment: Mapping[str, str] = os.environ,
+        place: str = "",
     ) -> None:
-        self._folder, self._limit_s = folder, limit_s
+        self._to_do, self._limit_s, self._place = left, limit_s, place
         self._lock = threading.Condition()
         self._wake = threading.Event()
         self._is_closing = self._is_closed = False
@@ -78,10 +88,9 @@ class Peers:
 
     def _prepare(self, address: Address) -> None:
         self._watch = Watch(address.rank, address.count)
-        least, most = _ANSWER_S
-        self._answer_s = min(max(self._limit_s / 4, least), most)
+        self._answer_s = min(max(self._limit_s / 4, _LEAST_ANSWER_S), ANSWER_S)
         # A launcher's store is of one run; at a port of process 0 there may be that of another run.
-        name = f"{next(_RUNS)} {self._folder if address.is_in_process_0 else ''}".strip()
+        name = run_name(next(_RUNS), self._place if address.is_in_process_0 else "")
         self._store = PeerStore(address, name, self._answer_s)
         # Every process reads every heartbeat: of many processes, less often.
         self._period_s = PERIOD_S * max(1, address.count / 64)
@@ -180,9 +189,12 @@ class Peers:
                 "error", line if is_ours else f"{type(error).__name__}: {first_line(error)}."
             )
 
-    def told(self) -> _Told:
+    @contextmanager
+    def told(self) -> Iterator[None]:
         """A block whose end, and error, the other processes get to know at once."""
-        return _Told(self)
+        with ExitStack() as stack:
+            stack.push(lambda _kind, error, _trace: self.note(error))
+            yield
 
     def _serve(self) -> None:
         address = self._store.address
@@ -225,7 +237,7 @@ class Peers:
         with self._lock:
             self._is_closing = True
             self._wake.set()
-            self._lock.wait_for(lambda: self._is_closed, _LINGER_S + 2 * self._answer_s)
+            self._lock.wait_for(lambda: self._is_closed, _END_S + 2 * self._answer_s)
 
     # --- of the thread ----------------------------------------------------------------------------
 
@@ -239,11 +251,11 @@ class Peers:
             self._look(now - last)
             last = now
             if self._is_closing:
-                end = min(end, now + _LINGER_S)
+                end = min(end, now + _END_S)
                 if now >= end or self._may_close():
                     break
             elif self._lost is not None:
-                end = min(end, now + _UNWIND_S)
+                end = min(end, now + _END_S)
                 if now >= end:
                     self._exit()
             is_hurried = self._is_closing or self._is_asked or self._lost is not None
@@ -255,8 +267,7 @@ class Peers:
     def _beat(self) -> None:
         """Write a heartbeat and read all."""
         with self._lock:
-            checkpoint = newest_in(self._folder) if self._store.address.rank == 0 else ""
-            self._own = replace(self._own, beat=self._own.beat + 1, checkpoint=checkpoint)
+            self._own = replace(self._own, beat=self._own.beat + 1)
             own = self._own
         # before the states are read: a process writes that it ends, then ends
         gone = [is_gone(state) for state in self._watch.states]
@@ -274,7 +285,9 @@ class Peers:
 
     def _look(self, elapsed_s: float) -> None:
         """Judge what was heard."""
-        is_refused = self._states is None and self._has_reached and self._store.is_gone()
+        is_refused = (
+            self._states is None and self._has_reached and not self._store.address.is_open()
+        )
         self._refused_s = self._refused_s + elapsed_s if is_refused else 0.0
         # A pause of this process, or of the machine, is no silence of the others.
         awake_s = min(elapsed_s, 2 * self._period_s + 2 * self._answer_s)
@@ -315,9 +328,11 @@ class Peers:
         if is_own_doing and self._waits_for(ERROR_GRACE_S):
             return
         line = self._line(lost)
-        error: BaseException = LostProcessError(line, self._store.is_first_to_print(line))
+        error: BaseException = LostProcessError(line)
         if lost.kind == "interrupted":
             error = KeyboardInterrupt()
+        else:
+            is_first_to_print(line, self._store)  # while the store is there
         with self._lock:
             self._own = replace(self._own, end="lost", line=line)
         self._beat()
@@ -336,10 +351,13 @@ class Peers:
 
     def _line(self, lost: Lost) -> str:
         state = self._watch.states[lost.rank]
-        return line_of(lost, state, self._own.host, self._limit_s, self._left())
+        return line_of(lost, state, self._own.host, self._limit_s, self._left)
 
     def _left(self) -> str:
-        return left_in(self._folder, self._watch.states[0].checkpoint)
+        try:
+            return Asking().ask(self._to_do, self._answer_s)
+        except RuntimeError:  # a file system that does not answer
+            return "The same command continues from the newest checkpoint, if there is one."
 
     def _may_close(self) -> bool:
         if self._store.is_reached and self._own.end and not self._written:
@@ -354,25 +372,18 @@ class Peers:
             if self._is_closing:
                 return
             if isinstance(error, LostProcessError):
-                if error.is_first:
+                if is_first_to_print(str(error)):
                     os.write(2, f"tutelage: {error}\n".encode())
                 os._exit(2)
             os._exit(130)
 
 
-class _Told:
-    """See `Peers.told`."""
+def peers_of(folder: Path, limit_s: float, environment: Mapping[str, str] = os.environ) -> Peers:
+    """The processes of the run in a folder, whose newest checkpoint is named.
 
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._peers.note(error)
+    Args:
+        folder: of the run.
+        limit_s: longest silence, `process_timeout_s`.
+        environment: names and values that the launcher set.
+    """
+    return Peers(partial(left_in, folder), limit_s, environment, str(folder))
