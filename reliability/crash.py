@@ -136,8 +136,8 @@ class Recorder:
                 self.look()
                 self.operations.append(["commit", begun[0]])
 
-        def noted_begin(thread: CheckpointThread, step: int) -> None:
-            begin(thread, step)
+        def noted_begin(thread: CheckpointThread, step: int, *rest: Any) -> None:
+            begin(thread, step, *rest)
             begun[0] = step
 
         CheckpointThread.save = noted_begin  # type: ignore[method-assign]

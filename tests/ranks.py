@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,22 @@ class Ended:
     """Standard output and standard error."""
 
 
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.log"
+
+
+@contextmanager
+def _common(count: int) -> Iterator[dict[str, str]]:
+    """The environment of all ranks."""
+    with rendezvous() as place:
+        common = os.environ | place | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        yield common | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+
+
+def _names(rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
 @contextmanager
 def started(
     command: Sequence[str], count: int, logs: Path, environment: Mapping[str, str] | None = None
@@ -48,15 +66,12 @@ def started(
         environment: more variables.
     """
     with ExitStack() as stack:
-        common = os.environ | stack.enter_context(rendezvous()) | dict(environment or {})
-        common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        common = stack.enter_context(_common(count)) | dict(environment or {})
         processes = []
         for rank in range(count):
-            log = stack.enter_context((logs / f"rank{rank}.log").open("wb"))
-            names = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = stack.enter_context(_log(logs, rank).open("wb"))
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=common | names
+                command, stdout=log, stderr=subprocess.STDOUT, env=common | _names(rank)
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -83,15 +98,63 @@ def run_ranks(
         started(command, count, Path(name), environment) as ps,
     ):
         codes = [process.wait(limit_s) for process in ps]
-        logs = [Path(name, f"rank{rank}.log").read_text() for rank in range(count)]
+        logs = [_log(Path(name), rank).read_text() for rank in range(count)]
     return [Ended(code, said) for code, said in zip(codes, logs, strict=True)]
 
 
 def run_script(path: Path, arguments: Sequence[object], count: int) -> None:
     """Run a script of the tests in `count` ranks that have to succeed."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    ended = run_ranks([sys.executable, str(path), *map(str, arguments)], count, paths)
+    ended = run_script_ranks(path, arguments, count)
     assert [rank.code for rank in ended] == [0] * count, "\n".join(rank.said for rank in ended)
+
+
+def run_script_ranks(
+    path: Path, arguments: Sequence[object], count: int, limit_s: float = 3600
+) -> list[Ended]:
+    """Run a script of the tests in `count` ranks to their ends.
+
+    Ranks are forks of one process that has imported what takes seconds, and run nothing else.
+
+    Args:
+        path: of the script.
+        arguments: the script's.
+        count: of ranks.
+        limit_s: seconds after which ranks that wait for each other are given up.
+
+    Raises:
+        TimeoutError: they were given up.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["ranks_imported"])
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        common = stack.enter_context(_common(count))
+        argv, paths = [str(path), *map(str, arguments)], [str(path.parent), str(HERE), *sys.path]
+        processes = []
+        for rank in range(count):
+            arguments_of = (argv, paths, common | _names(rank), _log(Path(name), rank))
+            process = server.Process(target=_be_rank, args=arguments_of)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.kill)
+            processes.append(process)
+        for process in processes:
+            process.join(limit_s)
+        logs = [_log(Path(name), rank).read_text() for rank in range(count)]
+        codes = [process.exitcode for process in processes]
+    if None in codes:
+        raise TimeoutError(f"ranks ended with {codes}:\n" + "\n".join(logs))
+    return [Ended(int(code or 0), said) for code, said in zip(codes, logs, strict=True)]
+
+
+def _be_rank(argv: list[str], paths: list[str], environment: dict[str, str], log: Path) -> None:
+    """Run a script as `python argv[0] …` would, with its output in a file."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv, sys.path[:] = argv, paths
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 @contextmanager

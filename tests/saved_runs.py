@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ranks import HERE, Ended, run_ranks
+from ranks import HERE, Ended, run_script_ranks
 from tiny import tiny_table
 from tutelage.config.schema import Config
 from tutelage.setup.components import build_components
@@ -50,9 +49,7 @@ def run_jobs(folder: Path, jobs: list[dict[str, Any]], count: int) -> tuple[list
     """Do jobs on several processes; how these ended, and what each job ended with in each."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    paths = {"PYTHONPATH": ":".join([str(HERE), *sys.path])}
-    command = [sys.executable, str(HERE / "train" / "saving_rank.py"), str(folder)]
-    ended = run_ranks(command, count, paths)
+    ended = run_script_ranks(HERE / "train" / "saving_rank.py", [folder], count)
     places = [folder / f"ended{index}.json" for index in range(count)]
     return ended, [json.loads(p.read_text()) if p.exists() else {} for p in places]
 

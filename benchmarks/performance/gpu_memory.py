@@ -167,7 +167,10 @@ def _random_models(sizes: dict[str, str]) -> Any:
         model = random_qwen3(sizes[Path(ref).name], getattr(torch, dtype), seed=len(ref))
         return model.to(torch.device(device))
 
-    with mock.patch("tutelage.setup.components.load_model", load):
+    with (
+        mock.patch("tutelage.setup.components.load_model", load),
+        mock.patch("tutelage.setup.teacher.load_model", load),
+    ):
         yield
 
 

@@ -318,10 +318,10 @@ def checkpoints() -> dict[str, Any]:
         wait(self)
         waited[0] = time.perf_counter() - start
 
-    def timed_save(self: Any, step: int) -> None:
+    def timed_save(self: Any, step: int, *rest: Any) -> None:
         gpu_card.synchronize()
         start = time.perf_counter()
-        save(self, step)  # waits for the one before, then copies
+        save(self, step, *rest)  # waits for the one before, then copies
         pause = time.perf_counter() - start
         pauses.append({"step": step, "wait_s": waited[0], "copy_s": pause - waited[0]})
         print(f"checkpoint: {pauses[-1]}")

@@ -88,6 +88,7 @@ def test_two_processes_evaluate_together_and_one_says_what_they_found() -> None:
     assert second.said == ""
 
 
+@pytest.mark.slow
 def test_weights_in_parts_are_one_run_and_leave_the_group(tmp_path: Path) -> None:
     ranks = two(*arguments(tmp_path / "both", **{"student.sharding": "fsdp2"}))
     assert [rank.code for rank in ranks] == [0, 0], [rank.said for rank in ranks]
