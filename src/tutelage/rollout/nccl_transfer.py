@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_OPENED: list[Any] = []
+"""vLLM's engines to the end of the process: none of their stores is destroyed with a replica on it.
+"""
+
 _BUFFER_BYTES = 256 * 2**20
 """Least size of a broadcast, which may be larger by one tensor; two are under way at a time."""
 
@@ -178,6 +182,7 @@ class _Link:
             torch.cuda.synchronize(model.device)
         if self._engine is None:
             self._engine = self._within(self._open)
+            _OPENED.append(self._engine)
         self._within(self._engine.send_weights)
         self._ask("/reset_prefix_cache", {}, Success)
         self._ask("/resume", {}, _Status)
