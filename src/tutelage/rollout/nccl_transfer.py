@@ -188,11 +188,12 @@ class _Link:
         self._ask("/resume", {}, _Status)
 
     def abort(self) -> None:
-        """End what is under way with a replica that may be gone."""
+        """End what is under way with a replica that may be gone; nothing is sent afterwards."""
         for request in self._requests:
             request.cancel()
         if self._engine is not None:
             self._engine.shutdown()
+        del self._weights.model
 
     def close(self) -> None:
         """Release the communicator on both sides; a replica that is gone needs nothing."""
