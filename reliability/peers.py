@@ -1,10 +1,12 @@
 """One process of a run is killed or stopped: do the others end, and does the run continue?
 
-Runs of 2 and 4 processes, each started by itself, process 0 with their store. While process 0 is in
-a phase, one process gets SIGKILL or SIGSTOP. All others have to end within a time limit with exit
-code 2 and one line on standard error each, nothing else there; a stopped one that is continued ends
-as well, in one line, and changes no file; then the same command in all of them continues to the
-weights, moments, logs and files of the unbroken run of as many processes, bit for bit.
+Runs of 2 and 4 processes, each started by itself, process 0 with their store; every fifth run is
+started by `tutelage.commands.launch`. While process 0 is in a phase (with the launcher, at a random
+moment after the first step), one process gets SIGKILL or SIGSTOP. All others have to end within a
+time limit with exit code 2 and one line on standard error each (with the launcher, one for all),
+nothing else there; a stopped one that is continued ends as well, in one line, and changes no file;
+then the same command in all of them continues to the weights, moments, logs and files of the
+unbroken run of as many processes, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -164,6 +167,47 @@ class Group:
                 os.waitpid(self.pids[rank], 0)
 
 
+def launched(command: list[str], out: Path, victim: int, delay_s: float) -> dict[str, Any]:
+    """A run by the launcher, of which one process is killed some time after the first step.
+
+    Args:
+        command: number of processes, and what each does.
+        out: run folder.
+        victim: the process that is killed.
+        delay_s: seconds after the first step.
+    """
+    start = [sys.executable, "-m", "tutelage.commands.launch", *command]
+    names = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    errors = out.with_name(f"{out.name}.err")
+    with errors.open("wb") as err:
+        launcher = subprocess.Popen(
+            start, env=os.environ | names, stdout=subprocess.DEVNULL, stderr=err
+        )
+    pids: list[int] = []
+    seconds = -1.0
+    try:
+        end = time.monotonic() + HANG_S
+        while launcher.poll() is None and not (out / "metrics.jsonl").exists():
+            if time.monotonic() > end:
+                raise RuntimeError(f"no step within {HANG_S:g} s")
+            time.sleep(0.02)
+        time.sleep(delay_s)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        if was_in_time := launcher.poll() is None and len(pids) == int(command[0]):
+            sent = time.monotonic()
+            os.kill(pids[victim], signal.SIGKILL)
+        launcher.wait(HANG_S)
+        if was_in_time:
+            seconds = time.monotonic() - sent
+    finally:
+        launcher.terminate()  # not killed: it would leave its processes behind
+        launcher.wait()
+    left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    said = errors.read_text(errors="replace").splitlines()
+    return {"code": launcher.returncode, "said": said, "seconds": seconds, "left": left}
+
+
 def watch(event: Callable[[str, list[int]], None], pids: list[int]) -> None:
     """Call `event` as each phase begins in this process."""
 
@@ -260,6 +304,8 @@ class Trials:
 
     def one(self, number: int) -> progress.Result:
         """Signal, look, continue, compare: every fourth process is stopped, the others killed."""
+        if number % 5 == 4:
+            return self.one_launched(number)
         rng = random.Random(number)
         names = list(PHASES)
         variant = number % len(VARIANTS)
@@ -290,6 +336,32 @@ class Trials:
             "processes": count, "sharding": overrides.get("student.sharding", "none"),
             "phase": phase, "victim": victim, "signal": kind.name, "was_in_time": note.exists(),
             "seconds": round(seconds, 2), "problems": problems,
+        }  # fmt: skip
+
+    def one_launched(self, number: int) -> progress.Result:
+        """Kill a process of a run that the launcher started, look, continue, compare."""
+        rng = random.Random(number)
+        variant = number % len(VARIANTS)
+        count, overrides = VARIANTS[variant]
+        out, victim = self.folder / f"run-{number}", rng.randrange(count)
+        command = [str(count), "train", str(self.config), f"out={out}"]
+        command += [f"{key}={value}" for key, value in overrides.items()]
+        found = launched(command, out, victim, rng.uniform(0, 0.5))
+        seconds, said, problems = found["seconds"], found["said"], []
+        if seconds >= 0:
+            is_one = len(said) == 1 and said[0].startswith(f"tutelage: process {victim} ")
+            if found["code"] != 2 or not is_one or "same command" not in said[0]:
+                problems.append(f"the launcher ended with {found['code']} and said {said[:5]}")
+            if seconds > KILL_LIMIT_S:
+                problems.append(f"the last ended after {seconds:.1f} s")
+            problems += [f"processes {found['left']} are left"] * bool(found["left"])
+        problems += self.again(out, count, overrides, self.expected(variant))
+        if not problems:
+            shutil.rmtree(out)
+        return {
+            "processes": count, "sharding": overrides.get("student.sharding", "none"),
+            "phase": "by the launcher", "victim": victim, "signal": "SIGKILL",
+            "was_in_time": seconds >= 0, "seconds": round(seconds, 2), "problems": problems,
         }  # fmt: skip
 
     def _ended(self, group: Group, others: list[int], seconds: float, limit_s: float) -> list[str]:
