@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -122,12 +123,17 @@ def _other(monkeypatch: pytest.MonkeyPatch) -> Iterator[PeerStore]:
     """Process 1 of 2, of which this is process 0."""
     monkeypatch.setattr(module, "_RUNS", count())
     monkeypatch.setattr(module, "PERIOD_S", 0.05)
+    # A main thread that is slow to end is no reason to end the process of the tests.
+    monkeypatch.setattr(Peers, "_exit", lambda _: None)
+    # Shells start what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with rendezvous() as common:
         for name, value in (common | {"WORLD_SIZE": "2", "RANK": "0"}).items():
             monkeypatch.setenv(name, value)
         address = address_of(common | {"WORLD_SIZE": "2", "RANK": "1"})
         assert address is not None
         yield PeerStore(address, run_name(), HANG_S)
+    signal.signal(signal.SIGINT, before)
 
 
 def run(folder: Path, limit_s: float, error: BaseException | None = None) -> None:
