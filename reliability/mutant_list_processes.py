@@ -15,9 +15,12 @@ PROCESS_MUTANTS: dict[str, Group] = {
     "train/agreement.py": (
         ["train/test_sharded_saving.py"],
         [
-            ("    if reasons:\n", "    if False:\n"),
             ("            if (folder / name).exists():\n", "            if folder.exists():\n"),
         ],
+    ),
+    "setup/shares.py": (
+        ["train/test_sharded_saving.py"],
+        [("        if failed:\n", "        if False:\n")],
     ),
     "models/weight_files.py": (
         ["models/test_weight_files.py"],

@@ -185,6 +185,6 @@ def test_numbers_that_processes_send_each_other_come_from_main_memory(
     for name, value in named.items():
         monkeypatch.setattr(sharded_checkpoint, name, value)
     components: Any = SimpleNamespace(student=None, masters=SimpleNamespace(weights=[weight]))
-    one: Any = SimpleNamespace(num_processes=1, is_main_process=True)
+    one: Any = SimpleNamespace(num_processes=1, is_main_process=True, process_index=0)
     parts = sharded_checkpoint._state_parts(one, components, torch.optim.SGD([weight]))
     assert parts["w|step"].own == 3
