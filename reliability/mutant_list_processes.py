@@ -8,7 +8,10 @@ PROCESS_MUTANTS: dict[str, Group] = {
     "train/sharded_files.py": (
         ["train/test_sharded_saving.py"],
         [
-            ("torch.cat(found)[:num_rows].cpu()", "torch.cat(found)[-num_rows:].cpu()"),
+            (
+                "torch.cat(found)[: shard.shape[0]].cpu()",
+                "torch.cat(found)[-shard.shape[0] :].cpu()",
+            ),
             ("gathered_to(process)\n", "gathered_to(0)\n"),
         ],
     ),

@@ -244,11 +244,25 @@ def gathered_parts(own: Tensor, like: Tensor) -> Tensor:
         A tensor of the weight's shape, on the device of its processes.
     """
     shard: Any = like
-    mesh, num_rows = shard.device_mesh, shard.shape[0]
-    size = -(-num_rows // mesh.size(-1))  # of each but the last ones, as torch.chunk cuts
-    padded = torch.zeros(size, *own.shape[1:], dtype=own.dtype, device=mesh.device_type)
+    return _all_gathered(padded_rows(own, like), shard.device_mesh)[: shard.shape[0]]
+
+
+def padded_rows(own: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a tensor, cut as a sharded weight is, and zeros: as many in each.
+
+    They lie on the device of the weight's processes.
+    """
+    shard: Any = like
+    size, device = _num_rows_each(like), shard.device_mesh.device_type
+    padded = torch.zeros(size, *own.shape[1:], dtype=own.dtype, device=device)
     padded[: len(own)] = own
-    return _all_gathered(padded, mesh)[:num_rows]
+    return padded
+
+
+def _num_rows_each(like: Tensor) -> int:
+    """Rows of every process but the last ones, as `torch.chunk` cuts."""
+    shard: Any = like
+    return -(-int(shard.shape[0]) // int(shard.device_mesh.size(-1)))
 
 
 def _all_gathered(own: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -263,9 +277,8 @@ def _all_gathered(own: Tensor, mesh: DeviceMesh) -> Tensor:
 def own_rows(like: Tensor) -> slice:
     """Which rows of the whole are this process's part of a sharded weight."""
     shard: Any = like
-    mesh, num_rows = shard.device_mesh, shard.shape[0]
-    size = -(-num_rows // mesh.size(-1))
-    start = min(mesh.get_local_rank(_SHARD) * size, num_rows)
+    size, num_rows = _num_rows_each(like), shard.shape[0]
+    start = min(shard.device_mesh.get_local_rank(_SHARD) * size, num_rows)
     return slice(start, min(start + size, num_rows))
 
 

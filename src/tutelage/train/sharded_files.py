@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tutelage.files.atomic import new_folder, sync
 from tutelage.files.checksums import checksum
-from tutelage.models.sharding import is_shard
+from tutelage.models.sharding import is_shard, padded_rows
 from tutelage.train.agreement import in_all, in_main
 
 FILE_BYTES = 5 * 10**9
@@ -54,17 +54,15 @@ class Part:
         if not is_shard(self.like):
             return own.cpu() if is_here else None
         shard: Any = self.like
-        mesh, num_rows = shard.device_mesh, shard.shape[0]
+        mesh = shard.device_mesh
         group = mesh.get_group(mesh.ndim - 1)
         members = torch.distributed.get_process_group_ranks(group)
         if process not in members:
             return None  # another group holds the same numbers
-        size = -(-num_rows // len(members))  # of each but the last ones, as torch.chunk cuts
-        rows = torch.zeros(size, *own.shape[1:], dtype=own.dtype, device=mesh.device_type)
-        rows[: len(own)] = own
+        rows = padded_rows(own, self.like)
         found = [torch.empty_like(rows) for _ in members] if is_here else None
         torch.distributed.gather(rows, found, dst=process, group=group)
-        return None if found is None else torch.cat(found)[:num_rows].cpu()
+        return None if found is None else torch.cat(found)[: shard.shape[0]].cpu()
 
 
 @dataclass(frozen=True)
