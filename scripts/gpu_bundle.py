@@ -30,6 +30,9 @@ WHEELS = (
     "typing-inspection",
     "rich",
     "peft",
+    "httpx2",
+    "httpcore2",
+    "truststore",
 )
 """Ours and the peers' needs that images with torch seldom hold."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,21 @@ def phases_of(metrics: dict[str, Any]) -> dict[str, int]:
     """The peak of each phase of a step; of the process, without a card."""
     found: dict[str, int] = metrics.get("peak_device_bytes") or metrics["peak_rss_bytes"]
     return found
+
+
+def kernel_milliseconds(run: Callable[[], object], most: int = 25) -> dict[str, float]:
+    """Time of the device's kernels by name, those that take most of it; empty without a card."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if not is_cuda():
+        run()
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        synchronize()
+    kernels = {e.key: e.self_device_time_total / 1e3 for e in seen.key_averages()}
+    busiest = sorted(kernels.items(), key=lambda item: -item[1])[:most]
+    return {"all": round(sum(kernels.values()), 2)} | {k[:120]: round(v, 2) for k, v in busiest}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -107,6 +108,7 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
     drawn = list(rollouts)
     with mock.patch.object(step, "generate", return_value=drawn):
         metrics = [step.take(number) for number in range(1, NUM_STEPS + 1)]
+        kernels = gpu_card.kernel_milliseconds(partial(step.take, NUM_STEPS + 1))
         batches = [micro_batch.batch for micro_batch in step.pack(drawn)]
     accelerator.end_training()
     found = {
@@ -116,6 +118,7 @@ def _arm(folder: Path, rollouts: Sequence[Rollout], **changes: Any) -> dict[str,
         "micro_batches": len(batches),
         "tokens_with_padding": sum(batch.input_ids.numel() for batch in batches),
         "peak_mib": gpu_card.peak_bytes() / gpu_card.MIB,
+        "kernels_ms": kernels,
     }
     print(changes, found, flush=True)
     del step, optimizer, components, batches

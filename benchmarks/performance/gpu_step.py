@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 
 import gpu_card
-import gpu_models
 from distillation_settings import trl_settings
 from gpu_card import MIB
 from gpu_models import save_prompts, save_qwen3, scratch
@@ -171,48 +170,6 @@ def step_ours_soft_or() -> dict[str, Any]:
 def step_ours_small() -> dict[str, Any]:
     """0.6B ← 1.7B, every token."""
     return _ours("0.6B", "1.7B")
-
-
-def learn_profile() -> dict[str, Any]:
-    """Where the time of learning from 16k tokens goes: kernels of a 1.7B student's third step."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from tutelage.train import update as module
-
-    updater: Any = module.Updater
-    calls: list[dict[str, Any]] = []
-    plain: Callable[..., Any] = updater.run
-
-    def learn(self: Any, *arguments: Any) -> Any:
-        if len(calls) < 2:
-            calls.append({})
-            return plain(self, *arguments)
-        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        gpu_card.synchronize()
-        start = time.perf_counter()
-        with profile(activities=activities) as seen:
-            found = plain(self, *arguments)
-            gpu_card.synchronize()
-        events = seen.key_averages()
-        table = events.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70)
-        print(table)
-        kernels = {e.key: e.self_device_time_total / 1e3 for e in events}
-        top = sorted(kernels.items(), key=lambda item: -item[1])[:40]
-        calls.append({"profiled_s": time.perf_counter() - start, "kernels_ms": dict(top)})
-        return found
-
-    updater.run = learn
-    steps = _ours("1.7B", "0.6B", sampling={"max_new_tokens": 128})
-    seconds = steps["phases_s"]["learn_s"]
-    tokens = PROMPTS * (PROMPT_TOKENS + 128)
-    backbone = 6 * 1.41e9 * tokens  # weights of the layers; checkpointing's second pass is not work
-    objective = 2 * steps["tokens"] * gpu_models.VOCABULARY * (3 * 2048 + 1024)
-    return {
-        "learn_s": seconds,
-        "tflop_s": (backbone + objective) / seconds / 1e12,
-        "steps": steps,
-        **calls[-1],
-    }
 
 
 def _trl(student: str, teacher: str) -> dict[str, Any]:
@@ -402,7 +359,6 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "step_ours": step_ours,
     "step_trl": step_trl,
     "first_step": first_step,
-    "learn_profile": learn_profile,
     "step_ours_soft_or": step_ours_soft_or,
     "step_ours_small": step_ours_small,
     "step_trl_small": step_trl_small,
