@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_card import kernel_milliseconds
 from objective_contestants import (
     Inputs,
     all_tokens,
@@ -162,6 +163,7 @@ def shape_part(name: str) -> dict[str, Any]:
         found[key] = _try(key, run)
     found["ratios"] = _ratios(found)
     print(f"  ratios: {found['ratios']}", flush=True)
+    found["kernels_ms"] = kernel_milliseconds(runs["ours"])
     return found
 
 
@@ -250,7 +252,12 @@ def rules_part() -> dict[str, Any]:
         "eopd": eopd,
         "jsd": _term(JSD()),
     }
-    return _beside_all_tokens(x, runs)
+    found = _beside_all_tokens(x, runs)
+    found["kernels_ms"] = {
+        name: kernel_milliseconds(partial(fresh, runs[name], x))
+        for name in ("all_tokens", "entropy_10")
+    }
+    return found
 
 
 def terms_part() -> dict[str, Any]:
