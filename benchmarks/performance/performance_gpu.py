@@ -14,8 +14,7 @@ INTRO = """\
 Hidden states and heads in bfloat16; `benchmarks/performance/gpu.py` takes the measurements, each
 part in a process of its own with both sides of a ratio. Times are medians of CUDA events; extra
 memory is what one call needs beyond what was allocated, gradients included. `generate` is the
-model's own, with its dynamic cache. In the whole steps below the objective still ran in plain
-torch, because the statistics that diagnostics ask for had no kernels yet.
+model's own, with its dynamic cache.
 """
 WAYS = {
     "products_bf16": "the four products, bfloat16 weight gradient",
@@ -76,6 +75,64 @@ def rule_table(parts: dict[str, Any]) -> Iterator[str]:
     yield table(["", "ms", "/ all tokens"], rows)
 
 
+def kernel_table(parts: dict[str, Any]) -> Iterator[str]:
+    """Where the time of one call goes, by kernel."""
+    calls = {
+        "all tokens, D = 2,560": parts.get("objective_rules", {}).get("kernels_ms", {}),
+        "all tokens, D = 1,024": {
+            "all_tokens": parts.get("objective_narrow", {}).get("kernels_ms")
+        },
+    }
+    found = {name: ran["all_tokens"] for name, ran in calls.items() if ran.get("all_tokens")}
+    few = calls["all tokens, D = 2,560"].get("entropy_10")
+    if few:
+        found["entropy 10 %, D = 2,560"] = few
+    if not found:
+        return
+    yield "### Where the objective's time goes, ms of kernels, N = 8,192, V = 151,936\n"
+    rows = []
+    for name, ran in found.items():
+        own = {k: ran.get(f"{k}_kernel", 0.0) for k in ("statistics", "gradient", "scale")}
+        products = sum(ms for kernel, ms in ran.items() if kernel.startswith("nvjet"))
+        rows.append([name, f"{ran['all']:.1f}", f"{products:.1f}", *(f"{own[k]:.1f}" for k in own)])
+    yield table(["", "all", "products", "statistics", "gradient", "scaling"], rows)
+
+
+def learn_table(parts: dict[str, Any]) -> Iterator[str]:
+    """Learning alone, by the kind of layers."""
+    part, ceiling = parts.get("learn_layers", {}), parts.get("ceilings", {}).get("bf16_tflop_s")
+    arms = {name: arm for name, arm in part.items() if isinstance(arm, dict) and "tflop_s" in arm}
+    if not arms or not ceiling:
+        return
+    yield f"### Learning from {part['tokens']:,} tokens, 1.7B from 0.6B, layers checkpointed\n"
+    yield (
+        "TFLOP/s count 6 for each weight of the layers and token and the objective's products, "
+        "not what checkpointing computes again. `layers` is the student's setting.\n"
+    )
+    rows = [
+        [f"`{name}`", f"{arm['learn_s']:.3f}", f"{arm['tflop_s']:.0f}",
+         f"{arm['tflop_s'] / ceiling:.2f}", f"{arm['peak_mib'] / 1024:.1f}"]
+        for name, arm in arms.items()
+    ]  # fmt: skip
+    header = ["layers", "s", "TFLOP/s", "of a large bf16 product's rate", "peak GiB"]
+    yield table(header, rows)
+
+
+def embedded_line(parts: dict[str, Any]) -> Iterator[str]:
+    """The embedded run on a card."""
+    part = parts.get("embedded", {})
+    if "is_same" not in part:
+        return
+    last = part["evaluations"][-1]
+    accuracy, low, high = (last[f"mean_at_k{end}"] for end in ("", "_low", "_high"))
+    same = "the same bits as" if part["is_same"] else "other bits than"
+    yield (
+        f"The embedded run (`configs/examples/ledger.toml`) on the card ends at an accuracy of "
+        f"{accuracy:.3f} ({low:.3f} to {high:.3f}); stopped and continued it ends with {same} "
+        "without a stop.\n"
+    )
+
+
 def error_table(parts: dict[str, Any]) -> Iterator[str]:
     """Distance from float64."""
     part = parts.get("objective_errors", {})
@@ -109,6 +166,12 @@ def draw_table(parts: dict[str, Any]) -> Iterator[str]:
         yield "### Rollouts, Qwen3-1.7B's architecture, 128 + 256 tokens\n"
         header = ["", "ms a step", "tokens/s", "of the memory's limit", "`generate`, ms a step"]
         yield table(header, rows)
+    part = parts.get("rollout_ragged", {})
+    if "times generate" in part:
+        yield (
+            f"Completions that end by chance: {part['tokens/s']:,.0f} tokens/s, "
+            f"{part['times generate']:.1f} times `generate`.\n"
+        )
 
 
 def step_table(parts: dict[str, Any]) -> Iterator[str]:
@@ -131,10 +194,16 @@ def step_table(parts: dict[str, Any]) -> Iterator[str]:
                 [label, f"{part['first_step_s']:.1f}", f"{part['step_s']:.2f}", phases,
                  f"{part['tokens_per_s']:,.0f}", f"{part['peak_mib'] / 1024:.1f}"]
             )  # fmt: skip
+    ours, theirs = (parts.get(f"step_{who}", {}).get("tokens_per_s") for who in ("ours", "trl"))
     if rows:
         yield "### Whole steps, 64 completions of 256 tokens\n"
         header = ["", "first step, s", "a step, s", "phases, s", "tokens/s", "peak GiB"]
         yield table(header, rows)
+    if ours and theirs:
+        yield (
+            f"Ours takes {theirs / ours:.2f} of TRL's seconds a token. TRL trains float32 weights "
+            "under bfloat16 autocast with a bfloat16 teacher and checkpointed layers.\n"
+        )
     part = parts.get("first_step", {})
     if "first_step_s" in part:
         yield (
@@ -240,7 +309,8 @@ def failure_lines(parts: dict[str, Any]) -> Iterator[str]:
 
 
 SECTIONS = (
-    shape_tables, rule_table, error_table, draw_table, step_table, tip_table, recipe_table,
+    shape_tables, rule_table, kernel_table, error_table, draw_table, step_table, learn_table,
+    tip_table, recipe_table, embedded_line,
 )  # fmt: skip
 
 

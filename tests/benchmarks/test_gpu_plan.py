@@ -34,7 +34,6 @@ def test_the_plan_is_what_a_card_was_measured_to_hold(
     config = parse_config(gpu_step.configuration(tmp_path, **changes))
     student = shapes(gpu_models.qwen3_config("1.7B"), student=config.student)
     other = shapes(gpu_models.qwen3_config(teacher))
-    # In these runs the objective ran in plain torch; its kernels take more memory.
     card = Facts(140 * GIB, 139 * GIB, (9, 0), False, 1 << 50)
     plan = plan_cuda(config, student, other, card, gpu_step.PROMPT_TOKENS)
     planned = {phase.name: phase.allocated_bytes / MIB for phase in plan.phases}
