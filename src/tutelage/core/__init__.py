@@ -9,6 +9,7 @@ from tutelage.core.entropy import entropy, normalized_entropy
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.objective import Objective, composite_objective, distillation_objective
+from tutelage.core.partial import PartialLogits, bounds
 from tutelage.core.quadrants import quadrant_table, quadrants
 from tutelage.core.rules import NORMALIZATIONS, RULES, importance
 from tutelage.core.selection import TokenSelection, select_tokens
@@ -20,8 +21,10 @@ __all__ = [
     "RULES",
     "LazyLogits",
     "Objective",
+    "PartialLogits",
     "TokenSelection",
     "TokenStats",
+    "bounds",
     "composite_objective",
     "counter_uniform",
     "distillation_objective",

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from tutelage.core import kernels
 from tutelage.core.lazy import LazyLogits
+from tutelage.core.partial import PartialLogits
+
+TeacherLogits: TypeAlias = LazyLogits | PartialLogits
+"""A teacher of which everything is known, or the likeliest ids of each row."""
 
 CHUNK_BYTES = 96 << 20
 """Bytes of the `[chunk, V]` logit buffers together; more rows use the matrix units better."""
@@ -221,6 +226,8 @@ class Chunk:
     scratch: tuple[Tensor, Tensor, Tensor]
     block: int
     has_inf: bool
+    known: PartialLogits | None = None
+    """What is known of the teacher's rows where that is not everything."""
 
     def blocks(self, tokens: Tensor | None = None) -> Iterator[tuple[slice, Block]]:
         """Each block with the rows (of the whole input) it covers."""
@@ -229,24 +236,45 @@ class Chunk:
             rows = slice(self.start + here.start, self.start + here.stop)
             n = here.stop - here.start
             p, q, product = (x[:n] for x in self.scratch)
-            yield (
-                rows,
-                read_block(
-                    self.student[here],
-                    self.teacher[here],
-                    (p, q, product),
-                    None if tokens is None else tokens[rows],
-                    self.has_inf,
-                ),
+            found = read_block(
+                self.student[here],
+                self.teacher[here],
+                (p, q, product),
+                None if tokens is None else tokens[rows],
+                self.has_inf,
             )
+            yield rows, found if self.known is None else coarse(found, self.known[rows])
 
 
-def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int | None) -> Iterator[Chunk]:
+def coarse(block: Block, known: PartialLogits) -> Block:
+    """The block with entropy and divergences over the known ids and one bucket for the rest."""
+    log_p, log_q = block.log_probabilities()
+    ids = torch.cat([known.ids, known.tokens[:, None]], 1)
+    weight = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
+    weight[:, -1] = known.is_token_extra  # one among the likeliest is counted there
+    a, b = (x.gather(1, ids).double() for x in (log_p, log_q))
+    rest = (x.scatter(1, ids, -torch.inf).double().logsumexp(1) for x in (log_p, log_q))
+    a, b = (torch.cat([x, r[:, None]], 1) for x, r in zip((a, b), rest, strict=True))
+    weight = torch.cat([weight, torch.ones_like(weight[:, :1])], 1)
+    p, q = a.exp() * weight, b.exp() * weight
+    gap = (a - b).masked_fill((a == -torch.inf) & (b == -torch.inf), 0.0)
+    return replace(
+        block,
+        teacher_entropy=-torch.where(q > 0, q * b, 0.0).sum(1),
+        reverse_kl=torch.where(p > 0, p * gap, 0.0).sum(1),
+        forward_kl=-torch.where(q > 0, q * gap, 0.0).sum(1),
+    )
+
+
+def chunks(student: LazyLogits, teacher: TeacherLogits, chunk_bytes: int | None) -> Iterator[Chunk]:
     """Projects both sides chunk by chunk into two buffers that are reused."""
     n = len(student)
     if n == 0:
         return
-    student, teacher = student.matched(), teacher.matched()
+    student = student.matched()
+    known = teacher if isinstance(teacher, PartialLogits) else None
+    if not isinstance(teacher, PartialLogits):
+        teacher = teacher.matched()
     rows, block = _plan(student, chunk_bytes, 2)
     student_buffer, teacher_buffer = (_buffer(student, rows) for _ in "st")
     scratch = (_buffer(student, block), _buffer(student, block), _buffer(student, block))
@@ -261,6 +289,7 @@ def chunks(student: LazyLogits, teacher: LazyLogits, chunk_bytes: int | None) ->
             scratch,
             block,
             has_inf,
+            known,
         )
 
 
@@ -286,12 +315,14 @@ def student_numbers(
             yield rows, found.entropy, chosen - found.log_normalizer
 
 
-def can_be_inf(logits: LazyLogits) -> bool:
+def can_be_inf(logits: TeacherLogits) -> bool:
     """Whether a bias rules an id out."""
+    if isinstance(logits, PartialLogits):
+        return bool(torch.isinf(logits.log_q).any() | torch.isinf(logits.token_log_q).any())
     return logits.bias is not None and bool(torch.isinf(logits.bias).any())
 
 
-def check_pair(student: LazyLogits, teacher: LazyLogits) -> None:
+def check_pair(student: LazyLogits, teacher: TeacherLogits) -> None:
     """Refuses two sides that do not describe the same rows over the same vocabulary."""
     if len(student) != len(teacher):
         raise ValueError(

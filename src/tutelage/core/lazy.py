@@ -51,7 +51,7 @@ class LazyLogits:
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
-    def __getitem__(self, rows: Tensor) -> LazyLogits:
+    def __getitem__(self, rows: Tensor | slice) -> LazyLogits:
         return replace(self, hidden=self.hidden[rows])
 
     @property

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from tutelage.core import kernels
-from tutelage.core._block import Block, can_be_inf, check_pair, chunks
+from tutelage.core._block import Block, TeacherLogits, can_be_inf, check_pair, chunks
 from tutelage.core._gradients import Gradients
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
-from tutelage.core.terms import ForwardKL, ReverseKL, Term
+from tutelage.core.partial import PartialLogits
+from tutelage.core.terms import (
+    ForwardKL,
+    ReverseKL,
+    SampledReverseKL,
+    Term,
+    TopKForwardKL,
+    TopKReverseKL,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def distillation_objective(
 
 def composite_objective(
     student: LazyLogits,
-    teacher: LazyLogits,
+    teacher: TeacherLogits,
     terms: Sequence[tuple[Term, Tensor | float]],
     chunk_bytes: int | None = None,
     extras: Sequence[str] = (),
@@ -91,7 +99,8 @@ def composite_objective(
 
     Args:
         student: student logits of K rows; gradients flow to its hidden states, weight and bias.
-        teacher: teacher logits of the same rows and vocabulary.
+        teacher: teacher logits of the same rows and vocabulary; with `PartialLogits` the terms are
+            those of top-k buckets and of the sampled token.
         terms: terms of `tutelage.core.terms`, each with a weight, `[K]` or one number.
         chunk_bytes: size of the two logit buffers; None for what suits the device.
         extras: statistics to compute on the way, keys of `EXTRAS`.
@@ -101,7 +110,8 @@ def composite_objective(
 
     Raises:
         ValueError: there are no terms, the sides differ, a weight does not have K rows, or a
-            bias is infinite and a term is neither forward nor reverse KL.
+            bias is infinite and a term is neither forward nor reverse KL, or a term needs ids
+            that are not known of the teacher.
     """
     check_pair(student, teacher)
     if not terms:
@@ -115,15 +125,31 @@ def composite_objective(
     return _run(student, teacher, _kernel(weighted), chunk_bytes, extras)
 
 
+def _require_known(teacher: PartialLogits, terms: Sequence[Term]) -> None:
+    """Refuses what would count the tail as if it were spread evenly."""
+    for term in terms:
+        is_known = isinstance(term, SampledReverseKL) or (
+            isinstance(term, TopKForwardKL | TopKReverseKL) and term.k <= teacher.k
+        )
+        if not is_known:
+            raise ValueError(
+                f"the teacher knows {teacher.k} ids of each row, got {type(term).__name__}. Use "
+                f"TopKForwardKL or TopKReverseKL with k of at most {teacher.k}, or "
+                "SampledReverseKL."
+            )
+
+
 def _run(
     student: LazyLogits,
-    teacher: LazyLogits,
+    teacher: TeacherLogits,
     kernel: _Kernel,
     chunk_bytes: int | None,
     extras: Sequence[str] = (),
 ) -> Objective:
     if student.swap is not None:
         raise ValueError("only the teacher's ids can be swapped, got a student with a swap.")
+    if isinstance(teacher, PartialLogits):
+        _require_known(teacher, [term for term, _ in kernel.summands])
     inputs: tuple[Tensor | None, ...] = (student.hidden, student.weight, student.bias)
     if not torch.is_grad_enabled():
         inputs = tuple(None if x is None else x.detach() for x in inputs)
@@ -172,16 +198,17 @@ class _FusedObjective(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         student: LazyLogits,
-        teacher: LazyLogits,
+        teacher: TeacherLogits,
         kernel: _Kernel,
         chunk_bytes: int | None,
         extras: Sequence[str],
     ) -> tuple[Tensor, ...]:
-        is_fused = _is_fused(student, teacher, kernel, extras)
+        whole = None if isinstance(teacher, PartialLogits) else teacher
+        is_fused = whole is not None and _is_fused(student, whole, kernel, extras)
         needs = ctx.needs_input_grad
         gradients = Gradients.like(hidden, weight, bias, needs, student.dtype, is_fused)
-        if is_fused:
-            rows = _by_kernels(student, teacher, kernel, chunk_bytes, extras, gradients)
+        if whole is not None and is_fused:
+            rows = _by_kernels(student, whole, kernel, chunk_bytes, extras, gradients)
         else:
             rows = _by_blocks(student, teacher, kernel, chunk_bytes, extras, gradients)
         ctx.gradients = gradients
@@ -201,7 +228,7 @@ class _FusedObjective(torch.autograd.Function):
 
 def _by_blocks(
     student: LazyLogits,
-    teacher: LazyLogits,
+    teacher: TeacherLogits,
     kernel: _Kernel,
     chunk_bytes: int | None,
     extras: Sequence[str],

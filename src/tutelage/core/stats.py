@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tutelage.core import kernels
-from tutelage.core._block import check_pair, chunks, student_numbers
+from tutelage.core._block import TeacherLogits, check_pair, chunks, student_numbers
 from tutelage.core.extras import EXTRAS
 from tutelage.core.lazy import LazyLogits
+from tutelage.core.partial import PartialLogits
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class TokenStats:
 
 def token_stats(
     student: LazyLogits,
-    teacher: LazyLogits | None,
+    teacher: TeacherLogits | None,
     tokens: Tensor,
     chunk_bytes: int | None = None,
     extras: Sequence[str] = (),
@@ -82,7 +83,8 @@ def token_stats(
     Args:
         student: student logits, N rows over V ids.
         teacher: teacher logits, the same rows and ids. None halves the work: entropy and log_p
-            are computed, all that rules with `needs_teacher` False read, and the rest is NaN.
+            are computed, all that rules with `needs_teacher` False read, and the rest is NaN. Of
+            `PartialLogits` its entropy and the divergences are lower bounds.
         tokens: sampled token ids `[N]`.
         chunk_bytes: size of the logit buffers; None for what suits the device.
         extras: names of further statistics to compute, keys of `EXTRAS`.
@@ -105,7 +107,7 @@ def token_stats(
         raise ValueError(f"extras must be among {tuple(EXTRAS)}, got {unknown[0]!r}.")
     if teacher is None and extras:
         raise ValueError(f"extras need a teacher, got {tuple(extras)} and none.")
-    if _is_fused(student, teacher, extras):
+    if not isinstance(teacher, PartialLogits) and _is_fused(student, teacher, extras):
         with torch.no_grad():
             return _by_kernels(student, teacher, tokens, chunk_bytes, extras)
     shape = (6 + len(extras), len(student))

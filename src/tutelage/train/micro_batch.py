@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,12 +72,12 @@ class MicroBatch:
         if self.teacher_logits is None or self.rows is None:
             raise ValueError("a micro-batch is cut after the teacher's forward and the selection.")
         first, last = self.batch.halves()
-        hidden, cut = self.teacher_logits.hidden, first.num_rows
+        cut = first.num_rows
         halves = []
         for batch, start in ((first, 0), (last, cut)):
             stop = start + batch.num_rows
             half = MicroBatch(batch, self.update)
-            half.teacher_logits = replace(self.teacher_logits, hidden=hidden[start:stop])
+            half.teacher_logits = self.teacher_logits[start:stop]
             if self.sampler_logprobs is not None:
                 half.sampler_logprobs = self.sampler_logprobs[start:stop]
             here = (self.rows >= start) & (self.rows < stop)
