@@ -51,7 +51,7 @@ def split_location(location: Sequence[str]) -> tuple[list[str], str]:
     for part in location:
         if part and not tag and part in TABLES.get(".".join(keys), {}):
             tag = part
-        elif not part.isdigit() and "[" not in part:
+        elif not part.isdigit() and "[" not in part and part != "str":
             keys.append(part)
             tag = ""
     return keys, tag

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from tutelage.config.bounds import STRICT, require
@@ -79,9 +79,10 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen model that supervises."""
+    """The frozen model that supervises, in the processes of the run."""
 
     __pydantic_config__ = STRICT
+    kind: Literal["local"] = field(default="local", kw_only=True)
     model: str
     """Folder, .gguf file, package:NAME/folder, or hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

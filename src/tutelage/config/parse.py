@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from tutelage.config.keys import TABLES, split_location
 from tutelage.config.schema import Config
 from tutelage.config.suggest import did_you_mean_key, did_you_mean_value, owners
+from tutelage.config.teachers import SERVED_KINDS
 from tutelage.errors import ConfigError
 
 _ADAPTER = TypeAdapter(Config)
@@ -143,14 +144,22 @@ def _with_current_names(table: dict[str, Any]) -> dict[str, Any]:
 
 def _read(table: dict[str, Any]) -> Config:
     table = _with_current_names(table)
-    if isinstance(objective := table.get("objective"), dict):
-        table = {**table, "objective": {"kind": "kl", **objective}}
+    for name, kind in (("objective", "kl"), ("teacher", "local")):
+        if isinstance(inner := table.get(name), dict):
+            table = {**table, name: {"kind": kind, **inner}}
+    if _is_served(table.get("teacher")) and isinstance(table.get("evaluation", {}), dict):
+        # it gives no completions: what is left out is false, and an explicit true is refused
+        table = {**table, "evaluation": {"teacher": False, **table.get("evaluation", {})}}
     try:
         config = _ADAPTER.validate_python(table)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     _refuse_truth_values(config, table)
     return config
+
+
+def _is_served(teacher: Any) -> bool:
+    return isinstance(teacher, dict) and teacher.get("kind") in SERVED_KINDS
 
 
 def parse_saved_config(table: dict[str, Any]) -> Config:
@@ -220,6 +229,8 @@ def fingerprint(config: Config) -> str:
     if len(urls := table.get("engine", {}).get("urls", ())) == 1:
         del table["engine"]["urls"]
         table["engine"]["url"] = urls[0]  # as earlier versions named the only one
+    if table["teacher"]["kind"] == "local":
+        del table["teacher"]["kind"]  # as before there were kinds
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -310,7 +321,7 @@ def _explain(error: ValidationError) -> str:
             *parents, last = location
             before = ".".join([*split_location(parents)[0], ""])
             kinds = list(TABLES.get(before + last, {}).values())
-            inside = kinds[0].required if len(kinds) == 1 else ()
+            inside = kinds[0].required if kinds else ()  # the first kind is what it is without one
             keys = [f"{before}{last}.{name}" for name in inside] or [before + last]
             return (
                 f"{', '.join(keys)} is missing. Add it to the configuration or pass "

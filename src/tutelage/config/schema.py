@@ -23,13 +23,14 @@ from tutelage.config.method import (
     SelectionConfig,
     WeightingConfig,
 )
-from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
+from tutelage.config.models import OptimizerConfig, StudentConfig
 from tutelage.config.sampling import (
     EngineConfig,
     SamplingConfig,
     TransformersEngine,
     require_filters,
 )
+from tutelage.config.teachers import SERVED_KINDS, AnyTeacher
 from tutelage.config.verifiers import VerifiersData
 
 
@@ -135,7 +136,7 @@ class Config:
 
     __pydantic_config__ = STRICT
     student: StudentConfig
-    teacher: TeacherConfig
+    teacher: AnyTeacher
     data: DataConfig = field(default_factory=LedgerData)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=TransformersEngine)
@@ -221,6 +222,9 @@ class Config:
             temperature, hint = self.sampling.temperature, "Or use engine.kind = transformers."
             is_one = temperature == 1
             require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
+        is_possible = self.teacher.kind not in SERVED_KINDS or not self.evaluation.teacher
+        rule, hint = f"false with teacher.kind = {self.teacher.kind}", "Its model is not here."
+        require(is_possible, "evaluation.teacher", rule, "true", hint)
         require_counts("", self.__dict__, prompts_per_step=1)
         require_least("", self.__dict__, checkpoint_every=0, micro_batch_tokens=0)
         require_least("", self.__dict__, process_timeout_s=5)

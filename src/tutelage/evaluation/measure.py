@@ -17,7 +17,7 @@ from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_
 from tutelage.evaluation.request import HELD_OUT
 from tutelage.evaluation.scores import voting_of
 from tutelage.models.student import Student
-from tutelage.models.teacher import Teacher
+from tutelage.models.teacher_protocol import AnyTeacher
 from tutelage.models.tokenizers import decode, pad_id
 from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.verifiers_sampler import VerifiersSampler
@@ -172,7 +172,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 def held_out_reverse_kl(
     student: Student,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     rollouts: Sequence[Rollout],
     pad_id: int,
     micro_batch_size: int,

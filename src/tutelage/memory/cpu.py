@@ -23,7 +23,7 @@ from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tutelage.models.teacher import Teacher
+    from tutelage.models.teacher_protocol import AnyTeacher
 
 _PROBE_TOKENS, _CACHE_PROBE_TOKENS = 64, 8
 """Length of a forward pass that is measured, beside one of half the length; caches grow evenly."""
@@ -112,7 +112,7 @@ def shards_of(config: Config, student: PreTrainedModel, processes: ProcessCounts
     return Shards.of(student, student, group) if group > 1 else None
 
 
-def _parts_of(config: Config, teacher: Teacher, processes: ProcessCounts) -> TeacherParts | None:
+def _parts_of(config: Config, teacher: AnyTeacher, processes: ProcessCounts) -> TeacherParts | None:
     group = processes.teacher_group(config)
     if group == 1:
         return None
@@ -120,7 +120,7 @@ def _parts_of(config: Config, teacher: Teacher, processes: ProcessCounts) -> Tea
         return TeacherParts.of(teacher.model, config.teacher.sharding, group)
 
 
-def _copied_bytes(config: Config, teacher: Teacher) -> int:
+def _copied_bytes(config: Config, teacher: AnyTeacher) -> int:
     """Pages of weight files that are resident while another dtype is made of them.
 
     Weights of the same dtype stay in their files, which are mapped, and are counted as the teacher.

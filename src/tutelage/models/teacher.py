@@ -113,7 +113,8 @@ class Teacher:
         self._model: PreTrainedModel | None = self._placed(model)
         self._head: LazyLogits | None = None
         weight = model.get_output_embeddings().weight
-        self.head_shape, self.itemsize = tuple(weight.shape), weight.dtype.itemsize
+        self.head_shape: tuple[int, ...] = tuple(weight.shape)
+        self.itemsize = weight.dtype.itemsize
         self.head_bytes = weight.nbytes
         self.full_bytes = held_bytes(model)
         """Bytes of the weights that this process has of the teacher."""
@@ -200,6 +201,10 @@ class Teacher:
     def to_device(self, logits: LazyLogits) -> LazyLogits:
         """What `forward` returned, with its hidden states on the device for the objective."""
         return replace(logits, hidden=logits.hidden.to(self.device))
+
+    def checks(self) -> dict[str, float]:
+        """Nothing: its model is the one that was loaded."""
+        return {}
 
     def _detached_head(self, hidden: Tensor) -> LazyLogits:
         logits = head(self.model, hidden[:0], self.vocab_size)

@@ -37,7 +37,7 @@ from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
 from tutelage.models.sharding import num_processes, require_shardable_student, sharding_mesh
 from tutelage.models.student import Student
-from tutelage.models.teacher import Teacher
+from tutelage.models.teacher_protocol import AnyTeacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
 from tutelage.rollout.cuda.generate import forget
 from tutelage.rollout.nccl_transfer import NCCLTransfer, require_nccl
@@ -67,7 +67,7 @@ class Components:
     student: Student
     masters: MasterWeights
     """The tensors that the optimizer updates for the student."""
-    teacher: Teacher
+    teacher: AnyTeacher
     sampler: Sampler
     """Samples the student's completions."""
     tokenizer: PreTrainedTokenizerBase

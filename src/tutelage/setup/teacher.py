@@ -33,7 +33,7 @@ def set_attention(config: Config, model: PreTrainedModel, who: str, device: torc
 
 def load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
     """A function that loads the teacher to where it is kept; an error if its files changed."""
-    teacher = config.teacher
+    teacher = _local(config)
     found = resolve_model(teacher.model)
     if teacher.mode == "reload" and found.gguf_file is not None:
         raise ConfigError(
@@ -87,7 +87,7 @@ def build_teacher(
     Raises:
         ModelError: its architecture cannot be shared so.
     """
-    settings, who = config.teacher, f"teacher {config.teacher.model!r}"
+    settings, who = _local(config), f"teacher {config.teacher.model!r}"
     store = HiddenStore(settings.hidden_budget_bytes, scratch)
     mode, shards, kind = _mode_at_rest(settings, device), None, settings.sharding
     if kind != "none" and not is_run:
@@ -106,6 +106,14 @@ def try_teacher(config: Config, teacher: Teacher) -> list[str]:
         is_packed = config.micro_batches == "packed"
         notes += try_model(teacher.model, who, teacher.vocab_size, False, is_packed)
     return notes
+
+
+def _local(config: Config) -> TeacherConfig:
+    if not isinstance(config.teacher, TeacherConfig):
+        raise ConfigError(
+            f"teacher.kind {config.teacher.kind!r} cannot be used yet. Use teacher.kind = 'local'."
+        )
+    return config.teacher
 
 
 def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:

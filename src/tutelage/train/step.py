@@ -194,6 +194,7 @@ class Step:
             "clip_share": clip_share(self.config, num_clipped, num_kept),
             "max_relative_hidden_gap": None,
             **self.checks,
+            **self.components.teacher.checks(),
             "num_rows": num_rows,
             "num_kept": num_kept,
             **token_metrics(*self._described(selection, result), self.config),

@@ -1,0 +1,85 @@
+"""Where the teacher's numbers come from, as configuration: one class for each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from tutelage.config.bounds import STRICT, require
+from tutelage.config.models import TeacherConfig, TeacherMode, TeacherSharding
+
+
+@dataclass(frozen=True)
+class HiddenServerTeacher:
+    """A teacher on a server, which answers token ids with final hidden states.
+
+    Prompts and completions leave this machine as token ids. Of the model itself only the head and
+    the tokenizer are loaded here, so that everything over the whole vocabulary stays exact.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["hidden_server"]
+    model: str
+    """Folder or hub id of the model that is served; its head and tokenizer are loaded from it."""
+    url: str | tuple[str, ...]
+    """Address of a server of that model, such as http://host:8100, or a list of several that share
+    the requests; a key comes from TUTELAGE_API_KEY."""
+    server: Literal["tutelage", "vllm"] = "tutelage"
+    """What answers there: `tutelage serve-teacher`, or vLLM's pooling endpoint."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights on the server, and of the head here."""
+    payload: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of hidden states on their way; bfloat16 halves them, and is exact for a model in
+    bfloat16."""
+    num_concurrent: int = 4
+    """Requests to one server at the same time, each with a part of a micro-batch's sequences."""
+    timeout_s: float = 600.0
+    """Seconds for one request, all tries together."""
+    hidden_budget_bytes: int = 4 << 30
+    """Hidden states of one step kept in main memory; more go to a file in the run folder."""
+    stop_token: Literal["map", "refuse"] = "map"
+    """Where student and teacher end a text with different ids: map exchanges them for the teacher,
+    refuse ends the run."""
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses as a list."""
+        return (self.url,) if isinstance(self.url, str) else self.url
+
+    @property
+    def mode(self) -> TeacherMode:
+        """The head is on the device all the time."""
+        return "resident"
+
+    @property
+    def quantization(self) -> Literal["none"]:
+        """Of the head."""
+        return "none"
+
+    @property
+    def sharding(self) -> TeacherSharding:
+        """Every process has the head, and asks for its own rows."""
+        return "none"
+
+    @property
+    def sharding_group_size(self) -> int:
+        """No processes share anything."""
+        return 0
+
+    def __post_init__(self) -> None:
+        hint = "Add one."
+        require(any(self.urls), "teacher.url", "at least one address", list(self.urls), hint)
+        count, hint = self.num_concurrent, "4 is usual."
+        require(1 <= count <= 256, "teacher.num_concurrent", "from 1 to 256", count, hint)
+        seconds, hint = self.timeout_s, "600 is usual."
+        require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
+        budget, hint = self.hidden_budget_bytes, "0 writes all hidden states to disk."
+        require(budget >= 0, "teacher.hidden_budget_bytes", "at least 0", budget, hint)
+
+
+AnyTeacher: TypeAlias = Annotated[TeacherConfig | HiddenServerTeacher, Field(discriminator="kind")]
+"""The kinds of `[teacher]`; a table without a kind is local."""
+SERVED_KINDS = ("hidden_server",)
+"""Kinds whose model is not here, so that it gives no completions of its own."""

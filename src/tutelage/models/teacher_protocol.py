@@ -1,0 +1,66 @@
+"""What a run asks of its teacher, wherever the teacher's model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from tutelage.config.models import TeacherMode
+from tutelage.core import LazyLogits
+from tutelage.data.batch import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class AnyTeacher(Protocol):
+    """Gives a batch's rows their logits.
+
+    The processes of a run may hold one together: all of them enter `on_device()` and call `forward`
+    equally often.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that student and teacher share."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, perhaps only inside `on_device()`; of one that is elsewhere, its head."""
+
+    @property
+    def mode(self) -> TeacherMode:
+        """Where the model is outside `on_device()`."""
+
+    @property
+    def head_shape(self) -> tuple[int, ...]:
+        """V and D of the whole head."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of its hidden states."""
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head."""
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the weights that this process has inside `on_device()`."""
+
+    @property
+    def resting_bytes(self) -> int:
+        """Bytes of the weights that are loaded now."""
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """`forward` can be called inside; a new phase begins."""
+
+    def forward(self, batch: Batch) -> LazyLogits:
+        """Teacher logits of the batch's N rows, no gradient, perhaps on another device."""
+
+    def to_device(self, logits: LazyLogits) -> LazyLogits:
+        """What `forward` returned, on the device for the objective."""
+
+    def checks(self) -> Mapping[str, float]:
+        """What it measured of itself since the last call, for the metrics of a step."""
