@@ -14,6 +14,7 @@ from tutelage.core import LazyLogits, TokenStats
 from tutelage.core.terms import SampledReverseKL, Term
 from tutelage.data.batch import Batch, collate, length_groups, pack, packed_groups
 from tutelage.data.types import Rollout
+from tutelage.errors import RunError
 from tutelage.setup.objective import row_terms, uniform_terms
 from tutelage.train.distributed import Ranks
 
@@ -26,6 +27,8 @@ class MicroBatch:
     """B sequences with N completion tokens, the rows."""
     update: int
     """Which of the step's updates it belongs to, from 0."""
+    teacher_batch: Batch | None = None
+    """The same N rows behind other prompts, where the teacher reads others; None: `batch`."""
     teacher_logits: LazyLogits | None = None
     """The teacher's logits of the N rows, once its forward pass has run."""
     rows: Tensor | None = None
@@ -41,6 +44,11 @@ class MicroBatch:
     begins with `[N]`; sampled objectives clip against it."""
     terms: Sequence[tuple[Term, Tensor | float]] = field(default_factory=list)
     """Terms of the objective with their weights, `[K]` or one number each."""
+
+    @property
+    def read_by_teacher(self) -> Batch:
+        """The sequences of the teacher's forward pass, whose rows are those of `batch`."""
+        return self.batch if self.teacher_batch is None else self.teacher_batch
 
     @property
     def num_clipped(self) -> int:
@@ -72,11 +80,14 @@ class MicroBatch:
         if self.teacher_logits is None or self.rows is None:
             raise ValueError("a micro-batch is cut after the teacher's forward and the selection.")
         first, last = self.batch.halves()
+        of_teacher: Sequence[Batch | None] = (None, None)
+        if self.teacher_batch is not None:
+            of_teacher = self.teacher_batch.halves()
         cut = first.num_rows
         halves = []
-        for batch, start in ((first, 0), (last, cut)):
+        for batch, read, start in zip((first, last), of_teacher, (0, cut), strict=True):
             stop = start + batch.num_rows
-            half = MicroBatch(batch, self.update)
+            half = MicroBatch(batch, self.update, read)
             half.teacher_logits = self.teacher_logits[start:stop]
             if self.sampler_logprobs is not None:
                 half.sampler_logprobs = self.sampler_logprobs[start:stop]
@@ -97,6 +108,7 @@ def pack_rollouts(
     pad_id: int,
     ranks: Ranks,
     device: torch.device,
+    read_by_teacher: Sequence[Rollout] | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of every update of a step, as many in every process.
 
@@ -107,10 +119,18 @@ def pack_rollouts(
         pad_id: fills padded rows.
         ranks: agree on the number of micro-batches.
         device: of the result.
+        read_by_teacher: the same completions behind the prompts that the teacher reads, one for
+            each rollout; None where those are the rollouts' own.
+
+    Raises:
+        RunError: the teacher would read other tokens than those that are to be learned.
     """
     num_updates, is_packed = config.updates_per_step, config.micro_batches == "packed"
     group_by = packed_groups if is_packed else length_groups
-    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    lengths = [_length(r) for r in rollouts]
+    if read_by_teacher is not None:
+        longer = zip(lengths, map(_length, read_by_teacher), strict=True)
+        lengths = [max(pair) for pair in longer]
     bounds = [len(rollouts) * u // num_updates for u in range(num_updates + 1)]
 
     def groups(update: int, at_least: int) -> list[list[int]]:
@@ -119,15 +139,48 @@ def pack_rollouts(
         found = group_by(lengths[start : bounds[update + 1]], *limits)
         return [[start + i for i in group] for group in found]
 
-    def batch_of(group: list[int]) -> Batch:
-        members, named = [rollouts[i] for i in group], [completions[i] for i in group]
-        if is_packed:
-            return pack(members, named).to(device)
-        return collate(members, pad_id, completions=named).to(device)
+    def batch_of(group: list[int], of: Sequence[Rollout]) -> Batch:
+        members, named = [of[i] for i in group], [completions[i] for i in group]
+        return pack(members, named) if is_packed else collate(members, pad_id, completions=named)
+
+    def micro_batch(group: list[int], update: int) -> MicroBatch:
+        batch, read = batch_of(group, rollouts), None
+        if read_by_teacher is not None:
+            read = batch_of(group, read_by_teacher)
+            require_same_rows(batch, read)
+            read = read.to(device)
+        return MicroBatch(batch.to(device), update, read)
 
     counts = ranks.max([len(groups(update, 1)) for update in range(num_updates)])
     return [
-        MicroBatch(batch_of(group), update)
+        micro_batch(group, update)
         for update, count in enumerate(counts)
         for group in groups(update, int(count))
     ]
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.completion_ids)
+
+
+def require_same_rows(batch: Batch, read: Batch) -> None:
+    """Refuse a batch for the teacher whose rows are not, token by token, those of the student's.
+
+    Args:
+        batch: what the student learns from.
+        read: what the teacher reads.
+
+    Raises:
+        RunError: a row differs in its token, its completion or its place there.
+    """
+    for name in ("tokens", "completion", "position"):
+        ours, theirs = vars(batch)[name], vars(read)[name]
+        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+            where = "their number"
+            if ours.shape == theirs.shape:
+                where = f"row {int((ours != theirs).nonzero()[0])}"
+            raise RunError(
+                f"the teacher would read {read.num_rows} rows that differ in {name} from the "
+                f"{batch.num_rows} that the student learns from, at {where}. The completion behind "
+                "both prompts has to be the same."
+            )

@@ -134,7 +134,9 @@ class Step:
         """The teacher's logits of every row, as hidden states; it may then leave the device."""
         with self.clock.phase("teacher"), self.components.teacher.on_device():
             for micro_batch in micro_batches:
-                micro_batch.teacher_logits = self.components.teacher.forward(micro_batch.batch)
+                micro_batch.teacher_logits = self.components.teacher.forward(
+                    micro_batch.read_by_teacher
+                )
 
     def select(
         self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], step: int
