@@ -89,6 +89,7 @@ VALUES: dict[str, Values] = {
     "objective.alpha": ([0.0, 0.1, 0.9], [1e-30, 0.9999999999], [1.0]),
     "objective.direction": (["reverse", "forward"], [], ["both"]),
     "objective.k": ([1, 16, 100000], [_HUGE], [0]),
+    "objective.support": (["teacher", "student"], [], ["both"]),
     "objective.clip": ([0.2], [1e-30, 1e9], [0.0, 1e300]),
     "objective.estimator": (["exact", "sampled"], [], ["k3"]),
     "objective.fkl": (["full", "topk_tail", "topk_renorm"], [], ["top"]),

@@ -103,7 +103,14 @@ CORE_MUTANTS: dict[str, Group] = {
             ),
             ("advantage = log_q - old", "advantage = log_q - log_p"),
             ("return factor * block.forward_kl, gradient", "return block.forward_kl, gradient"),
-            ("ids = block.teacher_logits.topk(", "ids = block.q.topk("),
+            (
+                "ids = block.teacher_logits.topk(",
+                "ids = block.q.topk(",
+            ),
+            (
+                "top = Buckets.of(block, self.k, self.support)\n        tail",
+                "top = Buckets.of(block, self.k)\n        tail",
+            ),
             (
                 "gradient: Tensor = p * (g - torch.linalg.vecdot(p, g)[:, None])",
                 "gradient: Tensor = p * g",

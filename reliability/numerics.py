@@ -45,6 +45,8 @@ TERMS: dict[str, Callable[[Tensor, Tensor], Term]] = {
     "topk_tail": lambda *_: TopKForwardKL(4),
     "topk_renorm": lambda *_: TopKForwardKL(4, tail=False),
     "topk_reverse": lambda *_: TopKReverseKL(4),
+    "topk_student": lambda *_: TopKReverseKL(4, "student"),
+    "topk_student_tail": lambda *_: TopKForwardKL(4, support="student"),
     "sampled": lambda tokens, old: SampledReverseKL(tokens, old),
 }
 RULED_OUT = {

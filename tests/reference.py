@@ -275,11 +275,13 @@ def buckets(log_x: Tensor, ids: Sequence[int]) -> Tensor:
     return torch.stack(masses).log()
 
 
-def topk_kl(log_p: Tensor, log_q: Tensor, k: int, is_forward: bool) -> Tensor:
-    """KL between rows coarsened to the teacher's k likeliest ids and a tail."""
+def topk_kl(
+    log_p: Tensor, log_q: Tensor, k: int, is_forward: bool, support: str = "teacher"
+) -> Tensor:
+    """KL between rows coarsened to one side's k likeliest ids and a tail."""
     rows = []
     for a, b in zip(log_p, log_q, strict=True):
-        ids = top_ids(b, k)
+        ids = top_ids(b if support == "teacher" else a, k)
         coarse = buckets(a, ids)[None], buckets(b, ids)[None]
         rows.append((forward_kl if is_forward else reverse_kl)(*coarse)[0])
     return torch.stack(rows)

@@ -54,6 +54,7 @@ OBJECTIVES = {
     "akl": 'kind = "akl"',
     "topk": 'kind = "topk"\nk = 4',
     "topk_forward": 'kind = "topk"\ndirection = "forward"',
+    "topk_student": 'kind = "topk"\nsupport = "student"',
     "sampled": 'kind = "sampled"\nclip = 0.1',
     "eopd": 'kind = "eopd"',
     "eopd_sampled": 'kind = "eopd"\nestimator = "sampled"\nfkl = "topk_renorm"',
@@ -191,6 +192,7 @@ COMBINATIONS = [
     ("local_oracle", "skew", "reward"),
     ("gradient_norm", "topk_forward", "selectkd"),
     ("bottom", "eopd_percentile", "reward"),
+    ("forward_divergence", "topk_student", "selectkd"),
     ("divergence", "akl", "fire"),
 ]
 

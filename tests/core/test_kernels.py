@@ -350,11 +350,16 @@ CLIP = 50.0  # so wide that some rows have a slope
         (TopKForwardKL(99), lambda p, q: reference.topk_kl(p, q, 37, True)),
         (TopKReverseKL(5), lambda p, q: reference.topk_kl(p, q, 5, False)),
         (
+            TopKForwardKL(5, support="student"),
+            lambda p, q: reference.topk_kl(p, q, 5, True, "student"),
+        ),
+        (TopKReverseKL(5, "student"), lambda p, q: reference.topk_kl(p, q, 5, False, "student")),
+        (
             SampledReverseKL(TOKENS, OLD, CLIP),
             lambda p, q: reference.sampled(p, q, TOKENS.tolist(), OLD.tolist(), CLIP),
         ),
     ],
-    ids=["tail", "renorm", "all_ids", "reverse", "sampled"],
+    ids=["tail", "renorm", "all_ids", "reverse", "tail_student", "reverse_student", "sampled"],
 )
 def test_terms_of_a_few_ids_beside_dense_ones(
     term: Term, function: Any, dtype: torch.dtype, make_pair: Make

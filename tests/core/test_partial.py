@@ -171,6 +171,8 @@ def test_divergences_over_all_ids_are_refused() -> None:
         distillation_objective(student, teacher)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="knows 4 ids of each row"):
         composite_objective(student, teacher, [(TopKReverseKL(5), 1.0)])
+    with pytest.raises(ValueError, match="the teacher's support"):
+        composite_objective(student, teacher, [(TopKReverseKL(2, "student"), 1.0)])
 
 
 def test_rounded_probabilities_make_no_infinite_tail() -> None:

@@ -64,6 +64,14 @@ TERMS: dict[str, tuple[Term, reference.Function]] = {
     "topk_renorm_all": (TopKForwardKL(VOCAB, tail=False), reference.forward_kl),
     "topk_reverse": (TopKReverseKL(5), lambda p, q: reference.topk_kl(p, q, 5, False)),
     "topk_reverse_all": (TopKReverseKL(VOCAB), reference.reverse_kl),
+    "topk_student": (
+        TopKReverseKL(5, "student"),
+        lambda p, q: reference.topk_kl(p, q, 5, False, "student"),
+    ),
+    "topk_student_tail": (
+        TopKForwardKL(5, support="student"),
+        lambda p, q: reference.topk_kl(p, q, 5, True, "student"),
+    ),
 }
 
 
@@ -203,7 +211,9 @@ def test_a_student_is_never_swapped(make_pair: Make) -> None:
         composite_objective(replace(pair.student, swap=(0, 1)), pair.teacher, [(JSD(), 1.0)])
 
 
-@pytest.mark.parametrize("name", ["jsd", "skew", "topk_tail", "topk_renorm", "topk_reverse"])
+@pytest.mark.parametrize(
+    "name", ["jsd", "skew", "topk_tail", "topk_renorm", "topk_reverse", "topk_student"]
+)
 def test_an_infinite_bias_is_refused_where_it_would_be_misread(make_pair: Make, name: str) -> None:
     for side in ("student", "teacher"):
         pair = make_pair(vocab_size=VOCAB, has_bias=True)
@@ -246,6 +256,8 @@ def test_terms_refuse_what_they_cannot_mean(make_pair: Make) -> None:
     for term in (TopKForwardKL, TopKReverseKL):
         with pytest.raises(ValueError, match="k must be at least 1, got 0"):
             term(0)
+    with pytest.raises(ValueError, match="renormalises the teacher on its own top k"):
+        TopKForwardKL(tail=False, support="student")
     with pytest.raises(ValueError, match="needs at least one term, got none"):
         composite_objective(make_pair().student, make_pair().teacher, [])
 

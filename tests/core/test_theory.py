@@ -25,6 +25,7 @@ from tutelage.core.terms import (
     ForwardKL,
     ReverseKL,
     SampledReverseKL,
+    Support,
     Term,
     TopKForwardKL,
     TopKReverseKL,
@@ -32,6 +33,8 @@ from tutelage.core.terms import (
 from tutelage.core.weighting import entropy_gate
 
 Make = Callable[..., Any]
+
+SUPPORTS: tuple[Support, ...] = ("teacher", "student")
 
 
 def lazy(logits: Tensor) -> LazyLogits:
@@ -249,12 +252,70 @@ def test_a_tail_bucket_never_exceeds_the_full_divergence(make_pair: Make, k: int
     """Coarser distributions are closer (data processing), in both directions."""
     pair = make_pair(vocab_size=30, rows=20)
     full = token_stats(pair.student, pair.teacher, torch.zeros(20).long())
-    for term, limit in ((TopKForwardKL(k), full.forward_kl), (TopKReverseKL(k), full.reverse_kl)):
+    pairs = [
+        (term, limit)
+        for support in SUPPORTS
+        for term, limit in (
+            (TopKForwardKL(k, support=support), full.forward_kl),
+            (TopKReverseKL(k, support), full.reverse_kl),
+        )
+    ]
+    for term, limit in pairs:
         found = composite_objective(pair.student, pair.teacher, [(term, 1.0)]).value
         assert bool((found <= limit + 1e-12).all())
         assert bool((found >= -1e-14).all())
         if k < 29:
             assert bool((found < limit - 1e-6).any())
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("is_forward", [False, True])
+def test_with_a_tail_truncated_kl_is_0_only_where_the_buckets_agree(
+    support: Support, is_forward: bool
+) -> None:
+    """Equal on the top and in the tail's mass: 0 and no gradient; one bucket moved: above 0."""
+    q = torch.tensor([[0.4, 0.3, 0.1, 0.1, 0.06, 0.04]], dtype=torch.float64)
+    p = torch.tensor([[0.4, 0.3, 0.02, 0.01, 0.07, 0.2]], dtype=torch.float64)
+    term = TopKForwardKL(2, support=support) if is_forward else TopKReverseKL(2, support)
+    for moved in (0.0, 1e-6, -1e-6, 0.1, -0.1):
+        for place in (0, 3):  # a bucket of the top, and the tail
+            change = torch.zeros_like(p)
+            change[0, place], change[0, 1] = moved, -moved
+            z = (p + change).clamp(min=1e-3).log().requires_grad_(True)
+            found = composite_objective(lazy(z), lazy(q.log()), [(term, 1.0)])
+            found.total.backward()
+            assert z.grad is not None
+            if moved:
+                assert found.total.item() > 0
+            else:
+                assert abs(found.total.item()) <= 1e-15
+                assert float(z.grad.abs().max()) <= 1e-15
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0.1, 8))
+def test_a_truncated_reverse_kl_is_never_negative_with_its_tail(
+    seed: int, k: int, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z, y = spread * torch.randn(2, 4, 12, generator=generator, dtype=torch.float64)
+    for support in SUPPORTS:
+        found = composite_objective(lazy(z), lazy(y), [(TopKReverseKL(k, support), 1.0)])
+        assert float(found.value.min()) >= -1e-13
+
+
+def test_without_its_tail_truncated_reverse_kl_falls_below_0_as_mass_leaves_the_top() -> None:
+    """Negative control: the sum over the top alone rewards a student that leaves it."""
+    q = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64)
+    values, with_tail = [], []
+    for left in (0.2, 0.5, 0.7):
+        inside = (1 - left) * torch.tensor([0.625, 0.375], dtype=torch.float64)
+        p = torch.cat([inside, torch.full((2,), left / 2, dtype=torch.float64)])[None]
+        values.append(float((p * (p / q).log())[0, :2].sum()))
+        top = [(TopKReverseKL(2), 1.0)]
+        with_tail.append(float(composite_objective(lazy(p.log()), lazy(q.log()), top).total))
+    assert values[0] > values[1] > -1
+    assert values[1] < -0.1
+    assert with_tail[0] < with_tail[1] < with_tail[2]
 
 
 def test_the_expected_sampled_gradient_is_that_of_reverse_kl() -> None:

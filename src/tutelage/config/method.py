@@ -181,13 +181,15 @@ class AdaptiveObjective:
 
 @dataclass(frozen=True)
 class TopKObjective:
-    """A divergence over the teacher's k likeliest ids and one bucket for the rest."""
+    """A divergence over one side's k likeliest ids and one bucket for the rest."""
 
     __pydantic_config__ = STRICT
     kind: Literal["topk"]
     direction: Literal["reverse", "forward"] = "reverse"
     k: int = 16
     """Ids with a bucket of their own, at least 1."""
+    support: Literal["teacher", "student"] = "teacher"
+    """Whose likeliest ids they are, of every token anew."""
 
     def __post_init__(self) -> None:
         require(self.k >= 1, "objective.k", "at least 1", self.k, "16 is usual.")

@@ -54,6 +54,9 @@ class Block:
     """Teacher logits `[r, V]`, shifted so that the largest of a row is 0."""
     log_normalizers: tuple[Tensor, Tensor]
     """log Σ exp of the shifted logits `[r]`, of student and teacher."""
+    student_top: Tensor | None = None
+    """Ids of the student's largest logits `[r, k]`, largest first; None where none were asked
+    for. (`gap` takes the logits' place, and from it they come back rounded.)"""
 
     def log_ratio(self) -> Tensor:
         """log p − log q, `[r, V]`."""
@@ -139,6 +142,7 @@ def read_block(
     scratch: tuple[Tensor, Tensor, Tensor],
     tokens: Tensor | None = None,
     has_inf: bool = False,
+    num_top: int = 0,
 ) -> Block:
     """Both distributions of a block of logits, which are overwritten (`student` becomes `gap`).
 
@@ -148,11 +152,13 @@ def read_block(
         scratch: three `[r, V]` buffers; the first two receive p and q.
         tokens: sampled token ids `[r]`.
         has_inf: whether a logit can be −inf, which costs three more passes.
+        num_top: how many of the student's likeliest ids to find.
     """
     s = _distribution(student, (scratch[0], scratch[2]), tokens, has_inf)
     t = _distribution(teacher, (scratch[1], scratch[2]), tokens, has_inf)
     p, q = s.probabilities, t.probabilities
     offset = s.log_normalizer - t.log_normalizer
+    student_top = student.topk(min(num_top, p.shape[-1]), -1).indices if num_top else None
     gap = student.sub_(teacher)
     teacher_gap = gap.masked_fill(q == 0, 0.0) if has_inf else gap
     forward_kl = offset - _dot(q, teacher_gap, scratch[2]) / t.total
@@ -172,6 +178,7 @@ def read_block(
         forward_kl,
         teacher,
         (s.log_normalizer, t.log_normalizer),
+        student_top,
     )
 
 
@@ -229,8 +236,10 @@ class Chunk:
     known: PartialLogits | None = None
     """What is known of the teacher's rows where that is not everything."""
 
-    def blocks(self, tokens: Tensor | None = None) -> Iterator[tuple[slice, Block]]:
-        """Each block with the rows (of the whole input) it covers."""
+    def blocks(
+        self, tokens: Tensor | None = None, num_top: int = 0
+    ) -> Iterator[tuple[slice, Block]]:
+        """Each block with the rows (of the whole input) it covers; see `read_block`."""
         for low in range(0, self.stop - self.start, self.block):
             here = slice(low, min(low + self.block, self.stop - self.start))
             rows = slice(self.start + here.start, self.start + here.stop)
@@ -242,6 +251,7 @@ class Chunk:
                 (p, q, product),
                 None if tokens is None else tokens[rows],
                 self.has_inf,
+                num_top,
             )
             yield rows, found if self.known is None else coarse(found, self.known[rows])
 

@@ -22,6 +22,7 @@ from tutelage.core.terms import (
     Term,
     TopKForwardKL,
     TopKReverseKL,
+    num_student_top,
 )
 
 
@@ -129,13 +130,15 @@ def _require_known(teacher: PartialLogits, terms: Sequence[Term]) -> None:
     """Refuses what would count the tail as if it were spread evenly."""
     for term in terms:
         is_known = isinstance(term, SampledReverseKL) or (
-            isinstance(term, TopKForwardKL | TopKReverseKL) and term.k <= teacher.k
+            isinstance(term, TopKForwardKL | TopKReverseKL)
+            and term.k <= teacher.k
+            and term.support == "teacher"
         )
         if not is_known:
             raise ValueError(
                 f"the teacher knows {teacher.k} ids of each row, got {type(term).__name__}. Use "
-                f"TopKForwardKL or TopKReverseKL with k of at most {teacher.k}, or "
-                "SampledReverseKL."
+                f"TopKForwardKL or TopKReverseKL with the teacher's support and k of at most "
+                f"{teacher.k}, or SampledReverseKL."
             )
 
 
@@ -238,7 +241,7 @@ def _by_blocks(
     shape = (5 + len(extras), len(student))
     rows = torch.empty(shape, dtype=torch.float64, device=student.hidden.device)
     for chunk in chunks(student, teacher, chunk_bytes):
-        for here, block in chunk.blocks():
+        for here, block in chunk.blocks(num_top=num_student_top(kernel.summands)):
             rows[:4, here] = torch.stack(
                 (block.reverse_kl, block.forward_kl, block.entropy, block.teacher_entropy)
             )

@@ -8,14 +8,17 @@ gradient is ``p ⊙ (g − E_p[g])``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tutelage.core._block import Block
+
+Support: TypeAlias = Literal["teacher", "student"]
+"""Whose k likeliest ids have a bucket of their own."""
 
 
 class Term(Protocol):
@@ -23,6 +26,15 @@ class Term(Protocol):
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
         """Value `[r]` in nats and its logit gradient `[r, V]`, for the rows of a block."""
+
+
+@runtime_checkable
+class HasStudentTop(Protocol):
+    """A term that looks at the student's likeliest ids."""
+
+    @property
+    def num_student_top(self) -> int:
+        """How many; 0 is none."""
 
 
 def _through_softmax(p: Tensor, g: Tensor) -> Tensor:
@@ -110,9 +122,9 @@ class SkewReverseKL:
 
 @dataclass(frozen=True)
 class TopKForwardKL:
-    """Forward KL over the teacher's k likeliest ids, with a tail bucket or renormalised.
+    """Forward KL over one side's k likeliest ids, with a tail bucket or renormalised.
 
-    With S = top-k(q), teacher mass m and student mass P on S:
+    With S the `support`'s top k, teacher mass m and student mass P on S:
 
     * `tail`: ``Σ_S q log(q/p) + (1 − m) log((1 − m)/(1 − P))``, a KL between coarser
       distributions and so at most the full one;
@@ -125,16 +137,27 @@ class TopKForwardKL:
     k: int = 16
     tail: bool = True
     """True adds the tail bucket; False renormalises the teacher on its top k."""
+    support: Support = "teacher"
 
     def __post_init__(self) -> None:
         _require_k(self.k)
+        if not self.tail and self.support != "teacher":
+            raise ValueError(
+                f"tail = False renormalises the teacher on its own top k, got support = "
+                f"{self.support!r}. Use a tail."
+            )
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
-        top = Buckets.of(block, self.k)
+        top = Buckets.of(block, self.k, self.support)
         if not self.tail:
             return self.value(top), block.p.scatter_add(-1, top.ids, -top.share())
         gradient = block.p - top.rest_of_q_shaped_as_p()
         return self.value(top), gradient.scatter_(-1, top.ids, top.p - top.q)
+
+    @property
+    def num_student_top(self) -> int:
+        """How many of the student's likeliest ids it looks at."""
+        return self.k if self.support == "student" else 0
 
     def value(self, top: Buckets) -> Tensor:
         """Value `[r]` in nats."""
@@ -150,20 +173,29 @@ class TopKForwardKL:
 class TopKReverseKL:
     """``Σ_S p log(p/q) + (1 − P) log((1 − P)/(1 − m))``: reverse KL with a tail bucket.
 
-    S = top-k(q), m and P the teacher's and the student's mass on it; g is the log-ratio of each
-    bucket. It is at most the full reverse KL and equals it when S is the whole vocabulary.
+    S is the `support`'s top k, m and P the teacher's and the student's mass on it; g is the
+    log-ratio of each bucket. With the tail it is a KL between coarser distributions: at least 0,
+    and 0 only where all k + 1 buckets agree, at most the full reverse KL, and equal to it when S is
+    the whole vocabulary. Without (verl's sum, since removed) it falls below 0 as the student moves
+    mass out of S. S is held fixed in the gradient.
     """
 
     k: int = 16
+    support: Support = "teacher"
 
     def __post_init__(self) -> None:
         _require_k(self.k)
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
-        top = Buckets.of(block, self.k)
+        top = Buckets.of(block, self.k, self.support)
         tail = bucket_gap(top.log_p_rest, top.log_q_rest)[:, None]
         g = tail.expand_as(block.p).scatter(-1, top.ids, top.log_p - top.log_q)
         return self.value(top), _through_softmax(block.p, g)
+
+    @property
+    def num_student_top(self) -> int:
+        """How many of the student's likeliest ids it looks at."""
+        return self.k if self.support == "student" else 0
 
     def value(self, top: Buckets) -> Tensor:
         """Value `[r]` in nats."""
@@ -216,7 +248,7 @@ class SampledReverseKL:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The teacher's k likeliest ids as buckets of their own, everything else in one."""
+    """One side's k likeliest ids as buckets of their own, everything else in one."""
 
     ids: Tensor
     """`[r, k]`."""
@@ -231,10 +263,14 @@ class Buckets:
     """Student log-probabilities `[r, V]`."""
 
     @staticmethod
-    def of(block: Block, k: int) -> Buckets:
-        # By logits: among probabilities that have underflowed to 0 any id would do.
-        ids = block.teacher_logits.topk(min(k, block.q.shape[-1]), -1).indices
+    def of(block: Block, k: int, support: Support = "teacher") -> Buckets:
         log_p, log_q = block.log_probabilities()
+        if support == "student":
+            if block.student_top is None:
+                raise ValueError("the block was read without the student's likeliest ids.")
+            ids = block.student_top[:, :k]
+        else:  # by logits: among probabilities that have underflowed to 0 any id would do
+            ids = block.teacher_logits.topk(min(k, block.q.shape[-1]), -1).indices
         # The rest is summed, not 1 − mass: the difference would drown small tails in rounding.
         return Buckets(
             ids,
@@ -254,6 +290,12 @@ class Buckets:
     def rest_of_q_shaped_as_p(self) -> Tensor:
         """The teacher's tail mass, spread over the tail as the student spreads its own `[r, V]`."""
         return torch.exp(self.all_log_p + bucket_gap(self.log_q_rest, self.log_p_rest)[:, None])
+
+
+def num_student_top(terms: Sequence[tuple[Term, Tensor]]) -> int:
+    """How many of the student's likeliest ids the terms look at."""
+    counts = [term.num_student_top for term, _ in terms if isinstance(term, HasStudentTop)]
+    return max(counts, default=0)
 
 
 def _require_k(k: int) -> None:

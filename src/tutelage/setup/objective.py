@@ -148,10 +148,10 @@ def uniform_terms(objective: ObjectiveConfig) -> list[tuple[Term, Tensor | float
             return [(JSD(teacher_weight), 1.0)]
         case SkewObjective(alpha=alpha):
             return [(SkewReverseKL(alpha), 1.0)]
-        case TopKObjective(direction="reverse", k=k):
-            return [(TopKReverseKL(k), 1.0)]
-        case TopKObjective(k=k):
-            return [(TopKForwardKL(k), 1.0)]
+        case TopKObjective(direction="reverse", k=k, support=support):
+            return [(TopKReverseKL(k, support), 1.0)]
+        case TopKObjective(k=k, support=support):
+            return [(TopKForwardKL(k, support=support), 1.0)]
         case EOPDObjective() if _is_plain(objective):
             gate = partial(
                 entropy_gate,

@@ -22,7 +22,7 @@ from tutelage.core.kernels.passes import (
     launch_block,
 )
 from tutelage.core.kernels.products import on_device
-from tutelage.core.terms import Buckets
+from tutelage.core.terms import Buckets, Support
 
 SEGMENT = 64
 """Ids of a segment: the k largest logits lie in the k segments with the largest maxima."""
@@ -171,14 +171,18 @@ FOUND: dict[str, Callable[[More], Tensor]] = {
 """What the kernels know of `EXTRAS`."""
 
 
-def buckets(work: Passes, chunk: Chunk, k: int) -> Buckets:
-    """The teacher's k likeliest ids and the rest, float64; both sides' logits there become −inf.
+def buckets(work: Passes, chunk: Chunk, k: int, support: Support) -> Buckets:
+    """One side's k likeliest ids and the rest, float64; both sides' logits there become −inf.
 
     The rest is summed by the statistics' kernel over what is left of each row.
     """
-    ids, values = top(work, "teacher", chunk, k)
-    log_q = work.normalized("teacher", chunk, values)
-    log_p = work.log_probabilities("student", chunk, ids)
+    ids, values = top(work, support, chunk, k)
+    log_p, log_q = (
+        work.normalized(side, chunk, values)
+        if side == support
+        else work.log_probabilities(side, chunk, ids)
+        for side in SIDES
+    )
     for side in SIDES:
         work.logits(side, chunk).scatter_(-1, ids, -torch.inf)
     log_p_rest, log_q_rest = work.log_mass_left(chunk)

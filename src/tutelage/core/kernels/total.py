@@ -101,7 +101,7 @@ class Total:
             case SampledReverseKL():
                 value, slopes = self._sampled(chunk, term, weight, slopes)
             case TopKForwardKL() | TopKReverseKL():
-                top = buckets(self.work, chunk, term.k)
+                top = buckets(self.work, chunk, term.k, term.support)
                 value, slopes = term.value(top), self._top(chunk, term, top, weight, slopes)
             case _:  # reverse KL
                 self._mix(self._reverse, rows, weight)
