@@ -20,8 +20,8 @@ SOURCE = ROOT / "src" / "tutelage"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 _ORDER = (
-    *("core", "grading", "data", "envs", "models", "rollout"),
-    *("setup", "memory", "evaluation", "train"),
+    *("core", "grading", "data", "envs", "models", "rollout", "teachers", "setup", "memory"),
+    *("evaluation", "train"),
 )
 """Rooms of which each may import those before it."""
 MAY_IMPORT = {
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "core": ("core",),
     "grading": ("grading", "errors"),
     **{
-        room: (*_ORDER[: place + 1], "files", "config", "errors", *([""] if place >= 6 else []))
+        room: (*_ORDER[: place + 1], "files", "config", "errors", *([""] if place >= 7 else []))
         for place, room in enumerate(_ORDER)
         if place >= 2
     },
@@ -46,15 +46,8 @@ MAY_IMPORT = {
 FENCES = {
     "triton": ("core/kernels/", "rollout/cuda/"),
     "torch": (
-        "core/",
-        "data/batch.py",
-        "models/",
-        "rollout/",
-        "setup/",
-        "memory/",
-        "evaluation/measure.py",
-        "train/",
-        "commands/",
+        *("core/", "data/batch.py", "models/", "rollout/", "teachers/", "setup/", "memory/"),
+        *("evaluation/measure.py", "train/", "commands/"),
     ),
     "transformers": ("models/", "rollout/", "memory/"),
     "tokenizers": ("models/",),
@@ -79,7 +72,15 @@ FENCES = {
     "renderers": ("envs/verifiers_worker.py",),
     "httpx2": ("rollout/http_client.py",),
     "anyio": ("rollout/http_client.py",),
-    "pydantic": ("config/", "setup/", "report/", "evaluation/server.py", "rollout/", "envs/"),
+    "pydantic": (
+        "config/",
+        "setup/",
+        "report/",
+        "evaluation/server.py",
+        "rollout/",
+        "teachers/",
+        "envs/",
+    ),
     "rich": ("commands/progress.py", "cli.py"),
 }
 """Where each third party may be imported; one that is not listed may be nowhere."""

@@ -95,7 +95,7 @@ class FakeVLLM(ThreadingHTTPServer):
                     return {"results": [None]}
                 case "/reset_prefix_cache":
                     return {"success": True}
-            reply = self.complete(body)
+            reply = self.score(body) if "prompt_logprobs" in body else self.complete(body)
         if self.change is not None:
             self.change(reply)
         return reply
@@ -122,6 +122,19 @@ class FakeVLLM(ThreadingHTTPServer):
             "logprobs": {"token_logprobs": logprobs},
             "finish_reason": "stop" if ids[-1] in self.stops else "length",
         }
+        return {"object": "text_completion", "model": "student", "choices": [choice]}
+
+    @torch.no_grad()
+    def score(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The likeliest ids at each place of the prompt, and the id that stands there."""
+        ids, known = body["prompt"], [None]
+        log_p = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for row, token in zip(log_p, ids[1:], strict=False):
+            top = row.topk(body["prompt_logprobs"])
+            likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            numbers = {token: float(row[token])} | likeliest
+            known.append({str(i): {"logprob": x, "rank": 1} for i, x in numbers.items()})
+        choice = {"index": 0, "prompt_token_ids": ids, "prompt_logprobs": known}
         return {"object": "text_completion", "model": "student", "choices": [choice]}
 
 

@@ -79,6 +79,81 @@ class HiddenServerTeacher:
         require(budget >= 0, "teacher.hidden_budget_bytes", "at least 0", budget, hint)
 
 
+@dataclass(frozen=True)
+class LogprobServerTeacher:
+    """A teacher on a server that tells the likeliest ids of each token and their log-probabilities.
+
+    Prompts and completions leave this machine as token ids. All other ids share one bucket, so an
+    objective is one of buckets (`topk`, EOPD's top-k forms) or of the sampled token; divergences
+    that are logged are lower bounds.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["logprob_server"]
+    model: str
+    """Folder or hub id of the model that is served; its tokenizer is loaded from it."""
+    url: str | tuple[str, ...]
+    """Address of a vLLM server of that model without a path, such as http://host:8000, or a list of
+    several that share the requests; a key comes from TUTELAGE_API_KEY."""
+    served_name: str = ""
+    """Name of the model at the server; "" where it is `model`."""
+    num_logprobs: int = 20
+    """Ids of each token that the server is asked for, the k of its top k; vLLM gives up to 20
+    unless it was started with more (--max-logprobs)."""
+    num_concurrent: int = 16
+    """Sequences that one server is asked for at the same time."""
+    timeout_s: float = 600.0
+    """Seconds for one sequence, all tries together."""
+    stop_token: Literal["map", "refuse"] = "map"
+    """Where student and teacher end a text with different ids: map exchanges them for the teacher,
+    refuse ends the run."""
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses as a list."""
+        return (self.url,) if isinstance(self.url, str) else self.url
+
+    @property
+    def mode(self) -> TeacherMode:
+        """Nothing of it is on a device."""
+        return "resident"
+
+    @property
+    def dtype(self) -> Literal["float32"]:
+        """Of its log-probabilities."""
+        return "float32"
+
+    @property
+    def quantization(self) -> Literal["none"]:
+        """Nothing of it is here."""
+        return "none"
+
+    @property
+    def sharding(self) -> TeacherSharding:
+        """Every process asks for its own rows."""
+        return "none"
+
+    @property
+    def sharding_group_size(self) -> int:
+        """No processes share anything."""
+        return 0
+
+    @property
+    def hidden_budget_bytes(self) -> int:
+        """It has no hidden states."""
+        return 0
+
+    def __post_init__(self) -> None:
+        hint = "Add one."
+        require(any(self.urls), "teacher.url", "at least one address", list(self.urls), hint)
+        count, hint = self.num_logprobs, "20 is what vLLM gives."
+        require(1 <= count <= 1024, "teacher.num_logprobs", "from 1 to 1024", count, hint)
+        count, hint = self.num_concurrent, "16 is usual."
+        require(1 <= count <= 256, "teacher.num_concurrent", "from 1 to 256", count, hint)
+        seconds, hint = self.timeout_s, "600 is usual."
+        require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
+
+
 AnyTeacher: TypeAlias = Annotated[TeacherConfig | HiddenServerTeacher, Field(discriminator="kind")]
 """The kinds of `[teacher]`; a table without a kind is local."""
 SERVED_KINDS = ("hidden_server",)

@@ -3,6 +3,7 @@
 May import no other room.
 """
 
+from tutelage.core._block import TeacherLogits
 from tutelage.core.counter import counter_uniform
 from tutelage.core.divergence import forward_kl, jsd, reverse_kl
 from tutelage.core.entropy import entropy, normalized_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "LazyLogits",
     "Objective",
     "PartialLogits",
+    "TeacherLogits",
     "TokenSelection",
     "TokenStats",
     "bounds",

@@ -91,6 +91,18 @@ class PartialLogits:
         most = self.log_q[:, -1].double() + self.num_unknown.double().log()
         return torch.minimum(log_mass, most)
 
+    def entropy_bounds(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest entropy of the whole distribution `[N]`, float64, nats.
+
+        ``H_S − t log t ≤ H ≤ H_S + t log(R/t)``, S the known ids, t the mass of the R others.
+        """
+        extra = self.token_log_q.double().exp() * self.is_token_extra
+        known = _product(self.log_q.double().exp(), self.log_q.double()).sum(1)
+        known = known + _product(extra, self.token_log_q.double())
+        tail = self.log_tail.exp()
+        low = _product(tail, self.log_tail) + known
+        return -low, -low + _product(tail, self.num_unknown.double().log())
+
     def to(self, device: torch.device | str) -> PartialLogits:
         """The same rows on another device."""
         return self._with(lambda x: x.to(device))

@@ -1,5 +1,5 @@
 """How much main memory and GPU memory each phase of a run needs, planned before it starts.
 
-May import `core`, `grading`, `data`, `envs`, `models`, `rollout`, `setup`, `files`, `config`,
-`errors`, `tutelage`.
+May import `core`, `grading`, `data`, `envs`, `models`, `rollout`, `teachers`, `setup`, `files`,
+`config`, `errors`, `tutelage`.
 """

@@ -1,5 +1,5 @@
 """From a configuration to models, tokenizers, task and objective that fit; nothing trains here.
 
-May import `core`, `grading`, `data`, `envs`, `models`, `rollout`, `files`, `config`, `errors`,
-`tutelage`.
+May import `core`, `grading`, `data`, `envs`, `models`, `rollout`, `teachers`, `files`, `config`,
+`errors`, `tutelage`.
 """

@@ -1,5 +1,5 @@
 """The training loop: `loop` repeats `step`, whose gradients come from `update`.
 
-May import `core`, `grading`, `data`, `envs`, `models`, `rollout`, `setup`, `memory`, `evaluation`,
-`files`, `config`, `errors`, `tutelage`.
+May import `core`, `grading`, `data`, `envs`, `models`, `rollout`, `teachers`, `setup`, `memory`,
+`evaluation`, `files`, `config`, `errors`, `tutelage`.
 """

@@ -1,0 +1,232 @@
+"""A teacher on a server that tells the log-probabilities of the likeliest ids of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NoReturn
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tutelage.config.models import TeacherMode
+from tutelage.config.teachers import LogprobServerTeacher
+from tutelage.core import PartialLogits, TeacherLogits
+from tutelage.data.batch import Batch
+from tutelage.errors import ModelError
+from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse, run_all
+from tutelage.teachers.sequences import sequences_of
+
+ROUNDING = 1e-3
+"""What rounded log-probabilities, and their sum, may be above those of a distribution."""
+_MAX_REPLY_BYTES = 1 << 28
+"""Of one sequence: some 100 bytes for each id of each token."""
+
+
+class _Known(Strict):
+    logprob: float = Field(le=ROUNDING)
+
+
+class _Choice(Strict):
+    index: Literal[0]
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[str, _Known] | None]
+
+
+class _Reply(Strict):
+    model: str
+    choices: list[_Choice] = Field(min_length=1, max_length=1)
+
+
+class _Model(Strict):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(Strict):
+    data: list[_Model] = Field(min_length=1)
+
+
+class LogprobTeacher:
+    """Asks vLLM's completions endpoint for `prompt_logprobs` of every sequence of a batch.
+
+    Nothing of the model is here. A batch is refused as a whole where one reply is not what was
+    asked for: another model's, of other ids, or no log-probabilities of a distribution.
+
+    Args:
+        config: addresses, number of ids and times.
+        vocab_size: ids that student and teacher share.
+        device: where the objective is computed.
+        swap: the student's stop token and the teacher's, which trade places.
+        gate: entropy in nats at which an objective's gate opens; None without one.
+    """
+
+    def __init__(
+        self,
+        config: LogprobServerTeacher,
+        vocab_size: int,
+        device: torch.device,
+        swap: tuple[int, int] | None = None,
+        gate: float | None = None,
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.device = device
+        self.swap = swap
+        self.gate = gate
+        limits = Limits(deadline_s=config.timeout_s, max_reply_bytes=_MAX_REPLY_BYTES)
+        self._clients = [Client(url, limits, config.num_concurrent) for url in config.urls]
+        self._names: list[str] = []
+        self._tails: list[Tensor] = []
+        self._undecided: list[Tensor] = []
+
+    mode: TeacherMode = "resident"
+    head_shape: tuple[int, ...] = (0, 0)
+    itemsize = 0
+    head_bytes = 0
+    full_bytes = 0
+    resting_bytes = 0
+    is_sharded = False
+
+    @property
+    def model(self) -> NoReturn:
+        """There is none here."""
+        raise RuntimeError("the teacher's model is on a server.")
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Nothing moves; the servers are asked for their model before the first batch."""
+        if not self._names:
+            self._names = [self._served(client) for client in self._clients]
+        yield
+
+    def _served(self, client: Client) -> str:
+        """The name by which a server knows the configured model.
+
+        Raises:
+            ModelError: it serves others.
+        """
+        found = client.ask("/v1/models", None, partial(parse, schema=_Models)).data
+        wanted = self.config.served_name or self.config.model
+        names = [model.id for model in found]
+        if wanted not in names:
+            raise ModelError(
+                f"the server {client.url} serves {', '.join(names)[:200]!r}, not {wanted!r}. Start "
+                "it with that model, or set teacher.served_name to the name it has there."
+            )
+        return wanted
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> PartialLogits:
+        """What the servers know of the batch's N rows.
+
+        Raises:
+            ModelError: a server did not give what it was asked for; there is nothing of the batch.
+        """
+        sequences = sequences_of(batch)
+        tasks: list[tuple[Client, Callable[[], Any]]] = []
+        for place, sequence in enumerate(sequences):
+            number = place % len(self._clients)
+            send = partial(self._send, number, sequence.ids, sequence.places)
+            tasks.append((self._clients[number], send))
+        found = run_all(tasks)
+        k = self.config.num_logprobs
+        ids = torch.tensor([row[0] for rows in found for row in rows]).view(-1, k)
+        numbers = torch.tensor([row[1] for rows in found for row in rows]).view(-1, k)
+        token_log_q = torch.tensor([row[2] for rows in found for row in rows])
+        tokens = batch.tokens.cpu()
+        logits = PartialLogits(ids, numbers, tokens, token_log_q, self.vocab_size)
+        self._measure(logits)
+        return logits
+
+    def to_device(self, logits: TeacherLogits) -> TeacherLogits:
+        """What `forward` returned, on the device for the objective."""
+        return logits.to(self.device)
+
+    def checks(self) -> Mapping[str, float]:
+        """Mean mass of the ids that are not known, and the share of gates they leave open."""
+        tails, undecided, self._tails, self._undecided = self._tails, self._undecided, [], []
+        measured = {"teacher_tail_mass": tails, "undecided_gate_share": undecided}
+        return {name: _mean(parts) for name, parts in measured.items() if parts}
+
+    def _measure(self, logits: PartialLogits) -> None:
+        self._tails.append(logits.log_tail.exp())
+        if self.gate is not None:
+            low, high = logits.entropy_bounds()
+            self._undecided.append(((low < self.gate) & (self.gate <= high)).double())
+
+    async def _send(
+        self, number: int, ids: Sequence[int], places: Sequence[int]
+    ) -> list[tuple[list[int], list[float], float]]:
+        """The rows of one sequence: the k likeliest ids, their numbers, and the token's."""
+        k, ids = self.config.num_logprobs, self._as_read(ids, places)
+        body = {
+            "model": self._names[number],
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": k,
+            "return_token_ids": True,
+            "stream": False,
+        }
+        accept = partial(self._accepted, self._names[number], ids, places)
+        return await self._clients[number].send("/v1/completions", body, accept)
+
+    def _as_read(self, ids: Sequence[int], places: Sequence[int]) -> list[int]:
+        """What the teacher reads: its own stop token at the end, where it is scored."""
+        found = list(ids)
+        if self.swap is None:
+            return found
+        known = dict([self.swap, self.swap[::-1]])
+        for place in places:
+            if found[place] in known and place != len(found) - 1:
+                raise ModelError(
+                    f"the stop token {found[place]} is within a completion, where a server cannot "
+                    "exchange it for the teacher's. Use a local teacher, or stop_token = 'refuse'."
+                )
+        if places and places[-1] == len(found) - 1:
+            found[-1] = known.get(found[-1], found[-1])
+        return found
+
+    def _accepted(
+        self, name: str, ids: Sequence[int], places: Sequence[int], content: bytes
+    ) -> list[tuple[list[int], list[float], float]]:
+        reply = parse(content, _Reply)
+        choice = reply.choices[0]
+        if reply.model != name:
+            raise BadReply(f"log-probabilities of another model, {reply.model!r}")
+        if choice.prompt_token_ids != list(ids):
+            raise BadReply("log-probabilities of other tokens")
+        if len(choice.prompt_logprobs) != len(ids):
+            raise BadReply(f"{len(choice.prompt_logprobs)} log-probabilities of {len(ids)} tokens")
+        return [self._row(choice.prompt_logprobs[place], ids[place]) for place in places]
+
+    def _row(
+        self, known: dict[str, _Known] | None, token: int
+    ) -> tuple[list[int], list[float], float]:
+        k = self.config.num_logprobs
+        if not known or not all(name.isdecimal() and str(int(name)) == name for name in known):
+            raise BadReply("a token without log-probabilities, or of names that are no ids")
+        numbers = {int(name): value.logprob for name, value in known.items()}
+        if max(numbers) >= self.vocab_size:
+            raise BadReply(f"ids that are not below {self.vocab_size}")
+        if token not in numbers or not k <= len(numbers) <= k + 1:
+            raise BadReply(f"{len(numbers)} log-probabilities instead of {k} and the token's")
+        mass = float(torch.tensor(list(numbers.values()), dtype=torch.float64).exp().sum())
+        if mass > 1 + ROUNDING:
+            raise BadReply(f"probabilities with a sum of {mass:.4g}")
+        token_log_q = numbers[token]
+        if len(numbers) == k + 1:  # the token is none of the k likeliest
+            least = min(value for one, value in numbers.items() if one != token)
+            if token_log_q > least:
+                raise BadReply("a token that is likelier than those that are likeliest")
+            del numbers[token]
+        order = sorted(numbers, key=lambda one: -numbers[one])
+        other = dict([self.swap, self.swap[::-1]]) if self.swap else {}
+        return [other.get(one, one) for one in order], [numbers[one] for one in order], token_log_q
+
+
+def _mean(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).mean())
