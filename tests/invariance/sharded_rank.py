@@ -23,7 +23,8 @@ from ranks import process_group
 from tiny import MEASURED, tiny_config
 from tutelage.config.schema import Config
 from tutelage.data.types import Rollout
-from tutelage.models.sharding import gathered_parts, is_shard, sharding_mesh
+from tutelage.models import sharding as models_sharding
+from tutelage.models.sharding import SMALL_BYTES, gathered_parts, is_shard, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.setup.components import Components, build_components, masters_of, trained_names
 from tutelage.train.optimizer import build_optimizer
@@ -61,6 +62,8 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 """Cases of four steps of AdamW in the configuration's own dtype."""
 
 CASES = (*GRADIENTS, *WEIGHTS)
+AT_ONCE = ("q3", "eopd", "eopd_sampled", "lora_checkpointed", "on_disk", "adapter", "half")
+"""Cases whose layers are gathered at once, as small ones are; all others gather one by one."""
 
 
 def case_config(models: Path, case: str, sharding: str = "none", **changes: Any) -> Config:
@@ -174,6 +177,7 @@ def main(models: Path, out: Path, shardings: Sequence[str]) -> None:
         accelerator = Accelerator(cpu=True)
         for sharding in shardings:
             for case in CASES:
+                models_sharding.SMALL_BYTES = SMALL_BYTES * (case in AT_ONCE)
                 metrics, tensors = taken(case, models, sharding, accelerator)
                 name = f"{sharding}-{case}"
                 (out / f"{name}-{index}.json").write_text(json.dumps(metrics))

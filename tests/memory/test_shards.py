@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from ranks import leave_group
 from tiny import save_tiny_model, tiny_config
+from tutelage.data.batch import collate
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_cuda
 from tutelage.memory.facts import Facts
 from tutelage.memory.meta_model import shadow
 from tutelage.memory.shards import Shards, TeacherParts, shard_numel
+from tutelage.models import head, sharding
+from tutelage.models.llama_cpu.forward import last_hidden
 from tutelage.models.load import load_model
 from tutelage.models.lora import add_lora
 from tutelage.models.sharding import (
@@ -31,6 +36,7 @@ from tutelage.models.sharding import (
     sharding_mesh,
     whole_weights,
 )
+from tutelage.models.student import Student
 from tutelage.models.teacher_shards import TeacherShards, held_bytes
 from tutelage.setup.process_counts import ProcessCounts
 
@@ -63,6 +69,15 @@ def peak_bytes(run: Callable[[], object]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+@pytest.fixture(params=["layers", "at once"])
+def are_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether layers are gathered one by one, as large ones are."""
+    found: bool = request.param == "layers"
+    if found:
+        monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +142,33 @@ def peaks(models: Path, dtype: str) -> tuple[Shards, int, int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_passes_gather_and_sum_as_planned(models: Path, dtype: str) -> None:
+def test_passes_gather_and_sum_as_planned(models: Path, dtype: str, are_layers: bool) -> None:
     with one_of(COUNT, 0):
         plan, gathered, spent = peaks(models, dtype)
+    assert (plan.layer.gathered_bytes > 0) == are_layers
     assert gathered == pytest.approx(max(plan.first_bytes, plan.forward_bytes), rel=0.1)
-    head = plan.root.trained_bytes / 2  # its gradient is the first that is there
-    assert spent == pytest.approx(plan.backward_bytes + plan.summing_bytes + head, rel=0.1)
+    if are_layers:
+        head = plan.root.trained_bytes / 2  # its gradient is the first that is there
+        assert spent == pytest.approx(plan.backward_bytes + plan.summing_bytes + head, rel=0.1)
+    else:  # a CPU fills up gradients that cannot be cut evenly in copies of them
+        copies = plan.root.trained_bytes
+        assert plan.last_sum_bytes <= spent <= plan.last_sum_bytes + copies
+
+
+def test_small_layers_are_whole_together_and_read_the_fast_way(
+    models: Path, monkeypatch: pytest.MonkeyPatch, are_layers: bool
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(head, "last_hidden", lambda *given: read.append(1) or last_hidden(*given))
+    rollout = Rollout(Prompt("p", ""), 0, (1, 2), (3, 4, 5))
+    with one_of(COUNT, 0):
+        student = Student(load_model(str(models / "student")), 41, sharding_mesh(CPU))
+        units = [module for module in student.modules() if isinstance(module, FSDPModule)]
+        student(collate([rollout], 0), None)
+        del student
+    assert len(units) == 1 + 4 * are_layers
+    assert len(read) == 1 - are_layers
+    units.clear()
 
 
 def test_a_teacher_in_parts_is_as_large_as_planned(models: Path) -> None:

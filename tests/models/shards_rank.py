@@ -24,8 +24,9 @@ from tutelage.core import LazyLogits
 from tutelage.data.batch import Batch, collate, pack
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import TutelageError
+from tutelage.models import sharding
 from tutelage.models.packing import use_own_attention
-from tutelage.models.sharding import local
+from tutelage.models.sharding import SMALL_BYTES, local
 from tutelage.models.teacher import Teacher
 from tutelage.models.teacher_shards import TeacherShards
 from tutelage.setup.components import build_components
@@ -103,6 +104,7 @@ def compared(
 ) -> dict[str, Any]:
     """Largest difference of logits, and the part of the bytes that lies here."""
     rank = torch.distributed.get_rank()
+    sharding.SMALL_BYTES = SMALL_BYTES * (family == "tied")  # others gather layer by layer
     model = model_of(family, dtype)
     can_pack = use_own_attention(model)
     shards = TeacherShards(kind, CPU, group_size, family)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tutelage.models.forward import backbone
+from tutelage.models.sharding import gathered_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,12 +64,12 @@ class Shards:
     weights: tuple[Tensor, ...]
     """Whole, each once; they may be without numbers."""
     layer: Unit
-    """The largest of the layers, which are gathered one by one."""
+    """The largest of the layers that are gathered one by one; 0 bytes where none is."""
     root: Unit
-    """What is outside the layers. It stays gathered from its first use to the end of the backward
+    """What is outside such layers. It stays gathered from its first use to the end of the backward
     pass."""
     outside: frozenset[int]
-    """Identities of the weights outside the layers."""
+    """Identities of the weights that are."""
 
     @staticmethod
     def of(model: nn.Module, layers: PreTrainedModel, group: int) -> Shards:
@@ -79,8 +80,7 @@ class Shards:
             layers: the model that names the classes of layers.
             group: processes that hold one copy of the weights together.
         """
-        names = set(layers._no_split_modules or ())
-        units = [list(m.parameters()) for m in model.modules() if type(m).__name__ in names]
+        units = [list(layer.parameters()) for layer in gathered_layers(layers, model)]
         inside = {id(weight) for unit in units for weight in unit}
         weights = list(model.parameters())
         sizes = [Unit.of(unit, group) for unit in units]
@@ -90,7 +90,7 @@ class Shards:
         return Shards(group, tuple(weights), largest, root, frozenset(map(id, outside)))
 
     def is_root(self, weight: Tensor) -> bool:
-        """Whether a weight is outside the layers."""
+        """Whether a weight is gathered with what is outside the layers."""
         return id(weight) in self.outside
 
     @property

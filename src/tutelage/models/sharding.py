@@ -24,6 +24,10 @@ _NEEDED = ("set_force_sum_reduction_for_comms", "set_gradient_divide_factor")
 """Methods of FSDP2's modules by which gradients are summed, not averaged."""
 _FOR_UNUSED = "set_reduce_scatter_unused_params"
 """The one by which a weight without a gradient in some process is summed; from torch 2.13 on."""
+SMALL_BYTES = 25 << 20
+"""Layers that together take no more are gathered at once, in one message instead of one for each.
+Messages of less cost the time to send one, not their bytes: torch's DistributedDataParallel sums
+gradients in buckets of this size."""
 _SHARD = "shard"
 """Name of the mesh's dimension along which weights are cut; it is the last."""
 
@@ -103,7 +107,7 @@ def shard_model(
 
     Args:
         root: the module whose forward pass uses all of the weights; holds `model`.
-        model: its layers are gathered one by one.
+        model: its layers are gathered one by one, or at once where they are small.
         mesh: a mesh of `sharding_mesh`.
         is_offloaded: whether the shards lie in main memory.
     """
@@ -123,7 +127,7 @@ def shard_model(
     )
     offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
     marks = {name: dict(vars(weight)) for name, weight in root.named_parameters()}
-    for unit in (*(model.get_submodule(name) for name in reversed(_units(model))), root):
+    for unit in (*reversed(gathered_layers(model)), root):
         _widen(unit, wide)
         fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for name, weight in root.named_parameters():
@@ -138,10 +142,23 @@ def shard_model(
     root.register_forward_hook(_reshard_unless_learning)
 
 
-def _units(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that are gathered one by one, outer ones first."""
+def gathered_layers(model: PreTrainedModel, within: nn.Module | None = None) -> list[nn.Module]:
+    """Layers whose weights are gathered one by one, outer ones first; none where all are small.
+
+    Args:
+        model: not in shards yet; names the classes of its layers.
+        within: the part of it whose layers count; None for all.
+    """
+    part = model if within is None else within
+    layers = [part.get_submodule(name) for name in layer_names(model, part)]
+    weights = {id(weight): weight.nbytes for layer in layers for weight in layer.parameters()}
+    return layers if sum(weights.values()) > SMALL_BYTES else []
+
+
+def layer_names(model: PreTrainedModel, within: nn.Module) -> list[str]:
+    """Names of a model's layers within a part of it, outer ones first."""
     kinds = set(model._no_split_modules or ())
-    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
+    return [name for name, module in within.named_modules() if type(module).__name__ in kinds]
 
 
 def require_shardable_student(model: PreTrainedModel) -> None:
@@ -161,7 +178,7 @@ def require_shardable_student(model: PreTrainedModel) -> None:
             "student.sharding 'fsdp2' trains weights of one dtype, "
             f"{type(model).__name__} has {listed}. {hint}"
         )
-    units, owner = _units(model), dict[int, str]()
+    units, owner = layer_names(model, model), dict[int, str]()
     for name, weight in named:
         if not weight.dim():
             raise ConfigError(

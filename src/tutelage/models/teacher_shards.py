@@ -14,7 +14,14 @@ from tutelage.data.batch import Batch, Packed
 from tutelage.errors import ModelError
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.head import hidden_rows, output_embeddings
-from tutelage.models.sharding import gathered, is_shard, local, sharding_mesh
+from tutelage.models.sharding import (
+    gathered,
+    gathered_layers,
+    is_shard,
+    layer_names,
+    local,
+    sharding_mesh,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,10 +35,11 @@ _INSTEAD = 'Use teacher.sharding = "fsdp2".'
 class TeacherShards:
     """How the processes of a group hold a frozen model together.
 
-    By `fsdp2`, a layer's weights are gathered for the time of its forward pass, and each process
-    computes its own batches. By `tp`, each process computes its part of every layer, and all of
-    them compute the batches of each. The head lies in shards by rows in both, and so does the
-    embedding; each is gathered, or computed together, when it is used.
+    By `fsdp2`, a layer's weights are gathered for the time of its forward pass, those of small
+    layers at once, and each process computes its own batches. By `tp`, each process computes its
+    part of every layer, and all of them compute the batches of each. The head lies in shards by
+    rows in both, and so does the embedding; each is gathered, or computed together, when it is
+    used.
 
     Args:
         kind: fsdp2 or tp.
@@ -87,7 +95,8 @@ class TeacherShards:
     def _wrap_layers(self, model: PreTrainedModel) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        for unit in (*reversed(_layers(model)), backbone(model)):  # inner ones first
+        base = backbone(model)
+        for unit in (*reversed(gathered_layers(model, base)), base):  # inner ones first
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
 
     def _cut_layers(self, model: PreTrainedModel) -> None:
@@ -196,7 +205,7 @@ def require_shardable_teacher(
             that the group cannot share evenly; or transformers is too old.
     """
     name = type(model).__name__
-    if kind == "fsdp2" and not _layers(model):
+    if kind == "fsdp2" and not layer_names(model, backbone(model)):
         raise ModelError(
             f"the {who}, a {name}, names no layers that could be gathered one by one. "
             'Use teacher.sharding = "none".'
@@ -230,11 +239,6 @@ def _require_tensor_parallelism() -> None:
             "teacher.sharding 'tp' needs transformers 5.19 or later, got "
             f"{transformers.__version__}. Update transformers. {_INSTEAD}"
         ) from None
-
-
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    names = set(model._no_split_modules or ())
-    return [module for module in backbone(model).modules() if type(module).__name__ in names]
 
 
 def _plan(model: PreTrainedModel) -> dict[str, str]:
