@@ -4,9 +4,10 @@ Runs of 2 and 4 processes, each started by itself, process 0 with their store; e
 started by `tutelage.commands.launch`. While process 0 is in a phase (with the launcher, at a random
 moment after the first step), one process gets SIGKILL or SIGSTOP. All others have to end within a
 time limit with exit code 2 and one line on standard error each (with the launcher, one for all),
-nothing else there; a stopped one that is continued ends as well, in one line, and changes no file;
-then the same command in all of them continues to the weights, moments, logs and files of the
-unbroken run of as many processes, bit for bit.
+nothing else there; exit code 0 is right only once all files are written. A stopped process that is
+continued ends as well, in one line, and changes no file. Then the same command in all of them
+continues to the weights, moments, logs and files of the unbroken run of as many processes, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-import tutelage.commands.train  # noqa: F401 (or every child would import it)
+import tutelage.commands.train  # here, or every child would import it
 from tiny import MEASURED, tiny_table
 from tutelage.cli import main
 from tutelage.rollout.sampler import TransformersSampler
@@ -53,7 +54,12 @@ PHASES: dict[str, tuple[Any, str]] = {
     "evaluation": (Measurements, "evaluate"),
     "snapshot": (Measurements, "record"),
     "export": (Saver, "export"),
+    "verdict": (Measurements, "conclude"),
+    "report": (tutelage.commands.train, "write_report"),
 }
+"""Each begins with a call. Their number has no divisor in common with the other periods of trials.
+"""
+_ONCE = ("start", "loading", "export", "verdict", "report")
 KILL_LIMIT_S = 10.0
 """Seconds in which all others have to end."""
 TIMEOUT_S = 5
@@ -312,7 +318,7 @@ class Trials:
         count, overrides = VARIANTS[variant]
         is_stop = number % 4 == 3
         phase, victim = names[number % len(names)], rng.randrange(count)
-        turn = rng.randint(1, 2) if phase not in ("start", "loading", "export") else 1
+        turn = rng.randint(1, 2) if phase not in _ONCE else 1
         delay_s = rng.choice([0.0, rng.uniform(0.001, 0.05)])
         out, note = self.folder / f"run-{number}", self.folder / f"run-{number}.time"
         kind = signal.SIGSTOP if is_stop else signal.SIGKILL
@@ -320,13 +326,17 @@ class Trials:
         group = Group(self.config, out, count, overrides, event)
         others = [rank for rank in range(count) if rank != victim]
         limit_s = KILL_LIMIT_S + TIMEOUT_S * is_stop
-        problems, seconds = [], -1.0
+        problems, seconds, was_in_time = [], -1.0, False
         if not group.wait(others, HANG_S):
             problems.append("the others do not end")
-        elif note.exists():
+        elif not any(group.ends[rank][0] for rank in others):  # the signal came after the end
+            expected = self.expected(variant)
+            unlike = [part for part, found in portrait(out).items() if found != expected[part]]
+            problems += [f"all others ended with 0 before this was written: {unlike}"] * any(unlike)
+        elif was_in_time := note.exists():
             seconds = max(group.ends[rank][1] for rank in others) - float(note.read_text())
             problems += self._ended(group, others, seconds, limit_s)
-        if is_stop and not problems:
+        if is_stop and was_in_time and not problems:
             problems += self._continued(group, victim, out)
         group.close()
         problems += self.again(out, count, overrides, self.expected(variant))
@@ -334,7 +344,7 @@ class Trials:
             shutil.rmtree(out)
         return {
             "processes": count, "sharding": overrides.get("student.sharding", "none"),
-            "phase": phase, "victim": victim, "signal": kind.name, "was_in_time": note.exists(),
+            "phase": phase, "victim": victim, "signal": kind.name, "was_in_time": was_in_time,
             "seconds": round(seconds, 2), "problems": problems,
         }  # fmt: skip
 

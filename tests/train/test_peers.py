@@ -232,8 +232,11 @@ def test_an_error_of_a_connection_while_all_are_there_is_one_line_too(
     assert "\n" not in str(caught.value)
 
 
-def test_runs_whose_stores_have_one_port_do_not_hear_of_each_other(tmp_path: Path) -> None:
+def test_runs_whose_stores_have_one_port_do_not_hear_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second could not open the port, and its process 1 found the store of the first."""
+    monkeypatch.setattr(module, "_DONE_S", 0.0)  # there is no process 1 of the first
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -287,6 +290,47 @@ def test_others_get_to_know_how_a_process_ended(
     assert found_state.line == {"done": "", "interrupted": ""}.get(
         end, "out of range." if isinstance(error, ConfigError) else "KeyError: 'a'."
     )
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (State(end="done"), None),
+        (State(end="error", line="the disk is full."), "process 0 ended: the disk is full."),
+        (State(end="killed", line="was ended by SIGKILL"),
+         "process 0 was ended by SIGKILL. The same command starts anew: there is no checkpoint "
+         "yet."),
+    ],
+)  # fmt: skip
+def test_a_process_ends_properly_only_after_the_main_process(
+    other: PeerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: State, said: str | None
+) -> None:
+    """Which writes the report when the others have nothing left to do."""
+    monkeypatch.setattr(module, "ERROR_GRACE_S", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    main = PeerStore(replace(other.address, rank=0), run_name(), HANG_S)
+    main.exchange(HERE)
+    ends: list[str] = []
+
+    def write() -> None:
+        """Of the main process: it is alive for some heartbeats of this one, then it ends."""
+        numbers = count(2)
+        while (state := main.exchange(State(next(numbers)))[1]).beat < 10 and not state.end:
+            time.sleep(0.01)
+        ends.append(state.end)
+        main.exchange(replace(end, beat=next(numbers)))
+
+    thread = threading.Thread(target=write)
+    caught: str | None = None
+    try:
+        with peers_of(tmp_path, HANG_S) as peers, peers.told():
+            peers.meet()
+            thread.start()
+    except LostProcessError as error:
+        caught = str(error)
+    thread.join()
+    assert (ends, caught) == ([""], said)
+    assert main.exchange(State(end=end.end))[1].end == ("done" if said is None else "lost")
 
 
 def test_a_refusal_that_all_share_is_said_as_it_is(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 
 from tutelage.commands.processes import sharing
 from tutelage.evaluation.evaluate import Evaluation, evaluate
@@ -14,16 +16,22 @@ _ABOUT_OUTPUT = ("command", "json")
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the accuracies of a model, or the table of a suite."""
-    found = _evaluate(arguments)
-    if found is None:
-        return 0
+    return _evaluate(arguments, partial(_print_scores, as_json=arguments.json))
+
+
+def run_sample(arguments: argparse.Namespace) -> int:
+    """Print completions with their verdicts."""
+    return _evaluate(arguments, partial(_print_completions, as_json=arguments.json))
+
+
+def _print_scores(found: Evaluation, as_json: bool) -> None:
     scores = found.results[0].scores
-    if arguments.json:
+    if as_json:
         print(json.dumps(scores.summary() if found.folder is None else found.record))
-        return 0
+        return
     if found.folder is not None:
         print(f"{found.table}\n\nsamples and tables: {found.folder}")
-        return 0
+        return
     named = {"mean": scores.mean_at_k, "pass": scores.pass_at_k, "maj": scores.maj_at_k}
     for title, interval in named.items():
         if interval is not None:
@@ -33,33 +41,27 @@ def run(arguments: argparse.Namespace) -> int:
             )
     print(f"{scores.num_problems} problems, {scores.num_samples} samples each; {found.conditions}")
     print("no samples were saved: --suite saves them, also those of a file")
-    return 0
 
 
-def run_sample(arguments: argparse.Namespace) -> int:
-    """Print completions with their verdicts."""
-    found = _evaluate(arguments)
-    if found is None:
-        return 0
+def _print_completions(found: Evaluation, as_json: bool) -> None:
     (result,) = found.results
     marks = {True: "right", False: "wrong", None: "ungraded"}
     for row in result.rows:
         record = {"prompt_id": row["prompt_id"], "sample": row["sample"]}
-        if arguments.json:
+        if as_json:
             shown = record | {"text": row["completion"], "is_correct": row["is_correct"]}
             print(json.dumps(shown))
         else:
             mark = marks[row["is_correct"]]
             print(f"[{row['prompt_id']} #{row['sample']}, {mark}]\n{row['completion']}\n")
-    if not arguments.json:
+    if not as_json:
         scores = result.scores
         print(f"{scores.num_problems} prompts, {scores.num_samples} samples each; "
               f"{found.conditions}")  # fmt: skip
-    return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
-    """Options that were not given keep the request's defaults; None in all processes but one."""
+def _evaluate(arguments: argparse.Namespace, show: Callable[[Evaluation], None]) -> int:
+    """Options that were not given keep the request's defaults; the main process shows results."""
     given = {
         name: value
         for name, value in vars(arguments).items()
@@ -68,4 +70,7 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
     request = EvaluationRequest(**given)
     with sharing(request.device or "auto", is_saved=bool(request.suite)) as processes:
         found = evaluate(request, processes.on_phase, processes.log, processes.shares)
-        return found if processes.shares.is_main else None
+        processes.on_phase("")
+        if processes.shares.is_main:
+            show(found)
+    return 0

@@ -51,7 +51,7 @@ def sharing(device: str, limit_s: float = 600, is_saved: bool = False) -> Iterat
             yield Sharing(Shares(), reporter, reporter.log)
             return
         left = "The same command continues." if is_saved else "Start the same command again."
-        with Peers(lambda: left, limit_s) as peers, peers.told():
+        with Peers(lambda: left, limit_s) as peers:
             peers.meet()
             with _together(find_device(device), peers, reporter) as found:
                 yield found

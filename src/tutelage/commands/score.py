@@ -21,16 +21,28 @@ from tutelage.train.token_scores import Scores, score
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
     """Score tokens and write them to every place that was asked for."""
-    to_stdout = arguments.out == "-" or (arguments.out is None and arguments.html is None)
     request = _request(arguments)
     with sharing(config.device, config.process_timeout_s) as processes:
         told = (processes.on_phase, processes.log, processes.shares)
+        lines: list[dict[str, Any]] = []
         if arguments.html is None:
             scores = score(config, request, *told)
         else:
             scores, lines = score_for_page(config, request, *told)
-        if not processes.shares.is_main:
-            return 0
+        processes.on_phase("")
+        if processes.shares.is_main:
+            _write(arguments, config, request, scores, lines)
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace,
+    config: Config,
+    request: ScoreRequest,
+    scores: Scores,
+    lines: list[dict[str, Any]],
+) -> None:
+    to_stdout = arguments.out == "-" or (arguments.out is None and arguments.html is None)
     if arguments.html is not None:
         _write_page(arguments, config, lines, request.keep)
     if to_stdout:
@@ -41,7 +53,6 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
         out = Path(arguments.out)
         _write_rows(out, scores)
         print(f"{len(scores.tokens)} tokens written to {out}")
-    return 0
 
 
 def _request(arguments: argparse.Namespace) -> ScoreRequest:

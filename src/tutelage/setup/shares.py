@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -77,6 +77,7 @@ class Shares:
         self._may_interrupt = True
         self._number = next(_NUMBERS)
         self._num_phases = 0
+        self._show_others: Callable[[], None] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -133,15 +134,22 @@ class Shares:
             interruption: a signal came in one process; all raise it, the others as soon as they
                 have finished something (`progress`) or all.
         """
+        kept: list[T] = []
+        self.gathered_of(lambda: kept.append(work()))
+        return kept[0]
+
+    def gathered_of(self, work: Callable[[], T]) -> list[T]:
+        """`apart`; what the work returned in each process, in every process."""
         if self.count == 1:
-            return work()
+            return [work()]
         error: BaseException | None = None
+        found: Any = None
         try:
             if self._may_interrupt:
                 with self._interruptible():
-                    found = work()
+                    found = on_cpu(work())
             else:
-                found = work()
+                found = on_cpu(work())
                 with self._interruptible():
                     pass
         except self._interruption as interruption:
@@ -149,8 +157,7 @@ class Shares:
             _store().set(self._key("interrupted"), "")
         except _FAILURES as failure:
             error = failure
-        self._agree(error)
-        return found
+        return self._agree(error, found)
 
     def in_main(self, work: Callable[[], T]) -> T | None:
         """`apart` for work of the main process; None in the others."""
@@ -178,28 +185,43 @@ class Shares:
         self._num_phases += 1
         name, store = self._key(f"phase {self._num_phases}"), _store()
         on_phase(text, 0, total)
+        shown = 0
+
+        def show(count: int) -> None:
+            nonlocal shown
+            done = store.add(name, count)
+            if done > shown:
+                shown = done
+                on_phase(text, done, total)
+            if done >= total:
+                self._show_others = None
 
         def progress(count: int) -> None:
             if self._may_interrupt and store.check([self._key("interrupted")]):
                 raise self._interruption
-            on_phase(text, store.add(name, count), total)
+            show(count)
 
+        self._show_others = partial(show, 0) if self.is_main else None
         return progress
 
-    def _agree(self, error: BaseException | None) -> None:
-        """Every process ends its work by the first error of any, if there was one."""
+    def _agree(self, error: BaseException | None, found: T) -> list[T]:
+        """Every process ends its work by the first error of any, if there was one; or all have
+        what each found."""
         text = None
         if isinstance(error, TutelageError):
             text = str(error)
         elif isinstance(error, Exception):
             said = str(error).strip().split("\n")[0]
             text = f"process {self.index} failed: {type(error).__name__}: {said[:200]}"
-        told = self.gathered((isinstance(error, self._interruption), text))
-        failed = [text for _, text in told if text is not None]
+        told = self.gathered((isinstance(error, self._interruption), text, found))
+        failed = [text for _, text, _ in told if text is not None]
         if failed:
             raise error if isinstance(error, Exception) else RunError(failed[0])
-        if any(is_interrupted for is_interrupted, _ in told):
+        if any(is_interrupted for is_interrupted, _, _ in told):
             raise error or self._interruption()
+        if self._show_others is not None:
+            self._show_others()
+        return [found for _, _, found in told]
 
     def gathered(self, value: T) -> list[T]:
         """Every process's value, in every process."""

@@ -36,8 +36,7 @@ def in_all(accelerator: Accelerator, work: Callable[[], T]) -> list[T]:
     Raises:
         TutelageError: it failed in some process; as `Shares.apart`.
     """
-    shares = Shares(accelerator.num_processes, accelerator.process_index)
-    return shares.gathered(shares.apart(work))
+    return Shares(accelerator.num_processes, accelerator.process_index).gathered_of(work)
 
 
 def in_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

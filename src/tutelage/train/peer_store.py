@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+from tutelage.errors import RunError
 from tutelage.setup.common_store import Address, CommonStore
 from tutelage.train.heartbeat import State
+from tutelage.train.lost import first_line
 
 _SERVERS: list[TCPStore] = []
 """Stores that live in this process: they serve until it ends, so that the others can print once."""
@@ -40,11 +42,16 @@ class PeerStore(CommonStore):
         """Be the store, in the process that has it.
 
         Raises:
-            RuntimeError: the port is in use.
+            RunError: the port cannot be used.
         """
-        place = (self.address.host, self.address.port)
-        # torch's own rendezvous finds it in this process, and takes it
-        server = TCPStore(*place, is_master=True, wait_for_workers=False, multi_tenant=True)
+        host, port = self.address.host, self.address.port
+        try:  # torch's own rendezvous finds it in this process, and takes it
+            server = TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
+        except DistError as error:
+            raise RunError(
+                f"MASTER_PORT {port} of MASTER_ADDR {host!r} cannot be used: {first_line(error)}. "
+                "Choose another port in every process."
+            ) from None
         _SERVERS.append(server)
 
     def exchange(self, own: State) -> list[State]:

@@ -19,8 +19,6 @@ from itertools import count as counter
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed import DistError
-
 from tutelage.errors import LostProcessError, RunError, TutelageError
 from tutelage.models.sharding import is_of_connection
 from tutelage.setup.common_store import (
@@ -41,6 +39,8 @@ ERROR_GRACE_S = 3.0
 _END_S = 3.0
 """Seconds that processes get to end: a main thread, which may be in a call that never returns, and
 the others, for which the process that has the store stays."""
+_DONE_S = 30.0
+"""The same where that process ended properly, which the others have to read in its store."""
 _ASK_S = 10.0
 """Seconds to find out which process broke a connection."""
 _ASKED_SILENCE_S = 5.0
@@ -57,7 +57,7 @@ class Peers:
 
     A context manager: inside, from `watch` or `meet` on, a thread watches the others. If one is
     lost, the main thread ends with `LostProcessError`, or, where it cannot, the process with exit
-    code 2.
+    code 2. Process 0 writes files to the last: the others leave the block properly after it has.
 
     Args:
         left: called when a process is lost; says what to do in one sentence.
@@ -77,7 +77,7 @@ class Peers:
         self._lock = threading.Condition()
         self._wake = threading.Event()
         self._is_closing = self._is_closed = False
-        self._is_asked = self._is_unwinding = self._was_interrupted = False
+        self._is_asked = self._is_waiting = self._is_unwinding = self._was_interrupted = False
         self._lost: BaseException | None = None
         self._own = own_state()
         self._written: End = ""
@@ -114,6 +114,9 @@ class Peers:
         if self._thread is None or self._thread.ident is None:
             return
         try:
+            with self.told():
+                if error is None and self._store.address.rank:
+                    self._wait_for_main()
             self.note(error)
         except KeyboardInterrupt:
             raise (self._lost or KeyboardInterrupt()) from None
@@ -129,7 +132,7 @@ class Peers:
         if self._thread is None or self._thread.ident is not None:
             return
         if self._store.address.is_owner:
-            self._serve()
+            self._store.serve()
         self._thread.start()
 
     def is_lost(self) -> bool:
@@ -191,20 +194,28 @@ class Peers:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """A block whose end, and error, the other processes get to know at once."""
+        """A block whose error the other processes get to know at once."""
         with ExitStack() as stack:
-            stack.push(lambda _kind, error, _trace: self.note(error))
+            stack.push(lambda _, error, __: None if error is None else self.note(error))
             yield
 
-    def _serve(self) -> None:
-        address = self._store.address
-        try:
-            self._store.serve()
-        except DistError as error:
-            raise RunError(
-                f"MASTER_PORT {address.port} of MASTER_ADDR {address.host!r} cannot be used: "
-                f"{first_line(error)}. Choose another port in every process."
-            ) from None
+    def _wait_for_main(self) -> None:
+        """Wait until process 0 has ended properly.
+
+        Raises:
+            LostProcessError: some process did not.
+            KeyboardInterrupt: it was interrupted.
+        """
+        with self._lock:
+            self._is_waiting = True
+            self._wake.set()
+            self._lock.wait_for(lambda: self._lost is not None or self._is_over())
+            if self._lost is not None:
+                raise self._lost
+
+    def _is_over(self) -> bool:
+        """Whether process 0 ended properly: all is written, and nobody is needed."""
+        return self._watch.states[0].end == "done"
 
     def _begin_to_unwind(self) -> None:
         """From here on the thread does not interrupt; an interrupt that it has sent arrives."""
@@ -237,7 +248,7 @@ class Peers:
         with self._lock:
             self._is_closing = True
             self._wake.set()
-            self._lock.wait_for(lambda: self._is_closed, _END_S + 2 * self._answer_s)
+            self._lock.wait_for(lambda: self._is_closed, _DONE_S + 2 * self._answer_s)
 
     # --- of the thread ----------------------------------------------------------------------------
 
@@ -251,15 +262,17 @@ class Peers:
             self._look(now - last)
             last = now
             if self._is_closing:
-                end = min(end, now + _END_S)
+                is_done = self._own.end == "done"
+                end = min(end, now + (min(self._limit_s, _DONE_S) if is_done else _END_S))
                 if now >= end or self._may_close():
                     break
             elif self._lost is not None:
                 end = min(end, now + _END_S)
                 if now >= end:
                     self._exit()
-            is_hurried = self._is_closing or self._is_asked or self._lost is not None
-            self._wake.wait(PERIOD_S / 10 if is_hurried else self._period_s)
+            is_hurried = self._is_closing or self._is_asked or self._is_waiting
+            is_hurried |= self._lost is not None
+            self._wake.wait(self._period_s / 10 if is_hurried else self._period_s)
         with self._lock:
             self._is_closed = True
             self._lock.notify_all()
@@ -294,11 +307,11 @@ class Peers:
         with self._lock:
             self._watch.note(self._states, awake_s)
             self._lock.notify_all()
-        if self._lost is not None or self._own.end:
+        if self._lost is not None or self._own.end or self._is_over():
             return
         limit_s = min(self._limit_s, _ASKED_SILENCE_S) if self._is_asked else self._limit_s
         lost = self._lost_store(limit_s) or self._watch.lost(self._gone, limit_s)
-        if lost is not None and not self._is_after_the_end():
+        if lost is not None:
             self._lose(lost)
 
     def _lost_store(self, limit_s: float) -> Lost | None:
@@ -311,11 +324,6 @@ class Peers:
                 return Lost(0, "launcher", f"the launcher at {address.host}:{address.port} {what}.")
             return Lost(0, "gone" if is_gone else "late")
         return None
-
-    def _is_after_the_end(self) -> bool:
-        """Whether process 0 had the store, and ended properly: there is nobody to be watched."""
-        is_there = self._store.address.is_in_process_0 and self._states is None
-        return is_there and self._watch.states[0].end == "done"
 
     def _lose(self, lost: Lost) -> None:
         if lost.kind == "gone" and not self._store.address.is_in_process_0:
