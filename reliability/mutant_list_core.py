@@ -67,8 +67,10 @@ CORE_MUTANTS: dict[str, Group] = {
     "core/kernels/rows.py": (
         ["core/test_kernels.py", "core/test_kernel_launches.py"],
         [
-            ("s_ratio * (s_energy + s_shift * (s_rest + s_ties))", "s_ratio * s_energy"),
-            ("tl.where(s_fell, s_ties, 0.0)", "0.0"),
+            ("ratio * (energy + shift * (rest + ties))", "ratio * energy"),
+            ("tl.where(fell, ties, 0.0)", "0.0"),
+            ("s_ratio * (s_gap + moved * s_z)", "s_ratio * s_gap"),
+            ("tl.where(fell, 0.0, ties), rest", "ties, rest"),
             ("1.0 - ratio * ratio", "1.0"),
         ],
     ),

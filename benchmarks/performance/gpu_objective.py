@@ -319,7 +319,7 @@ def _setting(**values: int) -> Iterator[None]:
             setattr(passes, name, value)
 
 
-STATISTICS = ((1024, 4), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16), (8192, 16))
+STATISTICS = ((1024, 4), (2048, 4), (1024, 8), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
 GRADIENTS = ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
 
 
@@ -336,7 +336,11 @@ def _copy(rows: int, ids: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def kernels_part() -> dict[str, Any]:
-    """The two kernels alone over 2,048 rows, and their blocks and warps."""
+    """The two kernels alone over 2,048 rows, and their blocks and warps.
+
+    Statistics of both sides and of the student alone; what is fastest for both is what
+    `passes.STATISTICS_BLOCK` and `passes.STATISTICS_WARPS` should be.
+    """
     from tutelage.core.kernels import passes, products
 
     rows, ids = SHAPES["few"][0], SHAPES["wide"][1]
@@ -344,12 +348,15 @@ def kernels_part() -> dict[str, Any]:
     work = passes.Passes(*x.sides, None, wants_gradient=True)
     tokens = torch.zeros(rows, dtype=torch.long, device=DEVICE)
     chunk = next(iter(work.chunks(tokens)))
+    student = passes.Passes(x.sides[0], None, None, wants_gradient=False)
+    next(iter(student.chunks(tokens)))
     found: dict[str, Any] = {"copy": _copy(rows, ids)}
     for block, warps in STATISTICS:
         with _setting(STATISTICS_BLOCK=block, STATISTICS_WARPS=warps):
-            name = f"statistics_{block}_{warps}"
-            ran = _try(name, lambda: work._statistics(chunk, tokens))
-            found[name] = _bandwidth(ran, 8.0 * rows * ids)
+            for name, one, size in (("statistics", work, 8.0), ("student", student, 4.0)):
+                name = f"{name}_{block}_{warps}"
+                ran = _try(name, partial(one._statistics, chunk, tokens))
+                found[name] = _bandwidth(ran, size * rows * ids)
     slopes = passes.Slopes(torch.ones(rows, device=DEVICE))
     for block, warps in GRADIENTS:
         with _setting(GRADIENT_BLOCK=block, GRADIENT_WARPS=warps):
@@ -369,7 +376,7 @@ def tune_part() -> dict[str, Any]:
         size = int(rows * SHAPES["wide"][1] * 8.25) + (1 << 20)
         run = partial(ours, chunk_bytes=size)
         found[f"rows_{rows}"] = _try(f"rows_{rows}", partial(fresh, run, x))
-    for block, warps in ((2048, 4), (2048, 8), (4096, 16)):
+    for block, warps in ((1024, 4), (2048, 8), (4096, 8)):
         with _setting(STATISTICS_BLOCK=block, STATISTICS_WARPS=warps):
             name = f"statistics_{block}_{warps}"
             found[name] = _try(name, partial(fresh, all_tokens, x))

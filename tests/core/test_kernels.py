@@ -203,6 +203,19 @@ def test_extreme_rows_keep_their_relative_precision(
         assert ours.item() == pytest.approx(exact, rel=2e-6)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_ids_of_one_row_in_lanes_and_blocks_far_apart(name: str) -> None:
+    few = tuple(torch.tensor([row]) for row in ROWS[name])
+    wide = tuple(torch.full((1, 4200), -torch.inf) for _ in few)
+    ids = torch.tensor([3, 1031, 1033, 2051, 4199])  # the first two blocks, and what is left
+    for row, values in zip(wide, few, strict=True):
+        row[0, ids] = values
+    found = token_stats(*_from_logits(*wide), ids[2:3]).stack()
+    assert torch.isfinite(found).all()
+    expected = token_stats(*_from_logits(*few), torch.tensor([2])).stack()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_nearly_equal_rows_are_as_exact_as_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     z = 3 * torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     y = z + 1e-3 * torch.randn(2, 50, generator=torch.Generator().manual_seed(1)) + 40.0

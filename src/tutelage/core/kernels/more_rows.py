@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tutelage.core.kernels.rows import _logits, _over_mixture
+from tutelage.core.kernels.rows import _exp, _logits, _over_mixture
 
 
 @triton.jit(do_not_specialize=["out_stride"])
@@ -95,8 +95,8 @@ def mixture_kernel(
         )  # fmt: skip
         s = s - s_top
         t = t - t_top
-        p = tl.exp(s) * s_inverse
-        q = tl.exp(t) * t_inverse
+        p = _exp(s) * s_inverse
+        q = _exp(t) * t_inverse
         p_over, q_over = _over_mixture((s - t) - offset, w)
         p_over = tl.where(p == 0.0, 0.0, p_over)
         if JSD:
@@ -166,8 +166,8 @@ def moments_kernel(
             )  # fmt: skip
             s = s - s_top
             t = t - t_top
-            p = tl.exp(s) * s_inverse
-            g = p - tl.exp(t) * t_inverse
+            p = _exp(s) * s_inverse
+            g = p - _exp(t) * t_inverse
             steep = p * (tl.where(p == 0.0, 0.0, s - t) - mean_gap)
             slope += steep * steep
             norm += g * g
@@ -238,7 +238,7 @@ def head_kernel(
             )  # fmt: skip
             below = t_top - t
             key = below.to(tl.int32, bitcast=True)
-            q = tl.exp(-below) * t_inverse
+            q = _exp(-below) * t_inverse
             held += tl.where(key[None, :] <= steps[:, None], q[None, :], 0.0)
         low += step * tl.sum(tl.where(tl.sum(held, 1) < share, 1, 0), 0)
         step = (step + WAYS - 1) // WAYS
@@ -264,8 +264,8 @@ def head_kernel(
         )  # fmt: skip
         below = t_top - t
         key = below.to(tl.int32, bitcast=True)
-        q = tl.exp(-below) * t_inverse
-        difference = tl.abs(q - tl.exp(s - s_top) * s_inverse)
+        q = _exp(-below) * t_inverse
+        difference = tl.abs(q - _exp(s - s_top) * s_inverse)
         total += difference
         before += tl.where(key < last, q, 0.0)
         inside += tl.where(key < last, difference, 0.0)

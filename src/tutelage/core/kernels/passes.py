@@ -191,6 +191,7 @@ class Passes:
     def _launch_statistics(
         self, chunk: Chunk, tokens: Tensor | None, table: Tensor, aux: Tensor, first: int
     ) -> None:
+        block = launch_block(self.student.vocab_size, STATISTICS_BLOCK)
         with on_device(self.device):
             kernels.statistics_kernel[(len(chunk),)](
                 self._student,
@@ -205,7 +206,8 @@ class Passes:
                 aux_stride=aux.stride(0),
                 TEACHER=self.teacher is not None,
                 TOKENS=tokens is not None,
-                BLOCK=launch_block(self.student.vocab_size, STATISTICS_BLOCK),
+                LANES=num_lanes(block),
+                BLOCK=block,
                 num_warps=STATISTICS_WARPS,
                 **self.pair_arguments(),
             )
@@ -352,6 +354,11 @@ class Passes:
 
 def launch_block(vocab_size: int, most: int) -> int:
     return min(most, 1 << max(4, (vocab_size - 1).bit_length()))
+
+
+def num_lanes(block: int) -> int:
+    """A lane for every thread, unless a block has less than four ids for each."""
+    return min(32 * STATISTICS_WARPS, max(1, block // 4))
 
 
 def _log_sums(aux: Tensor, side: str, chunk: Chunk) -> Tensor:

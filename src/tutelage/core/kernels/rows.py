@@ -9,8 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
 # What the statistics kernel leaves for the gradient kernel, rows of a float32 table `[6, n]`:
 # both largest logits, both 1/Z (of logits shifted by the largest), E_p[gap], log Z_s − log Z_t.
+
+
+@triton.jit
+def _exp(x):
+    """The weight of a logit; one below 2⁻¹²⁶ may become 0, in all kernels alike."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -48,7 +56,7 @@ def _rescale(top, new_top):
     """exp(top − new_top) and the difference, 0 for a top that is not known yet."""
     is_known = top > -float("inf")
     shift = tl.where(is_known, top - new_top, 0.0)
-    return tl.where(is_known, tl.exp(shift), 0.0), shift
+    return tl.where(is_known, _exp(shift), 0.0), shift
 
 
 @triton.jit
@@ -63,6 +71,41 @@ def _log1p(x):
     u = 1.0 + x
     is_small = u == 1.0
     return tl.where(is_small, x, tl.log(u) * x / tl.where(is_small, 1.0, u - 1.0))
+
+
+@triton.jit
+def _by_lane(x, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of ids `[BLOCK]` as `[LANES, BLOCK / LANES]`, four neighbours to a lane in turn.
+
+    That is how threads hold what they load, so that a lane's sums need no other thread.
+    """
+    WIDTH: tl.constexpr = 4 if BLOCK >= 4 * LANES else BLOCK // LANES
+    TURNS: tl.constexpr = BLOCK // (LANES * WIDTH)
+    x = tl.reshape(x, (TURNS, LANES, WIDTH))
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (LANES, TURNS * WIDTH))
+
+
+@triton.jit
+def _moved(ties, rest, energy, top, new_top):
+    """Ids at the top, Σ e of the rest and Σ e·z, once a larger logit is at 0."""
+    ratio, shift = _rescale(top, new_top)
+    fell = new_top > top
+    energy = ratio * (energy + shift * (rest + ties))
+    rest = ratio * (rest + tl.where(fell, ties, 0.0))
+    return tl.where(fell, 0.0, ties), rest, energy
+
+
+@triton.jit
+def _moved_gaps(s_gap, s_z, s_top, new_s_top, t_gap, t_z, t_top, new_t_top):
+    """Σ e·gap of both sides, once larger logits are at 0; `s_z` and `t_z` are Σ e until now.
+
+    An infinite sum whose weight has become 0 is 0.
+    """
+    s_ratio, s_shift = _rescale(s_top, new_s_top)
+    t_ratio, t_shift = _rescale(t_top, new_t_top)
+    moved = s_shift - t_shift
+    s_gap = tl.where(s_ratio == 0.0, 0.0, s_ratio * (s_gap + moved * s_z))
+    return s_gap, tl.where(t_ratio == 0.0, 0.0, t_ratio * (t_gap + moved * t_z))
 
 
 @triton.jit(do_not_specialize=["first", "out_stride", "aux_stride"])
@@ -91,83 +134,87 @@ def statistics_kernel(
     TEACHER_SCALED: tl.constexpr,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row: entropies, divergences and log-probabilities (float64), and the table `aux`.
 
-    Every lane sums its own ids. With the largest logit at 0 the top ids count 1 each and are
-    kept apart from the rest, so that a row of one certain id keeps the precision of what is left.
+    Every lane sums its own ids, with the largest of its own logits at 0; lanes meet behind the
+    loop. Ids at the top count 1 each and are kept apart from the rest, so that a row of one
+    certain id keeps the precision of what is left.
     """
     row = tl.program_id(0)
     s_row = student + row.to(tl.int64) * stride
     t_row = teacher + row.to(tl.int64) * stride
-    lanes = tl.arange(0, BLOCK)
     minus_inf = -float("inf")
-    s_top = tl.full((), minus_inf, tl.float32)
-    t_top = tl.full((), minus_inf, tl.float32)
-    s_ties = tl.zeros((BLOCK,), tl.float32)  # ids at the top
-    s_rest = tl.zeros((BLOCK,), tl.float32)  # Σ e of all other ids
-    s_energy = tl.zeros((BLOCK,), tl.float32)  # Σ e·z
-    s_gap = tl.zeros((BLOCK,), tl.float32)  # Σ e·gap
-    t_ties = tl.zeros((BLOCK,), tl.float32)
-    t_rest = tl.zeros((BLOCK,), tl.float32)
-    t_energy = tl.zeros((BLOCK,), tl.float32)
-    t_gap = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        v = start + lanes
-        is_id = v < vocab_size
-        s = tl.load(s_row + v, mask=is_id, other=minus_inf)
-        s = _logits(
-            s, student_bias, v, is_id, student_scale, student_cap,
-            STUDENT_BIAS, STUDENT_SCALED, STUDENT_CAP,
-        )  # fmt: skip
-        new_s_top = tl.maximum(s_top, tl.max(s, 0))
-        if TEACHER:
-            t = tl.load(t_row + v, mask=is_id, other=minus_inf)
-            t = _logits(
-                t, teacher_bias, v, is_id, teacher_scale, teacher_cap,
-                TEACHER_BIAS, TEACHER_SCALED, TEACHER_CAP,
-            )  # fmt: skip
-            new_t_top = tl.maximum(t_top, tl.max(t, 0))
-        else:
-            t = s
-            new_t_top = t_top
-        if (new_s_top > s_top) | (new_t_top > t_top):
-            s_ratio, s_shift = _rescale(s_top, new_s_top)
-            t_ratio, t_shift = _rescale(t_top, new_t_top)
+    s_top = tl.full((LANES,), minus_inf, tl.float32)
+    t_top = tl.full((LANES,), minus_inf, tl.float32)
+    s_ties = tl.zeros((LANES,), tl.float32)  # ids at the top
+    s_rest = tl.zeros((LANES,), tl.float32)  # Σ e of all other ids
+    s_energy = tl.zeros((LANES,), tl.float32)  # Σ e·z
+    s_gap = tl.zeros((LANES,), tl.float32)  # Σ e·gap
+    t_ties = tl.zeros((LANES,), tl.float32)
+    t_rest = tl.zeros((LANES,), tl.float32)
+    t_energy = tl.zeros((LANES,), tl.float32)
+    t_gap = tl.zeros((LANES,), tl.float32)
+    # Whole blocks need no mask. But a product that a mask does not stand behind is fused with the
+    # subtraction of the largest, which then is not at 0.
+    IS_MASKED: tl.constexpr = STUDENT_SCALED or TEACHER_SCALED
+    whole = vocab_size // BLOCK * BLOCK
+    for part in tl.static_range(2):
+        for start in range(whole * part, vocab_size if part else whole, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            is_id = v < vocab_size if part or IS_MASKED else tl.full((BLOCK,), True, tl.int1)
+            s = tl.load(s_row + v, mask=is_id, other=minus_inf)
             if TEACHER:
-                moved = s_shift - t_shift
-                # An infinite sum whose weight has become 0 is 0.
-                s_sum = s_ratio * (s_gap + moved * (s_rest + s_ties))
-                s_gap = tl.where(s_ratio == 0.0, 0.0, s_sum)
-                t_sum = t_ratio * (t_gap + moved * (t_rest + t_ties))
-                t_gap = tl.where(t_ratio == 0.0, 0.0, t_sum)
-                t_energy = t_ratio * (t_energy + t_shift * (t_rest + t_ties))
-                t_fell = new_t_top > t_top
-                t_rest = t_ratio * (t_rest + tl.where(t_fell, t_ties, 0.0))
-                t_ties = tl.where(t_fell, 0.0, t_ties)
-            s_energy = s_ratio * (s_energy + s_shift * (s_rest + s_ties))
-            s_fell = new_s_top > s_top
-            s_rest = s_ratio * (s_rest + tl.where(s_fell, s_ties, 0.0))
-            s_ties = tl.where(s_fell, 0.0, s_ties)
-        s_top = new_s_top
+                t = tl.load(t_row + v, mask=is_id, other=minus_inf)
+                t = _logits(
+                    t, teacher_bias, v, is_id, teacher_scale, teacher_cap,
+                    TEACHER_BIAS, TEACHER_SCALED, TEACHER_CAP,
+                )  # fmt: skip
+            s = _logits(
+                s, student_bias, v, is_id, student_scale, student_cap,
+                STUDENT_BIAS, STUDENT_SCALED, STUDENT_CAP,
+            )  # fmt: skip
+            s = _by_lane(s, LANES, BLOCK)
+            new_s_top = tl.maximum(s_top, tl.max(s, 1))
+            if TEACHER:
+                t = _by_lane(t, LANES, BLOCK)
+                new_t_top = tl.maximum(t_top, tl.max(t, 1))
+                s_gap, t_gap = _moved_gaps(
+                    s_gap, s_rest + s_ties, s_top, new_s_top,
+                    t_gap, t_rest + t_ties, t_top, new_t_top,
+                )  # fmt: skip
+                t_ties, t_rest, t_energy = _moved(t_ties, t_rest, t_energy, t_top, new_t_top)
+                t_top = new_t_top
+            s_ties, s_rest, s_energy = _moved(s_ties, s_rest, s_energy, s_top, new_s_top)
+            s_top = new_s_top
+            s = s - _base(s_top)[:, None]
+            s_e = _exp(s)
+            s_is_top = tl.where(s == 0.0, 1.0, 0.0)
+            s_ties += tl.sum(s_is_top, 1)
+            s_rest += tl.sum(s_e - s_is_top, 1)
+            s_energy += tl.sum(s_e * tl.where(s_e == 0.0, 0.0, s), 1)
+            if TEACHER:
+                t = t - _base(t_top)[:, None]
+                t_e = _exp(t)
+                t_is_top = tl.where(t == 0.0, 1.0, 0.0)
+                t_ties += tl.sum(t_is_top, 1)
+                t_rest += tl.sum(t_e - t_is_top, 1)
+                t_energy += tl.sum(t_e * tl.where(t_e == 0.0, 0.0, t), 1)
+                gap = s - t
+                s_gap += tl.sum(s_e * tl.where(s_e == 0.0, 0.0, gap), 1)
+                t_gap += tl.sum(t_e * tl.where(t_e == 0.0, 0.0, gap), 1)
+    new_s_top = tl.max(s_top, 0)
+    if TEACHER:
+        new_t_top = tl.max(t_top, 0)
+        s_gap, t_gap = _moved_gaps(
+            s_gap, s_rest + s_ties, s_top, new_s_top, t_gap, t_rest + t_ties, t_top, new_t_top
+        )
+        t_ties, t_rest, t_energy = _moved(t_ties, t_rest, t_energy, t_top, new_t_top)
         t_top = new_t_top
-        s = s - _base(s_top)
-        s_e = tl.exp(s)
-        s_is_top = s == 0.0
-        s_ties += tl.where(s_is_top, 1.0, 0.0)
-        s_rest += tl.where(s_is_top, 0.0, s_e)
-        s_energy += s_e * tl.where(s_e == 0.0, 0.0, s)
-        if TEACHER:
-            t = t - _base(t_top)
-            t_e = tl.exp(t)
-            t_is_top = t == 0.0
-            t_ties += tl.where(t_is_top, 1.0, 0.0)
-            t_rest += tl.where(t_is_top, 0.0, t_e)
-            t_energy += t_e * tl.where(t_e == 0.0, 0.0, t)
-            gap = s - t
-            s_gap += s_e * tl.where(s_e == 0.0, 0.0, gap)
-            t_gap += t_e * tl.where(t_e == 0.0, 0.0, gap)
+    s_ties, s_rest, s_energy = _moved(s_ties, s_rest, s_energy, s_top, new_s_top)
+    s_top = new_s_top
     others = tl.sum(s_rest, 0).to(tl.float64) + (tl.sum(s_ties, 0).to(tl.float64) - 1.0)
     s_z = 1.0 + others
     s_log_z = _log1p(others)
@@ -286,7 +333,7 @@ def gradient_kernel(
     z = s
     s = s - tl.load(table)
     t = t - tl.load(table + aux_stride)
-    p = tl.exp(s) * tl.load(table + 2 * aux_stride)
+    p = _exp(s) * tl.load(table + 2 * aux_stride)
     gradient = tl.zeros((BLOCK,), tl.float32)
     gap = s - t
     if REVERSE:
@@ -295,13 +342,13 @@ def gradient_kernel(
         gradient += tl.where(a == 0.0, 0.0, a * slope)
     if FORWARD:
         b = tl.load(forward_weight + chunk_start + row)
-        slope = p - tl.exp(t) * tl.load(table + 3 * aux_stride)
+        slope = p - _exp(t) * tl.load(table + 3 * aux_stride)
         gradient += tl.where(b == 0.0, 0.0, b * slope)
     if SHARE:
         gradient += tl.load(share_weight + row) * p
     if SPREAD:
         c = tl.load(spread_weight + row)
-        gradient += tl.where(c == 0.0, 0.0, c * tl.exp(s + tl.load(spread_shift + row)))
+        gradient += tl.where(c == 0.0, 0.0, c * _exp(s + tl.load(spread_shift + row)))
     if JSD:
         c = tl.load(jsd_weight + chunk_start + row)
         over, _ = _over_mixture(gap - tl.load(table + 5 * aux_stride), jsd_w)
