@@ -19,7 +19,7 @@ from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.lora import add_lora, load_adapter
 from tutelage.models.reference import resolve_model
 from tutelage.models.tiny import Architecture, save_tiny_model
-from tutelage.setup.manifest import _model_digest
+from tutelage.setup.manifest import model_digest
 from tutelage.train.loop import train
 
 peft = pytest.importorskip("peft")
@@ -230,12 +230,12 @@ def test_low_bits_and_an_adapter_are_refused(adapter: Path) -> None:
 
 
 def test_the_digest_of_a_reference_to_an_adapter_is_of_both(adapter: Path, base: Path) -> None:
-    before = {_model_digest(str(adapter)), _model_digest(str(base))}
+    before = {model_digest(str(adapter)), model_digest(str(base))}
     edit(adapter, r=3)
-    changed = _model_digest(str(adapter))
+    changed = model_digest(str(adapter))
     assert len({*before, changed}) == 3
     (base / "generation_config.json").write_text("{}")
-    assert _model_digest(str(adapter)) != changed
+    assert model_digest(str(adapter)) != changed
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def _print_completions(found: Evaluation, as_json: bool) -> None:
         record = {"prompt_id": row["prompt_id"], "sample": row["sample"]}
         if as_json:
             shown = record | {"text": row["completion"], "is_correct": row["is_correct"]}
+            shown |= {"is_truncated": row["is_truncated"]}
             print(json.dumps(shown))
         else:
             mark = marks[row["is_correct"]]

@@ -23,6 +23,10 @@ TABLES: dict[str, dict[str, Table]] = {}
 """Kinds of each table by its dotted name ("" is the top) and tag ("" for a table of one kind)."""
 
 
+_TAG_KEYS = ("rule", "kind", "source")
+"""Keys that name one of several kinds of a table."""
+
+
 def _walk(kind: Any, name: str, tag_key: str = "") -> Iterator[str]:
     """Adds a table and those in it to `TABLES`; yields the dotted keys that are no tables."""
     hints = get_type_hints(kind)
@@ -34,7 +38,7 @@ def _walk(kind: Any, name: str, tag_key: str = "") -> Iterator[str]:
         path = f"{name}.{key}".lstrip(".")
         kinds = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
         for inner in kinds:
-            tag = "rule" if "rule" in get_type_hints(inner) else "kind"
+            tag = next((name for name in _TAG_KEYS if name in get_type_hints(inner)), "")
             yield from _walk(inner, path, tag if len(kinds) > 1 else "")
         if not kinds:
             yield path

@@ -264,6 +264,13 @@ ObjectiveConfig: TypeAlias = Annotated[
 ]
 
 
+def needs_sampler(objective: ObjectiveConfig) -> bool:
+    """Whether an objective compares the student with what sampled, by their log-probabilities."""
+    if isinstance(objective, EOPDObjective):
+        return objective.estimator == "sampled"
+    return isinstance(objective, SampledObjective)
+
+
 @dataclass(frozen=True)
 class NoWeighting:
     """Every kept token weighs the same."""

@@ -22,12 +22,15 @@ from tutelage.config.method import (
     PacedWeighting,
     SelectionConfig,
     WeightingConfig,
+    needs_sampler,
 )
 from tutelage.config.models import OptimizerConfig, StudentConfig
+from tutelage.config.rollouts import LiveRollouts, MixedRollouts, RolloutsConfig
 from tutelage.config.sampling import (
     EngineConfig,
     SamplingConfig,
     TransformersEngine,
+    VLLMServer,
     require_filters,
 )
 from tutelage.config.teachers import SERVED_KINDS, AnyTeacher
@@ -140,6 +143,7 @@ class Config:
     data: DataConfig = field(default_factory=LedgerData)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=TransformersEngine)
+    rollouts: RolloutsConfig = field(default_factory=LiveRollouts)
     selection: SelectionConfig = field(default_factory=AllTokens)
     objective: ObjectiveConfig = field(default_factory=KLObjective)
     weighting: WeightingConfig = field(default_factory=NoWeighting)
@@ -236,11 +240,31 @@ class Config:
         hint = "A thread writes from a copy in memory."
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
         self._require_sharded()
+        self._require_stored()
         updates, prompts, threads = self.updates_per_step, self.prompts_per_step, self.num_threads
         require(0 <= threads <= 1024, "num_threads", "from 0 to 1024", threads, "0 is torch's own.")
         hint = "Every update trains on the same number of prompts."
         is_even = prompts % updates == 0
         require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)
+
+    def _require_stored(self) -> None:
+        """What works with completions that other weights than a step's sampled."""
+        rollouts, engine = self.rollouts, self.engine
+        if isinstance(rollouts, LiveRollouts):
+            return
+        key, name = "rollouts.source", rollouts.source
+        is_single, hint = not isinstance(self.data, ConversationData), "Conversations are live."
+        require(is_single, key, f"live with data.kind = {self.data.kind}", name, hint)
+        is_ahead = isinstance(engine, VLLMServer) and bool(engine.max_staleness)
+        hint = "Stored rollouts are not drawn ahead."
+        require(not is_ahead, key, "live with engine.max_staleness = 1", name, hint)
+        is_own = isinstance(rollouts, MixedRollouts) and not isinstance(engine, TransformersEngine)
+        hint = "Mixed rollouts are sampled by engine.kind = transformers."
+        require(not is_own, key, f"live or stored with engine.kind = {engine.kind}", name, hint)
+        is_ratio = rollouts.path is not None and needs_sampler(self.objective)
+        rule = f"left out with objective.kind = {self.objective.kind}"
+        hint = "Its ratio needs the log-probabilities of what sampled, which a file lacks."
+        require(not is_ratio, "rollouts.path", rule, rollouts.path, hint)
 
     def _require_sharded(self) -> None:
         """What works on the parts of weights that fsdp2 leaves with a process."""

@@ -119,7 +119,7 @@ def _hub_rows(name: str, named: NamedSet) -> Iterator[tuple[str, Any]]:
 def _distinct(located: _Located) -> _Located:
     seen: set[str] = set()
     for where, prompt in located:
-        if (key := _content_key(prompt)) not in seen:
+        if (key := content_key(prompt)) not in seen:
             seen.add(key)
             yield where, prompt
 
@@ -152,13 +152,18 @@ def load_completions(
     pairs: list[tuple[Prompt, str | list[int]]] = []
     for number, (where, record) in enumerate(file_rows(found), start=1):
         prompt = to_prompt(record, where, f"{found.stem}/{number}", prompt_format or PromptFormat())
-        pairs.append((prompt, _completion(record, where)))
+        pairs.append((prompt, completion_of(record, where)))
     if not pairs:
         raise DataError(f"{found} holds no completions, got an empty file. Add at least one.")
     return pairs
 
 
-def _completion(record: dict[str, Any], where: str) -> str | list[int]:
+def completion_of(record: dict[str, Any], where: str) -> str | list[int]:
+    """The completion of a record of a file, as text or as ids.
+
+    Raises:
+        DataError: it has none with at least one token.
+    """
     text, ids = record.get("completion"), record.get("completion_ids")
     if isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids):
         return ids
@@ -261,9 +266,9 @@ class FileTask:
         order = _permutation(len(self.pool), "split", self.split_seed)
         cut = max(0, len(order) - self.num_held_out)
         held_out = self.held_out_prompts or tuple(self.pool[i] for i in order[cut:])
-        seen = {_content_key(prompt) for prompt in held_out}
+        seen = {content_key(prompt) for prompt in held_out}
         chosen = (self.pool[i] for i in sorted(order[:cut]))
-        return tuple(p for p in chosen if _content_key(p) not in seen), held_out
+        return tuple(p for p in chosen if content_key(p) not in seen), held_out
 
     @property
     def training(self) -> tuple[Prompt, ...]:
@@ -290,7 +295,8 @@ class FileTask:
         return {}
 
 
-def _content_key(prompt: Prompt) -> str:
+def content_key(prompt: Prompt) -> str:
+    """JSON text of what a prompt says, the same for equal prompts under other ids."""
     return json.dumps([prompt.content, prompt.tools] if prompt.tools else prompt.content)
 
 

@@ -33,7 +33,7 @@ NEUTRAL: dict[str, Any] = {
 """Settings that change nothing, stated in every request to a server: what a request leaves out, a
 server fills in from the model's generation_config.json or from its own defaults."""
 
-_LONGEST_MARK = 32
+LONGEST_MARK = 32
 """Tokens of a prompt's end in which the mark of a thought and the spaces behind it fit."""
 
 
@@ -152,10 +152,10 @@ def completion_requests(
         ids = [encoded[i] for i, _ in numbers]
     else:
         ids = conversations.start([prompts[i] for i, _ in numbers], keys)
-    ends = {one[-_LONGEST_MARK:] for one in ids}
+    ends = {one[-LONGEST_MARK:] for one in ids}
     thoughts = {end: opened_thought(decode(tokenizer, end)) for end in ends}
     return [
-        CompletionRequest(index, prompts[i], s, one, key, thoughts[one[-_LONGEST_MARK:]])
+        CompletionRequest(index, prompts[i], s, one, key, thoughts[one[-LONGEST_MARK:]])
         for index, ((i, s), key, one) in enumerate(zip(numbers, keys, ids, strict=True))
     ]
 

@@ -22,7 +22,9 @@ from tutelage.config.parse import (
     parse_saved_config,
     to_table,
 )
+from tutelage.config.rollouts import given_path
 from tutelage.config.schema import Config, FileData
+from tutelage.data.formats import find_file
 from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, RunError
@@ -47,6 +49,7 @@ _KEYS = {
     "tokenizer": "student.model",
     "student": "student.model",
     "teacher": "teacher.model",
+    "rollouts": "rollouts.path",
 }
 """The key that names the file of each digest."""
 
@@ -140,6 +143,8 @@ def manifest_of(config: Config, digests: dict[str, str], started: datetime) -> d
 def _named(config: Config, key: str) -> str:
     if key == "data.path":
         return config.data.path if isinstance(config.data, FileData) else config.data.kind
+    if key == "rollouts.path":
+        return given_path(config.rollouts) or config.rollouts.source
     return config.student.model if key == "student.model" else config.teacher.model
 
 
@@ -175,9 +180,11 @@ def input_digests(config: Config, inputs: Inputs) -> dict[str, str]:
     found["chat template"] = _digest([_json(inputs.tokenizer.chat_template)])
     found["tokenizer"] = _digest(_tokenizer_parts(inputs.tokenizer))
     if config.student.lora is not None:
-        found["student"] = _model_digest(config.student.model)
+        found["student"] = model_digest(config.student.model)
     teacher = _digest(_tokenizer_parts(inputs.teacher_tokenizer))
-    found["teacher"] = _digest([_model_digest(config.teacher.model).encode(), teacher.encode()])
+    found["teacher"] = _digest([model_digest(config.teacher.model).encode(), teacher.encode()])
+    if (path := given_path(config.rollouts)) is not None:
+        found["rollouts"] = _digest(_file_parts(find_file(path)))
     return found
 
 
@@ -196,11 +203,11 @@ def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Iterable[bytes]:
     yield _json({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
 
 
-def _model_digest(ref: str) -> str:
+def model_digest(ref: str) -> str:
     """Of a model's files; of one on the hub, whose versions have names, the commit."""
     found = resolve_model(ref)
     if found.adapter is not None:
-        base = _model_digest(found.source)
+        base = model_digest(found.source)
         return _digest([base.encode(), *_folder_parts(Path(found.adapter))])
     if not found.is_local:
         return f"commit {load_model_config(found)._commit_hash}"

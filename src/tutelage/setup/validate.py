@@ -11,8 +11,10 @@ from pathlib import Path
 from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import PacedWeighting, RewardWeighting
+from tutelage.config.rollouts import given_path
 from tutelage.config.sampling import VLLMEngine, VLLMServer
 from tutelage.config.schema import Config, FileData
+from tutelage.data.completions import GivenCompletions
 from tutelage.data.prompts import FileTask
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
@@ -21,7 +23,7 @@ from tutelage.models.chat.turn_template import TurnTemplate
 from tutelage.models.tokenizers import control_ids
 from tutelage.rollout.nccl_transfer import require_nccl
 from tutelage.rollout.replicas import replica_addresses
-from tutelage.setup.inputs import Inputs, load_inputs, pick_device
+from tutelage.setup.inputs import Inputs, load_inputs, pick_device, prompt_format
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.process_counts import ProcessCounts
 from tutelage.setup.run_folder import RunFolder
@@ -67,6 +69,7 @@ def validate(
     _refuse_optimizer(config, inputs)
     _refuse_ungraded(config, inputs)
     _refuse_nothing_held_out(config, inputs)
+    _refuse_too_few_completions(config, inputs)
     if isinstance(config.data, ConversationData) and isinstance(inputs.task, AgentTask):
         _refuse_template(config.data, inputs)
         _refuse_thinking(config.data, inputs)
@@ -126,6 +129,15 @@ def _refuse_too_many_completions(config: Config) -> None:
                 f"{prompts} times {key}.num_samples must be at most {_MOST_COMPLETIONS}, got "
                 f"{count} times {samples}. Lower one of them."
             )
+
+
+def _refuse_too_few_completions(config: Config, inputs: Inputs) -> None:
+    """Refuses a file of completions that lacks those of a prompt of some step."""
+    if (path := given_path(config.rollouts)) is not None:
+        given = GivenCompletions.read(path, prompt_format(config.data))
+        size, steps = config.prompts_per_step, range(config.num_steps)
+        prompts = [p for step in steps for p in inputs.task.prompts(step, size, config.seed)]
+        given.require(prompts, config.sampling.num_samples)
 
 
 def _require_packages(config: Config) -> None:

@@ -41,6 +41,7 @@ from tutelage.train.peers import Peers, peers_of
 from tutelage.train.saving import Saver, require_checkpoint_space
 from tutelage.train.signals import Stop, StoppedError, listening
 from tutelage.train.step import Step
+from tutelage.train.stored.fill import Fill, store_of
 
 Log = Callable[[str], None]
 OnStep = Callable[[dict[str, Any]], None]
@@ -133,7 +134,8 @@ class _Run:
         self.on_step = on_step if accelerator.is_main_process else None
         self.on_phase = on_phase if accelerator.is_main_process else no_phases
         inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
-        manifest = manifest_of(config, input_digests(config, inputs), started)
+        digests = input_digests(config, inputs)
+        manifest = manifest_of(config, digests, started)
         done, checkpoint = self._start()
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
@@ -151,9 +153,9 @@ class _Run:
             config, folder, accelerator, self.components, optimizer, self.on_phase, self.log
         )
         self.optimizer = optimizer
-        self.step = Step(
-            config, self.components, accelerator, self.components.student, optimizer, stop
-        )
+        self.store = store_of(config, folder.path, digests)
+        student = self.components.student
+        self.step = Step(config, self.components, accelerator, student, optimizer, stop, self.store)
         if isinstance(self.components.sampler, ReplicaSampler):
             undisturbed = nullcontext if accelerator.num_processes == 1 else stop.deferred
             self.components.sampler.replicas.join(self.step.ranks, self.log, undisturbed)
@@ -193,6 +195,7 @@ class _Run:
                 self.measurements.evaluate(self.done)
             if self.done == 0 and not has_tokens:
                 self._record()
+            self._fill_store()
             while self.done < num_steps and not self._any_process():
                 self._take()
                 self.saver.look()
@@ -217,6 +220,12 @@ class _Run:
         self.saver.wait()
         self.measurements.conclude(self.done, self.done >= self.first_step)
         return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
+
+    def _fill_store(self) -> None:
+        """Completions that are stored before the first step."""
+        if self.store is not None:
+            fill = Fill(self.step, self.store, self._any_process, self.log, self.on_phase)
+            fill.run(self.first_step)
 
     def _take(self) -> None:
         """One step, which is logged as soon as it is done."""

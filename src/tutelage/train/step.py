@@ -36,7 +36,6 @@ from tutelage.train.distributed import Ranks, StepRows
 from tutelage.train.logprob_check import (
     engine_mismatch,
     hidden_mismatch,
-    ratio_metrics,
     sampler_logprobs,
     staleness,
 )
@@ -44,6 +43,9 @@ from tutelage.train.metrics import clip_share, rollout_metrics, token_metrics
 from tutelage.train.micro_batch import MicroBatch, pack_rollouts
 from tutelage.train.selection import Selection, choose, selection_of
 from tutelage.train.signals import Stop
+from tutelage.train.stored.age import age_of, compare_with_sampler, has_older
+from tutelage.train.stored.sources import source_of
+from tutelage.train.stored.store import Store
 from tutelage.train.update import Updater, UpdateResult
 
 _DROPOUT_SEED = 2
@@ -61,6 +63,7 @@ class Step:
         student: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         stop: Stop | None = None,
+        store: Store | None = None,
     ) -> None:
         self.stop = Stop() if stop is None else stop  # one that is not set yet counts as false
         self.config = config
@@ -76,6 +79,8 @@ class Step:
         self.clock = Clock(self.device)
         self.ahead = self._ahead()
         """Draws a step ahead; None where rollouts are the present student's."""
+        self.source = source_of(self, store)
+        """Gives the completions of the steps that are not drawn ahead."""
         self.checks: dict[str, float | None] = {}
         """What was measured to trust the step's rollouts, by the key of its metric."""
 
@@ -99,7 +104,7 @@ class Step:
         self.clock, self.checks = Clock(self.device), {}
         with self.stop.interruptible():
             rollouts = self.generate(step)
-            micro_batches = self.pack(rollouts)
+            micro_batches = self.pack(rollouts, step)
             self.teacher_forward(micro_batches)
             selection = self.select(micro_batches, rollouts, step)
             rollouts = [replace(rollout, hidden=None) for rollout in rollouts]  # their memory goes
@@ -112,21 +117,28 @@ class Step:
     def generate(self, step: int) -> list[Rollout]:
         """The student samples this process's share of the step's completions."""
         with self.clock.phase("rollout"):
-            if self.ahead is not None:
-                return self.ahead.take(step)
-            with self.components.whole():
-                rollouts = self.components.sampler.sample(self.request(step))
-            return [replace(rollout, weights_version=step - 1) for rollout in rollouts]
+            return self.source.take(step) if self.ahead is None else self.ahead.take(step)
 
-    def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """Micro-batches of each update, as many in every process."""
+    def sample(self, request: RolloutRequest, step: int) -> list[Rollout]:
+        """Completions by the student's present weights, those that a step begins with."""
+        with self.components.whole():
+            rollouts = self.components.sampler.sample(request) if request.prompts else []
+        return [replace(rollout, weights_version=step - 1) for rollout in rollouts]
+
+    def pack(self, rollouts: Sequence[Rollout], step: int = 1) -> list[MicroBatch]:
+        """Micro-batches of each update, as many in every process.
+
+        Args:
+            rollouts: this process's.
+            step: that learns from them; those that older weights sampled have log-probabilities.
+        """
         completions = self.share(len(rollouts))
         micro_batches = pack_rollouts(
             self.config, rollouts, completions, self.pad_id, self.ranks, self.device
         )
-        if self.ahead is not None:
+        if self.ahead is not None or (has_older(self) and staleness(rollouts, step)):
             for micro_batch in micro_batches:
-                logprobs = sampler_logprobs([micro_batch.batch], self._named(rollouts))
+                logprobs = sampler_logprobs([micro_batch.batch], self.named(rollouts))
                 micro_batch.sampler_logprobs = logprobs.to(self.device)
         return micro_batches
 
@@ -142,12 +154,11 @@ class Step:
         self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout], step: int
     ) -> Selection | None:
         """Which rows train, how heavily; None where every row does and no statistics are needed."""
-        if isinstance(self.components.sampler, ReplicaSampler):
-            self.checks["staleness_steps"] = staleness(rollouts, step)
-        if self.components.sampler.has_own_weights and not staleness(rollouts, step):
+        age = age_of(self, rollouts, step)
+        if self.components.sampler.has_own_weights and self.source.has_logprobs and not age:
             self._check_engine(micro_batches, rollouts, step)
         if not needs_scoring(self.config):
-            self._compare_with_sampler(micro_batches[:1], rollouts, step)
+            compare_with_sampler(self, micro_batches[:1], rollouts, age)
             return None
         with self.clock.phase("score"):
             recorded = self._recorded(micro_batches, rollouts)
@@ -157,7 +168,7 @@ class Step:
                 )
                 self.checks["max_relative_hidden_gap"] = found
             stats = self._score(micro_batches, recorded)
-            self._compare_with_sampler(micro_batches, rollouts, step, stats.log_p)
+            compare_with_sampler(self, micro_batches, rollouts, age, stats.log_p)
             rows = self.ranks.rows([m.batch for m in micro_batches], stats)
             return self._selection(rows, rollouts, step)
 
@@ -205,7 +216,7 @@ class Step:
             **self.clock.memory,
         }
 
-    # --- rollouts that are drawn ahead ------------------------------------------------------------
+    # --- rollouts of other weights ----------------------------------------------------------------
 
     def saved_ahead(self, done: int) -> str:
         """What a checkpoint after `done` steps holds of the next one; "" where that is nothing.
@@ -222,7 +233,7 @@ class Step:
         """Let a step learn from what a checkpoint holds; whether that fits the configuration."""
         if self.ahead is None:
             return True
-        rollouts = restored(text, self._prompts(step), self.config.sampling.num_samples)
+        rollouts = restored(text, self.prompts(step), self.config.sampling.num_samples)
         if rollouts is None:
             return False
         self.ahead.restore(
@@ -230,38 +241,11 @@ class Step:
         )
         return True
 
-    def _compare_with_sampler(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        rollouts: Sequence[Rollout],
-        step: int,
-        log_p: Tensor | None = None,
-    ) -> None:
-        """How far the student has moved from the weights that sampled.
-
-        Args:
-            micro_batches: those that are compared.
-            rollouts: of the step.
-            step: that learns from them.
-            log_p: the student's log-probability of every row, where it is known.
-        """
-        if not isinstance(self.components.sampler, ReplicaSampler):
-            return
-        if not staleness(rollouts, step):
-            self.checks |= ratio_metrics(torch.zeros(0), torch.zeros(0), self.ranks)
-            return
-        batches = [micro_batch.batch for micro_batch in micro_batches]
-        if log_p is None:
-            with self.clock.phase("score"), torch.no_grad():
-                log_p = torch.cat([self.student(batch, None).log_p for batch in batches])
-        reported = sampler_logprobs(batches, self._named(rollouts))
-        self.checks |= ratio_metrics(log_p, reported, self.ranks)
-
     # --- what they need ---------------------------------------------------------------------------
 
     def request(self, step: int) -> RolloutRequest:
         """This process's share of the completions of a step."""
-        config, prompts = self.config, self._prompts(step)
+        config, prompts = self.config, self.prompts(step)
         earlier = earlier_samples(prompts, config.sampling.num_samples)
         share = self.share(len(prompts) // self.ranks.count)
         return RolloutRequest(
@@ -273,12 +257,12 @@ class Step:
             agent=agent_of(config, self.components.task),
         )
 
-    def _prompts(self, step: int) -> Sequence[Prompt]:
+    def prompts(self, step: int) -> Sequence[Prompt]:
         """The prompts of a step, of all processes."""
         config = self.config
         return self.components.task.prompts(step - 1, config.prompts_per_step, config.seed)
 
-    def _named(self, rollouts: Sequence[Rollout]) -> dict[int, Rollout]:
+    def named(self, rollouts: Sequence[Rollout]) -> dict[int, Rollout]:
         """Rollouts by the names that batches give them."""
         return dict(zip(self.share(len(rollouts)), rollouts, strict=True))
 
@@ -296,7 +280,7 @@ class Step:
     ) -> None:
         """Whether an engine with weights of its own has the student's."""
         with self.clock.phase("score"):
-            named = self._named(rollouts)
+            named = self.named(rollouts)
             batches = [micro_batch.batch for micro_batch in micro_batches]
             found = engine_mismatch(self.config, self.student, batches, named, step, self.ranks)
             self.checks["engine_logprob_gap_nats"] = found

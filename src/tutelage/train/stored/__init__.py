@@ -1,0 +1,1 @@
+"""Completions that are stored in the run folder before the steps that learn from them."""
