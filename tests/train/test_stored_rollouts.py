@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tiny import tiny_config
-from tiny_runs import are_equal, metrics_of, run, weights_of
+from tiny_runs import are_equal, metrics_of, run
 from tutelage.config.parse import parse_config
 from tutelage.data.completions import GivenCompletions
 from tutelage.data.formats import PromptFormat
@@ -19,7 +19,7 @@ from tutelage.errors import ConfigError, DataError, RunError
 from tutelage.models.load import load_tokenizer
 from tutelage.setup.inputs import build_task
 from tutelage.train.loop import train
-from tutelage.train.stored import fill, store
+from tutelage.train.stored import store
 
 STORED = {"source": "stored"}
 NEW = {"stored_share", "staleness_steps", "log_ratio_mean_nats"}
@@ -61,7 +61,8 @@ def test_the_first_step_equals_live_bit_for_bit(
     assert are_equal(live, stored)
     (before,), (after,) = metrics_of(tmp_path / "live"), metrics_of(tmp_path / "stored")
     assert before == shared(after)
-    assert after["stored_share"] == 1 and after["staleness_steps"] == 0
+    assert after["stored_share"] == 1
+    assert after["staleness_steps"] == 0
 
 
 def test_later_steps_learn_from_the_initial_student(tiny_models: Path, tmp_path: Path) -> None:
@@ -95,7 +96,8 @@ def test_a_share_of_the_prompts_is_live(tiny_models: Path, tmp_path: Path) -> No
     mixed = {"source": "mixed", "on_policy_share": 0.5}
     run(tiny_models, tmp_path, rollouts=mixed, num_steps=8, seed=3)
     shares = [m["stored_share"] for m in metrics_of(tmp_path)]
-    assert set(shares) <= {0, 0.25, 0.5, 0.75, 1} and len(set(shares)) > 1
+    assert set(shares) <= {0, 0.25, 0.5, 0.75, 1}
+    assert len(set(shares)) > 1
     assert 0.2 < sum(shares) / len(shares) < 0.8
 
 
@@ -165,7 +167,8 @@ def test_what_a_store_cannot_give_is_one_line(tiny_models: Path, tmp_path: Path)
     run(tiny_models, out, rollouts=STORED, num_steps=2)
     again = {"rollouts": STORED, "allow_change": ("num_steps",)}
     found = refused(tiny_models, out, **again)
-    assert "the rollouts of step 3 are not in" in found and "trained to step 2" in found
+    assert "the rollouts of step 3 are not in" in found
+    assert "trained to step 2" in found
     shutil.rmtree(out / "checkpoint-000002")
     (out / "rollouts/step-000002/rollouts.jsonl").write_text("{}\n")
     shutil.rmtree(out / "student")
@@ -193,7 +196,8 @@ def test_a_store_that_does_not_fit_is_refused_before_anything_is_sampled(
         patch.setattr(store.shutil, "disk_usage", lambda _: usage)
         patch.setattr("tutelage.train.loop.require_checkpoint_space", lambda *_: None)
         found = refused(tiny_models, tmp_path / "b", rollouts=STORED)
-    assert "the disk of" in found and "1,048,576 left" in found
+    assert "the disk of" in found
+    assert "1,048,576 left" in found
     assert not list(tmp_path.rglob("step-*"))
 
 
@@ -205,14 +209,16 @@ def test_a_file_that_lacks_completions_is_refused(
     found = refused(tiny_models, tmp_path / "run", rollouts=STORED | {"path": str(short)})
     assert "fewer completions than sampling.num_samples = 2 of 1 of the run's 16 prompts" in found
     found = refused(tiny_models, tmp_path / "run", rollouts=STORED | {"path": "absent.jsonl"})
-    assert "absent.jsonl" in found and "does not exist" in found
+    assert "absent.jsonl" in found
+    assert "does not exist" in found
     ids = [json.loads(line) for line in given.read_text().splitlines()]
     for line in ids:
         line["completion_ids"] = [10_000]
         del line["completion"]
     short.write_text("".join(f"{json.dumps(line)}\n" for line in ids))
     found = refused(tiny_models, tmp_path / "run", rollouts=STORED | {"path": str(short)})
-    assert "a completion must have ids from 0 to" in found and "line 1" in found
+    assert "a completion must have ids from 0 to" in found
+    assert "line 1" in found
 
 
 def test_texts_that_change_are_counted(tiny_models: Path, tmp_path: Path, given: Path) -> None:

@@ -12,10 +12,12 @@ from tutelage.commands.dry_run import dry_run
 from tutelage.commands.plan_card import plan_card
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
+from tutelage.config.rollouts import LiveRollouts
 from tutelage.config.schema import Config
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
+from tutelage.memory.stored import stored_rollout_bytes
 from tutelage.models.chat.tool_format import format_of
 from tutelage.models.teacher_shards import require_shardable_teacher
 from tutelage.setup.components import Components, build_components
@@ -115,9 +117,24 @@ def check(
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
+    yield from _stored_lines(config, run_folder(config, name), prompts.longest)
     yield from plan_run(config, components, prompts.longest, processes).lines(config)
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
+
+
+def _stored_lines(config: Config, folder: Path, longest: int) -> Iterator[str]:
+    """What is stored of rollouts before the first step, if anything is."""
+    if isinstance(config.rollouts, LiveRollouts):
+        return
+    size = stored_rollout_bytes(config, longest, config.num_steps)
+    source = config.rollouts.path or "sampled by the initial student"
+    yield (
+        f"rollouts: {config.rollouts.source}, of all steps, {source}; at most {size:,} bytes of "
+        f"them in {folder / 'rollouts'} before the first step"
+    )
+    if size > config.rollouts.max_bytes:
+        yield f"warning: that is more than rollouts.max_bytes = {config.rollouts.max_bytes:,}"
 
 
 def _sharding_lines(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tutelage.config.conversations import ConversationData, LedgerToolsData
 from tutelage.config.parse import flat_values, to_table
+from tutelage.config.rollouts import LiveRollouts, RolloutsConfig
 from tutelage.config.sampling import TransformersEngine
 from tutelage.config.schema import Config, FileData
 from tutelage.data.formats import find_file, is_file_name
@@ -34,6 +35,7 @@ from tutelage.train.loop import train
 
 _NUM_PROMPTS = 16
 _NUM_READ = 256
+_MOST_SAMPLES = 3
 _PADDING = (8, 136)
 """Rows of a tiny head that no token uses: of the smaller vocabulary, and of a larger one."""
 _IDS_PER_STOP = 6
@@ -155,10 +157,11 @@ def _scaled(config: Config, folder: Path) -> Config:
         data=_data(config, path, int(can_hold_out)),
         sampling=replace(
             sampling,
-            num_samples=max(2, min(3, sampling.num_samples)),
+            num_samples=max(2, min(_MOST_SAMPLES, sampling.num_samples)),
             max_new_tokens=min(16, sampling.max_new_tokens),
         ),
         engine=TransformersEngine(),
+        rollouts=_rollouts(config, path),
         evaluation=replace(
             evaluation, num_problems=min(int(can_hold_out), evaluation.num_problems), num_samples=2
         ),
@@ -169,6 +172,21 @@ def _scaled(config: Config, folder: Path) -> Config:
         trackers=(),
         out=str(folder / "run"),
     )
+
+
+def _rollouts(config: Config, prompts: Path) -> RolloutsConfig:
+    """The same source; a file of completions becomes one of the short prompts."""
+    if isinstance(config.rollouts, LiveRollouts) or config.rollouts.path is None:
+        return config.rollouts
+    path = prompts.with_name("completions.jsonl")
+    records = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
+    lines = (
+        json.dumps({"prompt_id": record["id"], "completion": f"{record['answer']} {sample}"})
+        for record in records
+        for sample in range(_MOST_SAMPLES)
+    )
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return replace(config.rollouts, path=str(path))
 
 
 def _data(config: Config, path: Path, num_held_out: int) -> FileData | LedgerToolsData:

@@ -153,9 +153,10 @@ class _Run:
             config, folder, accelerator, self.components, optimizer, self.on_phase, self.log
         )
         self.optimizer = optimizer
-        self.store = store_of(config, folder.path, digests)
-        student = self.components.student
-        self.step = Step(config, self.components, accelerator, student, optimizer, stop, self.store)
+        store, student = store_of(config, folder.path, digests), self.components.student
+        self.step = Step(config, self.components, accelerator, student, optimizer, stop, store)
+        parts = (self._any_process, self.log, self.on_phase)
+        self.fill = None if store is None else Fill(self.step, store, *parts)
         if isinstance(self.components.sampler, ReplicaSampler):
             undisturbed = nullcontext if accelerator.num_processes == 1 else stop.deferred
             self.components.sampler.replicas.join(self.step.ranks, self.log, undisturbed)
@@ -190,12 +191,15 @@ class _Run:
         for line in self.components.warnings:
             self.log(f"warning: {line}")
         has_evaluation, has_tokens = in_main(self.accelerator, self._logged)
+        if self.fill is not None:
+            self.fill.begin(self.first_step)
         try:
             if self._is_evaluation_due() and not has_evaluation:
                 self.measurements.evaluate(self.done)
             if self.done == 0 and not has_tokens:
                 self._record()
-            self._fill_store()
+            if self.fill is not None:
+                self.fill.run()
             while self.done < num_steps and not self._any_process():
                 self._take()
                 self.saver.look()
@@ -220,12 +224,6 @@ class _Run:
         self.saver.wait()
         self.measurements.conclude(self.done, self.done >= self.first_step)
         return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
-
-    def _fill_store(self) -> None:
-        """Completions that are stored before the first step."""
-        if self.store is not None:
-            fill = Fill(self.step, self.store, self._any_process, self.log, self.on_phase)
-            fill.run(self.first_step)
 
     def _take(self) -> None:
         """One step, which is logged as soon as it is done."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.config.rollouts import LiveRollouts
+from tutelage.config.rollouts import LiveRollouts, given_path
 from tutelage.config.schema import Config
 from tutelage.data.completions import GivenCompletions
 from tutelage.data.types import Prompt
@@ -79,40 +79,47 @@ class Fill:
         self.step, self.store, self.config = step, store, step.config
         self._is_stopped, self._log, self._on_phase = is_stopped, log, on_phase
         self._accelerator = step.ranks.accelerator
+        self._missing: list[int] = []
 
-    def run(self, first_step: int) -> None:
-        """Store what the steps from `first_step` on need and the store lacks.
+    def begin(self, first_step: int) -> None:
+        """Look what the steps from `first_step` on need and the store lacks.
+
+        Raises:
+            TutelageError: the store is another run's, or the disk has no room for the rest.
+        """
+        steps = range(first_step, self.config.num_steps + 1)
+        if steps:
+            self._missing = in_main(self._accelerator, lambda: self._begin(steps))
+
+    def run(self) -> None:
+        """Store what is missing.
 
         Raises:
             StoppedError: a signal came; what is stored stays.
-            TutelageError: completions cannot be had or stored, or are another run's.
+            TutelageError: completions cannot be had or stored.
         """
-        steps = range(first_step, self.config.num_steps + 1)
-        if not steps or isinstance(self.config.rollouts, LiveRollouts):
+        if not self._missing:
             return
-        missing = in_main(self._accelerator, lambda: self._begin(steps))
-        if not missing:
-            return
-        if self.config.rollouts.path is None:
-            in_main(self._accelerator, lambda: self._require_initial(first_step, missing[0]))
-            self._sample(missing)
+        if given_path(self.config.rollouts) is None:
+            self._sample(self._missing)
         else:
-            in_main(self._accelerator, lambda: self._encode(missing))
+            in_main(self._accelerator, lambda: self._encode(self._missing))
         self._on_phase("")
-        self._log(f"rollouts of {len(missing)} steps stored in {self.store.folder}")
+        self._log(f"rollouts of {len(self._missing)} steps stored in {self.store.folder}")
 
     def _begin(self, steps: Sequence[int]) -> list[int]:
         """Steps without a part, which the disk has room for."""
         self.store.open()
-        missing = self.store.missing(steps)
+        missing, rollouts = self.store.missing(steps), self.config.rollouts
         stored = [step for step in steps if step not in set(missing)]
         if stored:
             self.store.read(stored[0])  # an early word about a store of another run
-        rollouts = self.config.rollouts
         if missing and not isinstance(rollouts, LiveRollouts):
             longest = max(len(self._encoded(p)) for p in self.step.prompts(missing[0]))
             needed = stored_rollout_bytes(self.config, longest, len(missing))
             self.store.require_space(needed, rollouts.max_bytes, "storing the rollouts")
+            if rollouts.path is None:
+                self._require_initial(steps[0], missing[0])
         return missing
 
     def _encoded(self, prompt: Prompt) -> list[int]:
@@ -152,9 +159,8 @@ class Fill:
     def _encode(self, missing: Sequence[int]) -> None:
         """The completions of a file, which every prompt gets in the file's order."""
         config, components = self.config, self.step.components
-        if isinstance(config.rollouts, LiveRollouts) or config.rollouts.path is None:
-            raise ValueError("there is no file to encode.")
-        given = GivenCompletions.read(config.rollouts.path, prompt_format(config.data))
+        path = str(given_path(config.rollouts))
+        given = GivenCompletions.read(path, prompt_format(config.data))
         student, k = components.student, config.sampling.num_samples
         encoder = GivenEncoder(
             components.tokenizer,
@@ -171,7 +177,7 @@ class Fill:
                 self._on_phase(f"storing rollouts: step {number} of {config.num_steps}")
                 rollouts = encoder.rollouts(choice)
                 self._write(number, "".join(f"{to_line(rollout)}\n" for rollout in rollouts))
-        for line in encoder.warnings(config.rollouts.path):
+        for line in encoder.warnings(path):
             self._log(f"warning: {line}")
 
     def _write(self, number: int, text: str) -> None:
