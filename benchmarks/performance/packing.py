@@ -59,7 +59,7 @@ class Given(Step):
 class Padded(Given):
     """The same in micro-batches as they come."""
 
-    def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+    def pack(self, rollouts: Sequence[Rollout], _step: int = 1) -> list[MicroBatch]:
         longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
         size = max(1, self.config.micro_batch_tokens // longest)
         starts = range(0, len(rollouts), size)
