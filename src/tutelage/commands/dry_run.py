@@ -19,6 +19,7 @@ from tutelage.config.parse import flat_values, to_table
 from tutelage.config.rollouts import LiveRollouts, RolloutsConfig
 from tutelage.config.sampling import TransformersEngine
 from tutelage.config.schema import Config, FileData
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.data.formats import find_file, is_file_name
 from tutelage.data.prompts import load_prompts
 from tutelage.data.suites import SETS
@@ -28,7 +29,7 @@ from tutelage.models.load import load_model
 from tutelage.models.tiny import architecture, save_tiny_model, tiny_tokenizer
 from tutelage.models.tokenizers import vocabulary_size
 from tutelage.setup.components import build_components
-from tutelage.setup.inputs import pick_device, prompt_format
+from tutelage.setup.inputs import pick_device, prompt_format, told_fields
 from tutelage.setup.phases import no_log
 from tutelage.train.checkpoint import checkpoint_path
 from tutelage.train.loop import train
@@ -80,17 +81,20 @@ def dry_run(config: Config) -> Iterator[str]:
         yield from (f"scaled: {line}" for line in _changes(config, small))
         steps: list[dict[str, Any]] = []
         _train(small, steps)
-        yield _outcome(steps[0])
+        teaches_itself = isinstance(config.teacher, SelfTeacher) and not config.teacher.context
+        yield _outcome(steps[0], -1.0 if teaches_itself else _LEAST_NORM)
         yield _reloaded(small)
         yield _resumed(small, steps[1])
 
 
 def _models(config: Config, folder: Path) -> Iterator[str]:
-    found = [architecture(side.model) for side in (config.student, config.teacher)]
+    is_self = isinstance(config.teacher, SelfTeacher)
+    both = (config.student,) if is_self else (config.student, config.teacher)
+    found = [architecture(side.model) for side in both]
     rows = [side.config.vocab_size for side in found]
     num_ids = vocabulary_size(tiny_tokenizer())
     sides = (("student", config.student.model), ("teacher", config.teacher.model))
-    for seed, ((who, ref), side) in enumerate(zip(sides, found, strict=True)):
+    for seed, ((who, ref), side) in enumerate(zip(sides, found, strict=False)):
         num_rows = num_ids + _PADDING[rows[seed] > min(rows)]
         kind = save_tiny_model(side, num_rows, seed, folder / who)
         if who == "student":
@@ -100,6 +104,8 @@ def _models(config: Config, folder: Path) -> Iterator[str]:
             f"{who}: a tiny random {kind}, {tied} head of {num_rows} rows, for {ref} "
             f"({side.origin}: {rows[seed]:,} rows)"
         )
+    if isinstance(config.teacher, SelfTeacher):
+        yield f"teacher: the student itself, weights {config.teacher.weights}"
 
 
 def _end_early(model: Path, num_ids: int) -> None:
@@ -116,7 +122,7 @@ def _prompts(config: Config) -> tuple[list[Prompt], str]:
     """Short prompts of the recipe's own data where they lie here, else built-in ones."""
     data = config.data
     if not isinstance(data, FileData):
-        return list(_BUILT_IN), "a built-in list"
+        return _built_in(config), "a built-in list"
     try:
         if data.path in SETS:
             is_here = SETS[data.path].local_file() is not None
@@ -125,15 +131,23 @@ def _prompts(config: Config) -> tuple[list[Prompt], str]:
     except DataError:
         is_here = False
     if not is_here:
-        return list(_BUILT_IN), f"a built-in list; {data.path} is not here"
-    every = load_prompts(data.path, prompt_format(data), limit=_NUM_READ)
+        return _built_in(config), f"a built-in list; {data.path} is not here"
+    columns = prompt_format(data, told_fields(config))
+    every = load_prompts(data.path, columns, limit=_NUM_READ)
     shortest = sorted(every, key=lambda prompt: len(json.dumps(prompt.content)))
     return shortest[:_NUM_PROMPTS], f"{data.path}, the shortest of its first {len(every)}"
 
 
+def _built_in(config: Config) -> list[Prompt]:
+    """Their answers stand for whatever else a teacher reads."""
+    names = told_fields(config)
+    return [replace(p, fields=tuple((name, str(p.answer)) for name in names)) for p in _BUILT_IN]
+
+
 def _write(prompts: list[Prompt], path: Path) -> None:
     records = (
-        {"id": p.id, "prompt": p.content, "answer": p.answer, "tools": p.tools} for p in prompts
+        {**dict(p.fields), "id": p.id, "prompt": p.content, "answer": p.answer, "tools": p.tools}
+        for p in prompts
     )
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
@@ -150,10 +164,13 @@ def _scaled(config: Config, folder: Path) -> Config:
     num_prompts = len(path.read_text(encoding="utf-8").splitlines())
     evaluation, can_hold_out = config.evaluation, num_prompts > 1
     updates, sampling = config.updates_per_step, config.sampling
+    teacher: Any = config.teacher
+    if not isinstance(teacher, SelfTeacher):
+        teacher = replace(teacher, model=str(folder / "teacher"))
     return replace(
         config,
         student=student,
-        teacher=replace(config.teacher, model=str(folder / "teacher")),
+        teacher=teacher,
         data=_data(config, path, int(can_hold_out)),
         sampling=replace(
             sampling,
@@ -219,8 +236,8 @@ def _changes(before: Config, after: Config) -> Iterator[str]:
             yield f"{key} {old[key]} -> {new[key]}"
 
 
-def _outcome(metrics: dict[str, Any]) -> str:
-    if not math.isfinite(metrics["loss"]) or not metrics["grad_norm"] > _LEAST_NORM:
+def _outcome(metrics: dict[str, Any], least_norm: float) -> str:
+    if not math.isfinite(metrics["loss"]) or not metrics["grad_norm"] > least_norm:
         raise RunError(
             f"the dry run's step trained nothing: loss {metrics['loss']}, gradient norm "
             f"{metrics['grad_norm']}. Check the objective and the selection."

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from tutelage.config.keys import TABLES, split_location
 from tutelage.config.schema import Config
 from tutelage.config.suggest import did_you_mean_key, did_you_mean_value, owners
-from tutelage.config.teachers import SERVED_KINDS
+from tutelage.config.teachers import NOT_EVALUATED
 from tutelage.errors import ConfigError
 
 _ADAPTER = TypeAdapter(Config)
@@ -147,7 +147,7 @@ def _read(table: dict[str, Any]) -> Config:
     for name, kind in (("objective", "kl"), ("teacher", "local")):
         if isinstance(inner := table.get(name), dict):
             table = {**table, name: {"kind": kind, **inner}}
-    if _is_served(table.get("teacher")) and isinstance(table.get("evaluation", {}), dict):
+    if _is_unevaluated(table.get("teacher")) and isinstance(table.get("evaluation", {}), dict):
         # it gives no completions: what is left out is false, and an explicit true is refused
         table = {**table, "evaluation": {"teacher": False, **table.get("evaluation", {})}}
     try:
@@ -158,8 +158,8 @@ def _read(table: dict[str, Any]) -> Config:
     return config
 
 
-def _is_served(teacher: Any) -> bool:
-    return isinstance(teacher, dict) and teacher.get("kind") in SERVED_KINDS
+def _is_unevaluated(teacher: Any) -> bool:
+    return isinstance(teacher, dict) and teacher.get("kind") in NOT_EVALUATED
 
 
 def parse_saved_config(table: dict[str, Any]) -> Config:

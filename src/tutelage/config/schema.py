@@ -33,7 +33,8 @@ from tutelage.config.sampling import (
     VLLMServer,
     require_filters,
 )
-from tutelage.config.teachers import SERVED_KINDS, AnyTeacher
+from tutelage.config.self_teacher import SelfTeacher
+from tutelage.config.teachers import NOT_EVALUATED, AnyTeacher
 from tutelage.config.verifiers import VerifiersData
 
 
@@ -226,9 +227,12 @@ class Config:
             temperature, hint = self.sampling.temperature, "Or use engine.kind = transformers."
             is_one = temperature == 1
             require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
-        is_possible = self.teacher.kind not in SERVED_KINDS or not self.evaluation.teacher
-        rule, hint = f"false with teacher.kind = {self.teacher.kind}", "Its model is not here."
-        require(is_possible, "evaluation.teacher", rule, "true", hint)
+        hint = NOT_EVALUATED.get(self.teacher.kind, "")
+        rule = f"false with teacher.kind = {self.teacher.kind}"
+        require(not hint or not self.evaluation.teacher, "evaluation.teacher", rule, "true", hint)
+        if isinstance(self.teacher, SelfTeacher):
+            object.__setattr__(self, "teacher", self.teacher.of(self.student))
+            self._require_self(self.teacher)
         require_counts("", self.__dict__, prompts_per_step=1)
         require_least("", self.__dict__, checkpoint_every=0, micro_batch_tokens=0)
         require_least("", self.__dict__, process_timeout_s=5)
@@ -265,6 +269,18 @@ class Config:
         rule = f"left out with objective.kind = {self.objective.kind}"
         hint = "Its ratio needs the log-probabilities of what sampled, which a file lacks."
         require(not is_ratio, "rollouts.path", rule, rollouts.path, hint)
+
+    def _require_self(self, teacher: SelfTeacher) -> None:
+        """What a student can teach itself."""
+        rule, hint = "none with teacher.kind = self", "It reads with whole weights."
+        sharding = self.student.sharding
+        require(sharding == "none", "student.sharding", rule, sharding, hint)
+        is_possible = not teacher.context or isinstance(self.data, LedgerData | FileData)
+        rule, hint = f"empty with data.kind = {self.data.kind}", "Only single answers have one."
+        require(is_possible, "teacher.context", rule, repr(teacher.context), hint)
+        rule, hint = "resident with an adapter", "Its frozen base is the student's own."
+        is_possible = teacher.mode == "resident" or teacher.is_copied
+        require(is_possible, "teacher.mode", rule, teacher.mode, hint)
 
     def _require_sharded(self) -> None:
         """What works on the parts of weights that fsdp2 leaves with a process."""

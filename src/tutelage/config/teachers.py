@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tutelage.config.bounds import STRICT, require
 from tutelage.config.models import TeacherConfig, TeacherMode, TeacherSharding
+from tutelage.config.self_teacher import SelfTeacher
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,13 @@ class LogprobServerTeacher:
         require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
 
 
-AnyTeacher: TypeAlias = Annotated[TeacherConfig | HiddenServerTeacher, Field(discriminator="kind")]
+AnyTeacher: TypeAlias = Annotated[
+    TeacherConfig | HiddenServerTeacher | SelfTeacher, Field(discriminator="kind")
+]
 """The kinds of `[teacher]`; a table without a kind is local."""
 SERVED_KINDS = ("hidden_server",)
 """Kinds whose model is not here, so that it gives no completions of its own."""
+NOT_EVALUATED = dict.fromkeys(SERVED_KINDS, "Its model is not here.") | {
+    "self": "Its completions would be the student's own."
+}
+"""Kinds that an evaluation leaves out, and why."""

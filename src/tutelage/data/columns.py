@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from tutelage.data.types import Prompt
@@ -40,10 +40,10 @@ def refuse_media(record: dict[str, Any], where: str) -> None:
             )
 
 
-def unread(record: dict[str, Any], column: str) -> Iterator[str]:
+def unread(record: dict[str, Any], read: Collection[str]) -> Iterator[str]:
     """A note for each column that other programs would make part of the prompt."""
     for key in _UNREAD:
-        if key != column and record.get(key):
+        if key not in read and record.get(key):
             yield f"the column {key!r} is not part of the prompt"
 
 

@@ -50,6 +50,9 @@ class PromptFormat:
     adds what a named set asks for, and nothing to other sources."""
     removed: tuple[str, ...] = ()
     """Texts cut out of every prompt, such as another instruction that came with the data."""
+    fields: tuple[str, ...] = ()
+    """What else is read of every record; a column, or `answer`, the
+    reference answer, and an error where a record lacks it."""
 
 
 def find_file(name: str | Path) -> Path:
@@ -215,13 +218,43 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
             f"{where}: 'tools' need a chat, got a prompt as plain text. Set chat = true, or remove "
             "them."
         )
+    name = default_id if prompt_id is None else _scalar(prompt_id, "id", where)
+    answer = _answer(record, prompt_format, where)
     return Prompt(
-        id=default_id if prompt_id is None else _scalar(prompt_id, "id", where),
+        id=name,
         content=content,
-        answer=_answer(record, prompt_format, where),
+        answer=answer,
         tools=tools,
-        notes=(*notes, *unread(record, column)),
+        notes=(*notes, *unread(record, (column, *prompt_format.fields))),
+        fields=_fields(record, where, name, answer, prompt_format.fields),
     )
+
+
+def _fields(
+    record: dict[str, Any], where: str, prompt_id: str, answer: str | None, names: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Names and texts of the columns that a teacher reads, and of the reference answer.
+
+    Raises:
+        DataError: the record lacks one.
+    """
+    found = {name: _scalar(record[name], name, where) for name in names if _has_text(record, name)}
+    if answer is not None:
+        found.setdefault("answer", answer)
+    for name in names:
+        if name not in found:
+            there = dict.fromkeys(key for key in record if _has_text(record, key))
+            raise DataError(
+                f"{where}: prompt {prompt_id!r} lacks the field {name!r} that teacher.context "
+                f"names; it has {_keys(there | dict.fromkeys(found))}. Add it, remove the record, "
+                "or name another."
+            )
+    return tuple((name, found[name]) for name in names)
+
+
+def _has_text(record: dict[str, Any], key: str) -> bool:
+    """Whether a record has something under a key."""
+    return record.get(key) not in (None, "")
 
 
 def _conversation(value: Any) -> list[dict[str, Any]] | None:

@@ -27,6 +27,8 @@ class Prompt:
     """Descriptions of tools that the chat template renders."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What of its record was left out."""
+    fields: tuple[tuple[str, str], ...] = ()
+    """Names and texts of what a teacher reads beyond the prompt, where one asks for it."""
 
 
 @dataclass(frozen=True)

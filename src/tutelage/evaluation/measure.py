@@ -16,6 +16,7 @@ from tutelage.data.types import Rollout
 from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.evaluation.request import HELD_OUT
 from tutelage.evaluation.scores import voting_of
+from tutelage.models.privileged import PrivilegedReading, read_beside
 from tutelage.models.student import Student
 from tutelage.models.teacher_protocol import AnyTeacher
 from tutelage.models.tokenizers import decode, pad_id
@@ -90,6 +91,7 @@ def measure(
         config.micro_batch_size,
         config.micro_batch_tokens,
         shares,
+        components.reading,
     )
     sums, counts, samples = _collected(config, components, step, student, nats, shares)
     kl = mean_reverse_kl(counts, sums)
@@ -178,6 +180,7 @@ def held_out_reverse_kl(
     micro_batch_size: int,
     max_tokens: int = 0,
     shares: Shares = ALONE,
+    reading: PrivilegedReading | None = None,
 ) -> list[float]:
     """Reverse KL of every rollout in nats, summed over its tokens.
 
@@ -189,17 +192,19 @@ def held_out_reverse_kl(
         micro_batch_size: most rollouts of a forward pass.
         max_tokens: most tokens of one, padding included; 0 sets no limit.
         shares: the processes, each of which runs as many forward passes.
+        reading: the prompts that the teacher reads; None where they are the student's.
     """
     order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
     by_length = [rollouts[i] for i in order]
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     batches = micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens)
     blanks = [without_rows(pad_id)] * (int(shares.max([len(batches)])[0]) - len(batches))
+    every = [*batches, *blanks]
     with teacher.on_device(), torch.no_grad():
-        for batch in [*batches, *blanks]:
+        for batch, read in zip(every, read_beside(every, by_length, reading, pad_id), strict=True):
             shares.check()
             here = batch.to(student.model.device)
-            view = teacher.forward(here)
+            view = teacher.forward(read)
             if not here.num_rows:
                 continue
             stats = student(here, teacher.to_device(view))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tutelage.config.schema import Config
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.core._block import chunk_budget
 from tutelage.core.kernels import is_supported
 from tutelage.memory.plan import MemoryPlan, Phase
@@ -270,6 +271,8 @@ def copied_bytes(config: Config, weights: Iterable[Tensor], device: torch.device
         total += here(weight.nbytes) + 2 * beside(int(half * weight.numel()))
         if weight.itemsize < 4:
             total += beside(4 * weight.numel())
+        if isinstance(config.teacher, SelfTeacher) and config.teacher.weights == "ema":
+            total += here(4 * weight.numel())
     return total
 
 

@@ -39,6 +39,19 @@ class MasterWeights:
     ) -> None:
         self.weights = list(weights)
         self.masters = [_master(weight, device) for weight in self.weights]
+        self.averages: list[Tensor] = []
+        """Exponential moving averages of the masters, in their dtype; empty where none are kept."""
+        self._decay = 0.0
+
+    def keep_averages(self, decay: float, device: torch.device | str | None = None) -> None:
+        """Begin averages with what the masters are now; every update then adds its result.
+
+        Args:
+            decay: d of ``average = d·average + (1 − d)·master``, in [0, 1).
+            device: of the averages; None for the masters'.
+        """
+        self._decay = decay
+        self.averages = [m.detach().to(device or m.device, copy=True) for m in self.masters]
 
     @property
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -76,9 +89,21 @@ class MasterWeights:
         for weight, master in self.pairs:
             weight.copy_(master)
 
+    @torch.no_grad()
+    def average(self) -> None:
+        """Add the masters to their averages, where those are kept."""
+        for average, master in zip(
+            self.averages, self.masters if self.averages else (), strict=True
+        ):
+            average.lerp_(master.detach().to(average.device), 1 - self._decay)
+
     def register_hook(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy to the model after every step of an optimizer of the masters."""
-        optimizer.register_step_post_hook(lambda *_: self.copy_to_model())
+        """Copy to the model, and average, after every step of an optimizer of the masters."""
+        optimizer.register_step_post_hook(lambda *_: self._updated())
+
+    def _updated(self) -> None:
+        self.copy_to_model()
+        self.average()
 
 
 def _is_same(weight: nn.Parameter, master: nn.Parameter) -> bool:

@@ -146,3 +146,9 @@ class Student(nn.Module):
         has_experts = any(name.endswith("experts") for name, _ in self.model.named_modules())
         found = gaps.median() if has_experts else gaps.max()  # either is nan where a row is
         return float(found), max(_MAX_GAP[hidden.dtype], rounding(self.model))
+
+
+def trained_names(student: Student) -> list[str]:
+    """Names of the trained weights, in the order of their masters."""
+    named = student.model.named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad]

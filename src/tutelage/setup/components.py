@@ -15,6 +15,7 @@ from torch import Tensor
 from tutelage.config.conversations import ConversationData
 from tutelage.config.sampling import TransformersEngine, VLLMEngine, VLLMServer
 from tutelage.config.schema import Config
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.verifiers import VerifiersData
 from tutelage.data.tasks import Task
 from tutelage.envs.environment import AgentTask
@@ -33,8 +34,10 @@ from tutelage.models.lora import (
     set_adapter_weights,
 )
 from tutelage.models.optimizer import MasterWeights
+from tutelage.models.privileged import PrivilegedReading
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
+from tutelage.models.self_teacher import StudentAsTeacher
 from tutelage.models.sharding import num_processes, require_shardable_student, sharding_mesh
 from tutelage.models.student import Student
 from tutelage.models.teacher_protocol import AnyTeacher
@@ -49,10 +52,17 @@ from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersServic
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.rollout.weight_transfer import FolderTransfer, WeightTransfer
-from tutelage.setup.inputs import Inputs, load_inputs, pick_device, thinking
+from tutelage.setup.inputs import Inputs, load_inputs, pick_device, privileged_reading, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
-from tutelage.setup.teacher import build_teacher, load_teacher, set_attention, try_teacher
+from tutelage.setup.teacher import (
+    build_self_teacher,
+    build_teacher,
+    load_teacher,
+    needs_start,
+    set_attention,
+    try_teacher,
+)
 from tutelage.setup.trial import refuse_nonfinite, try_model
 from tutelage.setup.warnings import copy_warnings, model_warnings
 
@@ -77,6 +87,8 @@ class Components:
     """Passed to the chat template of every prompt when not None."""
     warnings: tuple[str, ...] = ()
     """Warnings about settings that are valid but seldom intended."""
+    reading: PrivilegedReading | None = None
+    """The prompts that the teacher reads; None where they are the student's."""
     verifiers: VerifiersService | None = None
     """What leads the conversations of every model where the task is verifiers'."""
 
@@ -96,14 +108,8 @@ class Components:
                 forget(model)  # what captured steps hold of the weights
 
 
-def trained_names(student: Student) -> list[str]:
-    """Names of the trained weights, in the order of their masters."""
-    named = student.model.named_parameters()
-    return [name for name, parameter in named if parameter.requires_grad]
-
-
 def _student(
-    config: Config, saved: str | None, teacher: PreTrainedModel, device: torch.device
+    config: Config, saved: str | None, teacher: PreTrainedModel | None, device: torch.device
 ) -> PreTrainedModel:
     """The student with saved weights, or as configured, pruned if asked for."""
     start = config.student
@@ -125,16 +131,18 @@ def _student(
     return model
 
 
-def _start(config: Config, teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def _start(
+    config: Config, teacher: PreTrainedModel | None, device: torch.device
+) -> PreTrainedModel:
     """The configured start, perhaps pruned or quantised."""
     start, other = config.student, config.teacher
     same = (start.model, start.dtype, start.quantization)
     is_same = same == (other.model, other.dtype, other.quantization)
     is_mapped = other.sharding != "none" and num_processes() > 1
-    is_here = teacher.device.type == device.type and not is_mapped
+    is_here = teacher is not None and teacher.device.type == device.type and not is_mapped
     # A copy of what is only mapped would take main memory; a GGUF file takes seconds to unpack.
     is_copied = is_here or resolve_model(start.model).gguf_file is not None
-    if is_same and start.quantization == "none" and is_copied:
+    if teacher is not None and is_same and start.quantization == "none" and is_copied:
         model = copy.deepcopy(teacher)
         model.to(device)
     else:
@@ -186,7 +194,11 @@ def shared_student(
 def masters_of(config: Config, student: Student) -> MasterWeights:
     """The tensors that the optimizer updates, in main memory where it is to update there."""
     trained = (weight for weight in student.model.parameters() if weight.requires_grad)
-    return MasterWeights(trained, "cpu" if config.optimizer.offload else None)
+    masters = MasterWeights(trained, "cpu" if config.optimizer.offload else None)
+    if isinstance(config.teacher, SelfTeacher) and config.teacher.ema_decay is not None:
+        place = "cpu" if config.teacher.mode == "offload" else student.model.device
+        masters.keep_averages(config.teacher.ema_decay, place)
+    return masters
 
 
 def agent_of(config: Config, task: Task) -> Agent | None:
@@ -247,6 +259,28 @@ def _refuse_other_ends(
         turn_template(tokenizer, stop_ids(student, tokenizer), thinking(config.data))
 
 
+def _self_teacher(
+    config: Config,
+    student: Student,
+    masters: MasterWeights,
+    saved: str | None,
+    scratch: Path | None,
+) -> StudentAsTeacher:
+    """The student as its own teacher; where it goes on from saved weights, the start is loaded."""
+    device, start = student.model.device, None
+    if saved is not None and needs_start(config):
+        start = _student(config, None, None, device)
+    return build_self_teacher(config, student, masters, start, device, scratch)
+
+
+def _try_student(config: Config, student: PreTrainedModel, vocab_size: int) -> list[str]:
+    who = f"student {config.student.model!r}"
+    refuse_nonfinite(student, who)
+    decodes = isinstance(config.engine, TransformersEngine)
+    is_packed = config.micro_batches == "packed"
+    return try_model(student, who, vocab_size, decodes, is_packed)
+
+
 def build_components(
     config: Config,
     student_model: str | None = None,
@@ -275,38 +309,41 @@ def build_components(
     device, task, tokenizer = found.device, found.task, found.tokenizer
     if device.type == "cpu":
         keep_freed_memory()
-    load = load_teacher(config, device)
-    on_phase(f"loading the teacher {config.teacher.model}")
-    model = load()
+    load, model = None, None
+    if not isinstance(config.teacher, SelfTeacher):
+        load = load_teacher(config, device)
+        on_phase(f"loading the teacher {config.teacher.model}")
+        model = load()
     on_phase(f"loading the student {student_model or config.student.model}")
     student = _student(config, student_model, model, device)
+    other = student if model is None else model
     vocab_size = shared_vocabulary(
         tokenizer,
         found.teacher_tokenizer,
         output_embeddings(student).weight.shape[0],
-        output_embeddings(model).weight.shape[0],
+        output_embeddings(other).weight.shape[0],
     )
     refuse_remap_beyond(found.remap, vocab_size)
-    warnings = (*found.warnings, *model_warnings(config, found, student, model, vocab_size))
-    warnings += tuple(copy_warnings(config, student if student_model is None else None, model))
+    warnings = (*found.warnings, *model_warnings(config, found, student, other, vocab_size))
+    warnings += tuple(copy_warnings(config, student if student_model is None else None, other))
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
     _refuse_other_ends(config, task, student, tokenizer)
-    teacher = build_teacher(config, model, load, vocab_size, device, found.remap, scratch, is_run)
-    del model
+    loading = (vocab_size, device, found.remap, scratch, is_run)
+    loaded = None if load is None else build_teacher(config, other, load, *loading)
+    del model, other
     on_phase("trying both models")
-    refuse_nonfinite(student, f"student {config.student.model!r}")
-    decodes = isinstance(config.engine, TransformersEngine)
-    is_packed, who = config.micro_batches == "packed", f"student {config.student.model!r}"
-    notes = try_model(student, who, vocab_size, decodes, is_packed)
-    if is_run or config.teacher.sharding == "none":
-        notes += try_teacher(config, teacher)
+    notes = _try_student(config, student, vocab_size)
+    if loaded is not None and (is_run or config.teacher.sharding == "none"):
+        notes += try_teacher(config, loaded)
     trained = shared_student(config, student, vocab_size, device)
+    masters = masters_of(config, trained)
+    teacher: AnyTeacher = loaded or _self_teacher(config, trained, masters, student_model, scratch)
     service = verifiers_service(config, task, student, tokenizer)
     sampler = make_sampler(config, trained.plain, tokenizer, service)
     return Components(
         trained,
-        masters_of(config, trained),
+        masters,
         teacher,
         sampler,
         tokenizer,
@@ -314,5 +351,6 @@ def build_components(
         device,
         thinking(config.data),
         (*warnings, *notes),
+        privileged_reading(config, tokenizer),
         service,
     )

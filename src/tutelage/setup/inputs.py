@@ -15,6 +15,7 @@ from tutelage.config.conversations import (
     TravelData,
 )
 from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.suggest import did_you_mean_value
 from tutelage.config.verifiers import VerifiersData
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
@@ -30,6 +31,7 @@ from tutelage.models.chat.tool_format import format_of
 from tutelage.models.chat.tool_prompt import with_tools
 from tutelage.models.device import find_device
 from tutelage.models.load import load_tokenizer
+from tutelage.models.privileged import PrivilegedReading
 from tutelage.models.reference import tokenizer_place
 from tutelage.models.tokenizers import encode_prompt, eos_remap, refuse_different_vocabularies
 
@@ -52,6 +54,10 @@ class PromptStats:
     """Whether any of them is rendered with the chat template."""
     num_ended: int = 0
     """Prompts that end with the end-of-sequence token, spaces aside."""
+    longest_told: int = 0
+    """Tokens of the longest prompt of a teacher that is told more; 0 where none is."""
+    longest_told_id: str = ""
+    """The prompt that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,11 @@ class Inputs:
             tool_format = format_of(self.tokenizer, config.data.tool_format)
             prompts = [opened(self.task.environment(), prompt) for prompt in prompts]
             prompts = [with_tools(self.tokenizer, prompt, tool_format) for prompt in prompts]
-        counts, num_ended = [], 0
+        counts, num_ended, longest_told = [], 0, (0, "")
+        reading = privileged_reading(config, self.tokenizer)
         for prompt in prompts:
+            if reading is not None:
+                longest_told = max(longest_told, (len(reading.prompt_ids(prompt)), prompt.id))
             ids = encode_prompt(self.tokenizer, prompt, thinks)
             counts.append((len(ids), 0 if unknown is None else ids.count(unknown)))
             num_ended += _is_ended(self.tokenizer, ids)
@@ -91,9 +100,8 @@ class Inputs:
         is_chat = any(not isinstance(prompt.content, str) for prompt in prompts)
         num_unknown = sum(number for _, number in counts)
         name = self.tokenizer.unk_token
-        return PromptStats(
-            min(lengths), max(lengths), sum(lengths), num_unknown, name, is_chat, num_ended
-        )
+        counted = (min(lengths), max(lengths), sum(lengths), num_unknown)
+        return PromptStats(*counted, name, is_chat, num_ended, *longest_told)
 
 
 def _is_ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
@@ -119,7 +127,7 @@ def load_inputs(config: Config) -> Inputs:
     Raises:
         TutelageError: one of them cannot be used, or the tokenizers differ.
     """
-    task = build_task(config.data)  # first, as it takes the least time
+    task = build_task(config.data, told_fields(config))  # first, as it takes the least time
     device = pick_device(config.device)
     if config.student.quantization == "4bit" and device.type == "cpu":
         raise ConfigError(
@@ -135,8 +143,23 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(device, task, tokenizer, teacher, remap)
 
 
-def build_task(data: DataConfig) -> Task:
-    """The task of a `[data]` table."""
+def told_fields(config: Config) -> tuple[str, ...]:
+    """What a teacher with a context reads of each prompt's record."""
+    return config.teacher.fields if isinstance(config.teacher, SelfTeacher) else ()
+
+
+def privileged_reading(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> PrivilegedReading | None:
+    """The prompts of a teacher that is told more; None for one that reads the student's."""
+    teacher = config.teacher
+    if not isinstance(teacher, SelfTeacher) or not teacher.context:
+        return None
+    return PrivilegedReading(tokenizer, teacher.context, teacher.fields, thinking(config.data))
+
+
+def build_task(data: DataConfig, fields: tuple[str, ...] = ()) -> Task:
+    """The task of a `[data]` table, with what else is read of each record of a file."""
     if isinstance(data, LedgerData):
         return LedgerTask(data.num_items)
     if isinstance(data, LedgerToolsData):
@@ -147,7 +170,9 @@ def build_task(data: DataConfig) -> Task:
         return TravelTask(data.level)
     if isinstance(data, VerifiersData):
         return _verifiers_task(data)
-    prompts = load_prompts(data.path, prompt_format(data), split=data.split, subset=data.subset)
+    prompts = load_prompts(
+        data.path, prompt_format(data, fields), split=data.split, subset=data.subset
+    )
     name = Path(data.path).stem
     return FileTask(name, tuple(prompts), data.grader, num_held_out=data.num_held_out)
 
@@ -169,11 +194,12 @@ def grader_of(task: Task) -> str:
     return task.grader if isinstance(task, FileTask) else task.name
 
 
-def prompt_format(data: DataConfig) -> PromptFormat:
+def prompt_format(data: DataConfig, fields: tuple[str, ...] = ()) -> PromptFormat:
     """How records of a file become prompts."""
     if not isinstance(data, FileData):
         return PromptFormat()
-    return PromptFormat(data.prompt_column, data.answer_column, data.chat, data.suffix)
+    columns = (data.prompt_column, data.answer_column, data.chat, data.suffix)
+    return PromptFormat(*columns, fields=fields)
 
 
 def without_long_prompts(task: Task, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:

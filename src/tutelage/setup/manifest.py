@@ -190,7 +190,8 @@ def input_digests(config: Config, inputs: Inputs) -> dict[str, str]:
 
 def _prompts_digest(prompts: Iterable[Prompt]) -> str:
     return _digest(
-        _json((p.id, p.content, p.answer, *([p.tools] if p.tools else []))) for p in prompts
+        _json((p.id, p.content, p.answer, *([p.tools] if p.tools else []), *p.fields))
+        for p in prompts
     )
 
 

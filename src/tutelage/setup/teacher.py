@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tutelage.config.models import TeacherConfig, TeacherMode
 from tutelage.config.schema import Config
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.load import load_model
+from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import require_packed, use_own_attention
 from tutelage.models.reference import ResolvedModel, resolve_model
+from tutelage.models.self_teacher import StudentAsTeacher, first_values
 from tutelage.models.sharding import num_processes
+from tutelage.models.student import Student, trained_names
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.teacher_shards import TeacherShards, require_shardable_teacher
 from tutelage.setup.trial import refuse_nonfinite, try_model
@@ -96,6 +101,53 @@ def build_teacher(
     elif kind != "none" and num_processes() > 1:
         shards = TeacherShards(kind, device, settings.sharding_group_size, who)
     return Teacher(model, vocab_size, device, mode, swap, load, store, shards)
+
+
+def needs_start(config: Config) -> bool:
+    """Whether the weights that the student started with teach, and it has them no more."""
+    teacher = config.teacher
+    return isinstance(teacher, SelfTeacher) and teacher.weights == "frozen" and teacher.is_copied
+
+
+def build_self_teacher(
+    config: Config,
+    student: Student,
+    masters: MasterWeights,
+    start: PreTrainedModel | None,
+    device: torch.device,
+    scratch: Path | None = None,
+) -> StudentAsTeacher:
+    """The student as its own teacher.
+
+    Args:
+        config: the run's configuration.
+        student: has all weights.
+        masters: keep the averages of `ema`.
+        start: the student as it was at first; None where it is so now, or where `needs_start` says
+            that nobody asks.
+        device: the run's.
+        scratch: as in `build_teacher`.
+    """
+    settings = config.teacher
+    if not isinstance(settings, SelfTeacher):
+        raise ValueError(f"a teacher of kind {settings.kind!r} is not the student.")
+    values: dict[str, Tensor] = {}
+    if settings.weights == "frozen":
+        values = first_values(student.model, start, settings.mode)
+    elif settings.weights == "ema":
+        values = dict(zip(trained_names(student), masters.averages, strict=True))
+    is_changing = settings.weights != "frozen" and config.updates_per_step > 1
+    is_trained = student.model.get_output_embeddings().weight.requires_grad
+    store = HiddenStore(settings.hidden_budget_bytes, scratch)
+    return StudentAsTeacher(
+        student.model,
+        student.vocab_size,
+        values,
+        device,
+        settings.mode,
+        store,
+        is_changing and is_trained,
+    )
 
 
 def try_teacher(config: Config, teacher: Teacher) -> list[str]:

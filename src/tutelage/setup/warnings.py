@@ -11,6 +11,7 @@ import torch
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.schema import Config, FileData
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError
@@ -190,7 +191,9 @@ def model_warnings(
             "completion runs to sampling.max_new_tokens. Add eos_token_id to its "
             "generation_config.json"
         )
-    if config.student.num_layers is None and _is_same(config, student, teacher):
+    if isinstance(config.teacher, SelfTeacher):
+        yield from _self_warnings(config, config.teacher, inputs.prompts, student)
+    elif config.student.num_layers is None and _is_same(config, student, teacher):
         yield (
             "student and teacher have the same weights: there is nothing to learn. Choose "
             "another teacher.model"
@@ -202,6 +205,33 @@ def model_warnings(
                 f"the teacher has {sizes[1]:,} parameters and the student {sizes[0]:,}: it is "
                 "smaller than the student. Check student.model and teacher.model"
             )
+
+
+def _self_warnings(
+    config: Config, teacher: SelfTeacher, prompts: PromptStats | None, student: PreTrainedModel
+) -> Iterator[str]:
+    """Of a student that teaches itself.
+
+    Raises:
+        ConfigError: what the teacher reads is longer than the student's positions.
+    """
+    if not teacher.context:
+        when = "in every step" if teacher.weights == "live" else "in the first step, and later"
+        yield (
+            f"the teacher is the student with weights = {teacher.weights!r} and without a context: "
+            f"loss and gradient are 0 {when} unless something else moves the weights. Set "
+            "teacher.context"
+        )
+    limit = context_limit(student)
+    if prompts is None or limit is None:
+        return
+    new, told = config.max_completion_tokens, prompts.longest_told
+    if told + new > limit:
+        raise ConfigError(
+            f"with teacher.context prompt {prompts.longest_told_id!r} has {told} tokens and "
+            f"sampling.max_new_tokens is {new}: more than the {limit} positions of the student. "
+            "Shorten the context, leave the prompt out, or lower sampling.max_new_tokens."
+        )
 
 
 def copy_warnings(

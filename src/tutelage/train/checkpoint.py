@@ -21,8 +21,8 @@ from tutelage.files.checksums import DamagedError, seal, unseal
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import DiskAdamW
 from tutelage.models.sharding import is_shard, own_rows
+from tutelage.models.student import trained_names
 from tutelage.models.weight_files import assign_files
-from tutelage.setup.components import trained_names
 
 if TYPE_CHECKING:
     from tutelage.setup.components import Components
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _PREFIX = "checkpoint-"
 _MASTER = "master"
 """Name of a float32 master weight among its moments."""
+_AVERAGE = "average"
+"""Name of the average of a master weight among its moments."""
 _NUMBER = "#"
 """Ends the name of an optimizer's entry that is a plain number."""
 OPTIMIZER = "optimizer"
@@ -248,16 +250,25 @@ def load_optimizer(path: Path, components: Components, optimizer: torch.optim.Op
     updated = [master for group in optimizer.param_groups for master in group["params"]]
     number = {id(master): i for i, master in enumerate(updated)}
     place = {name: number[id(master)] for name, master in masters.items()}
+    averages = dict(zip(names, components.masters.averages, strict=False))
     state: dict[int, dict[str, Tensor | int]] = {i: {} for i in range(len(updated))}
     for key, tensor in _own_tensors(path, weights):
         name, _, entry = key.rpartition("|")
         index = place[name]
         if entry == _MASTER:
             masters[name].data.copy_(tensor)
+        elif entry == _AVERAGE:
+            if averages:
+                averages.pop(name).copy_(tensor)
         elif entry.endswith(_NUMBER):
             state[index][entry.removesuffix(_NUMBER)] = int(tensor)
         else:
             state[index][entry] = tensor
+    if averages:
+        raise RunError(
+            f"{path} has no average of {min(averages)!r}: it was saved by a run without teacher."
+            "weights = ema. Choose another out=FOLDER."
+        )
     groups = optimizer.state_dict()["param_groups"]
     filled = {index: entries for index, entries in state.items() if entries}
     optimizer.load_state_dict({"state": filled, "param_groups": groups})
@@ -307,8 +318,11 @@ def own_state(components: Components, optimizer: torch.optim.Optimizer) -> dict[
     """Moments and master weights by name; of a sharded student the rows of this process."""
     tensors: dict[str, Tensor] = {}
     masters, plain = components.masters, dict(components.student.plain.named_parameters())
+    names = trained_names(components.student)
+    for name, average in zip(names, masters.averages, strict=False):
+        tensors[f"{name}|{_AVERAGE}"] = average
     both = zip(masters.weights, masters.masters, strict=True)
-    for name, (weight, master) in zip(trained_names(components.student), both, strict=True):
+    for name, (weight, master) in zip(names, both, strict=True):
         if has_own_master(weight, master, plain[name]):
             tensors[f"{name}|{_MASTER}"] = master.detach()
         for entry, value in optimizer.state[master].items():

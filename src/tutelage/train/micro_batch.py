@@ -14,7 +14,7 @@ from tutelage.core import LazyLogits, TokenStats
 from tutelage.core.terms import SampledReverseKL, Term
 from tutelage.data.batch import Batch, collate, length_groups, pack, packed_groups
 from tutelage.data.types import Rollout
-from tutelage.errors import RunError
+from tutelage.models.privileged import require_same_rows
 from tutelage.setup.objective import row_terms, uniform_terms
 from tutelage.train.distributed import Ranks
 
@@ -161,26 +161,3 @@ def pack_rollouts(
 
 def _length(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + len(rollout.completion_ids)
-
-
-def require_same_rows(batch: Batch, read: Batch) -> None:
-    """Refuse a batch for the teacher whose rows are not, token by token, those of the student's.
-
-    Args:
-        batch: what the student learns from.
-        read: what the teacher reads.
-
-    Raises:
-        RunError: a row differs in its token, its completion or its place there.
-    """
-    for name in ("tokens", "completion", "position"):
-        ours, theirs = vars(batch)[name], vars(read)[name]
-        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-            where = "their number"
-            if ours.shape == theirs.shape:
-                where = f"row {int((ours != theirs).nonzero()[0])}"
-            raise RunError(
-                f"the teacher would read {read.num_rows} rows that differ in {name} from the "
-                f"{batch.num_rows} that the student learns from, at {where}. The completion behind "
-                "both prompts has to be the same."
-            )

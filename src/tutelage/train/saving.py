@@ -12,7 +12,8 @@ from tutelage.evaluation.verdict import Verdict
 from tutelage.memory.cpu import STATE_BYTES, copied_bytes
 from tutelage.models.load import save_model
 from tutelage.models.optimizer import MasterWeights
-from tutelage.setup.components import Components, plain_student, trained_names
+from tutelage.models.student import trained_names
+from tutelage.setup.components import Components, plain_student
 from tutelage.setup.phases import PhaseCallback
 from tutelage.setup.run_folder import RunFolder, environment
 from tutelage.train.agreement import in_main
@@ -30,7 +31,7 @@ from tutelage.train.sharded_checkpoint import (
 def checkpoint_bytes(config: Config, components: Components) -> int:
     """What a checkpoint will hold: weights, float32 masters and the optimizer's state."""
     plain, masters = dict(components.student.plain.named_parameters()), components.masters
-    total = _state_bytes(config, masters)
+    total = _state_bytes(config, masters) + sum(average.nbytes for average in masters.averages)
     both = zip(masters.weights, masters.masters, strict=True)
     for name, (weight, master) in zip(trained_names(components.student), both, strict=True):
         total += plain[name].nbytes

@@ -18,7 +18,7 @@ from tutelage.errors import ConfigError, DataError
 from tutelage.models.tokenizers import encode_completion, encode_prompt
 from tutelage.rollout.request import RolloutRequest
 from tutelage.setup.components import Components, agent_of
-from tutelage.setup.inputs import prompt_format
+from tutelage.setup.inputs import prompt_format, told_fields
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.setup.shares import ALONE, Shares
 
@@ -76,7 +76,9 @@ def rollouts_of(
         DataError: the file, or a completion in it, cannot be used.
     """
     if request.completions is not None:
-        pairs = load_completions(request.completions, prompt_format(config.data))
+        pairs = load_completions(
+            request.completions, prompt_format(config.data, told_fields(config))
+        )
         prompts = list({prompt.id: prompt for prompt, _ in pairs}.values())
         rollouts = shares.apart(partial(_given_of, components, pairs, shares))
     else:

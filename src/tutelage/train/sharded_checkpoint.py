@@ -19,7 +19,7 @@ from tutelage.files.checksums import seal
 from tutelage.models.load import explained_save, fill_model_folder
 from tutelage.models.optimizer import DiskAdamW
 from tutelage.models.sharding import is_shard, local
-from tutelage.models.student import Student
+from tutelage.models.student import Student, trained_names
 from tutelage.models.weight_files import (
     assign_files,
     layer_of,
@@ -27,7 +27,6 @@ from tutelage.models.weight_files import (
     saved_weights,
     write_index,
 )
-from tutelage.setup.components import trained_names
 from tutelage.train.agreement import in_all, in_main
 from tutelage.train.checkpoint import (
     OPTIMIZER,

@@ -132,9 +132,10 @@ class Step:
             rollouts: this process's.
             step: that learns from them; those that older weights sampled have log-probabilities.
         """
-        completions = self.share(len(rollouts))
+        completions, reading = self.share(len(rollouts)), self.components.reading
+        read = None if reading is None else reading(rollouts)
         micro_batches = pack_rollouts(
-            self.config, rollouts, completions, self.pad_id, self.ranks, self.device
+            self.config, rollouts, completions, self.pad_id, self.ranks, self.device, read
         )
         if self.ahead is not None or (has_older(self) and staleness(rollouts, step)):
             for micro_batch in micro_batches:

@@ -25,6 +25,7 @@ from tutelage.core import (
 from tutelage.data.batch import micro_batches, without_rows
 from tutelage.data.types import Rollout
 from tutelage.errors import ModelError
+from tutelage.models.privileged import read_beside
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.setup.components import Components, build_components
@@ -232,11 +233,14 @@ def _scored(
     batches = micro_batches(rollouts, config.micro_batch_size, pad, max_tokens=limit)
     blanks = [without_rows(pad)] * (int(shares.max([len(batches)])[0]) - len(batches))
     tables, tops = [], []
+    every = [*batches, *blanks]
     with components.teacher.on_device(), torch.no_grad():
-        for batch in [*batches, *blanks]:
+        for batch, read in zip(
+            every, read_beside(every, rollouts, components.reading, pad), strict=True
+        ):
             shares.check()
             here = batch.to(components.device)
-            view = components.teacher.forward(here)
+            view = components.teacher.forward(read)
             if not here.num_rows:
                 continue
             view = components.teacher.to_device(view)

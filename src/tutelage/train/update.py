@@ -15,7 +15,8 @@ from tutelage.core import Objective, TokenStats
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
 from tutelage.models.sharding import norm_over_parts
-from tutelage.setup.components import Components, trained_names
+from tutelage.models.student import trained_names
+from tutelage.setup.components import Components
 from tutelage.setup.objective import needed_extras, needs_scoring, scores_teacher
 from tutelage.train.distributed import Ranks
 from tutelage.train.micro_batch import MicroBatch
