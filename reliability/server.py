@@ -297,6 +297,8 @@ class EvilServer:
     plan: Callable[[Json], Mutation]
     seen: list[tuple[str, Json, dict[str, str]]] = field(default_factory=list)
     """Path, body and headers of every request."""
+    read: Callable[[bytes], Json] = json.loads
+    """What makes a request's bytes its body."""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
@@ -335,7 +337,7 @@ class EvilServer:
                 if not (piece := connection.recv(65536)):
                     return
                 data += piece
-            body = json.loads(data) if data else {}
+            body = self.read(data) if data else {}
             self.seen.append((first.split()[1], body, headers))
             chance = random.Random(body.get("seed"))
             self.plan(body)(Exchange(connection, first.split()[1], body, chance))

@@ -56,7 +56,7 @@ FENCES = {
     "peft": ("models/lora.py",),
     "bitsandbytes": ("models/optimizer.py",),
     "liger_kernel": ("models/liger.py",),
-    "safetensors": ("models/", "rollout/", "train/", "commands/"),
+    "safetensors": ("models/", "rollout/", "teachers/", "train/", "commands/"),
     "accelerate": ("setup/", "train/"),
     "datasets": ("data/formats.py",),
     "huggingface_hub": ("data/hub.py", "data/formats.py"),

@@ -1,4 +1,4 @@
-"""The command line: `tutelage check | train | eval | sample | score | report | compare`."""
+"""The command line: `tutelage check | train | eval | sample | score | report | compare | …`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tutelage.config.schema import Config
 
 _LESS_MEMORY = "Lower the setting that needs it; `tutelage check` shows what memory is used for."
-_ALONE = ("check", "report", "compare")
+_ALONE = ("check", "report", "compare", "serve-teacher")
 """Commands that one process does whole."""
 _NO_DOCSTRINGS = (
     "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
@@ -213,6 +213,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def _serve_teacher(arguments: argparse.Namespace) -> int:
+    from tutelage.commands.serve import run
+
+    return run(arguments)
+
+
 _COMMANDS = {
     "check": _check,
     "train": _train,
@@ -221,4 +227,5 @@ _COMMANDS = {
     "score": _score,
     "report": _report,
     "compare": _compare,
+    "serve-teacher": _serve_teacher,
 }

@@ -52,7 +52,7 @@ def test_a_served_teacher_is_not_evaluated() -> None:
         ({"mode": "reload"}, "unknown key 'teacher.mode'. It belongs to teacher.kind local"),
         ({"url": []}, r"teacher.url must be at least one address, got \[\]"),
         ({"url": 3}, "teacher.url: input should be a valid string or input should be a valid"),
-        ({"num_concurrent": 0}, "teacher.num_concurrent must be from 1 to 256, got 0"),
+        ({"num_concurrent": -1}, "teacher.num_concurrent must be from 0 to 256, got -1"),
         ({"timeout_s": 0.5}, "teacher.timeout_s must be from 1 to 86400, got 0.5"),
         ({"hidden_budget_bytes": -1}, "teacher.hidden_budget_bytes must be at least 0, got -1"),
     ],

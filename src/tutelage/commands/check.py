@@ -14,6 +14,7 @@ from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.rollouts import LiveRollouts
 from tutelage.config.schema import Config
+from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
@@ -96,7 +97,9 @@ def check(
     prompts = inputs.prompts or inputs.measure_prompts(config)
     with components.teacher.on_device():
         sides = [_model_line("student", components.student.model)]
-        sides.append(_model_line("teacher", components.teacher.model))
+        is_served = isinstance(config.teacher, HiddenServerTeacher)
+        part = "the teacher's head" if is_served else "teacher"
+        sides.append(_model_line(part, components.teacher.model))
     yield from sides
     yield from _sharding_lines(config, components, processes)
     yield f"vocabulary: {components.student.vocab_size:,} ids shared; tokenizers agree"
@@ -119,6 +122,7 @@ def check(
     )
     yield from _stored_lines(config, run_folder(config, name), prompts.longest)
     yield from plan_run(config, components, prompts.longest, processes).lines(config)
+    yield from components.teacher.notices
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tutelage.config.rollouts import LiveRollouts, RolloutsConfig
 from tutelage.config.sampling import TransformersEngine
 from tutelage.config.schema import Config, FileData
 from tutelage.config.self_teacher import SelfTeacher
+from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.data.formats import find_file, is_file_name
 from tutelage.data.prompts import load_prompts
 from tutelage.data.suites import SETS
@@ -31,6 +33,7 @@ from tutelage.models.tokenizers import vocabulary_size
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device, prompt_format, told_fields
 from tutelage.setup.phases import no_log
+from tutelage.teachers.server import ServedModel, serving
 from tutelage.train.checkpoint import checkpoint_path
 from tutelage.train.loop import train
 
@@ -65,7 +68,7 @@ def dry_run(config: Config) -> Iterator[str]:
     Raises:
         TutelageError: the recipe does not run.
     """
-    with tempfile.TemporaryDirectory(prefix="tutelage-dry-run-") as name:
+    with tempfile.TemporaryDirectory(prefix="tutelage-dry-run-") as name, ExitStack() as stack:
         folder = Path(name)
         yield from _models(config, folder)
         prompts, source = _prompts(config)
@@ -78,6 +81,10 @@ def dry_run(config: Config) -> Iterator[str]:
         else:
             yield f"data: {len(prompts)} prompts of {source}"
         small = _scaled(config, folder)
+        if isinstance(small.teacher, HiddenServerTeacher):
+            url = stack.enter_context(_serving(small.teacher))
+            small = replace(small, teacher=replace(small.teacher, url=url))
+            yield f"teacher: on a server in this process, {url}"
         yield from (f"scaled: {line}" for line in _changes(config, small))
         steps: list[dict[str, Any]] = []
         _train(small, steps)
@@ -85,6 +92,13 @@ def dry_run(config: Config) -> Iterator[str]:
         yield _outcome(steps[0], -1.0 if teaches_itself else _LEAST_NORM)
         yield _reloaded(small)
         yield _resumed(small, steps[1])
+
+
+@contextmanager
+def _serving(teacher: HiddenServerTeacher) -> Iterator[str]:
+    """A server of the tiny teacher in this process."""
+    with serving(ServedModel(load_model(teacher.model, teacher.dtype), "a tiny teacher")) as url:
+        yield url
 
 
 def _models(config: Config, folder: Path) -> Iterator[str]:
@@ -231,7 +245,7 @@ def _changes(before: Config, after: Config) -> Iterator[str]:
     """What was scaled, apart from where models, data and results are."""
     old, new = flat_values(to_table(before)), flat_values(to_table(after))
     for key in sorted(old.keys() & new.keys()):
-        is_place = key == "out" or key.endswith((".model", ".path", "_column", ".subset"))
+        is_place = key == "out" or key.endswith((".model", ".path", "_column", ".subset", ".url"))
         if old[key] != new[key] and not is_place:
             yield f"{key} {old[key]} -> {new[key]}"
 

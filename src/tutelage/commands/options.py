@@ -24,6 +24,7 @@ _EXAMPLES = {
     "score": "tutelage score configs/examples/ledger.toml --rules soft_or,q3 --out tokens.jsonl",
     "report": "tutelage report runs/ledger-1a2b3c4d",
     "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
+    "serve-teacher": "tutelage serve-teacher package:tutelage/assets/ledger-teacher",
 }
 _MORE = {
     "train": "\n\nin 2 processes, one a device:\n"
@@ -38,6 +39,8 @@ _SUMMARIES = {
     "score": "Write entropy, divergence and selection of every token, without training.",
     "report": "Write a run's report as one HTML file, or its plots.",
     "compare": "Compare runs, or evaluations, side by side.",
+    "serve-teacher": "Serve a teacher's final hidden states to runs with teacher.kind "
+    "hidden_server.",
 }
 Number = TypeVar("Number", int, float)
 
@@ -175,6 +178,16 @@ def _compare(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _serve_teacher(parser: Parser) -> None:
+    parser.add_argument("model", help="folder, .gguf file, package:NAME/folder or hub id")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address to listen on (default 127.0.0.1)")  # fmt: skip
+    parser.add_argument("--port", type=port, default=8100, help="default 8100; 0: a free one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="of the weights, as teacher.dtype (default float32)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto (cuda where it is), cpu or cuda")
+
+
 _COMMANDS: dict[str, Callable[[Parser], None]] = {
     "check": _check,
     "train": _train,
@@ -183,6 +196,7 @@ _COMMANDS: dict[str, Callable[[Parser], None]] = {
     "score": _score,
     "report": _report,
     "compare": _compare,
+    "serve-teacher": _serve_teacher,
 }
 
 
@@ -194,6 +208,14 @@ def count(text: str) -> int:
     value = _number(text, int, "a whole number")
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def port(text: str) -> int:
+    """A port to listen on."""
+    value = _number(text, int, "a whole number")
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text}")
     return value
 
 

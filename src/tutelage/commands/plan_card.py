@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from tutelage.config.schema import Config, FileData
+from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.config.verifiers import VerifiersData
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_cuda
 from tutelage.memory.facts import Facts
-from tutelage.memory.meta_model import shapes
+from tutelage.memory.meta_model import shadow, shapes
 from tutelage.memory.plan import UNKNOWN_BYTES
+from tutelage.models.head_model import head_shape_model
 from tutelage.models.load import load_model_config, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.setup.inputs import Inputs, build_task
@@ -43,7 +45,10 @@ def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iter
     found = [load_model_config(resolve_model(side.model)) for side in sides]
     dtypes = [getattr(torch, side.dtype) for side in sides]
     student = shapes(found[0], dtypes[0], config.student)
-    teacher = shapes(found[1], dtypes[1], quantization=config.teacher.quantization)
+    if not isinstance(config.teacher, HiddenServerTeacher):
+        teacher = shapes(found[1], dtypes[1], quantization=config.teacher.quantization)
+    else:
+        teacher = shadow(head_shape_model(found[1], dtypes[1]))
     yield "plan of cards that are not here, from the models' configurations; nothing was checked"
     copied = processes.copied_bytes(config, student, teacher)
     plan = plan_cuda(config, student, teacher, facts, prompt_tokens, processes, copied)

@@ -159,7 +159,7 @@ def _read(table: dict[str, Any]) -> Config:
 
 
 def _is_unevaluated(teacher: Any) -> bool:
-    return isinstance(teacher, dict) and teacher.get("kind") in NOT_EVALUATED
+    return isinstance(teacher, dict) and str(teacher.get("kind")) in NOT_EVALUATED
 
 
 def parse_saved_config(table: dict[str, Any]) -> Config:

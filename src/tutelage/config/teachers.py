@@ -27,15 +27,16 @@ class HiddenServerTeacher:
     url: str | tuple[str, ...]
     """Address of a server of that model, such as http://host:8100, or a list of several that share
     the requests; a key comes from TUTELAGE_API_KEY."""
-    server: Literal["tutelage", "vllm"] = "tutelage"
-    """What answers there: `tutelage serve-teacher`, or vLLM's pooling endpoint."""
+    server: Literal["tutelage"] = "tutelage"
+    """What answers there: `tutelage serve-teacher`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights on the server, and of the head here."""
     payload: Literal["float32", "bfloat16"] = "float32"
     """Dtype of hidden states on their way; bfloat16 halves them, and is exact for a model in
     bfloat16."""
-    num_concurrent: int = 4
-    """Requests to one server at the same time, each with a part of a micro-batch's sequences."""
+    num_concurrent: int = 0
+    """Requests to one server at the same time, each with a part of a micro-batch's sequences; 0 is
+    1 for tutelage, which then computes what a local teacher would."""
     timeout_s: float = 600.0
     """Seconds for one request, all tries together."""
     hidden_budget_bytes: int = 4 << 30
@@ -72,8 +73,8 @@ class HiddenServerTeacher:
     def __post_init__(self) -> None:
         hint = "Add one."
         require(any(self.urls), "teacher.url", "at least one address", list(self.urls), hint)
-        count, hint = self.num_concurrent, "4 is usual."
-        require(1 <= count <= 256, "teacher.num_concurrent", "from 1 to 256", count, hint)
+        count, hint = self.num_concurrent, "0 is usual."
+        require(0 <= count <= 256, "teacher.num_concurrent", "from 0 to 256", count, hint)
         seconds, hint = self.timeout_s, "600 is usual."
         require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
         budget, hint = self.hidden_budget_bytes, "0 writes all hidden states to disk."

@@ -54,6 +54,8 @@ class StudentAsTeacher:
     needs of the head outlives the pass.
     """
 
+    notices: tuple[str, ...] = ()
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -86,6 +86,8 @@ class Teacher:
     together and to call `forward` as often inside.
     """
 
+    notices: tuple[str, ...] = ()
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,6 +53,10 @@ class AnyTeacher(Protocol):
     def resting_bytes(self) -> int:
         """Bytes of the weights that are loaded now."""
 
+    @property
+    def notices(self) -> Sequence[str]:
+        """Lines about it for the start of a run."""
+
     def on_device(self) -> AbstractContextManager[None]:
         """`forward` can be called inside; a new phase begins."""
 
@@ -62,5 +66,5 @@ class AnyTeacher(Protocol):
     def to_device(self, logits: LazyLogits) -> LazyLogits:
         """What `forward` returned, on the device for the objective."""
 
-    def checks(self) -> Mapping[str, float]:
+    def checks(self) -> Mapping[str, float | None]:
         """What it measured of itself since the last call, for the metrics of a step."""

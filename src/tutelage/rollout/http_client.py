@@ -66,6 +66,8 @@ class Strict(BaseModel):
 
 Schema = TypeVar("Schema", bound=Strict)
 Value = TypeVar("Value")
+Body = dict[str, Any] | bytes | None
+"""Of a request: JSON, bytes of a format of their own, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Client:
         self.limits = limits
         self.num_concurrent = num_concurrent
         self.url = checked_url(url)
-        self._key = _read_key()
+        self._key = read_key()
         headers = {"Accept-Encoding": "identity", "User-Agent": "tutelage"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -109,8 +111,12 @@ class Client:
 
     def once(self) -> Client:
         """The same server, to be asked for what must not be done twice: there is one try."""
+        return self.within(num_tries=1)
+
+    def within(self, **limits: Any) -> Client:
+        """The same server with other limits, e.g. of the size of a reply."""
         other = copy.copy(self)
-        other.limits = replace(self.limits, num_tries=1)
+        other.limits = replace(self.limits, **limits)
         return other
 
     def each(
@@ -121,15 +127,11 @@ class Client:
         """`run_all` of requests to this server."""
         return run_all([(self, request) for request in requests], progress)
 
-    def ask(
-        self, path: str, body: dict[str, Any] | None, accept: Callable[[bytes], Value]
-    ) -> Value:
+    def ask(self, path: str, body: Body, accept: Callable[[bytes], Value]) -> Value:
         """One request of `send`, and the wait for it."""
         return self.each([partial(self.send, path, body, accept)])[0]
 
-    async def send(
-        self, path: str, body: dict[str, Any] | None, accept: Callable[[bytes], Value]
-    ) -> Value:
+    async def send(self, path: str, body: Body, accept: Callable[[bytes], Value]) -> Value:
         """POST (GET without a body) until a reply is accepted, within tries and deadline."""
         end = time.monotonic() + self.limits.deadline_s
         num_tries, delay = 0, self.limits.first_delay_s
@@ -145,11 +147,14 @@ class Client:
             await anyio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, self.limits.max_delay_s)
 
-    async def _exchange(self, path: str, body: dict[str, Any] | None, end: float) -> bytes:
+    async def _exchange(self, path: str, body: Body, end: float) -> bytes:
         """The body of one reply."""
         seconds = max(0.1, end - time.monotonic())
         method, content, headers = "GET", None, {}
-        if body is not None:
+        if isinstance(body, bytes):
+            method, content = "POST", body
+            headers = {"Content-Type": "application/octet-stream"}
+        elif body is not None:
             method, content = "POST", json.dumps(body).encode()
             headers = {"Content-Type": "application/json"}
         try:
@@ -287,7 +292,7 @@ def checked_url(
     return str(parsed).rstrip("/")
 
 
-def _read_key() -> str | None:
+def read_key() -> str | None:
     """The key from the environment, None without one; what cannot be a key is not shown."""
     key = os.environ.get(KEY_VARIABLE)
     if key and not (key.isascii() and key.isprintable() and " " not in key):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tutelage.config.conversations import ConversationData
+from tutelage.config.models import TeacherConfig
 from tutelage.config.sampling import TransformersEngine, VLLMEngine, VLLMServer
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
@@ -136,13 +137,14 @@ def _start(
 ) -> PreTrainedModel:
     """The configured start, perhaps pruned or quantised."""
     start, other = config.student, config.teacher
+    is_whole = isinstance(other, TeacherConfig)  # of one on a server, the head alone is here
     same = (start.model, start.dtype, start.quantization)
     is_same = same == (other.model, other.dtype, other.quantization)
     is_mapped = other.sharding != "none" and num_processes() > 1
     is_here = teacher is not None and teacher.device.type == device.type and not is_mapped
     # A copy of what is only mapped would take main memory; a GGUF file takes seconds to unpack.
     is_copied = is_here or resolve_model(start.model).gguf_file is not None
-    if teacher is not None and is_same and start.quantization == "none" and is_copied:
+    if is_whole and teacher is not None and is_same and start.quantization == "none" and is_copied:
         model = copy.deepcopy(teacher)
         model.to(device)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from tutelage.config.models import TeacherConfig, TeacherMode
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
+from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.errors import ConfigError, RunError
+from tutelage.models.head_model import load_head_model
 from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import require_packed, use_own_attention
@@ -21,8 +24,11 @@ from tutelage.models.self_teacher import StudentAsTeacher, first_values
 from tutelage.models.sharding import num_processes
 from tutelage.models.student import Student, trained_names
 from tutelage.models.teacher import HiddenStore, Teacher
+from tutelage.models.teacher_protocol import AnyTeacher
 from tutelage.models.teacher_shards import TeacherShards, require_shardable_teacher
+from tutelage.setup.served_teacher import connect, served_teacher
 from tutelage.setup.trial import refuse_nonfinite, try_model
+from tutelage.teachers.hidden import ServedTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,8 +43,13 @@ def set_attention(config: Config, model: PreTrainedModel, who: str, device: torc
 
 
 def load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
-    """A function that loads the teacher to where it is kept; an error if its files changed."""
-    teacher = _local(config)
+    """A function that loads the teacher to where it is kept; an error if its files changed.
+
+    Of a teacher on a server it loads the head.
+    """
+    teacher = config.teacher
+    if not isinstance(teacher, TeacherConfig):
+        return partial(load_head_model, teacher.model, teacher.dtype, device)
     found = resolve_model(teacher.model)
     if teacher.mode == "reload" and found.gguf_file is not None:
         raise ConfigError(
@@ -76,7 +87,7 @@ def build_teacher(
     swap: tuple[int, int] | None = None,
     scratch: Path | None = None,
     is_run: bool = True,
-) -> Teacher:
+) -> AnyTeacher:
     """The teacher where it rests; of several processes that share it each has its part.
 
     Args:
@@ -92,8 +103,12 @@ def build_teacher(
     Raises:
         ModelError: its architecture cannot be shared so.
     """
-    settings, who = _local(config), f"teacher {config.teacher.model!r}"
+    settings, who = config.teacher, f"teacher {config.teacher.model!r}"
     store = HiddenStore(settings.hidden_budget_bytes, scratch)
+    if isinstance(settings, HiddenServerTeacher):
+        return served_teacher(settings, model, vocab_size, swap, store)
+    if not isinstance(settings, TeacherConfig):
+        raise ValueError(f"a teacher of kind {settings.kind!r} is not loaded.")
     mode, shards, kind = _mode_at_rest(settings, device), None, settings.sharding
     if kind != "none" and not is_run:
         require_shardable_teacher(model, kind, who, settings.sharding_group_size)
@@ -150,22 +165,16 @@ def build_self_teacher(
     )
 
 
-def try_teacher(config: Config, teacher: Teacher) -> list[str]:
+def try_teacher(config: Config, teacher: AnyTeacher) -> list[str]:
     """Warnings of a teacher that computes what it should; see `try_model`."""
-    who, notes = f"teacher {config.teacher.model!r}", []
+    who = f"teacher {config.teacher.model!r}"
+    if isinstance(teacher, ServedTeacher):
+        connect(config, teacher)
+        return []
     with teacher.on_device():
         refuse_nonfinite(teacher.model, who)
         is_packed = config.micro_batches == "packed"
-        notes += try_model(teacher.model, who, teacher.vocab_size, False, is_packed)
-    return notes
-
-
-def _local(config: Config) -> TeacherConfig:
-    if not isinstance(config.teacher, TeacherConfig):
-        raise ConfigError(
-            f"teacher.kind {config.teacher.kind!r} cannot be used yet. Use teacher.kind = 'local'."
-        )
-    return config.teacher
+        return try_model(teacher.model, who, teacher.vocab_size, False, is_packed)
 
 
 def _versions(found: ResolvedModel) -> dict[Path, tuple[int, int]]:

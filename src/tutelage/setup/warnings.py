@@ -10,6 +10,7 @@ import torch
 
 from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
+from tutelage.config.models import TeacherConfig
 from tutelage.config.schema import Config, FileData
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.data.columns import notes_of
@@ -198,7 +199,10 @@ def model_warnings(
             "student and teacher have the same weights: there is nothing to learn. Choose "
             "another teacher.model"
         )
-    elif config.student.quantization == config.teacher.quantization == "none":
+    elif (
+        isinstance(config.teacher, TeacherConfig)
+        and config.student.quantization == config.teacher.quantization == "none"
+    ):
         sizes = [_size(model) for model in (student, teacher)]
         if sizes[1] < sizes[0]:
             yield (

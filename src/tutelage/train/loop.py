@@ -188,6 +188,8 @@ class _Run:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
         num_steps = self.config.num_steps
         self.done = saved = self.first_step - 1
+        for line in self.components.teacher.notices:
+            self.log(line)
         for line in self.components.warnings:
             self.log(f"warning: {line}")
         has_evaluation, has_tokens = in_main(self.accelerator, self._logged)
