@@ -360,3 +360,10 @@ def extras(z: Tensor, log_q: Tensor) -> dict[str, float]:
         "is_in_teacher_top5": float(top_ids(p, 1)[0] in top_ids(q, 5)),
         "head_share": float(g[head].abs().sum() / g.abs().sum()),
     }
+
+
+def one_class(log_x: Tensor, ids: Sequence[int]) -> Tensor:
+    """Rows of log-probabilities in which some ids are one outcome, the first; the others follow."""
+    rest = [i for i in range(log_x.shape[1]) if i not in ids]
+    total = torch.stack([log_x[:, i].exp() for i in ids]).sum(0).log()
+    return torch.cat([total[:, None], log_x[:, rest]], 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core import kernels
+from tutelage.core.id_class import IdClass
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.partial import PartialLogits
 
@@ -217,8 +218,20 @@ def _plan(student: LazyLogits, chunk_bytes: int | None, num_sides: int) -> tuple
     return rows, rows
 
 
-def _buffer(student: LazyLogits, rows: int) -> Tensor:
-    return torch.empty(rows, student.vocab_size, dtype=student.dtype, device=student.hidden.device)
+def _buffer(student: LazyLogits, rows: int, width: int) -> Tensor:
+    return torch.empty(rows, width, dtype=student.dtype, device=student.hidden.device)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What brings the gradient of a chunk in which ids count as one back to all ids."""
+
+    one_class: IdClass
+    share: Tensor
+    """Of the student's class, which each id has `[n, |C|]`."""
+    student: Tensor
+    """The whole buffer `[n, V]`, of which `Chunk.student` is a part."""
+    teacher: Tensor
 
 
 @dataclass(frozen=True)
@@ -235,6 +248,15 @@ class Chunk:
     has_inf: bool
     known: PartialLogits | None = None
     """What is known of the teacher's rows where that is not everything."""
+    merged: Merged | None = None
+    """Where ids count as one."""
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """What the blocks left in `student`, for all ids, and a free buffer, `[n, V]` each."""
+        if self.merged is None:
+            return self.student, self.teacher
+        self.merged.one_class.spread(self.merged.student, self.merged.share)
+        return self.merged.student, self.merged.teacher
 
     def blocks(
         self, tokens: Tensor | None = None, num_top: int = 0
@@ -286,36 +308,44 @@ def chunks(student: LazyLogits, teacher: TeacherLogits, chunk_bytes: int | None)
     if not isinstance(teacher, PartialLogits):
         teacher = teacher.matched()
     rows, block = _plan(student, chunk_bytes, 2)
-    student_buffer, teacher_buffer = (_buffer(student, rows) for _ in "st")
-    scratch = (_buffer(student, block), _buffer(student, block), _buffer(student, block))
+    v, one_class = student.vocab_size, IdClass.of(student)
+    student_buffer, teacher_buffer = (_buffer(student, rows, v) for _ in "st")
+    width = v if one_class is None else one_class.num_columns
+    scratch = tuple(_buffer(student, block, width) for _ in range(3))
     has_inf = can_be_inf(student) or can_be_inf(teacher)
     for start in range(0, n, rows):
-        stop = min(start + rows, n)
-        yield Chunk(
-            start,
-            stop,
-            student.block(start, stop, out=student_buffer[: stop - start]),
-            teacher.block(start, stop, out=teacher_buffer[: stop - start]),
-            scratch,
-            block,
-            has_inf,
-            known,
-        )
+        stop, merged = min(start + rows, n), None
+        ours = student.block(start, stop, out=student_buffer[: stop - start])
+        theirs = teacher.block(start, stop, out=teacher_buffer[: stop - start])
+        if one_class is not None:
+            whole = (ours, theirs)
+            (ours, share), (theirs, _) = (one_class.merge(logits) for logits in whole)
+            merged = Merged(one_class, share, *whole)
+        buffers = (scratch[0], scratch[1], scratch[2])
+        yield Chunk(start, stop, ours, theirs, buffers, block, has_inf, known, merged)
 
 
 def student_numbers(
     student: LazyLogits, tokens: Tensor, chunk_bytes: int | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, entropy and log-probability of the sampled token, without a teacher's projection."""
+    """Rows, entropy and log-probability of the sampled token, without a teacher's projection.
+
+    `tokens` are columns in use where ids count as one.
+    """
     n = len(student)
     if n == 0:
         return
     student = student.matched()
     size, block = _plan(student, chunk_bytes, 1)
-    buffer, p, product = (_buffer(student, rows) for rows in (size, block, block))
+    v, one_class = student.vocab_size, IdClass.of(student)
+    width = v if one_class is None else one_class.num_columns
+    buffer = _buffer(student, size, v)
+    p, product = (_buffer(student, block, width) for _ in range(2))
     has_inf = can_be_inf(student)
     for start in range(0, n, size):
         logits = student.block(start, min(start + size, n), out=buffer[: n - start])
+        if one_class is not None:
+            logits, _ = one_class.merge(logits)
         for low in range(0, len(logits), block):
             here = logits[low : low + block]
             rows = slice(start + low, start + low + len(here))
@@ -343,4 +373,13 @@ def check_pair(student: LazyLogits, teacher: TeacherLogits) -> None:
             f"student and teacher must share a vocabulary, got {student.vocab_size} and "
             f"{teacher.vocab_size} ids. Cut the larger with LazyLogits.cut once the tokenizers "
             "are known to agree."
+        )
+    if isinstance(teacher, LazyLogits) and teacher.one_class not in ((), student.one_class):
+        raise ValueError(
+            f"the ids that count as one are those of the student's logits, {student.one_class}, "
+            f"got {teacher.one_class} for the teacher."
+        )
+    if isinstance(teacher, PartialLogits) and student.one_class:
+        raise ValueError(
+            f"ids {student.one_class} cannot count as one: of the teacher only some ids are known."
         )

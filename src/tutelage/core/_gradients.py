@@ -58,9 +58,9 @@ class Gradients:
 
     def add(self, student: LazyLogits, chunk: Chunk) -> None:
         """Carries one chunk's logit gradient (in `chunk.student`) to hidden states and head."""
-        z, rows = chunk.student, slice(chunk.start, chunk.stop)
+        (z, free), rows = chunk.gradient(), slice(chunk.start, chunk.stop)
         if student.softcap is not None:
-            capped = student.block(chunk.start, chunk.stop, out=chunk.teacher)
+            capped = student.block(chunk.start, chunk.stop, out=free)
             z.mul_(capped.div_(student.softcap).square_().neg_().add_(1.0))
         if student.scale != 1.0:
             z.mul_(student.scale)

@@ -35,6 +35,9 @@ class LazyLogits:
     """Bound of the logits (Gemma's final_logit_softcapping); None for no bound."""
     swap: tuple[int, int] | None = None
     """Two ids that trade places: maps a teacher's stop token onto the student's."""
+    one_class: tuple[int, ...] = ()
+    """Of a student: two or more ids, ascending, that count as one in every statistic and objective,
+    on both sides (`core.id_class`); `block` still has a logit for each."""
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 2 or self.weight.ndim != 2:

@@ -13,6 +13,7 @@ from tutelage.core import kernels
 from tutelage.core._block import Block, TeacherLogits, can_be_inf, check_pair, chunks
 from tutelage.core._gradients import Gradients
 from tutelage.core.extras import EXTRAS
+from tutelage.core.id_class import IdClass
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.partial import PartialLogits
 from tutelage.core.terms import (
@@ -122,8 +123,17 @@ def composite_objective(
             "terms other than ForwardKL and ReverseKL need finite logits, got an infinite bias. "
             "Use a large negative number instead."
         )
-    weighted = [(term, _row_weights(w, student, "a term's weight")) for term, w in terms]
+    placed = [(_placed(term, student), w) for term, w in terms]
+    weighted = [(term, _row_weights(w, student, "a term's weight")) for term, w in placed]
     return _run(student, teacher, _kernel(weighted), chunk_bytes, extras)
+
+
+def _placed(term: Term, student: LazyLogits) -> Term:
+    """The term with its sampled ids where they are once ids count as one."""
+    one_class = IdClass.of(student)
+    if one_class is None or not isinstance(term, SampledReverseKL):
+        return term
+    return term.at(one_class.columns(term.tokens))
 
 
 def _require_known(teacher: PartialLogits, terms: Sequence[Term]) -> None:

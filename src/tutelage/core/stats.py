@@ -11,6 +11,7 @@ from torch import Tensor
 from tutelage.core import kernels
 from tutelage.core._block import TeacherLogits, check_pair, chunks, student_numbers
 from tutelage.core.extras import EXTRAS
+from tutelage.core.id_class import IdClass
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.partial import PartialLogits
 
@@ -85,7 +86,8 @@ def token_stats(
         teacher: teacher logits, the same rows and ids. None halves the work: entropy and log_p
             are computed, all that rules with `needs_teacher` False read, and the rest is NaN. Of
             `PartialLogits` its entropy and the divergences are lower bounds.
-        tokens: sampled token ids `[N]`.
+        tokens: sampled token ids `[N]`; where ids count as one, such a token's log-probability is
+            that of all of them.
         chunk_bytes: size of the logit buffers; None for what suits the device.
         extras: names of further statistics to compute, keys of `EXTRAS`.
 
@@ -107,6 +109,9 @@ def token_stats(
         raise ValueError(f"extras must be among {tuple(EXTRAS)}, got {unknown[0]!r}.")
     if teacher is None and extras:
         raise ValueError(f"extras need a teacher, got {tuple(extras)} and none.")
+    one_class = IdClass.of(student)
+    if one_class is not None:
+        tokens = one_class.columns(tokens)
     if not isinstance(teacher, PartialLogits) and _is_fused(student, teacher, extras):
         with torch.no_grad():
             return _by_kernels(student, teacher, tokens, chunk_bytes, extras)

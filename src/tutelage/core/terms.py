@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -226,6 +226,12 @@ class SampledReverseKL:
     def __post_init__(self) -> None:
         unread = torch.zeros_like(self.tokens, dtype=torch.bool)
         object.__setattr__(self, "is_clipped", unread)
+
+    def at(self, tokens: Tensor) -> SampledReverseKL:
+        """The same term of other columns `[K]`, with one record of where the clip took effect."""
+        other = replace(self, tokens=tokens)
+        object.__setattr__(other, "is_clipped", self.is_clipped)
+        return other
 
     def __call__(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
         tokens = self.tokens[rows, None]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tutelage.core.id_class import IdClass
 from tutelage.core.kernels import more_rows
 from tutelage.core.kernels import rows as kernels
 from tutelage.core.kernels.buffers import NUM_AUX, NUM_STATISTICS, Buffers
-from tutelage.core.kernels.products import on_device, project
+from tutelage.core.kernels.products import on_device, project, swapped_bias
 from tutelage.core.lazy import LazyLogits
 
 STATISTICS_BLOCK = 2048
@@ -130,10 +131,14 @@ class Passes:
             wants_gradient and self._is_narrow,
             chunk_bytes,
         )
+        self._class = IdClass.of(student)
+        self.num_columns = student.vocab_size if self._class is None else self._class.num_columns
+        """Columns of logits in use: V, less where ids count as one."""
+        self._share = self.table[:0]
         self.chunk_rows, self.stride = self._buffers.chunk_rows, self._buffers.stride
         self._spare = self._buffers.spare
         self._allocate()
-        self._biases = {side: _swapped_bias(self._side(side)) for side in SIDES}
+        self._biases = {side: self._bias(side) for side in SIDES}
 
     def _allocate(self) -> None:
         n, stride, v = self.chunk_rows, self.stride, self.student.vocab_size
@@ -153,6 +158,18 @@ class Passes:
 
     def _side(self, side: str) -> LazyLogits:
         return self.student if side == "student" or self.teacher is None else self.teacher
+
+    def _bias(self, side: str) -> Tensor | None:
+        """Of the columns in use."""
+        bias = swapped_bias(self._side(side))
+        return bias if bias is None or self._class is None else self._class.bias(bias)
+
+    def _merge(self, one_class: IdClass, chunk: Chunk) -> None:
+        """Makes one column of the ids that count as one; keeps what each has of the student's."""
+        buffers = [self._student] if self.teacher is None else [self._teacher, self._student]
+        for side, logits in zip(SIDES[::-1][-len(buffers) :], buffers, strict=True):
+            head, bias = self._side(side), swapped_bias(self._side(side))
+            _, self._share = one_class.merge(logits[: len(chunk)], bias, head.scale)
 
     def head_arguments(self, side: str) -> dict[str, Any]:
         """What a kernel has to do to the raw logits of one side."""
@@ -182,6 +199,8 @@ class Passes:
             project(self.student, chunk.rows, self._student[: len(chunk)])
             if self.teacher is not None:
                 project(self.teacher, chunk.rows, self._teacher[: len(chunk)])
+            if self._class is not None:
+                self._merge(self._class, chunk)
             self._statistics(chunk, tokens)
             yield chunk
 
@@ -191,7 +210,7 @@ class Passes:
     def _launch_statistics(
         self, chunk: Chunk, tokens: Tensor | None, table: Tensor, aux: Tensor, first: int
     ) -> None:
-        block = launch_block(self.student.vocab_size, STATISTICS_BLOCK)
+        block = launch_block(self.num_columns, STATISTICS_BLOCK)
         with on_device(self.device):
             kernels.statistics_kernel[(len(chunk),)](
                 self._student,
@@ -200,7 +219,7 @@ class Passes:
                 out=table,
                 aux=aux,
                 first=first,
-                vocab_size=self.student.vocab_size,
+                vocab_size=self.num_columns,
                 stride=self.stride,
                 out_stride=table.stride(0),
                 aux_stride=aux.stride(0),
@@ -223,20 +242,21 @@ class Passes:
                 aux=self.aux,
                 value=value,
                 mean=mean,
-                vocab_size=self.student.vocab_size,
+                vocab_size=self.num_columns,
                 stride=self.stride,
                 aux_stride=self.chunk_rows,
                 w=float(w),
                 JSD=is_jsd,
-                BLOCK=launch_block(self.student.vocab_size, STATISTICS_BLOCK),
+                BLOCK=launch_block(self.num_columns, STATISTICS_BLOCK),
                 num_warps=STATISTICS_WARPS,
                 **self.pair_arguments(),
             )
         return Mixture(weight, w, value, mean)
 
     def logits(self, side: str, chunk: Chunk) -> Tensor:
-        """Raw logits `[n, V]` of "student" or "teacher"."""
-        return (self._student if side == "student" else self._teacher)[: len(chunk)]
+        """Raw logits of the columns in use `[n, V]` of "student" or "teacher"."""
+        logits = self._student if side == "student" else self._teacher
+        return logits[: len(chunk), : self.num_columns]
 
     def logits_at(self, side: str, chunk: Chunk, ids: Tensor) -> Tensor:
         """Logits `[n, k]` at some ids of each row."""
@@ -277,7 +297,17 @@ class Passes:
         return slope
 
     def gradient(self, chunk: Chunk, slopes: Slopes) -> Tensor:
-        """Gradient of the raw student logits `[n, V]` in the hidden states' dtype.
+        """Gradient of the raw student logits `[n, V]` in the hidden states' dtype; see `_columns`.
+
+        Of ids that count as one, each has its share of their column's.
+        """
+        found = self._columns(chunk, slopes)
+        if self._class is not None:
+            self._class.spread(found, self._share)
+        return found
+
+    def _columns(self, chunk: Chunk, slopes: Slopes) -> Tensor:
+        """The same, of the columns in use; the others are not filled.
 
         It takes the place of the student's logits, which are gone afterwards. Where it is half
         as wide, its rows end before the logits that have not been read yet: rows `[i, j)` are
@@ -300,8 +330,9 @@ class Passes:
             wide.scatter_(-1, slopes.replaced[0], slopes.replaced[1].float())
         wide.scatter_add_(-1, slopes.added[0], slopes.added[1].float())
         if self._is_narrow:
+            used = slice(self.num_columns)
             for first, last in self._spans(len(chunk)):
-                found[first:last].copy_(wide[first:last])
+                found[first:last, used].copy_(wide[first:last, used])
         return found
 
     def _spans(self, size: int) -> Iterator[tuple[int, int]]:
@@ -314,8 +345,8 @@ class Passes:
     def _launch_gradient(
         self, chunk: Chunk, slopes: Slopes, first: int, last: int, out: Tensor
     ) -> None:
-        block = launch_block(self.student.vocab_size, GRADIENT_BLOCK)
-        num_blocks = math.ceil(self.student.vocab_size / block)
+        block = launch_block(self.num_columns, GRADIENT_BLOCK)
+        num_blocks = math.ceil(self.num_columns / block)
         none = self.aux
         jsd, skew = slopes.jsd, slopes.skew
         kernels.gradient_kernel[((last - first) * num_blocks,)](
@@ -336,7 +367,7 @@ class Passes:
             out=out,
             first=first,
             chunk_start=chunk.start,
-            vocab_size=self.student.vocab_size,
+            vocab_size=self.num_columns,
             num_blocks=num_blocks,
             stride=self.stride,
             aux_stride=self.chunk_rows,
@@ -366,15 +397,3 @@ def _log_sums(aux: Tensor, side: str, chunk: Chunk) -> Tensor:
     row = SIDES.index(side)
     top, inverse = aux[row, : len(chunk)].double(), aux[2 + row, : len(chunk)].double()
     return top - inverse.log()
-
-
-def _swapped_bias(side: LazyLogits) -> Tensor | None:
-    if side.bias is None:
-        return None
-    bias = side.bias.detach().contiguous()
-    if side.swap is None:
-        return bias
-    first, second = side.swap
-    bias = bias.clone()
-    bias[first], bias[second] = side.bias[second], side.bias[first]
-    return bias

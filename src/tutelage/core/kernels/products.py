@@ -25,6 +25,19 @@ def project(side: LazyLogits, rows: slice, out: Tensor) -> None:
         out[:, second] = kept
 
 
+def swapped_bias(side: LazyLogits) -> Tensor | None:
+    """The head's bias in the order of the logits of `project`."""
+    if side.bias is None:
+        return None
+    bias = side.bias.detach().contiguous()
+    if side.swap is None:
+        return bias
+    first, second = side.swap
+    bias = bias.clone()
+    bias[first], bias[second] = side.bias[second], side.bias[first]
+    return bias
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out ← a b in float32 from operands of any one dtype, without gradient."""
     if a.dtype == torch.float32:

@@ -36,7 +36,7 @@ MOST_TOP = 128
 
 def top(work: Passes, side: str, chunk: Chunk, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row of a side, `[n, k]` ids and logits, largest first."""
-    logits, v = work.logits(side, chunk), work.student.vocab_size
+    logits, v = work.logits(side, chunk), work.num_columns
     count = math.ceil(v / SEGMENT)
     maxima = torch.empty(len(chunk), count, dtype=torch.float32, device=work.device)
     num_blocks = math.ceil(count / _SEGMENTS)
@@ -84,11 +84,11 @@ class More:
                 work.logits("teacher", chunk),
                 aux=work.aux,
                 out=out,
-                vocab_size=work.student.vocab_size,
+                vocab_size=work.num_columns,
                 stride=work.stride,
                 aux_stride=work.chunk_rows,
                 out_stride=len(chunk),
-                BLOCK=launch_block(work.student.vocab_size, STATISTICS_BLOCK),
+                BLOCK=launch_block(work.num_columns, STATISTICS_BLOCK),
                 num_warps=STATISTICS_WARPS,
                 **work.pair_arguments(),
             )
@@ -111,13 +111,13 @@ class More:
                 work.logits("teacher", chunk),
                 aux=work.aux,
                 out=out,
-                vocab_size=work.student.vocab_size,
+                vocab_size=work.num_columns,
                 stride=work.stride,
                 aux_stride=work.chunk_rows,
                 share=HEAD_MASS,
                 WAYS=8,
                 TURNS=11,  # 8¹⁰ ≥ 2³⁰ numbers, and one for rounding up
-                BLOCK=launch_block(work.student.vocab_size, 1024),
+                BLOCK=launch_block(work.num_columns, 1024),
                 num_warps=8,
                 **work.pair_arguments(),
             )
