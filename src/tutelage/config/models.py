@@ -95,9 +95,10 @@ class TeacherConfig:
     """Bits of the weights; needs the extra `lowbit`."""
     hidden_budget_bytes: int = 4 << 30
     """Hidden states of one step kept in main memory; more go to a file in the run folder."""
-    stop_token: Literal["map", "refuse"] = "map"
-    """Where student and teacher end a text with different ids: map exchanges them for the teacher,
-    refuse ends the run."""
+    stop_token: Literal["map", "class", "refuse"] = "map"
+    """Where student and teacher end a text with different ids: map exchanges them for the teacher;
+    class adds up the probability of all ids that end a text for one side or the other, also where
+    a side has several; refuse ends the run."""
     sharding: TeacherSharding = "none"
     """Where several processes share a run: none keeps the weights whole in each; fsdp2 cuts them
     into as many parts, of which each process keeps one, and gathers a layer while it is computed;

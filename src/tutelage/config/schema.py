@@ -245,6 +245,7 @@ class Config:
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
         self._require_sharded()
         self._require_stored()
+        self._require_comparable_stops()
         updates, prompts, threads = self.updates_per_step, self.prompts_per_step, self.num_threads
         require(0 <= threads <= 1024, "num_threads", "from 0 to 1024", threads, "0 is torch's own.")
         hint = "Every update trains on the same number of prompts."
@@ -281,6 +282,17 @@ class Config:
         rule, hint = "resident with an adapter", "Its frozen base is the student's own."
         is_possible = teacher.mode == "resident" or teacher.is_copied
         require(is_possible, "teacher.mode", rule, teacher.mode, hint)
+
+    def _require_comparable_stops(self) -> None:
+        """What sampled reports the log-probability of one id, the objective has that of a class."""
+        rollouts, engine = self.rollouts, self.engine
+        is_ahead = isinstance(engine, VLLMServer) and bool(engine.max_staleness)
+        is_older = is_ahead or not isinstance(rollouts, LiveRollouts)
+        is_possible = not (is_older and needs_sampler(self.objective))
+        hint = "Older completions have the log-probabilities of single ids."
+        rule = f"map or refuse with objective.kind = {self.objective.kind} and older completions"
+        policy = self.teacher.stop_token
+        require(is_possible or policy != "class", "teacher.stop_token", rule, policy, hint)
 
     def _require_sharded(self) -> None:
         """What works on the parts of weights that fsdp2 leaves with a process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,7 @@ class Student(nn.Module):
         vocab_size: int,
         mesh: DeviceMesh | None = None,
         is_offloaded: bool = False,
+        stops: tuple[int, ...] = (),
     ) -> None:
         """Take a model as it is, or cut its weights into parts, in place.
 
@@ -47,10 +49,12 @@ class Student(nn.Module):
             vocab_size: ids that both models know.
             mesh: processes that share the weights, of `sharding_mesh`; None keeps them whole.
             is_offloaded: whether the parts lie in main memory.
+            stops: ids that count as one wherever the student is compared with a teacher.
         """
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.stops = stops
         self.mesh = mesh
         # In a tuple, so that it counts as no part of this module.
         self._plain = (model if mesh is None else plain_copy(model),)
@@ -89,6 +93,7 @@ class Student(nn.Module):
         terms: Sequence[tuple[Term, Tensor | float]] = ((ReverseKL(), 1.0),),
         extras: Sequence[str] = (),
         hidden: Tensor | None = None,
+        has_stops: bool = True,
     ) -> Objective | TokenStats:
         """Scores every row (`rows` is None, no gradient) or learns from the given ones.
 
@@ -99,6 +104,8 @@ class Student(nn.Module):
             terms: terms of the objective with their weights, `[K]` or one number each.
             extras: names of extra statistics to compute.
             hidden: hidden states of the N rows that are known already `[N, D]`, for scoring.
+            has_stops: whether `stops` count as one; False for the sampled ids' own
+                log-probabilities, as an engine reports them.
 
         Returns:
             `TokenStats` of N rows, or the `Objective` of K rows, a sum.
@@ -109,12 +116,16 @@ class Student(nn.Module):
         if rows is None:
             with torch.no_grad():
                 known = hidden_rows(self.model, batch) if hidden is None else hidden
-                logits = head(self.model, known, self.vocab_size)
+                logits = self._compared(head(self.model, known, self.vocab_size), has_stops)
                 return token_stats(logits, teacher, batch.tokens, extras=extras)
         if teacher is None:
             raise ValueError("nothing can be learned without a teacher; give its logits.")
-        logits = head(self.model, hidden_rows(self.model, batch), self.vocab_size)
+        found = head(self.model, hidden_rows(self.model, batch), self.vocab_size)
+        logits = self._compared(found, has_stops)
         return composite_objective(logits[rows], teacher[rows], terms, extras=extras)
+
+    def _compared(self, logits: LazyLogits, has_stops: bool) -> LazyLogits:
+        return replace(logits, one_class=self.stops) if has_stops and self.stops else logits
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> LazyLogits:

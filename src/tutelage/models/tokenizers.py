@@ -336,13 +336,14 @@ def eos_remap(
     Args:
         student: the student's tokenizer.
         teacher: the teacher's tokenizer, with the same vocabulary.
-        policy: "map" to let the ids trade places for the teacher, "refuse" to stop.
+        policy: "map" to let the ids trade places for the teacher, "refuse" to stop, "class" where
+            they count as one and need no exchange.
 
     Raises:
         ModelError: they differ and the policy is "refuse", or one alone has none.
     """
     ids = (student.eos_token_id, teacher.eos_token_id)
-    if ids[0] == ids[1]:
+    if ids[0] == ids[1] or policy == "class":
         return None
     if None in ids:
         without, other = ("student", teacher) if ids[0] is None else ("teacher", student)

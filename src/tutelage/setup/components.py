@@ -40,6 +40,7 @@ from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
 from tutelage.models.self_teacher import StudentAsTeacher
 from tutelage.models.sharding import num_processes, require_shardable_student, sharding_mesh
+from tutelage.models.stop_class import stop_class
 from tutelage.models.student import Student
 from tutelage.models.teacher_protocol import AnyTeacher
 from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
@@ -104,7 +105,8 @@ class Components:
             return
         with self.student.whole() as model:
             try:
-                yield replace(self, student=Student(model, self.student.vocab_size))
+                student = Student(model, self.student.vocab_size, stops=self.student.stops)
+                yield replace(self, student=student)
             finally:
                 forget(model)  # what captured steps hold of the weights
 
@@ -180,17 +182,21 @@ def plain_student(
 
 
 def shared_student(
-    config: Config, model: PreTrainedModel, vocab_size: int, device: torch.device
+    config: Config,
+    model: PreTrainedModel,
+    vocab_size: int,
+    device: torch.device,
+    stops: tuple[int, ...] = (),
 ) -> Student:
     """The student, its weights in parts where several processes share them; alone one has all."""
     start = config.student
     if start.sharding == "fsdp2":
         require_shardable_student(model)
     if start.sharding == "none" or num_processes() == 1:
-        return Student(model, vocab_size)
+        return Student(model, vocab_size, stops=stops)
     mesh = sharding_mesh(device, start.sharding_group_size)
     is_offloaded = config.optimizer.offload and device.type != "cpu"
-    return Student(model, vocab_size, mesh, is_offloaded)
+    return Student(model, vocab_size, mesh, is_offloaded, stops)
 
 
 def masters_of(config: Config, student: Student) -> MasterWeights:
@@ -326,6 +332,9 @@ def build_components(
         output_embeddings(other).weight.shape[0],
     )
     refuse_remap_beyond(found.remap, vocab_size)
+    stops: tuple[int, ...] = ()
+    if config.teacher.stop_token == "class":
+        stops = stop_class((student, tokenizer), (other, found.teacher_tokenizer), vocab_size)
     warnings = (*found.warnings, *model_warnings(config, found, student, other, vocab_size))
     warnings += tuple(copy_warnings(config, student if student_model is None else None, other))
     if inputs is not None:
@@ -338,7 +347,7 @@ def build_components(
     notes = _try_student(config, student, vocab_size)
     if loaded is not None and (is_run or config.teacher.sharding == "none"):
         notes += try_teacher(config, loaded)
-    trained = shared_student(config, student, vocab_size, device)
+    trained = shared_student(config, student, vocab_size, device, stops)
     masters = masters_of(config, trained)
     teacher: AnyTeacher = loaded or _self_teacher(config, trained, masters, student_model, scratch)
     service = verifiers_service(config, task, student, tokenizer)

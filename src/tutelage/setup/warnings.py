@@ -16,6 +16,7 @@ from tutelage.config.self_teacher import SelfTeacher
 from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask
 from tutelage.errors import ConfigError
+from tutelage.models.head import head_form
 from tutelage.models.limits import context_limit, has_position_table
 from tutelage.models.load import DTYPES, file_dtype
 from tutelage.models.reference import resolve_model
@@ -192,6 +193,7 @@ def model_warnings(
             "completion runs to sampling.max_new_tokens. Add eos_token_id to its "
             "generation_config.json"
         )
+    yield from _stop_class_warnings(config, inputs.device, student)
     if isinstance(config.teacher, SelfTeacher):
         yield from _self_warnings(config, config.teacher, inputs.prompts, student)
     elif config.student.num_layers is None and _is_same(config, student, teacher):
@@ -209,6 +211,19 @@ def model_warnings(
                 f"the teacher has {sizes[1]:,} parameters and the student {sizes[0]:,}: it is "
                 "smaller than the student. Check student.model and teacher.model"
             )
+
+
+def _stop_class_warnings(
+    config: Config, device: torch.device, student: PreTrainedModel
+) -> Iterator[str]:
+    """A class of ids can have a logit above a soft cap, which the kernels apply as they read."""
+    if config.teacher.stop_token != "class" or device.type != "cuda":
+        return
+    if head_form(student).softcap is not None:
+        yield (
+            "teacher.stop_token = 'class' with logits that have a soft cap leaves the objective to "
+            "torch, without the fused kernels: it is slower and takes more memory. 'map' uses them"
+        )
 
 
 def _self_warnings(

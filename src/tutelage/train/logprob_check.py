@@ -53,7 +53,7 @@ def engine_mismatch(
     sums = torch.zeros(len(known), 2, dtype=torch.float64)
     for batch in batches[:count]:
         with torch.no_grad():
-            log_p = student(batch, None).log_p
+            log_p = student(batch, None, has_stops=False).log_p
         gap = (log_p - sampler_logprobs([batch], rollouts).to(log_p)).abs().double().cpu()
         sizes = [len(rollouts[name].logprobs) for name in batch.names]
         for name, part in zip(batch.names, gap.split(sizes), strict=True):

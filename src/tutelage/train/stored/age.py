@@ -65,8 +65,9 @@ def compare_with_sampler(
         step.checks |= ratio_metrics(torch.zeros(0), torch.zeros(0), step.ranks)
         return
     batches = [micro_batch.batch for micro_batch in micro_batches]
-    if log_p is None:
+    if log_p is None or step.components.student.stops:
         with step.clock.phase("score"), torch.no_grad():
-            log_p = torch.cat([step.student(batch, None).log_p for batch in batches])
+            found = [step.student(batch, None, has_stops=False) for batch in batches]
+            log_p = torch.cat([stats.log_p for stats in found])
     reported = sampler_logprobs(batches, step.named(rollouts))
     step.checks |= ratio_metrics(log_p, reported, step.ranks)
