@@ -16,7 +16,10 @@ CORE_MUTANTS: dict[str, Group] = {
             ("gap.masked_fill(q == 0, 0.0) if has_inf else gap", "gap"),
             ("logits.masked_fill(p == 0, 0.0) if has_inf else logits", "logits"),
             ("return top, start + place", "return top, place"),
-            ("stop = min(start + rows, n)", "stop = min(start + rows, n - 1) or 1"),
+            (
+                "stop, merged = min(start + rows, n), None",
+                "stop, merged = min(start + rows, n - 1) or 1, None",
+            ),
         ],
     ),
     "core/objective.py": (
