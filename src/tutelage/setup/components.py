@@ -199,6 +199,20 @@ def shared_student(
     return Student(model, vocab_size, mesh, is_offloaded, stops)
 
 
+def _stops(
+    config: Config,
+    inputs: Inputs,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    vocab_size: int,
+) -> tuple[int, ...]:
+    """Ids that count as one; none where every id is one of its own."""
+    if config.teacher.stop_token != "class":
+        return ()
+    sides = (student, inputs.tokenizer), (teacher, inputs.teacher_tokenizer)
+    return stop_class(*sides, vocab_size)
+
+
 def masters_of(config: Config, student: Student) -> MasterWeights:
     """The tensors that the optimizer updates, in main memory where it is to update there."""
     trained = (weight for weight in student.model.parameters() if weight.requires_grad)
@@ -332,9 +346,7 @@ def build_components(
         output_embeddings(other).weight.shape[0],
     )
     refuse_remap_beyond(found.remap, vocab_size)
-    stops: tuple[int, ...] = ()
-    if config.teacher.stop_token == "class":
-        stops = stop_class((student, tokenizer), (other, found.teacher_tokenizer), vocab_size)
+    stops = _stops(config, found, student, other, vocab_size)
     warnings = (*found.warnings, *model_warnings(config, found, student, other, vocab_size))
     warnings += tuple(copy_warnings(config, student if student_model is None else None, other))
     if inputs is not None:
