@@ -221,6 +221,7 @@ def _draw(config: Config, components: Components, recipe: Recipe) -> Peak:
                 raise RuntimeError("the captured step is not the model's own.")
         few = replace(config.sampling, max_new_tokens=FEW_TOKENS)
         components.sampler.sample(RolloutRequest(prompts, few, (0, 1)))
+    components.forget_draws()
     return peak
 
 

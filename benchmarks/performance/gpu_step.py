@@ -162,6 +162,11 @@ def step_ours() -> dict[str, Any]:
     return _ours("1.7B", "4B")
 
 
+def step_ours_offloaded() -> dict[str, Any]:
+    """The same with float32 weights, sums of gradients and moments in main memory."""
+    return _ours("1.7B", "4B", optimizer={"offload": True})
+
+
 def step_ours_soft_or() -> dict[str, Any]:
     """1.7B ← 4B, Soft-OR 50 %."""
     return _ours("1.7B", "4B", selection={"rule": "soft_or", "keep": 0.5})
@@ -357,6 +362,7 @@ def _digest(path: Path) -> str:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ceilings": ceilings,
     "step_ours": step_ours,
+    "step_ours_offloaded": step_ours_offloaded,
     "step_trl": step_trl,
     "first_step": first_step,
     "step_ours_soft_or": step_ours_soft_or,

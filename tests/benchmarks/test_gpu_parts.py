@@ -104,7 +104,9 @@ def test_the_first_step_is_apart_from_loading(monkeypatch: pytest.MonkeyPatch) -
     assert found["first_step_s"] == sum(found["phases_s"].values()) < found["with_loading_s"]
 
 
-@pytest.mark.parametrize("name", ["step_ours", "step_ours_soft_or", "step_ours_small"])
+@pytest.mark.parametrize(
+    "name", ["step_ours", "step_ours_offloaded", "step_ours_soft_or", "step_ours_small"]
+)
 def test_whole_steps_run(name: str) -> None:
     found = gpu_step.PARTS[name]()
     assert json.loads(json.dumps(found)) == found

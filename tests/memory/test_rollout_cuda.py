@@ -8,7 +8,6 @@ from eager import cpu_device, make_model
 from tutelage.memory.meta_model import Live, shadow
 from tutelage.memory.rollout_cuda import rollout_memory
 from tutelage.rollout.cuda.extend import Following
-from tutelage.rollout.cuda.generate import KEPT_SHARE
 from tutelage.rollout.cuda.kv_slots import KVSlots
 
 
@@ -16,10 +15,8 @@ def test_slots_are_planned_by_their_shape() -> None:
     model = make_model("qwen3")
     real = KVSlots(model, cpu_device(), 5, 20)
     twin = shadow(model)
-    planned = rollout_memory(twin, 5, 4, (10, 10), 1 << 40)
+    planned = rollout_memory(twin, 5, 4, (10, 10))
     assert planned.cache == real.cache.nbytes == 2 * 2 * 5 * 2 * 256 * 32 * 4
-    assert planned.is_kept
-    assert not rollout_memory(twin, 5, 4, (10, 10), KEPT_SHARE * planned.cache - 1).is_kept
     rows = sum(x.nbytes for x in vars(real.rows).values())
     work = [
         sum(x.nbytes for x in vars(real.work(n, real.num_splits(n, 20), 40)).values())
@@ -30,14 +27,13 @@ def test_slots_are_planned_by_their_shape() -> None:
 
 def test_a_model_without_a_captured_step_keeps_a_token_in_each_place() -> None:
     twin = shadow(make_model("qwen3", head_dim=24))
-    planned = rollout_memory(twin, 5, 4, (10, 10), 1 << 40)
+    planned = rollout_memory(twin, 5, 4, (10, 10))
     assert 5 * 20 * 2 * 2 * 2 * 24 * 4 <= planned.cache <= 1.5 * 5 * 20 * 2 * 2 * 2 * 24 * 4
-    assert not planned.is_kept
 
 
 def test_prompts_that_are_read_in_portions_hold_two_of_them() -> None:
     twin = shadow(make_model("qwen3", max_position_embeddings=9000))
-    one, two = (rollout_memory(twin, 2, n, (9000, 10), 1 << 40).prefill for n in (1, 2))
+    one, two = (rollout_memory(twin, 2, n, (9000, 10)).prefill for n in (1, 2))
     assert one < two < 2 * one
 
 
@@ -51,6 +47,6 @@ def test_a_pass_over_insertions_is_planned_by_its_shape() -> None:
     with Live(held) as live:
         slots.extend(model, following, 0)
     twin = shadow(model)
-    single, planned = (rollout_memory(twin, 4, 1, (2, 998), 1 << 40, n).prefill for n in (0, 199))
+    single, planned = (rollout_memory(twin, 4, 1, (2, 998), n).prefill for n in (0, 199))
     assert single < live.peak / 10
     assert live.peak <= planned < 1.5 * live.peak  # a CPU needs no copy of the mask

@@ -10,21 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tiny import tiny_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, MissingExtraError, RunError
-from tutelage.evaluation.measure import measure
+from tutelage.evaluation.measure import held_out_reverse_kl, measure
 from tutelage.models.load import load_model
 from tutelage.models.lora import add_lora, full_weights, merge
 from tutelage.models.reference import ResolvedModel
+from tutelage.rollout.cuda import generate as cuda
 from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup import components as setup
 from tutelage.setup import validate
 from tutelage.setup.teacher import _versions
 from tutelage.train.loop import train
+from tutelage.train.score_request import rollouts_of
+from tutelage.train.step import Step
 from tutelage.train.token_scores import ScoreRequest, score
 
 
@@ -191,3 +195,39 @@ def test_full_weights_of_an_adapter_are_those_of_the_merged_model(tiny_models: P
     assert set(found) == set(expected) == set(names)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_draw_keeps_its_slots_and_no_phase_behind_it_finds_them(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = {"num_problems": 1, "num_samples": 1, "teacher": False}
+    config = tiny_config(tiny_models, tmp_path / "run", evaluation=evaluation)
+    components = setup.build_components(config)
+    sample, slots = TransformersSampler.sample, cuda._SLOTS
+
+    def opening(sampler: TransformersSampler, request: RolloutRequest) -> list[Rollout]:
+        slots[sampler.model] = object()  # type: ignore[assignment]
+        return sample(sampler, request)
+
+    monkeypatch.setattr(TransformersSampler, "sample", opening)
+    optimizer = torch.optim.SGD(components.student.parameters(), lr=0.0)
+    step = Step(config, components, Accelerator(cpu=True), components.student, optimizer)
+    with components.whole():
+        components.sampler.sample(step.request(1))
+        assert components.student.model in slots  # for the turns of a draw
+    assert not slots
+    step.generate(1)
+    assert not slots
+
+    found: list[bool] = []
+    nats = held_out_reverse_kl
+
+    def reading(*arguments: Any) -> Any:
+        found.append(bool(slots))
+        return nats(*arguments)
+
+    monkeypatch.setattr("tutelage.evaluation.measure.held_out_reverse_kl", reading)
+    measure(config, components, 1)
+    assert found == [False]
+    rollouts_of(config, components, ScoreRequest(num_prompts=1))
+    assert not slots

@@ -82,6 +82,7 @@ def measure(
     if not sampler.has_own_weights:  # the same model, in the evaluation's own batches
         sampler = _transformers(config, components, components.student.model)
     student = _evaluate(config, components, sampler, "student", on_phase, shares)
+    components.forget_draws()
     on_phase("held-out KL")
     nats = held_out_reverse_kl(
         components.student,

@@ -170,19 +170,12 @@ class _Plan:
         lengths = (self.prompt_tokens, self.config.max_completion_tokens)
         inserted = self.config.max_completion_tokens - self.config.sampling.max_new_tokens
         prompts = min(rows, 1 + -(-(rows - 1) // num_samples))
-        return rollout_memory(model, rows, prompts, lengths, self.facts.total_bytes, inserted)
+        return rollout_memory(model, rows, prompts, lengths, inserted)
 
     @cached_property
     def rest(self) -> dict[str, int]:
-        """Without the teacher. What a draw captured has the addresses of whole weights, which those
-        that were gathered lose."""
-        is_kept = self.is_drawn_here and self.draws.is_kept and self.shards is None
-        return {
-            "workspaces": self.facts.workspace_bytes,
-            **self.own.device,
-            "KV cache": self.draws.cache if is_kept else 0,
-            "decoding step": self.draws.step if is_kept else 0,
-        }
+        """Without the teacher. Of a draw nothing is left behind it."""
+        return {"workspaces": self.facts.workspace_bytes, **self.own.device}
 
     @property
     def teacher_bytes(self) -> int:
@@ -224,13 +217,12 @@ class _Plan:
     # --- phases
 
     def evaluate(self) -> Phase:
-        """The teacher draws beside the student."""
+        """The teacher draws, when what the student's draws needed has been given back."""
         config = self.config
         rows = min(config.sampling_batch_size, self.sizes.evaluated)
         draws = self._draws(self.teacher, rows, config.evaluation.num_samples)
         rest = self.rest | {"optimizer": 0}
-        mine = {"KV cache": rest["KV cache"] + draws.cache}
-        mine |= {"decoding step": rest["decoding step"] + draws.step, "prefill": draws.prefill}
+        mine = {"KV cache": draws.cache, "decoding step": draws.step, "prefill": draws.prefill}
         mine |= {"teacher": stored_bytes(self.teacher), "whole weights": self.own.whole}
         return Phase("evaluate", rest | mine)
 

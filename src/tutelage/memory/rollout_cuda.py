@@ -13,7 +13,7 @@ from tutelage.memory.meta_model import reading
 from tutelage.rollout.cuda.blocks import num_splits, num_vocab_blocks
 from tutelage.rollout.cuda.decode_step import is_covered, sizes_of
 from tutelage.rollout.cuda.extend import EXTEND_CHUNK, EXTEND_TOKENS
-from tutelage.rollout.cuda.generate import KEPT_SHARE, PREFILL_TOKENS
+from tutelage.rollout.cuda.generate import PREFILL_TOKENS
 from tutelage.rollout.cuda.kv_slots import STEPS, bucket, make_cache
 from tutelage.rollout.cuda.state import Sizes, make_rows, make_work
 
@@ -34,8 +34,6 @@ class RolloutMemory:
     """What the captured steps of every batch size write into, or the own step's logits."""
     prefill: int
     """The largest pass over prompts, with its own cache, or over ids that are inserted."""
-    is_kept: bool
-    """Whether slots and steps stay between batches."""
 
 
 def rollout_memory(
@@ -43,7 +41,6 @@ def rollout_memory(
     num_rows: int,
     num_prompts: int,
     lengths: tuple[int, int],
-    device: int,
     num_inserted: int = 0,
 ) -> RolloutMemory:
     """What sampling takes.
@@ -53,7 +50,6 @@ def rollout_memory(
         num_rows: completions that are open at the same time.
         num_prompts: prompts that are prefilled for them.
         lengths: tokens of the longest prompt and completion, inserted ones included.
-        device: bytes of the device.
         num_inserted: most tokens that are inserted at once; 0 where completions have one turn.
     """
     prompt, length = lengths[0], sum(lengths)
@@ -65,7 +61,7 @@ def rollout_memory(
         cache = reading(twin, (num_rows, length), is_cached=True).kept
         vocab_size = twin.get_output_embeddings().weight.shape[0]
         # the logits in the model's dtype, then probabilities and their sums in float64
-        return RolloutMemory(cache, num_rows * vocab_size * (16 + twin.dtype.itemsize), read, False)
+        return RolloutMemory(cache, num_rows * vocab_size * (16 + twin.dtype.itemsize), read)
     sizes = replace(sizes_of(twin), device=torch.device("meta"))
     cache = make_cache(sizes, num_rows, length).nbytes
     if num_inserted:
@@ -75,7 +71,7 @@ def rollout_memory(
     for count in _buckets(num_rows):
         splits = num_splits(count, sizes.num_groups, length, _PROCESSORS)
         step += _bytes(make_work(sizes, count, blocks, splits))
-    return RolloutMemory(cache, step, read, cache <= device // KEPT_SHARE)
+    return RolloutMemory(cache, step, read)
 
 
 def _extension(

@@ -98,17 +98,29 @@ class Components:
     def whole(self) -> Iterator[Components]:
         """The same with a student that has all weights, for the time of the block.
 
-        Where they lie in parts, every process has to enter together. Inside none waits for another.
+        Behind the block nothing is left on the device of what was sampled in it. Where the weights
+        lie in parts, every process has to enter together. Inside none waits for another.
         """
         if not self.student.is_sharded:
-            yield self
+            try:
+                yield self
+            finally:
+                self.forget_draws()
             return
         with self.student.whole() as model:
+            student = Student(model, self.student.vocab_size, stops=self.student.stops)
+            whole = replace(self, student=student)
             try:
-                student = Student(model, self.student.vocab_size, stops=self.student.stops)
-                yield replace(self, student=student)
+                yield whole
             finally:
-                forget(model)  # what captured steps hold of the weights
+                whole.forget_draws()
+
+    def forget_draws(self) -> None:
+        """Free caches and captured steps of the student's draws, whose memory other phases need.
+
+        The next draw captures its steps again, which takes hundredths of a second.
+        """
+        forget(self.student.model)
 
 
 def _student(

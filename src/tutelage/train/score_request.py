@@ -107,6 +107,7 @@ def _sampled(
     )
     with shares.uninterrupted(components.sampler.has_own_weights):
         rollouts = shares.apart(partial(components.sampler.sample, request))
+    components.forget_draws()
     places = [i * k + sample for i in mine for sample in range(k)]
     return dict(zip(places, rollouts, strict=True))
 

@@ -218,6 +218,7 @@ def _panel(config: Config, components: Components, shares: Shares) -> dict[int, 
     mine, seed = shares.mine(len(prompts)), (config.seed, _PANEL_SEED)
     request = RolloutRequest([prompts[i] for i in mine], once, seed, agent=agent)
     rollouts = shares.apart(partial(components.sampler.sample, request))
+    components.forget_draws()
     return dict(zip(mine, rollouts, strict=True))
 
 

@@ -33,12 +33,9 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 16384
 """Most tokens, padding included, of one prefill."""
-KEPT_SHARE = 16
-"""Caches that need more than this part of the device's memory are given back after a batch."""
-
 
 _SLOTS: WeakKeyDictionary[Any, KVSlots] = WeakKeyDictionary()
-"""The slots of each model that has sampled."""
+"""The slots of each model that has sampled, until `forget`."""
 _TOLD: WeakSet[Any] = WeakSet()
 
 
@@ -144,7 +141,6 @@ class GraphGenerator:
             elif segment is None:
                 break
             ahead = segment
-        self._give_back()
 
     def rollout(self, row: OpenRollout) -> Rollout:
         """A finished completion."""
@@ -300,14 +296,6 @@ class GraphGenerator:
         index, end = send([[i for i, _ in extended], [x.end for x in following]], rows.token)
         rows.hidden[index] = states
         rows.position[index] = end.int()
-
-    def _give_back(self) -> None:
-        """Free large caches, whose memory training needs."""
-        cache = self.slots.cache
-        if cache.is_cuda:
-            total = torch.cuda.get_device_properties(cache.device).total_memory
-            if cache.nbytes > total // KEPT_SHARE:
-                _SLOTS.pop(self.model, None)
 
 
 def _prefill_batches(prompts: Sequence[Ids]) -> Iterator[list[Ids]]:
