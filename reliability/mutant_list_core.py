@@ -26,17 +26,22 @@ CORE_MUTANTS: dict[str, Group] = {
         ["core/test_objective.py", "core/test_objective_edges.py", "core/test_terms.py"],
         [
             (
-                "_weighted(a, block.reverse_kl) + _weighted(b, block.forward_kl)",
-                "_weighted(a, block.reverse_kl) - _weighted(b, block.forward_kl)",
+                "weighted(a, block.reverse_kl) + weighted(b, block.forward_kl)",
+                "weighted(a, block.reverse_kl) - weighted(b, block.forward_kl)",
             ),
             (
                 "block.gap.sub_(block.mean_gap).mul_(a[:, None])",
                 "block.gap.mul_(a[:, None])",
             ),
             ("gradient.sub_(block.q.mul_(b[:, None]))", "gradient.sub_(block.q)"),
-            ("return weight * value.masked_fill(weight == 0, 0.0)", "return weight * value"),
             ("        if torch.is_grad_enabled():  # create", "        if False:  # create"),
             ("b = b * self.gate(block.teacher_entropy)", "b = b * self.gate(block.entropy)"),
+        ],
+    ),
+    "core/_sums.py": (
+        ["core/test_objective.py", "core/test_objective_edges.py", "core/test_terms.py"],
+        [
+            ("return weight * value.masked_fill(weight == 0, 0.0)", "return weight * value"),
         ],
     ),
     "core/_gradients.py": (
@@ -101,12 +106,9 @@ CORE_MUTANTS: dict[str, Group] = {
             ("return self.q / self.q.sum(-1, keepdim=True)", "return self.q"),
             ("value + weighted_gap(top.log_q_rest, top.log_p_rest)", "value + 0"),
             ("gradient = block.p - top.rest_of_q_shaped_as_p()", "gradient = block.p - block.q"),
-            ("value = -torch.minimum(", "value = -torch.maximum("),
-            (
-                "is_active = ratio * advantage <= clipped",
-                "is_active = ratio * advantage >= clipped",
-            ),
-            ("advantage = log_q - old", "advantage = log_q - log_p"),
+            ("return -torch.minimum(plain", "return -torch.maximum(plain"),
+            ("is_active = plain <= clipped", "is_active = plain >= clipped"),
+            (".exp(), log_q - old, bounds)", ".exp(), log_q - log_p, bounds)"),
             ("return factor * block.forward_kl, gradient", "return block.forward_kl, gradient"),
             (
                 "ids = block.teacher_logits.topk(",
@@ -119,6 +121,23 @@ CORE_MUTANTS: dict[str, Group] = {
             (
                 "gradient: Tensor = p * (g - torch.linalg.vecdot(p, g)[:, None])",
                 "gradient: Tensor = p * g",
+            ),
+        ],
+    ),
+    "core/policy.py": (
+        ["core/test_policy.py"],
+        [
+            ("bounds = (1 - self.clip_low, 1", "bounds = (1 - self.clip_high, 1"),
+            ("1 + self.clip_high)", "1 + self.clip_low)"),
+            ("(groups.std(1, keepdim=True) + STD_OFFSET)", "groups.std(1, keepdim=True)"),
+            ("groups.mean(1, keepdim=True)", "groups.mean()"),
+            (
+                ".masked_fill(is_uniform(rewards, num_samples)[:, None], 0.0).flatten()",
+                ".flatten()",
+            ),
+            (
+                "scatter_add_(-1, tokens, -slope[:, None])",
+                "scatter_add_(-1, tokens, slope[:, None])",
             ),
         ],
     ),

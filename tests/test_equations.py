@@ -15,7 +15,7 @@ from tutelage.config.method import (
     WeightingConfig,
 )
 from tutelage.config.parse import parse_config
-from tutelage.core import EXTRAS, NORMALIZATIONS, RULES, terms
+from tutelage.core import EXTRAS, NORMALIZATIONS, RULES, policy, terms
 from tutelage.core.weighting import GATES
 
 TEXT = (Path(__file__).parents[1] / "docs" / "equations.md").read_text(encoding="utf-8")
@@ -35,8 +35,9 @@ def choices(field: str) -> set[str]:
 def term_names() -> set[str]:
     found = {
         name
-        for name, x in vars(terms).items()
-        if isinstance(x, type) and x.__module__ == terms.__name__
+        for module in (terms, policy)
+        for name, x in vars(module).items()
+        if isinstance(x, type) and x.__module__ == module.__name__
     }
     return {name for name in found if not name.startswith("_")} - {
         "Term",

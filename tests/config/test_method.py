@@ -60,7 +60,11 @@ OBJECTIVES = {
     "eopd_sampled": 'kind = "eopd"\nestimator = "sampled"\nfkl = "topk_renorm"',
     "eopd_soft": 'kind = "eopd"\ngate = "soft"\nwidth = 0.2\nfkl = "topk_tail"\nk = 4',
     "eopd_percentile": 'kind = "eopd"\ngate = "percentile"\nthreshold = 0.8',
+    "grpo": 'kind = "grpo"',
+    "grpo_teacher": 'kind = "grpo"\nscale = "none"\nclip_high = 0.28\ndistillation_weight = 0.5',
 }
+TEACHERLESS = ("grpo",)
+"""Objectives of steps that read no teacher, with a rule and a weighting that need none."""
 WEIGHTINGS = {
     "none": 'kind = "none"',
     "selectkd": 'kind = "selectkd"\noutside = 0.1',
@@ -136,6 +140,10 @@ def assert_sound(metrics: dict[str, Any]) -> None:
     assert metrics["num_nonfinite"] == 0
     assert metrics["grad_norm"] > 0
     assert metrics["change"] > 0
+    if metrics["reverse_kl_nats"] is None:  # no teacher was read
+        assert metrics["quadrants"] == {}
+        assert "teacher_s" not in metrics["seconds"]
+        return
     shares = [q["share"] for q in metrics["quadrants"].values()]
     assert sum(shares) == pytest.approx(1, abs=1e-12)
     assert sum(q["kl_mass"] for q in metrics["quadrants"].values()) == pytest.approx(1, abs=1e-9)
@@ -166,6 +174,8 @@ def test_every_rule_trains(take: Callable[..., dict[str, Any]], selection: str) 
 def test_every_objective_trains(take: Callable[..., dict[str, Any]], objective: str) -> None:
     metrics = take(objective=objective)
     assert_sound(metrics)
+    assert (metrics["reverse_kl_nats"] is None) == (objective in TEACHERLESS)
+    assert ("reward_mean" in metrics) == ("grade_s" in metrics["seconds"]) == ("grpo" in objective)
     if objective.startswith("eopd"):
         assert 0 <= metrics["gate_share"] <= 1
         if objective in ("eopd", "eopd_sampled"):  # the gate is hard, at 0.8 nats
@@ -194,6 +204,8 @@ COMBINATIONS = [
     ("bottom", "eopd_percentile", "reward"),
     ("forward_divergence", "topk_student", "selectkd"),
     ("divergence", "akl", "fire"),
+    ("q3", "grpo", "none"),
+    ("entropy", "grpo_teacher", "paced"),
 ]
 
 
@@ -208,7 +220,7 @@ def test_the_sample_of_combinations_has_every_rule_kind_and_objective() -> None:
     seen = [set(column) for column in zip(*COMBINATIONS, strict=True)]
     assert seen[1] | {"kl"} == set(OBJECTIVES)
     assert seen[2] == set(WEIGHTINGS)
-    assert len(seen[0]) == len(COMBINATIONS)
+    assert len(seen[0]) == len(COMBINATIONS) - 1  # q3 twice
 
 
 def test_metrics_hold_the_diagnostics(take: Callable[..., dict[str, Any]]) -> None:
@@ -250,6 +262,16 @@ def test_metrics_hold_the_diagnostics(take: Callable[..., dict[str, Any]]) -> No
         ({"objective": 'kind = "skew_reverse_kl"\nalpha = 1'}, "alpha must be in [0, 1), got 1.0."),
         ({"objective": 'kind = "topk"\nk = 0'}, "objective.k must be at least 1, got 0."),
         ({"objective": 'kind = "sampled"\nclip = 0'}, "objective.clip must be above 0, got 0.0."),
+        (
+            {"objective": 'kind = "grpo"\nclip_low = 1.2'},
+            "objective.clip_low must be in (0, 1], got 1.2.",
+        ),
+        ({"objective": 'kind = "grpo"\nclip_high = 0'}, "clip_high must be above 0, got 0.0."),
+        (
+            {"objective": 'kind = "grpo"\ndistillation_weight = -1'},
+            "objective.distillation_weight must be at least 0, got -1.0.",
+        ),
+        ({"objective": 'kind = "grpo"\nclip = 0.2'}, "unknown key 'objective.clip'"),
         ({"objective": 'kind = "eopd"\nthreshold = -0.1'}, "at least 0 nats, got -0.1."),
         (
             {"objective": 'kind = "eopd"\ngate = "percentile"\nthreshold = 1.5'},
@@ -287,20 +309,22 @@ def test_weights_by_verdict_need_a_verdict_on_every_completion(kind: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_paced_with_one_sample_would_train_on_nothing() -> None:
-    table = {"student": {"model": "s"}, "teacher": {"model": "t"}, "weighting": {"kind": "paced"}}
-    with pytest.raises(ConfigError, match="num_samples must be at least 2 for paced, got 1"):
-        parse_config(table)
+@pytest.mark.parametrize(("table", "kind"), [("weighting", "paced"), ("objective", "grpo")])
+def test_with_one_sample_they_would_train_on_nothing(table: str, kind: str) -> None:
+    tables = {"student": {"model": "s"}, "teacher": {"model": "t"}, table: {"kind": kind}}
+    with pytest.raises(ConfigError, match=f"num_samples must be at least 2 for {kind}, got 1"):
+        parse_config(tables)
 
 
-def test_paced_on_prompts_without_a_grader_is_refused_and_writes_nothing(
-    tmp_path: Path, tiny_models: Path
+@pytest.mark.parametrize(("key", "kind"), [("weighting", "paced"), ("objective", "grpo")])
+def test_on_prompts_without_a_grader_they_are_refused_and_write_nothing(
+    tmp_path: Path, tiny_models: Path, key: str, kind: str
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"id": str(i), "prompt": f"a{i}+7;>"}) for i in range(6)]
     prompts.write_text("\n".join(lines))
     data = {"kind": "file", "path": str(prompts), "chat": False, "num_held_out": 1}
-    table = tiny_table(tiny_models, tmp_path / "run", data=data, weighting={"kind": "paced"})
+    table = tiny_table(tiny_models, tmp_path / "run", data=data, **{key: {"kind": kind}})
     with pytest.raises(ConfigError, match=r"but data\.grader is 'none'\. Set data\.grader"):
         train(parse_config(table), log=lambda _: None)
     assert not list((tmp_path / "run").glob("checkpoint-*"))

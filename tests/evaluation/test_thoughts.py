@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from tutelage.config.method import RewardWeighting
 from tutelage.data.prompts import FileTask, Grader
 from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation.benchmark import Benchmark, Progress, grade_rollouts, run_benchmark
 from tutelage.evaluation.scores import voting_of
 from tutelage.grading.answer import opened_thought
-from tutelage.train.step import Step
+from tutelage.train.grades import grade_step
 
 GUESS = r"First guess: \boxed{5}. No wait,"
 DONE = "so five</think>\n\n" + r"\boxed{5}"
@@ -48,16 +47,12 @@ def rollouts(*texts: str, thought: str = "<think>\n") -> list[Rollout]:
 
 
 @pytest.mark.parametrize("grader", ["number", "math"])
-def test_in_weightings(grader: Grader) -> None:
+def test_in_the_grades_of_a_step(grader: Grader) -> None:
     drawn = rollouts(GUESS, DONE)
     task = FileTask("t", (PROMPT,), grader)
-    step: Any = SimpleNamespace(
-        config=SimpleNamespace(weighting=RewardWeighting("reward")),
-        components=SimpleNamespace(task=task),
-        ranks=SimpleNamespace(by_completion=lambda codes, share: codes),
-        share=lambda count: count,
-    )
-    assert Step._verdicts(step, drawn) == [False, True]
+    ranks: Any = SimpleNamespace(by_completion=lambda values, share: values)
+    grades = grade_step(task, drawn, [0, 1], ranks)
+    assert (grades.verdicts, grades.rewards) == ([False, True], [0.0, 1.0])
     # Control: without the mark the guess would count.
     assert grade_rollouts(task.grade, rollouts(GUESS, thought="")) == [True]
 

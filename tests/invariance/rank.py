@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "local_oracle": {"selection": {"rule": "local_oracle", "keep": 0.2}},
     "percentile": {"objective": {"kind": "eopd", "gate": "percentile", "threshold": 0.7}},
     "fire": {"weighting": {"kind": "fire"}},
+    "grpo": {"objective": {"kind": "grpo", "clip_low": 0.05}, "updates_per_step": 2},
     # Ranks need different numbers of micro-batches by themselves.
     "tokens": {"micro_batch_tokens": 40, "micro_batch_size": 64},
     "updates": {
@@ -87,12 +88,24 @@ class Repeated:
         return [*half, *half]
 
 
+class Graded:
+    """A task whose grader finds something right of what a random student writes."""
+
+    def __init__(self, task: Any) -> None:
+        self.prompts = task.prompts
+
+    def grade(self, prompt: Prompt, text: str, is_truncated: bool) -> bool:
+        return sum(map(ord, text)) % 3 == 0
+
+
 def two_steps(case: str, models: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Kept rows, metrics and final weights of two AdamW steps, in float64 unless `HALF`."""
     config = case_config(models, case)
     components = build_components(config)
     if case == "repeated":
         object.__setattr__(components, "task", Repeated(components.task))
+    if case == "grpo":
+        object.__setattr__(components, "task", Graded(components.task))
     if case == "ties":
         torch.nn.init.zeros_(components.student.model.get_output_embeddings().weight)
     if case not in HALF:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,16 +25,20 @@ from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.data.formats import find_file, is_file_name
 from tutelage.data.prompts import load_prompts
 from tutelage.data.suites import SETS
-from tutelage.data.types import Prompt
+from tutelage.data.tasks import Task
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError, RunError
 from tutelage.models.load import load_model
 from tutelage.models.tiny import architecture, save_tiny_model, tiny_tokenizer
 from tutelage.models.tokenizers import vocabulary_size
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device, prompt_format, told_fields
+from tutelage.setup.objective import graded_by
 from tutelage.setup.phases import no_log
 from tutelage.teachers.server import ServedModel, serving
 from tutelage.train.checkpoint import checkpoint_path
+from tutelage.train.distributed import Ranks
+from tutelage.train.grades import Grades, grade_step
 from tutelage.train.loop import train
 
 _NUM_PROMPTS = 16
@@ -86,6 +90,8 @@ def dry_run(config: Config) -> Iterator[str]:
             small = replace(small, teacher=replace(small.teacher, url=url))
             yield f"teacher: on a server in this process, {url}"
         yield from (f"scaled: {line}" for line in _changes(config, small))
+        if graded_by(config):
+            yield "grades: every second completion counts as right; a random model never is"
         steps: list[dict[str, Any]] = []
         _train(small, steps)
         teaches_itself = isinstance(config.teacher, SelfTeacher) and not config.teacher.context
@@ -313,5 +319,12 @@ def _resumed(config: Config, metrics: dict[str, Any]) -> str:
 
 def _train(config: Config, steps: list[dict[str, Any]]) -> None:
     """A run to its end, whose metrics join `steps`; a signal that stops it stops the command."""
-    if not train(config, log=no_log, on_step=steps.append).is_finished:
+    if not train(config, log=no_log, on_step=steps.append, grade=_in_turn).is_finished:
         raise KeyboardInterrupt
+
+
+def _in_turn(task: Task, rollouts: Sequence[Rollout], share: Sequence[int], ranks: Ranks) -> Grades:
+    """Every second completion is right: a random model never is, and would learn nothing."""
+    grade_step(task, rollouts, share, ranks)  # which has to work
+    verdicts = [index % 2 == 0 for index in range(len(rollouts) * ranks.count)]
+    return Grades(verdicts, [float(verdict) for verdict in verdicts])

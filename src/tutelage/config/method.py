@@ -252,6 +252,35 @@ class EOPDObjective:
         )
 
 
+@dataclass(frozen=True)
+class GRPOObjective:
+    """Policy gradient by rewards: each completion against the others of its prompt (GRPO).
+
+    A completion's reward is 1 if the task's grader finds it right, else 0; of a conversation it is
+    the environment's score. Needs sampling.num_samples of 2 or more.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["grpo"]
+    scale: Literal["std", "none"] = "std"
+    """Divide a prompt's advantages by the standard deviation of its rewards, or leave them."""
+    clip_low: float = 0.2
+    """How far a token's probability ratio may fall below 1, in (0, 1]; binds from the second update
+    of a step on."""
+    clip_high: float = 0.2
+    """How far it may rise above 1, above 0; 0.28 is DAPO's."""
+    distillation_weight: float = 0.0
+    """Weight of the exact reverse KL to the teacher beside it, at least 0; with 0 steps read no
+    teacher unless selection or weighting need one, and divergences are not logged."""
+
+    def __post_init__(self) -> None:
+        low, high, weight = self.clip_low, self.clip_high, self.distillation_weight
+        require(0 < low <= 1, "objective.clip_low", "in (0, 1]", low, "0.2 is usual.")
+        require(high > 0, "objective.clip_high", "above 0", high, "0.2 is usual.")
+        hint = "0 trains on rewards alone."
+        require(weight >= 0, "objective.distillation_weight", "at least 0", weight, hint)
+
+
 ObjectiveConfig: TypeAlias = Annotated[
     KLObjective
     | JSDObjective
@@ -259,7 +288,8 @@ ObjectiveConfig: TypeAlias = Annotated[
     | AdaptiveObjective
     | TopKObjective
     | SampledObjective
-    | EOPDObjective,
+    | EOPDObjective
+    | GRPOObjective,
     Field(discriminator="kind"),
 ]
 
@@ -268,7 +298,7 @@ def needs_sampler(objective: ObjectiveConfig) -> bool:
     """Whether an objective compares the student with what sampled, by their log-probabilities."""
     if isinstance(objective, EOPDObjective):
         return objective.estimator == "sampled"
-    return isinstance(objective, SampledObjective)
+    return isinstance(objective, SampledObjective | GRPOObjective)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tutelage.config.conversations import (
 )
 from tutelage.config.method import (
     AllTokens,
+    GRPOObjective,
     KLObjective,
     NoWeighting,
     ObjectiveConfig,
@@ -219,8 +220,11 @@ class Config:
         return not self.optimizer.state_is_on_disk and self.student.quantization == "none"
 
     def __post_init__(self) -> None:
+        samples = self.sampling.num_samples
+        if isinstance(self.objective, GRPOObjective):
+            hint = "A completion's advantage is over the others of its prompt."
+            require(samples >= 2, "sampling.num_samples", "at least 2 for grpo", samples, hint)
         if isinstance(self.weighting, PacedWeighting):
-            samples = self.sampling.num_samples
             hint = "With one sample a pass rate is 0 or 1, and every weight s(1 - s) is 0."
             require(samples >= 2, "sampling.num_samples", "at least 2 for paced", samples, hint)
         if not isinstance(self.engine, TransformersEngine):

@@ -46,6 +46,7 @@ _NAMES_OF_VALUES = {
     "kl": ("reverse_kl", "rkl", "forward_kl", "fkl"),
     "sampled": ("k1",),
     "jsd": ("gkd",),
+    "grpo": ("dapo", "dr_grpo", "policy_gradient", "rl"),
     "soft_or": ("tip",),
     "all": ("none",),
     "none": ("off",),

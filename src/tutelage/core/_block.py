@@ -69,6 +69,11 @@ class Block:
         log_q = self.teacher_logits - self.log_normalizers[1][:, None].to(self.gap.dtype)
         return self.log_ratio() + log_q, log_q
 
+    def log_p_at(self, ids: Tensor) -> Tensor:
+        """log p of some ids of each row, `[r, k]`."""
+        logits = self.gap.gather(-1, ids) + self.teacher_logits.gather(-1, ids)
+        return logits - self.log_normalizers[0][:, None].to(self.gap.dtype)
+
     def statistics(self) -> tuple[Tensor, ...]:
         """The six numbers of `TokenStats`, in its order; needs the sampled tokens."""
         if self.log_p is None or self.log_q is None:
@@ -78,7 +83,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class _Distribution:
+class Distribution:
     probabilities: Tensor
     total: Tensor
     """Sum of `probabilities`, float64 `[r]`: 1 up to the rounding that a long row piles up."""
@@ -112,9 +117,9 @@ def _dot(x: Tensor, y: Tensor, scratch: Tensor) -> Tensor:
     return torch.mul(x, y, out=scratch).sum(-1).double()
 
 
-def _distribution(
+def distribution(
     logits: Tensor, scratch: tuple[Tensor, Tensor], tokens: Tensor | None, has_inf: bool
-) -> _Distribution:
+) -> Distribution:
     """Softmax, entropy and token log-probability; `logits` are shifted in place to maximum 0.
 
     With the maximum at 0, H = log Z + Σ p·(−z) adds only non-negative terms, and log Z is
@@ -134,7 +139,7 @@ def _distribution(
     finite = logits.masked_fill(p == 0, 0.0) if has_inf else logits
     entropy = log_z - _dot(p, finite, scratch[1]) / total
     token = None if tokens is None else logits.gather(-1, tokens[:, None]).squeeze(-1) - log_z
-    return _Distribution(p, total, log_z, entropy, token)
+    return Distribution(p, total, log_z, entropy, token)
 
 
 def read_block(
@@ -155,8 +160,8 @@ def read_block(
         has_inf: whether a logit can be −inf, which costs three more passes.
         num_top: how many of the student's likeliest ids to find.
     """
-    s = _distribution(student, (scratch[0], scratch[2]), tokens, has_inf)
-    t = _distribution(teacher, (scratch[1], scratch[2]), tokens, has_inf)
+    s = distribution(student, (scratch[0], scratch[2]), tokens, has_inf)
+    t = distribution(teacher, (scratch[1], scratch[2]), tokens, has_inf)
     p, q = s.probabilities, t.probabilities
     offset = s.log_normalizer - t.log_normalizer
     student_top = student.topk(min(num_top, p.shape[-1]), -1).indices if num_top else None
@@ -202,7 +207,7 @@ def chunk_budget(device: torch.device) -> int:
     return kernels.CHUNK_BYTES if kernels.is_supported(device) else ACCELERATOR_CHUNK_BYTES
 
 
-def _plan(student: LazyLogits, chunk_bytes: int | None, num_sides: int) -> tuple[int, int]:
+def plan(student: LazyLogits, chunk_bytes: int | None, num_sides: int) -> tuple[int, int]:
     """Rows of a chunk and of a block.
 
     Blocks exist for the caches of a CPU; elsewhere each would cost a launch for every pass, so a
@@ -218,7 +223,7 @@ def _plan(student: LazyLogits, chunk_bytes: int | None, num_sides: int) -> tuple
     return rows, rows
 
 
-def _buffer(student: LazyLogits, rows: int, width: int) -> Tensor:
+def new_buffer(student: LazyLogits, rows: int, width: int) -> Tensor:
     return torch.empty(rows, width, dtype=student.dtype, device=student.hidden.device)
 
 
@@ -307,11 +312,11 @@ def chunks(student: LazyLogits, teacher: TeacherLogits, chunk_bytes: int | None)
     known = teacher if isinstance(teacher, PartialLogits) else None
     if not isinstance(teacher, PartialLogits):
         teacher = teacher.matched()
-    rows, block = _plan(student, chunk_bytes, 2)
+    rows, block = plan(student, chunk_bytes, 2)
     v, one_class = student.vocab_size, IdClass.of(student)
-    student_buffer, teacher_buffer = (_buffer(student, rows, v) for _ in "st")
+    student_buffer, teacher_buffer = (new_buffer(student, rows, v) for _ in "st")
     width = v if one_class is None else one_class.num_columns
-    scratch = tuple(_buffer(student, block, width) for _ in range(3))
+    scratch = tuple(new_buffer(student, block, width) for _ in range(3))
     has_inf = can_be_inf(student) or can_be_inf(teacher)
     for start in range(0, n, rows):
         stop, merged = min(start + rows, n), None
@@ -323,36 +328,6 @@ def chunks(student: LazyLogits, teacher: TeacherLogits, chunk_bytes: int | None)
             merged = Merged(one_class, share, *whole)
         buffers = (scratch[0], scratch[1], scratch[2])
         yield Chunk(start, stop, ours, theirs, buffers, block, has_inf, known, merged)
-
-
-def student_numbers(
-    student: LazyLogits, tokens: Tensor, chunk_bytes: int | None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, entropy and log-probability of the sampled token, without a teacher's projection.
-
-    `tokens` are columns in use where ids count as one.
-    """
-    n = len(student)
-    if n == 0:
-        return
-    student = student.matched()
-    size, block = _plan(student, chunk_bytes, 1)
-    v, one_class = student.vocab_size, IdClass.of(student)
-    width = v if one_class is None else one_class.num_columns
-    buffer = _buffer(student, size, v)
-    p, product = (_buffer(student, block, width) for _ in range(2))
-    has_inf = can_be_inf(student)
-    for start in range(0, n, size):
-        logits = student.block(start, min(start + size, n), out=buffer[: n - start])
-        if one_class is not None:
-            logits, _ = one_class.merge(logits)
-        for low in range(0, len(logits), block):
-            here = logits[low : low + block]
-            rows = slice(start + low, start + low + len(here))
-            scratch = (p[: len(here)], product[: len(here)])
-            found = _distribution(here, scratch, None, has_inf)
-            chosen = here.gather(-1, tokens[rows, None]).squeeze(-1)
-            yield rows, found.entropy, chosen - found.log_normalizer
 
 
 def can_be_inf(logits: TeacherLogits) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tutelage.core import kernels
 from tutelage.core._block import Chunk
+from tutelage.core._student import StudentChunk
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.products import add_product_, product
 
@@ -56,7 +57,7 @@ class Gradients:
     def needed(self) -> bool:
         return any(self.wants)
 
-    def add(self, student: LazyLogits, chunk: Chunk) -> None:
+    def add(self, student: LazyLogits, chunk: Chunk | StudentChunk) -> None:
         """Carries one chunk's logit gradient (in `chunk.student`) to hidden states and head."""
         (z, free), rows = chunk.gradient(), slice(chunk.start, chunk.stop)
         if student.softcap is not None:

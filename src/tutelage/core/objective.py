@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 from tutelage.core import kernels
-from tutelage.core._block import Block, TeacherLogits, can_be_inf, check_pair, chunks
+from tutelage.core._block import (
+    Block,
+    TeacherLogits,
+    can_be_inf,
+    check_pair,
+    chunks,
+)
 from tutelage.core._gradients import Gradients
+from tutelage.core._sums import added, weighted
 from tutelage.core.extras import EXTRAS
 from tutelage.core.id_class import IdClass
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.partial import PartialLogits
+from tutelage.core.policy import ClippedPolicy, Sampled, policy_rows
 from tutelage.core.terms import (
     ForwardKL,
     ReverseKL,
-    SampledReverseKL,
     Term,
     TopKForwardKL,
     TopKReverseKL,
@@ -34,13 +41,13 @@ class Objective:
     total: Tensor
     """Scalar, nats: Σ_rows a·reverse_kl + b·forward_kl. Divide it once, by the global count."""
     reverse_kl: Tensor
-    """KL(p‖q) `[K]`, nats, without gradient."""
+    """KL(p‖q) `[K]`, nats, without gradient; NaN where no teacher was read."""
     forward_kl: Tensor
-    """KL(q‖p) `[K]`, nats, without gradient."""
+    """KL(q‖p) `[K]`, nats, without gradient; NaN where no teacher was read."""
     entropy: Tensor
     """Student entropy `[K]`, nats, without gradient."""
     teacher_entropy: Tensor
-    """Teacher entropy `[K]`, nats, without gradient."""
+    """Teacher entropy `[K]`, nats, without gradient; NaN where no teacher was read."""
     value: Tensor
     """What each row added to `total` `[K]`, nats, without gradient."""
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -90,7 +97,7 @@ def distillation_objective(
 
 def composite_objective(
     student: LazyLogits,
-    teacher: TeacherLogits,
+    teacher: TeacherLogits | None,
     terms: Sequence[tuple[Term, Tensor | float]],
     chunk_bytes: int | None = None,
     extras: Sequence[str] = (),
@@ -102,7 +109,8 @@ def composite_objective(
     Args:
         student: student logits of K rows; gradients flow to its hidden states, weight and bias.
         teacher: teacher logits of the same rows and vocabulary; with `PartialLogits` the terms are
-            those of top-k buckets and of the sampled token.
+            those of top-k buckets and of the sampled token. None where every term is a
+            `ClippedPolicy`, which reads the student alone: half of the products.
         terms: terms of `tutelage.core.terms`, each with a weight, `[K]` or one number.
         chunk_bytes: size of the two logit buffers; None for what suits the device.
         extras: statistics to compute on the way, keys of `EXTRAS`.
@@ -113,12 +121,18 @@ def composite_objective(
     Raises:
         ValueError: there are no terms, the sides differ, a weight does not have K rows, or a
             bias is infinite and a term is neither forward nor reverse KL, or a term needs ids
-            that are not known of the teacher.
+            that are not known of the teacher, or a teacher where there is none.
     """
-    check_pair(student, teacher)
     if not terms:
         raise ValueError("composite_objective needs at least one term, got none.")
-    if not _is_mixture(terms) and (can_be_inf(student) or can_be_inf(teacher)):
+    sides: list[TeacherLogits] = [student]
+    if teacher is not None:
+        check_pair(student, teacher)
+        sides.append(teacher)
+    elif extras or not all(isinstance(term, ClippedPolicy) for term, _ in terms):
+        names = [*(type(term).__name__ for term, _ in terms), *extras]
+        raise ValueError(f"only ClippedPolicy needs no teacher, got {names} and none.")
+    if not _is_mixture(terms) and any(can_be_inf(side) for side in sides):
         raise ValueError(
             "terms other than ForwardKL and ReverseKL need finite logits, got an infinite bias. "
             "Use a large negative number instead."
@@ -131,7 +145,7 @@ def composite_objective(
 def _placed(term: Term, student: LazyLogits) -> Term:
     """The term with its sampled ids where they are once ids count as one."""
     one_class = IdClass.of(student)
-    if one_class is None or not isinstance(term, SampledReverseKL):
+    if one_class is None or not isinstance(term, Sampled):
         return term
     return term.at(one_class.columns(term.tokens))
 
@@ -139,7 +153,7 @@ def _placed(term: Term, student: LazyLogits) -> Term:
 def _require_known(teacher: PartialLogits, terms: Sequence[Term]) -> None:
     """Refuses what would count the tail as if it were spread evenly."""
     for term in terms:
-        is_known = isinstance(term, SampledReverseKL) or (
+        is_known = isinstance(term, Sampled) or (
             isinstance(term, TopKForwardKL | TopKReverseKL)
             and term.k <= teacher.k
             and term.support == "teacher"
@@ -148,13 +162,13 @@ def _require_known(teacher: PartialLogits, terms: Sequence[Term]) -> None:
             raise ValueError(
                 f"the teacher knows {teacher.k} ids of each row, got {type(term).__name__}. Use "
                 f"TopKForwardKL or TopKReverseKL with the teacher's support and k of at most "
-                f"{teacher.k}, or SampledReverseKL."
+                f"{teacher.k}, or SampledReverseKL or ClippedPolicy."
             )
 
 
 def _run(
     student: LazyLogits,
-    teacher: TeacherLogits,
+    teacher: TeacherLogits | None,
     kernel: _Kernel,
     chunk_bytes: int | None,
     extras: Sequence[str] = (),
@@ -211,17 +225,18 @@ class _FusedObjective(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         student: LazyLogits,
-        teacher: TeacherLogits,
+        teacher: TeacherLogits | None,
         kernel: _Kernel,
         chunk_bytes: int | None,
         extras: Sequence[str],
     ) -> tuple[Tensor, ...]:
-        whole = None if isinstance(teacher, PartialLogits) else teacher
-        is_fused = whole is not None and _is_fused(student, whole, kernel, extras)
+        is_fused = _is_fused(student, teacher, kernel, extras)
         needs = ctx.needs_input_grad
         gradients = Gradients.like(hidden, weight, bias, needs, student.dtype, is_fused)
-        if whole is not None and is_fused:
-            rows = _by_kernels(student, whole, kernel, chunk_bytes, extras, gradients)
+        if is_fused and not isinstance(teacher, PartialLogits):
+            rows = _by_kernels(student, teacher, kernel, chunk_bytes, extras, gradients)
+        elif teacher is None:
+            rows = policy_rows(student, kernel.summands, chunk_bytes, gradients)
         else:
             rows = _by_blocks(student, teacher, kernel, chunk_bytes, extras, gradients)
         ctx.gradients = gradients
@@ -265,7 +280,7 @@ def _by_blocks(
 
 def _by_kernels(
     student: LazyLogits,
-    teacher: LazyLogits,
+    teacher: LazyLogits | None,
     kernel: _Kernel,
     chunk_bytes: int | None,
     extras: Sequence[str],
@@ -292,9 +307,11 @@ def _by_kernels(
 
 
 def _is_fused(
-    student: LazyLogits, teacher: LazyLogits, kernel: _Kernel, extras: Sequence[str]
+    student: LazyLogits, teacher: TeacherLogits | None, kernel: _Kernel, extras: Sequence[str]
 ) -> bool:
-    if not kernels.suits(student, teacher):
+    if isinstance(teacher, PartialLogits):
+        return False
+    if not kernels.suits(*([student] if teacher is None else [student, teacher])):
         return False
     from tutelage.core.kernels import tops, total  # needs Triton
 
@@ -332,7 +349,7 @@ class _Mixture:
         a, b = self.a[rows], self.b[rows]
         if self.gate is not None:
             b = b * self.gate(block.teacher_entropy).to(b.dtype)
-        value = _weighted(a, block.reverse_kl) + _weighted(b, block.forward_kl)
+        value = weighted(a, block.reverse_kl) + weighted(b, block.forward_kl)
         if wants_gradient:
             _logit_gradient_(block, a, b)
         return value
@@ -350,20 +367,10 @@ class _Sum:
         return self.terms
 
     def __call__(self, block: Block, rows: slice, wants_gradient: bool) -> Tensor:
-        total, gradient = torch.zeros_like(block.reverse_kl), torch.zeros_like(block.gap)
-        for term, weights in self.terms:
-            weight = weights[rows]
-            value, slope = term(block, rows)
-            total += _weighted(weight, value)
-            gradient += slope.mul(weight[:, None]).masked_fill_((weight == 0)[:, None], 0.0)
+        total, gradient = added(((term(block, rows), w[rows]) for term, w in self.terms), block.p)
         if wants_gradient:
             block.gap.copy_(gradient)
         return total
-
-
-def _weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """weight·value; a row of weight 0 adds exactly 0, even when its divergence is infinite."""
-    return weight * value.masked_fill(weight == 0, 0.0)
 
 
 def _logit_gradient_(block: Block, a: Tensor, b: Tensor) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tutelage.core import kernels
-from tutelage.core._block import TeacherLogits, check_pair, chunks, student_numbers
+from tutelage.core._block import TeacherLogits, check_pair, chunks
+from tutelage.core._student import student_numbers
 from tutelage.core.extras import EXTRAS
 from tutelage.core.id_class import IdClass
 from tutelage.core.lazy import LazyLogits

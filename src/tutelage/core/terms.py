@@ -243,13 +243,25 @@ class SampledReverseKL:
     def value_and_slope(self, log_p: Tensor, log_q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Value in nats and r A where the clip does not bind, `[r]` each; notes where it does."""
         old = self.old_logprobs[rows].to(log_p.dtype)
-        ratio = (log_p - old).exp()
-        advantage = log_q - old
-        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
-        value = -torch.minimum(ratio * advantage, clipped * advantage)
-        is_active = ratio * advantage <= clipped * advantage
-        self.is_clipped[rows] = ~is_active
-        return value, torch.where(is_active, ratio * advantage, 0.0)
+        bounds = (1 - self.clip, 1 + self.clip)
+        value, slope, is_clipped = clipped_surrogate((log_p - old).exp(), log_q - old, bounds)
+        self.is_clipped[rows] = is_clipped
+        return value, slope
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, bounds: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's ``−min(r A, clip(r) A)``, its slope r A where no clip binds, and where one does.
+
+    Args:
+        ratio: r `[r]`.
+        advantage: A `[r]`.
+        bounds: of the clipped ratio.
+    """
+    plain, clipped = ratio * advantage, ratio.clamp(*bounds) * advantage
+    is_active = plain <= clipped
+    return -torch.minimum(plain, clipped), torch.where(is_active, plain, 0.0), ~is_active
 
 
 @dataclass(frozen=True)

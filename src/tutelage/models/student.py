@@ -99,7 +99,8 @@ class Student(nn.Module):
 
         Args:
             batch: B sequences with N completion tokens.
-            teacher: teacher logits of the N rows; None scores the student alone.
+            teacher: teacher logits of the N rows; None scores the student alone, or learns by terms
+                that need none.
             rows: rows to learn from `[K]`; None to score all.
             terms: terms of the objective with their weights, `[K]` or one number each.
             extras: names of extra statistics to compute.
@@ -111,18 +112,16 @@ class Student(nn.Module):
             `TokenStats` of N rows, or the `Objective` of K rows, a sum.
 
         Raises:
-            ValueError: rows to learn from, but no teacher.
+            ValueError: there is no teacher, and a term needs one.
         """
         if rows is None:
             with torch.no_grad():
                 known = hidden_rows(self.model, batch) if hidden is None else hidden
                 logits = self._compared(head(self.model, known, self.vocab_size), has_stops)
                 return token_stats(logits, teacher, batch.tokens, extras=extras)
-        if teacher is None:
-            raise ValueError("nothing can be learned without a teacher; give its logits.")
         found = head(self.model, hidden_rows(self.model, batch), self.vocab_size)
-        logits = self._compared(found, has_stops)
-        return composite_objective(logits[rows], teacher[rows], terms, extras=extras)
+        logits, other = self._compared(found, has_stops), None if teacher is None else teacher[rows]
+        return composite_objective(logits[rows], other, terms, extras=extras)
 
     def _compared(self, logits: LazyLogits, has_stops: bool) -> LazyLogits:
         return replace(logits, one_class=self.stops) if has_stops and self.stops else logits

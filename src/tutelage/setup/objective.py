@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from tutelage.config.method import (
     AllTokens,
     EOPDObjective,
     FireWeighting,
+    GRPOObjective,
     JSDObjective,
     KLObjective,
     NoWeighting,
@@ -26,6 +28,7 @@ from tutelage.config.method import (
 )
 from tutelage.config.schema import Config
 from tutelage.core import RULES, TokenStats
+from tutelage.core.policy import ClippedPolicy, group_advantages
 from tutelage.core.terms import (
     JSD,
     ForwardKL,
@@ -46,11 +49,36 @@ from tutelage.core.weighting import (
 from tutelage.errors import ConfigError
 
 DIAGNOSTICS = ("teacher_top_mass",)
-"""Extra statistics that every step reports."""
+"""Extra statistics that every step with a teacher reports."""
+
+ADVANTAGE = "advantage"
+"""Name of the rows' advantages among the extra statistics of a step."""
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether steps read the teacher: all but those that train on rewards alone."""
+    objective = config.objective
+    return not (
+        isinstance(objective, GRPOObjective)
+        and objective.distillation_weight == 0
+        and not RULES[config.selection.rule].needs_teacher
+        and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
+    )
+
+
+def graded_by(config: Config) -> str | None:
+    """The setting that needs a verdict on every completion of a step; None if none does."""
+    if isinstance(config.objective, GRPOObjective):
+        return "objective.kind = 'grpo'"
+    if isinstance(config.weighting, PacedWeighting | RewardWeighting):
+        return f"weighting.kind = {config.weighting.kind!r}"
+    return None
 
 
 def needed_extras(config: Config) -> tuple[str, ...]:
     """Names of the extra statistics that the method and its diagnostics need."""
+    if not needs_teacher(config):
+        return ()
     names = [*DIAGNOSTICS, *RULES[config.selection.rule].extras]
     if isinstance(config.objective, AdaptiveObjective):
         names.append("head_share")
@@ -88,10 +116,11 @@ def scores_teacher(config: Config) -> bool:
     objective = config.objective
     looks_at_student = (
         not RULES[config.selection.rule].needs_teacher
-        and (_is_plain(objective) or isinstance(objective, SampledObjective))
+        and (_is_plain(objective) or isinstance(objective, SampledObjective | GRPOObjective))
         and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
     )
-    return config.diagnostics == "all" or not looks_at_student
+    is_described = config.diagnostics == "all" and needs_teacher(config)
+    return is_described or not looks_at_student
 
 
 def gate_of(objective: ObjectiveConfig, stats: TokenStats) -> Tensor:
@@ -123,19 +152,47 @@ def row_weights(
         case FireWeighting(drop=drop):
             return fire_weights(stats, completion, drop)
         case PacedWeighting():
-            verdicts = _verdicts(is_correct, "paced").to(stats.entropy.device)
+            verdicts = _verdicts(config, is_correct).to(stats.entropy.device)
             return paced_weights(verdicts, config.sampling.num_samples)[completion]
         case RewardWeighting(beta=beta):
-            verdicts = _verdicts(is_correct, "reward").to(stats.entropy.device)
+            verdicts = _verdicts(config, is_correct).to(stats.entropy.device)
             return reward_weights(verdicts, beta)[completion]
 
 
-def _verdicts(is_correct: Sequence[bool | None], kind: str) -> Tensor:
-    if None in is_correct:
+def with_advantages(
+    config: Config, stats: TokenStats, completion: Tensor, rewards: Sequence[float | None]
+) -> TokenStats:
+    """The statistics, with each row's advantage where the objective takes rewards.
+
+    Args:
+        config: the run.
+        stats: of all rows of the global batch.
+        completion: completion index of each row `[N]`.
+        rewards: of every completion of the step, a prompt's side by side.
+
+    Raises:
+        ConfigError: the task did not grade every completion.
+    """
+    objective = config.objective
+    if not isinstance(objective, GRPOObjective):
+        return stats
+    _require_grades(config, rewards)
+    table = torch.tensor(rewards, dtype=torch.float64, device=stats.entropy.device)
+    found = group_advantages(table, config.sampling.num_samples, objective.scale)
+    return replace(stats, extras={**stats.extras, ADVANTAGE: found[completion]})
+
+
+def _require_grades(config: Config, grades: Sequence[object]) -> None:
+    if None in grades:
+        setting = graded_by(config)
         raise ConfigError(
-            f"weighting.kind = {kind!r} needs a verdict on every completion, but the task cannot "
-            "grade them all. Set data.grader, or use another weighting."
+            f"{setting} needs a verdict on every completion, but the task cannot grade them all. "
+            f"Set data.grader, or use another {str(setting).partition('.')[0]}."
         )
+
+
+def _verdicts(config: Config, is_correct: Sequence[bool | None]) -> Tensor:
+    _require_grades(config, is_correct)
     return torch.tensor([bool(verdict) for verdict in is_correct])
 
 
@@ -186,6 +243,11 @@ def row_terms(
         case AdaptiveObjective():
             share = stats.extras["head_share"]
             return [(ForwardKL(), w * share), (ReverseKL(), w * (1 - share))]
+        case GRPOObjective():
+            bounds = (objective.clip_low, objective.clip_high)
+            policy = ClippedPolicy(tokens, old_logprobs, stats.extras[ADVANTAGE], *bounds)
+            teaching = [(ReverseKL(), w * objective.distillation_weight)]
+            return [(policy, w), *(teaching if objective.distillation_weight else [])]
         case SampledObjective(clip=clip):
             return [(SampledReverseKL(tokens, old_logprobs, clip), w)]
         case EOPDObjective() if not _is_plain(objective):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.conversations import ConversationData
-from tutelage.config.method import PacedWeighting, RewardWeighting
 from tutelage.config.rollouts import given_path
 from tutelage.config.sampling import VLLMEngine, VLLMServer
 from tutelage.config.schema import Config, FileData
@@ -25,6 +24,7 @@ from tutelage.rollout.nccl_transfer import require_nccl
 from tutelage.rollout.replicas import replica_addresses
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device, prompt_format
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
+from tutelage.setup.objective import graded_by
 from tutelage.setup.process_counts import ProcessCounts
 from tutelage.setup.run_folder import RunFolder
 from tutelage.setup.trackers import require_trackers
@@ -202,24 +202,22 @@ def _require_folder(folder: Path) -> None:
 
 
 def _refuse_ungraded(config: Config, inputs: Inputs) -> None:
-    """Refuses weightings by verdicts where the task cannot grade every completion."""
-    task = inputs.task
-    if not isinstance(config.weighting, PacedWeighting | RewardWeighting):
+    """Refuses methods that need verdicts where the task cannot grade every completion."""
+    task, setting = inputs.task, graded_by(config)
+    if setting is None or not isinstance(task, FileTask):
         return
-    if not isinstance(task, FileTask):
-        return
-    kind = config.weighting.kind
+    what = setting.partition(".")[0]
     if task.grader == "none":
         raise ConfigError(
-            f"weighting.kind = {kind!r} needs a verdict on every completion, but data.grader is "
-            "'none'. Set data.grader, or use another weighting."
+            f"{setting} needs a verdict on every completion, but data.grader is "
+            f"'none'. Set data.grader, or use another {what}."
         )
     ungraded = [prompt.id for prompt in task.training if prompt.answer is None]
     if ungraded:
         raise DataError(
-            f"weighting.kind = {kind!r} needs a verdict on every completion, but "
+            f"{setting} needs a verdict on every completion, but "
             f"{len(ungraded)} of {len(task.training)} prompts have no reference answer, first "
-            f"{ungraded[0]!r}. Set data.answer_column, or use another weighting."
+            f"{ungraded[0]!r}. Set data.answer_column, or use another {what}."
         )
 
 

@@ -91,10 +91,11 @@ class Ranks:
         gathered: Tensor = self.accelerator.gather(rows.contiguous())
         return gathered
 
-    def by_completion(self, codes: Sequence[int], completions: Sequence[int]) -> list[int]:
+    def by_completion(self, values: Sequence[float], completions: Sequence[int]) -> list[float]:
         """One number for every completion of the step, from those of this process."""
-        pairs = self.table(self._tensor([completions, codes], torch.long).t())
-        return pairs[pairs[:, 0].argsort(), 1].tolist()
+        pairs = self.table(self._tensor([completions, values], torch.float64).t())
+        found: list[float] = pairs[pairs[:, 0].argsort(), 1].tolist()
+        return found
 
     def rows(
         self, batches: Sequence[Batch], stats: TokenStats, kept: Sequence[Tensor] | None = None

@@ -35,6 +35,7 @@ from tutelage.train.checkpoint import (
     rotate,
 )
 from tutelage.train.distributed import Leaving, date_of_main
+from tutelage.train.grades import GradeStep, grade_step
 from tutelage.train.measurements import Measurements
 from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.peers import Peers, peers_of
@@ -69,6 +70,7 @@ def train(
     on_step: OnStep | None = None,
     on_phase: PhaseCallback = no_phases,
     peers: Peers | None = None,
+    grade: GradeStep = grade_step,
 ) -> RunResult:
     """Train the student, or continue an earlier run in the same folder.
 
@@ -80,6 +82,7 @@ def train(
         on_step: receives the metrics of every step.
         on_phase: told what is done between steps.
         peers: the other processes, if they are watched already.
+        grade: grades a step's completions for methods that need verdicts.
 
     Returns:
         `RunResult`.
@@ -103,7 +106,8 @@ def train(
         started = date_of_main(accelerator, earlier or datetime.now())
         stack.enter_context(listening(stop))
         stack.enter_context(printed_date(started))
-        return _go(config, folder, accelerator, started, allow_change, log, on_step, stop, on_phase)
+        settings = (config, folder, accelerator, started, allow_change)
+        return _go(*settings, log, on_step, stop, on_phase, grade)
 
 
 def _go(*of_run: Any) -> RunResult:
@@ -127,6 +131,7 @@ class _Run:
         on_step: OnStep | None,
         stop: Stop,
         on_phase: PhaseCallback,
+        grade: GradeStep,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.stop = stop
@@ -155,6 +160,7 @@ class _Run:
         self.optimizer = optimizer
         store, student = store_of(config, folder.path, digests), self.components.student
         self.step = Step(config, self.components, accelerator, student, optimizer, stop, store)
+        self.step.grade = grade
         parts = (self._any_process, self.log, self.on_phase)
         self.fill = None if store is None else Fill(self.step, store, *parts)
         if isinstance(self.components.sampler, ReplicaSampler):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.config.method import EOPDObjective, SampledObjective
+from tutelage.config.method import EOPDObjective, GRPOObjective, SampledObjective
 from tutelage.config.schema import Config
 from tutelage.core import TokenStats, quadrant_table, quadrants
 from tutelage.data.types import Rollout
@@ -24,18 +24,21 @@ def token_metrics(
     """Means over rows of the global batch, and the quadrant table.
 
     Args:
-        stats: statistics of N rows, with the extra `teacher_top_mass`.
+        stats: statistics of N rows, with the extra `teacher_top_mass` if a teacher was read.
         is_kept: whether each row was kept `[N]`.
         gate: EOPD's gate `[N]`.
         config: for the quadrant thresholds.
 
     Returns:
         Plain JSON values. Rows with a non-finite statistic are counted in `num_nonfinite` and left
-        out of every mean and share; a mean over no tokens is None.
+        out of every mean and share; a mean over no tokens is None, and so is what needs a teacher
+        where none was read.
     """
-    is_finite = torch.isfinite(stats.stack()).all(0)
+    is_finite = torch.isfinite(stats.stack()).all(0) if stats.has_teacher else stats.is_finite()
     num_nonfinite = int((~is_finite).sum())
     stats, gate, is_kept = stats[is_finite], gate[is_finite], is_kept[is_finite]
+    if not stats.has_teacher:
+        return _without_teacher(stats, num_nonfinite)
     quadrant = quadrants(stats.entropy, stats.reverse_kl, config.quadrant_thresholds)
     share = _share(stats.reverse_kl[is_kept], stats.reverse_kl)
     names = ("reverse_kl", "forward_kl", "entropy", "teacher_entropy")
@@ -47,6 +50,21 @@ def token_metrics(
         **_gated(gate if isinstance(config.objective, EOPDObjective) else None, stats),
         "high_entropy": _high_entropy(stats),
         "quadrants": quadrant_table(quadrant, stats.reverse_kl, is_kept),
+    }
+
+
+def _without_teacher(stats: TokenStats, num_nonfinite: int) -> dict[str, Any]:
+    names = ("kept_kl_share", "reverse_kl_nats", "forward_kl_nats", "teacher_entropy_nats")
+    share = _mean(stats.entropy >= HIGH_ENTROPY_NATS)
+    high = ("teacher_share", "reverse_kl_nats", "forward_kl_nats")
+    return {
+        "num_nonfinite": num_nonfinite,
+        **dict.fromkeys(names),
+        "entropy_nats": _mean(stats.entropy),
+        "teacher_top16_mass": None,
+        **_gated(None, stats),
+        "high_entropy": {"student_share": share, **dict.fromkeys(high)},
+        "quadrants": {},
     }
 
 
@@ -87,7 +105,7 @@ def _conversation_metrics(
 def clip_share(config: Config, num_clipped: int, num_rows: int) -> float | None:
     """Share of the trained rows whose PPO clip took effect; None for exact objectives."""
     objective = config.objective
-    is_sampled = isinstance(objective, SampledObjective) or (
+    is_sampled = isinstance(objective, SampledObjective | GRPOObjective) or (
         isinstance(objective, EOPDObjective) and objective.estimator == "sampled"
     )
     return num_clipped / max(num_rows, 1) if is_sampled else None

@@ -11,7 +11,8 @@ from torch import Tensor
 from tutelage.config.method import ObjectiveConfig
 from tutelage.config.schema import Config
 from tutelage.core import LazyLogits, TokenStats
-from tutelage.core.terms import SampledReverseKL, Term
+from tutelage.core.policy import Sampled
+from tutelage.core.terms import Term
 from tutelage.data.batch import Batch, collate, length_groups, pack, packed_groups
 from tutelage.data.types import Rollout
 from tutelage.models.privileged import require_same_rows
@@ -30,7 +31,7 @@ class MicroBatch:
     teacher_batch: Batch | None = None
     """The same N rows behind other prompts, where the teacher reads others; None: `batch`."""
     teacher_logits: LazyLogits | None = None
-    """The teacher's logits of the N rows, once its forward pass has run."""
+    """The teacher's logits of the N rows, once its forward pass has run; None without one."""
     rows: Tensor | None = None
     """Rows to train on `[K]`, once they are selected."""
     stats: TokenStats | None = None
@@ -53,7 +54,7 @@ class MicroBatch:
     @property
     def num_clipped(self) -> int:
         """Rows of the sampled objective whose clip took effect in the backward pass."""
-        clipped = (term.is_clipped for term, _ in self.terms if isinstance(term, SampledReverseKL))
+        clipped = (term.is_clipped for term, _ in self.terms if isinstance(term, Sampled))
         return sum(int(rows.sum()) for rows in clipped)
 
     def train_on_all(self, objective: ObjectiveConfig) -> None:
@@ -77,7 +78,7 @@ class MicroBatch:
 
     def halves(self, objective: ObjectiveConfig) -> tuple[MicroBatch, MicroBatch]:
         """The same rows in two micro-batches; sums and their divisor are as before."""
-        if self.teacher_logits is None or self.rows is None:
+        if self.rows is None:
             raise ValueError("a micro-batch is cut after the teacher's forward and the selection.")
         first, last = self.batch.halves()
         of_teacher: Sequence[Batch | None] = (None, None)
@@ -88,7 +89,8 @@ class MicroBatch:
         for batch, read, start in zip((first, last), of_teacher, (0, cut), strict=True):
             stop = start + batch.num_rows
             half = MicroBatch(batch, self.update, read)
-            half.teacher_logits = self.teacher_logits[start:stop]
+            if self.teacher_logits is not None:
+                half.teacher_logits = self.teacher_logits[start:stop]
             if self.sampler_logprobs is not None:
                 half.sampler_logprobs = self.sampler_logprobs[start:stop]
             here = (self.rows >= start) & (self.rows < stop)

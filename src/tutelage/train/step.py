@@ -10,13 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tutelage.config.method import PacedWeighting, RewardWeighting
 from tutelage.config.sampling import VLLMServer
 from tutelage.config.schema import Config
 from tutelage.core import TokenSelection, TokenStats
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import RunError
-from tutelage.evaluation.benchmark import grade_rollouts
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.replica_sampler import ReplicaSampler
@@ -25,14 +23,18 @@ from tutelage.setup.components import Components, agent_of
 from tutelage.setup.objective import (
     culprit,
     gate_of,
+    graded_by,
     needed_extras,
     needs_scoring,
+    needs_teacher,
     row_weights,
     scores_teacher,
+    with_advantages,
 )
 from tutelage.train.ahead import Ahead, restored, saved_lines
 from tutelage.train.clock import Clock
 from tutelage.train.distributed import Ranks, StepRows
+from tutelage.train.grades import Grades, GradeStep, grade_step
 from tutelage.train.logprob_check import (
     engine_mismatch,
     hidden_mismatch,
@@ -83,6 +85,9 @@ class Step:
         """Gives the completions of the steps that are not drawn ahead."""
         self.checks: dict[str, float | None] = {}
         """What was measured to trust the step's rollouts, by the key of its metric."""
+        self.grade: GradeStep = grade_step
+        self.grades: Grades | None = None
+        """Of the step's completions, where the method needs them."""
 
     def _ahead(self) -> Ahead | None:
         engine, sampler = self.config.engine, self.components.sampler
@@ -101,7 +106,7 @@ class Step:
             StoppedError: a signal came before the first update; nothing changed.
             RunError: no token has finite statistics.
         """
-        self.clock, self.checks = Clock(self.device), {}
+        self.clock, self.checks, self.grades = Clock(self.device), {}, None
         with self.stop.interruptible():
             rollouts = self.generate(step)
             micro_batches = self.pack(rollouts, step)
@@ -144,7 +149,12 @@ class Step:
         return micro_batches
 
     def teacher_forward(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """The teacher's logits of every row, as hidden states; it may then leave the device."""
+        """The teacher's logits of every row, as hidden states; it may then leave the device.
+
+        A method that trains on rewards alone reads no teacher.
+        """
+        if not needs_teacher(self.config):
+            return
         with self.clock.phase("teacher"), self.components.teacher.on_device():
             for micro_batch in micro_batches:
                 micro_batch.teacher_logits = self.components.teacher.forward(
@@ -161,6 +171,10 @@ class Step:
         if not needs_scoring(self.config):
             compare_with_sampler(self, micro_batches[:1], rollouts, age)
             return None
+        if graded_by(self.config):
+            with self.clock.phase("grade"):
+                share = self.share(len(rollouts))
+                self.grades = self.grade(self.components.task, rollouts, share, self.ranks)
         with self.clock.phase("score"):
             recorded = self._recorded(micro_batches, rollouts)
             if step == 1 and recorded[0] is not None:
@@ -171,7 +185,7 @@ class Step:
             stats = self._score(micro_batches, recorded)
             compare_with_sampler(self, micro_batches, rollouts, age, stats.log_p)
             rows = self.ranks.rows([m.batch for m in micro_batches], stats)
-            return self._selection(rows, rollouts, step)
+            return self._selection(rows, step)
 
     def update(
         self, micro_batches: Sequence[MicroBatch], selection: Selection | None, step: int
@@ -194,7 +208,7 @@ class Step:
         trained = result.micro_batches
         if selection is None:  # every row trained, so all statistics are known now
             rows = self.ranks.rows([m.batch for m in trained], result.stats)
-            selection = self._selection(rows, rollouts, step)
+            selection = self._selection(rows, step)
         num_clipped = self.ranks.sum(sum(m.num_clipped for m in trained))
         num_rows, num_kept = len(selection.stats), len(selection.rows)
         return {
@@ -209,6 +223,7 @@ class Step:
             "max_relative_hidden_gap": None,
             **self.checks,
             **self.components.teacher.checks(),
+            **({} if self.grades is None else self.grades.metrics(self.config)),
             "num_rows": num_rows,
             "num_kept": num_kept,
             **token_metrics(*self._described(selection, result), self.config),
@@ -318,9 +333,13 @@ class Step:
                 stats.append(self.student(micro_batch.batch, teacher, extras=extras, hidden=hidden))
         return TokenStats.cat(stats)
 
-    def _selection(self, rows: StepRows, rollouts: Sequence[Rollout], step: int) -> Selection:
-        stats = rows.stats
-        weights = row_weights(self.config, stats, rows.completion, self._verdicts(rollouts))
+    def _selection(self, rows: StepRows, step: int) -> Selection:
+        verdicts, rewards = (
+            ((), ()) if self.grades is None else (self.grades.verdicts, self.grades.rewards)
+        )
+        stats = with_advantages(self.config, rows.stats, rows.completion, rewards)
+        rows = replace(rows, stats=stats)
+        weights = row_weights(self.config, stats, rows.completion, verdicts)
         chosen = self.choose(rows, step)
         if len(stats) and chosen.num_nonfinite == len(stats):
             raise RunError(
@@ -329,15 +348,6 @@ class Step:
                 "weights and dtype."
             )
         return selection_of(self.config, rows, chosen, weights)
-
-    def _verdicts(self, rollouts: Sequence[Rollout]) -> list[bool | None]:
-        """Verdict on every completion of the step; none where no weighting asks for them."""
-        if not isinstance(self.config.weighting, PacedWeighting | RewardWeighting):
-            return []
-        local = grade_rollouts(self.components.task.grade, rollouts)
-        codes = [-1 if verdict is None else int(verdict) for verdict in local]
-        table = self.ranks.by_completion(codes, self.share(len(rollouts)))
-        return [None if code < 0 else bool(code) for code in table]
 
     def _described(
         self, selection: Selection, result: UpdateResult

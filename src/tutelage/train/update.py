@@ -17,7 +17,12 @@ from tutelage.models.device import give_back
 from tutelage.models.sharding import norm_over_parts
 from tutelage.models.student import trained_names
 from tutelage.setup.components import Components
-from tutelage.setup.objective import needed_extras, needs_scoring, scores_teacher
+from tutelage.setup.objective import (
+    needed_extras,
+    needs_scoring,
+    needs_teacher,
+    scores_teacher,
+)
 from tutelage.train.distributed import Ranks
 from tutelage.train.micro_batch import MicroBatch
 from tutelage.train.selection import Selection, assign, divisors
@@ -135,17 +140,18 @@ class Updater:
         """Add a micro-batch's gradient: its objective and statistics, or None if too large."""
         is_scored = needs_scoring(self.config) and scores_teacher(self.config)
         extras = () if is_scored else needed_extras(self.config)
-        if micro_batch.teacher_logits is None:
+        logits = micro_batch.teacher_logits
+        if logits is None and needs_teacher(self.config):
             raise ValueError("the teacher's forward pass comes before the updates.")
         try:
-            teacher = self.components.teacher.to_device(micro_batch.teacher_logits)
+            teacher = None if logits is None else self.components.teacher.to_device(logits)
             rows, terms = micro_batch.rows, micro_batch.terms
             objective = self.student(micro_batch.batch, teacher, rows, terms, extras)
             (objective.total * scale).backward()
             self.components.masters.accumulate_grads()
         except torch.OutOfMemoryError:
             return None
-        return objective.total.detach(), _as_stats(objective)
+        return objective.total.detach(), _as_stats(objective, teacher is not None)
 
     def _split(self, update: list[MicroBatch], place: int, step: int) -> None:
         """Cut a micro-batch that memory does not hold; the update begins anew.
@@ -207,7 +213,7 @@ class Updater:
         return [name for name, bad in zip(names, self.ranks.max(flags), strict=True) if bad]
 
 
-def _as_stats(objective: Objective) -> TokenStats:
+def _as_stats(objective: Objective, has_teacher: bool) -> TokenStats:
     """Statistics of the rows an objective saw; the sampled token's log-probability is unknown."""
     unknown = torch.zeros_like(objective.entropy)
     return TokenStats(
@@ -218,4 +224,5 @@ def _as_stats(objective: Objective) -> TokenStats:
         unknown,
         unknown,
         objective.extras,
+        has_teacher,
     )

@@ -19,6 +19,7 @@ from tutelage.core.kernels.passes import (
     Slopes,
 )
 from tutelage.core.kernels.tops import MOST_TOP, buckets
+from tutelage.core.policy import ClippedPolicy, Sampled
 from tutelage.core.terms import (
     JSD,
     Buckets,
@@ -42,7 +43,7 @@ def is_known(terms: Sequence[Weighted]) -> bool:
     found = [term for term, _ in terms]
     dense = [x for x in found if isinstance(x, JSD | SkewReverseKL) and not _is_reverse(x)]
     top = [x for x in found if isinstance(x, TopK)]
-    sampled = [x for x in found if isinstance(x, SampledReverseKL)]
+    sampled = [x for x in found if isinstance(x, Sampled)]
     rest = [x for x in found if _is_reverse(x) or isinstance(x, ForwardKL)]
     return (
         len(dense) + len(top) + len(sampled) + len(rest) == len(found)
@@ -55,7 +56,7 @@ def is_known(terms: Sequence[Weighted]) -> bool:
 
 def tokens_of(terms: Sequence[Weighted]) -> Tensor | None:
     """Sampled ids `[N]` whose log-probabilities a term needs."""
-    sampled = [term.tokens for term, _ in terms if isinstance(term, SampledReverseKL)]
+    sampled = [term.tokens for term, _ in terms if isinstance(term, Sampled)]
     return sampled[0].contiguous() if sampled else None
 
 
@@ -98,7 +99,7 @@ class Total:
             case SkewReverseKL(alpha=alpha) if alpha > 0:
                 skew = self.work.mixture(chunk, weights, 1.0 - alpha, is_jsd=False)
                 value, slopes = skew.value, replace(slopes, skew=skew)
-            case SampledReverseKL():
+            case SampledReverseKL() | ClippedPolicy():
                 value, slopes = self._sampled(chunk, term, weight, slopes)
             case TopKForwardKL() | TopKReverseKL():
                 top = buckets(self.work, chunk, term.k, term.support)
@@ -116,7 +117,7 @@ class Total:
             weights[rows] += weight
 
     def _sampled(
-        self, chunk: Chunk, term: SampledReverseKL, weight: Tensor, slopes: Slopes
+        self, chunk: Chunk, term: Sampled, weight: Tensor, slopes: Slopes
     ) -> tuple[Tensor, Slopes]:
         rows, work = chunk.rows, self.work
         log_p, log_q = work.table[LOG_P, rows], work.table[LOG_Q, rows]
