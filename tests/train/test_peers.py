@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -25,8 +26,9 @@ from tutelage.errors import ConfigError, LostProcessError, RunError
 from tutelage.setup import common_store
 from tutelage.setup.common_store import Address, address_of
 from tutelage.train import peers as module
+from tutelage.train.distributed import Leaving
 from tutelage.train.heartbeat import Lost, State, Watch, is_gone, own_state
-from tutelage.train.peer_store import PeerStore, run_name
+from tutelage.train.peer_store import PeerStore
 from tutelage.train.peers import Peers, peers_of
 
 HERE = State(1)
@@ -99,7 +101,9 @@ def test_a_process_is_gone_when_it_was_killed_or_its_number_is_another_one_s() -
     assert not is_gone(replace(state, namespace="another machine"))
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"beat": "1"}', b"\xff", b"[" * 99])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{}", b'{"beat": 1}', b'{"beat": "1"}', b"\xff", b"[" * 99]
+)
 def test_what_is_no_heartbeat_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError):
         State.from_json(text)
@@ -132,7 +136,7 @@ def _other(monkeypatch: pytest.MonkeyPatch) -> Iterator[PeerStore]:
             monkeypatch.setenv(name, value)
         address = address_of(common | {"WORLD_SIZE": "2", "RANK": "1"})
         assert address is not None
-        yield PeerStore(address, run_name(), HANG_S)
+        yield PeerStore(address, HANG_S)
     signal.signal(signal.SIGINT, before)
 
 
@@ -171,6 +175,27 @@ def test_a_loss_ends_the_main_thread_in_one_line(
         run(tmp_path, 0.5)
     assert str(caught.value) == said
     assert other.exchange(state)[0].end == "lost"
+
+
+def test_all_say_the_same_about_a_loss(other: PeerStore, tmp_path: Path) -> None:
+    """The other one saw that a process was gone, before its launcher wrote by what."""
+    line = "process 1 (pid 9) is gone: it was killed or it crashed."
+    assert other.agreed(line) == line
+    other.exchange(State(1, end="killed", line="was ended by SIGKILL"))
+    with pytest.raises(LostProcessError) as caught:
+        run(tmp_path, HANG_S)
+    assert str(caught.value) == line
+
+
+def test_processes_without_shards_leave_without_importing_torch_s_tools_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They take a second, and others wait for the end."""
+    name = "torch.distributed.tensor.debug"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with Leaving(SimpleNamespace(num_processes=2, end_training=lambda: None)):  # type: ignore[arg-type]
+        pass
+    assert name not in sys.modules
 
 
 def test_a_file_system_that_does_not_answer_delays_no_loss(
@@ -253,7 +278,7 @@ def test_a_broken_connection_is_made_anew_after_a_while(monkeypatch: pytest.Monk
     monkeypatch.setattr(common_store, "_RETRY_S", HANG_S)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = ("127.0.0.1", server.port)
-    store = PeerStore(Address(0, 2, *place, is_in_process_0=False), "0", HANG_S)
+    store = PeerStore(Address(0, 2, *place, is_in_process_0=False), HANG_S)
     assert store.exchange(HERE) == [HERE, State()]
     del server
     with pytest.raises(RuntimeError):
@@ -306,9 +331,8 @@ def test_a_process_ends_properly_only_after_the_main_process(
     other: PeerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: State, said: str | None
 ) -> None:
     """Which writes the report when the others have nothing left to do."""
-    monkeypatch.setattr(module, "ERROR_GRACE_S", 0.0)
     monkeypatch.setenv("RANK", "1")
-    main = PeerStore(replace(other.address, rank=0), run_name(), HANG_S)
+    main = PeerStore(replace(other.address, rank=0), HANG_S)
     main.exchange(HERE)
     ends: list[str] = []
 

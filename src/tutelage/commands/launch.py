@@ -101,14 +101,14 @@ def _report(failed: Sequence[int], codes: Sequence[int | None], store: Mapping[s
     if not killed or len(codes) < 2:
         return
     from tutelage.setup.common_store import ANSWER_S, address_of
-    from tutelage.train.peer_store import PeerStore, run_name
+    from tutelage.train.peer_store import PeerStore
 
     for rank in killed:
         environment = {**store, "RANK": str(rank), "WORLD_SIZE": str(len(codes))}
         address = address_of(environment)
         with suppress(RuntimeError, ValueError):  # it holds the store itself: nobody else ended it
             if address is not None:
-                own = PeerStore(address, run_name(), ANSWER_S)
+                own = PeerStore(address, ANSWER_S)
                 own.report_killed(rank, f"was ended by {_name(codes[rank])}")
 
 

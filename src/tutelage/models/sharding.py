@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -62,6 +63,7 @@ def sharding_mesh(
     Raises:
         ConfigError: the processes cannot be cut into groups of that size.
     """
+    import torch.distributed.tensor.debug  # a second, which `forget_shards` has not
     from torch.distributed.device_mesh import DeviceMesh
 
     count = torch.distributed.get_world_size()
@@ -79,6 +81,14 @@ def sharding_mesh(
     groups = [_group_among(ranks.t()), _group_among(ranks)]
     names = ("replicate", _SHARD)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+
+
+def forget_shards() -> None:
+    """Empty torch's cache about shards, which holds the group of their processes."""
+    debug = sys.modules.get("torch.distributed.tensor.debug")  # no shards were made without it
+    clear = None if debug is None else vars(debug).get("_clear_sharding_prop_cache")
+    if clear is not None:  # it has no public name
+        clear()
 
 
 def _group_among(rows: Tensor) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tutelage.core import TokenStats
 from tutelage.data.batch import Batch
+from tutelage.models.sharding import forget_shards
 from tutelage.setup.shares import on_cpu
 
 T = TypeVar("T")
@@ -154,11 +155,7 @@ class Leaving:
         if self._accelerator.num_processes > 1:
             for each in _chain(error):
                 traceback.clear_frames(each.__traceback__)
-            from torch.distributed.tensor import debug
-
-            clear = vars(debug).get("_clear_sharding_prop_cache")  # has no public name
-            if clear is not None:
-                clear()
+            forget_shards()
             gc.collect()
         self._accelerator.end_training()
 

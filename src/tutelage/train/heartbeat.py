@@ -1,26 +1,28 @@
-"""What the processes of a run write about themselves, and which of them is judged to be lost."""
+"""What the processes of a run write about themselves, which one is lost, and what is said of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 End: TypeAlias = Literal["", "done", "error", "interrupted", "lost", "killed"]
 """How a process ended: not yet, properly, by its own error, by Ctrl-C, because another was lost, or
 by a signal that its launcher saw."""
 Kind: TypeAlias = Literal[
-    "killed", "gone", "lost", "error", "interrupted", "silent", "late", "launcher"
+    "killed", "lost", "gone", "error", "interrupted", "silent", "late", "launcher"
 ]
-"""How a process is lost: a signal that its launcher saw; ended without a message; ended for another
-that was lost; ended by its own error, or by Ctrl-C; stopped; never started; or what has the store
-is gone."""
-ENDS = ("", "done", "error", "interrupted", "lost", "killed")
+"""How a process is lost, causes before what follows from them: a signal that its launcher saw; its
+end for another that was lost; its end without a message; by its own error, or by Ctrl-C; silence;
+no start; or what has the store is gone."""
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,10 @@ class State:
         Raises:
             ValueError: that is no heartbeat.
         """
-        values = json.loads(text)
-        defaults = asdict(cls())
-        is_right = isinstance(values, dict) and values.keys() == defaults.keys()
-        if not is_right or any(type(values[key]) is not type(defaults[key]) for key in defaults):
+        values, types = json.loads(text), {k: type(v) for k, v in asdict(cls()).items()}
+        is_right = isinstance(values, dict) and {k: type(v) for k, v in values.items()} == types
+        if not is_right or values["end"] not in get_args(End):
             raise ValueError(f"no heartbeat: {text[:80]!r}")
-        if values["end"] not in ENDS:
-            raise ValueError(f"unknown end: {values['end']!r}")
         return cls(**values)
 
 
@@ -105,6 +104,32 @@ class Lost:
     line: str = ""
     """What it, or its launcher, wrote."""
 
+    def text(self, state: State, here: str, limit_s: float, left: Callable[[], str]) -> str:
+        """One line about it.
+
+        Args:
+            state: its last heartbeat.
+            here: host of this process; another one is named.
+            limit_s: longest silence.
+            left: says what to do.
+        """
+        where = f" on {state.host}" if state.host not in ("", here) else ""
+        limit = f"process_timeout_s = {limit_s:g} s"
+        process = f"process {self.rank}{where}"
+        if self.kind == "lost":
+            return self.line
+        if self.kind == "error":
+            return f"{process} ended: {self.line}"
+        what = {
+            "launcher": self.line,
+            "killed": f"{process} {self.line}.",
+            "gone": f"{process} (pid {state.pid}) is gone: it was killed or it crashed.",
+            "silent": f"{process} has been silent for longer than {limit}.",
+            "late": f"{process} has not started within {limit}.",
+            "interrupted": f"{process} was interrupted.",
+        }
+        return f"{what[self.kind]} {left()}"
+
 
 class Watch:
     """Judges the heartbeats of a run.
@@ -140,26 +165,18 @@ class Watch:
             gone: which processes were seen to have ended, before the states were read.
             limit_s: longest silence.
         """
-        others = [rank for rank in range(len(self.states)) if rank != self.rank]
-        ends = {rank: self.states[rank].end for rank in others}
-        written = self._first(others, ("killed", "lost"))
-        if written is not None:
-            return written
-        for rank in others:
-            if gone[rank] and not ends[rank]:
-                return Lost(rank, "gone")
-        written = self._first(others, ("error", "interrupted"))
-        if written is not None:
-            return written
-        for rank in others:
-            if not ends[rank] and self.silent_s[rank] >= limit_s:
-                return Lost(rank, "silent" if self.states[rank].beat else "late")
-        return None
-
-    def _first(self, ranks: Sequence[int], kinds: Sequence[Kind]) -> Lost | None:
-        pairs = ((kind, rank) for kind in kinds for rank in ranks)
-        found = ((k, rank, self.states[rank]) for k, rank in pairs if self.states[rank].end == k)
-        return next((Lost(rank, kind, state.line) for kind, rank, state in found), None)
+        found = []
+        for rank, state in enumerate(self.states):
+            kind: Kind | None = None
+            if state.end:
+                kind = None if state.end == "done" else state.end
+            elif gone[rank]:
+                kind = "gone"
+            elif self.silent_s[rank] >= limit_s:
+                kind = "silent" if state.beat else "late"
+            if kind is not None and rank != self.rank:
+                found.append(Lost(rank, kind, state.line))
+        return min(found, key=lambda lost: _KINDS.index(lost.kind), default=None)
 
     def has_started(self) -> bool:
         """Whether every process has."""
@@ -170,3 +187,15 @@ class Watch:
         triples = zip(self.states, gone, self.silent_s, strict=True)
         ended = [bool(state.end) or is_out or s >= limit_s for state, is_out, s in triples]
         return all(has for rank, has in enumerate(ended) if rank != self.rank)
+
+
+def left_in(folder: Path) -> str:
+    """From which checkpoint of a run's folder the same command continues."""
+    try:
+        found = [match for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
+    except OSError:  # no folder yet
+        found = []
+    if not found:
+        return "The same command starts anew: there is no checkpoint yet."
+    newest = max(found, key=lambda match: int(match.group(1)))
+    return f"The same command continues from {newest.group()}."

@@ -9,20 +9,9 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from tutelage.errors import RunError
 from tutelage.setup.common_store import Address, CommonStore
 from tutelage.train.heartbeat import State
-from tutelage.train.lost import first_line
 
 _SERVERS: list[TCPStore] = []
 """Stores that live in this process: they serve until it ends, so that the others can print once."""
-
-
-def run_name(number: int = 0, place: str = "") -> str:
-    """A name among the runs that may use one store.
-
-    Args:
-        number: of runs that the process had before.
-        place: what tells the run from those of other processes; "" where the store has no others.
-    """
-    return f"{number} {place}".strip()
 
 
 class PeerStore(CommonStore):
@@ -30,13 +19,19 @@ class PeerStore(CommonStore):
 
     Args:
         address: of the store.
-        run: its `run_name`.
         timeout_s: seconds that an answer may take.
+        number: of runs that the process had before.
+        place: tells a run from others whose processes are given the same port; a launcher's store
+            is of one run.
     """
 
-    def __init__(self, address: Address, run: str, timeout_s: float) -> None:
+    def __init__(
+        self, address: Address, timeout_s: float, number: int = 0, place: str = ""
+    ) -> None:
         super().__init__(address, timeout_s)
-        self._keys = [address.key(f"peers {run}/{rank}") for rank in range(address.count)]
+        run = f"peers {number} {place if address.is_in_process_0 else ''}"
+        self._keys = [address.key(f"{run}/{rank}") for rank in range(address.count)]
+        self._line = address.key(f"{run}/line")
 
     def serve(self) -> None:
         """Be the store, in the process that has it.
@@ -69,6 +64,17 @@ class PeerStore(CommonStore):
 
         return [State.from_json(text) for text in self.answer(both)]
 
+    def agreed(self, line: str) -> str:
+        """What the process says that was the first to find one that is lost.
+
+        Args:
+            line: what this one would say.
+
+        Raises:
+            RuntimeError: the store did not answer.
+        """
+        return bytes(self.answer(lambda client: client.compare_set(self._line, "", line))).decode()
+
     def report_killed(self, rank: int, line: str) -> None:
         """Write that a process was ended, unless it wrote by itself how it ended.
 
@@ -85,3 +91,9 @@ class PeerStore(CommonStore):
     def _prepare(self, client: TCPStore) -> None:
         for key in self._keys:  # so that reading one never waits for its process
             client.compare_set(key, "", State().to_json())
+
+
+def first_line(error: BaseException) -> str:
+    """Of its text; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -7,12 +7,13 @@ system's processes as well, which shows at once that one was killed.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count as counter
@@ -21,16 +22,9 @@ from types import TracebackType
 
 from tutelage.errors import LostProcessError, RunError, TutelageError
 from tutelage.models.sharding import is_of_connection
-from tutelage.setup.common_store import (
-    ANSWER_S,
-    Address,
-    Asking,
-    address_of,
-    is_first_to_print,
-)
-from tutelage.train.heartbeat import End, Lost, State, Watch, is_gone, own_state
-from tutelage.train.lost import first_line, left_in, line_of
-from tutelage.train.peer_store import PeerStore, run_name
+from tutelage.setup.common_store import ANSWER_S, Asking, address_of, is_first_to_print
+from tutelage.train.heartbeat import End, Lost, State, Watch, is_gone, left_in, own_state
+from tutelage.train.peer_store import PeerStore, first_line
 
 PERIOD_S = 1.0
 """Seconds between two heartbeats."""
@@ -73,31 +67,23 @@ class Peers:
         environment: Mapping[str, str] = os.environ,
         place: str = "",
     ) -> None:
-        self._to_do, self._limit_s, self._place = left, limit_s, place
+        self._to_do, self._limit_s = left, limit_s
         self._lock = threading.Condition()
         self._wake = threading.Event()
-        self._is_closing = self._is_closed = False
-        self._is_asked = self._is_waiting = self._is_unwinding = self._was_interrupted = False
+        self._is_hurried = self._is_asked = self._is_unwinding = self._is_closing = False
         self._lost: BaseException | None = None
-        self._own = own_state()
-        self._written: End = ""
+        self._own, self._is_written = own_state(), False
         self._thread: threading.Thread | None = None
         address = address_of(environment)
-        if address is not None:
-            self._prepare(address)
-
-    def _prepare(self, address: Address) -> None:
+        if address is None:
+            return
         self._watch = Watch(address.rank, address.count)
-        self._answer_s = min(max(self._limit_s / 4, _LEAST_ANSWER_S), ANSWER_S)
-        # A launcher's store is of one run; at a port of process 0 there may be that of another run.
-        name = run_name(next(_RUNS), self._place if address.is_in_process_0 else "")
-        self._store = PeerStore(address, name, self._answer_s)
+        self._answer_s = min(max(limit_s / 4, _LEAST_ANSWER_S), ANSWER_S)
+        self._store = PeerStore(address, self._answer_s, next(_RUNS), place)
         # Every process reads every heartbeat: of many processes, less often.
         self._period_s = PERIOD_S * max(1, address.count / 64)
         self._gone = [False] * address.count
-        self._states: list[State] | None = None
-        self._has_reached = False
-        self._refused_s = 0.0
+        self._has_reached, self._refused_s = False, 0.0
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
 
     # --- of the main thread -----------------------------------------------------------------------
@@ -115,13 +101,14 @@ class Peers:
             return
         try:
             with self.told():
-                if error is None and self._store.address.rank:
-                    self._wait_for_main()
+                if error is None and self._watch.rank:
+                    self._wait(lambda: self._is_over() or self.is_lost())
+                    self._raise_lost()
             self.note(error)
         except KeyboardInterrupt:
             raise (self._lost or KeyboardInterrupt()) from None
         finally:
-            self._close()
+            self._close(self._thread)
 
     def watch(self) -> None:
         """Begin to watch, if not yet, inside the block, which an interrupt by the thread ends.
@@ -150,10 +137,8 @@ class Peers:
             return
         self.watch()
         with self._lock:
-            while self._lost is None and not self._watch.has_started():
-                self._lock.wait(PERIOD_S)
-            if self._lost is not None:
-                raise self._lost
+            self._lock.wait_for(lambda: self._watch.has_started() or self.is_lost())
+        self._raise_lost()
 
     def note(self, error: BaseException | None) -> None:
         """Write how this process ends, as soon as that is certain.
@@ -166,31 +151,33 @@ class Peers:
             RunError: a connection to another process broke, and all of them are there.
             KeyboardInterrupt: another process was interrupted for good.
         """
-        if isinstance(error, KeyboardInterrupt) and self._lost is not None:
-            raise self._lost from None  # it may come late
-        if self._thread is None or self._written:
+        if isinstance(error, KeyboardInterrupt):
+            self._raise_lost()  # it may come late
+        if self._thread is None or self._thread.ident is None:
+            return
+        if self._is_written and not self.is_lost():
             return
         self._begin_to_unwind()
-        if self._lost is None and error is not None and is_of_connection(error):
-            self._ask()
-        if error is not None and self._lost is not None and not isinstance(error, TutelageError):
-            error.with_traceback(None)  # its frames hold the models, and those the process group
-            raise self._lost from None
+        is_broken = error is not None and is_of_connection(error)
+        if is_broken and not self.is_lost():
+            self._is_asked = True
+            self._wait(self.is_lost, _ASK_S)
+        if error is not None and not isinstance(error, TutelageError):
+            if self.is_lost() or is_broken:
+                error.with_traceback(None)  # its frames hold models, and those the process group
+            self._raise_lost()
         if error is None:
-            self._write("done", "")
+            self._write("done")
         elif isinstance(error, KeyboardInterrupt):
-            self._write("interrupted", "")
-        elif is_of_connection(error):
+            self._write("interrupted")
+        elif is_broken:
             line = f"the connection of the processes broke: {first_line(error)}. {self._left()}"
             self._write("error", line)
-            error.with_traceback(None)
             raise RunError(line) from None
+        elif isinstance(error, TutelageError):
+            self._write("error", " ".join(str(error).split()))
         else:
-            is_ours = isinstance(error, TutelageError)
-            line = " ".join(str(error).split())
-            self._write(
-                "error", line if is_ours else f"{type(error).__name__}: {first_line(error)}."
-            )
+            self._write("error", f"{type(error).__name__}: {first_line(error)}.")
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -199,23 +186,13 @@ class Peers:
             stack.push(lambda _, error, __: None if error is None else self.note(error))
             yield
 
-    def _wait_for_main(self) -> None:
-        """Wait until process 0 has ended properly.
-
-        Raises:
-            LostProcessError: some process did not.
-            KeyboardInterrupt: it was interrupted.
-        """
-        with self._lock:
-            self._is_waiting = True
-            self._wake.set()
-            self._lock.wait_for(lambda: self._lost is not None or self._is_over())
-            if self._lost is not None:
-                raise self._lost
-
     def _is_over(self) -> bool:
         """Whether process 0 ended properly: all is written, and nobody is needed."""
         return self._watch.states[0].end == "done"
+
+    def _raise_lost(self) -> None:
+        if self._lost is not None:
+            raise self._lost from None
 
     def _begin_to_unwind(self) -> None:
         """From here on the thread does not interrupt; an interrupt that it has sent arrives."""
@@ -223,119 +200,109 @@ class Peers:
             with self._lock:
                 self._is_unwinding = True
                 self._lock.notify_all()
-            if self._was_interrupted:
+            if self.is_lost():
                 time.sleep(0.01)
         except KeyboardInterrupt:
             if not self.is_lost():
                 raise
 
-    def _ask(self) -> None:
-        """Wait until the thread has found who is lost."""
-        with self._lock:
-            self._is_asked = True
-            self._wake.set()
-            self._lock.wait_for(lambda: self._lost is not None, _ASK_S)
-
-    def _write(self, end: End, line: str) -> None:
+    def _write(self, end: End, line: str = "") -> None:
         with self._lock:
             if not self._own.end:
                 self._own = replace(self._own, end=end, line=line)
-            self._wake.set()
-            self._lock.wait_for(lambda: self._written != "", 2 * self._answer_s)
+        self._wait(lambda: self._is_written, 2 * self._answer_s)
 
-    def _close(self) -> None:
+    def _wait(self, condition: Callable[[], bool], limit_s: float | None = None) -> None:
+        """Wait for what the thread hears, which does so at short intervals from now on."""
+        with self._lock:
+            self._is_hurried = True
+            self._wake.set()
+            self._lock.wait_for(condition, limit_s)
+
+    def _close(self, thread: threading.Thread) -> None:
         """End the thread; the process that has the store waits until no other needs it."""
         with self._lock:
-            self._is_closing = True
+            self._is_hurried = self._is_closing = True
             self._wake.set()
-            self._lock.wait_for(lambda: self._is_closed, _DONE_S + 2 * self._answer_s)
+        thread.join(_DONE_S + 2 * self._answer_s)
 
     # --- of the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        last = time.monotonic()
-        end = float("inf")
+        self._heard_at, end = time.monotonic(), math.inf
         while True:
             self._wake.clear()
             self._beat()
+            if not (self.is_lost() or self._own.end or self._is_over()):
+                self._judge()
             now = time.monotonic()
-            self._look(now - last)
-            last = now
-            if self._is_closing:
+            if self._is_closing or self.is_lost():
                 is_done = self._own.end == "done"
                 end = min(end, now + (min(self._limit_s, _DONE_S) if is_done else _END_S))
-                if now >= end or self._may_close():
-                    break
-            elif self._lost is not None:
-                end = min(end, now + _END_S)
-                if now >= end:
-                    self._exit()
-            is_hurried = self._is_closing or self._is_asked or self._is_waiting
-            is_hurried |= self._lost is not None
-            self._wake.wait(self._period_s / 10 if is_hurried else self._period_s)
-        with self._lock:
-            self._is_closed = True
-            self._lock.notify_all()
+            if self._is_closing and (now >= end or self._may_close()):
+                return
+            if now >= end:
+                self._exit()
+            self._wake.wait(self._period_s / 10 if self._is_hurried else self._period_s)
 
     def _beat(self) -> None:
         """Write a heartbeat and read all."""
         with self._lock:
-            self._own = replace(self._own, beat=self._own.beat + 1)
-            own = self._own
+            own = self._own = replace(self._own, beat=self._own.beat + 1)
         # before the states are read: a process writes that it ends, then ends
-        gone = [is_gone(state) for state in self._watch.states]
+        self._gone = [is_gone(state) for state in self._watch.states]
         states: list[State] | None = None
         try:
             states = self._store.exchange(own)
             self._has_reached = True
         except (RuntimeError, ValueError):
             pass  # nothing new was heard; who is gone is seen, and who is silent is counted
-        self._gone, self._states = gone, states
-        if states is not None and own.end:
-            with self._lock:
-                self._written = own.end
-                self._lock.notify_all()
-
-    def _look(self, elapsed_s: float) -> None:
-        """Judge what was heard."""
-        is_refused = (
-            self._states is None and self._has_reached and not self._store.address.is_open()
-        )
+        is_refused = states is None and self._has_reached and not self._store.address.is_open()
+        elapsed_s = time.monotonic() - self._heard_at
+        self._heard_at += elapsed_s
         self._refused_s = self._refused_s + elapsed_s if is_refused else 0.0
-        # A pause of this process, or of the machine, is no silence of the others.
-        awake_s = min(elapsed_s, 2 * self._period_s + 2 * self._answer_s)
         with self._lock:
-            self._watch.note(self._states, awake_s)
+            # A pause of this process, or of the machine, is no silence of the others.
+            self._watch.note(states, min(elapsed_s, 2 * self._period_s + 2 * self._answer_s))
+            self._is_written |= states is not None and own.end != ""
             self._lock.notify_all()
-        if self._lost is not None or self._own.end or self._is_over():
-            return
+
+    def _judge(self) -> None:
+        """End for a process that is lost, if one is."""
         limit_s = min(self._limit_s, _ASKED_SILENCE_S) if self._is_asked else self._limit_s
         lost = self._lost_store(limit_s) or self._watch.lost(self._gone, limit_s)
-        if lost is not None:
-            self._lose(lost)
+        if lost is not None and lost.kind == "gone" and not self._store.address.is_in_process_0:
+            # its launcher may know by what
+            time.sleep(PERIOD_S / 4)
+            self._beat()
+            lost = self._watch.lost(self._gone, limit_s) or lost
+        if lost is not None and not self._ends_itself(lost):
+            self._end_for(lost)
 
     def _lost_store(self, limit_s: float) -> Lost | None:
         """What has the store, if that is gone or was never there."""
         is_gone = self._refused_s >= _REFUSED_S
-        if is_gone or (not self._has_reached and self._watch.silent_s[0] >= limit_s):
-            address = self._store.address
-            if not address.is_in_process_0:
-                what = "is gone" if is_gone else "does not answer"
-                return Lost(0, "launcher", f"the launcher at {address.host}:{address.port} {what}.")
+        if not is_gone and (self._has_reached or self._watch.silent_s[0] < limit_s):
+            return None
+        address = self._store.address
+        if address.is_in_process_0:
             return Lost(0, "gone" if is_gone else "late")
-        return None
+        what = "is gone" if is_gone else "does not answer"
+        return Lost(0, "launcher", f"the launcher at {address.host}:{address.port} {what}.")
 
-    def _lose(self, lost: Lost) -> None:
-        if lost.kind == "gone" and not self._store.address.is_in_process_0:
-            # its launcher may know by what
-            time.sleep(PERIOD_S / 4)
-            self._beat()
-            self._watch.note(self._states, 0)
-            lost = self._watch.lost(self._gone, self._limit_s) or lost
-        is_own_doing = lost.kind in ("error", "interrupted") and not self._is_asked
-        if is_own_doing and self._waits_for(ERROR_GRACE_S):
-            return
-        line = self._line(lost)
+    def _ends_itself(self, lost: Lost) -> bool:
+        """Whether the main thread ends by what ended another process, without waiting for it."""
+        if self._is_hurried or lost.kind not in ("error", "interrupted"):
+            return False
+        with self._lock:
+            is_so = self._lock.wait_for(lambda: self._is_unwinding, ERROR_GRACE_S)
+            return is_so and not self._is_asked
+
+    def _end_for(self, lost: Lost) -> None:
+        state = self._watch.states[lost.rank]
+        line = lost.text(state, self._own.host, self._limit_s, self._left)
+        with suppress(RuntimeError):  # others may have found it by something else
+            line = self._store.agreed(line) if self._store.is_reached else line
         error: BaseException = LostProcessError(line)
         if lost.kind == "interrupted":
             error = KeyboardInterrupt()
@@ -343,23 +310,12 @@ class Peers:
             is_first_to_print(line, self._store)  # while the store is there
         with self._lock:
             self._own = replace(self._own, end="lost", line=line)
-        self._beat()
-        with self._lock:
-            self._lost = error
+            self._lost, self._is_hurried = error, True
+            self._wake.set()
             self._lock.notify_all()
             if not self._is_unwinding:
-                self._is_unwinding = self._was_interrupted = True
+                self._is_unwinding = True
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-    def _waits_for(self, seconds: float) -> bool:
-        """Whether the main thread began to end by itself within some seconds."""
-        with self._lock:
-            is_over = self._lock.wait_for(lambda: self._is_unwinding, seconds)
-            return is_over and not self._is_asked
-
-    def _line(self, lost: Lost) -> str:
-        state = self._watch.states[lost.rank]
-        return line_of(lost, state, self._own.host, self._limit_s, self._left)
 
     def _left(self) -> str:
         try:
@@ -368,22 +324,20 @@ class Peers:
             return "The same command continues from the newest checkpoint, if there is one."
 
     def _may_close(self) -> bool:
-        if self._store.is_reached and self._own.end and not self._written:
+        if self._store.is_reached and self._own.end and not self._is_written:
             return False
-        is_needed = self._store.address.is_owner and self._own.beat > 0
-        return not is_needed or self._watch.have_ended(self._gone, self._limit_s)
+        return not self._store.address.is_owner or self._watch.have_ended(self._gone, self._limit_s)
 
     def _exit(self) -> None:
         """End the process whose main thread does not end."""
-        error = self._lost
         with self._lock:
             if self._is_closing:
                 return
-            if isinstance(error, LostProcessError):
-                if is_first_to_print(str(error)):
-                    os.write(2, f"tutelage: {error}\n".encode())
-                os._exit(2)
-            os._exit(130)
+            if not isinstance(self._lost, LostProcessError):
+                os._exit(130)
+            if is_first_to_print(str(self._lost)):
+                os.write(2, f"tutelage: {self._lost}\n".encode())
+            os._exit(2)
 
 
 def peers_of(folder: Path, limit_s: float, environment: Mapping[str, str] = os.environ) -> Peers:
