@@ -43,7 +43,8 @@ test-slow: install  ## the tests that take long
 
 test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build, in an environment of their own
 	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py \
-		tests/rollout/test_vllm_conversations.py tests/rollout/test_vllm_transfer.py
+		tests/rollout/test_vllm_conversations.py tests/rollout/test_vllm_transfer.py \
+		tests/rollout/test_vllm_pooling.py
 
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm

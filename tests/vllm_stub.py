@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import threading
@@ -95,6 +96,11 @@ class FakeVLLM(ThreadingHTTPServer):
                     return {"results": [None]}
                 case "/reset_prefix_cache":
                     return {"success": True}
+                case "/pooling":
+                    reply = self.pool(body)
+                    if self.change is not None:
+                        self.change(reply)
+                    return reply
             reply = self.score(body) if "prompt_logprobs" in body else self.complete(body)
         if self.change is not None:
             self.change(reply)
@@ -123,6 +129,20 @@ class FakeVLLM(ThreadingHTTPServer):
             "finish_reason": "stop" if ids[-1] in self.stops else "length",
         }
         return {"object": "text_completion", "model": "student", "choices": [choice]}
+
+    @torch.no_grad()
+    def pool(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Final hidden states of all ids."""
+        ids = body["input"]
+        hidden = self.model.model(torch.tensor([ids])).last_hidden_state[0]
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[body["embed_dtype"]]
+        content = hidden.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        return {
+            "id": f"pooling-{body['request_id']}",
+            "model": "student",
+            "data": [{"index": 0, "object": "pooling", "data": base64.b64encode(content).decode()}],
+            "usage": {"prompt_tokens": len(ids), "total_tokens": len(ids)},
+        }
 
     @torch.no_grad()
     def score(self, body: dict[str, Any]) -> dict[str, Any]:

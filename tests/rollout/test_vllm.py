@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,8 @@ if __name__ == "__main__":
 """A CPU server whose weights can be replaced; on CUDA `vllm serve` is enough."""
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
+@contextmanager
+def held_port() -> Iterator[int]:
     """A port that nobody else can take: it stays bound, and vLLM's server shares what it binds."""
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -146,29 +146,36 @@ def answers(url: str) -> bool:
     return False
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[str]:
-    """A vLLM server of the student, in a process of its own."""
-    tmp_path = tmp_path_factory.mktemp("server")
-    folder = tmp_path / "served"
-    save_model(load_model(STUDENT, "float32"), load_tokenizer(STUDENT), folder)
-    url, options = f"http://127.0.0.1:{port}", "--dtype float32 --enforce-eager"
-    arguments = f"--model {folder} --port {port} --logprobs-mode raw_logprobs {options}".split()
+@contextmanager
+def running(model: str, folder: Path, *options: str) -> Iterator[str]:
+    """A vLLM server of a model, in a process of its own."""
+    save_model(load_model(model, "float32"), load_tokenizer(model), folder / "served")
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         **os.environ,
     }
-    launcher = tmp_path / "serve.py"
+    launcher = folder / "serve.py"
     launcher.write_text(LAUNCH)
-    command = [sys.executable, str(launcher), "--host", "127.0.0.1", *arguments]
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-        try:
-            wait_until(lambda: answers(f"{url}/health"), process)
-            yield url
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
+    with held_port() as port:
+        url, place = f"http://127.0.0.1:{port}", f"--host 127.0.0.1 --port {port}".split()
+        command = [sys.executable, str(launcher), *place, "--model", str(folder / "served")]
+        command += ["--dtype", "float32", "--enforce-eager", *options]
+        with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+            try:
+                wait_until(lambda: answers(f"{url}/health"), process)
+                yield url
+            finally:
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A vLLM server of the student."""
+    folder = tmp_path_factory.mktemp("server")
+    with running(STUDENT, folder, "--logprobs-mode", "raw_logprobs") as url:
+        yield url
 
 
 def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> None:

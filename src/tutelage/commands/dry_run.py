@@ -87,7 +87,10 @@ def dry_run(config: Config) -> Iterator[str]:
         small = _scaled(config, folder)
         if isinstance(small.teacher, HiddenServerTeacher):
             url = stack.enter_context(_serving(small.teacher))
-            small = replace(small, teacher=replace(small.teacher, url=url))
+            here = replace(
+                small.teacher, url=url, server="tutelage", served_name="", logprob_url=""
+            )
+            small = replace(small, teacher=here)
             yield f"teacher: on a server in this process, {url}"
         yield from (f"scaled: {line}" for line in _changes(config, small))
         if graded_by(config):

@@ -27,8 +27,13 @@ class HiddenServerTeacher:
     url: str | tuple[str, ...]
     """Address of a server of that model, such as http://host:8100, or a list of several that share
     the requests; a key comes from TUTELAGE_API_KEY."""
-    server: Literal["tutelage"] = "tutelage"
-    """What answers there: `tutelage serve-teacher`."""
+    server: Literal["tutelage", "vllm"] = "tutelage"
+    """What answers there: `tutelage serve-teacher`, or vLLM's pooling endpoint."""
+    served_name: str = ""
+    """Name of the model at a vLLM server; "" where it is `model`."""
+    logprob_url: str = ""
+    """Address of a vLLM server of the same model that gives log-probabilities, with which hidden
+    states of a vLLM server are compared; "" compares them with nothing."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights on the server, and of the head here."""
     payload: Literal["float32", "bfloat16"] = "float32"
@@ -36,7 +41,8 @@ class HiddenServerTeacher:
     bfloat16."""
     num_concurrent: int = 0
     """Requests to one server at the same time, each with a part of a micro-batch's sequences; 0 is
-    1 for tutelage, which then computes what a local teacher would."""
+    1 for tutelage, which then computes what a local teacher would, and for vllm 64, of one sequence
+    each."""
     timeout_s: float = 600.0
     """Seconds for one request, all tries together."""
     hidden_budget_bytes: int = 4 << 30
@@ -73,6 +79,16 @@ class HiddenServerTeacher:
     def __post_init__(self) -> None:
         hint = "Add one."
         require(any(self.urls), "teacher.url", "at least one address", list(self.urls), hint)
+        for name in ("served_name", "logprob_url"):
+            is_used, hint = self.server == "vllm", "Models are compared by checksums."
+            rule = "left out with teacher.server = tutelage"
+            require(
+                is_used or not self.__dict__[name],
+                f"teacher.{name}",
+                rule,
+                self.__dict__[name],
+                hint,
+            )
         count, hint = self.num_concurrent, "0 is usual."
         require(0 <= count <= 256, "teacher.num_concurrent", "from 0 to 256", count, hint)
         seconds, hint = self.timeout_s, "600 is usual."

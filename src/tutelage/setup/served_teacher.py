@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from tutelage.config.schema import Config
 from tutelage.config.teachers import HiddenServerTeacher
+from tutelage.models.head import output_embeddings
 from tutelage.models.teacher import HiddenStore
 from tutelage.setup.trial import refuse_nonfinite
 from tutelage.teachers.hidden import HiddenSource, ServedTeacher
 from tutelage.teachers.identity import identity_of
 from tutelage.teachers.tutelage_source import TutelageSource
+from tutelage.teachers.vllm_source import VLLMSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,8 @@ def served_teacher(
 
 def hidden_source(settings: HiddenServerTeacher, model: PreTrainedModel) -> HiddenSource:
     """The servers of a teacher whose head is here."""
+    if settings.server == "vllm":
+        return VLLMSource(settings, int(output_embeddings(model).weight.shape[1]))
     return TutelageSource(
         settings.urls, identity_of(model), settings.num_concurrent or 1, settings.timeout_s
     )
@@ -49,7 +53,8 @@ def connect(config: Config, teacher: ServedTeacher) -> None:
 def _lines(config: Config) -> Iterator[str]:
     """What a user has to know at the start of a run."""
     if isinstance(config.teacher, HiddenServerTeacher):
-        places = ", ".join(config.teacher.urls)
+        more = config.teacher.logprob_url
+        places = ", ".join([*config.teacher.urls, *([more] if more else [])])
         yield f"prompts and completions leave this machine: their token ids are sent to {places}"
     if config.evaluation.num_problems:
         yield "the teacher is not evaluated: of its model only the head is here"

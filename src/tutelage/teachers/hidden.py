@@ -51,6 +51,10 @@ class HiddenSource(Protocol):
     def prove(self, batch: Batch, logits: LazyLogits) -> None:
         """Refuse logits of a batch's rows that cannot be the model's.
 
+        Args:
+            batch: what was asked for.
+            logits: over all ids of the head, none of them exchanged, on the device of the run.
+
         Raises:
             ModelError: they cannot.
         """
@@ -88,6 +92,7 @@ class ServedTeacher:
         self.itemsize = weight.dtype.itemsize
         self.head_bytes = self.full_bytes = self.resting_bytes = weight.nbytes
         none = torch.empty(0, weight.shape[1], dtype=weight.dtype)
+        self._whole = head(model, none, int(weight.shape[0]))
         self._head = replace(head(model, none, vocab_size), swap=swap)
         self._limit = rounding(model)
         if payload != "float32":
@@ -117,12 +122,11 @@ class ServedTeacher:
         if not batch.num_rows:
             return self._head
         hidden = self.source.hidden(batch, self.payload).to(self._head.weight.dtype)
-        logits = replace(self._head, hidden=hidden)
         if self._num_read % SAMPLED_EVERY == 0:
-            self.source.prove(batch, self.to_device(logits))
+            self.source.prove(batch, self.to_device(replace(self._whole, hidden=hidden)))
             self._compare(batch, hidden)
         self._num_read += 1
-        return replace(logits, hidden=self.store.keep(hidden))
+        return replace(self._head, hidden=self.store.keep(hidden))
 
     def _compare(self, batch: Batch, hidden: Tensor) -> None:
         """Refuse hidden states that a second request, without loss, does not give again."""
