@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -24,6 +26,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from tutelage.commands.launch import rendezvous
 
 HERE = Path(__file__).parent
+IMPORTED = "ranks_imported"
+"""The module of what ranks import."""
 GLOO_THREADS = ("pt_gloo_runloop", "gloo_tcp_loop")
 
 
@@ -124,8 +128,7 @@ def run_script_ranks(
     Raises:
         TimeoutError: they were given up.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["ranks_imported"])
+    server = _fork_server()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         common = stack.enter_context(_common(count))
         argv, paths = [str(path), *map(str, arguments)], [str(path.parent), str(HERE), *sys.path]
@@ -146,11 +149,23 @@ def run_script_ranks(
     return [Ended(int(code or 0), said) for code, said in zip(codes, logs, strict=True)]
 
 
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    """What forks ranks; it runs and has imported what they need."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([IMPORTED])
+    # Python 3.11 gives the server no sys.path, and a module that is not found is no error there.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE), *sys.path])):
+        multiprocessing.forkserver.ensure_running()
+    return server
+
+
 def _be_rank(argv: list[str], paths: list[str], environment: dict[str, str], log: Path) -> None:
     """Run a script as `python argv[0] …` would, with its output in a file."""
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if IMPORTED not in sys.modules:
+        raise RuntimeError(f"the server that forks ranks could not import {IMPORTED}")
     os.environ.clear()
     os.environ.update(environment)
     sys.argv, sys.path[:] = argv, paths

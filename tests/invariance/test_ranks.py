@@ -37,10 +37,18 @@ def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[str, dict[str, Any]]:
+    """What a single process has seen, by case."""
+    return {}
+
+
 @pytest.fixture
-def one(tiny_models: Path, case: str) -> dict[str, Any]:
+def one(tiny_models: Path, case: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a single process sees."""
-    return two_steps(case, tiny_models, Accelerator(cpu=True))
+    if case not in known:
+        known[case] = two_steps(case, tiny_models, Accelerator(cpu=True))
+    return known[case]
 
 
 def test_two_ranks_keep_the_same_rows_and_learn_the_same_weights(

@@ -33,8 +33,8 @@ from tutelage.setup.components import build_components
 from tutelage.setup.trial import refuse_nonfinite, try_model
 from tutelage.train.step import Step
 
-SINGLE = ("gemma2", "qwen3_moe")
-"""Families whose caps or experts do not compute in float64."""
+SINGLE = ("gemma2", "qwen3_moe", "tied")
+"""Families whose caps or experts do not compute in float64, and one that has a twin which does."""
 DTYPES = (torch.float32, torch.float64)
 CPU = torch.device("cpu")
 KINDS: tuple[TeacherSharding, ...] = ("fsdp2", "tp")
