@@ -17,8 +17,8 @@ CORE_MUTANTS: dict[str, Group] = {
             ("logits.masked_fill(p == 0, 0.0) if has_inf else logits", "logits"),
             ("return top, start + place", "return top, place"),
             (
-                "stop, merged = min(start + rows, n), None",
-                "stop, merged = min(start + rows, n - 1) or 1, None",
+                "stop = min(start + rows, n)\n        merged",
+                "stop = min(start + rows, n - 1) or 1\n        merged",
             ),
         ],
     ),

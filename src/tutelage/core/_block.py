@@ -14,6 +14,7 @@ from tutelage.core import kernels
 from tutelage.core.id_class import IdClass
 from tutelage.core.lazy import LazyLogits
 from tutelage.core.partial import PartialLogits
+from tutelage.core.shared_ids import SharedIds
 
 TeacherLogits: TypeAlias = LazyLogits | PartialLogits
 """A teacher of which everything is known, or the likeliest ids of each row."""
@@ -149,6 +150,7 @@ def read_block(
     tokens: Tensor | None = None,
     has_inf: bool = False,
     num_top: int = 0,
+    num_ids: int | None = None,
 ) -> Block:
     """Both distributions of a block of logits, which are overwritten (`student` becomes `gap`).
 
@@ -159,12 +161,16 @@ def read_block(
         tokens: sampled token ids `[r]`.
         has_inf: whether a logit can be −inf, which costs three more passes.
         num_top: how many of the student's likeliest ids to find.
+        num_ids: columns among which they are; None for all.
     """
     s = distribution(student, (scratch[0], scratch[2]), tokens, has_inf)
     t = distribution(teacher, (scratch[1], scratch[2]), tokens, has_inf)
     p, q = s.probabilities, t.probabilities
     offset = s.log_normalizer - t.log_normalizer
-    student_top = student.topk(min(num_top, p.shape[-1]), -1).indices if num_top else None
+    student_top = None
+    if num_top:
+        among = student[:, :num_ids]
+        student_top = among.topk(min(num_top, among.shape[-1]), -1).indices
     gap = student.sub_(teacher)
     teacher_gap = gap.masked_fill(q == 0, 0.0) if has_inf else gap
     forward_kl = offset - _dot(q, teacher_gap, scratch[2]) / t.total
@@ -240,6 +246,17 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class MergedShared:
+    """The same where two vocabularies are compared over what they share."""
+
+    shared: SharedIds
+    columns: Tensor
+    """`Chunk.student`, of the columns `[n, C]`."""
+    student: Tensor
+    """The student's logits `[n, V]`."""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A chunk of rows `[start, stop)` whose blocks can be read one after the other."""
 
@@ -253,13 +270,16 @@ class Chunk:
     has_inf: bool
     known: PartialLogits | None = None
     """What is known of the teacher's rows where that is not everything."""
-    merged: Merged | None = None
+    merged: Merged | MergedShared | None = None
     """Where ids count as one."""
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """What the blocks left in `student`, for all ids, and a free buffer, `[n, V]` each."""
         if self.merged is None:
             return self.student, self.teacher
+        if isinstance(self.merged, MergedShared):
+            self.merged.shared.spread(self.merged.columns, self.merged.student)
+            return self.merged.student, torch.empty_like(self.merged.student)
         self.merged.one_class.spread(self.merged.student, self.merged.share)
         return self.merged.student, self.merged.teacher
 
@@ -279,6 +299,7 @@ class Chunk:
                 None if tokens is None else tokens[rows],
                 self.has_inf,
                 num_top,
+                self.merged.shared.num_ids if isinstance(self.merged, MergedShared) else None,
             )
             yield rows, found if self.known is None else coarse(found, self.known[rows])
 
@@ -314,18 +335,26 @@ def chunks(student: LazyLogits, teacher: TeacherLogits, chunk_bytes: int | None)
         teacher = teacher.matched()
     rows, block = plan(student, chunk_bytes, 2)
     v, one_class = student.vocab_size, IdClass.of(student)
-    student_buffer, teacher_buffer = (new_buffer(student, rows, v) for _ in "st")
+    student_buffer, teacher_buffer = (
+        new_buffer(student, rows, size) for size in (v, teacher.vocab_size)
+    )
     width = v if one_class is None else one_class.num_columns
+    width = width if student.shared is None else student.shared.num_columns
     scratch = tuple(new_buffer(student, block, width) for _ in range(3))
     has_inf = can_be_inf(student) or can_be_inf(teacher)
     for start in range(0, n, rows):
-        stop, merged = min(start + rows, n), None
+        stop = min(start + rows, n)
+        merged: Merged | MergedShared | None = None
         ours = student.block(start, stop, out=student_buffer[: stop - start])
         theirs = teacher.block(start, stop, out=teacher_buffer[: stop - start])
         if one_class is not None:
             whole = (ours, theirs)
             (ours, share), (theirs, _) = (one_class.merge(logits) for logits in whole)
             merged = Merged(one_class, share, *whole)
+        if student.shared is not None:
+            columns = [student.shared.merge(x, side) for side, x in enumerate((ours, theirs))]
+            merged = MergedShared(student.shared, columns[0], ours)
+            ours, theirs = columns
         buffers = (scratch[0], scratch[1], scratch[2])
         yield Chunk(start, stop, ours, theirs, buffers, block, has_inf, known, merged)
 
@@ -343,6 +372,14 @@ def check_pair(student: LazyLogits, teacher: TeacherLogits) -> None:
         raise ValueError(
             f"student and teacher must have the same rows, got {len(student)} and {len(teacher)}."
         )
+    if student.shared is not None:
+        sizes = (student.vocab_size, teacher.vocab_size)
+        if student.shared.sizes != sizes or student.one_class or isinstance(teacher, PartialLogits):
+            raise ValueError(
+                f"shared ids are of vocabularies of {student.shared.sizes} ids, got {sizes}; stops "
+                "are part of them, and of the teacher everything is known."
+            )
+        return
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"student and teacher must share a vocabulary, got {student.vocab_size} and "

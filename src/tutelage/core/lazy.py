@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core.products import product_
+from tutelage.core.shared_ids import SharedIds
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class LazyLogits:
     one_class: tuple[int, ...] = ()
     """Of a student: two or more ids, ascending, that count as one in every statistic and objective,
     on both sides (`core.id_class`); `block` still has a logit for each."""
+    shared: SharedIds | None = None
+    """Of a student: what it shares with a teacher that has another vocabulary. Both are compared
+    over that, by top-k terms with the student's support."""
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 2 or self.weight.ndim != 2:

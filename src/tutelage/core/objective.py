@@ -137,9 +137,18 @@ def composite_objective(
             "terms other than ForwardKL and ReverseKL need finite logits, got an infinite bias. "
             "Use a large negative number instead."
         )
+    if student.shared is not None and not all(_is_over_shared(term) for term, _ in terms):
+        raise ValueError(
+            "two vocabularies are compared over the student's likeliest ids that they share. Use "
+            "TopKReverseKL or TopKForwardKL with the student's support."
+        )
     placed = [(_placed(term, student), w) for term, w in terms]
     weighted = [(term, _row_weights(w, student, "a term's weight")) for term, w in placed]
     return _run(student, teacher, _kernel(weighted), chunk_bytes, extras)
+
+
+def _is_over_shared(term: Term) -> bool:
+    return isinstance(term, TopKForwardKL | TopKReverseKL) and term.support == "student"
 
 
 def _placed(term: Term, student: LazyLogits) -> Term:

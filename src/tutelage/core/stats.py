@@ -113,6 +113,8 @@ def token_stats(
     one_class = IdClass.of(student)
     if one_class is not None:
         tokens = one_class.columns(tokens)
+    if student.shared is not None and teacher is not None:
+        tokens = student.shared.columns(tokens)
     if not isinstance(teacher, PartialLogits) and _is_fused(student, teacher, extras):
         with torch.no_grad():
             return _by_kernels(student, teacher, tokens, chunk_bytes, extras)

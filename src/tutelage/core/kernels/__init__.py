@@ -19,10 +19,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 def suits(*sides: LazyLogits) -> bool:
     """Whether the kernels compute what these logits need: one device, and dtypes of `DTYPES`.
 
-    Ids that count as one have a logit beyond what a soft cap leaves to any.
+    Ids that count as one have a logit beyond what a soft cap leaves to any. Sides with different
+    vocabularies are left to torch.
     """
     device = sides[0].hidden.device
     if sides[0].one_class and any(side.softcap is not None for side in sides):
+        return False
+    if sides[0].shared is not None:
         return False
     return all(
         side.hidden.dtype in DTYPES and side.hidden.device == side.weight.device == device
