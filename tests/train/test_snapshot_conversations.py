@@ -97,7 +97,7 @@ def test_conversations_of_the_panel_are_sampled_whole(
         return [None] * len(request.prompts)
 
     sampler = SimpleNamespace(sample=sample)
-    components: Any = SimpleNamespace(task=AgentTask(), sampler=sampler)
+    components: Any = SimpleNamespace(task=AgentTask(), sampler=sampler, forget_draws=lambda: None)
     _panel(config, components, ALONE)
     assert [request.sampling.max_new_tokens for request in asked] == [longest]
     assert (asked[0].agent is not None) == (kind == "ledger_tools")
