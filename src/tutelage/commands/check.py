@@ -14,6 +14,7 @@ from tutelage.config.conversations import ConversationData
 from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.rollouts import LiveRollouts
 from tutelage.config.schema import Config
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
@@ -22,7 +23,7 @@ from tutelage.memory.stored import stored_rollout_bytes
 from tutelage.models.chat.tool_format import format_of
 from tutelage.models.teacher_shards import require_shardable_teacher
 from tutelage.setup.components import Components, build_components
-from tutelage.setup.inputs import Inputs
+from tutelage.setup.inputs import Inputs, PromptStats
 from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 from tutelage.setup.run_folder import run_folder
 from tutelage.setup.validate import validate
@@ -97,9 +98,7 @@ def check(
     prompts = inputs.prompts or inputs.measure_prompts(config)
     with components.teacher.on_device():
         sides = [_model_line("student", components.student.model)]
-        is_served = isinstance(config.teacher, HiddenServerTeacher)
-        part = "the teacher's head" if is_served else "teacher"
-        sides.append(_model_line(part, components.teacher.model))
+        sides.append(_teacher_line(config, components, prompts))
     yield from sides
     yield from _sharding_lines(config, components, processes)
     yield f"vocabulary: {components.student.vocab_size:,} ids shared; tokenizers agree"
@@ -121,7 +120,7 @@ def check(
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
     yield from _stored_lines(config, run_folder(config, name), prompts.longest)
-    yield from plan_run(config, components, prompts.longest, processes).lines(config)
+    yield from plan_run(config, components, prompts.longest_read, processes).lines(config)
     yield from components.teacher.notices
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
@@ -173,6 +172,19 @@ def _conversations_line(config: Config, data: ConversationData, inputs: Inputs) 
     if isinstance(inputs.task, AgentTask):
         how = f"calls in the format {format_of(inputs.tokenizer, data.tool_format)}"
     return f"conversations: {how}; at most {', '.join(limits)}"
+
+
+def _teacher_line(config: Config, components: Components, prompts: PromptStats) -> str:
+    teacher = config.teacher
+    if not isinstance(teacher, SelfTeacher):
+        is_served = isinstance(teacher, HiddenServerTeacher)
+        part = "the teacher's head" if is_served else "teacher"
+        return _model_line(part, components.teacher.model)
+    kept = f", average of decay {teacher.ema_decay}" if teacher.ema_decay is not None else ""
+    reads = "the student's prompts"
+    if prompts.longest_told:
+        reads = f"prompts of up to {prompts.longest_told} tokens with its context"
+    return f"teacher: the student itself, weights {teacher.weights}{kept}; it reads {reads}"
 
 
 def _model_line(who: str, model: PreTrainedModel) -> str:

@@ -17,7 +17,7 @@ from tutelage.memory.plan import UNKNOWN_BYTES
 from tutelage.models.head_model import head_shape_model
 from tutelage.models.load import load_model_config, load_tokenizer
 from tutelage.models.reference import resolve_model
-from tutelage.setup.inputs import Inputs, build_task
+from tutelage.setup.inputs import Inputs, build_task, told_fields
 from tutelage.setup.process_counts import ProcessCounts
 
 _CAPABILITY = (9, 0)
@@ -50,6 +50,8 @@ def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iter
     else:
         teacher = shadow(head_shape_model(found[1], dtypes[1]))
     yield "plan of cards that are not here, from the models' configurations; nothing was checked"
+    if told_fields(config) and isinstance(config.data, FileData):
+        yield "the tokens that teacher.context adds to a prompt are not counted"
     copied = processes.copied_bytes(config, student, teacher)
     plan = plan_cuda(config, student, teacher, facts, prompt_tokens, processes, copied)
     yield from plan.lines(config)
@@ -76,4 +78,4 @@ def _prompt_tokens(config: Config) -> int:
         )
     tokenizer = load_tokenizer(config.student.model)
     inputs = Inputs(torch.device("cpu"), build_task(data), tokenizer, tokenizer, None)
-    return inputs.measure_prompts(config).longest
+    return inputs.measure_prompts(config).longest_read

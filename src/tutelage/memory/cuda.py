@@ -29,6 +29,7 @@ from tutelage.memory.plan import MemoryPlan, Phase
 from tutelage.memory.rollout_cuda import RolloutMemory, rollout_memory
 from tutelage.memory.shards import Shards, TeacherParts
 from tutelage.memory.student import student_in_shards, whole_student
+from tutelage.memory.teacher_weights import teacher_weights
 from tutelage.models.packing import repeats_keys
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
@@ -141,6 +142,7 @@ class _Plan:
         self.head: Tensor = student.get_output_embeddings().weight
         self.teacher_head: Tensor = teacher.get_output_embeddings().weight
         self.vocab_size = min(len(self.head), len(self.teacher_head))
+        self.held = teacher_weights(config, teacher, student)
         self.is_drawn_here = isinstance(config.engine, TransformersEngine)
         self.shards = shards_of(config, student, processes)
         self.own = (
@@ -182,13 +184,14 @@ class _Plan:
         """Of what this process has of the teacher, and of the whole head beside parts."""
         if self.parts is not None:
             return self.parts.stored_bytes + self.parts.head_bytes
-        return stored_bytes(self.teacher)
+        return self.held.while_read(self.config.teacher.mode)
 
     @property
     def teacher_at_rest(self) -> int:
         """All of it, or the head, which the objective reads."""
-        is_resident = self.config.teacher.mode == "resident"
-        return self.teacher_bytes if is_resident else self.teacher_head.nbytes
+        mode = self.config.teacher.mode
+        is_cut = self.parts is not None and mode == "resident"
+        return self.teacher_bytes if is_cut else self.held.at_rest(mode)
 
     @property
     def _all_hidden(self) -> int:
@@ -366,9 +369,8 @@ class _Plan:
         """Main memory: what was moved there, and the copy that checkpoints are written from."""
         config = self.config
         hidden = self._all_hidden - self._kept_hidden
-        is_offloaded = config.teacher.mode == "offload"
         parts = self.own.host | {
-            "teacher weights": stored_bytes(self.teacher) if is_offloaded else 0,
+            "teacher weights": self.held.resting * (config.teacher.mode == "offload"),
             "hidden states": min(hidden, config.teacher.hidden_budget_bytes),
         }
         copy = self._checkpoint_copy()

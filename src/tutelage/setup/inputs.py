@@ -59,6 +59,11 @@ class PromptStats:
     longest_told_id: str = ""
     """The prompt that it belongs to."""
 
+    @property
+    def longest_read(self) -> int:
+        """Tokens of the longest prompt that either model reads."""
+        return max(self.longest, self.longest_told)
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tutelage.config.parse import fingerprint, to_table
 from tutelage.config.schema import Config, FileData
+from tutelage.config.self_teacher import SelfTeacher
 from tutelage.evaluation.verdict import Verdict
 from tutelage.models.reference import resolve_model
 
@@ -34,7 +35,7 @@ def model_card(
         *_header(config),
         "# Student of an on-policy distillation run",
         "",
-        f"* Student `{config.student.model}`, teacher `{config.teacher.model}`.",
+        f"* Student `{config.student.model}`, {_teacher(config)}.",
         f"* Data: `{source}`; {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{samples} completions of at most {config.sampling.max_new_tokens} tokens, "
         f"{updates} updates a step.",
@@ -56,6 +57,14 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _teacher(config: Config) -> str:
+    teacher = config.teacher
+    if not isinstance(teacher, SelfTeacher):
+        return f"teacher `{teacher.model}`"
+    told = f", which read beside every prompt `{teacher.context!r}`" if teacher.context else ""
+    return f"taught by itself with {teacher.weights} weights{told}"
 
 
 def _header(config: Config) -> Iterator[str]:
