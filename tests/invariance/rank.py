@@ -19,7 +19,8 @@ from tiny import MEASURED, tiny_config
 from tutelage.config.schema import Config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Prompt
-from tutelage.setup.components import build_components, trained_names
+from tutelage.models.student import trained_names
+from tutelage.setup.components import build_components
 from tutelage.train.distributed import StepRows
 from tutelage.train.step import Step
 

@@ -1,7 +1,7 @@
 """One rank of several that share a student: gradients and weights of every case.
 
-Usage: sharded_rank.py MODELS OUT SHARDING...; the usual environment variables name rank, world size
-and master. SHARDING is none, fsdp2, or hsdp: fsdp2 in groups of two.
+Usage: sharded_rank.py MODELS OUT SHARDING CASE...; the usual environment variables name rank, world
+size and master. SHARDING is none, fsdp2, or hsdp: fsdp2 in groups of two.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tutelage.config.schema import Config
 from tutelage.data.types import Rollout
 from tutelage.models import sharding as models_sharding
 from tutelage.models.sharding import SMALL_BYTES, gathered_parts, is_shard, sharding_mesh
-from tutelage.models.student import Student
-from tutelage.setup.components import Components, build_components, masters_of, trained_names
+from tutelage.models.student import Student, trained_names
+from tutelage.setup.components import Components, build_components, masters_of
 from tutelage.train.optimizer import build_optimizer
 from tutelage.train.step import Step
 
@@ -62,7 +62,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 """Cases of four steps of AdamW in the configuration's own dtype."""
 
 CASES = (*GRADIENTS, *WEIGHTS)
-AT_ONCE = ("q3", "eopd", "eopd_sampled", "lora_checkpointed", "on_disk", "adapter", "half")
+AT_ONCE = ("q3", "eopd", "eopd_sampled", "checkpointed", "on_disk", "adapter", "half")
 """Cases whose layers are gathered at once, as small ones are; all others gather one by one."""
 
 
@@ -171,19 +171,17 @@ def taken(
     return work(case, models, sharding, accelerator)
 
 
-def main(models: Path, out: Path, shardings: Sequence[str]) -> None:
+def main(models: Path, out: Path, sharding: str, cases: Sequence[str]) -> None:
     torch.set_num_threads(1)
     with process_group() as index:
         accelerator = Accelerator(cpu=True)
-        for sharding in shardings:
-            for case in CASES:
-                models_sharding.SMALL_BYTES = SMALL_BYTES * (case in AT_ONCE)
-                metrics, tensors = taken(case, models, sharding, accelerator)
-                name = f"{sharding}-{case}"
-                (out / f"{name}-{index}.json").write_text(json.dumps(metrics))
-                if not index:
-                    save_file({n: t.contiguous() for n, t in tensors.items()}, out / f"{name}.st")
+        for case in cases:
+            models_sharding.SMALL_BYTES = SMALL_BYTES * (case in AT_ONCE)
+            metrics, tensors = taken(case, models, sharding, accelerator)
+            (out / f"{case}-{index}.json").write_text(json.dumps(metrics))
+            if not index:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, out / f"{case}.st")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])

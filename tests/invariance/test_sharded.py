@@ -19,6 +19,12 @@ from torch import Tensor
 from ranks import run_script
 from tiny import save_tiny_model
 
+SCRIPT = Path(sharded_rank.__file__)
+KINDS = (
+    "soft_or", "eopd_sampled", "lora_checkpointed", "tied", "packed", "pruned", "no_rows", HALF,
+    "four_steps", "on_disk", "half_adapter",
+)  # fmt: skip
+"""Cases of which each has something that no other one has."""
 EXACT = 1e-12
 """Largest relative difference of a gradient in float64."""
 NEAR = 2e-5
@@ -49,22 +55,17 @@ def one(models: Path) -> See:
     return see
 
 
-def started(models: Path, folder: Path, count: int, *shardings: str) -> None:
-    run_script(Path(sharded_rank.__file__), (models, folder, *shardings), count)
-
-
-def seen(folder: Path, count: int, sharding: str, case: str) -> Seen:
-    name = f"{sharding}-{case}"
-    metrics = [json.loads((folder / f"{name}-{i}.json").read_text()) for i in range(count)]
-    return metrics, load_file(folder / f"{name}.st")
+def seen(folder: Path, count: int, case: str) -> Seen:
+    metrics = [json.loads((folder / f"{case}-{i}.json").read_text()) for i in range(count)]
+    return metrics, load_file(folder / f"{case}.st")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, models: Path) -> See:
     """What two processes with parts of the weights see."""
     folder = tmp_path_factory.mktemp("two")
-    started(models, folder, 2, "fsdp2")
-    return lambda case: seen(folder, 2, "fsdp2", case)
+    run_script(SCRIPT, (models, folder, "fsdp2", *KINDS), 2)
+    return lambda case: seen(folder, 2, case)
 
 
 def check(case: str, found: Seen, expected: Seen, models: Path) -> None:
@@ -97,7 +98,7 @@ def assert_within_spread(tensors: dict[str, Tensor], models: Path) -> None:
     assert min(distance(list(tensors.values()), column) for column in columns) <= spread
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KINDS)
 def test_two_processes_with_parts_learn_as_one(two: See, one: See, models: Path, case: str) -> None:
     check(case, two(case), one(case), models)
 
@@ -111,9 +112,11 @@ def test_each_of_two_processes_holds_half(two: See, one: See) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "sharding"), [(2, "none"), (4, "none"), (4, "fsdp2"), (4, "hsdp")], ids=str
+    ("count", "sharding"),
+    [(2, "none"), (2, "fsdp2"), (4, "none"), (4, "fsdp2"), (4, "hsdp")],
+    ids=str,
 )
 def test_the_matrix(tmp_path: Path, models: Path, one: See, count: int, sharding: str) -> None:
-    started(models, tmp_path, count, sharding)
+    run_script(SCRIPT, (models, tmp_path, sharding, *CASES), count)
     for case in CASES:
-        check(case, seen(tmp_path, count, sharding, case), one(case), models)
+        check(case, seen(tmp_path, count, case), one(case), models)

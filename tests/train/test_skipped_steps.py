@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from tiny import tiny_config
 from tutelage.errors import RunError
-from tutelage.models.student import Student
-from tutelage.setup.components import build_components, trained_names
+from tutelage.models.student import Student, trained_names
+from tutelage.setup.components import build_components
 from tutelage.train.checkpoint import list_checkpoints
 from tutelage.train.loop import train
 from tutelage.train.step import Step
