@@ -47,9 +47,8 @@ class HiddenServerTeacher:
     """Seconds for one request, all tries together."""
     hidden_budget_bytes: int = 4 << 30
     """Hidden states of one step kept in main memory; more go to a file in the run folder."""
-    stop_token: Literal["map", "refuse"] = "map"
-    """Where student and teacher end a text with different ids: map exchanges them for the teacher,
-    refuse ends the run."""
+    stop_token: Literal["map", "class", "refuse"] = "map"
+    """As for a local teacher."""
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -24,10 +24,11 @@ from tutelage.models.reference import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 _NUM_IDS = 64
 """Ids of the embeddings that stand in for the model's own, which are not loaded."""
+_GENERATION = "generation_config.json"
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -65,6 +66,7 @@ def load_head_model(ref: str, dtype: str, device: torch.device | str = "cpu") ->
         )
     model.to(device, DTYPES[dtype])
     bias = None if bias is None else bias.to(device, DTYPES[dtype])
+    model.generation_config = _generation_config(found) or model.generation_config
     return _with_head(model, weight.to(device, DTYPES[dtype]), bias)
 
 
@@ -128,6 +130,20 @@ def _head_of(
     return _tensor(found, files[name], name), (
         None if bias is None else _tensor(found, files[bias], bias)
     )
+
+
+def _generation_config(found: ResolvedModel) -> GenerationConfig | None:
+    """What says, besides the tokenizer, which ids end a text; None where there is none."""
+    from transformers import GenerationConfig
+
+    place = _place(found, _GENERATION)
+    if place is None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(place.parent, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(f"{place} cannot be read: {reason}. Copy it again.") from None
 
 
 def _named(names: dict[str, str], wanted: str) -> str | None:
