@@ -24,6 +24,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "kill": (6, 150),
     "peers": (4, 40),
     "kill_conversations": (2, 30),
+    "kill_stored": (2, 60),
     "families": (18, 0),
     "disk": (5, 150),
     "numerics": (10_000, 1_000_000),

@@ -118,7 +118,13 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("rollouts", [STORED, {"source": "mixed", "on_policy_share": 0.5}])
+@pytest.mark.parametrize(
+    "rollouts",
+    [
+        STORED,
+        pytest.param({"source": "mixed", "on_policy_share": 0.5}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_died_while_it_stored_goes_on(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rollouts: dict[str, Any]
 ) -> None:

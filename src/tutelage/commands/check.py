@@ -19,7 +19,7 @@ from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
-from tutelage.memory.stored import stored_rollout_bytes
+from tutelage.memory.stored import stored_rollout_bytes, stored_state_bytes
 from tutelage.models.chat.tool_format import format_of
 from tutelage.models.teacher_shards import require_shardable_teacher
 from tutelage.setup.components import Components, build_components
@@ -119,14 +119,16 @@ def check(
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"
     )
-    yield from _stored_lines(config, run_folder(config, name), prompts.longest)
+    yield from _stored_lines(config, components, run_folder(config, name), prompts.longest)
     yield from plan_run(config, components, prompts.longest_read, processes).lines(config)
     yield from components.teacher.notices
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"
 
 
-def _stored_lines(config: Config, folder: Path, longest: int) -> Iterator[str]:
+def _stored_lines(
+    config: Config, components: Components, folder: Path, longest: int
+) -> Iterator[str]:
     """What is stored of rollouts before the first step, if anything is."""
     if isinstance(config.rollouts, LiveRollouts):
         return
@@ -136,8 +138,13 @@ def _stored_lines(config: Config, folder: Path, longest: int) -> Iterator[str]:
         f"rollouts: {config.rollouts.source}, of all steps, {source}; at most {size:,} bytes of "
         f"them in {folder / 'rollouts'} before the first step"
     )
+    states = stored_state_bytes(config, components.teacher.head_shape[1])
+    if states:
+        size += states + components.teacher.head_bytes
+        yield f"teacher: at most {states:,} bytes of its hidden states are stored with them"
     if size > config.rollouts.max_bytes:
-        yield f"warning: that is more than rollouts.max_bytes = {config.rollouts.max_bytes:,}"
+        most = config.rollouts.max_bytes
+        yield f"warning: {size:,} bytes are more than rollouts.max_bytes = {most:,}"
 
 
 def _sharding_lines(

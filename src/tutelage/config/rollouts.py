@@ -27,6 +27,9 @@ class StoredRollouts:
     path: str | None = None
     """JSONL or parquet file of completions, such as `tutelage sample` prints with --json; None lets
     the initial student sample them, with the seeds that the steps of a live run have."""
+    teacher_states: Literal["none", "float32", "bfloat16"] = "none"
+    """Dtype in which the teacher's hidden states are stored with the completions, once; its head
+    and they are all that the steps need of it. none runs the teacher in every step."""
     max_bytes: int = 100 << 30
     """Most bytes that the store may take of the disk."""
 
@@ -57,6 +60,11 @@ class MixedRollouts:
 RolloutsConfig: TypeAlias = Annotated[
     LiveRollouts | StoredRollouts | MixedRollouts, Field(discriminator="source")
 ]
+
+
+def stores_teacher(rollouts: RolloutsConfig) -> bool:
+    """Whether the steps need no teacher but its head."""
+    return isinstance(rollouts, StoredRollouts) and rollouts.teacher_states != "none"
 
 
 def given_path(rollouts: RolloutsConfig) -> str | None:

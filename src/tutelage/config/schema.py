@@ -26,7 +26,12 @@ from tutelage.config.method import (
     needs_sampler,
 )
 from tutelage.config.models import OptimizerConfig, StudentConfig
-from tutelage.config.rollouts import LiveRollouts, MixedRollouts, RolloutsConfig
+from tutelage.config.rollouts import (
+    LiveRollouts,
+    MixedRollouts,
+    RolloutsConfig,
+    stores_teacher,
+)
 from tutelage.config.sampling import (
     EngineConfig,
     SamplingConfig,
@@ -274,6 +279,21 @@ class Config:
         rule = f"left out with objective.kind = {self.objective.kind}"
         hint = "Its ratio needs the log-probabilities of what sampled, which a file lacks."
         require(not is_ratio, "rollouts.path", rule, rollouts.path, hint)
+        if stores_teacher(rollouts):
+            self._require_teacher_states()
+
+    def _require_teacher_states(self) -> None:
+        """What needs no teacher once its hidden states are stored."""
+        every, kind, sharding = self.recording.every, self.teacher.kind, self.teacher.sharding
+        with_states = "with rollouts.teacher_states"
+        hint = "A snapshot needs the teacher."
+        require(not every, "recording.every", f"0 {with_states}", every, hint)
+        hint = "Leave rollouts.teacher_states out."
+        policy = self.teacher.stop_token
+        rule = f"map or refuse {with_states}"
+        require(policy != "class", "teacher.stop_token", rule, policy, hint)
+        require(kind == "local", "teacher.kind", f"local {with_states}", kind, hint)
+        require(sharding == "none", "teacher.sharding", f"none {with_states}", sharding, hint)
 
     def _require_self(self, teacher: SelfTeacher) -> None:
         """What a student can teach itself."""

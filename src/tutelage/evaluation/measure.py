@@ -17,6 +17,7 @@ from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_
 from tutelage.evaluation.request import HELD_OUT
 from tutelage.evaluation.scores import voting_of
 from tutelage.models.privileged import PrivilegedReading, read_beside
+from tutelage.models.stored_teacher import StoredTeacher
 from tutelage.models.student import Student
 from tutelage.models.teacher_protocol import AnyTeacher
 from tutelage.models.tokenizers import decode, pad_id
@@ -183,7 +184,7 @@ def held_out_reverse_kl(
     shares: Shares = ALONE,
     reading: PrivilegedReading | None = None,
 ) -> list[float]:
-    """Reverse KL of every rollout in nats, summed over its tokens.
+    """Reverse KL of every rollout in nats, summed over its tokens; NaN without a teacher's model.
 
     Args:
         student: has all weights.
@@ -195,6 +196,8 @@ def held_out_reverse_kl(
         shares: the processes, each of which runs as many forward passes.
         reading: the prompts that the teacher reads; None where they are the student's.
     """
+    if isinstance(teacher, StoredTeacher) and teacher.whole is None:
+        return [math.nan] * len(rollouts)  # nothing is stored of these completions
     order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
     by_length = [rollouts[i] for i in order]
     sums = torch.zeros(len(rollouts), dtype=torch.float64)

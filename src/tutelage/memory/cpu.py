@@ -15,6 +15,7 @@ from tutelage.core._block import chunk_budget
 from tutelage.core.kernels import is_supported
 from tutelage.memory.plan import MemoryPlan, Phase
 from tutelage.memory.shards import Shards, TeacherParts
+from tutelage.memory.stored import of_steps
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.limits import context_limit
 from tutelage.setup.components import Components
@@ -100,6 +101,7 @@ def plan_memory(
         ),
         Phase("learn", rest | _learn(config, components, sizes, shards) | {"hidden states": kept}),
     ]
+    phases = [of_steps(config, phase, teacher.head_bytes) for phase in phases]
     available = available_bytes(components.device)
     if on_cpu:
         phases.insert(0, Phase("load", {"read at once": status_bytes("VmHWM")}))

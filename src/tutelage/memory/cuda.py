@@ -28,6 +28,7 @@ from tutelage.memory.meta_model import (
 from tutelage.memory.plan import MemoryPlan, Phase
 from tutelage.memory.rollout_cuda import RolloutMemory, rollout_memory
 from tutelage.memory.shards import Shards, TeacherParts
+from tutelage.memory.stored import of_steps
 from tutelage.memory.student import student_in_shards, whole_student
 from tutelage.memory.teacher_weights import teacher_weights
 from tutelage.models.packing import repeats_keys
@@ -107,7 +108,8 @@ def plan_cuda(
     loading = [Phase("load", {"read at once": copied_bytes})] if copied_bytes else []
     host = MemoryPlan((*loading, plan.host(room)), room, what="main memory")
     title = processes.title(config)
-    phases = [with_uncounted(phase) for phase in phases]
+    head = plan.teacher_head.nbytes
+    phases = [with_uncounted(of_steps(config, phase, head)) for phase in phases]
     return MemoryPlan(tuple(phases), facts.available_bytes, host, title=title)
 
 

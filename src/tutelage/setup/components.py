@@ -58,15 +58,17 @@ from tutelage.setup.inputs import Inputs, load_inputs, pick_device, privileged_r
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
 from tutelage.setup.teacher import (
+    as_stored,
     build_self_teacher,
     build_teacher,
+    kept_teacher,
     load_teacher,
     needs_start,
     set_attention,
     try_teacher,
 )
 from tutelage.setup.trial import refuse_nonfinite, try_model
-from tutelage.setup.warnings import copy_warnings, model_warnings
+from tutelage.setup.warnings import pair_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -344,23 +346,22 @@ def build_components(
     if device.type == "cpu":
         keep_freed_memory()
     load, model = None, None
-    if not isinstance(config.teacher, SelfTeacher):
+    kept = kept_teacher(config, student_model, scratch, device)
+    if kept is None and not isinstance(config.teacher, SelfTeacher):
         load = load_teacher(config, device)
         on_phase(f"loading the teacher {config.teacher.model}")
         model = load()
     on_phase(f"loading the student {student_model or config.student.model}")
     student = _student(config, student_model, model, device)
     other = student if model is None else model
-    vocab_size = shared_vocabulary(
-        tokenizer,
-        found.teacher_tokenizer,
-        output_embeddings(student).weight.shape[0],
-        output_embeddings(other).weight.shape[0],
-    )
+    rows = [output_embeddings(side).weight.shape[0] for side in (student, other)]
+    rows[1] = kept.num_rows if kept else rows[1]
+    vocab_size = shared_vocabulary(tokenizer, found.teacher_tokenizer, *rows)
     refuse_remap_beyond(found.remap, vocab_size)
-    stops = _stops(config, found, student, other, vocab_size)
-    warnings = (*found.warnings, *model_warnings(config, found, student, other, vocab_size))
-    warnings += tuple(copy_warnings(config, student if student_model is None else None, other))
+    stops = () if kept else _stops(config, found, student, other, vocab_size)
+    first = student if student_model is None else None
+    pair = () if kept else pair_warnings(config, found, student, other, vocab_size, first)
+    warnings = (*found.warnings, *pair)
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
     _refuse_other_ends(config, task, student, tokenizer)
@@ -373,7 +374,8 @@ def build_components(
         notes += try_teacher(config, loaded)
     trained = shared_student(config, student, vocab_size, device, stops)
     masters = masters_of(config, trained)
-    teacher: AnyTeacher = loaded or _self_teacher(config, trained, masters, student_model, scratch)
+    teacher: AnyTeacher | None = kept or as_stored(config, loaded, is_run)
+    teacher = teacher or _self_teacher(config, trained, masters, student_model, scratch)
     service = verifiers_service(config, task, student, tokenizer)
     sampler = make_sampler(config, trained.plain, tokenizer, service)
     return Components(

@@ -78,6 +78,8 @@ class Inputs:
     """End-of-sequence ids of student and teacher where they differ."""
     prompts: PromptStats | None = None
     """Known once the prompts were validated."""
+    has_teacher: bool = True
+    """False where all that the steps need of the teacher is stored: its tokenizer is not read."""
     warnings: tuple[str, ...] = ()
 
     def measure_prompts(self, config: Config) -> PromptStats:
@@ -126,8 +128,12 @@ def _used_prompts(task: Task, config: Config) -> list[Prompt]:
     return [p for step in steps for p in task.prompts(step, size, config.seed)] + held_out
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config, has_teacher: bool = True) -> Inputs:
     """Device, task and tokenizers of a run.
+
+    Args:
+        config: the run.
+        has_teacher: False leaves the teacher's tokenizer out.
 
     Raises:
         TutelageError: one of them cannot be used, or the tokenizers differ.
@@ -140,12 +146,14 @@ def load_inputs(config: Config) -> Inputs:
             "through 4-bit weights. Use 8bit or none."
         )
     tokenizer = load_tokenizer(config.student.model)
-    is_shared = tokenizer_place(config.student.model) == tokenizer_place(config.teacher.model)
+    is_shared = not has_teacher or tokenizer_place(config.student.model) == tokenizer_place(
+        config.teacher.model
+    )
     teacher = tokenizer if is_shared else load_tokenizer(config.teacher.model)
     refuse_different_vocabularies(tokenizer, teacher)
     remap = eos_remap(tokenizer, teacher, config.teacher.stop_token)
     task = without_long_prompts(task, config.data, tokenizer)
-    return Inputs(device, task, tokenizer, teacher, remap)
+    return Inputs(device, task, tokenizer, teacher, remap, has_teacher=has_teacher)
 
 
 def told_fields(config: Config) -> tuple[str, ...]:

@@ -170,7 +170,8 @@ def at_the_date_of_the_run(function: Callable[Arguments, Result]) -> Callable[Ar
 def input_digests(config: Config, inputs: Inputs) -> dict[str, str]:
     """SHA-256 of everything besides the configuration that decides the numbers of a run.
 
-    A student without an adapter is left out: its checkpoints hold all of it.
+    A student without an adapter is left out: its checkpoints hold all of it; so is a teacher of
+    which all that is needed is stored.
     """
     found: dict[str, str] = {}
     if isinstance(task := inputs.task, FileTask):
@@ -181,8 +182,9 @@ def input_digests(config: Config, inputs: Inputs) -> dict[str, str]:
     found["tokenizer"] = _digest(_tokenizer_parts(inputs.tokenizer))
     if config.student.lora is not None:
         found["student"] = model_digest(config.student.model)
-    teacher = _digest(_tokenizer_parts(inputs.teacher_tokenizer))
-    found["teacher"] = _digest([model_digest(config.teacher.model).encode(), teacher.encode()])
+    if inputs.has_teacher:
+        teacher = _digest(_tokenizer_parts(inputs.teacher_tokenizer))
+        found["teacher"] = _digest([model_digest(config.teacher.model).encode(), teacher.encode()])
     if (path := given_path(config.rollouts)) is not None:
         found["rollouts"] = _digest(_file_parts(find_file(path)))
     return found

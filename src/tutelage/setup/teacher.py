@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tutelage.config.models import TeacherConfig, TeacherMode
+from tutelage.config.rollouts import stores_teacher
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.teachers import HiddenServerTeacher
 from tutelage.errors import ConfigError, RunError
+from tutelage.files.checksums import DamagedError, unseal
 from tutelage.models.head_model import load_head_model
 from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
@@ -22,6 +24,7 @@ from tutelage.models.packing import require_packed, use_own_attention
 from tutelage.models.reference import ResolvedModel, resolve_model
 from tutelage.models.self_teacher import StudentAsTeacher, first_values
 from tutelage.models.sharding import num_processes
+from tutelage.models.stored_teacher import StoredTeacher
 from tutelage.models.student import Student, trained_names
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.models.teacher_protocol import AnyTeacher
@@ -32,6 +35,50 @@ from tutelage.teachers.hidden import ServedTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ROLLOUTS, STATES, HEAD = "rollouts", "teacher", "head"
+"""Folder of the run's that holds stored rollouts, in it that of the teacher's states, and in that
+the one of its head, which is written last."""
+
+
+def has_states(config: Config, run: Path) -> bool:
+    """Whether a run goes on from a checkpoint with all that its steps need of its teacher."""
+    is_stored = stores_teacher(config.rollouts) and (run / ROLLOUTS / STATES / HEAD).is_dir()
+    return is_stored and any(run.glob("checkpoint-*"))
+
+
+def kept_teacher(
+    config: Config, saved: str | None, run: Path | None, device: torch.device
+) -> StoredTeacher | None:
+    """What a run has stored of its teacher; None where the teacher is to be loaded.
+
+    Args:
+        config: the run.
+        saved: its checkpoint's student; None for a start, which measures the teacher.
+        run: its folder.
+        device: of the head.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    if saved is None or run is None or not has_states(config, run):
+        return None
+    folder = run / ROLLOUTS / STATES / HEAD
+    try:
+        unseal(folder)
+    except (DamagedError, OSError) as error:
+        raise RunError(
+            f"{folder} cannot be used: {error}. Remove it: the teacher is then loaded once more."
+        ) from None
+    return StoredTeacher.read(folder, device)
+
+
+def as_stored(config: Config, teacher: AnyTeacher | None, is_run: bool) -> AnyTeacher | None:
+    """The same, ready to let its model go where a run stores its states."""
+    if isinstance(teacher, Teacher) and is_run and stores_teacher(config.rollouts):
+        return StoredTeacher(teacher)
+    return teacher
 
 
 def set_attention(config: Config, model: PreTrainedModel, who: str, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.conversations import ConversationData
-from tutelage.config.rollouts import given_path
+from tutelage.config.rollouts import given_path, stores_teacher
 from tutelage.config.sampling import VLLMEngine, VLLMServer
 from tutelage.config.schema import Config, FileData
 from tutelage.data.completions import GivenCompletions
@@ -27,6 +27,7 @@ from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
 from tutelage.setup.objective import graded_by
 from tutelage.setup.process_counts import ProcessCounts
 from tutelage.setup.run_folder import RunFolder
+from tutelage.setup.teacher import has_states
 from tutelage.setup.trackers import require_trackers
 from tutelage.setup.warnings import input_warnings
 
@@ -53,6 +54,7 @@ def validate(
     ProcessCounts(num_processes).refuse_uneven(config)
     refuse_engine(config, num_processes)
     _refuse_teacher_draws(config, num_processes)
+    _refuse_stored_teacher(config, num_processes)
     _refuse_too_many_completions(config)
     require_trackers(config)
     _refuse_layers(config)
@@ -64,7 +66,7 @@ def validate(
     earlier = RunFolder(folder, is_writer=False).read_manifest()
     refuse_another_run(config, folder, earlier, allow_change)
     _require_folder(folder)
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, not has_states(config, folder))
     refuse_other_inputs(config, inputs, earlier, allow_change)
     _refuse_optimizer(config, inputs)
     _refuse_ungraded(config, inputs)
@@ -114,6 +116,15 @@ def _refuse_teacher_draws(config: Config, num_processes: int) -> None:
         raise ConfigError(
             f"evaluation.teacher must be false with teacher.sharding = {kind!r}, got true: no "
             "process has all of its weights to draw completions from."
+        )
+
+
+def _refuse_stored_teacher(config: Config, num_processes: int) -> None:
+    """One process stores the teacher's states."""
+    if num_processes > 1 and stores_teacher(config.rollouts):
+        raise ConfigError(
+            f"rollouts.teacher_states works with one process, got {num_processes}. Leave it out: "
+            "the teacher then runs in every step."
         )
 
 

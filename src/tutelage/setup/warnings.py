@@ -253,6 +253,21 @@ def _self_warnings(
         )
 
 
+def pair_warnings(
+    config: Config,
+    inputs: Inputs,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    vocab_size: int,
+    first: PreTrainedModel | None,
+) -> tuple[str, ...]:
+    """`model_warnings`, and `copy_warnings` of the student `first`."""
+    return (
+        *model_warnings(config, inputs, student, teacher, vocab_size),
+        *copy_warnings(config, first, teacher),
+    )
+
+
 def copy_warnings(
     config: Config, student: PreTrainedModel | None, teacher: PreTrainedModel
 ) -> Iterator[str]:

@@ -139,7 +139,8 @@ class _Run:
         self.on_step = on_step if accelerator.is_main_process else None
         self.on_phase = on_phase if accelerator.is_main_process else no_phases
         inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
-        digests = input_digests(config, inputs)
+        known = (folder.read_manifest() or {}).get("inputs", {}) if not inputs.has_teacher else {}
+        digests = {**known, **input_digests(config, inputs)}
         manifest = manifest_of(config, digests, started)
         done, checkpoint = self._start()
         self.first_step = done + 1

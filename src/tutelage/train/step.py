@@ -47,6 +47,7 @@ from tutelage.train.selection import Selection, choose, selection_of
 from tutelage.train.signals import Stop
 from tutelage.train.stored.age import age_of, compare_with_sampler, has_older
 from tutelage.train.stored.sources import source_of
+from tutelage.train.stored.states import states_of
 from tutelage.train.stored.store import Store
 from tutelage.train.update import Updater, UpdateResult
 
@@ -81,6 +82,8 @@ class Step:
         self.clock = Clock(self.device)
         self.ahead = self._ahead()
         """Draws a step ahead; None where rollouts are the present student's."""
+        self.states = states_of(self, store)
+        """What is stored of the teacher; None where it runs in every step."""
         self.source = source_of(self, store)
         """Gives the completions of the steps that are not drawn ahead."""
         self.checks: dict[str, float | None] = {}

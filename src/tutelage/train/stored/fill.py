@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.config.rollouts import LiveRollouts, given_path
+from tutelage.config.rollouts import LiveRollouts, StoredRollouts, given_path
 from tutelage.config.schema import Config
 from tutelage.data.completions import GivenCompletions
 from tutelage.data.types import Prompt
@@ -22,17 +22,16 @@ from tutelage.rollout.saved_rollouts import to_line
 from tutelage.setup.inputs import prompt_format
 from tutelage.setup.manifest import model_digest
 from tutelage.setup.phases import PhaseCallback
+from tutelage.setup.teacher import ROLLOUTS, STATES
 from tutelage.train.agreement import in_main
 from tutelage.train.ahead import saved_lines
 from tutelage.train.signals import StoppedError
-from tutelage.train.stored.sources import ROLLOUTS
+from tutelage.train.stored.sources import LINES
 from tutelage.train.stored.store import Store
 
 if TYPE_CHECKING:
     from tutelage.train.step import Step
 
-FOLDER = "rollouts"
-"""Folder of the run's that holds the store."""
 _STUDENT = "student.json"
 """File of the store that names the weights which sample it, while they do."""
 
@@ -54,7 +53,14 @@ def store_of(config: Config, run: Path, digests: dict[str, str]) -> Store | None
     if config.rollouts.path is None:
         student = config.student
         origin["student"] = [student.model, student.dtype, student.num_layers]
-    return Store(run / FOLDER, origin)
+    store = Store(run / ROLLOUTS, origin)
+    rollouts, teacher = config.rollouts, config.teacher
+    if isinstance(rollouts, StoredRollouts) and rollouts.teacher_states != "none":
+        settings = rollouts.teacher_states
+        origin = {"teacher": digests["teacher"], "teacher.dtype": teacher.dtype}
+        origin |= {"quantization": teacher.quantization, "rollouts.teacher_states": settings}
+        store.states = Store(store.folder / STATES, origin, store.folder)
+    return store
 
 
 class Fill:
@@ -80,6 +86,7 @@ class Fill:
         self._is_stopped, self._log, self._on_phase = is_stopped, log, on_phase
         self._accelerator = step.ranks.accelerator
         self._missing: list[int] = []
+        self._steps: Sequence[int] = ()
 
     def begin(self, first_step: int) -> None:
         """Look what the steps from `first_step` on need and the store lacks.
@@ -89,7 +96,10 @@ class Fill:
         """
         steps = range(first_step, self.config.num_steps + 1)
         if steps:
+            self._steps = steps
             self._missing = in_main(self._accelerator, lambda: self._begin(steps))
+            if self.step.states is not None:
+                self.step.states.begin(steps)
 
     def run(self) -> None:
         """Store what is missing.
@@ -98,8 +108,13 @@ class Fill:
             StoppedError: a signal came; what is stored stays.
             TutelageError: completions cannot be had or stored.
         """
-        if not self._missing:
-            return
+        if self._missing:
+            self._store()
+        if self.step.states is not None and self._steps:
+            self.step.states.fill(self._steps, self._is_stopped, self._on_phase)
+            self._on_phase("")
+
+    def _store(self) -> None:
         if given_path(self.config.rollouts) is None:
             self._sample(self._missing)
         else:
@@ -182,6 +197,6 @@ class Fill:
 
     def _write(self, number: int, text: str) -> None:
         def fill(folder: Path) -> None:
-            (folder / ROLLOUTS).write_text(text, encoding="utf-8")
+            (folder / LINES).write_text(text, encoding="utf-8")
 
         self.store.write(number, fill)

@@ -13,6 +13,7 @@ from tutelage.core.counter import counter_uniform
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.train.ahead import restored
+from tutelage.train.stored.states import States
 from tutelage.train.stored.store import Store
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _MIX_SEED = 5
 """Keeps the random numbers that mix apart from those of sampling and selection."""
-ROLLOUTS = "rollouts.jsonl"
+LINES = "rollouts.jsonl"
 """File of a stored step: a line for each completion, as checkpoints have of a step drawn ahead."""
 
 
@@ -53,8 +54,11 @@ class LiveSource:
 class StoredSource:
     """The store has all completions."""
 
-    def __init__(self, step: Step, store: Store, has_logprobs: bool) -> None:
+    def __init__(
+        self, step: Step, store: Store, has_logprobs: bool, states: States | None = None
+    ) -> None:
         self._step, self.store, self.has_logprobs = step, store, has_logprobs
+        self._states = states
         self.num_stored = 0
 
     def take(self, step: int) -> list[Rollout]:
@@ -63,7 +67,7 @@ class StoredSource:
         Raises:
             RunError: its part of the store is missing, damaged, or of other prompts.
         """
-        path = self.store.read(step) / ROLLOUTS
+        path = self.store.read(step) / LINES
         num_samples = self._step.config.sampling.num_samples
         text = path.read_text(encoding="utf-8")
         found = restored(text, self._step.prompts(step), num_samples)
@@ -74,6 +78,8 @@ class StoredSource:
             )
         share = self._step.share(len(found) // self._step.ranks.count)
         self.num_stored = len(share)
+        if self._states is not None:
+            self._states.open(step)
         return [found[i] for i in share]
 
 
@@ -143,7 +149,7 @@ def source_of(step: Step, store: Store | None) -> Source:
         return LiveSource(step)
     if store is None:
         raise ValueError("stored rollouts need a store.")
-    stored = StoredSource(step, store, settings.path is None)
+    stored = StoredSource(step, store, settings.path is None, step.states)
     if isinstance(settings, MixedRollouts):
         return MixedSource(step, stored, settings.on_policy_share)
     return stored

@@ -17,20 +17,22 @@ _SPARE_BYTES = 16 << 20
 
 
 class Store:
-    """The parts of one kind.
+    """The parts of one kind, which `states` has of the teacher's hidden states.
 
     Args:
         folder: holds them; made by the first that is written.
         origin: what they were made of; parts of another origin are refused.
+        counted: folder whose files count towards the limit; None for `folder`.
     """
 
-    def __init__(self, folder: Path, origin: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, origin: dict[str, Any], counted: Path | None = None) -> None:
+        self.folder, self._counted = folder, counted or folder
         self.origin: dict[str, Any] = json.loads(json.dumps(origin))
+        self.states: Store | None = None
 
-    def part(self, step: int) -> Path:
-        """The folder of a step."""
-        return self.folder / f"step-{step:06d}"
+    def part(self, step: int | str) -> Path:
+        """The folder of a step, or of something that all steps need."""
+        return self.folder / (step if isinstance(step, str) else f"step-{step:06d}")
 
     def missing(self, steps: Iterable[int]) -> list[int]:
         """Steps that have no part yet."""
@@ -46,11 +48,11 @@ class Store:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             remove_remnants(self.folder)
 
-    def write(self, step: int, fill: Callable[[Path], None]) -> None:
+    def write(self, step: int | str, fill: Callable[[Path], None]) -> None:
         """Write the part of a step, whole or not at all.
 
         Args:
-            step: of the run.
+            step: of the run, or the name of what all steps need.
             fill: writes its files into a folder.
 
         Raises:
@@ -101,7 +103,7 @@ class Store:
         Raises:
             RunError: there is too little room.
         """
-        used = sum(file.stat().st_size for file in self.folder.glob("*/*"))
+        used = sum(file.stat().st_size for file in self._counted.rglob("*") if file.is_file())
         if used + needed > limit:
             raise RunError(
                 f"{what} needs up to {used + needed:,} bytes, more than rollouts.max_bytes = "
