@@ -33,7 +33,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("packed", "reload")]
+
+
+@pytest.mark.parametrize("method", ["kl", "selection", *SLOW])
 def test_a_run_equals_one_whose_teacher_runs_in_every_step(
     tiny_models: Path, tmp_path: Path, method: str
 ) -> None:
@@ -100,7 +103,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [2, "head"])
+@pytest.mark.parametrize("at", [2, pytest.param("head", marks=pytest.mark.slow)])
 def test_a_run_that_died_while_states_were_stored_goes_on(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | str
 ) -> None:
