@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "self-teacher.json"
 STUDENT = "package:tutelage/assets/ledger-overconfident"
 CONTEXT = "#{answer};"
-NUM_PROMPTS, SIZE, RATE = 1024, 64, 1e-3
+NUM_PROMPTS, SIZE, RATE = 1024, 32, 2e-3
 """Prompts, sequences of a step and peak learning rate of the supervised steps."""
 _PREPARATION = 77
 """Seed of their prompts and completions, which no run shares."""
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/self_teacher"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--supervised-steps", type=int, default=100)
+    parser.add_argument("--supervised-steps", type=int, default=400)
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
