@@ -33,7 +33,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "grader_sweep": (60, 0),
     "crash": (300, 10_000),
     "server": (300, 5_000),
-    "hidden_server": (122, 5_000),
+    "hidden_server": (122, 2_000),
     "corruption": (100, 5_000),
 }
 """Modules here with `run(size) -> Outcome`, and the sizes of the short and the long version.

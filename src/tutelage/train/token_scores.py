@@ -166,6 +166,8 @@ def loaded_components(
     """Models, tokenizer and task, whose engine the processes share and close in the end."""
     refuse_engine(config, shares.count)
     components = build_components(config, on_phase=on_phase)
+    for line in components.teacher.notices:
+        log(line)
     try:
         if isinstance(components.sampler, ReplicaSampler):
             components.sampler.replicas.join(shares, log)
