@@ -54,13 +54,19 @@ test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build
 	touch $@
 
 # A peer's library has an environment of its own, apart from ours and from one another's.
-test-peers: install .venvs/verifiers/installed  ## the tests that need peers' libraries
+test-peers: install .venvs/verifiers/installed .venvs/trl  ## the tests that need peers' libraries
 	$(ONE_THREAD) $(BIN)/python -m pytest -m peers tests/peers
 
 .venvs/verifiers/installed: Makefile tests/peers/constraints.txt
 	$(PYTHON) -m venv .venvs/verifiers
 	.venvs/verifiers/bin/pip install --quiet --disable-pip-version-check \
 		-c tests/peers/constraints.txt verifiers==0.4.0
+	touch $@
+
+# TRL's own modules; what they import is in our environment.
+.venvs/trl: Makefile
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ trl==1.16.0
 	touch $@
 
 check: install  ## format, lint, strict types
