@@ -25,6 +25,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "peers": (4, 40),
     "kill_conversations": (2, 30),
     "kill_stored": (2, 60),
+    "kill_grpo": (2, 30),
     "families": (18, 0),
     "disk": (5, 150),
     "numerics": (10_000, 1_000_000),
