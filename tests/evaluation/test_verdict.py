@@ -56,6 +56,15 @@ def test_improved_by_accuracy() -> None:
     assert "over 32 problems" in said
 
 
+def test_a_divergence_that_grew_decides_nothing_where_nobody_distills() -> None:
+    """Accuracy that moved too little to say beside a divergence that doubled."""
+    parts = [*rows(0, [0.25, 0.5] * (N // 2), KL), *rows(LAST, [0.5, 0.25] * (N // 2), [0.9] * N)]
+    told = [verdict_of(parts, LAST, is_distilled=is_distilled) for is_distilled in (True, False)]
+    words = [one.word for one in told if one is not None]
+    assert words == ["worse", "too few problems to say"]
+    assert len({one.reason for one in told if one is not None}) == 1
+
+
 def test_worse_by_accuracy_though_the_divergence_fell() -> None:
     said = verdict(rows(0, [0.75] * N, KL), rows(LAST, [0.25] * N, [0.1] * N))
     assert said.startswith("worse: mean@4 75.0 % -> 25.0 %")

@@ -74,6 +74,17 @@ def test_each_saving_shows_in_its_phase(tmp_path: Path, tiny_models: Path) -> No
     assert fewer["rollout"] | {"process": 0} == plain["rollout"] | {"process": 0}
 
 
+def test_rewards_alone_need_no_teacher_in_steps(tmp_path: Path, tiny_models: Path) -> None:
+    teacher = {"model": str(tiny_models / "teacher"), "mode": "reload"}
+    objective = {"kind": "grpo"}
+    alone = phases_of(tiny_models, tmp_path, teacher=teacher, objective=objective)
+    assert "teacher" not in alone
+    assert alone["learn"]["teacher"] == alone["learn"]["hidden states"] == 0
+    taught = {"kind": "grpo", "distillation_weight": 0.1}
+    both = phases_of(tiny_models, tmp_path, teacher=teacher, objective=taught)
+    assert both["teacher"]["teacher"] > both["learn"]["teacher"] > 0
+
+
 def test_a_plan_that_does_not_fit_names_what_to_turn(tmp_path: Path, tiny_models: Path) -> None:
     config = tiny_config(tiny_models, tmp_path)
     phases = (

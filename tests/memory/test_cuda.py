@@ -95,6 +95,19 @@ def test_each_saving_shows_in_its_phase(tmp_path: Path, models: Path) -> None:
     assert less["teacher"] == much["teacher"]
 
 
+def test_rewards_alone_need_no_teacher_in_steps(tmp_path: Path, models: Path) -> None:
+    teacher = {"model": str(models / "teacher"), "mode": "offload"}
+    alone, both = (
+        phases_of(models, tmp_path, teacher=teacher, objective={"kind": "grpo", **weight})
+        for weight in ({}, {"distillation_weight": 0.1})
+    )
+    assert "teacher" in both.keys() - alone.keys()
+    for phase in ("score", "learn"):
+        assert alone[phase]["teacher"] == alone[phase]["hidden states"] == 0
+        assert both[phase]["teacher"] > 0
+    assert alone["learn"]["head"] < both["learn"]["head"]
+
+
 def test_conversations_need_room_for_what_is_inserted(tmp_path: Path, models: Path) -> None:
     plain = phases_of(models, tmp_path)
     tools = phases_of(models, tmp_path, data={"kind": "ledger_tools", "max_inserted_tokens": 400})

@@ -148,6 +148,15 @@ def test_a_usual_run_has_no_warning(tiny_models: Path, tmp_path: Path) -> None:
     assert said(config, "train") == []
 
 
+def test_rewards_may_have_the_student_itself_as_their_reference(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    changes = {"objective": {"kind": "grpo", "distillation_weight": 0.1}}
+    changes |= {"teacher": {"model": str(tiny_models / "student")}}
+    config = tiny_config(tiny_models, tmp_path / "run", num_steps=1, **changes, **EVALUATED)
+    assert said(config, "check") == []
+
+
 def with_end_beyond_the_head(models: Path, folder: Path, sides: tuple[str, ...]) -> Path:
     """Both models with tokens added beyond their heads, which end texts and pad for some."""
     for who in ("student", "teacher"):

@@ -50,7 +50,9 @@ class _Change:
     text: str
 
 
-def verdict_of(rows: Sequence[Row], last_step: int, has_turns: bool = False) -> Verdict | None:
+def verdict_of(
+    rows: Sequence[Row], last_step: int, has_turns: bool = False, is_distilled: bool = True
+) -> Verdict | None:
     """The verdict on a run; None where it did not measure the student before and after.
 
     Accuracy decides where problems are graded and its interval excludes 0; otherwise the reverse KL
@@ -61,6 +63,8 @@ def verdict_of(rows: Sequence[Row], last_step: int, has_turns: bool = False) -> 
         rows: records of `evaluation_rows.jsonl`.
         last_step: the step after which the run ended.
         has_turns: the completions are conversations, which have further limits.
+        is_distilled: whether the run learned from the teacher; else the divergence from it is told
+            and decides nothing.
     """
     before, after = (
         [row for row in rows if (row["model"], row["step"]) == ("student", step)]
@@ -69,15 +73,15 @@ def verdict_of(rows: Sequence[Row], last_step: int, has_turns: bool = False) -> 
     if not before or not after or not last_step or "num_tokens" not in before[0]:
         return None
     share = sum(row["is_truncated"] for row in after) / len(after)
-    changes = [
-        change for change in (_accuracy(before, after), _divergence(before, after)) if change
-    ]
+    accuracy, divergence = _accuracy(before, after), _divergence(before, after)
+    changes = [change for change in (accuracy, divergence) if change]
     texts = [change.text for change in changes] or ["nothing could be measured"]
     if share >= _CUT_OFF:
         limit = _LIMITS if has_turns else "sampling.max_new_tokens"
         cut = f"{share:.0%} of the last completions were cut off at {limit}"
         return Verdict("cut off", "; ".join([cut, *texts]))
-    return Verdict(_word([change.word for change in changes]), "; ".join(texts))
+    deciding = changes if is_distilled else [accuracy] if accuracy else []
+    return Verdict(_word([change.word for change in deciding]), "; ".join(texts))
 
 
 def _word(words: Sequence[Word]) -> Word:

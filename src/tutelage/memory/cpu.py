@@ -19,7 +19,7 @@ from tutelage.memory.stored import of_steps
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.limits import context_limit
 from tutelage.setup.components import Components
-from tutelage.setup.objective import needs_scoring
+from tutelage.setup.objective import needs_scoring, needs_teacher
 from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 
 if TYPE_CHECKING:
@@ -80,11 +80,12 @@ def plan_memory(
     is_elsewhere = config.optimizer.state_is_on_disk or (config.optimizer.offload and not on_cpu)
     base["optimizer"] = 0 if is_elsewhere else state
     full = teacher.full_bytes if parts is None else parts.stored_bytes + parts.head_bytes
-    resting = full if teacher.mode == "resident" else teacher.head_bytes
+    reads = needs_teacher(config)
+    resting = full if teacher.mode == "resident" else teacher.head_bytes * reads
     if teacher.mode == "offload" and on_cpu:
         resting = full
     rest = base | {"teacher": resting}
-    hidden = sizes.rows * teacher.head_shape[1] * teacher.itemsize
+    hidden = sizes.rows * teacher.head_shape[1] * teacher.itemsize * reads
     kept = min(hidden, config.teacher.hidden_budget_bytes) if on_cpu else 0
     read = _copied_bytes(config, teacher) if on_cpu and teacher.mode == "reload" else 0
     recorded = 0
@@ -93,12 +94,10 @@ def plan_memory(
     base["recorded states"] = rest["recorded states"] = recorded
     whole = 0 if shards is None else shards.whole_bytes + shards.gathering_bytes
     reading = {"teacher": full, "gathered weights": 0 if parts is None else parts.gathered_bytes}
+    of_teacher = base | _teacher(components, sizes) | reading
     phases = [
         Phase("rollout", rest | _rollout(model, sizes) | {"whole weights": whole}),
-        Phase(
-            "teacher",
-            base | _teacher(components, sizes) | reading | {"hidden states": kept, "file": read},
-        ),
+        *([Phase("teacher", of_teacher | {"hidden states": kept, "file": read})] if reads else []),
         Phase("learn", rest | _learn(config, components, sizes, shards) | {"hidden states": kept}),
     ]
     phases = [of_steps(config, phase, teacher.head_bytes) for phase in phases]

@@ -34,7 +34,7 @@ from tutelage.memory.teacher_weights import teacher_weights
 from tutelage.models.packing import repeats_keys
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
-from tutelage.setup.objective import needs_scoring, scores_teacher
+from tutelage.setup.objective import needs_scoring, needs_teacher, scores_teacher
 from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ def plan_cuda(
         ConfigError: the processes cannot share models or prompts evenly.
     """
     plan = _Plan(config, student, teacher, facts, prompt_tokens, processes)
-    phases = [plan.rollout(), plan.teacher_reads(), plan.learn()]
+    phases = [plan.rollout(), *([plan.teacher_reads()] if plan.has_teacher else []), plan.learn()]
     if needs_scoring(config) or not isinstance(config.engine, TransformersEngine):
-        phases.insert(2, plan.score())
+        phases.insert(-1, plan.score())
     if config.evaluation.num_problems and config.evaluation.teacher:
         phases.insert(0, plan.evaluate())
     room = facts.host_bytes // processes.per_host
@@ -141,6 +141,8 @@ class _Plan:
         self.num_rows = sizes.rows_among(tokens)
         self.num_passes = -(-each * sizes.length // tokens)
         """Micro-batches of an update."""
+        self.has_teacher = needs_teacher(config)
+        """Whether steps read it."""
         self.head: Tensor = student.get_output_embeddings().weight
         self.teacher_head: Tensor = teacher.get_output_embeddings().weight
         self.vocab_size = min(len(self.head), len(self.teacher_head))
@@ -193,11 +195,14 @@ class _Plan:
         """All of it, or the head, which the objective reads."""
         mode = self.config.teacher.mode
         is_cut = self.parts is not None and mode == "resident"
+        if mode != "resident" and not self.has_teacher:
+            return 0
         return self.teacher_bytes if is_cut else self.held.at_rest(mode)
 
     @property
     def _all_hidden(self) -> int:
-        return self.sizes.rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
+        width = self.teacher_head.shape[1] * self.has_teacher
+        return self.sizes.rows * width * self.teacher_head.itemsize
 
     @property
     def _kept_hidden(self) -> int:
@@ -352,12 +357,12 @@ class _Plan:
 
     def _chunks(self, has_gradient: bool) -> Buffers:
         is_narrow = has_gradient and self.head.itemsize < 4
-        has_teacher = has_gradient or scores_teacher(self.config)
+        has_teacher = scores_teacher(self.config) or (has_gradient and self.has_teacher)
         return Buffers.of(self.num_rows, self.vocab_size, has_teacher, is_narrow)
 
     def _objective(self) -> int:
         """Chunks of logits, rows of both sides, and gradients as they are summed and handed on."""
-        widths = (self.head.shape[1], self.teacher_head.shape[1])
+        widths = (self.head.shape[1], self.teacher_head.shape[1] * self.has_teacher)
         rows = self.num_rows * sum(widths) * self.head.itemsize
         hidden, buffers = self.num_rows * widths[0], self._buffers(has_gradient=True)
         weight = self.vocab_size * widths[0] * self.head.requires_grad

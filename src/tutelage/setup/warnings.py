@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.config.conversations import ConversationData
-from tutelage.config.method import AllTokens, FirstTokens
+from tutelage.config.method import AllTokens, FirstTokens, GRPOObjective
 from tutelage.config.models import TeacherConfig
 from tutelage.config.schema import Config, FileData
 from tutelage.config.self_teacher import SelfTeacher
@@ -194,8 +194,11 @@ def model_warnings(
             "generation_config.json"
         )
     yield from _stop_class_warnings(config, inputs.device, student)
+    by_rewards = isinstance(config.objective, GRPOObjective)  # the teacher may be its reference
     if isinstance(config.teacher, SelfTeacher):
         yield from _self_warnings(config, config.teacher, inputs.prompts, student)
+    elif by_rewards:
+        return
     elif config.student.num_layers is None and _is_same(config, student, teacher):
         yield (
             "student and teacher have the same weights: there is nothing to learn. Choose "
@@ -234,7 +237,7 @@ def _self_warnings(
     Raises:
         ConfigError: what the teacher reads is longer than the student's positions.
     """
-    if not teacher.context:
+    if not teacher.context and not isinstance(config.objective, GRPOObjective):
         when = "in every step" if teacher.weights == "live" else "in the first step, and later"
         yield (
             f"the teacher is the student with weights = {teacher.weights!r} and without a context: "

@@ -14,6 +14,7 @@ from tutelage.data.types import Rollout
 from tutelage.evaluation.measure import describe, measure
 from tutelage.evaluation.verdict import Verdict, verdict_of
 from tutelage.setup.components import Components
+from tutelage.setup.objective import needs_teacher
 from tutelage.setup.phases import PhaseCallback
 from tutelage.setup.run_folder import RunFolder
 from tutelage.setup.shares import Shares
@@ -110,7 +111,8 @@ class Measurements:
     def verdict(self, step: int) -> Verdict | None:
         """What the evaluations say, the last of which was after `step`."""
         has_turns = isinstance(self.config.data, ConversationData)
-        return verdict_of(self.folder.read("evaluation_rows.jsonl"), step, has_turns)
+        rows = self.folder.read("evaluation_rows.jsonl")
+        return verdict_of(rows, step, has_turns, needs_teacher(self.config))
 
     def conclude(self, step: int, is_logged: bool) -> None:
         """Keep the verdict in the manifest, and perhaps log it."""
