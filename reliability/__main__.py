@@ -24,7 +24,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "kill": (6, 150),
     "peers": (4, 40),
     "kill_conversations": (2, 30),
-    "kill_stored": (2, 60),
+    "kill_stored": (1, 60),
     "kill_grpo": (2, 30),
     "families": (18, 0),
     "disk": (5, 150),

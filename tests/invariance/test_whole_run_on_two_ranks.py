@@ -116,3 +116,18 @@ def test_a_teacher_in_parts_supervises_as_a_whole_one(teacher: str, tmp_path: Pa
         assert len(found) > 1
         assert found == pytest.approx(expected, abs=1e-5), log
     assert json.loads((both / "manifest.json").read_text())["teacher_sharding"] == teacher
+
+
+@pytest.mark.slow
+def test_two_processes_share_stored_rollouts(tmp_path: Path) -> None:
+    mixed = {"rollouts.source": "mixed", "rollouts.on_policy_share": 0.5}
+    assert main(arguments(tmp_path / "one", **mixed)) == 0
+    first, second = two(*arguments(tmp_path / "both", **mixed))
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    shares = [
+        [json.loads(line)["stored_share"] for line in (tmp_path / out / "metrics.jsonl").open()]
+        for out in ("one", "both")
+    ]
+    assert shares[0] == shares[1]
+    assert 0 < sum(shares[0]) < 3

@@ -39,7 +39,16 @@ def outcome_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    ["kill", "kill_conversations", "kill_grpo", "signals", "crash", "corruption", "partition"],
+    [
+        "kill",
+        "kill_conversations",
+        "kill_stored",
+        "kill_grpo",
+        "signals",
+        "crash",
+        "corruption",
+        "partition",
+    ],
 )
 def test_the_promise_holds_and_the_detector_sees(name: str) -> None:
     outcome_of(name)
