@@ -53,6 +53,7 @@ VALUES: dict[str, Values] = {
     "teacher.mode": (["resident", "offload", "reload"], [], ["away"]),
     "teacher.quantization": (["none", "none", "8bit"], ["4bit"], ["2bit"]),
     "teacher.hidden_budget_bytes": ([0, 1, 1 << 20], [_HUGE], [-1]),
+    "teacher.vocabulary": (["same"], ["aligned"], ["other"]),
     "teacher.stop_token": (["map", "refuse", "class"], [], ["keep"]),
     "teacher.sharding": (["none", "fsdp2", "tp"], [], ["ddp", True]),
     "teacher.sharding_group_size": ([0], [2, _HUGE], [1, -1]),

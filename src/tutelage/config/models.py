@@ -99,6 +99,9 @@ class TeacherConfig:
     """Where student and teacher end a text with different ids: map exchanges them for the teacher;
     class adds up the probability of all ids that end a text for one side or the other, also where
     a side has several; refuse ends the run."""
+    vocabulary: Literal["same", "aligned"] = "same"
+    """aligned is a teacher with another byte-level tokenizer: its tokens that cover the same
+    characters as one of the student's are learned from, over the ids that both have."""
     sharding: TeacherSharding = "none"
     """Where several processes share a run: none keeps the weights whole in each; fsdp2 cuts them
     into as many parts, of which each process keeps one, and gathers a layer while it is computed;

@@ -22,10 +22,11 @@ from tutelage.config.method import (
     ObjectiveConfig,
     PacedWeighting,
     SelectionConfig,
+    TopKObjective,
     WeightingConfig,
     needs_sampler,
 )
-from tutelage.config.models import OptimizerConfig, StudentConfig
+from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
 from tutelage.config.rollouts import (
     LiveRollouts,
     MixedRollouts,
@@ -255,6 +256,8 @@ class Config:
         self._require_sharded()
         self._require_stored()
         self._require_comparable_stops()
+        if isinstance(self.teacher, TeacherConfig) and self.teacher.vocabulary == "aligned":
+            self._require_alignable()
         updates, prompts, threads = self.updates_per_step, self.prompts_per_step, self.num_threads
         require(0 <= threads <= 1024, "num_threads", "from 0 to 1024", threads, "0 is torch's own.")
         hint = "Every update trains on the same number of prompts."
@@ -306,6 +309,24 @@ class Config:
         rule, hint = "resident with an adapter", "Its frozen base is the student's own."
         is_possible = teacher.mode == "resident" or teacher.is_copied
         require(is_possible, "teacher.mode", rule, teacher.mode, hint)
+
+    def _require_alignable(self) -> None:
+        """What works with tokens of which the teacher has only some."""
+        objective, key = self.objective, "teacher.vocabulary"
+        is_shared = isinstance(objective, TopKObjective) and objective.support == "student"
+        is_single = not isinstance(self.data, ConversationData)
+        has_all = self.diagnostics == "all"
+        for is_possible, what in (
+            (is_shared, "objective.kind = topk with objective.support = student"),
+            (self.teacher.stop_token == "class", "teacher.stop_token = class"),
+            (is_single, "prompts that have single answers"),
+            (has_all, "diagnostics = all"),
+            (not self.evaluation.teacher, "evaluation.teacher = false"),
+            (self.recording.every == 0, "recording.every = 0"),
+            (not stores_teacher(self.rollouts), "rollouts.teacher_states = none"),
+        ):
+            hint = f"Set that, or {key} = same."
+            require(is_possible, key, f"same without {what}", "aligned", hint)
 
     def _require_comparable_stops(self) -> None:
         """What sampled reports the log-probability of one id, the objective has that of a class."""

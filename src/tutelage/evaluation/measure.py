@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from tutelage.data.types import Rollout
 from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.evaluation.request import HELD_OUT
 from tutelage.evaluation.scores import voting_of
-from tutelage.models.privileged import PrivilegedReading, read_beside
+from tutelage.models.privileged import Reading, read_beside
 from tutelage.models.stored_teacher import StoredTeacher
 from tutelage.models.student import Student
 from tutelage.models.teacher_protocol import AnyTeacher
@@ -85,6 +85,8 @@ def measure(
     student = _evaluate(config, components, sampler, "student", on_phase, shares)
     components.forget_draws()
     on_phase("held-out KL")
+    if components.reading is not None:
+        student = replace(student, rollouts=components.reading.rows(student.rollouts))
     nats = held_out_reverse_kl(
         components.student,
         components.teacher,
@@ -182,7 +184,7 @@ def held_out_reverse_kl(
     micro_batch_size: int,
     max_tokens: int = 0,
     shares: Shares = ALONE,
-    reading: PrivilegedReading | None = None,
+    reading: Reading | None = None,
 ) -> list[float]:
     """Reverse KL of every rollout in nats, summed over its tokens; NaN without a teacher's model.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from tutelage.data.types import Rollout
 from tutelage.errors import ModelError
-from tutelage.models.tokenizers import control_ids, encode_completion
+from tutelage.models.tokenizers import control_ids, encode_completion, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,3 +162,41 @@ def _spans(parts: Sequence[bytes], whole: bytes, limit: int) -> dict[tuple[int, 
             found[start, stop] = place
         start = stop
     return found
+
+
+@dataclass(frozen=True)
+class AlignedReading:
+    """What a teacher with another tokenizer reads: prompts by its own template, and its tokens."""
+
+    aligner: Aligner
+    pad_id: int
+    """Fills padded rows of the teacher's batches."""
+    enable_thinking: bool | None = None
+    """Passed to the teacher's chat template when not None."""
+
+    def rows(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with their aligned tokens alone as rows, in the same order."""
+        return [_only(r, self.aligner(r.completion_ids).of_student) for r in rollouts]
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The same completions as the teacher reads them, whose rows are those of `rows`."""
+        known: dict[str, tuple[int, ...]] = {}
+        for rollout in rollouts:
+            if rollout.prompt.id not in known:
+                ids = encode_prompt(self.aligner.teacher, rollout.prompt, self.enable_thinking)
+                known[rollout.prompt.id] = tuple(ids)
+        found = []
+        for rollout in rollouts:
+            one = self.aligner(rollout.completion_ids)
+            prompt_ids = known[rollout.prompt.id]
+            theirs = Rollout(rollout.prompt, rollout.sample, prompt_ids, one.teacher_ids)
+            found.append(replace(theirs, is_generated=one.of_teacher))
+        return found
+
+
+def _only(rollout: Rollout, mask: Sequence[bool]) -> Rollout:
+    """The rollout with some of its tokens as rows, and what was recorded of these."""
+    places = [place for place, is_row in enumerate(mask) if is_row]
+    hidden = None if rollout.hidden is None else rollout.hidden[places]
+    logprobs = tuple(rollout.logprobs[place] for place in places) if rollout.logprobs else ()
+    return replace(rollout, is_generated=tuple(mask), logprobs=logprobs, hidden=hidden)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -12,6 +12,7 @@ from tutelage.data.batch import Batch, collate
 from tutelage.data.privileged import privileged
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import RunError
+from tutelage.models.alignment import AlignedReading
 from tutelage.models.tokenizers import encode_prompt
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class PrivilegedReading:
         told = privileged(prompt, self.template, self.names)
         return tuple(encode_prompt(self.tokenizer, told, self.enable_thinking))
 
+    def rows(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """All of their tokens are rows."""
+        return list(rollouts)
+
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same completions behind the teacher's prompts, in the same order."""
         known: dict[str, tuple[int, ...]] = {}
@@ -48,10 +53,14 @@ class PrivilegedReading:
         return [replace(r, prompt_ids=known[r.prompt.id]) for r in rollouts]
 
 
+Reading: TypeAlias = PrivilegedReading | AlignedReading
+"""What a teacher reads in place of the student's sequences."""
+
+
 def read_beside(
     batches: Sequence[Batch],
     rollouts: Sequence[Rollout],
-    reading: PrivilegedReading | None,
+    reading: Reading | None,
     pad_id: int,
 ) -> Iterator[Batch]:
     """What a teacher reads for each batch, with the same rows.
@@ -75,23 +84,30 @@ def read_beside(
             yield batch
             continue
         names = range(start, stop)
-        read = collate(reading(rollouts[start:stop]), pad_id, completions=names)
-        require_same_rows(batch, read)
+        own_pad = pad_id_of(reading, pad_id)
+        read = collate(reading(rollouts[start:stop]), own_pad, completions=names)
+        require_same_rows(batch, read, has_same_ids=isinstance(reading, PrivilegedReading))
         yield read
         start = stop
 
 
-def require_same_rows(batch: Batch, read: Batch) -> None:
+def pad_id_of(reading: Reading | None, pad_id: int) -> int:
+    """What fills padded rows of the teacher's batches, where `pad_id` fills the student's."""
+    return reading.pad_id if isinstance(reading, AlignedReading) else pad_id
+
+
+def require_same_rows(batch: Batch, read: Batch, has_same_ids: bool = True) -> None:
     """Refuse a batch for the teacher whose rows are not, token by token, those of the student's.
 
     Args:
         batch: what the student learns from.
         read: what the teacher reads.
+        has_same_ids: False for a teacher with another tokenizer, whose rows have ids of their own.
 
     Raises:
         RunError: a row differs in its token, its completion or its place there.
     """
-    for name in ("tokens", "completion", "position"):
+    for name in ("tokens", "completion", "position")[not has_same_ids :]:
         ours, theirs = vars(batch)[name], vars(read)[name]
         if ours.shape != theirs.shape or not torch.equal(ours, theirs):
             where = "their number"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.core import LazyLogits, Objective, TokenStats, composite_objective, token_stats
+from tutelage.core.shared_ids import SharedIds
 from tutelage.core.terms import ReverseKL, Term
 from tutelage.data.batch import Batch
 from tutelage.models.forward import rounding
@@ -41,6 +42,7 @@ class Student(nn.Module):
         mesh: DeviceMesh | None = None,
         is_offloaded: bool = False,
         stops: tuple[int, ...] = (),
+        shared: SharedIds | None = None,
     ) -> None:
         """Take a model as it is, or cut its weights into parts, in place.
 
@@ -50,11 +52,13 @@ class Student(nn.Module):
             mesh: processes that share the weights, of `sharding_mesh`; None keeps them whole.
             is_offloaded: whether the parts lie in main memory.
             stops: ids that count as one wherever the student is compared with a teacher.
+            shared: what it shares with a teacher that has another vocabulary, stops included.
         """
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
         self.stops = stops
+        self.shared = shared
         self.mesh = mesh
         # In a tuple, so that it counts as no part of this module.
         self._plain = (model if mesh is None else plain_copy(model),)
@@ -124,6 +128,8 @@ class Student(nn.Module):
         return composite_objective(logits[rows], other, terms, extras=extras)
 
     def _compared(self, logits: LazyLogits, has_stops: bool) -> LazyLogits:
+        if self.shared is not None:
+            return replace(logits, shared=self.shared)
         return replace(logits, one_class=self.stops) if has_stops and self.stops else logits
 
     @torch.no_grad()

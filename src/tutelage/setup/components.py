@@ -18,6 +18,7 @@ from tutelage.config.sampling import TransformersEngine, VLLMEngine, VLLMServer
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.verifiers import VerifiersData
+from tutelage.core.shared_ids import SharedIds
 from tutelage.data.tasks import Task
 from tutelage.envs.environment import AgentTask
 from tutelage.envs.verifiers import VerifiersTask
@@ -35,15 +36,14 @@ from tutelage.models.lora import (
     set_adapter_weights,
 )
 from tutelage.models.optimizer import MasterWeights
-from tutelage.models.privileged import PrivilegedReading
+from tutelage.models.privileged import Reading
 from tutelage.models.prune import prune_layers
 from tutelage.models.reference import resolve_model
 from tutelage.models.self_teacher import StudentAsTeacher
 from tutelage.models.sharding import num_processes, require_shardable_student, sharding_mesh
-from tutelage.models.stop_class import stop_class
 from tutelage.models.student import Student
 from tutelage.models.teacher_protocol import AnyTeacher
-from tutelage.models.tokenizers import refuse_remap_beyond, shared_vocabulary, stop_ids
+from tutelage.models.tokenizers import refuse_remap_beyond, stop_ids
 from tutelage.rollout.cuda.generate import forget
 from tutelage.rollout.nccl_transfer import NCCLTransfer, require_nccl
 from tutelage.rollout.replica_sampler import ReplicaSampler
@@ -54,7 +54,8 @@ from tutelage.rollout.verifiers_sampler import VerifiersSampler, VerifiersServic
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.rollout.weight_transfer import FolderTransfer, WeightTransfer
-from tutelage.setup.inputs import Inputs, load_inputs, pick_device, privileged_reading, thinking
+from tutelage.setup.alignment import compared_ids, compared_sizes
+from tutelage.setup.inputs import Inputs, load_inputs, pick_device, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
 from tutelage.setup.teacher import (
@@ -91,8 +92,8 @@ class Components:
     """Passed to the chat template of every prompt when not None."""
     warnings: tuple[str, ...] = ()
     """Warnings about settings that are valid but seldom intended."""
-    reading: PrivilegedReading | None = None
-    """The prompts that the teacher reads; None where they are the student's."""
+    reading: Reading | None = None
+    """What the teacher reads; None where that is what the student does."""
     verifiers: VerifiersService | None = None
     """What leads the conversations of every model where the task is verifiers'."""
 
@@ -110,7 +111,8 @@ class Components:
                 self.forget_draws()
             return
         with self.student.whole() as model:
-            student = Student(model, self.student.vocab_size, stops=self.student.stops)
+            ours = self.student
+            student = Student(model, ours.vocab_size, stops=ours.stops, shared=ours.shared)
             whole = replace(self, student=student)
             try:
                 yield whole
@@ -201,30 +203,17 @@ def shared_student(
     vocab_size: int,
     device: torch.device,
     stops: tuple[int, ...] = (),
+    shared: SharedIds | None = None,
 ) -> Student:
     """The student, its weights in parts where several processes share them; alone one has all."""
     start = config.student
     if start.sharding == "fsdp2":
         require_shardable_student(model)
     if start.sharding == "none" or num_processes() == 1:
-        return Student(model, vocab_size, stops=stops)
+        return Student(model, vocab_size, stops=stops, shared=shared)
     mesh = sharding_mesh(device, start.sharding_group_size)
     is_offloaded = config.optimizer.offload and device.type != "cpu"
-    return Student(model, vocab_size, mesh, is_offloaded, stops)
-
-
-def _stops(
-    config: Config,
-    inputs: Inputs,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    vocab_size: int,
-) -> tuple[int, ...]:
-    """Ids that count as one; none where every id is one of its own."""
-    if config.teacher.stop_token != "class":
-        return ()
-    sides = (student, inputs.tokenizer), (teacher, inputs.teacher_tokenizer)
-    return stop_class(*sides, vocab_size)
+    return Student(model, vocab_size, mesh, is_offloaded, stops, shared)
 
 
 def masters_of(config: Config, student: Student) -> MasterWeights:
@@ -356,23 +345,23 @@ def build_components(
     other = student if model is None else model
     rows = [output_embeddings(side).weight.shape[0] for side in (student, other)]
     rows[1] = kept.num_rows if kept else rows[1]
-    vocab_size = shared_vocabulary(tokenizer, found.teacher_tokenizer, *rows)
+    sizes = vocab_size, teacher_size = compared_sizes(config, found, rows)
     refuse_remap_beyond(found.remap, vocab_size)
-    stops = () if kept else _stops(config, found, student, other, vocab_size)
+    compared = compared_ids(config, found, student, None if kept else other, sizes)
     first = student if student_model is None else None
     pair = () if kept else pair_warnings(config, found, student, other, vocab_size, first)
     warnings = (*found.warnings, *pair)
     if inputs is not None:
         warnings += tuple(require_savable(student, tokenizer))
     _refuse_other_ends(config, task, student, tokenizer)
-    loading = (vocab_size, device, found.remap, scratch, is_run)
+    loading = (teacher_size, device, found.remap, scratch, is_run)
     loaded = None if load is None else build_teacher(config, other, load, *loading)
     del model, other
     on_phase("trying both models")
     notes = _try_student(config, student, vocab_size)
     if loaded is not None and (is_run or config.teacher.sharding == "none"):
         notes += try_teacher(config, loaded)
-    trained = shared_student(config, student, vocab_size, device, stops)
+    trained = shared_student(config, student, vocab_size, device, compared.stops, compared.shared)
     masters = masters_of(config, trained)
     teacher: AnyTeacher | None = kept or as_stored(config, loaded, is_run)
     teacher = teacher or _self_teacher(config, trained, masters, student_model, scratch)
@@ -388,6 +377,6 @@ def build_components(
         device,
         thinking(config.data),
         (*warnings, *notes),
-        privileged_reading(config, tokenizer),
+        compared.reading,
         service,
     )

@@ -14,6 +14,7 @@ from tutelage.config.conversations import (
     ShoppingData,
     TravelData,
 )
+from tutelage.config.models import TeacherConfig
 from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.suggest import did_you_mean_value
@@ -150,7 +151,8 @@ def load_inputs(config: Config, has_teacher: bool = True) -> Inputs:
         config.teacher.model
     )
     teacher = tokenizer if is_shared else load_tokenizer(config.teacher.model)
-    refuse_different_vocabularies(tokenizer, teacher)
+    if not isinstance(config.teacher, TeacherConfig) or config.teacher.vocabulary == "same":
+        refuse_different_vocabularies(tokenizer, teacher)
     remap = eos_remap(tokenizer, teacher, config.teacher.stop_token)
     task = without_long_prompts(task, config.data, tokenizer)
     return Inputs(device, task, tokenizer, teacher, remap, has_teacher=has_teacher)

@@ -21,6 +21,7 @@ from tutelage.models.limits import context_limit, has_position_table
 from tutelage.models.load import DTYPES, file_dtype
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import stop_ids
+from tutelage.setup.alignment import is_aligned
 from tutelage.setup.inputs import Inputs, PromptStats
 
 if TYPE_CHECKING:
@@ -219,7 +220,12 @@ def model_warnings(
 def _stop_class_warnings(
     config: Config, device: torch.device, student: PreTrainedModel
 ) -> Iterator[str]:
-    """A class of ids can have a logit above a soft cap, which the kernels apply as they read."""
+    """What the fused kernels do not compute: two vocabularies, and a class above a soft cap."""
+    if is_aligned(config) and device.type == "cuda":
+        yield (
+            "teacher.vocabulary = 'aligned' leaves the objective to torch, without the fused "
+            "kernels: it is slower and takes more memory"
+        )
     if config.teacher.stop_token != "class" or device.type != "cuda":
         return
     if head_form(student).softcap is not None:

@@ -15,7 +15,8 @@ from tutelage.core.policy import Sampled
 from tutelage.core.terms import Term
 from tutelage.data.batch import Batch, collate, length_groups, pack, packed_groups
 from tutelage.data.types import Rollout
-from tutelage.models.privileged import require_same_rows
+from tutelage.models.alignment import AlignedReading
+from tutelage.models.privileged import Reading, pad_id_of, require_same_rows
 from tutelage.setup.objective import row_terms, uniform_terms
 from tutelage.train.distributed import Ranks
 
@@ -111,6 +112,7 @@ def pack_rollouts(
     ranks: Ranks,
     device: torch.device,
     read_by_teacher: Sequence[Rollout] | None = None,
+    reading: Reading | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of every update of a step, as many in every process.
 
@@ -123,6 +125,7 @@ def pack_rollouts(
         device: of the result.
         read_by_teacher: the same completions behind the prompts that the teacher reads, one for
             each rollout; None where those are the rollouts' own.
+        reading: what made them, if anything did.
 
     Raises:
         RunError: the teacher would read other tokens than those that are to be learned.
@@ -143,13 +146,14 @@ def pack_rollouts(
 
     def batch_of(group: list[int], of: Sequence[Rollout]) -> Batch:
         members, named = [of[i] for i in group], [completions[i] for i in group]
-        return pack(members, named) if is_packed else collate(members, pad_id, completions=named)
+        pad = pad_id if of is rollouts else pad_id_of(reading, pad_id)
+        return pack(members, named) if is_packed else collate(members, pad, completions=named)
 
     def micro_batch(group: list[int], update: int) -> MicroBatch:
         batch, read = batch_of(group, rollouts), None
         if read_by_teacher is not None:
             read = batch_of(group, read_by_teacher)
-            require_same_rows(batch, read)
+            require_same_rows(batch, read, not isinstance(reading, AlignedReading))
             read = read.to(device)
         return MicroBatch(batch.to(device), update, read)
 

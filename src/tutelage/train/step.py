@@ -15,6 +15,7 @@ from tutelage.config.schema import Config
 from tutelage.core import TokenSelection, TokenStats
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import RunError
+from tutelage.models.alignment import AlignedReading
 from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.replica_sampler import ReplicaSampler
@@ -112,9 +113,10 @@ class Step:
         self.clock, self.checks, self.grades = Clock(self.device), {}, None
         with self.stop.interruptible():
             rollouts = self.generate(step)
-            micro_batches = self.pack(rollouts, step)
+            learned = self.learned(rollouts)
+            micro_batches = self.pack(learned, step)
             self.teacher_forward(micro_batches)
-            selection = self.select(micro_batches, rollouts, step)
+            selection = self.select(micro_batches, learned, step)
             rollouts = [replace(rollout, hidden=None) for rollout in rollouts]  # their memory goes
         result = self.update(micro_batches, selection, step)
         self.rollouts = rollouts
@@ -133,6 +135,19 @@ class Step:
             rollouts = self.components.sampler.sample(request) if request.prompts else []
         return [replace(rollout, weights_version=step - 1) for rollout in rollouts]
 
+    def learned(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        """The rollouts with those of their tokens as rows that the teacher can be asked about."""
+        reading = self.components.reading
+        if not isinstance(reading, AlignedReading):
+            return rollouts
+        found = reading.rows(rollouts)
+        counts = [self.ranks.sum(sum(len(r.generated_ids) for r in x)) for x in (found, rollouts)]
+        self.checks["aligned_share"] = counts[0] / max(counts[1], 1)
+        shared = self.components.student.shared
+        if shared is not None:
+            self.checks["shared_share"] = len(shared.pairs[0]) / shared.sizes[0]
+        return found
+
     def pack(self, rollouts: Sequence[Rollout], step: int = 1) -> list[MicroBatch]:
         """Micro-batches of each update, as many in every process.
 
@@ -143,7 +158,7 @@ class Step:
         completions, reading = self.share(len(rollouts)), self.components.reading
         read = None if reading is None else reading(rollouts)
         micro_batches = pack_rollouts(
-            self.config, rollouts, completions, self.pad_id, self.ranks, self.device, read
+            self.config, rollouts, completions, self.pad_id, self.ranks, self.device, read, reading
         )
         if self.ahead is not None or (has_older(self) and staleness(rollouts, step)):
             for micro_batch in micro_batches:

@@ -24,10 +24,11 @@ from tutelage.core import (
 )
 from tutelage.data.batch import micro_batches, without_rows
 from tutelage.data.types import Rollout
-from tutelage.errors import ModelError
+from tutelage.errors import ConfigError, ModelError
 from tutelage.models.privileged import read_beside
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.replica_sampler import ReplicaSampler
+from tutelage.setup.alignment import is_aligned
 from tutelage.setup.components import Components, build_components
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
@@ -150,6 +151,11 @@ def score(
     Raises:
         TutelageError: models, data or request cannot be used.
     """
+    if is_aligned(config):
+        raise ConfigError(
+            "tokens cannot be scored with teacher.vocabulary = 'aligned': only some of them have a "
+            "teacher. Train, and look at the step's metrics."
+        )
     with (
         loaded_components(config, on_phase, log, shares) as components,
         components.whole() as whole,
