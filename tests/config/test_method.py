@@ -395,3 +395,13 @@ def test_the_grader_is_asked_about_truncated_completions(tiny_models: Path, tmp_
     metrics = one_step(load_config(path, ["sampling.max_new_tokens=1"]))
     assert metrics["truncated_share"] > 0.9
     assert metrics["change"] > 0  # if all were wrong, paced weights s(1 - s) would be 0
+
+
+def test_states_of_a_teacher_that_no_step_reads_are_refused(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    changes = {"objective": {"kind": "grpo"}}
+    changes |= {"rollouts": {"source": "stored", "teacher_states": "float32"}}
+    table = tiny_table(tiny_models, tmp_path / "run", **changes)
+    with pytest.raises(ConfigError, match=r"rollouts\.teacher_states has no effect"):
+        train(parse_config(table), log=lambda _: None)

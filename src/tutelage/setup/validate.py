@@ -24,7 +24,7 @@ from tutelage.rollout.nccl_transfer import require_nccl
 from tutelage.rollout.replicas import replica_addresses
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device, prompt_format
 from tutelage.setup.manifest import refuse_another_run, refuse_other_inputs
-from tutelage.setup.objective import graded_by
+from tutelage.setup.objective import graded_by, needs_teacher
 from tutelage.setup.process_counts import ProcessCounts
 from tutelage.setup.run_folder import RunFolder
 from tutelage.setup.teacher import has_states
@@ -70,6 +70,7 @@ def validate(
     refuse_other_inputs(config, inputs, earlier, allow_change)
     _refuse_optimizer(config, inputs)
     _refuse_ungraded(config, inputs)
+    _refuse_unread_states(config)
     _refuse_nothing_held_out(config, inputs)
     _refuse_too_few_completions(config, inputs)
     if isinstance(config.data, ConversationData) and isinstance(inputs.task, AgentTask):
@@ -229,6 +230,14 @@ def _refuse_ungraded(config: Config, inputs: Inputs) -> None:
             f"{setting} needs a verdict on every completion, but "
             f"{len(ungraded)} of {len(task.training)} prompts have no reference answer, first "
             f"{ungraded[0]!r}. Set data.answer_column, or use another {what}."
+        )
+
+
+def _refuse_unread_states(config: Config) -> None:
+    if stores_teacher(config.rollouts) and not needs_teacher(config):
+        raise ConfigError(
+            "rollouts.teacher_states has no effect: steps that train on rewards alone read no "
+            'teacher. Set rollouts.teacher_states = "none" or objective.distillation_weight.'
         )
 
 
