@@ -153,6 +153,7 @@ CHOSEN_WITH_MODELS = (
 """Keys that every configuration has, or that depend on the pair of models."""
 _VERIFIERS = "needs the library verifiers, which has an environment of its own"
 _LONG = "needs a model that takes the tools of shopping or travel, thousands of tokens"
+_SERVED = "needs a server of a teacher"
 ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
     "data.environment": (_VERIFIERS, ["some-environment", ""]),
     "data.arguments": (_VERIFIERS, [{"a": 1}, 3]),
@@ -180,6 +181,14 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
     "engine.max_staleness": ("needs a server of vLLM", [1, 0, 2, -1]),
     "engine.folder": ("needs a server of vLLM", ["handed-over", ""]),
     "engine.num_concurrent": ("needs a server of vLLM", [1, 0, _HUGE]),
+    "teacher.kind": (_SERVED, ["hidden_server", "server", 3]),
+    "teacher.url": (_SERVED, ["http://127.0.0.1:9", ["http://127.0.0.1:9"], [], "ftp://x", 3]),
+    "teacher.server": (_SERVED, ["tutelage", "vllm", "sglang"]),
+    "teacher.payload": (_SERVED, ["float32", "bfloat16", "float8"]),
+    "teacher.num_concurrent": (_SERVED, [1, 0, -1]),
+    "teacher.timeout_s": (_SERVED, [5.0, 0]),
+    "teacher.served_name": (_SERVED, ["a-model", 3]),
+    "teacher.logprob_url": (_SERVED, ["http://127.0.0.1:9", 3]),
 }
 """Keys that are drawn here in refused configurations alone: why, and values."""
 LABELS = [

@@ -174,6 +174,11 @@ def spoil(table: dict[str, Any], possible: list[str], rng: random.Random) -> Non
         others = [key for key in ALWAYS_REFUSED if key.startswith("data.")]
         for key in rng.sample(others, 3):
             put(table, key, rng.choice(ALWAYS_REFUSED[key][1]))
+    if rng.random() < 0.1:
+        put(table, "teacher.mode", "resident")  # which a teacher on a server does not have
+        others = [key for key in ALWAYS_REFUSED if key.startswith("teacher.")]
+        for key in rng.sample(others, 3):
+            put(table, key, rng.choice(ALWAYS_REFUSED[key][1]))
     if rng.random() < 0.2:
         name = rng.choice([*ENGINES, "sglang"])
         put(table, "engine.kind", name)
