@@ -24,6 +24,7 @@ from .mutant_list import MUTANTS
 from .mutant_list_agents import AGENT_MUTANTS
 from .mutant_list_core import CORE_MUTANTS
 from .mutant_list_processes import PROCESS_MUTANTS
+from .mutant_list_teachers import TEACHER_MUTANTS
 from .record import ROOT, Outcome
 
 PASSED, FAILED = 0, 1
@@ -56,7 +57,7 @@ class Mutant:
 
 def mutants() -> Iterator[Mutant]:
     """The list, one object each."""
-    for groups in (CORE_MUTANTS, MUTANTS, AGENT_MUTANTS, PROCESS_MUTANTS):
+    for groups in (CORE_MUTANTS, MUTANTS, AGENT_MUTANTS, PROCESS_MUTANTS, TEACHER_MUTANTS):
         for pattern, (tests, pairs) in groups.items():
             for old, new in pairs:
                 yield Mutant(pattern, old, new, tuple(tests))
