@@ -148,7 +148,8 @@ class FakeVLLM(ThreadingHTTPServer):
     def score(self, body: dict[str, Any]) -> dict[str, Any]:
         """The likeliest ids at each place of the prompt, and the id that stands there."""
         ids, known = body["prompt"], [None]
-        log_p = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        # A trained model gives its head's padding rows nearly nothing.
+        log_p = self.model(torch.tensor([ids])).logits[0, :, : self.num_ids].log_softmax(-1)
         for row, token in zip(log_p, ids[1:], strict=False):
             top = row.topk(body["prompt_logprobs"])
             likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))

@@ -17,6 +17,7 @@ from tiny import tiny_config
 from tutelage.core import TokenSelection
 from tutelage.data.types import Rollout
 from tutelage.setup.components import Components, build_components
+from tutelage.teachers.group import TeacherGroup
 from tutelage.train.distributed import StepRows
 from tutelage.train.step import Step
 
@@ -63,7 +64,9 @@ def take_step(
     config = tiny_config(models, Path("unused"), **changes)
     components = build_components(config)
     components.student.model.to(dtype)
-    components.teacher.model.to(dtype)
+    teacher = components.teacher
+    for one in teacher.teachers.values() if isinstance(teacher, TeacherGroup) else [teacher]:
+        one.model.to(dtype)
     recorder = Recorder(list(components.student.parameters()), lr=1.0)
     accelerator = Accelerator(cpu=True)
     student, optimizer = accelerator.prepare(components.student, recorder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -21,12 +22,15 @@ pytest.importorskip("vllm", reason="needs vllm: make test-vllm")
 from patience import wait_until
 from tiny import tiny_config
 from tutelage.config.sampling import SamplingConfig
+from tutelage.config.teachers import LogprobServerTeacher
 from tutelage.data.batch import collate
 from tutelage.data.tasks import LedgerTask
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import RunError
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.lora import add_lora
+from tutelage.models.teacher import Teacher
 from tutelage.models.tokenizers import pad_id, vocabulary_size
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.replicas import Replicas
@@ -34,6 +38,7 @@ from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.rollout.weight_transfer import FolderTransfer
+from tutelage.teachers.logprob import LogprobTeacher
 from tutelage.train.loop import train
 
 # vLLM and what it imports warn about a CPU; what is tested is what it computes.
@@ -189,6 +194,25 @@ def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> 
     sampler._push = lambda: None  # type: ignore[method-assign]
     disturb(model, 4)
     assert largest_gap(sampler, 3) > 1e-2
+
+
+def test_a_server_tells_the_log_probabilities_of_its_model(server: str) -> None:
+    model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
+    with urllib.request.urlopen(f"{server}/v1/models") as reply:
+        name = json.load(reply)["data"][0]["id"]
+    config = LogprobServerTeacher("logprob_server", name, server, num_logprobs=8)
+    ids = tokenizer("12+34=46;5+5=10")["input_ids"]
+    rollouts = [Rollout(Prompt(str(n), ""), 0, tuple(ids[:n]), tuple(ids[n:])) for n in (2, 5)]
+    batch = collate(rollouts, 0)
+    size = model.config.vocab_size
+    local, served = Teacher(model, size), LogprobTeacher(config, size, torch.device("cpu"))
+    with local.on_device(), served.on_device():
+        found, wanted = served.forward(batch), local.forward(batch)
+    log_q = wanted.block(0, batch.num_rows).log_softmax(-1)
+    torch.testing.assert_close(found.log_q, log_q.topk(8).values, rtol=0, atol=1e-4)
+    torch.testing.assert_close(log_q.gather(1, found.ids), found.log_q, rtol=0, atol=1e-4)
+    tokens = log_q.gather(1, batch.tokens[:, None]).squeeze(1)
+    torch.testing.assert_close(found.token_log_q, tokens, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -37,7 +37,7 @@ def model(tiny_models: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def server(model: PreTrainedModel) -> Iterator[FakeVLLM]:
-    with serving(model, frozenset(), 20) as fake:
+    with serving(model, frozenset(), 1 << 20) as fake:
         yield fake
 
 

@@ -24,7 +24,7 @@ from tutelage.rollout.http_client import BadReply
 from tutelage.teachers.logprob import LogprobTeacher
 from vllm_stub import QUICK, FakeVLLM, serving
 
-VOCAB, K = 20, 5
+K = 5
 ROLLOUTS = [
     Rollout(Prompt("a", ""), 0, (5, 6, 7), (8, 9, 2)),
     Rollout(Prompt("b", ""), 0, (5,), (6, 1, 1, 4)),
@@ -40,13 +40,14 @@ def model(tiny_models: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def server(model: PreTrainedModel) -> Iterator[FakeVLLM]:
-    with serving(model, frozenset(), VOCAB) as fake:
+    with serving(model, frozenset(), model.config.vocab_size) as fake:
         yield fake
 
 
 def teacher_of(server: FakeVLLM, swap: tuple[int, int] | None = None) -> LogprobTeacher:
     config = LogprobServerTeacher("logprob_server", "student", server.url, num_logprobs=K)
-    found = LogprobTeacher(config, server.model.config.vocab_size, torch.device("cpu"), swap, 1.0)
+    size = server.model.config.vocab_size
+    found = LogprobTeacher(config, size, torch.device("cpu"), swap, 1.0)
     for client in found._clients:
         client.limits = QUICK
     return found

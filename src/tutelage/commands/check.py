@@ -15,7 +15,7 @@ from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.rollouts import LiveRollouts
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
-from tutelage.config.teachers import HiddenServerTeacher
+from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
 from tutelage.envs.environment import AgentTask
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_run
@@ -184,7 +184,7 @@ def _conversations_line(config: Config, data: ConversationData, inputs: Inputs) 
 def _teacher_line(config: Config, components: Components, prompts: PromptStats) -> str:
     teacher = config.teacher
     if not isinstance(teacher, SelfTeacher):
-        is_served = isinstance(teacher, HiddenServerTeacher)
+        is_served = isinstance(teacher, HiddenServerTeacher | LogprobServerTeacher)
         part = "the teacher's head" if is_served else "teacher"
         return _model_line(part, components.teacher.model)
     kept = f", average of decay {teacher.ema_decay}" if teacher.ema_decay is not None else ""

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from tutelage.config.conversations import ConversationData, LedgerToolsData
+from tutelage.config.models import TeacherConfig
 from tutelage.config.parse import flat_values, to_table
 from tutelage.config.rollouts import LiveRollouts, RolloutsConfig
 from tutelage.config.sampling import TransformersEngine
 from tutelage.config.schema import Config, FileData
 from tutelage.config.self_teacher import SelfTeacher
-from tutelage.config.teachers import HiddenServerTeacher
+from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
 from tutelage.data.formats import find_file, is_file_name
 from tutelage.data.prompts import load_prompts
 from tutelage.data.suites import SETS
@@ -92,6 +93,8 @@ def dry_run(config: Config) -> Iterator[str]:
             )
             small = replace(small, teacher=here)
             yield f"teacher: on a server in this process, {url}"
+        if isinstance(config.teacher, LogprobServerTeacher):
+            yield "teacher: in this process, without a server of log-probabilities"
         yield from (f"scaled: {line}" for line in _changes(config, small))
         if graded_by(config):
             yield "grades: every second completion counts as right; a random model never is"
@@ -188,6 +191,8 @@ def _scaled(config: Config, folder: Path) -> Config:
     evaluation, can_hold_out = config.evaluation, num_prompts > 1
     updates, sampling = config.updates_per_step, config.sampling
     teacher: Any = config.teacher
+    if isinstance(teacher, LogprobServerTeacher):
+        teacher = TeacherConfig(teacher.model)
     if not isinstance(teacher, SelfTeacher):
         teacher = replace(teacher, model=str(folder / "teacher"))
     return replace(

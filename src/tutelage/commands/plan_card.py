@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from tutelage.config.schema import Config, FileData
-from tutelage.config.teachers import HiddenServerTeacher
+from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
 from tutelage.config.verifiers import VerifiersData
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_cuda
@@ -45,7 +45,7 @@ def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iter
     found = [load_model_config(resolve_model(side.model)) for side in sides]
     dtypes = [getattr(torch, side.dtype) for side in sides]
     student = shapes(found[0], dtypes[0], config.student)
-    if not isinstance(config.teacher, HiddenServerTeacher):
+    if not isinstance(config.teacher, HiddenServerTeacher | LogprobServerTeacher):
         teacher = shapes(found[1], dtypes[1], quantization=config.teacher.quantization)
     else:
         teacher = shadow(head_shape_model(found[1], dtypes[1]))

@@ -53,7 +53,7 @@ def split_location(location: Sequence[str]) -> tuple[list[str], str]:
     keys: list[str] = []
     tag = ""
     for part in location:
-        if part and not tag and part in TABLES.get(".".join(keys), {}):
+        if part and not tag and part in TABLES.get(_table_of(keys), {}):
             tag = part
         elif not part.isdigit() and "[" not in part and part != "str":
             keys.append(part)
@@ -61,8 +61,15 @@ def split_location(location: Sequence[str]) -> tuple[list[str], str]:
     return keys, tag
 
 
+def _table_of(keys: Sequence[str]) -> str:
+    """Name of the table that some keys lead to; those of [teachers.NAME] are those of [teacher]."""
+    if len(keys) > 1 and keys[0] == "teachers":
+        keys = ["teacher", *keys[2:]]
+    return ".".join(keys)
+
+
 def kinds_at(location: Sequence[str]) -> tuple[Table, dict[str, Table]]:
     """The table in which an error is, and all kinds of that table by their tags."""
     keys, tag = split_location(location)
-    kinds = TABLES[".".join(keys)]
+    kinds = TABLES[_table_of(keys)]
     return kinds.get(tag, next(iter(kinds.values()))), kinds

@@ -149,7 +149,11 @@ def _read(table: dict[str, Any]) -> Config:
     for name, kind in (("objective", "kl"), ("teacher", "local")):
         if isinstance(inner := table.get(name), dict):
             table = {**table, name: {"kind": kind, **inner}}
-    if _is_unevaluated(table.get("teacher")) and isinstance(table.get("evaluation", {}), dict):
+    if isinstance(several := table.get("teachers"), dict):
+        named = several.items()
+        kinds = {n: {"kind": "local", **x} if isinstance(x, dict) else x for n, x in named}
+        table = {**table, "teachers": kinds}
+    if _is_unevaluated(table) and isinstance(table.get("evaluation", {}), dict):
         # it gives no completions: what is left out is false, and an explicit true is refused
         table = {**table, "evaluation": {"teacher": False, **table.get("evaluation", {})}}
     try:
@@ -160,8 +164,9 @@ def _read(table: dict[str, Any]) -> Config:
     return config
 
 
-def _is_unevaluated(teacher: Any) -> bool:
-    return isinstance(teacher, dict) and str(teacher.get("kind")) in NOT_EVALUATED
+def _is_unevaluated(table: dict[str, Any]) -> bool:
+    kind = teacher.get("kind") if isinstance(teacher := table.get("teacher"), dict) else None
+    return str(kind) in NOT_EVALUATED or bool(table.get("teachers"))
 
 
 def parse_saved_config(table: dict[str, Any]) -> Config:
@@ -235,6 +240,7 @@ def fingerprint(config: Config) -> str:
         del table["teacher"]["kind"]  # as before there were kinds
     for key in ADDRESS_KEYS:
         table["teacher"].pop(key.removeprefix("teacher."), None)
+    table = {key: value for key, value in table.items() if value or key != "teachers"}
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -253,6 +259,8 @@ def _chosen(table: Any) -> dict[str, Any]:
             make = field.default_factory
             if make is MISSING or value != make():
                 found[field.name] = _chosen(value)
+        elif field.name == "teachers":
+            found[field.name] = {name: _chosen(inner) for name, inner in value.items()}
         elif field.name in ("kind", "rule") or value != field.default:
             found[field.name] = value
     return found

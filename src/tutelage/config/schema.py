@@ -41,7 +41,12 @@ from tutelage.config.sampling import (
     require_filters,
 )
 from tutelage.config.self_teacher import SelfTeacher
-from tutelage.config.teachers import NOT_EVALUATED, AnyTeacher
+from tutelage.config.teachers import (
+    NOT_EVALUATED,
+    AnyTeacher,
+    LogprobServerTeacher,
+    require_known_ids,
+)
 from tutelage.config.verifiers import VerifiersData
 
 
@@ -84,6 +89,9 @@ class FileData:
     """Passed to the chat template (Qwen3 thinks unless False); None leaves it to the template."""
     max_prompt_tokens: Annotated[int, Field(ge=0)] = 0
     """Longer prompts are left out and counted; 0 keeps all."""
+    teacher_column: str | None = None
+    """Key of the teacher's name, one of the tables [teachers.NAME]; a record without one has the
+    teacher of [teacher]."""
     grader: Literal["none", "number", "math", "exact"] = "none"
     """How a completion is compared with the reference answer; `math` needs the extra math."""
     num_held_out: int = 64
@@ -148,6 +156,8 @@ class Config:
     __pydantic_config__ = STRICT
     student: StudentConfig
     teacher: AnyTeacher
+    teachers: dict[str, AnyTeacher] = field(default_factory=dict)
+    """Further teachers by name, each of the prompts that name it in data.teacher_column."""
     data: DataConfig = field(default_factory=LedgerData)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=TransformersEngine)
@@ -237,6 +247,7 @@ class Config:
             temperature, hint = self.sampling.temperature, "Or use engine.kind = transformers."
             is_one = temperature == 1
             require(is_one, "sampling.temperature", "1 with this engine", temperature, hint)
+        self._require_teachers()
         hint = NOT_EVALUATED.get(self.teacher.kind, "")
         rule = f"false with teacher.kind = {self.teacher.kind}"
         require(not hint or not self.evaluation.teacher, "evaluation.teacher", rule, "true", hint)
@@ -297,6 +308,38 @@ class Config:
         require(policy != "class", "teacher.stop_token", rule, policy, hint)
         require(kind == "local", "teacher.kind", f"local {with_states}", kind, hint)
         require(sharding == "none", "teacher.sharding", f"none {with_states}", sharding, hint)
+
+    def _require_teachers(self) -> None:
+        """What several teachers need, and what one of top-k log-probabilities allows."""
+        for teacher in (self.teacher, *self.teachers.values()):
+            if isinstance(teacher, LogprobServerTeacher):
+                require_known_ids(teacher, self.objective, self.selection, self.weighting)
+        column = self.data.teacher_column if isinstance(self.data, FileData) else None
+        if not self.teachers:
+            hint = "Add a table [teachers.NAME] for each name."
+            require(
+                column is None, "data.teacher_column", "left out with one teacher", column, hint
+            )
+            return
+        hint = "It names the teacher of each prompt."
+        require(column is not None, "data.teacher_column", "a column with teachers", column, hint)
+        rule, hint = "false with teachers", "They supervise different prompts."
+        require(not self.evaluation.teacher, "evaluation.teacher", rule, "true", hint)
+        is_free, hint = not stores_teacher(self.rollouts), "States of one teacher are stored."
+        require(is_free, "rollouts.teacher_states", "none with teachers", "another", hint)
+        for name, teacher in (("", self.teacher), *self.teachers.items()):
+            key = f"teachers.{name}" if name else "teacher"
+            rule, hint = "local or on a server with teachers", "It would teach some prompts alone."
+            require(teacher.kind != "self", f"{key}.kind", rule, teacher.kind, hint)
+            is_same = not isinstance(teacher, TeacherConfig) or teacher.vocabulary == "same"
+            hint = "All teachers have the student's tokenizer."
+            require(is_same, f"{key}.vocabulary", "same with teachers", "aligned", hint)
+            rule, hint = "map or refuse with teachers", "A class is of one teacher's ids."
+            require(teacher.stop_token != "class", f"{key}.stop_token", rule, "class", hint)
+            hint = "Processes would wait for one another."
+            for place, side in ((key, teacher), ("student", self.student)):
+                rule = "none with teachers"
+                require(side.sharding == "none", f"{place}.sharding", rule, side.sharding, hint)
 
     def _require_self(self, teacher: SelfTeacher) -> None:
         """What a student can teach itself."""

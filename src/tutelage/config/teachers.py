@@ -8,6 +8,16 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from tutelage.config.bounds import STRICT, require
+from tutelage.config.method import (
+    EOPDObjective,
+    GRPOObjective,
+    ObjectiveConfig,
+    SampledObjective,
+    SelectionConfig,
+    SelectKDWeighting,
+    TopKObjective,
+    WeightingConfig,
+)
 from tutelage.config.models import TeacherConfig, TeacherMode, TeacherSharding
 from tutelage.config.self_teacher import SelfTeacher
 
@@ -171,11 +181,53 @@ class LogprobServerTeacher:
         require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
 
 
+def require_known_ids(
+    teacher: LogprobServerTeacher,
+    objective: ObjectiveConfig,
+    selection: SelectionConfig,
+    weighting: WeightingConfig,
+) -> None:
+    """Refuses a method that needs what a teacher of top-k log-probabilities does not tell."""
+    num = teacher.num_logprobs
+    given = f"with teacher.kind = 'logprob_server', which tells {num} ids of each token"
+    hint = "A local teacher or a hidden_server tells all."
+    instead = (
+        'Use kind = "topk" with its tail bucket, "sampled", or "eopd" with estimator = "sampled" '
+        'and fkl = "topk_tail".'
+    )
+    kinds = (TopKObjective, SampledObjective, EOPDObjective, GRPOObjective)
+    known = f"topk, sampled, eopd or grpo {given}"
+    require(isinstance(objective, kinds), "objective.kind", known, objective.kind, instead)
+    if isinstance(objective, GRPOObjective):
+        key, weight = "objective.distillation_weight", objective.distillation_weight
+        require(weight == 0, key, f"0 {given}", weight, hint)
+    if isinstance(objective, TopKObjective):
+        side = objective.support
+        require(side == "teacher", "objective.support", f"teacher {given}", side, hint)
+    if isinstance(objective, EOPDObjective):
+        for key, wanted in {"estimator": ("sampled",), "fkl": ("topk_tail", "topk_renorm")}.items():
+            value = objective.__dict__[key]
+            rule = f"{' or '.join(wanted)} {given}"
+            require(value in wanted, f"objective.{key}", rule, value, instead)
+        rule, gate = f"hard {given}", objective.gate
+        require(gate == "hard", "objective.gate", rule, gate, "It opens at a bound of the entropy.")
+    if isinstance(objective, TopKObjective | EOPDObjective):
+        rule = f"at most teacher.num_logprobs = {num}"
+        require(objective.k <= num, "objective.k", rule, objective.k, "Raise teacher.num_logprobs.")
+    exact = ("teachability", "gradient_norm", "local_oracle", "local_gain")
+    rule = f"another than {', '.join(exact)} {given}"
+    require(selection.rule not in exact, "selection.rule", rule, selection.rule, hint)
+    if isinstance(weighting, SelectKDWeighting):
+        rule, key = "at least 5 with weighting.kind = selectkd", "teacher.num_logprobs"
+        require(num >= 5, key, rule, num, "It asks for the teacher's five likeliest ids.")
+
+
 AnyTeacher: TypeAlias = Annotated[
-    TeacherConfig | HiddenServerTeacher | SelfTeacher, Field(discriminator="kind")
+    TeacherConfig | HiddenServerTeacher | LogprobServerTeacher | SelfTeacher,
+    Field(discriminator="kind"),
 ]
 """The kinds of `[teacher]`; a table without a kind is local."""
-SERVED_KINDS = ("hidden_server",)
+SERVED_KINDS = ("hidden_server", "logprob_server")
 """Kinds whose model is not here, so that it gives no completions of its own."""
 NOT_EVALUATED = dict.fromkeys(SERVED_KINDS, "Its model is not here.") | {
     "self": "Its completions would be the student's own."

@@ -69,6 +69,8 @@ class Batch:
     """Whether every sequence begins in the first column."""
     packed: Packed | None = None
     """Where sequences begin and end if all lie in one row; None in a rectangle."""
+    teacher: str = ""
+    """Name of the teacher of all sequences, as in `Prompt.teacher`."""
 
     @property
     def num_sequences(self) -> int:
@@ -152,7 +154,7 @@ def collate(
         completions: Index of each rollout within the whole step; None counts from 0.
 
     Returns:
-        A batch on the CPU, T being the longest sequence. No rollouts give an empty batch.
+        A batch on the CPU, T the longest sequence; an empty one of no rollouts.
 
     Raises:
         DataError: A prompt has no tokens, so nothing predicts the first completion token.
@@ -182,6 +184,7 @@ def collate(
         completion=torch.tensor(names, dtype=torch.long)[sequence],
         position=position,
         is_padded_right=not bool(offset.any()),
+        teacher=rollouts[0].prompt.teacher if rollouts else "",
     )
     return _only_generated(batch, rollouts) if any(r.is_generated for r in rollouts) else batch
 
@@ -241,8 +244,8 @@ def micro_batches(
 ) -> list[Batch]:
     """Batches of rollouts in their order, which completion indices number.
 
-    Each holds at most `size` rollouts and `max_tokens` tokens, padding included; 0 sets no limit,
-    and a longer rollout has a batch of its own.
+    Each holds at most `size` rollouts of one teacher and `max_tokens` tokens, padding included; 0
+    sets no limit, and a longer rollout has a batch of its own.
     """
     if size < 1:
         raise DataError(f"micro-batch size must be at least 1, got {size}. Use 1 or more.")
@@ -251,7 +254,8 @@ def micro_batches(
         stop, width = start, 0
         while stop < min(start + size, len(rollouts)):
             width = max(width, _length(rollouts[stop]))
-            if stop > start and max_tokens and width * (stop + 1 - start) > max_tokens:
+            is_same = rollouts[stop].prompt.teacher == rollouts[start].prompt.teacher
+            if stop > start and (not is_same or 0 < max_tokens < width * (stop + 1 - start)):
                 break
             stop += 1
         batches.append(collate(rollouts[start:stop], pad_id, side, range(start, stop)))

@@ -53,6 +53,8 @@ class PromptFormat:
     fields: tuple[str, ...] = ()
     """What else is read of every record; a column, or `answer`, the
     reference answer, and an error where a record lacks it."""
+    teacher_column: str | None = None
+    """Key of the teacher's name, which a record may lack."""
 
 
 def find_file(name: str | Path) -> Path:
@@ -203,7 +205,7 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
             f"{where}: must be a JSON object, got {excerpt(record)}. "
             'Write {"prompt": ...} on each line.'
         )
-    column = _content_column(record, where, prompt_format)
+    column, teacher = _content_column(record, where, prompt_format), prompt_format.teacher_column
     refuse_media(record, where)
     prompt_id = record.get("id")
     turns = _conversation(record[column])
@@ -227,6 +229,7 @@ def to_prompt(record: Any, where: str, default_id: str, prompt_format: PromptFor
         tools=tools,
         notes=(*notes, *unread(record, (column, *prompt_format.fields))),
         fields=_fields(record, where, name, answer, prompt_format.fields),
+        teacher=_scalar(record.get(teacher or "") or "", teacher or "", where),
     )
 
 

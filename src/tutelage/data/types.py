@@ -29,6 +29,8 @@ class Prompt:
     """What of its record was left out."""
     fields: tuple[tuple[str, str], ...] = ()
     """Names and texts of what a teacher reads beyond the prompt, where one asks for it."""
+    teacher: str = ""
+    """Name of the teacher that supervises it, where a run has several; "" for the first."""
 
 
 @dataclass(frozen=True)

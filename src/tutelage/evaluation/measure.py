@@ -200,7 +200,9 @@ def held_out_reverse_kl(
     """
     if isinstance(teacher, StoredTeacher) and teacher.whole is None:
         return [math.nan] * len(rollouts)  # nothing is stored of these completions
-    order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))
+    order = sorted(
+        range(len(rollouts)), key=lambda i: (rollouts[i].prompt.teacher, _length(rollouts[i]))
+    )
     by_length = [rollouts[i] for i in order]
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     batches = micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens)

@@ -81,6 +81,11 @@ def head_shape_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrained
     return _with_head(model, weight, bias)
 
 
+def shape_of_head(ref: str) -> PreTrainedModel:
+    """`head_shape_model` of a folder or hub id."""
+    return head_shape_model(load_model_config(resolve_model(ref)), torch.float32)
+
+
 def _with_head(model: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> PreTrainedModel:
     projection = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
     projection.weight = nn.Parameter(weight, requires_grad=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.config.models import TeacherMode
-from tutelage.core import LazyLogits
+from tutelage.core import LazyLogits, TeacherLogits
 from tutelage.data.batch import Batch
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.teacher import HiddenStore, device_budget
@@ -137,9 +137,9 @@ class StudentAsTeacher:
             hidden = self.store.keep(hidden)
         return replace(self._head, hidden=hidden)
 
-    def to_device(self, logits: LazyLogits) -> LazyLogits:
+    def to_device(self, logits: TeacherLogits) -> TeacherLogits:
         """What `forward` returned, with its hidden states on the device for the objective."""
-        return replace(logits, hidden=logits.hidden.to(self.device))
+        return logits.to(self.device)
 
     def checks(self) -> Mapping[str, float]:
         """Nothing that could go wrong unseen."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tutelage.config.models import TeacherMode
-from tutelage.core import LazyLogits
+from tutelage.core import LazyLogits, TeacherLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
@@ -167,11 +167,11 @@ class StoredTeacher:
             torch.cat([hidden, *(states.to(hidden.dtype) for _, states in found)]),
         )
 
-    def to_device(self, logits: LazyLogits) -> LazyLogits:
+    def to_device(self, logits: TeacherLogits) -> TeacherLogits:
         """What `forward` returned, on the device for the objective."""
         if self._whole is not None:
             return self._whole.to_device(logits)
-        return replace(logits, hidden=logits.hidden.to(self._left.weight.device))
+        return logits.to(self._left.weight.device)
 
     def checks(self) -> Mapping[str, float]:
         """Nothing is measured."""

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tutelage.core import LazyLogits, Objective, TokenStats, composite_objective, token_stats
+from tutelage.core import (
+    LazyLogits,
+    Objective,
+    TeacherLogits,
+    TokenStats,
+    composite_objective,
+    token_stats,
+)
 from tutelage.core.shared_ids import SharedIds
 from tutelage.core.terms import ReverseKL, Term
 from tutelage.data.batch import Batch
@@ -92,7 +99,7 @@ class Student(nn.Module):
     def forward(
         self,
         batch: Batch,
-        teacher: LazyLogits | None,
+        teacher: TeacherLogits | None,
         rows: Tensor | None = None,
         terms: Sequence[tuple[Term, Tensor | float]] = ((ReverseKL(), 1.0),),
         extras: Sequence[str] = (),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tutelage.config.models import TeacherMode
-from tutelage.core import LazyLogits
+from tutelage.core import LazyLogits, TeacherLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
@@ -200,9 +200,9 @@ class Teacher:
             hidden = self.store.keep(hidden)
         return replace(self._head, hidden=hidden)
 
-    def to_device(self, logits: LazyLogits) -> LazyLogits:
+    def to_device(self, logits: TeacherLogits) -> TeacherLogits:
         """What `forward` returned, with its hidden states on the device for the objective."""
-        return replace(logits, hidden=logits.hidden.to(self.device))
+        return logits.to(self.device)
 
     def checks(self) -> dict[str, float]:
         """Nothing: its model is the one that was loaded."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from tutelage.config.models import TeacherMode
-from tutelage.core import LazyLogits
+from tutelage.core import TeacherLogits
 from tutelage.data.batch import Batch
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class AnyTeacher(Protocol):
     def on_device(self) -> AbstractContextManager[None]:
         """`forward` can be called inside; a new phase begins."""
 
-    def forward(self, batch: Batch) -> LazyLogits:
+    def forward(self, batch: Batch) -> TeacherLogits:
         """Teacher logits of the batch's N rows, no gradient, perhaps on another device."""
 
-    def to_device(self, logits: LazyLogits) -> LazyLogits:
+    def to_device(self, logits: TeacherLogits) -> TeacherLogits:
         """What `forward` returned, on the device for the objective."""
 
     def checks(self) -> Mapping[str, float | None]:

@@ -55,6 +55,7 @@ from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.rollout.weight_transfer import FolderTransfer, WeightTransfer
 from tutelage.setup.alignment import compared_ids, compared_sizes
+from tutelage.setup.further_teachers import gathered, load_further_teachers
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
@@ -66,7 +67,6 @@ from tutelage.setup.teacher import (
     load_teacher,
     needs_start,
     set_attention,
-    try_teacher,
 )
 from tutelage.setup.trial import refuse_nonfinite, try_model
 from tutelage.setup.warnings import pair_warnings
@@ -345,22 +345,22 @@ def build_components(
     other = student if model is None else model
     rows = [output_embeddings(side).weight.shape[0] for side in (student, other)]
     rows[1] = kept.num_rows if kept else rows[1]
-    sizes = vocab_size, teacher_size = compared_sizes(config, found, rows)
+    sizes = compared_sizes(config, found, rows)
+    further = load_further_teachers(config, tokenizer, rows[0], device, on_phase)
+    vocab_size, teacher_size = (min((n, *(one.vocab_size for one in further))) for n in sizes)
     refuse_remap_beyond(found.remap, vocab_size)
     compared = compared_ids(config, found, student, None if kept else other, sizes)
     first = student if student_model is None else None
     pair = () if kept else pair_warnings(config, found, student, other, vocab_size, first)
-    warnings = (*found.warnings, *pair)
-    if inputs is not None:
-        warnings += tuple(require_savable(student, tokenizer))
+    savable = () if inputs is None else require_savable(student, tokenizer)
+    warnings = (*found.warnings, *pair, *savable)
     _refuse_other_ends(config, task, student, tokenizer)
     loading = (teacher_size, device, found.remap, scratch, is_run)
     loaded = None if load is None else build_teacher(config, other, load, *loading)
     del model, other
     on_phase("trying both models")
     notes = _try_student(config, student, vocab_size)
-    if loaded is not None and (is_run or config.teacher.sharding == "none"):
-        notes += try_teacher(config, loaded)
+    loaded, more = gathered(config, loaded, further, vocab_size, device, scratch, is_run)
     trained = shared_student(config, student, vocab_size, device, compared.stops, compared.shared)
     masters = masters_of(config, trained)
     teacher: AnyTeacher | None = kept or as_stored(config, loaded, is_run)
@@ -376,7 +376,7 @@ def build_components(
         task,
         device,
         thinking(config.data),
-        (*warnings, *notes),
+        (*warnings, *notes, *more),
         compared.reading,
         service,
     )

@@ -27,7 +27,7 @@ from tutelage.envs.ledger_tools import LedgerToolsTask
 from tutelage.envs.shopping import ShoppingTask
 from tutelage.envs.travel import TravelTask
 from tutelage.envs.verifiers import Loading, VerifiersTask, Worker
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, DataError
 from tutelage.models.chat.tool_format import format_of
 from tutelage.models.chat.tool_prompt import with_tools
 from tutelage.models.device import find_device
@@ -155,7 +155,33 @@ def load_inputs(config: Config, has_teacher: bool = True) -> Inputs:
         refuse_different_vocabularies(tokenizer, teacher)
     remap = eos_remap(tokenizer, teacher, config.teacher.stop_token)
     task = without_long_prompts(task, config.data, tokenizer)
+    refuse_unknown_teachers(config, task)
     return Inputs(device, task, tokenizer, teacher, remap, has_teacher=has_teacher)
+
+
+def refuse_unknown_teachers(config: Config, task: Task) -> None:
+    """Every prompt names a teacher that there is, and every teacher has a prompt.
+
+    Raises:
+        DataError: a prompt names another.
+        ConfigError: no prompt to train on names one of `[teachers.NAME]`.
+    """
+    if not config.teachers or not isinstance(task, FileTask):
+        return
+    known = ", ".join(f"[teachers.{name}]" for name in config.teachers)
+    for prompt in (*task.training, *task.held_out(len(task.training))):
+        if prompt.teacher and prompt.teacher not in config.teachers:
+            raise DataError(
+                f"prompt {prompt.id!r} names the teacher {prompt.teacher!r}, but there are "
+                f"{known}. Add its table, or change the record."
+            )
+    named = {prompt.teacher for prompt in task.training}
+    for name in config.teachers:
+        if name not in named:
+            raise ConfigError(
+                f"no prompt to train on names the teacher {name!r} in the column "
+                f"{config.data.teacher_column!r}. Remove [teachers.{name}], or name it."  # type: ignore[union-attr]
+            )
 
 
 def told_fields(config: Config) -> tuple[str, ...]:
@@ -214,7 +240,7 @@ def prompt_format(data: DataConfig, fields: tuple[str, ...] = ()) -> PromptForma
     if not isinstance(data, FileData):
         return PromptFormat()
     columns = (data.prompt_column, data.answer_column, data.chat, data.suffix)
-    return PromptFormat(*columns, fields=fields)
+    return PromptFormat(*columns, fields=fields, teacher_column=data.teacher_column)
 
 
 def without_long_prompts(task: Task, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tutelage.config.method import EOPDObjective
 from tutelage.config.models import TeacherConfig, TeacherMode
 from tutelage.config.rollouts import stores_teacher
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
-from tutelage.config.teachers import HiddenServerTeacher
+from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
 from tutelage.errors import ConfigError, RunError
 from tutelage.files.checksums import DamagedError, unseal
-from tutelage.models.head_model import load_head_model
+from tutelage.models.head_model import load_head_model, shape_of_head
 from tutelage.models.load import load_model
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import require_packed, use_own_attention
@@ -32,6 +33,7 @@ from tutelage.models.teacher_shards import TeacherShards, require_shardable_teac
 from tutelage.setup.served_teacher import connect, served_teacher
 from tutelage.setup.trial import refuse_nonfinite, try_model
 from tutelage.teachers.hidden import ServedTeacher
+from tutelage.teachers.logprob import LogprobTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,9 +94,11 @@ def set_attention(config: Config, model: PreTrainedModel, who: str, device: torc
 def load_teacher(config: Config, device: torch.device) -> Callable[[], PreTrainedModel]:
     """A function that loads the teacher to where it is kept; an error if its files changed.
 
-    Of a teacher on a server it loads the head.
+    Of a teacher on a server it loads the head, or its shape alone where that is all that is needed.
     """
     teacher = config.teacher
+    if isinstance(teacher, LogprobServerTeacher):
+        return partial(shape_of_head, teacher.model)
     if not isinstance(teacher, TeacherConfig):
         return partial(load_head_model, teacher.model, teacher.dtype, device)
     found = resolve_model(teacher.model)
@@ -154,6 +158,9 @@ def build_teacher(
     store = HiddenStore(settings.hidden_budget_bytes, scratch)
     if isinstance(settings, HiddenServerTeacher):
         return served_teacher(settings, model, vocab_size, swap, store)
+    if isinstance(settings, LogprobServerTeacher):
+        gate = config.objective.threshold if isinstance(config.objective, EOPDObjective) else None
+        return LogprobTeacher(settings, vocab_size, device, swap, gate, model)
     if not isinstance(settings, TeacherConfig):
         raise ValueError(f"a teacher of kind {settings.kind!r} is not loaded.")
     mode, shards, kind = _mode_at_rest(settings, device), None, settings.sharding
@@ -217,6 +224,9 @@ def try_teacher(config: Config, teacher: AnyTeacher) -> list[str]:
     who = f"teacher {config.teacher.model!r}"
     if isinstance(teacher, ServedTeacher):
         connect(config, teacher)
+        return []
+    if isinstance(teacher, LogprobTeacher):
+        teacher.connect()
         return []
     with teacher.on_device():
         refuse_nonfinite(teacher.model, who)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.config.models import TeacherMode
-from tutelage.core import LazyLogits
+from tutelage.core import LazyLogits, TeacherLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.models.forward import relative_gap, rounding
@@ -123,7 +123,7 @@ class ServedTeacher:
             return self._head
         hidden = self.source.hidden(batch, self.payload).to(self._head.weight.dtype)
         if self._num_read % SAMPLED_EVERY == 0:
-            self.source.prove(batch, self.to_device(replace(self._whole, hidden=hidden)))
+            self.source.prove(batch, replace(self._whole, hidden=hidden).to(self.device))
             self._compare(batch, hidden)
         self._num_read += 1
         return replace(self._head, hidden=self.store.keep(hidden))
@@ -140,9 +140,9 @@ class ServedTeacher:
             )
         self._gap = max(gap, self._gap or 0.0)
 
-    def to_device(self, logits: LazyLogits) -> LazyLogits:
+    def to_device(self, logits: TeacherLogits) -> TeacherLogits:
         """What `forward` returned, with its hidden states on the device for the objective."""
-        return replace(logits, hidden=logits.hidden.to(self.device))
+        return logits.to(self.device)
 
     def checks(self) -> dict[str, float | None]:
         """What the payload's rounding changes of hidden states, where it rounds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,9 @@ from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse, run_all
 from tutelage.teachers.sequences import sequences_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUNDING = 1e-3
 """What rounded log-probabilities, and their sum, may be above those of a distribution."""
@@ -61,6 +64,7 @@ class LogprobTeacher:
         device: where the objective is computed.
         swap: the student's stop token and the teacher's, which trade places.
         gate: entropy in nats at which an objective's gate opens; None without one.
+        model: the shape of its head, without numbers, for memory plans.
     """
 
     def __init__(
@@ -70,8 +74,10 @@ class LogprobTeacher:
         device: torch.device,
         swap: tuple[int, int] | None = None,
         gate: float | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         self.config = config
+        self._model = model
         self.vocab_size = vocab_size
         self.device = device
         self.swap = swap
@@ -91,15 +97,35 @@ class LogprobTeacher:
     is_sharded = False
 
     @property
-    def model(self) -> NoReturn:
-        """There is none here."""
-        raise RuntimeError("the teacher's model is on a server.")
+    def model(self) -> PreTrainedModel:
+        """The shape of its head."""
+        if self._model is None:
+            raise RuntimeError("the teacher's model is on a server.")
+        return self._model
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user has to know at the start of a run."""
+        places = ", ".join(self.config.urls)
+        return (
+            f"prompts and completions leave this machine: their token ids are sent to {places}",
+            f"the teacher tells {self.config.num_logprobs} ids of each token: divergences that are "
+            "logged are lower bounds, teacher_tail_mass is what they leave out",
+        )
+
+    def connect(self) -> None:
+        """Ask the servers for their model.
+
+        Raises:
+            ModelError: one does not answer, or serves others.
+        """
+        self._names = [self._served(client) for client in self._clients]
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Nothing moves; the servers are asked for their model before the first batch."""
+        """Nothing moves; the servers are known before the first batch."""
         if not self._names:
-            self._names = [self._served(client) for client in self._clients]
+            self.connect()
         yield
 
     def _served(self, client: Client) -> str:
@@ -145,7 +171,7 @@ class LogprobTeacher:
         """What `forward` returned, on the device for the objective."""
         return logits.to(self.device)
 
-    def checks(self) -> Mapping[str, float]:
+    def checks(self) -> Mapping[str, float | None]:
         """Mean mass of the ids that are not known, and the share of gates they leave open."""
         tails, undecided, self._tails, self._undecided = self._tails, self._undecided, [], []
         measured = {"teacher_tail_mass": tails, "undecided_gate_share": undecided}

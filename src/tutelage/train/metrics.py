@@ -68,6 +68,33 @@ def _without_teacher(stats: TokenStats, num_nonfinite: int) -> dict[str, Any]:
     }
 
 
+def teacher_metrics(
+    stats: TokenStats, completion: Tensor, teachers: Sequence[str]
+) -> dict[str, Any]:
+    """Tokens and mean divergences of each teacher's prompts; nothing where there is one teacher.
+
+    Args:
+        stats: statistics of N rows.
+        completion: completion of each row `[N]`.
+        teachers: name of the teacher of each completion; "" for the first one.
+    """
+    names = sorted(set(teachers))
+    if names in ([], [""]):
+        return {}
+    place = torch.tensor([names.index(name) for name in teachers], device=completion.device)
+    is_finite, found = stats.is_finite(), {}
+    for number, name in enumerate(names):
+        here = place[completion] == number
+        kept = stats[here & is_finite]
+        found[name or "teacher"] = {
+            "num_rows": int(here.sum()),
+            "reverse_kl_nats": _mean(kept.reverse_kl),
+            "forward_kl_nats": _mean(kept.forward_kl),
+            "teacher_entropy_nats": _mean(kept.teacher_entropy),
+        }
+    return {"teachers": found}
+
+
 def rollout_metrics(rollouts: Sequence[Rollout], num_rows: int, ranks: Ranks) -> dict[str, Any]:
     """Lengths and repetitions of the step's completions, over all processes."""
     count = max(ranks.sum(len(rollouts)), 1)

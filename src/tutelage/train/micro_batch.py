@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from tutelage.config.method import ObjectiveConfig
 from tutelage.config.schema import Config
-from tutelage.core import LazyLogits, TokenStats
+from tutelage.core import TeacherLogits, TokenStats
 from tutelage.core.policy import Sampled
 from tutelage.core.terms import Term
 from tutelage.data.batch import Batch, collate, length_groups, pack, packed_groups
@@ -31,7 +32,7 @@ class MicroBatch:
     """Which of the step's updates it belongs to, from 0."""
     teacher_batch: Batch | None = None
     """The same N rows behind other prompts, where the teacher reads others; None: `batch`."""
-    teacher_logits: LazyLogits | None = None
+    teacher_logits: TeacherLogits | None = None
     """The teacher's logits of the N rows, once its forward pass has run; None without one."""
     rows: Tensor | None = None
     """Rows to train on `[K]`, once they are selected."""
@@ -114,7 +115,7 @@ def pack_rollouts(
     read_by_teacher: Sequence[Rollout] | None = None,
     reading: Reading | None = None,
 ) -> list[MicroBatch]:
-    """Micro-batches of every update of a step, as many in every process.
+    """Micro-batches of every update of a step, as many of each teacher in every process.
 
     Args:
         config: sizes, number of updates, padded or packed.
@@ -137,12 +138,14 @@ def pack_rollouts(
         longer = zip(lengths, map(_length, read_by_teacher), strict=True)
         lengths = [max(pair) for pair in longer]
     bounds = [len(rollouts) * u // num_updates for u in range(num_updates + 1)]
+    teachers = ("", *config.teachers)
 
-    def groups(update: int, at_least: int) -> list[list[int]]:
-        start = bounds[update]
+    def groups(update: int, teacher: str, at_least: int) -> list[list[int]]:
         limits = (config.micro_batch_tokens, config.micro_batch_size, at_least)
-        found = group_by(lengths[start : bounds[update + 1]], *limits)
-        return [[start + i for i in group] for group in found]
+        here = range(bounds[update], bounds[update + 1])
+        members = [i for i in here if rollouts[i].prompt.teacher == teacher]
+        found = group_by([lengths[i] for i in members], *limits) if members else []
+        return [[members[i] for i in group] for group in found]
 
     def batch_of(group: list[int], of: Sequence[Rollout]) -> Batch:
         members, named = [of[i] for i in group], [completions[i] for i in group]
@@ -157,11 +160,12 @@ def pack_rollouts(
             read = read.to(device)
         return MicroBatch(batch.to(device), update, read)
 
-    counts = ranks.max([len(groups(update, 1)) for update in range(num_updates)])
+    kinds = list(product(range(num_updates), teachers))
+    counts = ranks.max([len(groups(*kind, 1)) for kind in kinds])
     return [
         micro_batch(group, update)
-        for update, count in enumerate(counts)
-        for group in groups(update, int(count))
+        for (update, teacher), count in zip(kinds, counts, strict=True)
+        for group in groups(update, teacher, int(count))
     ]
 
 

@@ -42,7 +42,12 @@ from tutelage.train.logprob_check import (
     sampler_logprobs,
     staleness,
 )
-from tutelage.train.metrics import clip_share, rollout_metrics, token_metrics
+from tutelage.train.metrics import (
+    clip_share,
+    rollout_metrics,
+    teacher_metrics,
+    token_metrics,
+)
 from tutelage.train.micro_batch import MicroBatch, pack_rollouts
 from tutelage.train.selection import Selection, choose, selection_of
 from tutelage.train.signals import Stop
@@ -174,7 +179,7 @@ class Step:
         if not needs_teacher(self.config):
             return
         with self.clock.phase("teacher"), self.components.teacher.on_device():
-            for micro_batch in micro_batches:
+            for micro_batch in sorted(micro_batches, key=lambda m: m.batch.teacher):
                 micro_batch.teacher_logits = self.components.teacher.forward(
                     micro_batch.read_by_teacher
                 )
@@ -246,6 +251,7 @@ class Step:
             "num_kept": num_kept,
             **token_metrics(*self._described(selection, result), self.config),
             **rollout_metrics(rollouts, num_rows, self.ranks),
+            **self._by_teacher(selection, step),
             "seconds": self.clock.seconds,
             **self.clock.memory,
         }
@@ -366,6 +372,13 @@ class Step:
                 "weights and dtype."
             )
         return selection_of(self.config, rows, chosen, weights)
+
+    def _by_teacher(self, selection: Selection, step: int) -> dict[str, Any]:
+        if not self.config.teachers or self.config.diagnostics != "all":
+            return {}
+        samples = self.config.sampling.num_samples
+        names = [prompt.teacher for prompt in self.prompts(step) for _ in range(samples)]
+        return teacher_metrics(selection.stats, selection.completion, names)
 
     def _described(
         self, selection: Selection, result: UpdateResult

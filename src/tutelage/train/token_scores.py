@@ -14,7 +14,7 @@ from torch import Tensor
 from tutelage.config.schema import Config
 from tutelage.core import (
     RULES,
-    LazyLogits,
+    TeacherLogits,
     TokenSelection,
     TokenStats,
     counter_uniform,
@@ -311,7 +311,7 @@ def _all(tops: Sequence[Top]) -> Top:
     return Top(*map(torch.cat, zip(*rows, strict=True)))
 
 
-def _top(logits: LazyLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tensor]:
+def _top(logits: TeacherLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tensor]:
     """Ids and probabilities of the k likeliest tokens of every row, on the CPU."""
     k, found = min(k, logits.vocab_size), []
     for start in range(0, len(logits), num_rows):
