@@ -342,3 +342,17 @@ def test_a_dry_run_needs_no_teacher(tmp_path: Path, tiny_models: Path) -> None:
     lines = list(dry_run(config_of(tiny_models, tmp_path / "run", {})))
     assert "teacher: the student itself, weights frozen" in lines
     assert lines[-1].startswith("continued from the checkpoint of step 1")
+
+
+def test_a_continued_adapter_is_taught_by_its_base(tmp_path: Path, tiny_models: Path) -> None:
+    own = {"model": str(tiny_models / "student"), **LORA}
+    config = config_of(tiny_models, tmp_path / "run", {"context": HINT}, student=own)
+    step = step_of(config)
+    batch = step.pack(step.generate(1))[0].batch
+    first = step.components.student.logits(batch).block(0, 5)
+    go(replace(config, num_steps=2))
+    saved = str(tmp_path / "run" / "checkpoint-000002" / "model")
+    components = build_components(config, saved)
+    with components.teacher.on_device():
+        assert torch.equal(components.teacher.forward(batch).block(0, 5), first)
+    assert not torch.equal(components.student.logits(batch).block(0, 5), first)
