@@ -92,6 +92,10 @@ VALUES: dict[str, Values] = {
     "objective.k": ([1, 16, 100000], [_HUGE], [0]),
     "objective.support": (["teacher", "student"], [], ["both"]),
     "objective.clip": ([0.2], [1e-30, 1e9], [0.0, 1e300]),
+    "objective.scale": (["std", "none"], [], ["var"]),
+    "objective.clip_low": ([0.2], [1e-30, 1.0], [0.0, 1.5]),
+    "objective.clip_high": ([0.2, 0.28], [1e-30, 1e9], [0.0, 1e300]),
+    "objective.distillation_weight": ([0.0, 1.0], [1e-30, 1e9], [-1.0, 1e300]),
     "objective.estimator": (["exact", "sampled"], [], ["k3"]),
     "objective.fkl": (["full", "topk_tail", "topk_renorm"], [], ["top"]),
     "objective.gate": (["hard", "soft", "percentile"], [], ["open"]),
@@ -154,6 +158,7 @@ CHOSEN_WITH_MODELS = (
 _VERIFIERS = "needs the library verifiers, which has an environment of its own"
 _LONG = "needs a model that takes the tools of shopping or travel, thousands of tokens"
 _SERVED = "needs a server of a teacher"
+_OTHER = "belongs to another kind of the table, whose runs kill_stored and tests of the kind try"
 ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
     "data.environment": (_VERIFIERS, ["some-environment", ""]),
     "data.arguments": (_VERIFIERS, [{"a": 1}, 3]),
@@ -189,6 +194,17 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
     "teacher.timeout_s": (_SERVED, [5.0, 0]),
     "teacher.served_name": (_SERVED, ["a-model", 3]),
     "teacher.logprob_url": (_SERVED, ["http://127.0.0.1:9", 3]),
+    "teacher.num_logprobs": (_SERVED, [8, 0]),
+    "teacher.context": (_OTHER, ["{answer}", "{", 3]),
+    "teacher.ema_decay": (_OTHER, [0.9, 1.0, -1]),
+    "teacher.weights": (_OTHER, ["frozen", "ema", "other"]),
+    "teachers": (_OTHER, [{"code": {}}, {"code": 3}, 3]),
+    "data.teacher_column": (_OTHER, ["teacher", 3]),
+    "rollouts.source": (_OTHER, ["other", 3]),
+    "rollouts.path": (_OTHER, ["no-such-file.jsonl", 3]),
+    "rollouts.on_policy_share": (_OTHER, [0.5, 2]),
+    "rollouts.max_bytes": (_OTHER, [1, -1]),
+    "rollouts.teacher_states": (_OTHER, ["float32", "float8"]),
 }
 """Keys that are drawn here in refused configurations alone: why, and values."""
 LABELS = [

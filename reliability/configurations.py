@@ -190,11 +190,14 @@ def spoil(table: dict[str, Any], possible: list[str], rng: random.Random) -> Non
 def made_usable(table: dict[str, Any], models: Models) -> None:
     """Mend combinations that are known to be refused."""
     values = dict(flat(table))
-    if values["weighting.kind"] in ("paced", "reward") and values["data.kind"] == "file":
+    is_graded = (
+        values["weighting.kind"] in ("paced", "reward") or values["objective.kind"] == "grpo"
+    )
+    if is_graded and values["data.kind"] == "file":
         put(table, "data.grader", "number")
         put(table, "data.answer_column", "answer")
         put(table, "data.path", models.answered(values["data.path"]))
-    if values["weighting.kind"] == "paced":
+    if values["weighting.kind"] == "paced" or values["objective.kind"] == "grpo":
         put(table, "sampling.num_samples", 2)
     if values.get("student.quantization") == "8bit":
         put(table, "student.lora.rank", values.get("student.lora.rank", 2))

@@ -41,7 +41,7 @@ def configurations() -> Iterator[dict[str, Any]]:
     for name, (field, needed) in KINDS.items():
         for tag in TABLES[name]:
             kinds = {name: {field: tag, **needed.get(tag, {})}}
-            sampling = {"num_samples": 2} if tag == "paced" else {}
+            sampling = {"num_samples": 2} if tag in ("paced", "grpo") else {}
             yield {**MODELS, "sampling": sampling, **kinds}
     yield {**MODELS, "student": {"model": "s", "lora": {}}}
 
