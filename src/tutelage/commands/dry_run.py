@@ -77,7 +77,9 @@ def dry_run(config: Config) -> Iterator[str]:
         folder = Path(name)
         yield from _models(config, folder)
         prompts, source = _prompts(config)
-        _write(prompts, folder / "prompts.jsonl")
+        _write(prompts, folder / "prompts.jsonl", ("", *config.teachers))
+        if config.teachers:
+            yield f"teachers {', '.join(config.teachers)}: the tiny teacher too, of prompts in turn"
         if isinstance(config.data, ConversationData):
             yield (
                 f"data: the embedded conversations, for those of {config.data.kind}; a random "
@@ -170,11 +172,12 @@ def _built_in(config: Config) -> list[Prompt]:
     return [replace(p, fields=tuple((name, str(p.answer)) for name in names)) for p in _BUILT_IN]
 
 
-def _write(prompts: list[Prompt], path: Path) -> None:
+def _write(prompts: list[Prompt], path: Path, teachers: tuple[str, ...]) -> None:
     records = (
-        {**dict(p.fields), "id": p.id, "prompt": p.content, "answer": p.answer, "tools": p.tools}
-        for p in prompts
-    )
+        {**dict(p.fields), "id": p.id, "prompt": p.content, "answer": p.answer, "tools": p.tools,
+         "teacher": teachers[place % len(teachers)]}
+        for place, p in enumerate(prompts)
+    )  # fmt: skip
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
@@ -199,6 +202,7 @@ def _scaled(config: Config, folder: Path) -> Config:
         config,
         student=student,
         teacher=teacher,
+        teachers=dict.fromkeys(config.teachers, TeacherConfig(str(folder / "teacher"))),
         data=_data(config, path, int(can_hold_out)),
         sampling=replace(
             sampling,
@@ -249,6 +253,7 @@ def _data(config: Config, path: Path, num_held_out: int) -> FileData | LedgerToo
         subset=None,
         prompt_column="prompt",
         answer_column="answer",
+        teacher_column="teacher" if config.teachers else None,
         suffix=None,
         max_prompt_tokens=0,
         num_held_out=num_held_out,
