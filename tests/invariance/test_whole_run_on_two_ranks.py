@@ -125,9 +125,7 @@ def test_two_processes_share_stored_rollouts(tmp_path: Path) -> None:
     first, second = two(*arguments(tmp_path / "both", **mixed))
     assert (first.code, second.code) == (0, 0), first.said + second.said
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    shares = [
-        [json.loads(line)["stored_share"] for line in (tmp_path / out / "metrics.jsonl").open()]
-        for out in ("one", "both")
-    ]
+    logs = [(tmp_path / out / "metrics.jsonl").read_text() for out in ("one", "both")]
+    shares = [[json.loads(line)["stored_share"] for line in log.splitlines()] for log in logs]
     assert shares[0] == shares[1]
     assert 0 < sum(shares[0]) < 3

@@ -198,11 +198,18 @@ def _scaled(config: Config, folder: Path) -> Config:
         teacher = TeacherConfig(teacher.model)
     if not isinstance(teacher, SelfTeacher):
         teacher = replace(teacher, model=str(folder / "teacher"))
+    others: dict[str, Any] = {
+        name: replace(
+            other if isinstance(other, TeacherConfig) else TeacherConfig(other.model),
+            model=str(folder / "teacher"),
+        )
+        for name, other in config.teachers.items()
+    }
     return replace(
         config,
         student=student,
         teacher=teacher,
-        teachers=dict.fromkeys(config.teachers, TeacherConfig(str(folder / "teacher"))),
+        teachers=others,
         data=_data(config, path, int(can_hold_out)),
         sampling=replace(
             sampling,
