@@ -63,6 +63,10 @@ _BUILT_IN = (
 )
 
 
+_PLACES = (".model", ".path", "_column", ".subset", ".url", "teacher.kind")
+"""Ends of keys that say where something is."""
+
+
 def dry_run(config: Config) -> Iterator[str]:
     """Lines on what was scaled, and what a run of two steps did.
 
@@ -268,10 +272,10 @@ def _data(config: Config, path: Path, num_held_out: int) -> FileData | LedgerToo
 
 
 def _changes(before: Config, after: Config) -> Iterator[str]:
-    """What was scaled, apart from where models, data and results are."""
+    """What was scaled, apart from where models, data, servers and results are."""
     old, new = flat_values(to_table(before)), flat_values(to_table(after))
     for key in sorted(old.keys() & new.keys()):
-        is_place = key == "out" or key.endswith((".model", ".path", "_column", ".subset", ".url"))
+        is_place = key == "out" or key.endswith(_PLACES)
         if old[key] != new[key] and not is_place:
             yield f"{key} {old[key]} -> {new[key]}"
 
