@@ -17,6 +17,9 @@ import pytest
 from reliability.__main__ import HARNESSES
 from reliability.record import ROOT
 
+SLOW = pytest.mark.slow
+"""The same promise for other kinds of runs, which have tests of their own of going on."""
+
 
 def outcome_of(name: str) -> dict[str, Any]:
     """What a harness saw that held; it fails here where it did not."""
@@ -41,9 +44,7 @@ def outcome_of(name: str) -> dict[str, Any]:
     "name",
     [
         "kill",
-        "kill_conversations",
-        "kill_stored",
-        "kill_grpo",
+        *(pytest.param(f"kill_{what}", marks=SLOW) for what in ("conversations", "stored", "grpo")),
         "signals",
         "crash",
         "corruption",
