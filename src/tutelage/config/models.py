@@ -131,6 +131,20 @@ class TeacherConfig:
         require(self.mode != "offload", "teacher.mode", rule, self.mode, hint)
 
 
+class UnsharedTeacher:
+    """What kinds have in common of which every process has all it needs."""
+
+    @property
+    def sharding(self) -> TeacherSharding:
+        """Nothing is cut."""
+        return "none"
+
+    @property
+    def sharding_group_size(self) -> int:
+        """No processes share anything."""
+        return 0
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its schedule."""

@@ -7,12 +7,12 @@ from string import Formatter
 from typing import Literal
 
 from tutelage.config.bounds import STRICT, require
-from tutelage.config.models import StudentConfig, TeacherSharding
+from tutelage.config.models import StudentConfig, UnsharedTeacher
 from tutelage.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class SelfTeacher:
+class SelfTeacher(UnsharedTeacher):
     """The student teaches itself: other weights of it, or a prompt that tells it more, or both.
 
     The teacher is the student's own architecture in the student's dtype, with its adapter or its
@@ -101,16 +101,6 @@ class SelfTeacher:
     def quantization(self) -> Literal["none", "8bit", "4bit"]:
         """The student's."""
         return self.student.quantization
-
-    @property
-    def sharding(self) -> TeacherSharding:
-        """Every process has what it needs of it."""
-        return "none"
-
-    @property
-    def sharding_group_size(self) -> int:
-        """No processes share anything."""
-        return 0
 
     @property
     def stop_token(self) -> Literal["refuse"]:

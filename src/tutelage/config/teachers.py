@@ -18,12 +18,41 @@ from tutelage.config.method import (
     TopKObjective,
     WeightingConfig,
 )
-from tutelage.config.models import TeacherConfig, TeacherMode, TeacherSharding
+from tutelage.config.models import TeacherConfig, TeacherMode, UnsharedTeacher
 from tutelage.config.self_teacher import SelfTeacher
 
 
+class ServerTeacher(UnsharedTeacher):
+    """What kinds on servers have in common: every process asks for its own rows."""
+
+    url: str | tuple[str, ...]
+    timeout_s: float
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses as a list."""
+        return (self.url,) if isinstance(self.url, str) else self.url
+
+    @property
+    def mode(self) -> TeacherMode:
+        """What is here of it stays on the device."""
+        return "resident"
+
+    @property
+    def quantization(self) -> Literal["none"]:
+        """Of what is here of it."""
+        return "none"
+
+    def require_reachable(self) -> None:
+        """Refuses a table without an address, or with a time that none can answer in."""
+        hint = "Add one."
+        require(any(self.urls), "teacher.url", "at least one address", list(self.urls), hint)
+        seconds, hint = self.timeout_s, "600 is usual."
+        require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
+
+
 @dataclass(frozen=True)
-class HiddenServerTeacher:
+class HiddenServerTeacher(ServerTeacher):
     """A teacher on a server, which answers token ids with final hidden states.
 
     Prompts and completions leave this machine as token ids. Of the model itself only the head and
@@ -60,34 +89,8 @@ class HiddenServerTeacher:
     stop_token: Literal["map", "class", "refuse"] = "map"
     """As for a local teacher."""
 
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """The addresses as a list."""
-        return (self.url,) if isinstance(self.url, str) else self.url
-
-    @property
-    def mode(self) -> TeacherMode:
-        """The head is on the device all the time."""
-        return "resident"
-
-    @property
-    def quantization(self) -> Literal["none"]:
-        """Of the head."""
-        return "none"
-
-    @property
-    def sharding(self) -> TeacherSharding:
-        """Every process has the head, and asks for its own rows."""
-        return "none"
-
-    @property
-    def sharding_group_size(self) -> int:
-        """No processes share anything."""
-        return 0
-
     def __post_init__(self) -> None:
-        hint = "Add one."
-        require(any(self.urls), "teacher.url", "at least one address", list(self.urls), hint)
+        self.require_reachable()
         for name in ("served_name", "logprob_url"):
             is_used, hint = self.server == "vllm", "Models are compared by checksums."
             rule = "left out with teacher.server = tutelage"
@@ -100,14 +103,12 @@ class HiddenServerTeacher:
             )
         count, hint = self.num_concurrent, "0 is usual."
         require(0 <= count <= 256, "teacher.num_concurrent", "from 0 to 256", count, hint)
-        seconds, hint = self.timeout_s, "600 is usual."
-        require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
         budget, hint = self.hidden_budget_bytes, "0 writes all hidden states to disk."
         require(budget >= 0, "teacher.hidden_budget_bytes", "at least 0", budget, hint)
 
 
 @dataclass(frozen=True)
-class LogprobServerTeacher:
+class LogprobServerTeacher(ServerTeacher):
     """A teacher on a server that tells the likeliest ids of each token and their log-probabilities.
 
     Prompts and completions leave this machine as token ids. All other ids share one bucket, so an
@@ -136,34 +137,9 @@ class LogprobServerTeacher:
     refuse ends the run."""
 
     @property
-    def urls(self) -> tuple[str, ...]:
-        """The addresses as a list."""
-        return (self.url,) if isinstance(self.url, str) else self.url
-
-    @property
-    def mode(self) -> TeacherMode:
-        """Nothing of it is on a device."""
-        return "resident"
-
-    @property
     def dtype(self) -> Literal["float32"]:
         """Of its log-probabilities."""
         return "float32"
-
-    @property
-    def quantization(self) -> Literal["none"]:
-        """Nothing of it is here."""
-        return "none"
-
-    @property
-    def sharding(self) -> TeacherSharding:
-        """Every process asks for its own rows."""
-        return "none"
-
-    @property
-    def sharding_group_size(self) -> int:
-        """No processes share anything."""
-        return 0
 
     @property
     def hidden_budget_bytes(self) -> int:
@@ -171,14 +147,11 @@ class LogprobServerTeacher:
         return 0
 
     def __post_init__(self) -> None:
-        hint = "Add one."
-        require(any(self.urls), "teacher.url", "at least one address", list(self.urls), hint)
+        self.require_reachable()
         count, hint = self.num_logprobs, "20 is what vLLM gives."
         require(1 <= count <= 1024, "teacher.num_logprobs", "from 1 to 1024", count, hint)
         count, hint = self.num_concurrent, "16 is usual."
         require(1 <= count <= 256, "teacher.num_concurrent", "from 1 to 256", count, hint)
-        seconds, hint = self.timeout_s, "600 is usual."
-        require(1 <= seconds <= 86400, "teacher.timeout_s", "from 1 to 86400", seconds, hint)
 
 
 def require_known_ids(
