@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from patience import HANG_S
-from ranks import Ended, run_ranks
+from ranks import Ended, run_script_ranks
 from tutelage.cli import main
 
 ROOT = Path(__file__).parents[2]
-HELD = 99
-"""Exit code of a rank that did what it should and holds its process group still."""
-PROGRAM = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from patience import unhurried
-from tutelage.cli import main
-unhurried()  # what is told of a slow start is no first line
-code = main(sys.argv[1:])
-from ranks import gloo_threads
-sys.exit({HELD} if gloo_threads() else code)
-"""
+SCRIPT = Path(__file__).parent / "command_rank.py"
 
 
 def arguments(out: Path, **changes: Any) -> list[str]:
@@ -41,7 +29,7 @@ def arguments(out: Path, **changes: Any) -> list[str]:
 
 def two(*arguments: str) -> list[Ended]:
     """Both ranks of one command."""
-    return run_ranks([sys.executable, "-c", PROGRAM, *arguments], 2, limit_s=HANG_S)
+    return run_script_ranks(SCRIPT, arguments, 2, limit_s=HANG_S)
 
 
 def losses(out: Path) -> list[float]:

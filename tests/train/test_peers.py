@@ -28,7 +28,7 @@ from tutelage.setup.common_store import Address, address_of
 from tutelage.train import peers as module
 from tutelage.train.distributed import Leaving
 from tutelage.train.heartbeat import Lost, State, Watch, is_gone, own_state
-from tutelage.train.peer_store import PeerStore
+from tutelage.train.peer_store import DONE, PeerStore
 from tutelage.train.peers import Peers, peers_of
 
 HERE = State(1)
@@ -355,6 +355,46 @@ def test_a_process_ends_properly_only_after_the_main_process(
     thread.join()
     assert (ends, caught) == ([""], said)
     assert main.exchange(State(end=end.end))[1].end == ("done" if said is None else "lost")
+
+
+LINE = "process 2 is gone."
+
+
+@pytest.mark.parametrize("first", [LINE, DONE])
+def test_a_loss_at_the_very_end_ends_all_processes_alike(
+    other: PeerStore, tmp_path: Path, first: str
+) -> None:
+    """Process 0 has nothing left to write when the others find one lost."""
+    other.exchange(replace(own_state(), beat=1))
+    caught: str | None = None
+    try:
+        with peers_of(tmp_path, HANG_S) as peers, peers.told():
+            peers.meet()
+            assert other.agreed(first) == first
+    except LostProcessError as error:
+        caught = str(error)
+    assert caught == (LINE if first == LINE else None)
+    assert other.exchange(HERE)[0].end == ("lost" if first == LINE else "done")
+
+
+@pytest.mark.parametrize("first", ["a line of another", DONE])
+def test_who_finds_one_lost_after_process_0_was_done_ends_properly(
+    other: PeerStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Also where process 0 ended before it could write more than that."""
+    monkeypatch.setenv("RANK", "1")
+    main = PeerStore(replace(other.address, rank=0), HANG_S)
+    state = replace(HERE, end="killed", line="was ended by SIGKILL")
+    main.exchange(HERE)
+    caught: str | None = None
+    try:
+        with peers_of(tmp_path, HANG_S) as peers, peers.told():
+            peers.meet()
+            assert main.agreed(first) == first
+            main.exchange(replace(state, beat=2))
+    except LostProcessError as error:
+        caught = str(error)
+    assert caught == (None if first == DONE else first)
 
 
 def test_a_refusal_that_all_share_is_said_as_it_is(

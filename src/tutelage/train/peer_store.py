@@ -10,6 +10,8 @@ from tutelage.errors import RunError
 from tutelage.setup.common_store import Address, CommonStore
 from tutelage.train.heartbeat import State
 
+DONE = "done"
+"""What process 0 says at last, in place of a line about one that is lost."""
 _SERVERS: list[TCPStore] = []
 """Stores that live in this process: they serve until it ends, so that the others can print once."""
 
@@ -65,7 +67,7 @@ class PeerStore(CommonStore):
         return [State.from_json(text) for text in self.answer(both)]
 
     def agreed(self, line: str) -> str:
-        """What the process says that was the first to find one that is lost.
+        """What the first process said that found one lost, or process 0 at the end: `DONE`.
 
         Args:
             line: what this one would say.

@@ -24,7 +24,7 @@ from tutelage.errors import LostProcessError, RunError, TutelageError
 from tutelage.models.sharding import is_of_connection
 from tutelage.setup.common_store import ANSWER_S, Asking, address_of, is_first_to_print
 from tutelage.train.heartbeat import End, Lost, State, Watch, is_gone, left_in, own_state
-from tutelage.train.peer_store import PeerStore, first_line
+from tutelage.train.peer_store import DONE, PeerStore, first_line
 
 PERIOD_S = 1.0
 """Seconds between two heartbeats."""
@@ -71,6 +71,7 @@ class Peers:
         self._lock = threading.Condition()
         self._wake = threading.Event()
         self._is_hurried = self._is_asked = self._is_unwinding = self._is_closing = False
+        self._is_finishing = self._is_settled = False
         self._lost: BaseException | None = None
         self._own, self._is_written = own_state(), False
         self._thread: threading.Thread | None = None
@@ -167,7 +168,7 @@ class Peers:
                 error.with_traceback(None)  # its frames hold models, and those the process group
             self._raise_lost()
         if error is None:
-            self._write("done")
+            self._finish()
         elif isinstance(error, KeyboardInterrupt):
             self._write("interrupted")
         elif is_broken:
@@ -188,7 +189,7 @@ class Peers:
 
     def _is_over(self) -> bool:
         """Whether process 0 ended properly: all is written, and nobody is needed."""
-        return self._watch.states[0].end == "done"
+        return self._is_settled or self._watch.states[0].end == "done"
 
     def _raise_lost(self) -> None:
         if self._lost is not None:
@@ -205,6 +206,13 @@ class Peers:
         except KeyboardInterrupt:
             if not self.is_lost():
                 raise
+
+    def _finish(self) -> None:
+        if self._watch.rank:
+            return self._write("done")
+        self._is_finishing = True
+        self._wait(lambda: self._is_written or self.is_lost(), 2 * self._answer_s)
+        return self._raise_lost()
 
     def _write(self, end: End, line: str = "") -> None:
         with self._lock:
@@ -232,6 +240,8 @@ class Peers:
         self._heard_at, end = time.monotonic(), math.inf
         while True:
             self._wake.clear()
+            if self._is_finishing and not (self.is_lost() or self._own.end):
+                self._settle()
             self._beat()
             if not (self.is_lost() or self._own.end or self._is_over()):
                 self._judge()
@@ -303,10 +313,28 @@ class Peers:
         line = lost.text(state, self._own.host, self._limit_s, self._left)
         with suppress(RuntimeError):  # others may have found it by something else
             line = self._store.agreed(line) if self._store.is_reached else line
-        error: BaseException = LostProcessError(line)
-        if lost.kind == "interrupted":
-            error = KeyboardInterrupt()
+        if line == DONE:  # before it was lost
+            self._is_settled = True
         else:
+            self._lose(
+                KeyboardInterrupt() if lost.kind == "interrupted" else LostProcessError(line), line
+            )
+
+    def _settle(self) -> None:
+        """End properly, unless others have ended already for a process that is lost."""
+        try:
+            line = self._store.agreed(DONE)
+        except RuntimeError:  # none of them hears anything any more
+            line = DONE
+        if line == DONE:
+            with self._lock:
+                self._own = replace(self._own, end="done")
+        else:
+            self._lose(LostProcessError(line), line)
+
+    def _lose(self, error: BaseException, line: str) -> None:
+        """Have the main thread end by an error."""
+        if isinstance(error, LostProcessError):
             is_first_to_print(line, self._store)  # while the store is there
         with self._lock:
             self._own = replace(self._own, end="lost", line=line)

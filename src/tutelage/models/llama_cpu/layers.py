@@ -154,8 +154,7 @@ def is_fast_family(model: PreTrainedModel) -> bool:
     """Whether a model is built of such layers and sees everything; `agrees` then tries it."""
     if not is_llama_like(model):
         return False
-    base: Any = model.base_model
-    config = base.config.to_dict()
+    config = vars(model.base_model.config)  # `to_dict` copies it, which takes as long as a layer
     is_full = {"full_attention"} >= set(config.get("layer_types") or [])
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     return is_full and window is None
