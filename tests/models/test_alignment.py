@@ -6,14 +6,13 @@ import random
 from collections import Counter
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tutelage.errors import ModelError
-from tutelage.models.alignment import Aligner, shared_pairs, token_bytes
+from tutelage.models.alignment import Aligner, shared_pairs
+from tutelage.models.token_bytes import token_bytes
 
 CORPUS = (
     "the of and sum token teacher student naïve café Straße 数学 学生 αβγ 😀 👩\u200d🔬 x=1 12345 "
@@ -152,10 +151,3 @@ def test_shared_ids_are_those_of_equal_tokens() -> None:
     assert any(STUDENT.convert_ids_to_tokens(i) == "<both>" for i, _ in pairs)
     limit = 100
     assert all(j < limit for _, j in shared_pairs(STUDENT, TEACHER, (len(STUDENT), limit)))
-
-
-def test_tokens_that_are_no_bytes_are_refused() -> None:
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    with pytest.raises(ModelError, match="needs byte-level tokenizers"):
-        token_bytes(other)

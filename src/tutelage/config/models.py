@@ -100,8 +100,8 @@ class TeacherConfig:
     class adds up the probability of all ids that end a text for one side or the other, also where
     a side has several; refuse ends the run."""
     vocabulary: Literal["same", "aligned"] = "same"
-    """aligned is a teacher with another byte-level tokenizer: its tokens that cover the same
-    characters as one of the student's are learned from, over the ids that both have."""
+    """aligned is a teacher with another tokenizer, byte-level or SentencePiece's: tokens that cover
+    the same characters on both sides are learned from, over the ids that both have."""
     sharding: TeacherSharding = "none"
     """Where several processes share a run: none keeps the weights whole in each; fsdp2 cuts them
     into as many parts, of which each process keeps one, and gathers a layer while it is computed;

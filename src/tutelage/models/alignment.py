@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tutelage.data.types import Rollout
-from tutelage.errors import ModelError
-from tutelage.models.tokenizers import control_ids, encode_completion, encode_prompt
+from tutelage.models.token_bytes import adds_space, literal_encoder, token_bytes
+from tutelage.models.tokenizers import control_ids, encode_completion, encode_prompt, no_panic
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTES = _bytes_of_characters()
-
-
-def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer's tokens stand for bytes in GPT-2's way (Llama 3, Qwen, most since)."""
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-    return any(one.get("type") == "ByteLevel" for one in (decoder, *decoder.get("decoders", ())))
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """What each id of a byte-level tokenizer stands for in a text; added tokens for their text.
-
-    Raises:
-        ModelError: its tokens do not stand for bytes.
-    """
-    if not is_byte_level(tokenizer):
-        raise ModelError(
-            f"teacher.vocabulary = 'aligned' needs byte-level tokenizers, but the tokens of "
-            f"{tokenizer.name_or_path!r} do not stand for bytes. Choose another model."
-        )
-    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    found = {i: text.encode() for i, text in added.items()}
-    for text, i in tokenizer.get_vocab().items():
-        if i not in added and all(character in _BYTES for character in text):
-            found[i] = bytes(_BYTES[character] for character in text)
-    return found
 
 
 def shared_pairs(
@@ -57,22 +21,25 @@ def shared_pairs(
 ) -> list[tuple[int, int]]:
     """Ids of student and teacher whose tokens are equal, by the student's id.
 
-    A control token is equal to a control token of the same text only.
+    A control token is equal to a control token of the same text only. Where a side has several ids
+    for the same bytes (a character and its byte token, say), the one that its encoder prefers is
+    paired first.
 
     Args:
-        student: a byte-level tokenizer.
+        student: a byte-level or SentencePiece tokenizer.
         teacher: another.
         sizes: ids that the models have; ids beyond are left out.
     """
-    tables: list[dict[tuple[bool, bytes], int]] = []
+    tables: list[dict[tuple[bool, bytes], list[int]]] = []
     for tokenizer, size in zip((student, teacher), sizes, strict=True):
         control = control_ids(tokenizer)
-        table: dict[tuple[bool, bytes], int] = {}
-        for i, text in sorted(token_bytes(tokenizer).items()):
+        table: dict[tuple[bool, bytes], list[int]] = {}
+        for i, text in token_bytes(tokenizer).items():
             if i < size:
-                table.setdefault((i in control, text), i)
+                table.setdefault((i in control, text), []).append(i)
         tables.append(table)
-    return sorted((i, tables[1][key]) for key, i in tables[0].items() if key in tables[1])
+    equal = ((ids, tables[1].get(key, ())) for key, ids in tables[0].items())
+    return sorted(pair for both in equal for pair in zip(*both, strict=False))
 
 
 @dataclass(frozen=True)
@@ -100,7 +67,31 @@ class Aligner:
     def _bytes(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
         return token_bytes(self.student), token_bytes(self.teacher)
 
-    def __call__(self, ids: Sequence[int]) -> Aligned:
+    @cached_property
+    def _encoders(self) -> tuple[Tokenizer | None, Tokenizer | None]:
+        return literal_encoder(self.student), literal_encoder(self.teacher)
+
+    @cached_property
+    def _adds_space(self) -> tuple[bool, bool]:
+        return adds_space(self.student), adds_space(self.teacher)
+
+    def encode(self, text: str, side: int) -> list[int]:
+        """A text in the tokens of one side, 0 for the student, without a space added before it."""
+        tokenizer, encoder = (self.student, self.teacher)[side], self._encoders[side]
+        if encoder is None:
+            return encode_completion(tokenizer, text)
+        with no_panic(tokenizer.name_or_path):
+            return list(encoder.encode(text, add_special_tokens=False).ids)
+
+    def begins_with_space(self, side: int, prompt_ids: Sequence[int]) -> bool:
+        """Whether a side writes a turn behind a prompt with a space that is not of the turn's text.
+
+        So do tokenizers that add one before a text, behind what ends in no white space itself.
+        """
+        end = b"".join(self._bytes[side].get(i, b"") for i in prompt_ids[-1:])
+        return self._adds_space[side] and not end[-1:].isspace()
+
+    def __call__(self, ids: Sequence[int], spaces: tuple[bool, bool] | None = None) -> Aligned:
         """Tokens of one completion that the teacher can be asked about.
 
         The teacher has the completion's text in its own tokens. Token i of the student and j of the
@@ -108,19 +99,28 @@ class Aligner:
         that both are predicted behind the same text. Not the same: tokens that cover a part of a
         character; all from a byte on that is no UTF-8 (of a character that the completion's end
         cuts, say) or that the teacher's tokenizer normalizes. A stop at the end is the teacher's
-        stop where all of the text before it is equal.
+        stop where all of the text before it is equal. Where one side alone begins with a space that
+        is not of the text, its first token is not the same as any: it predicts that space, too.
 
         Args:
             ids: of the completion, the stop included.
+            spaces: whether student and teacher begin with a space that is not of the text, which is
+                of no account where both do; None where their tokenizers add one before a text.
         """
+        added = spaces or self._adds_space
+        is_odd = (added[0] and not added[1], added[1] and not added[0])
         is_ended = bool(ids) and ids[-1] in self.stops[0]
         body = list(ids[:-1] if is_ended else ids)
-        ours = [self._bytes[0].get(i, b"") for i in body]
+        ours = _without_space([self._bytes[0].get(i, b"") for i in body], is_odd[0])
         whole = b"".join(ours)
-        found = encode_completion(self.teacher, _valid_start(whole))
-        theirs = [self._bytes[1].get(i, b"") for i in found]
+        text = _valid_start(whole)
+        found = self.encode(" " + text if is_odd[1] and text else text, 1)
+        theirs = _without_space([self._bytes[1].get(i, b"") for i in found], is_odd[1])
         limit = _common(whole, b"".join(theirs))
-        spans = [_spans(parts, whole, limit) for parts in (ours, theirs)]
+        spans = [
+            _spans(parts, whole, limit, int(is_first))
+            for parts, is_first in zip((ours, theirs), is_odd, strict=True)
+        ]
         same = spans[0].keys() & spans[1].keys()
         masks = [[False] * len(parts) for parts in (ours, theirs)]
         for places, mask in zip(spans, masks, strict=True):
@@ -128,11 +128,17 @@ class Aligner:
                 mask[places[span]] = True
         if is_ended:
             is_equal = limit == len(whole) == len(b"".join(theirs))
+            is_equal = is_equal and bool((ours and found) or not any(is_odd))
             masks[0].append(is_equal)
             if is_equal:
                 found = [*found, min(self.stops[1])]
                 masks[1].append(True)
         return Aligned(tuple(found), tuple(masks[0]), tuple(masks[1]))
+
+
+def _without_space(parts: list[bytes], has_space: bool) -> list[bytes]:
+    """What the tokens cover of a text before which a space stands, or may stand."""
+    return [parts[0].removeprefix(b" "), *parts[1:]] if has_space and parts else parts
 
 
 def _valid_start(whole: bytes) -> str:
@@ -151,14 +157,16 @@ def _common(a: bytes, b: bytes) -> int:
     return next(i for i in range(size) if a[i] != b[i])
 
 
-def _spans(parts: Sequence[bytes], whole: bytes, limit: int) -> dict[tuple[int, int], int]:
-    """Places of the tokens of whole characters by the bytes they cover, up to a limit."""
+def _spans(
+    parts: Sequence[bytes], whole: bytes, limit: int, first: int
+) -> dict[tuple[int, int], int]:
+    """Places from `first` of the tokens of whole characters by their bytes, up to a limit."""
     found, start = {}, 0
     for place, part in enumerate(parts):
         stop = start + len(part)
         cuts = (whole[end : end + 1] for end in (start, stop))
         is_whole = not any(cut and cut[0] & 0xC0 == 0x80 for cut in cuts)
-        if part and stop <= limit and is_whole:
+        if part and stop <= limit and is_whole and place >= first:
             found[start, stop] = place
         start = stop
     return found
@@ -176,22 +184,38 @@ class AlignedReading:
 
     def rows(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with their aligned tokens alone as rows, in the same order."""
-        return [_only(r, self.aligner(r.completion_ids).of_student) for r in rollouts]
+        return [_only(r, one.of_student) for r, (_, one) in self._aligned(rollouts)]
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same completions as the teacher reads them, whose rows are those of `rows`."""
-        known: dict[str, tuple[int, ...]] = {}
-        for rollout in rollouts:
-            if rollout.prompt.id not in known:
-                ids = encode_prompt(self.aligner.teacher, rollout.prompt, self.enable_thinking)
-                known[rollout.prompt.id] = tuple(ids)
         found = []
-        for rollout in rollouts:
-            one = self.aligner(rollout.completion_ids)
-            prompt_ids = known[rollout.prompt.id]
+        for rollout, (prompt_ids, one) in self._aligned(rollouts):
             theirs = Rollout(rollout.prompt, rollout.sample, prompt_ids, one.teacher_ids)
             found.append(replace(theirs, is_generated=one.of_teacher))
         return found
+
+    def _aligned(
+        self, rollouts: Sequence[Rollout]
+    ) -> Iterator[tuple[Rollout, tuple[tuple[int, ...], Aligned]]]:
+        """Each with the teacher's prompt and its completion on both sides.
+
+        A completion of plain text goes on where the prompt ends, so that a space at its beginning
+        is of the text.
+        """
+        known: dict[str, tuple[int, ...]] = {}
+        for rollout in rollouts:
+            prompt, align = rollout.prompt, self.aligner
+            if prompt.id not in known:
+                known[prompt.id] = tuple(encode_prompt(align.teacher, prompt, self.enable_thinking))
+            both, is_turn = (
+                (rollout.prompt_ids, known[prompt.id]),
+                not isinstance(prompt.content, str),
+            )
+            spaces = (
+                is_turn and align.begins_with_space(0, both[0]),
+                is_turn and align.begins_with_space(1, both[1]),
+            )
+            yield rollout, (both[1], align(rollout.completion_ids, spaces))
 
 
 def _only(rollout: Rollout, mask: Sequence[bool]) -> Rollout:

@@ -15,7 +15,6 @@ from tutelage.models.alignment import AlignedReading, Aligner, shared_pairs
 from tutelage.models.privileged import Reading
 from tutelage.models.stop_class import stop_class
 from tutelage.models.tokenizers import (
-    encode_completion,
     pad_id,
     shared_vocabulary,
     stop_ids,
@@ -144,5 +143,5 @@ def aligned_share(aligner: Aligner, prompts: list[Prompt]) -> float:
             else [message["content"] for message in prompt.content]
         )
     ]
-    masks = [aligner(encode_completion(aligner.student, text)).of_student for text in texts]
+    masks = [aligner(aligner.encode(text, 0), (False, False)).of_student for text in texts]
     return sum(map(sum, masks)) / max(1, sum(map(len, masks))) if any(masks) else 1.0
