@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "files": ("files", "errors"),
     "config": ("config", "errors"),
     "core": ("core",),
+    "integrations": ("integrations", "core"),
     "grading": ("grading", "errors"),
     **{
         room: (*_ORDER[: place + 1], "files", "config", "errors", *([""] if place >= 7 else []))
@@ -47,7 +48,7 @@ FENCES = {
     "triton": ("core/kernels/", "rollout/cuda/"),
     "torch": (
         *("core/", "data/batch.py", "models/", "rollout/", "teachers/", "setup/", "memory/"),
-        *("evaluation/measure.py", "train/", "commands/"),
+        *("evaluation/measure.py", "train/", "commands/", "integrations/"),
     ),
     "transformers": ("models/", "rollout/", "memory/"),
     "tokenizers": ("models/",),
@@ -57,7 +58,8 @@ FENCES = {
     "bitsandbytes": ("models/optimizer.py",),
     "liger_kernel": ("models/liger.py",),
     "safetensors": ("models/", "rollout/", "teachers/", "train/", "commands/"),
-    "accelerate": ("setup/", "train/"),
+    "accelerate": ("setup/", "train/", "integrations/trl.py"),
+    "trl": ("integrations/trl.py",),
     "datasets": ("data/formats.py",),
     "huggingface_hub": ("data/hub.py", "data/formats.py"),
     "pyarrow": ("data/formats.py",),
@@ -415,6 +417,9 @@ def test_functions_are_short() -> None:
         (broken_fences, "evaluation/measure.py", "try:\n    import matplotlib\nexcept OSError: 0"),
         (broken_fences, "data/batch.py", "import datasets"),
         (broken_fences, "core/stats.py", "import numpy as np"),
+        (broken_fences, "integrations/verl.py", "import trl"),
+        (wrong_directions, "integrations/trl.py", "from tutelage.models.head import head"),
+        (wrong_directions, "train/loop.py", "from tutelage.integrations import trl"),
         (broken_fences, "core/stats.py", "if TYPE_CHECKING:\n    import transformers"),
         (broken_fences, "report/records.py", "import torch"),
         (
