@@ -204,6 +204,8 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
     "rollouts.path": (_OTHER, ["no-such-file.jsonl", 3]),
     "rollouts.on_policy_share": (_OTHER, [0.5, 2]),
     "rollouts.max_bytes": (_OTHER, [1, -1]),
+    "rollouts.teacher_prefix_steps": (_OTHER, [3, -1]),
+    "rollouts.teacher_prefix_tokens": (_OTHER, [2, -1]),
     "rollouts.teacher_states": (_OTHER, ["float32", "float8"]),
 }
 """Keys that are drawn here in refused configurations alone: why, and values."""

@@ -92,7 +92,8 @@ def measure_recipe(name: str) -> dict[str, Any]:
     The optimizer's step is one of rate 0 without moments: they lie in main memory.
     """
     from tutelage.config.parse import parse_config
-    from tutelage.memory.cuda import plan_cuda, shadows
+    from tutelage.memory.cuda import plan_cuda
+    from tutelage.memory.meta_model import shadows
     from tutelage.setup.components import build_components
 
     recipe, started = RECIPES[name], time.perf_counter()

@@ -173,7 +173,7 @@ def test_check_plans_a_device_and_a_class_without_shapes_as_before(
     def refuse(_: Any) -> Any:
         raise ModelError("a class that computes with numbers.")
 
-    monkeypatch.setattr(memory_cuda, "shadow", refuse)
+    monkeypatch.setattr(memory_cuda, "shadows", refuse)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 7)
     monkeypatch.setattr(memory, "is_supported", lambda device: True)
     monkeypatch.setattr(memory, "chunk_budget", lambda device: MIB)

@@ -131,6 +131,11 @@ def _stored_lines(
 ) -> Iterator[str]:
     """What is stored of rollouts before the first step, if anything is."""
     if isinstance(config.rollouts, LiveRollouts):
+        if length := config.rollouts.teacher_prefix_tokens:
+            yield (
+                f"rollouts: the teacher samples the first {length} tokens of each completion in "
+                f"step 1, none after step {config.rollouts.teacher_prefix_steps}"
+            )
         return
     size = stored_rollout_bytes(config, longest, config.num_steps)
     source = config.rollouts.path or "sampled by the initial student"

@@ -45,6 +45,7 @@ from tutelage.train.loop import train
 _NUM_PROMPTS = 16
 _NUM_READ = 256
 _MOST_SAMPLES = 3
+_MOST_TOKENS = 16
 _PADDING = (8, 136)
 """Rows of a tiny head that no token uses: of the smaller vocabulary, and of a larger one."""
 _IDS_PER_STOP = 6
@@ -218,7 +219,7 @@ def _scaled(config: Config, folder: Path) -> Config:
         sampling=replace(
             sampling,
             num_samples=max(2, min(_MOST_SAMPLES, sampling.num_samples)),
-            max_new_tokens=min(16, sampling.max_new_tokens),
+            max_new_tokens=min(_MOST_TOKENS, sampling.max_new_tokens),
         ),
         engine=TransformersEngine(),
         rollouts=_rollouts(config, path),
@@ -235,8 +236,14 @@ def _scaled(config: Config, folder: Path) -> Config:
 
 
 def _rollouts(config: Config, prompts: Path) -> RolloutsConfig:
-    """The same source; a file of completions becomes one of the short prompts."""
-    if isinstance(config.rollouts, LiveRollouts) or config.rollouts.path is None:
+    """The same source; a file of completions becomes one of the short prompts.
+
+    A teacher's prefix is at most half of a short completion.
+    """
+    if isinstance(config.rollouts, LiveRollouts):
+        shorter = min(config.rollouts.teacher_prefix_tokens, _MOST_TOKENS // 2)
+        return replace(config.rollouts, teacher_prefix_tokens=shorter)
+    if config.rollouts.path is None:
         return config.rollouts
     path = prompts.with_name("completions.jsonl")
     records = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]

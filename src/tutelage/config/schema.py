@@ -29,8 +29,8 @@ from tutelage.config.method import (
 from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
 from tutelage.config.rollouts import (
     LiveRollouts,
-    MixedRollouts,
     RolloutsConfig,
+    require_rollouts,
     stores_teacher,
 )
 from tutelage.config.sampling import (
@@ -265,7 +265,7 @@ class Config:
         hint = "A thread writes from a copy in memory."
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
         self._require_sharded()
-        self._require_stored()
+        require_rollouts(self)
         self._require_comparable_stops()
         if isinstance(self.teacher, TeacherConfig) and self.teacher.vocabulary == "aligned":
             self._require_alignable()
@@ -274,40 +274,6 @@ class Config:
         hint = "Every update trains on the same number of prompts."
         is_even = prompts % updates == 0
         require(is_even, "prompts_per_step", f"a multiple of {updates} updates", prompts, hint)
-
-    def _require_stored(self) -> None:
-        """What works with completions that other weights than a step's sampled."""
-        rollouts, engine = self.rollouts, self.engine
-        if isinstance(rollouts, LiveRollouts):
-            return
-        key, name = "rollouts.source", rollouts.source
-        is_single, hint = not isinstance(self.data, ConversationData), "Conversations are live."
-        require(is_single, key, f"live with data.kind = {self.data.kind}", name, hint)
-        is_ahead = isinstance(engine, VLLMServer) and bool(engine.max_staleness)
-        hint = "Stored rollouts are not drawn ahead."
-        require(not is_ahead, key, "live with engine.max_staleness = 1", name, hint)
-        is_own = isinstance(rollouts, MixedRollouts) and not isinstance(engine, TransformersEngine)
-        hint = "Mixed rollouts are sampled by engine.kind = transformers."
-        require(not is_own, key, f"live or stored with engine.kind = {engine.kind}", name, hint)
-        is_ratio = rollouts.path is not None and needs_sampler(self.objective)
-        rule = f"left out with objective.kind = {self.objective.kind}"
-        hint = "Its ratio needs the log-probabilities of what sampled, which a file lacks."
-        require(not is_ratio, "rollouts.path", rule, rollouts.path, hint)
-        if stores_teacher(rollouts):
-            self._require_teacher_states()
-
-    def _require_teacher_states(self) -> None:
-        """What needs no teacher once its hidden states are stored."""
-        every, kind, sharding = self.recording.every, self.teacher.kind, self.teacher.sharding
-        with_states = "with rollouts.teacher_states"
-        hint = "A snapshot needs the teacher."
-        require(not every, "recording.every", f"0 {with_states}", every, hint)
-        hint = "Leave rollouts.teacher_states out."
-        policy = self.teacher.stop_token
-        rule = f"map or refuse {with_states}"
-        require(policy != "class", "teacher.stop_token", rule, policy, hint)
-        require(kind == "local", "teacher.kind", f"local {with_states}", kind, hint)
-        require(sharding == "none", "teacher.sharding", f"none {with_states}", sharding, hint)
 
     def _require_teachers(self) -> None:
         """What several teachers need, and what one of top-k log-probabilities allows."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tutelage.config.rollouts import has_teacher_prefix
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.core._block import chunk_budget
@@ -96,6 +97,7 @@ def plan_memory(
     reading = {"teacher": full, "gathered weights": 0 if parts is None else parts.gathered_bytes}
     of_teacher = base | _teacher(components, sizes) | reading
     phases = [
+        *_prefix(config, teacher, sizes, base | {"teacher": full, "recorded states": 0}),
         Phase("rollout", rest | _rollout(model, sizes) | {"whole weights": whole}),
         *([Phase("teacher", of_teacher | {"hidden states": kept, "file": read})] if reads else []),
         Phase("learn", rest | _learn(config, components, sizes, shards) | {"hidden states": kept}),
@@ -167,6 +169,15 @@ def _rollout(model: PreTrainedModel, sizes: Sizes) -> dict[str, int]:
         # the logits in the model's dtype, then probabilities and their sums in float64
         "sampled logits": sizes.decoded * vocab_size * (16 + model.dtype.itemsize),
     }
+
+
+def _prefix(
+    config: Config, teacher: AnyTeacher, sizes: Sizes, rest: dict[str, int]
+) -> Iterator[Phase]:
+    """The teacher samples the first tokens of completions, where it does."""
+    if has_teacher_prefix(config.rollouts):
+        with teacher.on_device():
+            yield Phase("prefix", rest | _rollout(teacher.model, sizes))
 
 
 def _teacher(components: Components, sizes: Sizes) -> dict[str, int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tutelage.config.rollouts import has_teacher_prefix, prefix_tokens
 from tutelage.config.sampling import TransformersEngine, VLLMEngine
 from tutelage.config.schema import Config
 from tutelage.core._block import ACCELERATOR_CHUNK_BYTES
@@ -22,11 +22,11 @@ from tutelage.memory.meta_model import (
     keys_for_every_head,
     learning_from,
     reading,
-    shadow,
+    shadows,
     stored_bytes,
 )
 from tutelage.memory.plan import MemoryPlan, Phase
-from tutelage.memory.rollout_cuda import RolloutMemory, rollout_memory
+from tutelage.memory.rollout_cuda import RolloutMemory, draw_memory
 from tutelage.memory.shards import Shards, TeacherParts
 from tutelage.memory.stored import of_steps
 from tutelage.memory.student import student_in_shards, whole_student
@@ -56,17 +56,6 @@ def plan_run(
         return plan_cuda(config, *sides, facts, prompt_tokens, processes, copied)
     except ModelError:  # a class that cannot do without numbers, or weights of few bits
         return plan_memory(config, components, prompt_tokens, processes)
-
-
-def shadows(components: Components) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Student and teacher without numbers.
-
-    Raises:
-        ModelError: a class that cannot do without them.
-    """
-    is_there = components.teacher.mode != "reload"
-    with nullcontext() if is_there else components.teacher.on_device():
-        return shadow(components.student.model), shadow(components.teacher.model)
 
 
 def plan_cuda(
@@ -99,7 +88,13 @@ def plan_cuda(
         ConfigError: the processes cannot share models or prompts evenly.
     """
     plan = _Plan(config, student, teacher, facts, prompt_tokens, processes)
-    phases = [plan.rollout(), *([plan.teacher_reads()] if plan.has_teacher else []), plan.learn()]
+    prefix = [plan.prefix()] if has_teacher_prefix(config.rollouts) else []
+    phases = [
+        *prefix,
+        plan.rollout(),
+        *([plan.teacher_reads()] if plan.has_teacher else []),
+        plan.learn(),
+    ]
     if needs_scoring(config) or not isinstance(config.engine, TransformersEngine):
         phases.insert(-1, plan.score())
     if config.evaluation.num_problems and config.evaluation.teacher:
@@ -169,14 +164,9 @@ class _Plan:
         config = self.config
         most = max(self.sizes.decoded, self.sizes.evaluated)
         rows = min(config.sampling_batch_size, most)
-        return self._draws(self.student, rows, config.sampling.num_samples)
-
-    def _draws(self, model: PreTrainedModel, rows: int, num_samples: int) -> RolloutMemory:
-        """With completions of a prompt side by side, of which the first and last may be some."""
-        lengths = (self.prompt_tokens, self.config.max_completion_tokens)
-        inserted = self.config.max_completion_tokens - self.config.sampling.max_new_tokens
-        prompts = min(rows, 1 + -(-(rows - 1) // num_samples))
-        return rollout_memory(model, rows, prompts, lengths, inserted)
+        length = prefix_tokens(config.rollouts, 1)
+        samples = 1 if length else config.sampling.num_samples
+        return draw_memory(config, self.student, self.prompt_tokens, rows, samples, length)
 
     @cached_property
     def rest(self) -> dict[str, int]:
@@ -228,13 +218,20 @@ class _Plan:
 
     def evaluate(self) -> Phase:
         """The teacher draws, when what the student's draws needed has been given back."""
-        config = self.config
-        rows = min(config.sampling_batch_size, self.sizes.evaluated)
-        draws = self._draws(self.teacher, rows, config.evaluation.num_samples)
-        rest = self.rest | {"optimizer": 0}
-        mine = {"KV cache": draws.cache, "decoding step": draws.step, "prefill": draws.prefill}
+        evaluation = self.config.evaluation
+        rows = min(self.config.sampling_batch_size, self.sizes.evaluated)
+        mine = self._teacher_draws(rows, evaluation.num_samples)
         mine |= {"teacher": stored_bytes(self.teacher), "whole weights": self.own.whole}
-        return Phase("evaluate", rest | mine)
+        return Phase("evaluate", self.rest | {"optimizer": 0} | mine)
+
+    def prefix(self) -> Phase:
+        """The teacher draws the first tokens of completions, before the student does."""
+        mine = self._teacher_draws(self.sizes.decoded, self.config.sampling.num_samples)
+        return Phase("prefix", self.rest | mine | {"teacher": self.teacher_bytes})
+
+    def _teacher_draws(self, rows: int, num_samples: int) -> dict[str, int]:
+        draws = draw_memory(self.config, self.teacher, self.prompt_tokens, rows, num_samples)
+        return {"KV cache": draws.cache, "decoding step": draws.step, "prefill": draws.prefill}
 
     def rollout(self) -> Phase:
         """The student draws, or vLLM does; weights in shards are gathered in either case."""

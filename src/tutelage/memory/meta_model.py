@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from tutelage.config.models import StudentConfig
+    from tutelage.setup.components import Components
 
 _FUSED = "shapes_of_fused_attention"
 _REPEATED = "shapes_of_fused_attention_by_head"
@@ -109,6 +110,17 @@ def shadow(model: PreTrainedModel) -> PreTrainedModel:
         AttentionInterface.register(_FUSED, _attention)
         twin.set_attn_implementation(_FUSED)
     return twin
+
+
+def shadows(components: Components) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Student and teacher without numbers.
+
+    Raises:
+        ModelError: a class that cannot do without them.
+    """
+    is_there = components.teacher.mode != "reload"
+    with nullcontext() if is_there else components.teacher.on_device():
+        return shadow(components.student.model), shadow(components.teacher.model)
 
 
 def shapes(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tutelage.config.schema import Config
 from tutelage.memory.meta_model import reading
 from tutelage.rollout.cuda.blocks import num_splits, num_vocab_blocks
 from tutelage.rollout.cuda.decode_step import is_covered, sizes_of
@@ -34,6 +35,33 @@ class RolloutMemory:
     """What the captured steps of every batch size write into, or the own step's logits."""
     prefill: int
     """The largest pass over prompts, with its own cache, or over ids that are inserted."""
+
+
+def draw_memory(
+    config: Config,
+    twin: PreTrainedModel,
+    prompt_tokens: int,
+    num_rows: int,
+    num_samples: int,
+    num_before: int = 0,
+) -> RolloutMemory:
+    """What a model's draws of a run take.
+
+    Completions of a prompt lie side by side, of which the first and last may be some.
+
+    Args:
+        config: the run.
+        twin: the model, from `shadow`.
+        prompt_tokens: length of the longest prompt.
+        num_rows: completions that are open at the same time.
+        num_samples: of each prompt.
+        num_before: tokens of a completion that are there already.
+    """
+    most = config.max_completion_tokens
+    lengths = (prompt_tokens + num_before, most - num_before)
+    inserted = most - config.sampling.max_new_tokens
+    prompts = min(num_rows, 1 + -(-(num_rows - 1) // num_samples))
+    return rollout_memory(twin, num_rows, prompts, lengths, inserted)
 
 
 def rollout_memory(

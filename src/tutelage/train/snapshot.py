@@ -154,7 +154,7 @@ def token_lines(
             "kind": kind,
             "prompt_id": rollout.prompt.id,
             "sample": rollout.sample,
-            "prompt": decode(components.tokenizer, rollout.prompt_ids),
+            "prompt": decode(components.tokenizer, _context(rollout)),
             "num_tokens": size,
             "token": list(generated[: config.recording.max_new_tokens]),
             **_between(components, rollout, shown.stop - shown.start),
@@ -168,6 +168,14 @@ def token_lines(
             **_ranks(scores, whole, shown),
             **_candidates(components, scores, rollout, shown, texts),
         }
+
+
+def _context(rollout: Rollout) -> Sequence[int]:
+    """Ids before the first generated one: the prompt, and what a teacher sampled behind it."""
+    if rollout.conversation is not None or not rollout.is_generated:
+        return rollout.prompt_ids
+    first = rollout.is_generated.index(True)
+    return rollout.prompt_ids + rollout.completion_ids[:first]
 
 
 def _between(components: Components, rollout: Rollout, num_shown: int) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from tutelage.config.rollouts import LiveRollouts, MixedRollouts
+from tutelage.config.rollouts import LiveRollouts, MixedRollouts, has_teacher_prefix
 from tutelage.core.counter import counter_uniform
 from tutelage.data.types import Rollout
 from tutelage.errors import RunError
 from tutelage.train.ahead import restored
 from tutelage.train.stored.states import States
 from tutelage.train.stored.store import Store
+from tutelage.train.teacher_prefix import PrefixSource
 
 if TYPE_CHECKING:
     from tutelage.train.step import Step
@@ -146,7 +147,7 @@ def source_of(step: Step, store: Store | None) -> Source:
     """
     settings = step.config.rollouts
     if isinstance(settings, LiveRollouts):
-        return LiveSource(step)
+        return PrefixSource(step, settings) if has_teacher_prefix(settings) else LiveSource(step)
     if store is None:
         raise ValueError("stored rollouts need a store.")
     stored = StoredSource(step, store, settings.path is None, step.states)
