@@ -64,7 +64,7 @@ RECIPES = {
 
 def recipe_table(name: str, folder: Path) -> dict[str, Any]:
     """A recipe as in its file, with models and prompts of `folder`, drawn by the student itself."""
-    from tutelage.config.parse import read_table
+    from tutelage.config.read import read_table
 
     table = read_table(next(CONFIGS.rglob(f"{name}.toml")))
     for who in ("student", "teacher"):

@@ -1,4 +1,4 @@
-"""The command line: `tutelage check | train | eval | sample | score | report | compare | …`."""
+"""The command line: `tutelage init | check | train | eval | sample | score | report | …`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tutelage.config.schema import Config
 
 _LESS_MEMORY = "Lower the setting that needs it; `tutelage check` shows what memory is used for."
-_ALONE = ("check", "report", "compare", "serve-teacher")
+_ALONE = ("init", "config", "check", "report", "compare", "serve-teacher")
 """Commands that one process does whole."""
 _NO_DOCSTRINGS = (
     "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
@@ -153,6 +153,18 @@ def _load(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, arguments.overrides)
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    from tutelage.commands.init import run
+
+    return run(arguments)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from tutelage.commands.configuration import run
+
+    return run(arguments)
+
+
 def _check(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     from tutelage.commands.check import run
@@ -220,6 +232,8 @@ def _serve_teacher(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
+    "init": _init,
+    "config": _config,
     "check": _check,
     "train": _train,
     "eval": _eval,

@@ -17,6 +17,8 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
 _EXAMPLES = {
+    "init": "tutelage init mine.toml --student STUDENT --teacher TEACHER --prompts prompts.jsonl",
+    "config": "tutelage config selection.keep",
     "check": "tutelage check configs/examples/ledger.toml",
     "train": "tutelage train configs/examples/ledger.toml selection.rule=soft_or",
     "eval": "tutelage eval package:tutelage/assets/ledger-teacher --json",
@@ -32,6 +34,8 @@ _MORE = {
 }
 """Further examples."""
 _SUMMARIES = {
+    "init": "Write a commented configuration for your models and prompts; asks what is not given.",
+    "config": "Print every key of a configuration, with default, unit and documentation.",
     "check": "Check that the models, tokenizers and data of a run fit, and plan its memory.",
     "train": "Train a student, or continue an interrupted run.",
     "eval": "Measure mean@k, pass@k and maj@k of a model.",
@@ -72,9 +76,29 @@ def make_parser(version: str) -> Parser:
 
 
 def _config(parser: Parser) -> None:
-    parser.add_argument("config", help="TOML file")
+    parser.add_argument("config", help="TOML or YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE",
                         help="e.g. num_steps=10")  # fmt: skip
+
+
+def _init(parser: Parser) -> None:
+    parser.add_argument("config", metavar="FILE", help="TOML file to write, which must not exist")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="values to write instead of proposed ones")  # fmt: skip
+    model = "folder, .gguf file, package:NAME/folder, or hub id"
+    parser.add_argument("--student", metavar="MODEL", help=model)
+    parser.add_argument("--teacher", metavar="MODEL", help=model)
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL or parquet file, or the hub id of "
+                        "a data set; ledger for the embedded task")  # fmt: skip
+    parser.add_argument("--grader", choices=("none", "number", "math", "exact"),
+                        help="how answers are compared (default: what fits them)")  # fmt: skip
+
+
+def _configuration(parser: Parser) -> None:
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("key", nargs="?", help="one key, such as selection.keep, or one table")
+    shown.add_argument("--markdown", action="store_true", help="print all as a Markdown page")
+    shown.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
 
 
 def _check(parser: Parser) -> None:
@@ -189,6 +213,8 @@ def _serve_teacher(parser: Parser) -> None:
 
 
 _COMMANDS: dict[str, Callable[[Parser], None]] = {
+    "init": _init,
+    "config": _configuration,
     "check": _check,
     "train": _train,
     "eval": _eval,

@@ -23,7 +23,7 @@ TABLES: dict[str, dict[str, Table]] = {}
 """Kinds of each table by its dotted name ("" is the top) and tag ("" for a table of one kind)."""
 
 
-_TAG_KEYS = ("rule", "kind", "source")
+TAG_KEYS = ("rule", "kind", "source")
 """Keys that name one of several kinds of a table."""
 
 
@@ -38,7 +38,7 @@ def _walk(kind: Any, name: str, tag_key: str = "") -> Iterator[str]:
         path = f"{name}.{key}".lstrip(".")
         kinds = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
         for inner in kinds:
-            tag = next((name for name in _TAG_KEYS if name in get_type_hints(inner)), "")
+            tag = next((name for name in TAG_KEYS if name in get_type_hints(inner)), "")
             yield from _walk(inner, path, tag if len(kinds) > 1 else "")
         if not kinds:
             yield path

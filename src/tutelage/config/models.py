@@ -166,7 +166,9 @@ class OptimizerConfig:
     decay_all: bool = False
     """Decay norms, biases, embeddings and a head tied to them too, which are spared otherwise."""
     beta1: float = 0.9
+    """Decay of the first moment, the mean of gradients, in [0, 1)."""
     beta2: float = 0.95
+    """Decay of the second moment, the mean of squared gradients, in [0, 1)."""
     max_grad_norm: float = 1.0
     """Norm the gradient is clipped to; 0 never clips."""
 

@@ -1,4 +1,4 @@
-"""From TOML and `key=value` overrides to a `Config`, with one clear line for every mistake."""
+"""From a file and `key=value` overrides to a `Config`, with one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tutelage.config.keys import TABLES, split_location
+from tutelage.config.read import EARLIER_NAMES, apply_override, read_table, with_current_names
 from tutelage.config.schema import Config
 from tutelage.config.suggest import did_you_mean_key, did_you_mean_value, owners
 from tutelage.config.teachers import NOT_EVALUATED
@@ -26,8 +26,6 @@ _RENAMED = {
     "teacher.offload": 'teacher.mode = "offload"',
     "engine.url": 'a list of addresses: engine.urls = ["URL"]',
 }
-_EARLIER_NAMES = {"renormalise": "renormalize"}
-"""Keys of earlier versions and their names now; both are read, and name the same run."""
 
 SAFE_KEYS = (
     "out",
@@ -53,10 +51,10 @@ _SMALLEST, _LARGEST = 1e-30, 1e9
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a TOML file, with `key=value` overrides applied.
+    """The configuration in a file, with `key=value` overrides applied.
 
     Args:
-        path: TOML file, with its base where it names one.
+        path: TOML or YAML file, with its base where it names one.
         overrides: e.g. "selection.rule=soft_or"; values are TOML, or plain text.
 
     Raises:
@@ -64,61 +62,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     table = read_table(path)
     for override in overrides:
-        _apply(table, override)
+        apply_override(table, override)
     return parse_config(table)
-
-
-def read_table(path: str | Path) -> dict[str, Any]:
-    """The nested table of a TOML file; `base = "other.toml"` puts its values over those of another.
-
-    Args:
-        path: TOML file; the path of its base is relative to its own folder.
-
-    Raises:
-        ConfigError: the file or one of its bases cannot be read, or is its own base.
-    """
-    path, table = Path(path), _toml(Path(path))
-    seen = [path.resolve()]
-    while "base" in table:
-        name = table.pop("base")
-        if not isinstance(name, str):
-            raise ConfigError(
-                f"base must be the path of a TOML file, got {name!r}. Write its path."
-            )
-        path = path.parent / name
-        if path.resolve() in seen:
-            raise ConfigError(
-                f"configuration {path} is its own base. Let base name another TOML file."
-            )
-        seen.append(path.resolve())
-        table = _over(_toml(path), table)
-    return table
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return _with_current_names(tomllib.loads(path.read_text(encoding="utf-8-sig")))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"configuration {path} does not exist. Give the path of a TOML file, "
-            "such as configs/examples/ledger.toml."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"configuration {path} cannot be read: {error}. Give the path of a TOML file."
-        ) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from None
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        if isinstance(value, dict) and isinstance(under, dict):
-            value = _over(under, value)
-        merged[key] = value
-    return merged
 
 
 def parse_config(table: dict[str, Any]) -> Config:
@@ -132,20 +77,8 @@ def parse_config(table: dict[str, Any]) -> Config:
     return config
 
 
-def current_name(key: str) -> str:
-    """The name of a key in this version."""
-    return _EARLIER_NAMES.get(key, key)
-
-
-def _with_current_names(table: dict[str, Any]) -> dict[str, Any]:
-    for earlier, now in _EARLIER_NAMES.items():
-        if earlier in table and now in table:
-            raise ConfigError(f"{earlier} is the earlier name of {now}. Write {now} alone.")
-    return {current_name(key): value for key, value in table.items()}
-
-
 def _read(table: dict[str, Any]) -> Config:
-    table = _with_current_names(table)
+    table = with_current_names(table)
     for name, kind in (("objective", "kl"), ("teacher", "local")):
         if isinstance(inner := table.get(name), dict):
             table = {**table, name: {"kind": kind, **inner}}
@@ -230,7 +163,7 @@ def to_table(config: Config) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits naming everything in the configuration that changes results."""
-    earlier = {now: key for key, now in _EARLIER_NAMES.items()}
+    earlier = {now: key for key, now in EARLIER_NAMES.items()}
     chosen = _chosen(config).items()
     table = {earlier.get(key, key): value for key, value in chosen if key not in _UNNAMED_KEYS}
     if len(urls := table.get("engine", {}).get("urls", ())) == 1:
@@ -294,27 +227,6 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
-
-
-def _apply(table: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(
-            f"override {override!r} is not of the form key=value. Write e.g. selection.keep=0.5."
-        )
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a table.")
-    table[last if parents else current_name(last)] = _value(text.strip())
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
 
 
 def _explain(error: ValidationError) -> str:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from tutelage.config.parse import (
     changed_keys,
-    current_name,
     fingerprint,
     flat_keys,
     parse_saved_config,
     to_table,
 )
+from tutelage.config.read import current_name
 from tutelage.config.rollouts import given_path
 from tutelage.config.schema import Config, FileData
 from tutelage.data.formats import find_file

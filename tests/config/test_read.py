@@ -1,0 +1,128 @@
+"""A configuration in YAML is the one in TOML, and its mistakes are one line with a place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutelage.config.parse import load_config
+from tutelage.config.read import read_table
+from tutelage.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs").rglob("*.toml"))
+TEXT = """
+num_steps: 7
+student: {model: a}
+teacher:
+  model: b
+optimizer:
+  learning_rate: 1e-6   # a text in YAML 1.1
+selection:
+  rule: soft_or
+  keep: .5
+out: 2026-01-01
+data: {kind: file, path: "no", suffix: off, subset: null, chat: false}
+trackers: [wandb]
+"""
+
+
+def written(folder: Path, text: str, name: str = "x.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_words_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    table = read_table(written(tmp_path, TEXT, "x.yml"))
+    assert table["optimizer"] == {"learning_rate": 1e-6}
+    assert table["data"] == {
+        "kind": "file", "path": "no", "suffix": "off", "subset": None, "chat": False,
+    }  # fmt: skip
+    assert (table["out"], table["selection"]["keep"]) == ("2026-01-01", 0.5)
+    config = load_config(tmp_path / "x.yml", ["selection.keep=0.25", "trackers=[]"])
+    assert (config.num_steps, config.trackers) == (7, ())
+    assert vars(config.selection)["keep"] == 0.25
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_the_same_as_yaml(path: Path, tmp_path: Path) -> None:
+    table = read_table(path)
+    assert read_table(written(tmp_path, yaml.safe_dump(table))) == table
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8"))
+    | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=25)
+@given(st.dictionaries(st.text(min_size=1, max_size=5), VALUES, max_size=3))
+def test_what_another_writer_quotes_is_read_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, table: dict[str, Any]
+) -> None:
+    table.pop("base", None)
+    table.pop("renormalise", None)
+    path = written(tmp_path_factory.getbasetemp(), yaml.safe_dump(table, allow_unicode=False))
+    assert read_table(path) == table
+
+
+def test_bases_mix_both_formats(tmp_path: Path) -> None:
+    written(tmp_path, "num_steps = 5\n[student]\nmodel = 'a'\n", "low.toml")
+    table = read_table(written(tmp_path, "base: low.toml\nstudent: {num_layers: 2}\n"))
+    assert table == {"num_steps": 5, "student": {"model": "a", "num_layers": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb: [1, 2\n", "(at line 3, column 1)"),
+        ("a: 1\na: 2\n", "the key 'a' is there twice (at line 2, column 1)"),
+        ("s:\n  k: 1\n  k: 2\n", "the key 'k' is there twice (at line 3, column 3)"),
+        ("1: 2\n", "a key must be text, got 1 (at line 1, column 1)"),
+        ("[a, b]: 2\n", "a key must be text"),
+        ("- a\n", "must hold keys with values"),
+        ("x: !!python/object:os.system a\n", "could not determine a constructor"),
+        ("a: &a {b: *a}\n", "recursive"),
+        ("a: 1\n---\nb: 2\n", "(at line 2"),
+        ("a: \x00\n", "not valid YAML"),
+        ("{" * 1100, "not valid YAML"),
+        ("a:\n\tb: 1\n", "(at line 2, column 1)"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_table(written(tmp_path, text))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "x.yaml") in str(caught.value)
+
+
+def test_an_empty_file_is_an_empty_table_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    assert read_table(written(tmp_path, "# nothing\n")) == {}
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+        read_table(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num_step: 3\n", "unknown key 'num_step'"),
+        ("num_steps: no\n", "num_steps"),
+        ("num_steps: true\n", "num_steps must be a number, got true"),
+        ("selection: {rule: soft}\n", "did you mean"),
+    ],
+)
+def test_keys_and_values_have_the_errors_of_toml(tmp_path: Path, text: str, said: str) -> None:
+    whole = f"student: {{model: a}}\nteacher: {{model: b}}\n{text}"
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, whole))
+    assert said.lower() in str(caught.value).lower()
