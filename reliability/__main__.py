@@ -20,7 +20,7 @@ HARNESSES: dict[str, tuple[int, int]] = {
     "mutants": (0, 0),
     "partition": (12, 1_000),
     "grader": (5_000, 1_000_000),
-    "configurations": (25, 500),
+    "configurations": (14, 500),
     "kill": (6, 150),
     "peers": (4, 40),
     "kill_conversations": (2, 30),

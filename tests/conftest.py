@@ -34,6 +34,8 @@ unhurried()
 
 
 MEMORY = Path("/dev/shm")
+LONGEST = ("reliability", "invariance")
+"""Folders of the files that take longest: their tests start processes."""
 ROOM_BYTES = 4 << 30
 """Far more than what the tests write."""
 
@@ -79,11 +81,14 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A name with an address in it is another one in every process, which would not find its test.
+    """The longest files come first, so that no process waits for another one that has them last.
+
+    A name with an address in it is another one in every process, which would not find its test.
 
     Raises:
         pytest.UsageError: there is one.
     """
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
     named = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]+", item.nodeid)]
     if named:
         raise pytest.UsageError(f"give the parameters of this test ids of their own: {named[0]}")

@@ -128,13 +128,28 @@ def run_script_ranks(
     Raises:
         TimeoutError: they were given up.
     """
+    with _common(count) as common:
+        environments = [common | _names(rank) for rank in range(count)]
+        return _run_forks(path, arguments, environments, limit_s)
+
+
+def run_script_alone(path: Path, arguments: Sequence[object] = ()) -> Ended:
+    """Run a script of one process, as `run_script_ranks` does those of several, to its end."""
+    return _run_forks(path, arguments, [dict(os.environ)], 3600)[0]
+
+
+def _run_forks(
+    path: Path,
+    arguments: Sequence[object],
+    environments: Sequence[dict[str, str]],
+    limit_s: float,
+) -> list[Ended]:
     server = _fork_server()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        common = stack.enter_context(_common(count))
         argv, paths = [str(path), *map(str, arguments)], [str(path.parent), str(HERE), *sys.path]
         processes = []
-        for rank in range(count):
-            arguments_of = (argv, paths, common | _names(rank), _log(Path(name), rank))
+        for rank, environment in enumerate(environments):
+            arguments_of = (argv, paths, environment, _log(Path(name), rank))
             process = server.Process(target=_be_rank, args=arguments_of)
             process.start()
             stack.callback(process.join)
@@ -142,7 +157,7 @@ def run_script_ranks(
             processes.append(process)
         for process in processes:
             process.join(limit_s)
-        logs = [_log(Path(name), rank).read_text() for rank in range(count)]
+        logs = [_log(Path(name), rank).read_text() for rank in range(len(processes))]
         codes = [process.exitcode for process in processes]
     if None in codes:
         raise TimeoutError(f"ranks ended with {codes}:\n" + "\n".join(logs))

@@ -170,6 +170,7 @@ def test_the_teacher_is_right_in_many_ways() -> None:
     assert set(right.values()) == {4, 5, 6}
 
 
+@pytest.mark.slow
 def test_the_overconfident_student_is_wrong_and_sure_of_it() -> None:
     assert 0.1 < success(STUDENT) <= 0.4
     assert share(STUDENT, "wrong_tool") > 0.2

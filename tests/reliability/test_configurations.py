@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
+import reliability.__main__
+from ranks import run_script_alone
 from reliability import config_values
 from reliability.__main__ import HARNESSES
 from reliability.config_values import LABELS, VALUES, forgotten
 from reliability.configurations import LEAST_EACH, Trial, shortfalls
-from reliability.record import ROOT
 
 
 def test_every_key_of_a_configuration_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,18 +34,12 @@ def test_what_is_met_too_seldom_is_said() -> None:
 
 
 def test_what_check_accepts_train_can_do() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "reliability", "--short", "--json", "configurations"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines, done.stdout + done.stderr
+    script = Path(reliability.__main__.__file__)
+    done = run_script_alone(script, ["--short", "--json", "configurations"])
+    lines = [line for line in done.said.splitlines() if line.startswith("{")]
+    assert lines, done.said
     outcome = json.loads(lines[-1])
     assert outcome["failures"] == 0, outcome["details"]
     assert outcome["trials"] == HARNESSES["configurations"][0]
-    assert outcome["details"]["accepted"] > 10
+    assert outcome["details"]["accepted"] > 6
     assert all(seen > 0 for seen in outcome["control"].values())

@@ -126,7 +126,7 @@ TRAPS: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("command", ["check", pytest.param("train", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRAPS)
 def test_a_trap_is_said_once(tiny_models: Path, tmp_path: Path, name: str, command: str) -> None:
     if "adapter" in name:
