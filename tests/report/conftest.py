@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from tutelage.report import plots
-
 Json = dict[str, Any]
 MakeRun = Callable[..., Path]
 
@@ -181,13 +179,6 @@ def make_run(tmp_path: Path) -> MakeRun:
         return folder
 
     return make
-
-
-@pytest.fixture
-def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing: these tests look at the page around the pictures."""
-    monkeypatch.setattr(plots, "render_svg", lambda _panel, _theme: b"<svg/>")
-    monkeypatch.setattr(plots, "render_png", lambda _panels: b"")
 
 
 @pytest.fixture(scope="module")

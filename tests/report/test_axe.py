@@ -73,7 +73,6 @@ def evaluations_page(make_run: MakeRun, folder: Path) -> Path:
     return folder / "evals.html"
 
 
-@pytest.mark.usefixtures("quick_plots")
 @pytest.mark.parametrize(
     "make_page", [run_page, conversation_page, compare_page, score_page, evaluations_page]
 )
@@ -96,7 +95,6 @@ def test_axe_finds_nothing(
         context.close()
 
 
-@pytest.mark.usefixtures("quick_plots")
 def test_axe_notices_what_is_wrong(browser: Any, make_run: MakeRun, tmp_path: Path) -> None:
     """Negative control: a nameless button and faint ink are found."""
     context = browser.new_context()

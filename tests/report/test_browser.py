@@ -22,7 +22,7 @@ from tutelage.report.tokens import rows_of, snapshots
 
 MakeRun = Callable[..., Path]
 BENIGN = ["a", "b", " c", "\n", "def", "9"]
-VIEWS = ("overview", "map", "viewer", "rules", "gate")
+VIEWS = ("overview", "viewer", "map", "rules", "gate")
 CUTS = (0.5, 0.5)
 
 
@@ -48,7 +48,7 @@ class Opened:
 
 
 @pytest.fixture
-def show(browser: Any, make_run: MakeRun, quick_plots: None) -> Iterator[Callable[..., Opened]]:
+def show(browser: Any, make_run: MakeRun) -> Iterator[Callable[..., Opened]]:
     contexts = []
 
     def opened(texts: list[str] = BENIGN, **options: Any) -> Opened:
@@ -56,7 +56,7 @@ def show(browser: Any, make_run: MakeRun, quick_plots: None) -> Iterator[Callabl
         lines = token_lines(texts)
         (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
         manifest = json.loads((run / "manifest.json").read_text())
-        manifest["config"]["quadrant_thresholds"] = list(CUTS)
+        manifest["config"] |= {"quadrant_thresholds": list(CUTS), "objective": {"kind": "eopd"}}
         (run / "manifest.json").write_text(json.dumps(manifest))
         context = browser.new_context(**options)
         context.set_default_timeout(1000 * HANG_S)
@@ -87,6 +87,58 @@ def test_every_control_works_without_complaint_and_nothing_is_fetched(show: Any)
     assert opened.complaints == []
     assert len(opened.requests) == 1
     assert opened.requests[0].startswith("file:")
+
+
+def test_curves_tell_the_recorded_values_and_can_be_zoomed_smoothed_and_put_on_a_log_axis(
+    show: Any, make_run: MakeRun
+) -> None:
+    page, run = show().page, make_run("long", num_steps=24)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    page.goto(write_report(run).as_uri())
+    figure = page.locator("figure", has=page.locator("figcaption", has_text="Divergence"))
+    figure.locator("svg").scroll_into_view_if_needed()
+    box, values = figure.locator("svg").bounding_box(), figure.locator("[data-curve]")
+    at = figure.locator(".at")
+
+    def told() -> tuple[int, list[float]]:
+        texts = values.all_inner_texts()
+        return int(at.inner_text().removeprefix("step ")), [float(t.split(",")[0]) for t in texts]
+
+    def recorded(step: int) -> list[float]:
+        return [steps[step]["reverse_kl_nats"], steps[step]["forward_kl_nats"]]
+
+    seen = set()
+    for share in (0.3, 0.5, 0.9):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 60)
+        step, shown = told()
+        seen.add(step)
+        assert shown == pytest.approx(recorded(step), rel=1e-5)
+    assert len(seen) == 3
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 60)
+    page.mouse.up()
+    figure.locator(".box").focus()
+    zoomed = []
+    for _ in range(24):
+        page.keyboard.press("ArrowLeft")
+        zoomed.append(told()[0])
+    assert 6 < min(zoomed) < max(zoomed) < 16
+    assert told()[1] == pytest.approx(recorded(min(zoomed)), rel=1e-5)
+    page.keyboard.press("ArrowRight")
+    assert told()[0] == min(zoomed) + 1
+    page.keyboard.press("ArrowLeft")
+    page.fill("#smoothing", "0.5")
+    first = values.first.inner_text()
+    weights = [0.5 ** (min(zoomed) - i) for i in range(min(zoomed) + 1)]
+    mean = sum(w * s["reverse_kl_nats"] for w, s in zip(weights, steps, strict=False))
+    smooth = float(first.partition("smoothed ")[2])
+    assert smooth == pytest.approx(mean / sum(weights), rel=1e-5)
+    page.click("#zoom-reset")
+    before = figure.locator("svg text").all_text_contents()
+    page.check("#log-axis")
+    assert "0" in before
+    assert "0" not in figure.locator("svg text[text-anchor=end]").all_text_contents()
 
 
 def test_a_chosen_token_shows_what_was_recorded(show: Any) -> None:
@@ -131,7 +183,7 @@ def test_tokens_are_coloured_filtered_and_walked_by_keyboard(show: Any) -> None:
 
 @pytest.mark.parametrize("answer", ["short", "long " * 100, HOSTILE[1]])
 def test_turns_and_inserted_text_stand_between_the_tokens(
-    browser: Any, make_run: MakeRun, quick_plots: None, answer: str
+    browser: Any, make_run: MakeRun, answer: str
 ) -> None:
     run = make_run(num_steps=3)
     lines = conversation_lines(BENIGN, answer)
@@ -233,7 +285,8 @@ def test_runs_side_by_side_in_one_token_viewer(
     write_comparison(compare_records(records), records, tmp_path / "compare.html")
     page = opened.page
     page.goto((tmp_path / "compare.html").as_uri())
-    for view in VIEWS:
+    assert not page.locator("#tab-gate").count(), "no run used EOPD"
+    for view in VIEWS[:-1]:
         page.click(f"#tab-{view}")
         assert page.is_visible(f"#view-{view}")
     page.click("#tab-viewer")
@@ -301,7 +354,7 @@ AUDIT = r"""() => {
     }
     if (e.matches("select, input") && !e.labels.length) found.push(`no label ${e.id}`);
     if (e.matches("button") && !e.textContent.trim() && !e.ariaLabel) found.push("nameless button");
-    if (e.matches("svg") && !e.getAttribute("aria-label")) found.push("nameless picture");
+    if (e.matches("svg:not([aria-hidden], [aria-label])")) found.push("nameless picture");
     if (e.matches("img") && !e.alt) found.push("picture without words");
     if (e.matches("table") && !e.querySelector("th[scope]")) found.push(`no headers ${e.id}`);
   }

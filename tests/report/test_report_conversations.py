@@ -90,7 +90,6 @@ def test_an_outcome_is_one_line_of_what_is_known() -> None:
     assert outcome_line(OutcomeRecord(is_success=False)) == "no success"
 
 
-@pytest.mark.usefixtures("quick_plots")
 @pytest.mark.parametrize("length", [400, 401])
 def test_the_page_shows_turns_with_inserted_text_in_its_place(
     make_run: MakeRun, length: int
@@ -123,7 +122,6 @@ def test_the_page_shows_turns_with_inserted_text_in_its_place(
         assert ["".join(span.itertext()) for group in tokens for span in group] == texts
 
 
-@pytest.mark.usefixtures("quick_plots")
 def test_only_generated_tokens_are_coloured_and_by_their_quadrant(make_run: MakeRun) -> None:
     run = with_tokens(make_run(num_steps=3), conversation_lines(["a", "b"], "q1 q2 q3 q4"))
     manifest = json.loads((run / "manifest.json").read_text())
@@ -139,7 +137,6 @@ def test_only_generated_tokens_are_coloured_and_by_their_quadrant(make_run: Make
         assert not any(marked & {*e.get("class", "").split()} for e in inside)
 
 
-@pytest.mark.usefixtures("quick_plots")
 @pytest.mark.parametrize("value", HOSTILE)
 def test_hostile_text_of_tools_changes_no_element(make_run: MakeRun, value: str) -> None:
     """In tool output, in names and values of details, in tokens, prompts and names."""
@@ -156,7 +153,7 @@ def test_hostile_text_of_tools_changes_no_element(make_run: MakeRun, value: str)
     shown = [pre.text for pre in article.iter("pre")]
     assert shown == [text.visible(value)] * 3
     assert f"{text.visible(value)} {text.visible(value)} · match 2" in said(article)
-    (data, _) = parsed(page).iter("script")
+    (_, data, _) = parsed(page).iter("script")
     first = json.loads(data.text or "")["completions"][0]
     assert [turn["inserted"] for turn in first["turns"]] == [text.visible(value)] * 2 + [""]
 
@@ -168,7 +165,6 @@ def shape_without_data(page: str) -> Any:
     return shape(tree)
 
 
-@pytest.mark.usefixtures("quick_plots")
 def test_pages_without_conversations_have_nothing_of_them(make_run: MakeRun) -> None:
     run = with_tokens(make_run(num_steps=3), token_lines(["a", "b"]))
     page = page_of(run)
@@ -205,7 +201,6 @@ def test_measures_of_conversations_are_drawn_and_listed(make_run: MakeRun) -> No
         assert shown[name.replace("_", " ")] == [text.number(value), text.number(3 * value)]
 
 
-@pytest.mark.usefixtures("quick_plots")
 @pytest.mark.parametrize(
     "change",
     [
@@ -225,7 +220,6 @@ def test_conversations_that_do_not_fit_are_refused(
         write_report(with_tokens(make_run(num_steps=3), [line]))
 
 
-@pytest.mark.usefixtures("quick_plots")
 def test_compared_runs_show_turns_in_the_token_viewer(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [
         with_tokens(make_run(name, num_steps=3), conversation_lines(["a"], "the answer"))
@@ -233,7 +227,7 @@ def test_compared_runs_show_turns_in_the_token_viewer(make_run: MakeRun, tmp_pat
     ]
     page = tmp_path / "page.html"
     assert main(["compare", *map(str, runs), "--html", str(page)]) == 0
-    (data, script) = parsed(page.read_text("utf-8")).iter("script")
+    (_, data, script) = parsed(page.read_text("utf-8")).iter("script")
     assert "MutationObserver" in (script.text or "")
     for completion in json.loads(data.text or "")["completions"]:
         assert [turn["number"] for turn in completion["turns"]] == [1, 2, 3]
@@ -262,7 +256,6 @@ def test_compared_runs_show_what_their_conversations_reached(make_run: MakeRun) 
     assert "Success" not in {panel.title for panel in panels_across(runs[:1])}
 
 
-@pytest.mark.usefixtures("quick_plots")
 def test_rules_agree_only_on_conversations_with_the_same_answers_of_tools(
     make_run: MakeRun, tmp_path: Path
 ) -> None:

@@ -10,7 +10,8 @@ from tutelage.evaluation.metrics import paired_difference
 from tutelage.report import text
 from tutelage.report.compare_evaluations import EvaluationComparison
 from tutelage.report.compare_runs import Comparison, loss_differs_by, names_of
-from tutelage.report.page import panel_views, write_page
+from tutelage.report.curves import panel_context
+from tutelage.report.page import write_page
 from tutelage.report.panels import Curve, Panel, panels_across, told_apart
 from tutelage.report.records import RunRecord, TokenRecord
 from tutelage.report.rule_overlap import kept_tables
@@ -37,10 +38,12 @@ def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: 
     panels = [*across, *_difference_panel(runs, paired)]
     context = {
         **_shell("Runs side by side", [name for name, _ in runs], comparison.notes),
-        **viewer_context(_tokens(runs), records[0].config),
+        **viewer_context(_tokens(runs), *(record.config for record in records)),
         "keep": budgets.pop() if len(budgets) == 1 else None,
+        "whiskers": [(run.name, run.accuracy) for run in comparison.runs if run.accuracy],
+        "whiskers_of": "run",
         "tables": [tables[0], *kept_tables(runs), *tables[1:]],
-        "panels": panel_views(panels),
+        **panel_context(panels),
     }
     write_page(out, context)
 
@@ -50,8 +53,15 @@ def write_evaluations(comparison: EvaluationComparison, out: Path) -> None:
     context = {
         **_shell("Evaluations side by side", comparison.names, comparison.notes),
         **viewer_context([], {}),
+        "whiskers": [
+            (f"{benchmark}: {name}", found)
+            for benchmark, means in comparison.means.items()
+            for name, found in zip(comparison.names, means, strict=True)
+            if found is not None
+        ],
+        "whiskers_of": "benchmark and evaluation",
         "tables": comparison.tables(),
-        "panels": [],
+        **panel_context([]),
     }
     write_page(out, context)
 
@@ -61,6 +71,8 @@ def _shell(kicker: str, names: Sequence[str], notes: Sequence[str]) -> dict[str,
         "kicker": kicker,
         "name": " · ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more",
         "facts": [("baseline", names[0])],
+        "setup": [],
+        "headlines": [],
         "key": names,
         "notes": [text.visible(note) for note in notes],
         "overview": "compare.html",

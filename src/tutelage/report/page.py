@@ -1,28 +1,19 @@
-"""The shell of every page: one file that fetches nothing; style and pictures are inside."""
+"""The shell of every page: one file that fetches nothing; style, data and script are inside."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutelage.files.atomic import write_output
-from tutelage.report import plots, text
-from tutelage.report.panels import Panel
-from tutelage.report.token_viewer import csp_hash, template_text
+from tutelage.report import text
+from tutelage.report.embed import csp_hash, template_text
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
-@dataclass(frozen=True)
-class PanelView:
-    """A panel as the page embeds it: two data URIs and the words for it."""
-
-    title: str
-    unit: str
-    alt: str
-    light: str
-    dark: str
+_STYLES = ("report.css", "curves.css", "tokens.css")
 
 
 def write_page(path: Path, context: dict[str, Any]) -> None:
@@ -31,7 +22,7 @@ def write_page(path: Path, context: dict[str, Any]) -> None:
     Args:
         path: HTML file.
         context: kicker, name, facts, notes, `overview` (a template's name or None) with what that
-            template shows, and `viewer_context`.
+            template shows, `panel_context` and `viewer_context`.
 
     Raises:
         RunError: the page cannot be written.
@@ -41,6 +32,12 @@ def write_page(path: Path, context: dict[str, Any]) -> None:
 
 def render_page(context: dict[str, Any]) -> str:
     """The page as text; see `write_page`."""
+    return _environment().get_template("report.html").render(_shell(context) | context)
+
+
+@cache
+def _environment() -> Environment:
+    """Templates, compiled once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -53,28 +50,31 @@ def render_page(context: dict[str, Any]) -> str:
     environment.filters.update(
         number=text.number, percent=text.percent, visible=text.visible, interval=_interval
     )
-    style = template_text("report.css")
-    if context["has_conversations"]:
-        style += template_text("conversations.css")
-    shell = {"style": style, "style_hash": csp_hash(style)}
-    return environment.get_template("report.html").render(shell | context)
+    return environment
 
 
-def panel_views(panels: Sequence[Panel]) -> list[PanelView]:
-    """Panels drawn for a light and for a dark page."""
-    return [_panel_view(panel) for panel in panels]
+def _shell(context: dict[str, Any]) -> dict[str, Any]:
+    """Style and script of the parts that the page has, with the hashes that allow them."""
+    more = ["conversations"] if context["has_conversations"] else []
+    style = "".join(map(template_text, [*_STYLES, *(f"{name}.css" for name in more)]))
+    parts = ["curves.js"] if context["panel_data"] else []
+    if context["tokens"]:
+        parts += ["token_viewer.js", *(f"{name}.js" for name in more)]
+    script = _script(["dom.js", *parts, "views.js"]) if parts else None
+    return {
+        "style": style,
+        "style_hash": csp_hash(style),
+        "script": script,
+        "script_hash": script and csp_hash(script),
+    }
+
+
+def _script(names: list[str]) -> str:
+    body = "\n".join(map(template_text, names))
+    return f'"use strict";\n(() => {{\n{body}}})();\n'
 
 
 def _interval(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return ""
     return f"{100 * low:.1f} – {100 * high:.1f}"
-
-
-def _panel_view(panel: Panel) -> PanelView:
-    light, dark = (_data_uri(plots.render_svg(panel, theme)) for theme in (plots.LIGHT, plots.DARK))
-    return PanelView(panel.title, panel.unit, panel.alt, light, dark)
-
-
-def _data_uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"

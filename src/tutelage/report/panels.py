@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from tutelage.report import text
 from tutelage.report.records import HighEntropy, RunRecord, StepRecord
 
-MAX_POINTS = 400
+MAX_POINTS = 1000
 
 Points: TypeAlias = list[tuple[float, float]]
 ColorName: TypeAlias = Literal["blue", "orange", "green", "purple", "ink"]

@@ -1,11 +1,10 @@
-"""Pictures drawn with matplotlib: one function for the page and for files."""
+"""Pictures of curves as files, drawn with matplotlib."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tutelage.report.panels import ColorName, Curve, Panel
@@ -48,7 +47,6 @@ class Theme:
 _LOW_SHARE = 0.3
 """Shares that stay below it get an axis of their own length."""
 LIGHT = Theme(ink="#3d4248", grid="#e3e5e8", background="#ffffff", blue="#0072B2")
-DARK = Theme(ink="#c3c8ce", grid="#353a40", background="#1b1e22", blue="#56B4E9")
 
 
 def render(
@@ -80,34 +78,6 @@ def render(
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         else:
             figure.savefig(buffer, format="png", dpi=200, facecolor=theme.background)
-    return buffer.getvalue()
-
-
-def render_svg(panel: Panel, theme: Theme) -> bytes:
-    """One panel as the page shows it; see `render`."""
-    return render(partial(draw_panel, panel), theme)
-
-
-def render_png(panels: Sequence[Panel]) -> bytes:
-    """All panels on one light sheet, two to a row, as a PNG.
-
-    Args:
-        panels: at least one panel.
-
-    Returns:
-        PNG bytes.
-    """
-    num_rows = (len(panels) + 1) // 2
-    buffer = io.BytesIO()
-    figure = _figure(10.0, 3.0 * num_rows)
-    figure.set_facecolor(LIGHT.background)
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(num_rows, 2, index + 1)
-        axes.set_title(
-            f"{panel.title}, {panel.unit}", loc="left", fontsize=10, color=LIGHT.ink, pad=20
-        )
-        draw_panel(panel, axes, LIGHT)
-    figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 

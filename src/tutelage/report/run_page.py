@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run, and its curves as a picture."""
+"""One self-contained HTML page about a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutelage.evaluation.metrics import Interval, paired_difference
-from tutelage.files.atomic import write_output
-from tutelage.report import plots, text
+from tutelage.report import text
 from tutelage.report.conversations import conversation_views
-from tutelage.report.page import panel_views, render_page, write_page
+from tutelage.report.curves import panel_context
+from tutelage.report.headline import headlines, paired_change, setup_rows
+from tutelage.report.page import write_page
 from tutelage.report.panels import Panel, panels_of, points_per_mark
 from tutelage.report.records import (
     EvaluationRecord,
@@ -40,18 +40,17 @@ class SampleView:
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write `report.html` and `curves.png` about a run folder.
+    """Write `report.html` about a run folder.
 
     The page is one file that fetches nothing. Everything the run wrote is escaped, and a content
-    security policy forbids the browser all but its own style and, where tokens were recorded, its
-    own script.
+    security policy forbids the browser all but its own style and its own script.
 
     Args:
         run: run folder with manifest.json and metrics.jsonl.
         out: where the page goes: a file name, or an existing folder; by default the run folder.
 
     Returns:
-        The path of the page; the picture lies beside it.
+        The path of the page.
 
     Raises:
         RunError: the folder is no run folder, has no metrics yet, holds a malformed line, or the
@@ -59,11 +58,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     record = read_run(run)
     page = _page_path(run, out)
-    panels = panels_of(record)
-    html = render_page(_context(record, panels))
-    if panels:
-        write_output(page.with_name("curves.png"), plots.render_png(panels))
-    write_output(page, html.encode("utf-8"))
+    write_page(page, _context(record, panels_of(record)))
     return page
 
 
@@ -86,6 +81,9 @@ def write_score_page(
              ("tokens", text.number(sum(len(record.token) for record in tokens)))]  # fmt: skip
     context = {
         "overview": None,
+        "setup": setup_rows(config),
+        "headlines": [],
+        **panel_context([]),
         "kicker": "Scored completions, nothing was trained",
         "name": text.visible(out.stem, 120),
         "facts": facts,
@@ -114,8 +112,10 @@ def _context(record: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "evaluations": _evaluation_rows(record),
         "evaluation_set": _evaluation_set(record),
         "is_graded": any(e.mean_at_k is not None for e in record.evaluations),
-        "change": _paired_change(record),
-        "panels": panel_views(panels),
+        "change": paired_change(record),
+        "setup": setup_rows(record.config),
+        "headlines": headlines(record),
+        **panel_context(panels),
         "quadrants": _quadrant_rows(record.steps),
         "quadrant_steps": _quadrant_steps(record.steps),
         "quadrant_cuts": _quadrant_cuts(record.config),
@@ -161,19 +161,6 @@ def _evaluation_rows(record: RunRecord) -> list[tuple[str, EvaluationRecord]]:
 
 def _evaluation_set(record: RunRecord) -> EvaluationRecord | None:
     return next(iter(record.evaluations_of("student") or record.evaluations), None)
-
-
-def _paired_change(record: RunRecord) -> Interval | None:
-    """How much the student changed on the same problems, when their verdicts were saved."""
-    steps = record.evaluated_steps("student")
-    if len(steps) < 2:
-        return None
-    before = record.problem_scores("student", steps[0])
-    after = record.problem_scores("student", steps[-1])
-    shared = sorted(before.keys() & after.keys())
-    if not shared:
-        return None
-    return paired_difference([after[p] for p in shared], [before[p] for p in shared])
 
 
 def _with_quadrants(steps: Sequence[StepRecord]) -> list[StepRecord]:

@@ -1,59 +1,41 @@
-"""The recorded tokens as the page embeds them: data that no browser can take for markup."""
+"""The recorded tokens as the page embeds them."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
 from tutelage.report import text
 from tutelage.report.conversations import outcome_line, turns_of
+from tutelage.report.embed import embedded
 from tutelage.report.records import TokenRecord
 from tutelage.report.tokens import DEFAULT_CUTS, fixed_cuts
 
 _MAX_TEXT = 40
 _MAX_PROMPT = 4000
 _LEFT_OUT = {"texts", "inserted", "outcome"}
-# With these escapes no text can end the script element or begin another.
-_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
-def viewer_context(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, Any]:
-    """What the template needs to show recorded tokens; `tokens` is None where there are none."""
+def viewer_context(
+    tokens: Sequence[TokenRecord], config: dict[str, Any], *more: dict[str, Any]
+) -> dict[str, Any]:
+    """What the template needs to show recorded tokens; `tokens` is None where there are none.
+
+    Args:
+        tokens: completions of one run or of several.
+        config: configuration of the run, of the baseline among several.
+        more: configurations of the others.
+    """
     if not tokens:
         return {"tokens": None, "has_conversations": False}
     has_conversations = any(record.inserted is not None for record in tokens)
-    script = template_text("token_viewer.js")
-    if has_conversations:
-        script += template_text("conversations.js")
     return {
         "tokens": embedded(_data(tokens, config)),
         "has_conversations": has_conversations,
-        "script": script,
-        "script_hash": csp_hash(script),
         "keep": keep_of(config),
-        "gate": _gate(config),
+        "has_gate": any(map(uses_eopd, (config, *more))),
+        "gate": _gate(next(filter(uses_eopd, (config, *more)), {})),
     }
-
-
-def embedded(data: Any) -> str:
-    """JSON to stand inside a script element of a type that no browser executes."""
-    plain = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return plain.translate(_ESCAPES)
-
-
-def csp_hash(content: str) -> str:
-    """The source expression that allows exactly this style or script element."""
-    digest = hashlib.sha256(content.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
-
-
-def template_text(name: str) -> str:
-    """A file of the templates as it is."""
-    return (files("tutelage.report") / "templates" / name).read_text("utf-8")
 
 
 def _data(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +76,17 @@ def keep_of(config: dict[str, Any]) -> float:
     return 0.2
 
 
+def uses_eopd(config: dict[str, Any]) -> bool:
+    """Whether the run's objective has a gate."""
+    match config.get("objective"):
+        case {"kind": "eopd"}:
+            return True
+    return False
+
+
 def _gate(config: dict[str, Any]) -> str:
     """The gate in words."""
     match config.get("objective"):
         case {"kind": "eopd", "gate": str(kind), "threshold": int() | float() as threshold}:
-            return f"that of the run: {text.visible(kind, 40)}, threshold {threshold:g}"
-    return "the paper's, a teacher entropy of 0.8 nats or more; the run does not use it"
+            return f"{text.visible(kind, 40)}, threshold {threshold:g} nats of teacher entropy"
+    return "open at a teacher entropy of 0.8 nats or more"

@@ -390,34 +390,11 @@ const gateView = () => {
     ["", "EOPD gate: open", "forward KL, open", "forward KL, closed", "student entropy, open", "teacher entropy, open"], summary));
 };
 
-// --- tabs and start ----------------------------------------------------------------------------
-
-const views = { map, viewer, rules: rulesView, gate: gateView };
-const tabs = [...document.querySelectorAll('[role="tab"]')];
-const open = (tab) => {
-  for (const other of tabs) {
-    const is = other === tab;
-    other.setAttribute("aria-selected", String(is));
-    other.tabIndex = is ? 0 : -1;
-    $(other.getAttribute("aria-controls")).hidden = !is;
-  }
-  views[tab.dataset.view]?.();
-};
-tabs.forEach((tab, i) => {
-  tab.addEventListener("click", () => open(tab));
-  tab.addEventListener("keydown", (event) => {
-    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!move) return;
-    const next = tabs[(i + move + tabs.length) % tabs.length];
-    next.focus();
-    open(next);
-  });
-});
-
+const drawViews = { map, viewer, rules: rulesView, gate: gateView };
 const kindOptions = kinds.map((kind) => [kind, `${kind} completions`]);
 const stepOptions = steps.map((s) => [s, `step ${s}`]);
-for (const id of ["map-kind", "rules-kind", "gate-kind"]) options($(id), kindOptions);
-for (const id of ["rules-step", "gate-step"]) options($(id), stepOptions);
+for (const id of ["map-kind", "rules-kind", "gate-kind"].filter($)) options($(id), kindOptions);
+for (const id of ["rules-step", "gate-step"].filter($)) options($(id), stepOptions);
 for (const id of ["map-cut", "text-cut", "rules-cut"]) {
   options($(id), [["fixed", `${data.cuts[0]} and ${data.cuts[1]} nats`], ["median", "medians of the step"]]);
   $(id).value = data.is_median ? "median" : "fixed";
@@ -432,7 +409,7 @@ options($("text-filter"), [["", "all tokens"], ["kept", "kept tokens"], ...[1, 2
 $("map-step").max = steps.length - 1;
 viewerSteps();
 
-for (const [view, run] of Object.entries(views)) {
+for (const [view, run] of Object.entries(drawViews)) {
   for (const control of document.querySelectorAll(`[data-for="${view}"]`)) control.addEventListener("input", run);
 }
 $("text").addEventListener("input", () => { viewerSteps(); viewer(); });
@@ -449,6 +426,5 @@ $("readings").addEventListener("keydown", (event) => {
   event.preventDefault();
   focusToken(chosen.side, chosen.index + move);
 });
-document.querySelector("main").classList.add("live");
-open(tabs[0]);
+Object.assign(views, drawViews);
 })();
