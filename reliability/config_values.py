@@ -194,6 +194,7 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
     "teacher.timeout_s": (_SERVED, [5.0, 0]),
     "teacher.served_name": (_SERVED, ["a-model", 3]),
     "teacher.logprob_url": (_SERVED, ["http://127.0.0.1:9", 3]),
+    "teacher.api": (_SERVED, ["completions", "openai"]),
     "teacher.num_logprobs": (_SERVED, [8, 0]),
     "teacher.context": (_OTHER, ["{answer}", "{", 3]),
     "teacher.ema_decay": (_OTHER, [0.9, 1.0, -1]),

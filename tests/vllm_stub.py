@@ -43,6 +43,12 @@ class FakeVLLM(ThreadingHTTPServer):
         self.reads_weights = True
         self.change: Change | None = None
         """Spoils completions."""
+        self.refusal: Callable[[dict[str, Any]], str] = lambda body: ""
+        """Why a request is wrong, which is answered with status 400."""
+        self.name_of: Callable[[int], str] | None = None
+        """Text of an id in lists of log-probabilities; None names ids where that is asked for."""
+        self.most_logprobs = 1 << 20
+        """Ids that it gives of each token at most."""
         self.max_model_len: int | None = None
         self.num_left: int | None = None
         """Completions after which it answers nothing any more."""
@@ -101,7 +107,12 @@ class FakeVLLM(ThreadingHTTPServer):
                     if self.change is not None:
                         self.change(reply)
                     return reply
-            reply = self.score(body) if "prompt_logprobs" in body else self.complete(body)
+            if path == "/generate":
+                reply = self.generate(body)
+            elif body.get("echo"):
+                reply = self.echo(body)
+            else:
+                reply = self.score(body) if "prompt_logprobs" in body else self.complete(body)
         if self.change is not None:
             self.change(reply)
         return reply
@@ -158,6 +169,53 @@ class FakeVLLM(ThreadingHTTPServer):
         choice = {"index": 0, "prompt_token_ids": ids, "prompt_logprobs": known}
         return {"object": "text_completion", "model": "student", "choices": [choice]}
 
+    @torch.no_grad()
+    def _tops(self, ids: list[int], k: int) -> Iterator[tuple[float, dict[int, float]]]:
+        """Of each token but the first, its log-probability and those of the k likeliest ids."""
+        log_p = self.model(torch.tensor([ids])).logits[0, :, : self.num_ids].log_softmax(-1)
+        for row, token in zip(log_p, ids[1:], strict=False):
+            top = row.topk(min(k, self.most_logprobs))
+            yield (
+                float(row[token]),
+                dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+            )
+
+    def echo(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The prompt and one token more, as OpenAI's completions list them."""
+        ids = [*body["prompt"], 0]
+        name = self.name_of
+        if name is None:
+            name = "token_id:{}".format if "return_tokens_as_token_ids" in body else str
+        rows = list(self._tops(ids, body["logprobs"]))
+        listed = {
+            "tokens": [name(token) for token in ids],
+            "token_logprobs": [None, *(log_q for log_q, _ in rows)],
+            "top_logprobs": [None, *({name(i): x for i, x in top.items()} for _, top in rows)],
+            "text_offset": [0] * len(ids),
+        }
+        choice = {"index": 0, "text": "", "logprobs": listed, "finish_reason": "length"}
+        return {"object": "text_completion", "model": "student", "choices": [choice]}
+
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The prompt as SGLang lists it."""
+        ids = body["input_ids"]
+        rows = list(self._tops(ids, body["top_logprobs_num"]))
+        pairs = zip(ids[1:], rows, strict=True)
+        meta = {
+            "id": "a-request",
+            "finish_reason": {"type": "length", "length": 0},
+            "prompt_tokens": len(ids),
+            "input_token_logprobs": [
+                [None, ids[0], None],
+                *([log_q, token, None] for token, (log_q, _) in pairs),
+            ],
+            "input_top_logprobs": [
+                None,
+                *([[x, i, None] for i, x in top.items()] for _, top in rows),
+            ],
+        }
+        return {"text": "", "meta_info": meta}
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: FakeVLLM
@@ -170,8 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.is_closed.wait(HANG_S)
             self.close_connection = True
             return
-        content = json.dumps(self.server.answer(self.path, body)).encode()
-        self.send_response(200)
+        refusal = self.server.refusal(body)
+        answer = {"error": refusal} if refusal else self.server.answer(self.path, body)
+        content = json.dumps(answer).encode()
+        self.send_response(400 if refusal else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -22,6 +22,7 @@ from tutelage.models.load import load_model
 from tutelage.models.teacher import Teacher
 from tutelage.rollout.http_client import BadReply
 from tutelage.teachers.logprob import LogprobTeacher
+from tutelage.teachers.logprob_api import VLLMApi
 from vllm_stub import QUICK, FakeVLLM, serving
 
 K = 5
@@ -151,13 +152,15 @@ def tried(server: FakeVLLM, count: int) -> tuple[set[str], int]:
     ids = list(ROLLOUTS[0].prompt_ids + ROLLOUTS[0].completion_ids)
     whole = server.score({"prompt": ids, "prompt_logprobs": K})
     places = (3, 4, 5)
-    assert len(teacher._accepted("student", ids, places, json.dumps(whole).encode())) == 3
+    assert (
+        len(teacher._accepted(VLLMApi(), "student", ids, places, json.dumps(whole).encode())) == 3
+    )
     seen, accepted = set(), 0
     for _ in range(count):
         kind, content = spoiled(copy.deepcopy(whole), rng)
         seen.add(kind)
         try:
-            teacher._accepted("student", ids, places, content)
+            teacher._accepted(VLLMApi(), "student", ids, places, content)
             accepted += 1
         except BadReply:
             pass

@@ -121,13 +121,16 @@ class LogprobServerTeacher(ServerTeacher):
     model: str
     """Folder or hub id of the model that is served; its tokenizer is loaded from it."""
     url: str | tuple[str, ...]
-    """Address of a vLLM server of that model without a path, such as http://host:8000, or a list of
+    """Address of a server of that model without a path, such as http://host:8000, or a list of
     several that share the requests; a key comes from TUTELAGE_API_KEY."""
     served_name: str = ""
     """Name of the model at the server; "" where it is `model`."""
+    api: Literal["vllm", "completions", "sglang"] = "vllm"
+    """How the server is asked: vLLM's prompt_logprobs; OpenAI's completions with echo and logprobs,
+    which other servers have too; or SGLang's own /generate."""
     num_logprobs: int = 20
     """Ids of each token that the server is asked for, the k of its top k; vLLM gives up to 20
-    unless it was started with more (--max-logprobs)."""
+    unless it was started with more (--max-logprobs), others may give 5."""
     num_concurrent: int = 16
     """Sequences that one server is asked for at the same time."""
     timeout_s: float = 600.0

@@ -19,7 +19,7 @@ from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
 from tutelage.errors import ConfigError, RunError
 from tutelage.files.checksums import DamagedError, unseal
 from tutelage.models.head_model import load_head_model, shape_of_head
-from tutelage.models.load import load_model
+from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.optimizer import MasterWeights
 from tutelage.models.packing import require_packed, use_own_attention
 from tutelage.models.reference import ResolvedModel, resolve_model
@@ -160,7 +160,8 @@ def build_teacher(
         return served_teacher(settings, model, vocab_size, swap, store)
     if isinstance(settings, LogprobServerTeacher):
         gate = config.objective.threshold if isinstance(config.objective, EOPDObjective) else None
-        return LogprobTeacher(settings, vocab_size, device, swap, gate, model)
+        tokenizer = load_tokenizer(settings.model)
+        return LogprobTeacher(settings, vocab_size, device, swap, gate, model, tokenizer)
     if not isinstance(settings, TeacherConfig):
         raise ValueError(f"a teacher of kind {settings.kind!r} is not loaded.")
     mode, shards, kind = _mode_at_rest(settings, device), None, settings.sharding

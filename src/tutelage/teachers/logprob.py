@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -16,31 +16,27 @@ from tutelage.config.teachers import LogprobServerTeacher
 from tutelage.core import PartialLogits, TeacherLogits
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
-from tutelage.rollout.http_client import BadReply, Client, Limits, Strict, parse, run_all
+from tutelage.models.tokenizers import encode_completion
+from tutelage.rollout.http_client import (
+    BadReply,
+    Client,
+    Limits,
+    NoReply,
+    RefusedRequest,
+    Strict,
+    parse,
+    run_all,
+)
+from tutelage.teachers.logprob_api import ROUNDING, Known, LogprobApi, apis_of
 from tutelage.teachers.sequences import sequences_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROUNDING = 1e-3
-"""What rounded log-probabilities, and their sum, may be above those of a distribution."""
 _MAX_REPLY_BYTES = 1 << 28
 """Of one sequence: some 100 bytes for each id of each token."""
-
-
-class _Known(Strict):
-    logprob: float = Field(le=ROUNDING)
-
-
-class _Choice(Strict):
-    index: Literal[0]
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[str, _Known] | None]
-
-
-class _Reply(Strict):
-    model: str
-    choices: list[_Choice] = Field(min_length=1, max_length=1)
+_PROBE = "The sum of 2 and 3 is 5."
+"""A text whose log-probabilities every server is asked for at the start."""
 
 
 class _Model(Strict):
@@ -53,7 +49,7 @@ class _Models(Strict):
 
 
 class LogprobTeacher:
-    """Asks vLLM's completions endpoint for `prompt_logprobs` of every sequence of a batch.
+    """Asks servers for the log-probabilities of every sequence of a batch.
 
     Nothing of the model is here. A batch is refused as a whole where one reply is not what was
     asked for: another model's, of other ids, or no log-probabilities of a distribution.
@@ -65,6 +61,7 @@ class LogprobTeacher:
         swap: the student's stop token and the teacher's, which trade places.
         gate: entropy in nats at which an objective's gate opens; None without one.
         model: the shape of its head, without numbers, for memory plans.
+        tokenizer: the model's, with which servers are tried at the start; None tries none.
     """
 
     def __init__(
@@ -75,8 +72,10 @@ class LogprobTeacher:
         swap: tuple[int, int] | None = None,
         gate: float | None = None,
         model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config
+        self._tokenizer = tokenizer
         self._model = model
         self.vocab_size = vocab_size
         self.device = device
@@ -85,6 +84,8 @@ class LogprobTeacher:
         limits = Limits(deadline_s=config.timeout_s, max_reply_bytes=_MAX_REPLY_BYTES)
         self._clients = [Client(url, limits, config.num_concurrent) for url in config.urls]
         self._names: list[str] = []
+        self._ways = apis_of(config.api, tokenizer)
+        self._apis: list[LogprobApi] = [self._ways[0] for _ in self._clients]
         self._tails: list[Tensor] = []
         self._undecided: list[Tensor] = []
 
@@ -114,12 +115,15 @@ class LogprobTeacher:
         )
 
     def connect(self) -> None:
-        """Ask the servers for their model.
+        """Ask the servers for their model, and for log-probabilities of a short text.
 
         Raises:
-            ModelError: one does not answer, or serves others.
+            ModelError: one does not answer, serves others, or gives no such log-probabilities.
         """
         self._names = [self._served(client) for client in self._clients]
+        if self._tokenizer is not None:
+            ids = encode_completion(self._tokenizer, _PROBE)
+            self._apis = [self._tried(number, ids) for number in range(len(self._clients))]
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -143,6 +147,28 @@ class LogprobTeacher:
                 "it with that model, or set teacher.served_name to the name it has there."
             )
         return wanted
+
+    def _tried(self, number: int, ids: Sequence[int]) -> LogprobApi:
+        """The way to ask a server that it does not refuse, and answers as it should."""
+        client = self._clients[number].within(num_tries=2)
+        places, reason = range(1, len(ids)), ""
+        for api in self._ways:
+            body = api.body(self._names[number], ids, self.config.num_logprobs)
+            accept = partial(self._accepted, api, self._names[number], ids, places)
+            try:
+                client.ask(api.path, body, accept)
+            except RefusedRequest as error:
+                reason = f"it refuses the request: status {error.status}: {error.reason[:200]}"
+            except NoReply as error:
+                reason = error.reason
+                break
+            else:
+                return api
+        raise ModelError(
+            f"the server {client.url} gives no log-probabilities of a prompt by teacher.api = "
+            f"{self.config.api!r} and teacher.num_logprobs = {self.config.num_logprobs}: "
+            f"{reason.rstrip('.')}. Lower teacher.num_logprobs to what it gives, or choose its API."
+        )
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> PartialLogits:
@@ -187,18 +213,11 @@ class LogprobTeacher:
         self, number: int, ids: Sequence[int], places: Sequence[int]
     ) -> list[tuple[list[int], list[float], float]]:
         """The rows of one sequence: the k likeliest ids, their numbers, and the token's."""
-        k, ids = self.config.num_logprobs, self._as_read(ids, places)
-        body = {
-            "model": self._names[number],
-            "prompt": list(ids),
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "prompt_logprobs": k,
-            "return_token_ids": True,
-            "stream": False,
-        }
-        accept = partial(self._accepted, self._names[number], ids, places)
-        return await self._clients[number].send("/v1/completions", body, accept)
+        api, name = self._apis[number], self._names[number]
+        ids = self._as_read(ids, places)
+        body = api.body(name, ids, self.config.num_logprobs)
+        accept = partial(self._accepted, api, name, ids, places)
+        return await self._clients[number].send(api.path, body, accept)
 
     def _as_read(self, ids: Sequence[int], places: Sequence[int]) -> list[int]:
         """What the teacher reads: its own stop token at the end, where it is scored."""
@@ -217,33 +236,27 @@ class LogprobTeacher:
         return found
 
     def _accepted(
-        self, name: str, ids: Sequence[int], places: Sequence[int], content: bytes
+        self,
+        api: LogprobApi,
+        name: str,
+        ids: Sequence[int],
+        places: Sequence[int],
+        content: bytes,
     ) -> list[tuple[list[int], list[float], float]]:
-        reply = parse(content, _Reply)
-        choice = reply.choices[0]
-        if reply.model != name:
-            raise BadReply(f"log-probabilities of another model, {reply.model!r}")
-        if choice.prompt_token_ids != list(ids):
-            raise BadReply("log-probabilities of other tokens")
-        if len(choice.prompt_logprobs) != len(ids):
-            raise BadReply(f"{len(choice.prompt_logprobs)} log-probabilities of {len(ids)} tokens")
-        return [self._row(choice.prompt_logprobs[place], ids[place]) for place in places]
+        found = api.read(content, name, ids, places)
+        return [self._row(known, ids[place]) for known, place in zip(found, places, strict=True)]
 
-    def _row(
-        self, known: dict[str, _Known] | None, token: int
-    ) -> tuple[list[int], list[float], float]:
-        k = self.config.num_logprobs
-        if not known or not all(name.isdecimal() and str(int(name)) == name for name in known):
-            raise BadReply("a token without log-probabilities, or of names that are no ids")
-        numbers = {int(name): value.logprob for name, value in known.items()}
+    def _row(self, known: Known, token: int) -> tuple[list[int], list[float], float]:
+        k, numbers, token_log_q = self.config.num_logprobs, dict(known.top), known.log_q
         if max(numbers) >= self.vocab_size:
             raise BadReply(f"ids that are not below {self.vocab_size}")
-        if token not in numbers or not k <= len(numbers) <= k + 1:
+        if not k <= len(numbers) <= k + (token in numbers):
             raise BadReply(f"{len(numbers)} log-probabilities instead of {k} and the token's")
+        if abs(numbers.setdefault(token, token_log_q) - token_log_q) > ROUNDING:
+            raise BadReply("a token with two log-probabilities")
         mass = float(torch.tensor(list(numbers.values()), dtype=torch.float64).exp().sum())
         if mass > 1 + ROUNDING:
             raise BadReply(f"probabilities with a sum of {mass:.4g}")
-        token_log_q = numbers[token]
         if len(numbers) == k + 1:  # the token is none of the k likeliest
             least = min(value for one, value in numbers.items() if one != token)
             if token_log_q > least:

@@ -183,7 +183,11 @@ class VLLMSource:
     def _compare(self, batch: Batch, logits: LazyLogits) -> None:
         kind, settings = "logprob_server", self.settings
         table = LogprobServerTeacher(
-            "logprob_server", settings.model, settings.logprob_url, settings.served_name, 1
+            "logprob_server",
+            settings.model,
+            settings.logprob_url,
+            settings.served_name,
+            num_logprobs=1,
         )
         other = LogprobTeacher(table, logits.vocab_size, torch.device("cpu"))
         with other.on_device():
