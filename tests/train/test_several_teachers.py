@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from invariance.stepping import distance, ragged_rollouts, take_step
 from tiny import save_tiny_model, tiny_config
 from tiny_runs import metrics_of, run
-from tutelage.errors import ConfigError, DataError
+from tutelage.commands.check import check
+from tutelage.config.parse import changed_keys, fingerprint, parse_config, to_table
+from tutelage.errors import ConfigError, DataError, RunError
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import load_inputs
 from tutelage.train import update
@@ -137,3 +140,46 @@ def test_an_unknown_key_of_a_teacher_names_the_right_one(models: Path, tmp_path:
     found["teachers"]["code"]["kind"] = "locale"
     with pytest.raises(ConfigError, match=r"teachers.code.*locale"):
         tiny_config(models, tmp_path, **found)
+
+
+def test_a_run_does_not_go_on_with_another_teacher_or_other_names(
+    models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "code", tmp_path / "code")
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(models / "prompts.jsonl", prompts)
+    found = tables(models, num_steps=1)
+    found["teachers"]["code"]["model"] = str(tmp_path / "code")
+    found["data"]["path"] = str(prompts)
+    run(models, tmp_path / "run", **found)
+    shutil.rmtree(tmp_path / "code")
+    save_tiny_model(tmp_path / "code", 99)
+    with pytest.raises(RunError, match=r"the teacher code of teachers\.code\.model = .*/code' chang"):
+        run(models, tmp_path / "run", **found)
+    shutil.rmtree(tmp_path / "code")
+    shutil.copytree(models / "code", tmp_path / "code")
+    run(models, tmp_path / "run", **found)
+    prompts.write_text(prompts.read_text().replace('"teacher": "law"', '"teacher": "code"', 1))
+    with pytest.raises(RunError, match=r"the training prompts of data\.path"):
+        run(models, tmp_path / "run", **found)
+
+
+@pytest.mark.parametrize("mode", ["resident", "reload"])
+def test_every_teacher_is_checked(models: Path, tmp_path: Path, mode: str) -> None:
+    first = {"model": str(models / "teacher"), "mode": mode}
+    config = tiny_config(models, tmp_path, **tables(models, teacher=first))
+    lines = list(check(config, "tiny"))
+    for who in ("teacher", "teacher code", "teacher law"):
+        assert sum(line.startswith(f"{who}: Qwen3ForCausalLM") for line in lines) == 1
+
+
+def test_where_a_further_teacher_answers_names_no_run() -> None:
+    def table(url: str) -> dict[str, Any]:
+        teachers = {"code": {"kind": "hidden_server", "model": "t", "url": url}}
+        data = {"kind": "file", "path": "p.jsonl", "teacher_column": "x"}
+        return {"student": {"model": "s"}, "teacher": {"model": "t"}, "teachers": teachers,
+                "data": data}  # fmt: skip
+
+    configs = [parse_config(table(url)) for url in ("http://a", "http://b")]
+    assert len(set(map(fingerprint, configs))) == 1
+    assert changed_keys(*map(to_table, configs)) == []

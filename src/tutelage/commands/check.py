@@ -27,6 +27,7 @@ from tutelage.setup.inputs import Inputs, PromptStats
 from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 from tutelage.setup.run_folder import run_folder
 from tutelage.setup.validate import validate
+from tutelage.teachers.group import TeacherGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,12 +97,10 @@ def check(
     inputs = validate(config, run_folder(config, name), processes.count, allow_change)
     components = build_components(config, inputs=inputs, is_run=False)
     prompts = inputs.prompts or inputs.measure_prompts(config)
-    with components.teacher.on_device():
-        sides = [_model_line("student", components.student.model)]
-        sides.append(_teacher_line(config, components, prompts))
-    yield from sides
+    yield _model_line("student", components.student.model)
+    yield from _teacher_lines(config, components, prompts)
     yield from _sharding_lines(config, components, processes)
-    yield f"vocabulary: {components.student.vocab_size:,} ids shared; tokenizers agree"
+    yield _vocabulary_line(components)
     num_held_out = len(components.task.held_out(config.evaluation.num_problems))
     yield (
         f"data: task {components.task.name}, prompts of {prompts.shortest} to {prompts.longest} "
@@ -186,12 +185,35 @@ def _conversations_line(config: Config, data: ConversationData, inputs: Inputs) 
     return f"conversations: {how}; at most {', '.join(limits)}"
 
 
-def _teacher_line(config: Config, components: Components, prompts: PromptStats) -> str:
-    teacher = config.teacher
-    if not isinstance(teacher, SelfTeacher):
-        is_served = isinstance(teacher, HiddenServerTeacher | LogprobServerTeacher)
-        part = "the teacher's head" if is_served else "teacher"
-        return _model_line(part, components.teacher.model)
+def _vocabulary_line(components: Components) -> str:
+    size, shared = components.student.vocab_size, components.student.shared
+    if shared is None:
+        return f"vocabulary: {size:,} ids shared; tokenizers agree"
+    return (
+        f"vocabulary: {len(shared.pairs[0]):,} of the student's {size:,} ids shared with the "
+        f"teacher's tokenizer, which has {shared.sizes[1]:,}"
+    )
+
+
+def _teacher_lines(
+    config: Config, components: Components, prompts: PromptStats
+) -> Iterator[str]:
+    """A line on each teacher."""
+    if isinstance(config.teacher, SelfTeacher):
+        yield _self_line(config.teacher, prompts)
+        return
+    loaded = components.teacher
+    several = loaded.teachers if isinstance(loaded, TeacherGroup) else {"": loaded}
+    for name, teacher in several.items():
+        table = config.teachers[name] if name else config.teacher
+        is_served = isinstance(table, HiddenServerTeacher | LogprobServerTeacher)
+        who = f"teacher {name}" if name else "teacher"
+        with teacher.on_device():
+            line = _model_line(f"the {who}'s head" if is_served else who, teacher.model)
+        yield line
+
+
+def _self_line(teacher: SelfTeacher, prompts: PromptStats) -> str:
     kept = f", average of decay {teacher.ema_decay}" if teacher.ema_decay is not None else ""
     reads = "the student's prompts"
     if prompts.longest_told:

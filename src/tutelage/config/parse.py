@@ -37,8 +37,9 @@ SAFE_KEYS = (
     "trackers",
 )
 """Keys that may change when a run is continued: they change no number in it."""
-ADDRESS_KEYS = ("teacher.url", "teacher.logprob_url", "teacher.timeout_s")
-"""Where a teacher answers, and how long that may take; they may change and name no run."""
+ADDRESS_KEYS = ("url", "logprob_url", "timeout_s")
+"""Keys of teachers that say where one answers, and how long that may take; they may change and name
+no run."""
 _UNNAMED_KEYS = (*SAFE_KEYS, "num_threads", "device", "recording")
 """Keys that do not name a run: they change no more than rounding, or nothing."""
 SHARDING_KEYS = ("sharding", "sharding_group_size")
@@ -171,8 +172,9 @@ def fingerprint(config: Config) -> str:
         table["engine"]["url"] = urls[0]  # as earlier versions named the only one
     if table["teacher"]["kind"] == "local":
         del table["teacher"]["kind"]  # as before there were kinds
-    for key in ADDRESS_KEYS:
-        table["teacher"].pop(key.removeprefix("teacher."), None)
+    for teacher in (table["teacher"], *table.get("teachers", {}).values()):
+        for key in ADDRESS_KEYS:
+            teacher.pop(key, None)
     table = {key: value for key, value in table.items() if value or key != "teachers"}
     text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -207,8 +209,10 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _is_safe(key: str) -> bool:
-    is_sharding = key.rpartition(".")[2] in SHARDING_KEYS
-    return key in (*SAFE_KEYS, *ADDRESS_KEYS) or key.startswith("recording.") or is_sharding
+    table, _, name = key.rpartition(".")
+    is_address = name in ADDRESS_KEYS and table.partition(".")[0] in ("teacher", "teachers")
+    is_free = name in SHARDING_KEYS or is_address
+    return key in SAFE_KEYS or key.startswith("recording.") or is_free
 
 
 def flat_keys(table: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from tutelage.data.prompts import FileTask
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError, RunError
 from tutelage.models.chat.template import printed_date
-from tutelage.models.load import load_model_config
+from tutelage.models.load import load_model_config, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.setup.inputs import Inputs
 from tutelage.setup.run_folder import RunFolder, environment, started_at
@@ -52,6 +52,8 @@ _KEYS = {
     "rollouts": "rollouts.path",
 }
 """The key that names the file of each digest."""
+_FURTHER = "teacher "
+"""Before the name of one of `[teachers.NAME]`, in the name of its digest."""
 
 
 def refuse_another_run(
@@ -112,10 +114,10 @@ def refuse_other_inputs(
     changed = [
         name
         for name, digest in input_digests(config, inputs).items()
-        if before.get(name, digest) != digest and _KEYS[name].partition(".")[0] not in free
+        if before.get(name, digest) != digest and _key_of(name).partition(".")[0] not in free
     ]
     if changed:
-        key = _KEYS[changed[0]]
+        key = _key_of(changed[0])
         raise RunError(
             f"the {' and the '.join(changed)} of {key} = {_named(config, key)!r} changed since "
             "the run began. Restore them, choose another out=FOLDER, or pass "
@@ -140,7 +142,15 @@ def manifest_of(config: Config, digests: dict[str, str], started: datetime) -> d
     }
 
 
+def _key_of(name: str) -> str:
+    """The key that names the file of a digest."""
+    teacher = name.removeprefix(_FURTHER)
+    return _KEYS[name] if teacher == name else f"teachers.{teacher}.model"
+
+
 def _named(config: Config, key: str) -> str:
+    if key.startswith("teachers."):
+        return config.teachers[key.removeprefix("teachers.").removesuffix(".model")].model
     if key == "data.path":
         return config.data.path if isinstance(config.data, FileData) else config.data.kind
     if key == "rollouts.path":
@@ -183,18 +193,25 @@ def input_digests(config: Config, inputs: Inputs) -> dict[str, str]:
     if config.student.lora is not None:
         found["student"] = model_digest(config.student.model)
     if inputs.has_teacher:
-        teacher = _digest(_tokenizer_parts(inputs.teacher_tokenizer))
-        found["teacher"] = _digest([model_digest(config.teacher.model).encode(), teacher.encode()])
+        found["teacher"] = _teacher_digest(config.teacher.model, inputs.teacher_tokenizer)
+    for name, teacher in config.teachers.items():
+        tokenizer = load_tokenizer(teacher.model)
+        found[f"{_FURTHER}{name}"] = _teacher_digest(teacher.model, tokenizer)
     if (path := given_path(config.rollouts)) is not None:
         found["rollouts"] = _digest(_file_parts(find_file(path)))
     return found
 
 
+def _teacher_digest(model: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return _digest([model_digest(model).encode(), _digest(_tokenizer_parts(tokenizer)).encode()])
+
+
 def _prompts_digest(prompts: Iterable[Prompt]) -> str:
     return _digest(
-        _json((p.id, p.content, p.answer, *([p.tools] if p.tools else []), *p.fields))
+        _json((p.id, p.content, p.answer, *(part for part in (p.tools, p.teacher) if part),
+               *p.fields))
         for p in prompts
-    )
+    )  # fmt: skip
 
 
 def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Iterable[bytes]:

@@ -28,7 +28,8 @@ class TeacherGroup:
     def __init__(self, teachers: Mapping[str, AnyTeacher]) -> None:
         self.teachers = dict(teachers)
         self._current: str | None = None
-        self._stack = ExitStack()
+        self._stack: ExitStack | None = None
+        """Leaves the teacher that is on the device; None outside `on_device()`."""
 
     @property
     def first(self) -> AnyTeacher:
@@ -42,7 +43,9 @@ class TeacherGroup:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The first one's."""
+        """The first one's, which is on the device then if a phase has begun."""
+        if self._stack is not None:
+            self._enter("")
         return self.first.model
 
     @property
@@ -87,14 +90,20 @@ class TeacherGroup:
             with ExitStack() as self._stack:
                 yield
         finally:
-            self._current = None
+            self._current = self._stack = None
+
+    def _enter(self, name: str) -> None:
+        """Exchange what is on the device, unless it is that teacher."""
+        if self._stack is None:
+            raise RuntimeError("teachers forward inside `with teacher.on_device()`.")
+        if self._current != name:
+            self._stack.close()
+            self._stack.enter_context(self.teachers[name].on_device())
+            self._current = name
 
     def forward(self, batch: Batch) -> TeacherLogits:
         """Logits of the batch's rows by the teacher of its sequences."""
-        if self._current != batch.teacher:
-            self._stack.close()
-            self._stack.enter_context(self.teachers[batch.teacher].on_device())
-            self._current = batch.teacher
+        self._enter(batch.teacher)
         return self.teachers[batch.teacher].forward(batch)
 
     def to_device(self, logits: TeacherLogits) -> TeacherLogits:
