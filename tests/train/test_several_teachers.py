@@ -154,7 +154,9 @@ def test_a_run_does_not_go_on_with_another_teacher_or_other_names(
     run(models, tmp_path / "run", **found)
     shutil.rmtree(tmp_path / "code")
     save_tiny_model(tmp_path / "code", 99)
-    with pytest.raises(RunError, match=r"the teacher code of teachers\.code\.model = .*/code' chang"):
+    with pytest.raises(
+        RunError, match=r"the teacher code of teachers\.code\.model = .*/code' chang"
+    ):
         run(models, tmp_path / "run", **found)
     shutil.rmtree(tmp_path / "code")
     shutil.copytree(models / "code", tmp_path / "code")

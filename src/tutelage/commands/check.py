@@ -195,9 +195,7 @@ def _vocabulary_line(components: Components) -> str:
     )
 
 
-def _teacher_lines(
-    config: Config, components: Components, prompts: PromptStats
-) -> Iterator[str]:
+def _teacher_lines(config: Config, components: Components, prompts: PromptStats) -> Iterator[str]:
     """A line on each teacher."""
     if isinstance(config.teacher, SelfTeacher):
         yield _self_line(config.teacher, prompts)
