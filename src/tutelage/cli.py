@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tutelage.config.schema import Config
 
 _LESS_MEMORY = "Lower the setting that needs it; `tutelage check` shows what memory is used for."
-_ALONE = ("init", "config", "check", "report", "compare", "serve-teacher")
+_ALONE = ("demo", "init", "config", "check", "report", "compare", "serve-teacher")
 """Commands that one process does whole."""
 _NO_DOCSTRINGS = (
     "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
@@ -153,6 +153,12 @@ def _load(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, arguments.overrides)
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    from tutelage.commands.demo import run
+
+    return run(arguments)
+
+
 def _init(arguments: argparse.Namespace) -> int:
     from tutelage.commands.init import run
 
@@ -232,6 +238,7 @@ def _serve_teacher(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
+    "demo": _demo,
     "init": _init,
     "config": _config,
     "check": _check,

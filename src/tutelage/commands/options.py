@@ -17,6 +17,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
 _EXAMPLES = {
+    "demo": "tutelage demo",
     "init": "tutelage init mine.toml --student STUDENT --teacher TEACHER --prompts prompts.jsonl",
     "config": "tutelage config selection.keep",
     "check": "tutelage check configs/examples/ledger.toml",
@@ -34,6 +35,7 @@ _MORE = {
 }
 """Further examples."""
 _SUMMARIES = {
+    "demo": "Train the embedded student and compare five selection rules, in about two minutes.",
     "init": "Write a commented configuration for your models and prompts; asks what is not given.",
     "config": "Print every key of a configuration, with default, unit and documentation.",
     "check": "Check that the models, tokenizers and data of a run fit, and plan its memory.",
@@ -213,6 +215,7 @@ def _serve_teacher(parser: Parser) -> None:
 
 
 _COMMANDS: dict[str, Callable[[Parser], None]] = {
+    "demo": lambda _: None,
     "init": _init,
     "config": _configuration,
     "check": _check,

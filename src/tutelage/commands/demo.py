@@ -1,10 +1,11 @@
-"""The main job in minutes: a student, its teacher, and selection rules compared.
+"""`tutelage demo`: the main job in minutes, a student, its teacher, and selection rules compared.
 
-Run it with `make demo`. Everything it uses is in the package; nothing is downloaded.
+Everything it uses is in the package; nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import time
@@ -17,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tutelage.commands.options import INTERRUPTED
 from tutelage.commands.progress import Reporter
 from tutelage.config.method import AllTokens, RandomTokens, SelectionConfig, SomeTokens
 from tutelage.config.parse import load_config
@@ -28,8 +30,10 @@ from tutelage.report.run_page import write_report
 from tutelage.setup.run_folder import run_folder
 from tutelage.train.loop import RunResult, train
 
-ROOT = Path(__file__).resolve().parents[1]
+CONFIG = Path(__file__).parents[1] / "assets" / "ledger.toml"
+"""The same as configs/examples/ledger.toml of a checkout."""
 RULES_STEPS = 24
+NUM_PROBLEMS = 128
 RULES: tuple[SelectionConfig, ...] = (
     AllTokens(),
     SomeTokens("soft_or", keep=0.1),
@@ -55,13 +59,14 @@ class Arm:
     pass_at_k: Interval
 
 
-def main() -> None:
+def run(_: argparse.Namespace) -> int:
+    """Train, measure, and compare five rules on the embedded models."""
     start = time.monotonic()
-    config = load_config(ROOT / "configs" / "examples" / "ledger.toml")
+    config = load_config(CONFIG)
     console.rule("1. A student is distilled on its own completions")
-    result = run(config, "demo")
+    result = trained(config, "demo")
     if not result.is_finished:
-        return
+        return INTERRUPTED
     tokens, seconds = totals(result.folder)
     console.print(f"{tokens:,} tokens trained; seconds: {seconds}")
     exported = measure(str(result.folder / "student"), config)[0]
@@ -70,15 +75,16 @@ def main() -> None:
     console.rule(f"2. Selection rules: {RULES_STEPS} steps each, same start, same prompts")
     arms = [arm(config, rule) for rule in RULES]
     if None in arms:
-        return
+        return INTERRUPTED
     console.print(table([row for row in arms if row is not None]))
     console.print(CAVEAT)
     console.rule(f"done in {time.monotonic() - start:.0f} s")
     console.print(f"report:  {write_report(result.folder)}")
     console.print(f"student: {result.folder / 'student'}")
+    return 0
 
 
-def run(config: Config, name: str, is_quiet: bool = False) -> RunResult:
+def trained(config: Config, name: str, is_quiet: bool = False) -> RunResult:
     """Train from scratch: what an earlier demo left behind is removed, stopped or not."""
     shutil.rmtree(run_folder(config, name), ignore_errors=True)
     if is_quiet:
@@ -94,7 +100,7 @@ def arm(config: Config, rule: SelectionConfig) -> Arm | None:
     keep = f" {rule.keep:.0%}" if isinstance(rule, SomeTokens | RandomTokens) else ""
     name = f"{rule.rule}{keep}"
     with console.status(name):
-        result = run(config, "demo-rule", is_quiet=True)
+        result = trained(config, "demo-rule", is_quiet=True)
     if not result.is_finished:
         return None
     mean, passing = measure(str(result.folder / "student"), config)
@@ -106,15 +112,16 @@ def measure(model: str, config: Config) -> tuple[Interval, Interval]:
     found = evaluate(
         EvaluationRequest(
             model,
-            num_problems=128,
+            num_problems=NUM_PROBLEMS,
             max_new_tokens=config.sampling.max_new_tokens,
             batch_size=config.sampling_batch_size,
         )
     )
     scores = found.results[0].scores
-    assert scores.mean_at_k is not None
-    assert scores.pass_at_k is not None
-    return scores.mean_at_k, scores.pass_at_k
+    mean, passing = scores.mean_at_k, scores.pass_at_k
+    if mean is None or passing is None:
+        raise RuntimeError("the embedded problems have no answers")
+    return mean, passing
 
 
 def totals(folder: Path) -> tuple[int, str]:
@@ -153,7 +160,3 @@ def as_percent(interval: Interval) -> str:
     return (
         f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}] (95 %)"
     )
-
-
-if __name__ == "__main__":
-    main()
