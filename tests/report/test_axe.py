@@ -74,7 +74,14 @@ def evaluations_page(make_run: MakeRun, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "make_page", [run_page, conversation_page, compare_page, score_page, evaluations_page]
+    "make_page",
+    [
+        run_page,
+        *(
+            pytest.param(make, marks=pytest.mark.slow)
+            for make in (conversation_page, compare_page, score_page, evaluations_page)
+        ),
+    ],
 )
 def test_axe_finds_nothing(
     browser: Any, make_run: MakeRun, tmp_path: Path, make_page: Callable[[MakeRun, Path], Path]

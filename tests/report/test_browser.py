@@ -141,42 +141,96 @@ def test_curves_tell_the_recorded_values_and_can_be_zoomed_smoothed_and_put_on_a
     assert "0" not in figure.locator("svg text[text-anchor=end]").all_text_contents()
 
 
-def test_a_chosen_token_shows_what_was_recorded(show: Any) -> None:
+def number(text: str) -> float:
+    return float(text.removeprefix("< ").removesuffix(" nats"))
+
+
+def test_a_token_shows_what_was_recorded_when_chosen_and_when_pointed_at(show: Any) -> None:
     opened = show()
-    opened.page.click("#tab-viewer")
-    opened.page.select_option("#text-step", "10")
+    page = opened.page
+    page.click("#tab-viewer")
+    open_text(page, "held-out", "a")
+    page.select_option("#text-step", "10")
     line = opened.line(10)
-    for index in (0, 7):
-        opened.page.locator("button.token").nth(index).click()
+    for index, act in ((0, "click"), (7, "hover")):
+        getattr(page.locator("#readings .token").nth(index), act)()
         for name in ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "log_p", "log_q"):
-            shown = opened.page.inner_text(f'#detail [data-name="{name}"]').removesuffix(" nats")
-            assert float(shown) == pytest.approx(line[name][index], rel=1e-3), name
-        tables = opened.page.locator("#detail table").all()
-        for table, who in zip(tables, ("student", "teacher"), strict=False):
-            rows = table.locator("tbody tr").all()
-            shares = [float(row.locator("td").first.inner_text()) for row in rows]
-            assert shares == line[f"{who}_share"][index]
-        ranks = [r.locator("th,td").all_inner_texts() for r in tables[2].locator("tbody tr").all()]
-        assert ranks == [
+            shown = number(page.inner_text(f'#detail [data-name="{name}"]'))
+            assert shown == pytest.approx(line[name][index], rel=1e-3), name
+        pairs = {r.get_attribute("data-id"): r.locator("td").all_inner_texts()
+                 for r in page.locator("#detail .mirrored tbody tr").all()}  # fmt: skip
+        for who, cell in (("student", 0), ("teacher", 3)):
+            recorded = dict(zip(line[f"{who}_top"][index][::-1], line[f"{who}_share"][index][::-1],
+                                strict=True))  # fmt: skip
+            assert {i: number(pairs[str(i)][cell]) for i in recorded} == recorded
+        rows = page.locator("#detail table").last.locator("tbody tr").all()
+        assert [r.locator("th,td").all_inner_texts() for r in rows] == [
             [rule, str(line["rank"][rule][index]), "yes" if index in line["kept"][rule] else "no"]
             for rule in RULES
         ]
+    assert page.locator("#readings span.chosen").get_attribute("data-index") == "0"
+    page.mouse.move(0, 0)
+    shown = number(page.inner_text('#detail [data-name="log_p"]'))
+    assert shown == pytest.approx(line["log_p"][0], rel=1e-3)
+
+
+def open_text(page: Any, kind: str, prompt: str) -> None:
+    """Choose a completion in the list, which has the texts of the lines and not their ids."""
+    key = f"{kind} · {prompt} · sample 0"
+    index = page.evaluate(
+        """(key) => {
+        const found = JSON.parse(document.getElementById("tokens").textContent).completions;
+        const mean = (c) => c.reverse_kl.reduce((a, b) => a + b, 0) / c.reverse_kl.length;
+        const best = {};
+        for (const c of found) {
+          const name = `${c.kind} · ${c.prompt_id} · sample ${c.sample}`;
+          best[name] = Math.max(best[name] ?? 0, mean(c));
+        }
+        return Object.keys(best).sort((a, b) => best[b] - best[a]).indexOf(key);
+      }""",
+        key,
+    )
+    page.locator("#texts button").nth(index).click()
+
+
+def test_completions_stand_by_falling_kl_and_special_tokens_in_frames(show: Any) -> None:
+    opened = show(["<|im_end|>", "b", " c", "\n", "", "9"])
+    page = opened.page
+    page.click("#tab-viewer")
+    listed = page.locator("#texts .about").all_inner_texts()
+    kls = [max(float(kl) for kl in line.partition("KL ")[2].split(" → ")) for line in listed]
+    assert kls == sorted(kls, reverse=True)
+    assert len(listed) == 4
+    open_text(page, "held-out", "a")
+    line = opened.line(0)
+    chips = page.locator("#readings .chip").all_inner_texts()
+    expected = [opened.lines[0]["texts"][str(i)] for i in line["token"] if i in (0, 4)]
+    assert chips == [text or "∅" for text in expected]
+    page.locator("#texts button").first.focus()
+    page.keyboard.press("ArrowDown")
+    pressed = page.locator("#texts button[aria-pressed=true]")
+    assert pressed.get_attribute("data-text") == "1"
+    strip = page.locator("#readings svg.strip rect")
+    assert strip.count() == NUM_TOKENS
+    strip.nth(5).click()
+    assert page.evaluate("document.activeElement.dataset.index") == "5"
 
 
 def test_tokens_are_coloured_filtered_and_walked_by_keyboard(show: Any) -> None:
     opened = show()
     opened.page.click("#tab-viewer")
-    line, tokens = opened.line(0), opened.page.locator("button.token")
+    open_text(opened.page, "held-out", "a")
+    line, tokens = opened.line(0), opened.page.locator("#readings .token")
     for index in range(NUM_TOKENS):
         classes = (tokens.nth(index).get_attribute("class") or "").split()
         assert f"q{quadrant(line, index)}" in classes
         assert ("kept" in classes) == (index in line["kept"]["soft_or"])
     opened.page.select_option("#text-filter", "3")
     shown = [i for i in range(NUM_TOKENS) if quadrant(line, i) == 3]
-    assert opened.page.locator("button.token:not(.off)").count() == len(shown)
-    opened.page.locator("button.token").nth(4).focus()
+    assert opened.page.locator("#readings .token:not(.off)").count() == len(shown)
+    opened.page.locator("#readings .token").nth(4).focus()
     opened.page.keyboard.press("ArrowRight")
-    assert "position 5." in opened.page.inner_text("#detail")
+    assert "Position 5 " in opened.page.inner_text("#detail")
     opened.page.select_option("#text-other", label="step 10")
     assert opened.page.locator(".reading").count() == 2
 
@@ -193,11 +247,10 @@ def test_turns_and_inserted_text_stand_between_the_tokens(
         opened = Opened(context.new_page(), lines)
         opened.page.goto(write_report(run).as_uri())
         opened.page.click("#tab-viewer")
-        group = opened.page.locator("#readings .tokens").first
-        kinds = group.evaluate("e => [...e.children].map((c) => c.localName)")
-        order = [kind for kind in kinds if kind != "br"]
-        turn = ["h4", *["button"] * 5, "details", "h4", *["button"] * 4, "details", "h4"]
-        assert order == [*turn, *["button"] * 3]
+        group = opened.page.locator("#readings .prose").first
+        order = group.evaluate("e => [...e.children].map((c) => c.localName)")
+        turn = ["h4", *["span"] * 5, "details", "h4", *["span"] * 4, "details", "h4"]
+        assert order == [*turn, *["span"] * 3]
         details = group.locator("details").first
         assert details.locator("pre").text_content() == answer
         is_open = details.get_attribute("open") is not None
@@ -224,8 +277,8 @@ def test_the_jump_goes_through_q3_by_falling_kl(show: Any) -> None:
     )
     for expected in found[:3]:
         opened.page.click("#jump")
-        shown = opened.page.inner_text('#detail [data-name="reverse_kl"]')
-        assert float(shown.removesuffix(" nats")) == pytest.approx(expected, rel=1e-3)
+        shown = number(opened.page.inner_text('#detail [data-name="reverse_kl"]'))
+        assert shown == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("how", ["fixed", "median"])
@@ -264,11 +317,44 @@ def test_rules_and_gates_are_those_of_the_recording(show: Any) -> None:
 def test_figures_and_page_count_the_same_bins(show: Any, tmp_path: Path) -> None:
     opened = show()
     opened.page.click("#tab-map")
-    counts = opened.page.locator("#map-plot rect.bin title").all_text_contents()
+    titles = opened.page.locator("#map-plot rect.bin title").all_text_contents()
+    counts = [title.partition(":")[0] for title in titles]
     tokens = read_run(tmp_path / "run0").tokens
     rows = rows_of(snapshots(tokens)[0, "held-out"])
     bins = map_bins(rows, highest(rows_of(tokens)))
-    assert sorted(counts) == sorted(f"{count} tokens" for count in bins.values())
+    expected = [f"{count} token{'s' * (count > 1)}" for count in bins.values()]
+    assert sorted(counts) == sorted(expected)
+
+
+def test_the_map_plays_its_steps_and_its_cells_lead_to_their_tokens(show: Any) -> None:
+    opened = show()
+    page = opened.page
+    page.click("#tab-map")
+    page.click("#map-play")
+    page.wait_for_function("document.getElementById('map-step').value === '1'")
+    assert page.inner_text("#map-step-value") == "step 10"
+    assert page.inner_text("#map-play") == "Play"
+    tokens = [n for n in opened.lines if (n["step"], n["kind"]) == (10, "held-out")]
+    total = sum(len(n["token"]) for n in tokens)
+    for axis in "ij":
+        titles = page.locator(f"#map-plot .marginal.{axis} title").all_text_contents()
+        assert sum(int(title.split()[0]) for title in titles) == total
+    page.locator("#map-plot .bin").first.focus()
+    before = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.keyboard.press("Enter")
+    assert before in page.inner_text("#map-cell h3")
+    assert page.locator("#map-cell li").count() == int(before.split()[0])
+    kl = float(page.locator("#map-cell li .about").first.inner_text().removeprefix(" KL "))
+    moved = set()
+    for key in ("ArrowUp", "ArrowRight", "ArrowLeft", "ArrowDown"):
+        page.keyboard.press(key)
+        moved.add(page.evaluate("document.activeElement.getAttribute('aria-label')"))
+    assert len(moved) > 1
+    page.locator("#map-cell li button").first.click()
+    assert page.is_visible("#view-viewer")
+    assert page.input_value("#text-step") == "10"
+    shown = number(page.inner_text('#detail [data-name="reverse_kl"]'))
+    assert shown == pytest.approx(kl, rel=5e-3)
 
 
 def test_runs_side_by_side_in_one_token_viewer(
@@ -290,12 +376,14 @@ def test_runs_side_by_side_in_one_token_viewer(
         page.click(f"#tab-{view}")
         assert page.is_visible(f"#view-{view}")
     page.click("#tab-viewer")
-    assert page.locator("#text option").count() == 2 * 4
+    assert page.locator("#texts button").count() == 2 * 4
+    open_text(page, "a · held-out", "a")
     page.select_option("#text-other", label="b · held-out, step 10")
     titles = page.locator(".reading h3").all_inner_texts()
-    assert titles == ["a · held-out, step 0", "b · held-out, step 10"]
-    page.locator('button.token[data-side="1"]').nth(2).click()
-    assert len(page.locator("#detail table").nth(2).locator("tbody tr").all()) == len(RULES) + 1
+    expected = ["a · held-out, step 0", "b · held-out, step 10"]
+    assert [title.partition(" mean KL")[0] for title in titles] == expected
+    page.locator('.token[data-side="1"]').nth(2).click()
+    assert len(page.locator("#detail table").last.locator("tbody tr").all()) == len(RULES) + 1
     page.click("#tab-rules")
     page.select_option("#rules-kind", "b · held-out")
     assert [row[0] for row in opened.cells("#rules-tables div:nth-child(1)")] == [*RULES, "own"]
@@ -306,7 +394,7 @@ def test_runs_side_by_side_in_one_token_viewer(
 
 SHAPE = """() => {
   const walk = (e) => [e.localName, ...[...e.attributes].map((a) => a.name).sort(),
-    ...[...e.children].filter((c) => c.localName !== "br").map(walk)];
+    ...[...e.children].map(walk)];
   return JSON.stringify(walk(document.querySelector("main")));
 }"""
 
@@ -369,8 +457,15 @@ AUDIT = r"""() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1100, 360])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 1100),
+        ("dark", 420),
+        pytest.param("dark", 1100, marks=pytest.mark.slow),
+        pytest.param("light", 360, marks=pytest.mark.slow),
+    ],
+)
 def test_accessibility_in_light_and_dark_wide_and_narrow(
     show: Any, scheme: str, width: int
 ) -> None:
@@ -390,7 +485,7 @@ def test_the_audit_notices_what_is_wrong(show: Any) -> None:
     opened.page.evaluate("""() => {
       const add = (tag) => document.querySelector("main").appendChild(document.createElement(tag));
       const faint = add("p"); faint.textContent = "faint"; faint.style.color = "#bbb";
-      add("select"); add("button"); add("img"); add("table"); add("div").id = "tokens";
+      add("select"); add("button"); add("img"); add("table"); add("div").id = "texts";
     }""")
     found = " ".join(opened.page.evaluate(AUDIT))
     for fault in ("contrast", "no label", "nameless button", "picture without", "an id twice"):

@@ -116,7 +116,7 @@ def test_the_page_shows_turns_with_inserted_text_in_its_place(
         details = [child for child in flow if child.tag == "details"][1:]
         assert [child.findtext("pre") for child in details] == [inserted] * 2
         assert ["open" in child.attrib for child in details] == [length == 400] * 2
-        tokens = [[*child] for child in flow if child.get("class") == "tokens"]
+        tokens = [[*child] for child in flow if child.get("class") == "prose"]
         assert [len(group) for group in tokens] == [5, 4, 3]
         texts = [line["texts"][str(token)] for token in line["token"]]
         assert ["".join(span.itertext()) for group in tokens for span in group] == texts
@@ -129,7 +129,7 @@ def test_only_generated_tokens_are_coloured_and_by_their_quadrant(make_run: Make
     (run / "manifest.json").write_text(json.dumps(manifest))
     lines = [n for n in conversation_lines(["a", "b"], "x") if n["step"] == 10]
     for article, line in zip(articles(page_of(run)), lines, strict=True):
-        classes = [span.get("class", "") for span in article.findall("p[@class='tokens']/span")]
+        classes = [span.get("class", "") for span in article.findall("p[@class='prose']/span")]
         pairs = zip(line["entropy"], line["reverse_kl"], strict=True)
         assert classes == [f"token q{4 - 2 * (h > 0.4) - (kl > 0.6)}" for h, kl in pairs]
         inside = [e for details in article.iter("details") for e in details.iter()]
@@ -172,7 +172,7 @@ def test_pages_without_conversations_have_nothing_of_them(make_run: MakeRun) -> 
     assert "onversation" not in page
     assert "inserted" not in page
     conversation = page_of(with_tokens(run, conversation_lines(["a", "b"], "x")))
-    for word in ("onversation", "details.inserted", "MutationObserver", "Turn 3"):
+    for word in ("onversation", "details.inserted", "decorations.push", "Turn 3"):
         assert word in conversation
     assert not CONVERSATION_PANELS & {panel.title for panel in panels_of(read_run(run))}
 
@@ -228,7 +228,7 @@ def test_compared_runs_show_turns_in_the_token_viewer(make_run: MakeRun, tmp_pat
     page = tmp_path / "page.html"
     assert main(["compare", *map(str, runs), "--html", str(page)]) == 0
     (_, data, script) = parsed(page.read_text("utf-8")).iter("script")
-    assert "MutationObserver" in (script.text or "")
+    assert "decorations.push" in (script.text or "")
     for completion in json.loads(data.text or "")["completions"]:
         assert [turn["number"] for turn in completion["turns"]] == [1, 2, 3]
         assert "no success" in completion["outcome"]

@@ -21,6 +21,7 @@ from token_lines import token_lines
 
 from tutelage.config.schema import RecordingConfig
 from tutelage.errors import RunError
+from tutelage.report import page as page_module
 from tutelage.report import plots, text
 from tutelage.report.embed import template_text
 from tutelage.report.panels import MAX_POINTS, panels_of
@@ -433,17 +434,18 @@ def test_the_largest_recording_gives_a_page_below_ten_megabytes(make_run: MakeRu
 
 
 def test_the_script_finds_every_element_that_it_names() -> None:
-    """Ids in the script stand on the page, and every tab and control has a view."""
-    script, page = template_text("token_viewer.js"), template_text("token_viewer.html")
+    """Ids in the scripts stand on the page, and every tab and control has a view."""
+    folder = Path(page_module.__file__).parent / "templates"
+    script = "".join(path.read_text("utf-8") for path in sorted(folder.glob("*.js")))
+    html = "".join(path.read_text("utf-8") for path in sorted(folder.glob("*.html")))
     called = set(re.findall(r'\$\("([\w-]+)"\)', script))
-    called |= {name for group in re.findall(r"for \(const id of \[(.*?)\]", script)
-               for name in re.findall(r'"([\w-]+)"', group)}  # fmt: skip
-    ids = set(re.findall(r'id="([\w-]+)"|choice\("([\w-]+)"', page))
-    assert called
-    assert called <= {name for pair in ids for name in pair}
-    (views,) = re.findall(r"const drawViews = \{(.*?)\};", script)
-    known = {entry.split(":")[0].strip() for entry in views.split(",")}
+    chosen = dict(re.findall(r'control\("(\w+)", \w+, \{(.*?)\}\);', script, re.DOTALL))
+    called |= {name for choices in chosen.values() for name in re.findall(r'"([\w-]+)":', choices)}
+    ids = {n for pair in re.findall(r'id="([\w-]+)"|choice\("([\w-]+)"', html) for n in pair}
+    assert len(called) > 20
+    assert called - {"tab-viewer"} <= ids
     tabs = re.findall(r'\("(\w+)", "[^"]+"\)', template_text("report.html"))
-    assert set(tabs) - {"overview"} == known == set(re.findall(r'id="view-(\w+)"', page))
-    controls = re.findall(r'data-for="(\w+)"|choice\("[\w-]+", "[^"]+", "(\w+)"\)', page)
-    assert {name for pair in controls for name in pair if name} <= known
+    views = set(re.findall(r'id="view-(\w+)"', html))
+    assert set(tabs) - {"overview"} == set(chosen) == views - {"overview"}
+    controls = re.findall(r'data-for="(\w+)"|choice\("[\w-]+", "[^"]+", "(\w+)"\)', html)
+    assert {name for pair in controls for name in pair if name} <= set(chosen)

@@ -59,7 +59,9 @@ def _shell(context: dict[str, Any]) -> dict[str, Any]:
     style = "".join(map(template_text, [*_STYLES, *(f"{name}.css" for name in more)]))
     parts = ["curves.js"] if context["panel_data"] else []
     if context["tokens"]:
-        parts += ["token_viewer.js", *(f"{name}.js" for name in more)]
+        parts += ["records.js", "detail.js", *(f"{name}.js" for name in more)]
+        parts += ["viewer.js", "map.js", "rules.js"]
+        parts += ["gate.js"] if context["has_gate"] else []
     script = _script(["dom.js", *parts, "views.js"]) if parts else None
     return {
         "style": style,
