@@ -139,6 +139,18 @@ CORE_MUTANTS: dict[str, Group] = {
                 "scatter_add_(-1, tokens, -slope[:, None])",
                 "scatter_add_(-1, tokens, slope[:, None])",
             ),
+            ("gradient = block.p * slope[:, None]", "gradient = torch.zeros_like(block.p)"),
+            ("clipped_surrogate((log_p - old).exp()", "clipped_surrogate((old - log_p).exp()"),
+            ("self.is_clipped[rows] = is_clipped", "pass"),
+            ('object.__setattr__(other, "is_clipped", self.is_clipped)', "pass"),
+            ("rows[2, here] = block.entropy", "rows[3, here] = block.entropy"),
+            ("block.logits.copy_(gradient)", "pass"),
+            (
+                "(term(block, here), weights[here])",
+                "(term(block, here), weights[: block.p.shape[0]])",
+            ),
+            ("rewards.double().view(-1, num_samples)", "rewards.double().view(num_samples, -1).T"),
+            ("(groups == groups[:, :1]).all(1)", "(groups == groups[:, 1:2]).any(1)"),
         ],
     ),
     "core/rules.py": (

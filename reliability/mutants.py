@@ -25,6 +25,7 @@ from .mutant_list_agents import AGENT_MUTANTS
 from .mutant_list_core import CORE_MUTANTS
 from .mutant_list_processes import PROCESS_MUTANTS
 from .mutant_list_teachers import TEACHER_MUTANTS
+from .mutant_list_vocabulary import VOCABULARY_MUTANTS
 from .record import ROOT, Outcome
 
 PASSED, FAILED = 0, 1
@@ -57,7 +58,8 @@ class Mutant:
 
 def mutants() -> Iterator[Mutant]:
     """The list, one object each."""
-    for groups in (CORE_MUTANTS, MUTANTS, AGENT_MUTANTS, PROCESS_MUTANTS, TEACHER_MUTANTS):
+    lists = (CORE_MUTANTS, MUTANTS, AGENT_MUTANTS, PROCESS_MUTANTS, TEACHER_MUTANTS)
+    for groups in (*lists, VOCABULARY_MUTANTS):
         for pattern, (tests, pairs) in groups.items():
             for old, new in pairs:
                 yield Mutant(pattern, old, new, tuple(tests))

@@ -89,6 +89,46 @@ def test_without_a_tail_they_do_not() -> None:
     assert sum(tried(17, 2_000, seed, is_broken=True) for seed in range(4)) > 500
 
 
+@pytest.mark.parametrize(("v", "k"), [(2, 1), (3, 2), (6, 2)])
+def test_bounds_contain_every_tail_within_the_tolerance(v: int, k: int) -> None:
+    """Tails of any mass from t - 0.2 to t + 0.2, no id of which is likelier than the k-th known."""
+    generator = torch.Generator().manual_seed(4)
+    n, tolerance = 500, 0.2
+    scale = torch.rand(n, 1, generator=generator, dtype=torch.float64) * 3
+    log_p, log_q = (
+        (torch.randn(n, v, generator=generator, dtype=torch.float64) * scale).log_softmax(1)
+        for _ in "pq"
+    )
+    log_q = log_q.sort(1, descending=True).values
+    teacher = known_of(log_q, k, torch.zeros(n, dtype=torch.long))
+    found = bounds(log_p, teacher, tolerance)
+    cap, mass = log_q[:, k - 1].exp(), log_q[:, k:].exp().sum(1)
+    most = torch.minimum(mass + tolerance, (v - k) * cap)
+    least = torch.minimum((mass - tolerance).clamp(min=0.0), most)
+    num_tried = 0
+    for _ in range(60):
+        ways = torch.rand(n, v - k, generator=generator, dtype=torch.float64)
+        ways = ways ** torch.randint(12, (n, 1), generator=generator)
+        share = torch.rand(n, generator=generator, dtype=torch.float64).mul(3).sub(1).clamp(0, 1)
+        tail = (least + share * (most - least))[:, None] * ways / ways.sum(1, keepdim=True)
+        is_possible = (tail <= cap[:, None] + 1e-12).all(1)
+        whole = torch.cat([log_q[:, :k], tail.log()], 1)
+        rows = [
+            Bounds(*((low[is_possible], high[is_possible]) for low, high in vars(found).values()))
+        ]
+        assert outside(rows[0], exact(log_p[is_possible], whole[is_possible])) == 0
+        num_tried += int(is_possible.sum())
+    assert num_tried > 3_000
+
+
+def test_unknown_ids_have_no_more_than_the_least_likely_known_one() -> None:
+    log_q = torch.tensor([[0.0, -40.0]], dtype=torch.float64)
+    token = torch.tensor([0])
+    teacher = PartialLogits(torch.tensor([[0, 1]]), log_q, token, log_q[:, 0], 9)
+    low, high = bounds(torch.zeros(1, 9).log_softmax(1), teacher, 1e-3).entropy
+    assert 0 <= float(low) <= float(high) < 1e-12
+
+
 def test_bounds_meet_where_every_id_is_known() -> None:
     generator = torch.Generator().manual_seed(3)
     log_p, log_q = (torch.randn(50, 9, generator=generator).double().log_softmax(1) for _ in "pq")

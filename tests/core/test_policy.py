@@ -101,6 +101,7 @@ def test_ids_that_count_as_one_do_so_without_a_teacher_too(make_pair: Make) -> N
         student = replace(pair.student, one_class=(3, 17, 22))
         teacher = pair.teacher if has_teacher else None
         composite_objective(student, teacher, [(term, 1.0)], chunk_bytes=999).total.backward()
+        assert term.is_clipped.any()
         found.append([pair.student.hidden.grad, pair.student.weight.grad, pair.student.bias.grad])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)

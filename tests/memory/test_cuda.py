@@ -18,6 +18,7 @@ from tutelage.memory.cuda import plan_cuda, plan_run
 from tutelage.memory.facts import ALLOCATOR_SHARE, CONTEXT_BYTES, Facts
 from tutelage.memory.meta_model import shadow
 from tutelage.memory.plan import UNCOUNTED, Phase
+from tutelage.models.head_model import shape_of_head
 from tutelage.models.load import load_model
 from tutelage.models.lora import checkpoint_activations
 from tutelage.setup.components import build_components
@@ -106,6 +107,28 @@ def test_rewards_alone_need_no_teacher_in_steps(tmp_path: Path, models: Path) ->
         assert alone[phase]["teacher"] == alone[phase]["hidden states"] == 0
         assert both[phase]["teacher"] > 0
     assert sum(alone["learn"].values()) < sum(both["learn"].values())
+
+
+def test_a_server_of_log_probabilities_takes_what_it_tells(tmp_path: Path, models: Path) -> None:
+    """Its head is not here: 20 ids and the token's, in int64 and float32, wait in main memory."""
+    table = {"model": str(models / "teacher"), "url": "http://h:1"}
+    config = tiny_config(
+        models, tmp_path, teacher=table | {"kind": "logprob_server"}, objective={"kind": "topk"}
+    )
+    student = shadow(load_model(str(models / "student")))
+    plans = [
+        plan_cuda(config, student, shadow(teacher), CARD, 10)
+        for teacher in (shape_of_head(str(models / "teacher")), load_model(str(models / "teacher")))
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].host is not None
+    phases = {phase.name: phase.parts for phase in (*plans[0].phases, *plans[0].host.phases)}
+    for phase in ("rollout", "teacher", "learn"):
+        assert phases[phase]["teacher"] == 0
+    assert phases["teacher"]["activations"] == phases["teacher"]["log-probabilities"] == 0
+    assert phases["run"]["log-probabilities"] == 4 * 2 * 10 * 12 * 21
+    assert 0 < phases["learn"]["log-probabilities"] <= 4 * 2 * 10 * 12 * 21
+    assert not any("hidden states" in parts for parts in phases.values())
 
 
 def test_conversations_need_room_for_what_is_inserted(tmp_path: Path, models: Path) -> None:

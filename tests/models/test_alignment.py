@@ -125,6 +125,7 @@ def test_a_character_that_the_end_cuts_and_the_stop_behind_it_are_left_out() -> 
     assert found.of_student[-1] is False
     assert found.of_student[cut - 1] is False
     assert TEACHER.eos_token_id not in found.teacher_ids
+    assert b"".join(token_bytes(TEACHER)[i] for i in found.teacher_ids) == b"the "
 
 
 def test_what_a_tokenizer_normalizes_and_all_behind_it_is_left_out() -> None:

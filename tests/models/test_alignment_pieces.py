@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from dataclasses import replace
@@ -140,6 +141,16 @@ def spans(name: str, ids: tuple[int, ...], is_literal: bool) -> list[tuple[int, 
     return [None if None in (a, b) or a == b else (a, b) for a, b in found]  # type: ignore[misc]
 
 
+CHAT = ({"role": "user", "content": "q"},)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, end: str = "") -> PreTrainedTokenizerFast:
+    """The same with a chat template whose prompts end in "]" and what is asked for."""
+    found = copy.deepcopy(tokenizer)
+    found.chat_template = "[{{ messages[0]['content'] }}]" + end
+    return found
+
+
 PAIRS = [
     ("bytes", "llama"),
     ("llama", "bytes"),
@@ -206,6 +217,32 @@ def test_a_character_is_shared_before_its_byte_token() -> None:
     assert GEMMA.get_vocab()["<0x0A>"] not in pairs  # its encoder has a newline
 
 
+def test_a_control_token_is_no_text_and_an_added_token_is() -> None:
+    """Gemma has runs of spaces as added tokens that are no control tokens."""
+    ours, theirs = copy.deepcopy(GEMMA), copy.deepcopy(BYTES)
+    ours.add_tokens(["▁▁"])
+    theirs.add_tokens(["<s>", "é 1"])
+    ids = {text: ours.convert_tokens_to_ids(text) for text in ("<s>", "▁▁")}
+    pairs = dict(shared_pairs(ours, theirs, (len(ours), len(theirs))))
+    assert ids["<s>"] not in pairs
+    assert pairs[ids["▁▁"]] == theirs.get_vocab()["ĠĠ"]
+    assert token_bytes(theirs)[theirs.convert_tokens_to_ids("é 1")] == "é 1".encode()
+
+
+def test_a_byte_token_is_text_for_a_decoder_without_bytes() -> None:
+    core = Tokenizer(models.WordLevel({"<0x41>": 0, "▁a": 1}))
+    core.decoder = decoders.Metaspace()
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=core)) == {0: b"<0x41>", 1: b" a"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_text_is_encoded_as_it_is(name: str) -> None:
+    table = token_bytes(ALL[name])
+    for text in ("", "t", *texts(20, 5)):
+        ids = aligner(name, name).encode(text, 1)
+        assert b"".join(table[i] for i in ids) == text.encode()
+
+
 @settings(max_examples=20)
 @given(st.text(max_size=30), st.sampled_from(PAIRS), st.booleans(), st.integers(0, 2**32))
 def test_aligned_tokens_cover_the_same_text_behind_the_same_text(
@@ -245,17 +282,16 @@ def test_aligned_tokens_cover_the_same_text_behind_the_same_text(
     ("content", "end", "begins"),
     [
         ("a text", "", False),  # a completion goes on where the text ends
-        ([{"role": "user", "content": "q"}], "", True),
-        ([{"role": "user", "content": "q"}], "{{ '\n' }}", False),
+        (CHAT, "", True),
+        (CHAT, "{{ '\n' }}", False),
     ],
     ids=["text", "turn", "turn behind a newline"],
 )
 def test_a_turn_begins_as_the_tokenizer_writes_one(content: Any, end: str, begins: bool) -> None:
     """A turn "t sum" is `▁t ▁sum` for Llama 2, and `t Ġsum` for others."""
-    teacher = pieces(110, True)
-    teacher.chat_template = "[{{ messages[0]['content'] }}]" + end
+    teacher = with_template(LLAMA, end)
     found = replace(aligner("bytes", "llama"), teacher=teacher)
-    prompt = Prompt("0", content if isinstance(content, str) else tuple(content))
+    prompt = Prompt("0", content)
     ids = (*encoded("bytes", "t sum"), BYTES.eos_token_id)
     rollout = Rollout(prompt, 0, tuple(encoded("bytes", "q")), ids)
     reading = AlignedReading(found, 0)
@@ -263,6 +299,17 @@ def test_a_turn_begins_as_the_tokenizer_writes_one(content: Any, end: str, begin
     assert first == ("▁t" if begins else "t")
     assert reading.rows([rollout])[0].is_generated[0] is not begins
     assert all(reading.rows([rollout])[0].is_generated[1:])
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [("q", " t sum"), (CHAT, "t sum")], ids=["text", "turn"]
+)
+def test_what_a_student_writes_first_is_a_space_of_a_text_alone(content: Any, text: str) -> None:
+    reading = AlignedReading(aligner("llama", "bytes"), 0)
+    rollout = Rollout(Prompt("0", content), 0, (5,), tuple(encoded("llama", "t sum")))
+    teacher = with_template(BYTES)
+    reading = replace(reading, aligner=replace(reading.aligner, teacher=teacher))
+    assert teacher.decode(reading([rollout])[0].completion_ids) == text
 
 
 def test_a_stop_behind_nothing_is_left_out_where_one_side_would_write_a_space() -> None:

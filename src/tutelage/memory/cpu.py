@@ -17,6 +17,7 @@ from tutelage.core.kernels import is_supported
 from tutelage.memory.plan import MemoryPlan, Phase
 from tutelage.memory.shards import Shards, TeacherParts
 from tutelage.memory.stored import of_steps
+from tutelage.memory.teacher_weights import told_bytes
 from tutelage.models.forward import backbone, foreign
 from tutelage.models.limits import context_limit
 from tutelage.setup.components import Components
@@ -96,11 +97,13 @@ def plan_memory(
     whole = 0 if shards is None else shards.whole_bytes + shards.gathering_bytes
     reading = {"teacher": full, "gathered weights": 0 if parts is None else parts.gathered_bytes}
     of_teacher = base | _teacher(components, sizes) | reading
+    told = {"log-probabilities": sizes.rows * told_bytes(config) * reads * on_cpu}
+    given = {"hidden states": kept} | told
     phases = [
         *_prefix(config, teacher, sizes, base | {"teacher": full, "recorded states": 0}),
         Phase("rollout", rest | _rollout(model, sizes) | {"whole weights": whole}),
-        *([Phase("teacher", of_teacher | {"hidden states": kept, "file": read})] if reads else []),
-        Phase("learn", rest | _learn(config, components, sizes, shards) | {"hidden states": kept}),
+        *([Phase("teacher", of_teacher | given | {"file": read})] if reads else []),
+        Phase("learn", rest | _learn(config, components, sizes, shards) | given),
     ]
     phases = [of_steps(config, phase, teacher.head_bytes) for phase in phases]
     available = available_bytes(components.device)

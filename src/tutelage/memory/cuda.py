@@ -30,7 +30,7 @@ from tutelage.memory.rollout_cuda import RolloutMemory, draw_memory
 from tutelage.memory.shards import Shards, TeacherParts
 from tutelage.memory.stored import of_steps
 from tutelage.memory.student import student_in_shards, whole_student
-from tutelage.memory.teacher_weights import teacher_weights
+from tutelage.memory.teacher_weights import teacher_weights, told_bytes
 from tutelage.models.packing import repeats_keys
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
@@ -102,10 +102,9 @@ def plan_cuda(
     room = facts.host_bytes // processes.per_host
     loading = [Phase("load", {"read at once": copied_bytes})] if copied_bytes else []
     host = MemoryPlan((*loading, plan.host(room)), room, what="main memory")
-    title = processes.title(config)
     head = plan.teacher_head.nbytes
     phases = [with_uncounted(of_steps(config, phase, head)) for phase in phases]
-    return MemoryPlan(tuple(phases), facts.available_bytes, host, title=title)
+    return MemoryPlan(tuple(phases), facts.available_bytes, host, title=processes.title(config))
 
 
 class _Plan:
@@ -142,6 +141,9 @@ class _Plan:
         self.teacher_head: Tensor = teacher.get_output_embeddings().weight
         self.vocab_size = min(len(self.head), len(self.teacher_head))
         self.held = teacher_weights(config, teacher, student)
+        self.told = told_bytes(config)
+        self.given = "log-probabilities" if self.told else "hidden states"
+        self.row_bytes = self.told or self.teacher_head.shape[1] * self.teacher_head.itemsize
         self.is_drawn_here = isinstance(config.engine, TransformersEngine)
         self.shards = shards_of(config, student, processes)
         self.own = (
@@ -191,20 +193,18 @@ class _Plan:
 
     @property
     def _all_hidden(self) -> int:
-        width = self.teacher_head.shape[1] * self.has_teacher
-        return self.sizes.rows * width * self.teacher_head.itemsize
+        return self.sizes.rows * self.row_bytes * self.has_teacher
 
     @property
     def _kept_hidden(self) -> int:
-        """The teacher's hidden states that stay on the device."""
-        is_resident = self.config.teacher.mode == "resident"
+        """The teacher's rows that stay on the device."""
+        is_resident = self.config.teacher.mode == "resident" and not self.told
         return min(self._all_hidden, self.facts.total_bytes // DEVICE_SHARE) if is_resident else 0
 
     @property
     def hidden_states(self) -> int:
         """The same, and those of the micro-batch that come back from main memory."""
-        here = self.num_rows * self.teacher_head.shape[1] * self.teacher_head.itemsize
-        return min(self._all_hidden, self._kept_hidden + here)
+        return min(self._all_hidden, self._kept_hidden + self.num_rows * self.row_bytes)
 
     @property
     def recorded(self) -> int:
@@ -248,13 +248,13 @@ class _Plan:
     def teacher_reads(self) -> Phase:
         """A pass of the teacher."""
         with keys_for_every_head(self.teacher, self.repeats_keys):
-            activations = reading(self.teacher, self.shape).peak
+            activations = 0 if self.told else reading(self.teacher, self.shape).peak
         parts = {
             "recorded states": self.recorded,
             "teacher": self.teacher_bytes,
             "activations": activations,
             "gathered weights": 0 if self.parts is None else self.parts.gathered_bytes,
-            "hidden states": self.hidden_states,
+            self.given: 0 if self.told else self.hidden_states,
         }
         return Phase("teacher", self.rest | parts)
 
@@ -268,7 +268,7 @@ class _Plan:
             activations = max(activations, 3 * 8 * width)
         parts = {
             "teacher": self.teacher_at_rest,
-            "hidden states": self.hidden_states,
+            self.given: self.hidden_states,
             # those of each micro-batch are put together, and the rollouts still hold theirs
             "recorded states": 2 * self.recorded,
             "gathered weights": self.own.forward,
@@ -280,7 +280,7 @@ class _Plan:
 
     def learn(self) -> Phase:
         """The largest of some moments: the objective, the backward pass, the sum of gradients."""
-        parts = {"teacher": self.teacher_at_rest, "hidden states": self.hidden_states}
+        parts = {"teacher": self.teacher_at_rest, self.given: self.hidden_states}
         moments = self._moments() if self.shards is None else self._moments_of(self.shards)
         largest = max(moments, key=lambda moment: sum(moment.values()))
         return Phase("learn", self.rest | parts | largest)
@@ -359,10 +359,11 @@ class _Plan:
 
     def _objective(self) -> int:
         """Chunks of logits, rows of both sides, and gradients as they are summed and handed on."""
-        widths = (self.head.shape[1], self.teacher_head.shape[1] * self.has_teacher)
-        rows = self.num_rows * sum(widths) * self.head.itemsize
-        hidden, buffers = self.num_rows * widths[0], self._buffers(has_gradient=True)
-        weight = self.vocab_size * widths[0] * self.head.requires_grad
+        width, itemsize = self.head.shape[1], self.head.itemsize
+        other = (self.told or self.teacher_head.shape[1] * itemsize) * self.has_teacher
+        rows = self.num_rows * (width * itemsize + other)
+        hidden, buffers = self.num_rows * width, self._buffers(has_gradient=True)
+        weight = self.vocab_size * width * self.head.requires_grad
         narrow = self.head.itemsize * (hidden + weight)
         if self.facts.has_kernels and self._chunks(has_gradient=True).is_one_chunk:
             return rows + buffers + 4 * hidden + narrow
@@ -375,7 +376,7 @@ class _Plan:
         hidden = self._all_hidden - self._kept_hidden
         parts = self.own.host | {
             "teacher weights": self.held.resting * (config.teacher.mode == "offload"),
-            "hidden states": min(hidden, config.teacher.hidden_budget_bytes),
+            self.given: hidden if self.told else min(hidden, config.teacher.hidden_budget_bytes),
         }
         copy = self._checkpoint_copy()
         is_asked = config.checkpoint_writer == "thread"

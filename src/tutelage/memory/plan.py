@@ -30,6 +30,7 @@ _KNOBS = {
         'over several processes, teacher.sharding = "tp"',
     ),
     "hidden states": ("teacher.hidden_budget_bytes", "prompts_per_step"),
+    "log-probabilities": ("teacher.num_logprobs", "prompts_per_step"),
     "file": ('teacher.mode = "offload"',),
     "checkpoint copy": ('checkpoint_writer = "inline"',),
     "float32 weights": ("[student.lora]", "a smaller student"),

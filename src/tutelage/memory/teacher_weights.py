@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.config.schema import Config
 from tutelage.config.self_teacher import SelfTeacher
+from tutelage.config.teachers import LogprobServerTeacher
 from tutelage.memory.meta_model import stored_bytes
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def teacher_weights(
         student: the student's, without numbers.
     """
     teacher, head = config.teacher, model.get_output_embeddings().weight.nbytes
+    if isinstance(teacher, LogprobServerTeacher):
+        return TeacherWeights(0, 0, 0)
     if not isinstance(teacher, SelfTeacher):
         num_bytes = stored_bytes(model)
         return TeacherWeights(num_bytes, num_bytes, head)
@@ -61,3 +64,12 @@ def teacher_weights(
         return TeacherWeights(every, every, head)
     narrow = sum(weight.nbytes for weight in weights if weight.itemsize < 4)
     return TeacherWeights(sum(4 * weight.numel() for weight in weights), every, head, narrow)
+
+
+def told_bytes(config: Config) -> int:
+    """Bytes of what a server of log-probabilities tells of a token; 0 of other teachers.
+
+    An id in int64 and its log-probability in float32, of the likeliest and of the sampled one.
+    """
+    teacher = config.teacher
+    return 12 * (teacher.num_logprobs + 1) if isinstance(teacher, LogprobServerTeacher) else 0
