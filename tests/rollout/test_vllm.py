@@ -39,6 +39,7 @@ from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.rollout.weight_transfer import FolderTransfer
 from tutelage.teachers.logprob import LogprobTeacher
+from tutelage.teachers.logprob_api import CompletionsApi
 from tutelage.train.loop import train
 
 # vLLM and what it imports warn about a CPU; what is tested is what it computes.
@@ -196,16 +197,22 @@ def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> 
     assert largest_gap(sampler, 3) > 1e-2
 
 
-def test_a_server_tells_the_log_probabilities_of_its_model(server: str) -> None:
+@pytest.mark.parametrize("way", ["vllm", "completions", "texts"])
+def test_a_server_tells_the_log_probabilities_of_its_model(server: str, way: str) -> None:
+    """By its own API, and by OpenAI's with ids or with texts as the names of tokens."""
     model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
     with urllib.request.urlopen(f"{server}/v1/models") as reply:
         name = json.load(reply)["data"][0]["id"]
-    config = LogprobServerTeacher("logprob_server", name, server, num_logprobs=8)
+    api: Any = "vllm" if way == "vllm" else "completions"
+    config = LogprobServerTeacher("logprob_server", name, server, api=api, num_logprobs=8)
     ids = tokenizer("12+34=46;5+5=10")["input_ids"]
     rollouts = [Rollout(Prompt(str(n), ""), 0, tuple(ids[:n]), tuple(ids[n:])) for n in (2, 5)]
     batch = collate(rollouts, 0)
     size = model.config.vocab_size
-    local, served = Teacher(model, size), LogprobTeacher(config, size, torch.device("cpu"))
+    local = Teacher(model, size)
+    served = LogprobTeacher(config, size, torch.device("cpu"), tokenizer=tokenizer)
+    if way == "texts":
+        served._ways = (CompletionsApi(tokenizer, asks_for_ids=False),)
     with local.on_device(), served.on_device():
         found, wanted = served.forward(batch), local.forward(batch)
     log_q = wanted.block(0, batch.num_rows).log_softmax(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from memory.test_cuda import CARD
-from tiny import tiny_config
+from ranks import run_ranks
+from tiny import tiny_config, tiny_table
 from tiny_runs import are_equal, metrics_of, run, weights_of
 from tutelage.commands.check import check
 from tutelage.commands.dry_run import dry_run
@@ -34,6 +37,13 @@ from tutelage.train.teacher_prefix import before_end
 PREFIX = {"source": "live", "teacher_prefix_tokens": 6, "teacher_prefix_steps": 3}
 KEYS = ("teacher_prefix_tokens", "teacher_prefix_share")
 """Metrics that plain live steps lack."""
+PROGRAM = """
+import json
+import sys
+from tutelage.config.parse import parse_config
+from tutelage.train.loop import train
+train(parse_config(json.loads(sys.argv[1])))
+"""
 
 
 def step_of(config: Config) -> Step:
@@ -153,6 +163,36 @@ def test_steps_without_a_prefix_are_live_ones_bit_for_bit(
     again = metrics_of(tmp_path)
     assert [[m.pop(key) for key in KEYS] for m in again[2:]] == [[0, 0.0]] * 2
     assert again == metrics
+
+
+def test_recorded_tokens_are_the_student_s_behind_the_prefix(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    recording = {"every": 1, "num_prompts": 0}
+    run(tiny_models, tmp_path, rollouts=PREFIX, recording=recording, num_steps=1)
+    step = step_of(tiny_config(tiny_models, tmp_path, rollouts=PREFIX))
+    rollouts = {(r.prompt.id, r.sample): r for r in step.generate(1)}
+    lines = (tmp_path / "tokens.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == "training"]
+    assert len(records) == 4
+    for record in records:
+        rollout = rollouts[record["prompt_id"], record["sample"]]
+        count = rollout.is_generated.index(True)
+        before = rollout.prompt_ids + rollout.completion_ids[:count]
+        assert record["prompt"] == decode(step.components.tokenizer, before)
+        assert record["token"] == list(rollout.generated_ids)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(tiny_models: Path, tmp_path: Path) -> None:
+    run(tiny_models, tmp_path / "one", rollouts=PREFIX, num_steps=2)
+    table = tiny_table(tiny_models, tmp_path / "two", rollouts=PREFIX, num_steps=2)
+    ended = run_ranks([sys.executable, "-c", PROGRAM, json.dumps(table)], 2)
+    assert [rank.code for rank in ended] == [0, 0]
+    names = ("num_rows", "completion_length_mean", *KEYS)
+    for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        assert [one[name] for name in names] == [two[name] for name in names]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
 LOCAL = {"student": {"model": "a"}, "teacher": {"model": "b"}}
