@@ -207,6 +207,15 @@ LOCAL = {"student": {"model": "a"}, "teacher": {"model": "b"}}
             "0 with teacher.kind = hidden_server, got 6",
         ),
         ({"teacher": {"model": "b", "sharding": "tp"}}, "0 with teacher.sharding = tp, got 6"),
+        (
+            {"teacher": {"model": "b", "vocabulary": "aligned"}},
+            "0 with teacher.vocabulary = aligned, got 6",
+        ),
+        (
+            {"teachers": {"c": {"model": "c"}},
+             "data": {"kind": "file", "path": "p.jsonl", "teacher_column": "t"}},
+            "0 with teachers, got 6",
+        ),
         ({"engine": {"kind": "vllm"}}, "0 with engine.kind = vllm, got 6"),
         ({"data": {"kind": "ledger_tools"}}, "0 with data.kind = ledger_tools, got 6"),
         ({"sampling": {"max_new_tokens": 6}}, "below sampling.max_new_tokens = 6, got 6"),
