@@ -75,6 +75,17 @@ check: install  ## format, lint, strict types
 	$(BIN)/ruff check src tests benchmarks examples reliability scripts
 	$(BIN)/mypy
 
+# Direct dependencies in the lowest versions that pyproject.toml declares, the others in versions that fit them.
+test-oldest: .venvs/oldest/installed  ## the tests with the oldest versions that are supported
+	$(ONE_THREAD) .venvs/oldest/bin/python -m pytest -n 3 --dist loadfile
+
+.venvs/oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venvs/oldest
+	.venvs/oldest/bin/pip install --quiet --disable-pip-version-check uv
+	.venvs/oldest/bin/uv pip install --quiet --python .venvs/oldest/bin/python --resolution lowest-direct \
+		-e '.[data,gguf,math,lora,lowbit,dev]'
+	touch $@
+
 # A page of docs/ may link to any file of the checkout; scripts/docs_site.py says what becomes of that.
 docs: .venvs/docs/installed  ## the site of the documentation in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --quiet
