@@ -93,6 +93,7 @@ FENCES = {
     ),
     "yaml": ("config/read.py",),
     "rich": ("commands/progress.py", "commands/demo.py", "cli.py"),
+    "argcomplete": ("commands/completion.py",),
 }
 """Where each third party may be imported; one that is not listed may be nowhere."""
 

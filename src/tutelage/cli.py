@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tutelage.commands.completion import VARIABLE, complete
 from tutelage.commands.launch import num_processes, print_once
 from tutelage.commands.options import INTERRUPTED, USER_ERROR, make_parser
 from tutelage.errors import (
@@ -96,6 +97,8 @@ def _close_output() -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(_version())
+    if VARIABLE in os.environ:
+        complete(parser)
     arguments, rest = parser.parse_known_args(argv)
     options = [text for text in rest if text.startswith("-")]
     # argparse takes overrides only before the first option; a user writes them anywhere.

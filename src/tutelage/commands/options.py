@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tutelage.commands.completion import keys, overrides
 from tutelage.errors import as_share
 
 USER_ERROR = 2
@@ -80,13 +81,15 @@ def make_parser(version: str) -> Parser:
 def _config(parser: Parser) -> None:
     parser.add_argument("config", help="TOML or YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="e.g. num_steps=10")  # fmt: skip
+                        help="e.g. num_steps=10",
+                        ).completer = overrides  # type: ignore[attr-defined] # fmt: skip
 
 
 def _init(parser: Parser) -> None:
     parser.add_argument("config", metavar="FILE", help="TOML file to write, which must not exist")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="values to write instead of proposed ones")  # fmt: skip
+                        help="values to write instead of proposed ones",
+                        ).completer = overrides  # type: ignore[attr-defined] # fmt: skip
     model = "folder, .gguf file, package:NAME/folder, or hub id"
     parser.add_argument("--student", metavar="MODEL", help=model)
     parser.add_argument("--teacher", metavar="MODEL", help=model)
@@ -98,7 +101,8 @@ def _init(parser: Parser) -> None:
 
 def _configuration(parser: Parser) -> None:
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("key", nargs="?", help="one key, such as selection.keep, or one table")
+    shown.add_argument("key", nargs="?", help="one key, such as selection.keep, or one table",
+                       ).completer = keys  # type: ignore[attr-defined] # fmt: skip
     shown.add_argument("--markdown", action="store_true", help="print all as a Markdown page")
     shown.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
 
