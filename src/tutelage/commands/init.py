@@ -26,6 +26,7 @@ from tutelage.setup.run_folder import run_folder
 from tutelage.setup.validate import validate
 
 _MODEL = "folder, .gguf file, package:NAME/folder, or hub id"
+_WRAP: Any = {"break_on_hyphens": False, "break_long_words": False}
 _OPTIONS = {
     "student": "student.model",
     "teacher": "teacher.model",
@@ -196,7 +197,7 @@ _FEWER = (
 def as_toml(proposal: Proposal, name: str) -> str:
     """The table as TOML, each key below its reason or its documentation."""
     lines = [
-        *wrap(proposal.title, 96, initial_indent="# ", subsequent_indent="# "),
+        *wrap(proposal.title, 96, initial_indent="# ", subsequent_indent="# ", **_WRAP),
         "#",
         f"#   tutelage check {name}",
         f"#   tutelage train {name}",
@@ -225,7 +226,7 @@ def _keys(proposal: Proposal, prefix: str, values: dict[str, Any]) -> list[str]:
     lines = []
     for key, value in values.items():
         why = proposal.reasons.get(f"{prefix}{key}") or _documented(f"{prefix}{key}")
-        lines += wrap(why and f"{why}.", 96, initial_indent="# ", subsequent_indent="# ")
+        lines += wrap(why and f"{why}.", 96, initial_indent="# ", subsequent_indent="# ", **_WRAP)
         lines.append(f"{key} = {toml_value(value)}")
     return lines
 

@@ -226,7 +226,7 @@ def _measurements(found: Proposal, prompts: list[Prompt], is_slow: bool) -> None
     found.set(
         "evaluation.num_problems", min(16 if is_slow else 64, num_held_out), few if is_slow else ""
     )
-    found.set("evaluation.num_samples", (4 if not is_slow else 2) if is_graded else 1)
+    found.set("evaluation.num_samples", 4 if is_graded and not is_slow else 1)
     if is_slow:
         found.set(
             "evaluation.teacher", False, "The teacher's own accuracy costs time; true gives it"
