@@ -18,7 +18,8 @@ from tutelage import cli
 from tutelage.cli import main
 from tutelage.commands import progress
 from tutelage.commands import train as command
-from tutelage.commands.progress import PlainPhases, Reporter
+from tutelage.commands.progress import PERIOD_S, PlainPhases, Reporter
+from tutelage.config.parse import load_config
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LINE = re.compile(
@@ -133,11 +134,12 @@ class AtOnce:
 
     daemon = False
 
-    def __init__(self, seconds: float, action: Callable[..., None], arguments: list[str]) -> None:
-        self.action, self.arguments = action, arguments
+    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+        self.seconds, self.action = seconds, action
 
     def start(self) -> None:
-        self.action(*self.arguments)
+        if self.seconds != PERIOD_S:  # what is told again would be told for ever
+            self.action()
 
     def cancel(self) -> None:
         pass
@@ -152,8 +154,10 @@ def test_training_tells_what_it_does_before_and_between_steps(
         "loading the teacher package:", "loading the student package:", "trying both models",
         "evaluating the student: completions", "evaluating the student: completions 6 of 6",
         "held-out KL", "evaluating the teacher: completions 6 of 6", "student at step 0:",
-        "first step", "step 1/1", "saving a checkpoint", "exporting the student", "report: ",
+        "first step", "step 1/1", "saving a checkpoint", "exporting the student",
+        "verdict: too few problems to say: ", "writing the report", "report: ",
         f"results in {tmp_path / 'run'}: student (the trained model), metrics.jsonl (every step)",
+        "next: tutelage eval ",
     ]  # fmt: skip
     place = 0
     for line in told:
@@ -204,6 +208,93 @@ def test_counts_are_told_in_at_most_eleven_lines_and_short_phases_are_not() -> N
     assert len(told) <= 11
     assert told[-1] == "work 1000 of 1000"
     assert not any("loading" in line for line in told)
+
+
+class ByHand:
+    """Timers that fire when a test says so."""
+
+    daemon = False
+    waiting: list[ByHand]
+
+    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+        self.seconds, self.action = seconds, action
+
+    def start(self) -> None:
+        ByHand.waiting.append(self)
+
+    def cancel(self) -> None:
+        pass  # one that has fired meanwhile cannot be cancelled any more
+
+
+def test_what_lasts_is_told_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "Timer", ByHand)
+    monkeypatch.setattr(progress, "DELAY_S", 2.0)
+    ByHand.waiting = []
+    told: list[str] = []
+
+    def fire() -> float:
+        timer = ByHand.waiting.pop(0)
+        timer.action()
+        return timer.seconds
+
+    phases = PlainPhases(told.append)
+    phases("loading")
+    assert [fire() for _ in range(3)] == [2, 30, 30]
+    assert told == ["loading", "loading, for 32 s", "loading, for 62 s"]
+    phases("work", 0, 4)
+    phases("work", 1, 4)
+    for _ in range(2):
+        fire()  # of loading, and of the beginning of work, which have ended
+    assert fire() == 30
+    assert told[3:] == ["work 1 of 4", "work 1 of 4, for 30 s"]
+    phases("work", 4, 4)
+    fire()
+    assert (told[5:], ByHand.waiting) == (["work 4 of 4"], [])
+    phases.remind("step 3/9")
+    assert fire() == 30
+    phases("")
+    fire()
+    assert (told[6:], ByHand.waiting) == (["step 3/9, for 30 s"], [])
+
+
+def test_a_long_step_is_told_in_plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "Timer", ByHand)
+    ByHand.waiting = []
+    metrics = {
+        "step": 1, "loss": 1.0, "reverse_kl_nats": 1.0, "entropy_nats": 1.0,
+        "num_rows": 1, "num_kept": 1, "seconds": {"learn_s": 60.0},
+    }  # fmt: skip
+    with Reporter(2) as reporter:
+        reporter.phase("")
+        assert ByHand.waiting == []
+        reporter.on_step(metrics)
+        reporter.phase("")
+        told: list[str] = []
+        monkeypatch.setattr(reporter._plain, "_show", told.append)
+        ByHand.waiting.pop().action()
+        assert told == ["step 2/2, for 30 s"]
+        reporter.on_step(metrics | {"step": 2})
+        ByHand.waiting.clear()
+        reporter.phase("")
+        assert ByHand.waiting == []
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("improved", "tutelage eval 'a b' --suite held-out"),
+        ("too few problems to say", "tutelage eval 'a b' --suite held-out --num-problems 512"),
+        ("cut off", f"tutelage train {LEDGER} sampling.max_new_tokens=128"),
+        ("worse", f"tutelage train {LEDGER} optimizer.learning_rate=0.00033"),
+        ("unchanged", f"tutelage train {LEDGER} num_steps=240"),
+    ],
+)
+def test_the_next_command_is_what_the_verdict_asks_for(word: str, said: str) -> None:
+    config = load_config(LEDGER)
+    assert command.next_command(word, config, str(LEDGER), Path("a b")) == said
+    words = said.split()
+    if words[1] == "train":
+        assert load_config(LEDGER, words[3:]) != config
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from threading import Timer
+from threading import RLock, Timer
 from types import TracebackType
 from typing import Any
 
@@ -23,34 +23,61 @@ from rich.table import Column
 
 DELAY_S = 2.0
 """Seconds after which a phase without counts is printed as a plain line."""
+PERIOD_S = 30.0
+"""Seconds without a plain line after which the present phase is printed again."""
 
 
 class PlainPhases:
-    """Phases as plain lines: at most eleven for a count, one for any other that lasts `DELAY_S`."""
+    """Phases as plain lines: at most eleven for a count, one for any other that lasts `DELAY_S`.
+
+    What lasts longer is told again every `PERIOD_S`, also where nothing calls meanwhile.
+    """
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
         self._timer: Timer | None = None
         self._last: tuple[str, int] = ("", 0)
         self._last_time = 0.0
+        self._lock = RLock()
 
     def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
         """See `PhaseCallback`."""
-        self.close()
-        if text and not done:
-            self._timer = Timer(DELAY_S, self._show, [text])
-            self._timer.daemon = True
-            self._timer.start()
-        elif text:
-            now, tenth = time.monotonic(), 10 * done // total
-            if (text, tenth) != self._last or now - self._last_time >= 30:
-                self._last, self._last_time = (text, tenth), now
-                self._show(_phase(text, done, total))
+        with self._lock:
+            self.close()
+            if text and not done:
+                self._tell_later(DELAY_S, _phase(text, done, total) if total else text, 0.0)
+            elif text:
+                now, tenth = time.monotonic(), 10 * done // total
+                if (text, tenth) != self._last or now - self._last_time >= PERIOD_S:
+                    self._last, self._last_time = (text, tenth), now
+                    self._show(_phase(text, done, total))
+                if done < total:
+                    self._tell_later(PERIOD_S, _phase(text, done, total), 0.0)
+
+    def remind(self, text: str) -> None:
+        """Begins something that is told only where it lasts `PERIOD_S`."""
+        with self._lock:
+            self.close()
+            self._tell_later(PERIOD_S, text, 0.0)
 
     def close(self) -> None:
         """Ends the phase: a line that was not printed yet is dropped."""
-        if self._timer is not None:
-            self._timer.cancel()
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None
+
+    def _tell_later(self, wait_s: float, text: str, elapsed_s: float) -> None:
+        timer = Timer(wait_s, lambda: self._tell(timer, text, elapsed_s + wait_s))
+        timer.daemon = True
+        self._timer = timer
+        timer.start()
+
+    def _tell(self, timer: Timer, text: str, elapsed_s: float) -> None:
+        with self._lock:
+            if timer is self._timer:  # else its phase has ended
+                self._show(text if elapsed_s < PERIOD_S else f"{text}, for {elapsed_s:.0f} s")
+                self._tell_later(PERIOD_S, text, elapsed_s)
 
 
 class PhaseReporter:
@@ -105,6 +132,7 @@ class Reporter:
         self._task = self._progress.add_task("train", total=num_steps, line="")
         self._last_line = time.monotonic()
         self._metrics = ""
+        self._step = 0
         self._plain = PlainPhases(self.log)
 
     def __enter__(self) -> Reporter:
@@ -126,7 +154,9 @@ class Reporter:
 
     def phase(self, text: str, done: int = 0, total: int = 0) -> None:
         """Show what is done between steps, see `PhaseCallback`; no text: the last step."""
-        if self.console.is_terminal:
+        if not text and not self.console.is_terminal and 0 < self._step < self.num_steps:
+            self._plain.remind(f"step {self._step + 1}/{self.num_steps}")
+        elif self.console.is_terminal:
             line = escape(_phase(text, done, total)) if text else self._metrics
             self._progress.update(self._task, line=line)
         else:
@@ -137,6 +167,7 @@ class Reporter:
         if self.as_json:
             print(json.dumps(metrics, allow_nan=False), flush=True, file=sys.stdout)
         line = self._metrics = _line(metrics, 3)
+        self._step = int(metrics["step"])
         self._progress.update(self._task, completed=metrics["step"], line=line)
         if not self.console.is_terminal and not self.as_json and self._is_due(metrics["step"]):
             seconds = sum(metrics["seconds"].values())

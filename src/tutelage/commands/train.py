@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from tutelage.commands.options import INTERRUPTED
 from tutelage.commands.progress import Reporter
 from tutelage.config.schema import Config
 from tutelage.report.run_page import write_report
-from tutelage.setup.run_folder import describe_contents
+from tutelage.setup.run_folder import RunFolder, describe_contents
 from tutelage.train.loop import train
 from tutelage.train.peers import Peers
 
@@ -26,12 +27,39 @@ def run(config: Config, arguments: argparse.Namespace, peers: Peers) -> int:
             reporter.phase,
             peers,
         )
-    if not result.is_finished:
-        return INTERRUPTED
-    if not result.is_writer:
-        return 0
-    path = write_report(result.folder)
+        if not result.is_finished:
+            return INTERRUPTED
+        if not result.is_writer:
+            return 0
+        reporter.phase("writing the report")
+        path = write_report(result.folder)
+        reporter.phase("")
     if not arguments.json:
         print(f"report: {path}")
         print(describe_contents(result.folder))
+        manifest = RunFolder(result.folder, is_writer=False).read_manifest() or {}
+        if (verdict := manifest.get("verdict")) is not None:
+            print(f"next: {next_command(verdict['word'], config, arguments.config, result.folder)}")
     return 0
+
+
+def next_command(word: str, config: Config, name: str, folder: Path) -> str:
+    """The command that a run's verdict asks for.
+
+    Args:
+        word: of the verdict.
+        config: the run's.
+        name: of its configuration's file.
+        folder: of the run.
+    """
+    again = shlex.join(["tutelage", "train", name])
+    if word == "cut off":
+        return f"{again} sampling.max_new_tokens={2 * config.sampling.max_new_tokens}"
+    if word == "worse":
+        return f"{again} optimizer.learning_rate={config.optimizer.learning_rate / 3:.2g}"
+    if word == "too few problems to say":
+        number = f" --num-problems {max(64, 4 * config.evaluation.num_problems)}"
+        return shlex.join(["tutelage", "eval", str(folder), "--suite", "held-out"]) + number
+    if word == "unchanged":
+        return f"{again} num_steps={4 * config.num_steps}"
+    return shlex.join(["tutelage", "eval", str(folder), "--suite", "held-out"])

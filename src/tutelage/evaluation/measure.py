@@ -25,7 +25,7 @@ from tutelage.rollout.sampler import Sampler, TransformersSampler
 from tutelage.rollout.verifiers_sampler import VerifiersSampler
 from tutelage.setup.components import Components, agent_of
 from tutelage.setup.inputs import grader_of
-from tutelage.setup.phases import PhaseCallback, no_phases
+from tutelage.setup.phases import PhaseCallback, counting, no_phases
 from tutelage.setup.shares import ALONE, Shares
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ def measure(
         sampler = _transformers(config, components, components.student.model)
     student = _evaluate(config, components, sampler, "student", on_phase, shares)
     components.forget_draws()
-    on_phase("held-out KL")
     if components.reading is not None:
         student = replace(student, rollouts=components.reading.rows(student.rollouts))
     nats = held_out_reverse_kl(
@@ -96,6 +95,7 @@ def measure(
         config.micro_batch_tokens,
         shares,
         components.reading,
+        on_phase,
     )
     sums, counts, samples = _collected(config, components, step, student, nats, shares)
     kl = mean_reverse_kl(counts, sums)
@@ -185,6 +185,7 @@ def held_out_reverse_kl(
     max_tokens: int = 0,
     shares: Shares = ALONE,
     reading: Reading | None = None,
+    on_phase: PhaseCallback = no_phases,
 ) -> list[float]:
     """Reverse KL of every rollout in nats, summed over its tokens; NaN without a teacher's model.
 
@@ -197,6 +198,7 @@ def held_out_reverse_kl(
         max_tokens: most tokens of one, padding included; 0 sets no limit.
         shares: the processes, each of which runs as many forward passes.
         reading: the prompts that the teacher reads; None where they are the student's.
+        on_phase: told how many forward passes are done.
     """
     if isinstance(teacher, StoredTeacher) and teacher.whole is None:
         return [math.nan] * len(rollouts)  # nothing is stored of these completions
@@ -208,15 +210,16 @@ def held_out_reverse_kl(
     batches = micro_batches(by_length, micro_batch_size, pad_id, max_tokens=max_tokens)
     blanks = [without_rows(pad_id)] * (int(shares.max([len(batches)])[0]) - len(batches))
     every = [*batches, *blanks]
+    passed = counting(on_phase, "held-out KL: forward passes", len(every))
     with teacher.on_device(), torch.no_grad():
         for batch, read in zip(every, read_beside(every, by_length, reading, pad_id), strict=True):
             shares.check()
             here = batch.to(student.model.device)
             view = teacher.forward(read)
-            if not here.num_rows:
-                continue
-            stats = student(here, teacher.to_device(view))
-            sums.index_add_(0, here.completion.cpu(), stats.reverse_kl.double().cpu())
+            if here.num_rows:
+                stats = student(here, teacher.to_device(view))
+                sums.index_add_(0, here.completion.cpu(), stats.reverse_kl.double().cpu())
+            passed(1)
     found = torch.zeros_like(sums)
     found[torch.tensor(order, dtype=torch.int64)] = sums
     return found.tolist()

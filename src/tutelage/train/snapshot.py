@@ -110,8 +110,7 @@ def score_for_page(
         components.whole() as whole,
     ):
         rollouts = rollouts_of(config, whole, request, on_phase, log, shares)
-        on_phase("scoring")
-        scores = score_rollouts(config, whole, rollouts, request, shares)
+        scores = score_rollouts(config, whole, rollouts, request, shares, on_phase)
     kind = "sampled" if request.completions is None else "given"
     return scores, list(token_lines(config, components, scores, 0, kind))
 

@@ -32,7 +32,7 @@ from tutelage.setup.alignment import is_aligned
 from tutelage.setup.components import Components, build_components
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
-from tutelage.setup.phases import PhaseCallback, no_log, no_phases
+from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
 from tutelage.setup.shares import ALONE, Shares
 from tutelage.setup.validate import refuse_engine
 from tutelage.train.score_request import ScoreRequest, rollouts_of
@@ -161,8 +161,7 @@ def score(
         components.whole() as whole,
     ):
         rollouts = rollouts_of(config, whole, request, on_phase, log, shares)
-        on_phase("scoring")
-        return score_rollouts(config, whole, rollouts, request, shares)
+        return score_rollouts(config, whole, rollouts, request, shares, on_phase)
 
 
 @contextmanager
@@ -198,6 +197,7 @@ def score_rollouts(
     rollouts: Sequence[Rollout] | Mapping[int, Rollout],
     request: ScoreRequest,
     shares: Shares = ALONE,
+    on_phase: PhaseCallback = no_phases,
 ) -> Scores:
     """Score every token of some rollouts with loaded models.
 
@@ -208,6 +208,7 @@ def score_rollouts(
             scores by their indices among all.
         request: rules to report, their budget, and how many of the likeliest tokens to return.
         shares: the processes, each of which runs as many forward passes.
+        on_phase: told how many forward passes are done.
 
     Returns:
         All rollouts by their indices in the main process, and none in the others.
@@ -217,7 +218,7 @@ def score_rollouts(
     """
     own = rollouts if isinstance(rollouts, Mapping) else dict(enumerate(rollouts))
     extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
-    found = _scored(config, components, list(own.values()), request, extras, shares)
+    found = _scored(config, components, list(own.values()), request, extras, shares, on_phase)
     scored = shares.collect(dict(zip(own, found, strict=True)))
     if not scored:
         table = torch.zeros(6 + len(extras), 0, dtype=torch.float64)
@@ -234,6 +235,7 @@ def _scored(
     request: ScoreRequest,
     extras: tuple[str, ...],
     shares: Shares,
+    on_phase: PhaseCallback,
 ) -> list[_Scored]:
     """The forward passes of some rollouts, in their order."""
     pad = pad_id(components.tokenizer, components.student.vocab_size)
@@ -242,6 +244,7 @@ def _scored(
     blanks = [without_rows(pad)] * (int(shares.max([len(batches)])[0]) - len(batches))
     tables, tops = [], []
     every = [*batches, *blanks]
+    passed = counting(on_phase, "scoring: forward passes", len(every))
     with components.teacher.on_device(), torch.no_grad():
         for batch, read in zip(
             every, read_beside(every, rollouts, components.reading, pad), strict=True
@@ -249,14 +252,14 @@ def _scored(
             shares.check()
             here = batch.to(components.device)
             view = components.teacher.forward(read)
-            if not here.num_rows:
-                continue
-            view = components.teacher.to_device(view)
-            logits = components.student.logits(here)
-            stats = components.student(here, view, extras=extras, hidden=logits.hidden)
-            tables.append(stats.stack().cpu())
-            if request.num_top:
-                tops.append((*_top(logits, request.num_top), *_top(view, request.num_top)))
+            if here.num_rows:
+                view = components.teacher.to_device(view)
+                logits = components.student.logits(here)
+                stats = components.student(here, view, extras=extras, hidden=logits.hidden)
+                tables.append(stats.stack().cpu())
+                if request.num_top:
+                    tops.append((*_top(logits, request.num_top), *_top(view, request.num_top)))
+            passed(1)
     sizes = [len(rollout.generated_ids) for rollout in rollouts]
     if not sizes:
         return []
