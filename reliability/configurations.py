@@ -206,6 +206,24 @@ def made_usable(table: dict[str, Any], models: Models) -> None:
         put(table, "checkpoint_writer", "inline")
     if values.get("teacher.mode") == "reload" and values["teacher.model"].endswith(".gguf"):
         put(table, "teacher.mode", "offload")
+    _measure_what_decides(table, values)
+
+
+def _measure_what_decides(table: dict[str, Any], values: dict[str, Any]) -> None:
+    """What `keep_best` and `stop_when` need, where they are drawn."""
+    nats = "held_out_reverse_kl_nats"
+    if values.get("rollouts.teacher_states", "none") != "none":
+        put(table, "keep_best", "none")
+        table.pop("stop_when", None)
+        return
+    stops = {key for key in ("metric", "patience", "value") if values.get(f"stop_when.{key}")}
+    if stops - {"metric"}:
+        put(table, "stop_when.metric", nats)
+    elif values.get("stop_when.metric") == nats:
+        put(table, "stop_when.patience", 1)
+    if values.get("keep_best") == nats or dict(flat(table)).get("stop_when.metric") == nats:
+        put(table, "evaluation.every", 1)
+        put(table, "evaluation.num_problems", values.get("evaluation.num_problems") or 1)
 
 
 def toml(value: Any) -> str:

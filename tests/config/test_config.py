@@ -62,6 +62,18 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("sampling.num_samples=2000000", "num_samples must be at most 1048576, got 2000000"),
         ("micro_batch_size=-1", "micro_batch_size must be at least 1, got -1."),
         ("keep_checkpoints=0", "keep_checkpoints must be at least 1, got 0."),
+        ("keep_best=loss", "keep_best: input should be 'none', 'mean_at_k', 'pass_at_k' or"),
+        ("keep_best=mean_at_k", "evaluation.every must be at least 1 with keep_best = mean_at_k"),
+        ("stop_when.patience=2", "stop_when.metric must be mean_at_k or pass_at_k or held_out_re"),
+        ("stop_when={metric='mean_at_k'}", "stop_when.patience must be at least 1 without stop_w"),
+        (
+            "stop_when={metric='mean_at_k', value=90}",
+            "stop_when.value must be in [0, 1], got 90.0. Write 0.9 for 90 %.",
+        ),
+        (
+            "stop_when={metric='pass_at_k', patience=1}",
+            "evaluation.every must be at least 1 with stop_when.metric = pass_at_k, got 0.",
+        ),
         ("optimizer.learning_rate=0", "optimizer.learning_rate must be above 0, at most 10, "),
         ("optimizer.learning_rate=11", "learning_rate must be above 0, at most 10, got 11"),
         ("optimizer.weight_decay=1e7", "must be at most 1 / optimizer.learning_rate, beyond which"),
@@ -250,9 +262,11 @@ def test_fingerprints_differ_exactly_when_a_key_that_matters_does(
 
 @pytest.mark.parametrize("key", SAFE_KEYS)
 def test_safe_keys_change_neither_fingerprint_nor_run(key: str) -> None:
-    values = {"out": "elsewhere", "checkpoint_writer": "inline", "trackers": ["wandb"]}
-    other = parse_config(BASE | {key: values.get(key, 9)})
-    plain = parse_config(BASE)
+    values: dict[str, Any] = {"checkpoint_writer": "inline", "trackers": ["wandb"]}
+    values |= {"out": "elsewhere", "keep_best": "held_out_reverse_kl_nats"}
+    base = BASE | {"evaluation": {"every": 1}}
+    other = parse_config(base | {key: values.get(key, 9)})
+    plain = parse_config(base)
     assert other != plain
     assert fingerprint(other) == fingerprint(plain)
     assert changed_keys(to_table(plain), to_table(other)) == []

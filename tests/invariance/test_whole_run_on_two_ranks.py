@@ -77,6 +77,32 @@ def test_two_processes_evaluate_together_and_one_says_what_they_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_processes_keep_the_best_and_end_early(tmp_path: Path, sharding: str) -> None:
+    """The learning rate is so large that the student is soon worse than after its first step."""
+    metric = "held_out_reverse_kl_nats"
+    changes: dict[str, Any] = {
+        "num_steps": 9, "evaluation.every": 1, "keep_best": metric, "keep_checkpoints": 1,
+        "stop_when.metric": metric, "stop_when.patience": 2, "optimizer.learning_rate": 0.05,
+        "optimizer.warmup_steps": 0, "student.sharding": sharding,
+    }  # fmt: skip
+    ranks = two(*arguments(tmp_path / "both", **changes))
+    assert [rank.code for rank in ranks] == [0, 0], "".join(rank.said for rank in ranks)
+    said = ranks[0].said
+    manifest = json.loads((tmp_path / "both" / "manifest.json").read_text())
+    best, last = manifest["best"]["step"], manifest["stopped_early"]["step"]
+    assert last == best + 2 < 9
+    assert f"stopped early: no better {metric} than" in said
+    assert f"best: {metric}" in said
+    found = sorted(path.name for path in (tmp_path / "both").glob("checkpoint-*"))
+    assert found == [f"checkpoint-{step:06d}" for step in (best, last)]
+    again = two(*arguments(tmp_path / "both", **changes))
+    assert [rank.code for rank in again] == [0, 0], "".join(rank.said for rank in again)
+    assert "nothing is left to do: no better" in again[0].said
+    assert json.loads((tmp_path / "both" / "manifest.json").read_text()) == manifest
+
+
+@pytest.mark.slow
 def test_weights_in_parts_are_one_run_and_leave_the_group(tmp_path: Path) -> None:
     ranks = two(*arguments(tmp_path / "both", **{"student.sharding": "fsdp2"}))
     assert [rank.code for rank in ranks] == [0, 0], [rank.said for rank in ranks]

@@ -251,6 +251,19 @@ def test_the_page_says_what_counts_as_high(make_run: MakeRun, cuts: object, word
     assert words in page_of(run)
 
 
+def test_the_page_says_why_a_run_ended_early_and_which_checkpoint_is_the_best(
+    make_run: MakeRun,
+) -> None:
+    run = make_run(drop=("metrics.jsonl",))
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": null}\n')
+    best = {"metric": "mean_at_k", "step": 20, "value": 0.625, "model": "checkpoint-000020/model"}
+    ending = {"stopped_early": {"step": 40, "reason": "no better <one>"}, "best": best}
+    (run / "manifest.json").write_text(json.dumps(ending))
+    page = page_of(run)
+    assert "Stopped early: no better &lt;one&gt;." in page
+    assert "Best checkpoint: mean_at_k 0.625 after step 20." in page
+
+
 def test_a_run_without_a_grader_shows_no_accuracy(make_run: MakeRun) -> None:
     run = make_run()
     lines = [

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tutelage.config.conversations import ConversationData, LedgerToolsData
+from tutelage.config.evaluation import StopWhenConfig
 from tutelage.config.models import TeacherConfig
 from tutelage.config.parse import flat_values, to_table
 from tutelage.config.rollouts import LiveRollouts, RolloutsConfig
@@ -229,6 +230,8 @@ def _scaled(config: Config, folder: Path) -> Config:
         num_steps=2,
         checkpoint_every=1,
         keep_checkpoints=2,
+        keep_best="none",
+        stop_when=StopWhenConfig(),
         prompts_per_step=updates if updates > 1 else min(2, config.prompts_per_step),
         trackers=(),
         out=str(folder / "run"),

@@ -32,6 +32,7 @@ SAFE_KEYS = (
     "checkpoint_every",
     "checkpoint_writer",
     "keep_checkpoints",
+    "keep_best",
     "max_skipped_steps",
     "process_timeout_s",
     "trackers",

@@ -14,6 +14,12 @@ from tutelage.config.conversations import (
     ShoppingData,
     TravelData,
 )
+from tutelage.config.evaluation import (
+    EvaluationConfig,
+    Metric,
+    StopWhenConfig,
+    require_measured,
+)
 from tutelage.config.method import (
     AllTokens,
     GRPOObjective,
@@ -38,7 +44,6 @@ from tutelage.config.sampling import (
     SamplingConfig,
     TransformersEngine,
     VLLMServer,
-    require_filters,
 )
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.teachers import (
@@ -105,30 +110,6 @@ DataConfig: TypeAlias = Annotated[
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Measurements on held-out prompts, before, during and after training."""
-
-    __pydantic_config__ = STRICT
-    num_problems: int = 64
-    """Held-out prompts; 0 measures nothing."""
-    num_samples: int = 8
-    """Completions per prompt, the k of mean@k and pass@k."""
-    every: int = 0
-    """Steps between evaluations; 0 for only before and after."""
-    temperature: float = 1.0
-    """Sampling temperature of the evaluation; 0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus of the evaluation, in (0, 1]."""
-    teacher: bool = True
-    """Evaluate the teacher too, once."""
-
-    def __post_init__(self) -> None:
-        require_least("evaluation.", self.__dict__, every=0)
-        require_counts("evaluation.", self.__dict__, num_problems=0, num_samples=1)
-        require_filters("evaluation.", self.temperature, self.top_p)
-
-
-@dataclass(frozen=True)
 class RecordingConfig:
     """Tokens kept for the report's token viewer; changes no number of the run."""
 
@@ -167,6 +148,7 @@ class Config:
     weighting: WeightingConfig = field(default_factory=NoWeighting)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stop_when: StopWhenConfig = field(default_factory=StopWhenConfig)
     recording: RecordingConfig = field(default_factory=RecordingConfig)
     out: str | None = None
     """Run folder; None names one after the config file and its fingerprint, under runs/."""
@@ -206,6 +188,10 @@ class Config:
     the device has memory of its own and the copy is possible. The files are the same."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk, at least 1."""
+    keep_best: Metric = "none"
+    """Keep one more, the one with the best evaluation by mean_at_k or pass_at_k, of which more is
+    better, or by held_out_reverse_kl_nats, of which less is. An evaluation that is the best so far
+    writes a checkpoint of its own; the first of equals stays."""
     max_skipped_steps: int = 3
     """Stop after so many steps in a row with a skipped update, at least 1. An update whose loss or
     gradient is infinite or NaN is skipped: weights and optimizer stay as they are."""
@@ -266,6 +252,7 @@ class Config:
         require(is_possible, "checkpoint_writer", what, self.checkpoint_writer, hint)
         self._require_sharded()
         require_rollouts(self)
+        require_measured(self)
         self._require_comparable_stops()
         if isinstance(self.teacher, TeacherConfig) and self.teacher.vocabulary == "aligned":
             self._require_alignable()

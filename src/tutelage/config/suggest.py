@@ -37,6 +37,9 @@ _NAMES_OF_KEYS = {
     "trackers": ("report_to",),
     "checkpoint_every": ("save_steps",),
     "evaluation.every": ("eval_steps", "eval_every"),
+    "keep_checkpoints": ("save_total_limit", "keep_last"),
+    "keep_best": ("metric_for_best_model", "load_best_model_at_end"),
+    "stop_when": ("early_stopping", "early_stopping_patience"),
     "keep": ("ratio", "fraction"),
     "kind": ("loss",),
 }

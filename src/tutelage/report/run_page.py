@@ -108,7 +108,7 @@ def _context(record: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "kicker": "On-policy distillation run",
         "name": text.visible(record.path.resolve().name, 120),
         "facts": _facts(record),
-        "notes": [*record.notes, *_thinning_note(record)],
+        "notes": [*record.notes, *_end_notes(record.manifest), *_thinning_note(record)],
         "evaluations": _evaluation_rows(record),
         "evaluation_set": _evaluation_set(record),
         "is_graded": any(e.mean_at_k is not None for e in record.evaluations),
@@ -139,6 +139,19 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     if seconds:
         facts.append(("time", text.duration(seconds)))
     return facts
+
+
+def _end_notes(manifest: dict[str, Any]) -> list[str]:
+    """Why no step followed, and which checkpoint is the best, as the manifest has them."""
+    notes = []
+    match manifest.get("stopped_early"):
+        case {"reason": str(reason)}:
+            notes.append(f"Stopped early: {text.visible(reason)}.")
+    match manifest.get("best"):
+        case {"metric": str(name), "step": int(step), "value": int() | float() as value}:
+            found = f"{text.visible(name)} {text.number(value)} after step {step}"
+            notes.append(f"Best checkpoint: {found}.")
+    return notes
 
 
 def _thinning_note(record: RunRecord) -> list[str]:

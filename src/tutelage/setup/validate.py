@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tutelage.config.bounds import LARGEST_COUNT
 from tutelage.config.conversations import ConversationData
+from tutelage.config.evaluation import IS_MORE_BETTER
 from tutelage.config.rollouts import given_path, stores_teacher
 from tutelage.config.sampling import VLLMEngine, VLLMServer
 from tutelage.config.schema import Config, FileData
@@ -248,3 +249,12 @@ def _refuse_nothing_held_out(config: Config, inputs: Inputs) -> None:
             f"evaluation.num_problems is {wanted}, but data.num_held_out is 0: there is nothing "
             "to evaluate on. Raise data.num_held_out, or set evaluation.num_problems = 0."
         )
+    deciding = {"keep_best": config.keep_best, "stop_when.metric": config.stop_when.metric}
+    for key, metric in deciding.items():
+        if not IS_MORE_BETTER.get(metric, False) or not isinstance(inputs.task, FileTask):
+            continue
+        if all(prompt.answer is None for prompt in inputs.task.held_out(wanted)):
+            raise DataError(
+                f"{key} = {metric} needs graded problems, but none of the {wanted} held-out "
+                "prompts has a reference answer. Set data.answer_column, or another metric."
+            )

@@ -116,8 +116,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     rollouts: str = "",
+    best: int | None = None,
 ) -> Path:
     """Write weights, optimizer state and step, then drop checkpoints beyond the `keep` newest.
+
+    The one of step `best` stays besides.
 
     Of a student with an adapter only the adapter is written; of one with master weights, both.
 
@@ -130,13 +133,16 @@ def save_checkpoint(
     """
     tensors = savable_tensors(run, step, components, optimizer)
     try:
-        return write_snapshot(run, Snapshot(step, None, tensors, rollouts), components, keep)
+        snapshot = Snapshot(step, None, tensors, rollouts)
+        return write_snapshot(run, snapshot, components, keep, best)
     finally:
         if isinstance(optimizer, DiskAdamW):
             optimizer.release()
 
 
-def write_snapshot(run: Path, snapshot: Snapshot, components: Components, keep: int) -> Path:
+def write_snapshot(
+    run: Path, snapshot: Snapshot, components: Components, keep: int, best: int | None = None
+) -> Path:
     """The part of `save_checkpoint` that needs no number but the snapshot's."""
     final = checkpoint_path(run, snapshot.step)
     with explained_checkpoint(final), new_folder(final) as temporary:
@@ -145,7 +151,7 @@ def write_snapshot(run: Path, snapshot: Snapshot, components: Components, keep: 
         _save_tensors(snapshot.optimizer, temporary)
         write_rollouts(temporary, snapshot.rollouts)
         seal(temporary, {"step": snapshot.step})  # reads every byte back
-    rotate(run, keep)
+    rotate(run, keep, best)
     return final
 
 
@@ -208,13 +214,20 @@ def require_space(run: Path, num_bytes: int) -> None:
         )
 
 
-def rotate(run: Path, keep: int) -> None:
+def rotate(run: Path, keep: int, best: int | None = None) -> None:
     """Drop all but the `keep` newest checkpoints, the newest of which is known to be whole.
+
+    Args:
+        run: the run folder.
+        keep: how many stay.
+        best: step of one more that stays.
 
     Raises:
         RunError: one cannot be removed.
     """
-    for _, old in list_checkpoints(run)[:-keep]:
+    for step, old in list_checkpoints(run)[:-keep]:
+        if step == best:
+            continue
         try:
             discard(old)
         except OSError as error:

@@ -58,8 +58,8 @@ class CheckpointThread:
         self._writing: Future[Path] | None = None
         self._copies: dict[str, Tensor] = {}
 
-    def save(self, step: int, rollouts: str = "") -> None:
-        """Copy the numbers and begin to write them.
+    def save(self, step: int, rollouts: str = "", best: int | None = None) -> None:
+        """Copy the numbers and begin to write them; the checkpoint of step `best` stays.
 
         Raises:
             RunError: as `save_checkpoint`, about this checkpoint or the one before.
@@ -70,7 +70,7 @@ class CheckpointThread:
         snapshot = Snapshot(step, self._copy(weights), self._copy(tensors), rollouts)
         if self._components.device.type == "cuda":
             torch.cuda.synchronize(self._components.device)  # whole before a weight changes
-        arguments = (self._run, snapshot, self._components, self._keep)
+        arguments = (self._run, snapshot, self._components, self._keep, best)
         self._writing = self._pool.submit(write_snapshot, *arguments)
 
     def look(self) -> None:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from tutelage.config.schema import Config
 from tutelage.errors import RunError
+from tutelage.evaluation.best import stop_reason
 from tutelage.models.chat.template import printed_date
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.setup.components import build_components
@@ -36,7 +37,7 @@ from tutelage.train.checkpoint import (
 )
 from tutelage.train.distributed import Leaving, date_of_main
 from tutelage.train.grades import GradeStep, grade_step
-from tutelage.train.measurements import Measurements
+from tutelage.train.measurements import Measurements, best_checkpoint
 from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.peers import Peers, peers_of
 from tutelage.train.saving import Saver, require_checkpoint_space
@@ -135,6 +136,7 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.stop = stop
+        self.ends: str | None = None
         self.log = log if accelerator.is_main_process else no_log
         self.on_step = on_step if accelerator.is_main_process else None
         self.on_phase = on_phase if accelerator.is_main_process else no_phases
@@ -143,10 +145,11 @@ class _Run:
         digests = {**known, **input_digests(config, inputs)}
         manifest = manifest_of(config, digests, started)
         done, checkpoint = self._start()
+        self.done = self.saved = done
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
         self.components = build_components(config, saved, folder.path, inputs, self.on_phase)
-        if self.first_step <= config.num_steps:
+        if not self._takes_no_step():
             require_checkpoint_space(config, folder, accelerator, self.components)
         self._write_manifest(manifest)
         start_trackers(accelerator, config, folder.path.name)
@@ -189,12 +192,43 @@ class _Run:
     def _save(self) -> None:
         if self.step.ahead is not None and self.done < self.config.num_steps:
             self.on_phase(f"sampling for step {self.done + 1}, which the checkpoint holds")
-        self.saver.save(self.done, self.step.saved_ahead(self.done))
+        self.saver.save(self.done, self.step.saved_ahead(self.done), self._best_step())
+        self.saved = self.done
+
+    def _best_step(self) -> int | None:
+        """Of the step whose checkpoint is the best so far, this one included."""
+        if self.config.keep_best == "none":
+            return None
+        self.saver.wait()  # one that is still being written is to choose from
+        best = in_main(self.accelerator, lambda: self.measurements.best(self.done))
+        return None if best is None else best.step
+
+    def _evaluate(self) -> None:
+        """Evaluate, save the weights if none were better, and see whether the run ends here."""
+        self.measurements.evaluate(self.done)
+        if self.done > self.saved and self._best_step() == self.done:
+            self._save()
+        self._see_whether_it_ends()
+
+    def _see_whether_it_ends(self) -> None:
+        records, settings = self.folder, self.config.stop_when
+        if settings.metric != "none":
+            self.ends = in_main(
+                self.accelerator, lambda: stop_reason(records.read("evaluation.jsonl"), settings)
+            )
+
+    def _end_early(self) -> None:
+        """Save and record what a run does after its last step."""
+        if self.done >= self.first_step:
+            self.log(f"stopped early: {self.ends}")
+            if not self.measurements.is_due(self.done, self.config.recording.every):
+                self._record(is_last=True)
+            if self.done > self.saved:
+                self._save()
 
     def go(self) -> RunResult:
         """Steps `first_step` to `num_steps`, with evaluations around them."""
         num_steps = self.config.num_steps
-        self.done = saved = self.first_step - 1
         for line in self.components.teacher.notices:
             self.log(line)
         for line in self.components.warnings:
@@ -204,34 +238,35 @@ class _Run:
             self.fill.begin(self.first_step)
         try:
             if self._is_evaluation_due() and not has_evaluation:
-                self.measurements.evaluate(self.done)
+                self._evaluate()
             if self.done == 0 and not has_tokens:
                 self._record()
             if self.fill is not None:
                 self.fill.run()
-            while self.done < num_steps and not self._any_process():
+            while self.done < num_steps and not self.ends and not self._any_process():
                 self._take()
                 self.saver.look()
                 self._record()
                 if self.measurements.is_due(self.done, self.config.checkpoint_every):
                     self._save()
-                    saved = self.done
                 if self._is_evaluation_due():
-                    self.measurements.evaluate(self.done)
+                    self._evaluate()
+            if self.ends and self.done < num_steps:
+                self._end_early()
         except StoppedError:
             pass  # whatever it was given up for did not count yet
         self.on_phase("")
-        if self.done < num_steps or self._any_process():
-            if self.done > saved:
+        if (self.done < num_steps and not self.ends) or self._any_process():
+            if self.done > self.saved:
                 self._save()
             self.saver.wait()
             self.log(f"stopped after step {self.done}; the same command continues from there")
             return RunResult(self.folder.path, self.done, False, self.folder.is_writer)
         has_student = in_main(self.accelerator, (self.folder.path / "student").exists)
         if self.done >= self.first_step or not has_student:
-            self.saver.export(self.measurements.verdict(self.done))
+            self.saver.export(self.measurements.verdict(self.done, self.ends))
         self.saver.wait()
-        self.measurements.conclude(self.done, self.done >= self.first_step)
+        self.measurements.conclude(self.done, self.done >= self.first_step, self.ends)
         return RunResult(self.folder.path, self.done, True, self.folder.is_writer)
 
     def _take(self) -> None:
@@ -270,9 +305,9 @@ class _Run:
                 "raise max_skipped_steps."
             )
 
-    def _record(self) -> None:
+    def _record(self, is_last: bool = False) -> None:
         rollouts = self.step.rollouts
-        self.measurements.record(self.done, rollouts, self.step.share(len(rollouts)))
+        self.measurements.record(self.done, rollouts, self.step.share(len(rollouts)), is_last)
 
     def _logged(self) -> tuple[bool, bool]:
         """Whether there is an evaluation of the last step, and a snapshot of the start."""
@@ -292,7 +327,7 @@ class _Run:
 
         def write() -> None:
             earlier = self.folder.read_manifest()
-            if self.first_step > config.num_steps and earlier is not None:  # it takes no step
+            if self._takes_no_step() and earlier is not None:
                 kept = (*asdict(layout), "layouts")
                 known = {key: earlier[key] for key in kept if key in earlier}
             else:
@@ -310,9 +345,16 @@ class _Run:
         if step < 0:
             return 0, None
         path = checkpoint_path(self.folder.path, step)
-        what = "is finished" if step >= self.config.num_steps else "continues"
-        self.log(f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}")
+        self._see_whether_it_ends()
+        what = "is finished" if step >= self.config.num_steps or self.ends else "continues"
+        why = f"; nothing is left to do: {self.ends}" if self.ends else ""
+        self.log(
+            f"run {self.folder.path} {what}: found {path.name} of {self.config.num_steps}{why}"
+        )
         return step, path
+
+    def _takes_no_step(self) -> bool:
+        return self.first_step > self.config.num_steps or self.ends is not None
 
     def _rewind(self) -> int:
         """The step of the newest whole checkpoint, after which nothing is logged; -1 for none."""
@@ -321,11 +363,12 @@ class _Run:
             self.folder.rewind(-1)
             return -1
         step, _ = found
-        # it may have died between a save and the removal of older ones
-        rotate(self.folder.path, self.config.keep_checkpoints)
         self.folder.rewind(step)
         if not self.folder.has_evaluation(step):  # it died while it evaluated
             self.folder.rewind(step - 1, EVALUATION_LOGS)
+        # it may have died between a save and the removal of older ones
+        best = best_checkpoint(self.folder, self.config.keep_best)
+        rotate(self.folder.path, self.config.keep_checkpoints, None if best is None else best.step)
         return step
 
     def _is_evaluation_due(self) -> bool:

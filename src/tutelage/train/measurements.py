@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 from accelerate import Accelerator
 
 from tutelage.config.conversations import ConversationData
 from tutelage.config.schema import Config
 from tutelage.data.types import Rollout
+from tutelage.evaluation.best import Best, best_of
 from tutelage.evaluation.measure import describe, measure
 from tutelage.evaluation.verdict import Verdict, verdict_of
 from tutelage.setup.components import Components
@@ -20,6 +22,7 @@ from tutelage.setup.run_folder import RunFolder
 from tutelage.setup.shares import Shares
 from tutelage.setup.trackers import numbers
 from tutelage.train.agreement import in_main
+from tutelage.train.checkpoint import checkpoint_path, list_checkpoints
 from tutelage.train.signals import Stop, StoppedError
 from tutelage.train.snapshot import snapshot
 
@@ -79,16 +82,19 @@ class Measurements:
             self.accelerator.log(found, step=step)
             self.log(describe(summary))
 
-    def record(self, step: int, rollouts: Sequence[Rollout], places: Sequence[int]) -> None:
+    def record(
+        self, step: int, rollouts: Sequence[Rollout], places: Sequence[int], is_last: bool = False
+    ) -> None:
         """A snapshot of tokens for the report; all processes score, and the main one logs it.
 
         Args:
             step: updates done.
             rollouts: what the step learned from, this process's.
             places: their indices among those of all processes.
+            is_last: no step follows, though the run has more.
         """
         settings = self.config.recording
-        is_due = step == 0 or self.is_due(step, settings.every)
+        is_due = step == 0 or is_last or self.is_due(step, settings.every)
         if not settings.every or not is_due:
             return
         self.on_phase("recording tokens")
@@ -108,17 +114,61 @@ class Measurements:
         """Whether something that is done every so many steps, and at the end, is due."""
         return step == self.config.num_steps or (every > 0 and step % every == 0)
 
-    def verdict(self, step: int) -> Verdict | None:
-        """What the evaluations say, the last of which was after `step`."""
+    def best(self, step: int) -> Best | None:
+        """The best evaluation whose checkpoint stands, or which is the one after `step`."""
+        return best_checkpoint(self.folder, self.config.keep_best, step)
+
+    def verdict(self, step: int, ends: str | None = None) -> Verdict | None:
+        """What the evaluations say, the last of which was after `step`.
+
+        Args:
+            step: updates done.
+            ends: why no step follows, though the run has more.
+        """
         has_turns = isinstance(self.config.data, ConversationData)
         rows = self.folder.read("evaluation_rows.jsonl")
-        return verdict_of(rows, step, has_turns, needs_teacher(self.config))
+        found = verdict_of(rows, step, has_turns, needs_teacher(self.config))
+        if found is None or ends is None:
+            return found
+        return replace(found, reason=f"{found.reason}; stopped early: {ends}")
 
-    def conclude(self, step: int, is_logged: bool) -> None:
-        """Keep the verdict in the manifest, and perhaps log it."""
-        verdict = self.verdict(step)
-        if verdict is not None:
-            manifest = self.folder.read_manifest() or {}
-            self.folder.write_manifest(manifest | {"verdict": asdict(verdict)})
-            if is_logged:
-                self.log(f"verdict: {verdict}")
+    def conclude(self, step: int, is_logged: bool, ends: str | None = None) -> None:
+        """Keep the verdict and what else is known at the end in the manifest, and perhaps log it.
+
+        Args:
+            step: updates done.
+            is_logged: whether to log it.
+            ends: as for `verdict`.
+        """
+        lines: list[str] = []
+        known: dict[str, Any] = {}
+        if (verdict := self.verdict(step, ends)) is not None:
+            known["verdict"] = asdict(verdict)
+            lines.append(f"verdict: {verdict}")
+        if ends is not None:
+            known["stopped_early"] = {"step": step, "reason": ends}
+        if (best := self.best(step)) is not None:
+            place = checkpoint_path(self.folder.path, best.step) / "model"
+            known["best"] = {**asdict(best), "model": f"{place.parent.name}/{place.name}"}
+            lines.append(f"best: {best}, in {place}")
+        elif self.config.keep_best != "none":
+            lines.append(f"no best checkpoint: {self.config.keep_best} was not measured")
+        if known:
+            self.folder.write_manifest((self.folder.read_manifest() or {}) | known)
+        for line in lines if is_logged else ():
+            self.log(line)
+
+
+def best_checkpoint(folder: RunFolder, metric: str, step: int | None = None) -> Best | None:
+    """The best evaluation whose checkpoint stands; None without any.
+
+    Args:
+        folder: of the run.
+        metric: `keep_best`.
+        step: one that counts without a checkpoint.
+    """
+    if metric == "none":
+        return None
+    standing = {number for number, _ in list_checkpoints(folder.path)}
+    among = standing if step is None else standing | {step}
+    return best_of(folder.read("evaluation.jsonl"), metric, among)

@@ -88,22 +88,23 @@ class Saver:
         self._thread = CheckpointThread(self._folder.path, components, self._optimizer, self._keep)
         return True
 
-    def save(self, step: int, rollouts: str = "") -> None:
+    def save(self, step: int, rollouts: str = "", best: int | None = None) -> None:
         """Write the checkpoint after `step` updates, or begin to.
 
         Args:
             step: updates done.
             rollouts: lines of the next step's completions, where they were sampled already.
+            best: step of a checkpoint that stays besides the newest.
 
         Raises:
             RunError: it cannot be written, the same in every process; earlier ones stay.
         """
         self._on_phase("saving a checkpoint")
-        parts = (self._components, self._optimizer, self._keep, rollouts)
+        parts = (self._components, self._optimizer, self._keep, rollouts, best)
         if self._components.student.is_sharded:
             save_sharded_checkpoint(self._accelerator, self._folder.path, step, *parts)
         elif self._is_beside:
-            self._by_thread(lambda thread: thread.save(step, rollouts))
+            self._by_thread(lambda thread: thread.save(step, rollouts, best))
         else:
             run = self._folder.path
             in_main(self._accelerator, lambda: save_checkpoint(run, step, *parts))

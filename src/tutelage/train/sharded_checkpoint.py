@@ -54,6 +54,7 @@ def save_sharded_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     rollouts: str = "",
+    best: int | None = None,
 ) -> Path:
     """`save_checkpoint` of all processes together, each of which writes some of the files.
 
@@ -78,7 +79,7 @@ def save_sharded_checkpoint(
         folder.by_main(lambda: write_rollouts(folder.path, rollouts))
         folder.by_main(lambda: seal(folder.path, {"step": step}, folder.checksums))
         folder.close()
-    in_main(accelerator, lambda: rotate(run, keep))
+    in_main(accelerator, lambda: rotate(run, keep, best))
     return final
 
 
