@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -72,6 +73,40 @@ def test_losses_of_runs_that_minimise_other_things_do_not_stand_side_by_side(
     write_comparison(comparison, records, tmp_path / "page.html")
     assert "Loss (per kept token)" not in (page := (tmp_path / "page.html").read_text())
     assert "last loss is left out" in page
+
+
+LOCAL = {"kind": "local", "model": "t", "quantization": "none", "vocabulary": "same",
+         "stop_token": "map"}  # fmt: skip
+SERVED = {"kind": "hidden_server", "model": "t", "stop_token": "map", "url": "http://a"}
+TOLD = {"kind": "self", "context": "{answer}", "weights": "frozen"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "key"),
+    [
+        ({"teacher": LOCAL}, {"teacher": SERVED}, None),
+        ({"teacher": SERVED}, {"teacher": SERVED | {"url": "http://b"}}, None),
+        ({"teacher": LOCAL}, {"teacher": LOCAL | {"stop_token": "class"}}, "teacher.stop_token"),
+        ({"teacher": LOCAL}, {"teacher": SERVED | {"num_logprobs": 20}}, "teacher.num_logprobs"),
+        ({"teacher": TOLD}, {"teacher": TOLD | {"context": ""}}, "teacher.context"),
+        ({}, {"teachers": {"code": LOCAL}}, "teachers.code.model"),
+    ],
+)
+def test_divergences_from_other_teachers_do_not_stand_side_by_side(
+    make_run: MakeRun, tmp_path: Path, first: Any, second: Any, key: str | None
+) -> None:
+    runs = [with_config(make_run("a"), first), with_config(make_run("b"), second)]
+    comparison = compare_runs(runs)
+    rows = [row[0] for row in comparison.tables()[0].rows]
+    write_comparison(comparison, [read_run(run) for run in runs], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for name, panel in (
+        ("last reverse KL", "Reverse KL (nats per token)"),
+        ("held-out reverse KL", "Held-out reverse KL (nats per token)"),
+    ):
+        notes = [note for note in comparison.notes if note.startswith(f"{name} is left out")]
+        assert [str(key) in note for note in notes] == ([] if key is None else [True])
+        assert (name in rows) == (panel in page) == (key is None)
 
 
 def test_losses_of_one_method_stand_side_by_side(make_run: MakeRun, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tutelage.errors import TutelageError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture
 from tutelage.models.tiny import save_tiny_model as save_tiny_family
-from tutelage.setup.warnings import _context_warnings, _turn_warnings
+from tutelage.setup.warnings import _turn_warnings, context_warnings
 from tutelage.train.loop import train
 
 
@@ -240,13 +240,13 @@ def test_what_is_inserted_between_turns_needs_positions_too(
     data = {"kind": "ledger_tools", "max_inserted_tokens": 110}
     config = tiny_config(tiny_models, tmp_path, data=data)
     student = load_model(str(tiny_models / "student"))
-    (text,) = _context_warnings(config, 9, student, student)
+    (text,) = context_warnings(config, [("student", student, 9), ("teacher", student, 9)])
     assert re.search(
         r"9 tokens and sampling\.max_new_tokens \+ data\.max_inserted_tokens is 120: more than the "
         r"128 .* Lower sampling\.max_new_tokens \+ data\.max_inserted_tokens to 119",
         text,
     )
-    assert not list(_context_warnings(config, 8, student, student))
+    assert not list(context_warnings(config, [("student", student, 8), ("teacher", student, 8)]))
 
 
 def test_a_turn_that_is_longer_than_a_conversation(tmp_path: Path, tiny_models: Path) -> None:

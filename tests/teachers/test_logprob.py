@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tutelage.config.parse import parse_config
 from tutelage.config.teachers import LogprobServerTeacher
 from tutelage.core import PartialLogits
 from tutelage.data.batch import Batch, collate, pack
@@ -23,6 +24,8 @@ from tutelage.models.teacher import Teacher
 from tutelage.rollout.http_client import BadReply
 from tutelage.teachers.logprob import LogprobTeacher
 from tutelage.teachers.logprob_api import VLLMApi
+from tutelage.train.metrics import teacher_checks
+from tutelage.train.micro_batch import MicroBatch
 from vllm_stub import QUICK, FakeVLLM, serving
 
 K = 5
@@ -48,7 +51,7 @@ def server(model: PreTrainedModel) -> Iterator[FakeVLLM]:
 def teacher_of(server: FakeVLLM, swap: tuple[int, int] | None = None) -> LogprobTeacher:
     config = LogprobServerTeacher("logprob_server", "student", server.url, num_logprobs=K)
     size = server.model.config.vocab_size
-    found = LogprobTeacher(config, size, torch.device("cpu"), swap, 1.0)
+    found = LogprobTeacher(config, size, torch.device("cpu"), swap)
     for client in found._clients:
         client.limits = QUICK
     return found
@@ -77,13 +80,49 @@ def test_rows_are_what_the_model_itself_gives(
     torch.testing.assert_close(found.token_log_q, picked, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_not_known_is_measured(server: FakeVLLM) -> None:
+class Second:
+    """Of two processes that call alike, the second, which knows what the first one gave."""
+
+    def __init__(self, first: list[float] | None = None) -> None:
+        self.first = first
+        self.given: list[float] = []
+
+    def sum(self, value: float) -> float:
+        self.given.append(value)
+        return value if self.first is None else value + self.first[len(self.given) - 1]
+
+    def max(self, values: list[float]) -> list[float]:
+        return [self.sum(0.0) + x for x in values]
+
+
+def test_what_is_not_known_is_measured_over_all_rows(server: FakeVLLM) -> None:
     teacher = teacher_of(server)
-    found = rows_of(teacher, collate(ROLLOUTS, 0))
-    low, high = found.entropy_bounds()
-    checks = teacher.checks()
-    assert checks["teacher_tail_mass"] == pytest.approx(float((1 - found.known_mass).mean()))
-    assert checks["undecided_gate_share"] == float(((low < 1) & (high >= 1)).double().mean())
+    config = parse_config(
+        {
+            "student": {"model": "s"},
+            "teacher": {"kind": "logprob_server", "model": "t", "url": server.url},
+            "objective": {"kind": "eopd", "estimator": "sampled", "fkl": "topk_tail",
+                          "threshold": 1.0},
+        }
+    )  # fmt: skip
+    whole = rows_of(teacher, collate(ROLLOUTS, 0))
+    low, high = whole.entropy_bounds()
+    expected = {
+        "teacher_tail_mass": float((1 - whole.known_mass).mean()),
+        "undecided_gate_share": float(((low < 1) & (high >= 1)).double().mean()),
+    }
+    parts = [
+        MicroBatch(batch := collate(some, 0), 0, teacher_logits=rows_of(teacher, batch))
+        for some in (ROLLOUTS[:2], ROLLOUTS[2:])
+    ]
+    alone: Any = Second()
+    assert teacher_checks(config, {}, parts, alone) == pytest.approx(expected)
+    first: Any = Second()
+    own = teacher_checks(config, {}, parts[:1], first)
+    second: Any = Second(first.given)
+    assert teacher_checks(config, {}, parts[1:], second) == pytest.approx(expected)
+    assert own["teacher_tail_mass"] != pytest.approx(expected["teacher_tail_mass"])
+    assert teacher_checks(config, {}, [], alone) == dict.fromkeys(expected)
     assert teacher.checks() == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +16,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tiny_runs import metrics_of
+from tutelage.commands.check import check
 from tutelage.config.parse import parse_config
 from tutelage.config.schema import Config
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, ModelError
+from tutelage.evaluation.verdict import verdict_of
 from tutelage.models.alignment import AlignedReading
 from tutelage.models.load import save_model
 from tutelage.models.tokenizers import encode_prompt
 from tutelage.setup import alignment
 from tutelage.setup.components import build_components
+from tutelage.setup.inputs import load_inputs
 from tutelage.setup.objective import uniform_terms
 from tutelage.train.loop import train
+from tutelage.train.score_request import ScoreRequest
+from tutelage.train.snapshot import score_for_page
 from tutelage.train.step import Step
+from tutelage.train.token_scores import score
 
 PROMPTS = [{"prompt": f"the sum of {n} and two is", "answer": str(n + 2)} for n in range(12)]
 
@@ -200,8 +207,48 @@ def test_equal_tokenizers_learn_as_from_one_vocabulary(table: Any) -> None:
 
 
 def test_a_whole_run_evaluates_and_saves(table: Any, tmp_path: Path) -> None:
-    train(parse_config(table(out=str(tmp_path / "run"))), log=lambda _: None)
-    assert all(0 < row["aligned_share"] < 1 for row in metrics_of(tmp_path / "run"))
+    out = tmp_path / "run"
+    train(parse_config(table(out=str(out))), log=lambda _: None)
+    for row in metrics_of(out):
+        assert 0 < row["aligned_share"] < 1
+        num_tokens = row["num_rows"] / row["aligned_share"]
+        assert row["completion_length_mean"] == pytest.approx(num_tokens / 4)
+    first = json.loads((out / "evaluation.jsonl").read_text().splitlines()[0])
+    lines = (out / "evaluation_rows.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["step"] == 0]
+    assert 0 < sum(r["num_rows"] for r in rows) < sum(r["num_tokens"] for r in rows)
+    # a mean over the aligned tokens, also where the verdict is made of problems
+    ratio = sum(r["reverse_kl_nats"] for r in rows) / sum(r["num_rows"] for r in rows)
+    assert first["held_out_reverse_kl_nats"] == pytest.approx(ratio)
+    means = [r["reverse_kl_nats"] / r["num_rows"] for r in rows if r["num_rows"]]
+    found = verdict_of([*rows, *({**r, "step": 2} for r in rows)], 2)
+    assert found is not None
+    assert f"reverse KL {sum(means) / len(means):.4g} ->" in found.reason
+
+
+def test_it_is_checked_with_its_own_prompts(table: Any, folder: Path, tmp_path: Path) -> None:
+    lines = list(check(parse_config(table(out=str(tmp_path / "run"))), "tiny"))
+    assert not any("chat templates" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("vocabulary: ")]
+    assert line.endswith("ids shared with the teacher's tokenizer, which has 275")
+    inputs = load_inputs(parse_config(table()))
+    prompts = inputs.task.prompts(0, 2, 0) + inputs.task.prompts(1, 2, 0) + inputs.task.held_out(2)
+    longest = max(len(encode_prompt(inputs.teacher_tokenizer, prompt)) for prompt in prompts)
+    assert longest > max(len(encode_prompt(inputs.tokenizer, prompt)) for prompt in prompts)
+    teacher = shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    settings = json.loads((teacher / "config.json").read_text())
+    settings["max_position_embeddings"] = longest + 15
+    (teacher / "config.json").write_text(json.dumps(settings))
+    made = table(str(teacher), out=str(tmp_path / "run"))
+    (line,) = [line for line in check(parse_config(made), "tiny") if "positions" in line]
+    assert f"the longest prompt has {longest} tokens and sampling.max_new_tokens is 16" in line
+    assert f"the {longest + 15} positions of the teacher" in line
+
+
+@pytest.mark.parametrize("function", [score, score_for_page])
+def test_tokens_are_not_scored(table: Any, function: Any) -> None:
+    with pytest.raises(ConfigError, match=r"tokens cannot be scored with teacher\.vocabulary"):
+        function(parse_config(table()), ScoreRequest())
 
 
 @pytest.mark.parametrize(

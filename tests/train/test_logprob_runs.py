@@ -15,6 +15,9 @@ from tutelage.commands.dry_run import dry_run
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tokenizers import vocabulary_size
+from tutelage.train.score_request import ScoreRequest
+from tutelage.train.snapshot import score_for_page
+from tutelage.train.token_scores import score
 from vllm_stub import FakeVLLM, serving
 
 K = 8
@@ -96,3 +99,12 @@ def test_what_needs_every_id_is_refused(
     teacher = {"kind": "logprob_server", "model": "m", "url": "http://h:1", "num_logprobs": K}
     with pytest.raises(ConfigError, match=message):
         tiny_config(tiny_models, tmp_path, teacher=teacher, **change)
+
+
+def test_rules_that_need_every_id_are_not_scored(tiny_models: Path, tmp_path: Path) -> None:
+    teacher = {"kind": "logprob_server", "model": "m", "url": "http://127.0.0.1:9"}
+    config = tiny_config(tiny_models, tmp_path, teacher=teacher, objective=TOPK)
+    request = ScoreRequest(rules=("entropy", "gradient_norm"))
+    for function in (score, score_for_page):
+        with pytest.raises(ConfigError, match="--rules gradient_norm needs every id of the teach"):
+            function(config, request)

@@ -175,6 +175,16 @@ def test_every_teacher_is_checked(models: Path, tmp_path: Path, mode: str) -> No
         assert sum(line.startswith(f"{who}: Qwen3ForCausalLM") for line in lines) == 1
 
 
+def test_a_further_teacher_with_too_few_positions_is_named(models: Path, tmp_path: Path) -> None:
+    short = shutil.copytree(models / "law", tmp_path / "law")
+    settings = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 12}))
+    found = tables(models)
+    found["teachers"]["law"]["model"] = str(short)
+    lines = list(check(tiny_config(models, tmp_path / "run", **found), "tiny"))
+    assert sum("more than the 12 positions of the teacher law" in line for line in lines) == 1
+
+
 def test_where_a_further_teacher_answers_names_no_run() -> None:
     def table(url: str) -> dict[str, Any]:
         teachers = {"code": {"kind": "hidden_server", "model": "t", "url": url}}

@@ -157,6 +157,10 @@ class LogprobServerTeacher(ServerTeacher):
         require(1 <= count <= 256, "teacher.num_concurrent", "from 1 to 256", count, hint)
 
 
+NEED_ALL_IDS = ("teachability", "gradient_norm", "local_oracle", "local_gain")
+"""Selection rules that look at the teacher's probability of every id."""
+
+
 def require_known_ids(
     teacher: LogprobServerTeacher,
     objective: ObjectiveConfig,
@@ -190,9 +194,8 @@ def require_known_ids(
     if isinstance(objective, TopKObjective | EOPDObjective):
         rule = f"at most teacher.num_logprobs = {num}"
         require(objective.k <= num, "objective.k", rule, objective.k, "Raise teacher.num_logprobs.")
-    exact = ("teachability", "gradient_norm", "local_oracle", "local_gain")
-    rule = f"another than {', '.join(exact)} {given}"
-    require(selection.rule not in exact, "selection.rule", rule, selection.rule, hint)
+    rule = f"another than {', '.join(NEED_ALL_IDS)} {given}"
+    require(selection.rule not in NEED_ALL_IDS, "selection.rule", rule, selection.rule, hint)
     if isinstance(weighting, SelectKDWeighting):
         rule, key = "at least 5 with weighting.kind = selectkd", "teacher.num_logprobs"
         require(num >= 5, key, rule, num, "It asks for the teacher's five likeliest ids.")

@@ -118,9 +118,9 @@ def measure(
             for h, (_, result, kl) in pairs
         ],
         [
-            {**h, **{key: row[key] for key in _ROW}, "reverse_kl_nats": nats}
+            {**h, **{key: row[key] for key in _ROW}, **nats}
             for h, (who, result, _) in pairs
-            for row, nats in zip(result.rows, _per_row(who, result, sums), strict=True)
+            for row, nats in zip(result.rows, _per_row(who, result, sums, counts), strict=True)
         ],
         samples,
     )
@@ -156,11 +156,19 @@ def _collected(
     )
 
 
-def _per_row(who: str, result: Result, sums: list[float]) -> list[float | None]:
-    """Nats of each completion; the teacher's divergence from itself is not measured."""
+def _per_row(
+    who: str, result: Result, sums: list[float], counts: list[int]
+) -> list[dict[str, float | int | None]]:
+    """Nats of each completion, and its tokens that have a teacher.
+
+    The teacher's divergence from itself is not measured.
+    """
     if who == "teacher":
-        return [None] * len(result.rows)
-    return [nats if math.isfinite(nats) else None for nats in sums]
+        return [{"reverse_kl_nats": None, "num_rows": None} for _ in result.rows]
+    return [
+        {"reverse_kl_nats": nats if math.isfinite(nats) else None, "num_rows": count}
+        for nats, count in zip(sums, counts, strict=True)
+    ]
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -129,7 +129,8 @@ def _divergences(rows: Sequence[Row]) -> dict[str, float]:
     for row in rows:
         value = row["reverse_kl_nats"]
         nats[row["prompt_id"]] += math.nan if value is None else value
-        tokens[row["prompt_id"]] += row["num_tokens"]
+        count = row.get("num_rows")  # those that have a teacher
+        tokens[row["prompt_id"]] += row["num_tokens"] if count is None else count
     means = {name: nats[name] / tokens[name] for name in nats if tokens[name]}
     return {name: value for name, value in means.items() if math.isfinite(value)}
 

@@ -67,4 +67,8 @@ class AnyTeacher(Protocol):
         """What `forward` returned, on the device for the objective."""
 
     def checks(self) -> Mapping[str, float | None]:
-        """What it measured of itself since the last call, for the metrics of a step."""
+        """What it measured of itself, in this process, since the last call, for a step's metrics.
+
+        Each is at least 0, and the largest of all processes is logged; None where it was not
+        measured. The names are the same in all of them.
+        """

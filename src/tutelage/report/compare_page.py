@@ -9,7 +9,13 @@ from typing import Any
 from tutelage.evaluation.metrics import paired_difference
 from tutelage.report import text
 from tutelage.report.compare_evaluations import EvaluationComparison
-from tutelage.report.compare_runs import Comparison, loss_differs_by, names_of
+from tutelage.report.compare_runs import (
+    Comparison,
+    kl_differs_by,
+    loss_differs_by,
+    names_of,
+    teachers_differ_by,
+)
 from tutelage.report.curves import panel_context
 from tutelage.report.page import write_page
 from tutelage.report.panels import Curve, Panel, panels_across, told_apart
@@ -33,8 +39,12 @@ def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: 
     tables = comparison.tables()
     budgets = {keep_of(record.config) for record in records}
     paired = {difference.run for difference in comparison.differences}
-    has_loss = not loss_differs_by(records)
-    across = [panel for panel in panels_across(runs) if has_loss or panel.title != "Loss"]
+    differing = {
+        "Loss": loss_differs_by(records),
+        "Reverse KL": kl_differs_by(records),
+        "Held-out reverse KL": teachers_differ_by(records),
+    }
+    across = [panel for panel in panels_across(runs) if not differing.get(panel.title)]
     panels = [*across, *_difference_panel(runs, paired)]
     context = {
         **_shell("Runs side by side", [name for name, _ in runs], comparison.notes),

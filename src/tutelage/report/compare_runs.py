@@ -12,13 +12,15 @@ from tutelage.evaluation.metrics import Interval, paired_difference
 from tutelage.report import text
 from tutelage.report.records import EvaluationRecord, RunRecord, read_run
 
-_LOSS_KEYS = (
-    "objective.", "selection.", "weighting.", "renormalize",
-    "teacher.model", "teacher.quantization", "data.",
+_LOSS_KEYS = ("objective.", "selection.", "weighting.", "renormalize", "data.")
+"""Keys, or tables of keys, that decide what a run's loss is the mean of, beside its teachers'."""
+_TEACHER_KEYS = (
+    "model", "quantization", "vocabulary", "stop_token", "num_logprobs", "context", "weights",
+    "ema_decay",
 )  # fmt: skip
-"""Keys, or tables of keys, that decide what a run's loss is the mean of."""
-_KL_KEYS = ("teacher.model", "teacher.quantization", "diagnostics")
-"""The same of the divergence that is logged in every step."""
+"""Keys of a teacher that decide what the student is compared with, and so what a divergence is."""
+_DEFAULTS = {"quantization": "none", "vocabulary": "same"}
+"""What a teacher has whose kind lacks the key: a hidden_server says what a local one does."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,12 @@ def compare_records(records: Sequence[RunRecord]) -> Comparison:
     if keys := loss_differs_by(records):
         summaries = [replace(summary, loss=None) for summary in summaries]
         notes.append(f"last loss {left_out} ({', '.join(keys)}).")
-    if keys := _differing(records, _KL_KEYS):
+    if keys := kl_differs_by(records):
         summaries = [replace(summary, reverse_kl_nats=None) for summary in summaries]
         notes.append(f"last reverse KL {left_out} ({', '.join(keys)}).")
+    if keys := teachers_differ_by(records):
+        summaries = [replace(summary, held_out_reverse_kl_nats=None) for summary in summaries]
+        notes.append(f"held-out reverse KL {left_out} ({', '.join(keys)}).")
     return Comparison(
         runs=tuple(summaries),
         config=_differing_config(records),
@@ -151,11 +156,26 @@ def names_of(records: Sequence[RunRecord]) -> list[str]:
 
 def loss_differs_by(records: Sequence[RunRecord]) -> list[str]:
     """Configuration keys by which runs minimise different things; none if losses compare."""
-    return _differing(records, _LOSS_KEYS)
+    own = [key for key in _differing_config(records) if key.startswith(_LOSS_KEYS)]
+    return [*teachers_differ_by(records), *(text.visible(key, 60) for key in own)]
 
 
-def _differing(records: Sequence[RunRecord], keys: tuple[str, ...]) -> list[str]:
-    return [text.visible(key, 60) for key in _differing_config(records) if key.startswith(keys)]
+def kl_differs_by(records: Sequence[RunRecord]) -> list[str]:
+    """The same of the divergence that is logged in every step."""
+    own = [key for key in _differing_config(records) if key == "diagnostics"]
+    return [*teachers_differ_by(records), *own]
+
+
+def teachers_differ_by(records: Sequence[RunRecord]) -> list[str]:
+    """The same of what runs compare the student with, as of the held-out divergence."""
+    found = []
+    for key, values in _differing_config(records).items():
+        table, _, name = key.rpartition(".")
+        if table.partition(".")[0] in ("teacher", "teachers") and name in _TEACHER_KEYS:
+            default = _DEFAULTS.get(name) if table == "teacher" else None
+            if len({default if value is None else value for value in values}) > 1:
+                found.append(text.visible(key, 60))
+    return found
 
 
 def _summary(name: str, record: RunRecord) -> RunSummary:
@@ -228,7 +248,8 @@ def _summary_rows(runs: Sequence[RunSummary]) -> Iterator[list[str]]:
     yield ["time", *(text.duration(run.seconds) for run in runs)]
     yield ["mean@k", *(text.interval(run.accuracy) for run in runs)]
     yield ["pass@k", *(text.percent(run.pass_at_k) for run in runs)]
-    yield ["held-out reverse KL", *(text.number(r.held_out_reverse_kl_nats) for r in runs)]
+    if any(run.held_out_reverse_kl_nats is not None for run in runs):
+        yield ["held-out reverse KL", *(text.number(r.held_out_reverse_kl_nats) for r in runs)]
     if any(run.reverse_kl_nats is not None for run in runs):
         yield ["last reverse KL", *(text.number(run.reverse_kl_nats) for run in runs)]
     yield ["last entropy", *(text.number(run.entropy_nats) for run in runs)]

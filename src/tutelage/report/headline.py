@@ -75,9 +75,10 @@ def held_out_kl(record: RunRecord, step: int) -> Interval | None:
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for row in record.verdicts:
         is_here = (row.model, row.step) == ("student", step)
-        if is_here and row.reverse_kl_nats is not None and row.num_tokens:
+        count = row.num_tokens if row.num_rows is None else row.num_rows
+        if is_here and row.reverse_kl_nats is not None and count:
             totals[row.prompt_id][0] += row.reverse_kl_nats
-            totals[row.prompt_id][1] += row.num_tokens
+            totals[row.prompt_id][1] += count
     if len(totals) < 2:
         return None
     sums, counts = zip(*totals.values(), strict=True)

@@ -127,8 +127,10 @@ class VerdictRecord(_Line):
     is_correct: bool | None = None
     is_truncated: bool | None = None
     num_tokens: Count | None = None
+    num_rows: Count | None = None
+    """Tokens that have a teacher; None in runs of earlier versions, where all have one."""
     reverse_kl_nats: float | None = None
-    """Sum over the tokens of the completion."""
+    """Sum over these tokens of the completion."""
 
 
 Numbers = list[float | None]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tutelage.config.models import TeacherConfig
 from tutelage.config.schema import Config
 from tutelage.core.shared_ids import SharedIds
 from tutelage.data.types import Prompt
@@ -20,7 +19,7 @@ from tutelage.models.tokenizers import (
     stop_ids,
     vocabulary_size,
 )
-from tutelage.setup.inputs import Inputs, privileged_reading, thinking
+from tutelage.setup.inputs import Inputs, is_aligned, privileged_reading, thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,11 +29,6 @@ LEAST_SHARED = 0.1
 LEAST_ALIGNED = 0.3
 """The same of the tokens of its prompts that are one token of the teacher's."""
 _NUM_TEXTS = 32
-
-
-def is_aligned(config: Config) -> bool:
-    """Whether the teacher has another tokenizer."""
-    return isinstance(config.teacher, TeacherConfig) and config.teacher.vocabulary == "aligned"
 
 
 def compared_sizes(config: Config, inputs: Inputs, rows: Sequence[int]) -> tuple[int, int]:

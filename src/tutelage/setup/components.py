@@ -55,7 +55,7 @@ from tutelage.rollout.vllm_engine import VLLMSampler
 from tutelage.rollout.vllm_server import VLLMServerSampler
 from tutelage.rollout.weight_transfer import FolderTransfer, WeightTransfer
 from tutelage.setup.alignment import compared_ids, compared_sizes
-from tutelage.setup.further_teachers import gathered, load_further_teachers
+from tutelage.setup.further_teachers import few_positions, gathered, load_further_teachers
 from tutelage.setup.inputs import Inputs, load_inputs, pick_device, thinking
 from tutelage.setup.phases import PhaseCallback, no_phases
 from tutelage.setup.savable import refuse_quantized, require_savable
@@ -353,7 +353,7 @@ def build_components(
     first = student if student_model is None else None
     pair = () if kept else pair_warnings(config, found, student, other, vocab_size, first)
     savable = () if inputs is None else require_savable(student, tokenizer)
-    warnings = (*found.warnings, *pair, *savable)
+    warnings = (*found.warnings, *pair, *savable, *few_positions(config, found.prompts, further))
     _refuse_other_ends(config, task, student, tokenizer)
     loading = (teacher_size, device, found.remap, scratch, is_run)
     loaded = None if load is None else build_teacher(config, other, load, *loading)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,10 @@ from tutelage.models.tokenizers import (
     refuse_remap_beyond,
     shared_vocabulary,
 )
+from tutelage.setup.inputs import PromptStats
 from tutelage.setup.phases import PhaseCallback
 from tutelage.setup.teacher import build_teacher, load_teacher, try_teacher
+from tutelage.setup.warnings import context_warnings
 from tutelage.teachers.group import TeacherGroup
 
 if TYPE_CHECKING:
@@ -76,6 +78,19 @@ def load_further_teachers(
         vocab_size = shared_vocabulary(tokenizer, other, num_student_ids, num_ids)
         found.append(FurtherTeacher(name, alone, load, model, vocab_size, remap))
     return found
+
+
+def few_positions(
+    config: Config, prompts: PromptStats | None, further: Sequence[FurtherTeacher]
+) -> Iterator[str]:
+    """Warnings of teachers with too few positions for the longest prompt and completion.
+
+    Raises:
+        ConfigError: one cannot have more.
+    """
+    if prompts is not None:
+        sides = [(f"teacher {one.name}", one.model, prompts.longest) for one in further]
+        yield from context_warnings(config, sides)
 
 
 def gathered(

@@ -56,7 +56,8 @@ class PromptStats:
     num_ended: int = 0
     """Prompts that end with the end-of-sequence token, spaces aside."""
     longest_told: int = 0
-    """Tokens of the longest prompt of a teacher that is told more; 0 where none is."""
+    """Tokens of the longest prompt of a teacher that is told more, or that has another tokenizer;
+    0 where none is."""
     longest_told_id: str = ""
     """The prompt that it belongs to."""
 
@@ -101,6 +102,9 @@ class Inputs:
         for prompt in prompts:
             if reading is not None:
                 longest_told = max(longest_told, (len(reading.prompt_ids(prompt)), prompt.id))
+            elif is_aligned(config):
+                theirs = encode_prompt(self.teacher_tokenizer, prompt, thinks)
+                longest_told = max(longest_told, (len(theirs), prompt.id))
             ids = encode_prompt(self.tokenizer, prompt, thinks)
             counts.append((len(ids), 0 if unknown is None else ids.count(unknown)))
             num_ended += _is_ended(self.tokenizer, ids)
@@ -151,12 +155,17 @@ def load_inputs(config: Config, has_teacher: bool = True) -> Inputs:
         config.teacher.model
     )
     teacher = tokenizer if is_shared else load_tokenizer(config.teacher.model)
-    if not isinstance(config.teacher, TeacherConfig) or config.teacher.vocabulary == "same":
+    if not is_aligned(config):
         refuse_different_vocabularies(tokenizer, teacher)
     remap = eos_remap(tokenizer, teacher, config.teacher.stop_token)
     task = without_long_prompts(task, config.data, tokenizer)
     refuse_unknown_teachers(config, task)
     return Inputs(device, task, tokenizer, teacher, remap, has_teacher=has_teacher)
+
+
+def is_aligned(config: Config) -> bool:
+    """Whether the teacher has another tokenizer."""
+    return isinstance(config.teacher, TeacherConfig) and config.teacher.vocabulary == "aligned"
 
 
 def refuse_unknown_teachers(config: Config, task: Task) -> None:

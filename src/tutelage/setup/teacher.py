@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tutelage.config.method import EOPDObjective
 from tutelage.config.models import TeacherConfig, TeacherMode
 from tutelage.config.rollouts import stores_teacher
 from tutelage.config.schema import Config
@@ -159,9 +158,8 @@ def build_teacher(
     if isinstance(settings, HiddenServerTeacher):
         return served_teacher(settings, model, vocab_size, swap, store)
     if isinstance(settings, LogprobServerTeacher):
-        gate = config.objective.threshold if isinstance(config.objective, EOPDObjective) else None
         tokenizer = load_tokenizer(settings.model)
-        return LogprobTeacher(settings, vocab_size, device, swap, gate, model, tokenizer)
+        return LogprobTeacher(settings, vocab_size, device, swap, model, tokenizer)
     if not isinstance(settings, TeacherConfig):
         raise ValueError(f"a teacher of kind {settings.kind!r} is not loaded.")
     mode, shards, kind = _mode_at_rest(settings, device), None, settings.sharding

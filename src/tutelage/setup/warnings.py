@@ -21,8 +21,7 @@ from tutelage.models.limits import context_limit, has_position_table
 from tutelage.models.load import DTYPES, file_dtype
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import stop_ids
-from tutelage.setup.alignment import is_aligned
-from tutelage.setup.inputs import Inputs, PromptStats
+from tutelage.setup.inputs import Inputs, PromptStats, is_aligned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +54,8 @@ def input_warnings(config: Config, inputs: Inputs, prompts: PromptStats) -> Iter
             f"{inputs.tokenizer.eos_token!r}: the student's chat template opens no turn for the "
             "answer. Add one where add_generation_prompt is set"
         )
-    if inputs.tokenizer.chat_template != inputs.teacher_tokenizer.chat_template and prompts.is_chat:
+    is_other = inputs.tokenizer.chat_template != inputs.teacher_tokenizer.chat_template
+    if is_other and prompts.is_chat and not is_aligned(config):
         yield (
             "student and teacher have different chat templates; prompts are rendered with the "
             "student's, which the teacher may not know"
@@ -185,7 +185,10 @@ def model_warnings(
         ConfigError: a model has no positions for the longest prompt and completion.
     """
     if inputs.prompts is not None:
-        yield from _context_warnings(config, inputs.prompts.longest, student, teacher)
+        longest = inputs.prompts.longest
+        theirs = inputs.prompts.longest_told if is_aligned(config) else longest
+        sides = [("student", student, longest), ("teacher", teacher, theirs)]
+        yield from context_warnings(config, sides)
     stops = stop_ids(student, inputs.tokenizer)
     if not any(i < vocab_size for i in stops):
         beyond = f" among its {vocab_size} ids, only {sorted(stops)}" if stops else ""
@@ -323,19 +326,28 @@ def _is_same(config: Config, student: PreTrainedModel, teacher: PreTrainedModel)
     )
 
 
-def _context_warnings(
-    config: Config, longest: int, student: PreTrainedModel, teacher: PreTrainedModel
+def context_warnings(
+    config: Config, sides: Sequence[tuple[str, PreTrainedModel, int]]
 ) -> Iterator[str]:
+    """Of models with fewer positions than the longest prompt and completion have tokens.
+
+    Args:
+        config: the run.
+        sides: name and model of each side, and the tokens of its longest prompt.
+
+    Raises:
+        ConfigError: a model cannot have more positions.
+    """
     new = config.max_completion_tokens
     inserted = new - config.sampling.max_new_tokens
     limits = [
-        (limit, not has_position_table(model), who)
-        for who, model in (("student", student), ("teacher", teacher))
+        (limit, not has_position_table(model), who, longest)
+        for who, model, longest in sides
         if (limit := context_limit(model)) is not None and longest + new > limit
     ]
     if not limits:
         return
-    limit, can_exceed, who = min(limits, key=lambda found: (found[1], found[0]))
+    limit, can_exceed, who, longest = min(limits, key=lambda found: (found[1], found[0]))
     text = (
         f"the longest prompt has {longest} tokens and {_length_keys(inserted)} is {new}: more than "
         f"the {limit} positions of the {who}"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from tutelage.config.models import TeacherMode
 from tutelage.config.teachers import LogprobServerTeacher
@@ -59,7 +58,6 @@ class LogprobTeacher:
         vocab_size: ids that student and teacher share.
         device: where the objective is computed.
         swap: the student's stop token and the teacher's, which trade places.
-        gate: entropy in nats at which an objective's gate opens; None without one.
         model: the shape of its head, without numbers, for memory plans.
         tokenizer: the model's, with which servers are tried at the start; None tries none.
     """
@@ -70,7 +68,6 @@ class LogprobTeacher:
         vocab_size: int,
         device: torch.device,
         swap: tuple[int, int] | None = None,
-        gate: float | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -80,14 +77,11 @@ class LogprobTeacher:
         self.vocab_size = vocab_size
         self.device = device
         self.swap = swap
-        self.gate = gate
         limits = Limits(deadline_s=config.timeout_s, max_reply_bytes=_MAX_REPLY_BYTES)
         self._clients = [Client(url, limits, config.num_concurrent) for url in config.urls]
         self._names: list[str] = []
         self._ways = apis_of(config.api, tokenizer)
         self._apis: list[LogprobApi] = [self._ways[0] for _ in self._clients]
-        self._tails: list[Tensor] = []
-        self._undecided: list[Tensor] = []
 
     mode: TeacherMode = "resident"
     head_shape: tuple[int, ...] = (0, 0)
@@ -189,25 +183,15 @@ class LogprobTeacher:
         numbers = torch.tensor([row[1] for rows in found for row in rows]).view(-1, k)
         token_log_q = torch.tensor([row[2] for rows in found for row in rows])
         tokens = batch.tokens.cpu()
-        logits = PartialLogits(ids, numbers, tokens, token_log_q, self.vocab_size)
-        self._measure(logits)
-        return logits
+        return PartialLogits(ids, numbers, tokens, token_log_q, self.vocab_size)
 
     def to_device(self, logits: TeacherLogits) -> TeacherLogits:
         """What `forward` returned, on the device for the objective."""
         return logits.to(self.device)
 
     def checks(self) -> Mapping[str, float | None]:
-        """Mean mass of the ids that are not known, and the share of gates they leave open."""
-        tails, undecided, self._tails, self._undecided = self._tails, self._undecided, [], []
-        measured = {"teacher_tail_mass": tails, "undecided_gate_share": undecided}
-        return {name: _mean(parts) for name, parts in measured.items() if parts}
-
-    def _measure(self, logits: PartialLogits) -> None:
-        self._tails.append(logits.log_tail.exp())
-        if self.gate is not None:
-            low, high = logits.entropy_bounds()
-            self._undecided.append(((low < self.gate) & (self.gate <= high)).double())
+        """Nothing: its rows say themselves what is not known of them."""
+        return {}
 
     async def _send(
         self, number: int, ids: Sequence[int], places: Sequence[int]
@@ -265,7 +249,3 @@ class LogprobTeacher:
         order = sorted(numbers, key=lambda one: -numbers[one])
         other = dict([self.swap, self.swap[::-1]]) if self.swap else {}
         return [other.get(one, one) for one in order], [numbers[one] for one in order], token_log_q
-
-
-def _mean(parts: Sequence[Tensor]) -> float:
-    return float(torch.cat(list(parts)).mean())

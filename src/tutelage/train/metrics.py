@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor
 
 from tutelage.config.method import EOPDObjective, GRPOObjective, SampledObjective
 from tutelage.config.schema import Config
-from tutelage.core import TokenStats, quadrant_table, quadrants
+from tutelage.config.teachers import LogprobServerTeacher
+from tutelage.core import (
+    PartialLogits,
+    TokenStats,
+    quadrant_table,
+    quadrants,
+)
 from tutelage.data.types import Rollout
 from tutelage.train.distributed import Ranks
+from tutelage.train.micro_batch import MicroBatch
 
 HIGH_ENTROPY_NATS = 0.8
 """Entropy from which a token counts as high-entropy (EOPD's threshold)."""
@@ -95,12 +102,54 @@ def teacher_metrics(
     return {"teachers": found}
 
 
+def teacher_checks(
+    config: Config,
+    measured: Mapping[str, float | None],
+    micro_batches: Sequence[MicroBatch],
+    ranks: Ranks,
+) -> dict[str, float | None]:
+    """What was measured to trust the teachers of a step, over all processes.
+
+    Args:
+        config: names the teachers.
+        measured: this process's `checks()` of the teacher, of which the largest counts.
+        micro_batches: this process's, with their teachers' logits.
+        ranks: the processes.
+
+    Returns:
+        Those checks, and of teachers that tell the likeliest ids alone means over all rows: mass of
+        the ids that are not known, and with EOPD whether its gate is left open. None where a number
+        is not known, or a teacher has no rows.
+    """
+    values = ranks.max([-1.0 if x is None else x for x in measured.values()]) if measured else []
+    found = {name: None if x < 0 else x for name, x in zip(measured, values, strict=True)}
+    for name, teacher in (("", config.teacher), *config.teachers.items()):
+        if isinstance(teacher, LogprobServerTeacher):
+            end = f":{name}" if name else ""
+            logits = [m.teacher_logits for m in micro_batches if m.batch.teacher == name]
+            known = [x for x in logits if isinstance(x, PartialLogits)]
+            found[f"teacher_tail_mass{end}"] = _mean_over(ranks, [x.log_tail.exp() for x in known])
+            if isinstance(config.objective, EOPDObjective):
+                gate = config.objective.threshold
+                bounds = (x.entropy_bounds() for x in known)
+                is_open = [((low < gate) & (gate <= high)).double() for low, high in bounds]
+                found[f"undecided_gate_share{end}"] = _mean_over(ranks, is_open)
+    return found
+
+
+def _mean_over(ranks: Ranks, parts: Sequence[Tensor]) -> float | None:
+    count = ranks.sum(sum(len(part) for part in parts))
+    total = ranks.sum(sum((float(part.sum()) for part in parts), 0.0))
+    return total / count if count else None
+
+
 def rollout_metrics(rollouts: Sequence[Rollout], num_rows: int, ranks: Ranks) -> dict[str, Any]:
     """Lengths and repetitions of the step's completions, over all processes."""
     count = max(ranks.sum(len(rollouts)), 1)
+    num_generated = ranks.sum(sum(len(r.generated_ids) for r in rollouts))
     distinct = len({(r.prompt.id, r.completion_ids) for r in rollouts})
     return {
-        "completion_length_mean": num_rows / count,
+        "completion_length_mean": num_generated / count,
         "truncated_share": ranks.sum(sum(r.is_truncated for r in rollouts)) / count,
         "duplicate_share": 1 - ranks.sum(distinct) / count,
         **_conversation_metrics(rollouts, num_rows, count, ranks),

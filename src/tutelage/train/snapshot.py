@@ -29,7 +29,7 @@ from tutelage.setup.objective import gate_of
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.setup.shares import ALONE, Shares
 from tutelage.train.score_request import ScoreRequest, rollouts_of
-from tutelage.train.token_scores import Scores, loaded_components, score_rollouts
+from tutelage.train.token_scores import Scores, loaded_components, refuse_unscored, score_rollouts
 
 NUM_TOP = 5
 """Likeliest tokens kept of student and teacher."""
@@ -103,6 +103,7 @@ def score_for_page(
     Raises:
         TutelageError: models, data or request cannot be used.
     """
+    refuse_unscored(config, request)
     request = replace(request, rules=request.rules or PANEL_RULES, num_top=NUM_TOP)
     config = replace(config, recording=replace(config.recording, max_new_tokens=_MAX_PAGE_TOKENS))
     with (

@@ -45,6 +45,7 @@ from tutelage.train.logprob_check import (
 from tutelage.train.metrics import (
     clip_share,
     rollout_metrics,
+    teacher_checks,
     teacher_metrics,
     token_metrics,
 )
@@ -245,7 +246,7 @@ class Step:
             "clip_share": clip_share(self.config, num_clipped, num_kept),
             "max_relative_hidden_gap": None,
             **self.checks,
-            **self.components.teacher.checks(),
+            **teacher_checks(self.config, self.components.teacher.checks(), trained, self.ranks),
             **({} if self.grades is None else self.grades.metrics(self.config)),
             "num_rows": num_rows,
             "num_kept": num_kept,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tutelage.config.schema import Config
+from tutelage.config.teachers import NEED_ALL_IDS, LogprobServerTeacher
 from tutelage.core import (
     RULES,
     TeacherLogits,
@@ -28,8 +29,8 @@ from tutelage.errors import ConfigError, ModelError
 from tutelage.models.privileged import read_beside
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.replica_sampler import ReplicaSampler
-from tutelage.setup.alignment import is_aligned
 from tutelage.setup.components import Components, build_components
+from tutelage.setup.inputs import is_aligned
 from tutelage.setup.numerics import plain_arithmetic
 from tutelage.setup.objective import culprit
 from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
@@ -151,17 +152,34 @@ def score(
     Raises:
         TutelageError: models, data or request cannot be used.
     """
-    if is_aligned(config):
-        raise ConfigError(
-            "tokens cannot be scored with teacher.vocabulary = 'aligned': only some of them have a "
-            "teacher. Train, and look at the step's metrics."
-        )
+    refuse_unscored(config, request)
     with (
         loaded_components(config, on_phase, log, shares) as components,
         components.whole() as whole,
     ):
         rollouts = rollouts_of(config, whole, request, on_phase, log, shares)
         return score_rollouts(config, whole, rollouts, request, shares, on_phase)
+
+
+def refuse_unscored(config: Config, request: ScoreRequest) -> None:
+    """Refuses what the teacher does not tell of every token.
+
+    Raises:
+        ConfigError: a token has no teacher, or a rule needs ids that are not known of it.
+    """
+    if is_aligned(config):
+        raise ConfigError(
+            "tokens cannot be scored with teacher.vocabulary = 'aligned': only some of them have a "
+            "teacher. Train, and look at the step's metrics."
+        )
+    teachers = (config.teacher, *config.teachers.values())
+    unknown = [rule for rule in request.rules if rule in NEED_ALL_IDS]
+    if unknown and any(isinstance(teacher, LogprobServerTeacher) for teacher in teachers):
+        raise ConfigError(
+            f"--rules {unknown[0]} needs every id of the teacher, got teacher.kind = "
+            "'logprob_server', which tells the likeliest. Leave it out, or use a local teacher or "
+            "a hidden_server."
+        )
 
 
 @contextmanager
