@@ -1,9 +1,10 @@
-"""Pictures of the report for the README: `docs/images/report-*.png` from a finished demo.
+"""Pictures of the report: `docs/images/report-*.png`, light and dark, from finished runs.
 
-    python scripts/report_images.py runs/demo-1a2b3c4d/report.html [compare.html]
+    python scripts/report_images.py runs/demo-1a2b3c4d [--eopd RUN] [--compare RUN…]
 
-The second page is one of `tutelage compare RUN… --html`. Needs Chromium, playwright and Pillow,
-which comes with matplotlib.
+One command makes all of them: for the README each view cropped to what it shows, and of whole
+screens of 1400 and 420 pixels. Reports are written anew. Needs Chromium and playwright; Pillow
+comes with matplotlib.
 """
 
 from __future__ import annotations
@@ -11,45 +12,117 @@ from __future__ import annotations
 import argparse
 import io
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from tutelage.report.compare_page import write_comparison
+from tutelage.report.compare_runs import compare_records
+from tutelage.report.records import read_run
+from tutelage.report.run_page import write_report
+
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-WIDTH, HEIGHT = 980, 2000
-NAMES = {"gate": "eopd", "map": "entropy-kl-map", "viewer": "token-viewer"}
+SCHEMES = ("light", "dark")
+WIDTH = 1200
+NAMES = {"viewer": "token-viewer", "map": "entropy-kl-map", "rules": "rules", "gate": "eopd"}
+NUM_COLORS = 48
+MAX_BYTES = 150_000
 
 
 def main() -> None:
-    """Write one picture a view."""
+    """Write every picture and print its size."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("run", type=Path)
-    options.add_argument("comparison", type=Path, nargs="?")
+    options.add_argument("--eopd", type=Path, help="a run with EOPD, for its view")
+    options.add_argument("--compare", type=Path, nargs="+", default=[], help="runs side by side")
     given = options.parse_args()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
+        pages = pages_of(given, Path(name))
         opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = opened.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
-        page.goto(given.run.resolve().as_uri())
-        for view in ("overview", "map", "viewer", "rules", "gate"):
-            page.click(f"#tab-{view}")
-            if view == "viewer":
-                page.click("#jump")
-            save(page, NAMES.get(view, view))
-        if given.comparison is not None:
-            page.goto(given.comparison.resolve().as_uri())
-            save(page, "compare")
+        for scheme in SCHEMES:
+            crops(opened, scheme, pages)
+            for width in (1400, 420):
+                screens(opened, scheme, width, pages["run"])
         opened.close()
 
 
-def save(page: Any, name: str) -> None:
-    """The page from its top, in few colours."""
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    path = IMAGES / f"report-{name}.png"
-    picture.crop((0, 0, WIDTH, min(HEIGHT, picture.height))).quantize(64).save(path, optimize=True)
-    print(path)
+def pages_of(given: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """Addresses of fresh pages, apart from the runs."""
+    found = {"run": write_report(given.run, folder / "run.html")}
+    if given.eopd is not None:
+        found["eopd"] = write_report(given.eopd, folder / "eopd.html")
+    if given.compare:
+        records = [read_run(run) for run in given.compare]
+        write_comparison(compare_records(records), records, folder / "compare.html")
+        found["compare"] = folder / "compare.html"
+    return {name: page.as_uri() for name, page in found.items()}
+
+
+def crops(browser: Any, scheme: str, pages: dict[str, str]) -> None:
+    """Each view of the README, cut to what it shows."""
+    page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme=scheme)
+    page.goto(pages["run"])
+    cut(page, "overview", scheme, "header", "#curve-controls + .panels figure:nth-child(4)")
+    for view in ("viewer", "map", "rules"):
+        show(page, view)
+        end = {"viewer": "#detail .mirrored", "map": "#map-table"}.get(view, f"#view-{view}")
+        cut(page, NAMES[view], scheme, f"#view-{view} h2", end)
+    if "eopd" in pages:
+        page.goto(pages["eopd"])
+        show(page, "gate")
+        cut(page, NAMES["gate"], scheme, "#view-gate h2", "#gate-table")
+    if "compare" in pages:
+        page.goto(pages["compare"])
+        cut(page, "compare", scheme, "header", "#curve-controls + .panels figure:nth-child(2)")
+    page.close()
+
+
+def screens(browser: Any, scheme: str, width: int, address: str) -> None:
+    """The first screen of the overview and of the token viewer, as a reader has them."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.goto(address)
+    for view in ("overview", "viewer"):
+        show(page, view)
+        page.evaluate("scrollTo(0, 0)")
+        save(page.screenshot(), f"screen-{NAMES.get(view, view)}-{width}-{scheme}")
+    page.close()
+
+
+def show(page: Any, view: str) -> None:
+    """Open a view at what is worth seeing in it."""
+    page.click(f"#tab-{view}")
+    if view == "viewer":
+        page.click("#jump")
+    if view == "map":
+        page.locator("#map-plot .bin").nth(2).focus()
+        page.keyboard.press("Enter")
+    page.mouse.move(0, 0)
+
+
+def cut(page: Any, name: str, scheme: str, first: str, last: str) -> None:
+    """The page from the top of one element to the foot of another."""
+    edge = """(where) => { const b = document.querySelector(where).getBoundingClientRect();
+      return [b.top + scrollY, b.bottom + scrollY]; }"""
+    top, foot = page.evaluate(edge, first)[0] - 16, page.evaluate(edge, last)[1] + 16
+    page.set_viewport_size({"width": WIDTH, "height": int(foot) + 200})
+    clip = {"x": 0, "y": max(0, top), "width": WIDTH, "height": foot - max(0, top)}
+    save(page.screenshot(clip=clip), f"report-{name}-{scheme}")
+    page.set_viewport_size({"width": WIDTH, "height": 900})
+
+
+def save(content: bytes, name: str) -> None:
+    """A picture in few colours."""
+    path = IMAGES / f"{name}.png"
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    picture.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+    size = path.stat().st_size
+    print(f"{path.name}: {size:,} bytes")
+    if size > MAX_BYTES:
+        raise SystemExit(f"{path} has {size:,} bytes, more than {MAX_BYTES:,}.")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ VALUES = {
     "--dtype": "bfloat16", "--suite": "problems.jsonl", "--model-name": "m", "--out": "new",
     "--decontaminate": "gsm8k", "--dry-run": None, "--allow-change": "seed", "--rules": "q3",
     "--keep": "0.3", "--completions": "problems.jsonl", "--html": "page.html", "--figures": "dir",
+    "--follow": None,
     "--processes": "2", "--hosts": "2", "--card-gib": "80",
     "config": "other.toml", "overrides": "seed=3", "model": "other", "run_folder": "other",
     "run_folders": "other",
@@ -161,6 +162,7 @@ def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: tuple[Any, 
     spy.replace(score, "write_score_page", lambda *_: "page")
     for place in (train, report):
         spy.replace(place, "write_report", "page")
+    spy.replace(report, "follow", "page")
     spy.replace(figures, "write_figures", ["figure"])
     spy.replace(compare, "read_run", SimpleNamespace(with_config=lambda _: "run"))
     spy.replace(compare, "compare_records", Sampled())
@@ -242,6 +244,7 @@ def test_a_device_is_used_or_refused(spy: Spy, mode: str) -> None:
         (["score", str(LEDGER), "--keep", "0.3"], ("Add --rules",)),
         (["score", str(LEDGER), "--keep", "50"], ("--keep must be in (0, 1]", "0.5 for 50 %")),
         (["report", "run", "--out", "x", "--figures", "y"], ("not allowed with",)),
+        (["report", "run", "--follow", "--figures", "y"], ("Leave --follow out",)),
         (["train", str(LEDGER), "--num-steps", "4"], ("without dashes: num_steps=4",)),
         (["train", str(LEDGER), "--learning-rate=1"], ("optimizer.learning_rate=1",)),
         (["train", str(LEDGER), "--selection.keep", "1"], ("selection.keep=1",)),

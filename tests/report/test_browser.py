@@ -331,8 +331,7 @@ def test_the_map_plays_its_steps_and_its_cells_lead_to_their_tokens(show: Any) -
     page = opened.page
     page.click("#tab-map")
     page.click("#map-play")
-    page.wait_for_function("document.getElementById('map-step').value === '1'")
-    assert page.inner_text("#map-step-value") == "step 10"
+    page.locator("#map-step-value", has_text="step 10").wait_for()
     assert page.inner_text("#map-play") == "Play"
     tokens = [n for n in opened.lines if (n["step"], n["kind"]) == (10, "held-out")]
     total = sum(len(n["token"]) for n in tokens)

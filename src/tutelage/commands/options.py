@@ -199,6 +199,8 @@ def _report(parser: Parser) -> None:
     kind.add_argument("--out", type=Path, help="HTML file (default RUN/report.html)")
     kind.add_argument("--figures", type=Path, metavar="DIR",
                       help="write its plots as SVG and PNG files instead")  # fmt: skip
+    text = "write it anew while the run trains; the page reloads itself"
+    parser.add_argument("--follow", action="store_true", help=text)
 
 
 def _compare(parser: Parser) -> None:

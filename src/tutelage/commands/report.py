@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import argparse
 
+from tutelage.errors import ConfigError
+from tutelage.report.follow import follow
 from tutelage.report.run_page import write_report
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report or the plots, and print where they are."""
     if arguments.figures is None:
-        print(write_report(arguments.run_folder, arguments.out))
+        print(_page(arguments))
         return 0
+    if arguments.follow:
+        raise ConfigError("--figures draws once and follows no run. Leave --follow out.")
     from tutelage.report.figures import write_figures
 
     print(*write_figures(arguments.run_folder, arguments.figures), sep="\n")
     return 0
+
+
+def _page(arguments: argparse.Namespace) -> str:
+    if arguments.follow:
+        try:
+            return str(follow(arguments.run_folder, arguments.out))
+        except KeyboardInterrupt:
+            print()  # behind the ^C of a terminal; what follows no run loads itself no more
+    return str(write_report(arguments.run_folder, arguments.out))

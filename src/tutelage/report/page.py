@@ -62,8 +62,10 @@ def _shell(context: dict[str, Any]) -> dict[str, Any]:
         parts += ["records.js", "detail.js", *(f"{name}.js" for name in more)]
         parts += ["viewer.js", "map.js", "rules.js"]
         parts += ["gate.js"] if context["has_gate"] else []
-    script = _script(["dom.js", *parts, "views.js"]) if parts else None
+    parts += ["views.js", *(["follow.js"] if context.get("reload_s") else [])]
+    script = _script(["dom.js", *parts]) if len(parts) > 1 else None
     return {
+        "reload_s": None,
         "style": style,
         "style_hash": csp_hash(style),
         "script": script,

@@ -39,7 +39,7 @@ class SampleView:
     """(verdict in words, CSS class, text)."""
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
+def write_report(run: Path, out: Path | None = None, reload_s: int | None = None) -> Path:
     """Write `report.html` about a run folder.
 
     The page is one file that fetches nothing. Everything the run wrote is escaped, and a content
@@ -48,6 +48,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Args:
         run: run folder with manifest.json and metrics.jsonl.
         out: where the page goes: a file name, or an existing folder; by default the run folder.
+        reload_s: seconds after which the page loads itself again, of a run that is followed.
 
     Returns:
         The path of the page.
@@ -58,7 +59,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     record = read_run(run)
     page = _page_path(run, out)
-    write_page(page, _context(record, panels_of(record)))
+    context = _context(record, panels_of(record)) | {"reload_s": reload_s}
+    if reload_s is not None:
+        context["notes"].append(f"The run is followed: this page is loaded every {reload_s} s.")
+    write_page(page, context)
     return page
 
 
