@@ -28,7 +28,7 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 SCHEMES = ("light", "dark")
 WIDTH = 1200
 NAMES = {"viewer": "token-viewer", "map": "entropy-kl-map", "rules": "rules", "gate": "eopd"}
-NUM_COLORS = 48
+NUM_COLORS = 256
 MAX_BYTES = 150_000
 
 
@@ -87,7 +87,9 @@ def screens(browser: Any, scheme: str, width: int, address: str) -> None:
     page.goto(address)
     for view in ("overview", "viewer"):
         show(page, view)
-        page.evaluate("scrollTo(0, 0)")
+        first = ".viewer .text" if view == "viewer" and width < 1000 else "body"
+        page.evaluate("(where) => document.querySelector(where).scrollIntoView()", first)
+        page.evaluate("scrollBy(0, -60)")  # behind the sticky navigation
         save(page.screenshot(), f"screen-{NAMES.get(view, view)}-{width}-{scheme}")
     page.close()
 
@@ -118,7 +120,9 @@ def save(content: bytes, name: str) -> None:
     """A picture in few colours."""
     path = IMAGES / f"{name}.png"
     picture = Image.open(io.BytesIO(content)).convert("RGB")
-    picture.quantize(NUM_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(NUM_COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
     size = path.stat().st_size
     print(f"{path.name}: {size:,} bytes")
     if size > MAX_BYTES:

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opened import BENIGN, Opened
+from token_lines import token_lines
+
+from patience import HANG_S
+from tutelage.report.run_page import write_report
 
 Json = dict[str, Any]
 MakeRun = Callable[..., Path]
@@ -193,3 +198,26 @@ def browser() -> Iterator[Any]:
         opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def show(browser: Any, make_run: MakeRun) -> Iterator[Callable[..., Opened]]:
+    contexts = []
+
+    def opened(texts: list[str] = BENIGN, **options: Any) -> Opened:
+        run = make_run(f"run{len(contexts)}", num_steps=3)
+        lines = token_lines(texts)
+        (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        manifest = json.loads((run / "manifest.json").read_text())
+        manifest["config"] |= {"quadrant_thresholds": [0.5, 0.5], "objective": {"kind": "eopd"}}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        context = browser.new_context(**options)
+        context.set_default_timeout(1000 * HANG_S)
+        contexts.append(context)
+        page = Opened(context.new_page(), lines)
+        page.page.goto(write_report(run).as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()

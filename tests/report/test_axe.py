@@ -89,7 +89,7 @@ def test_axe_finds_nothing(
     folder = tmp_path / "pages"
     folder.mkdir()
     address = make_page(make_run, folder).as_uri()
-    for scheme, width in (("light", 1100), ("dark", 360)):
+    for scheme, width in (("light", 1100), ("dark", 420)):
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
         context.set_default_timeout(1000 * HANG_S)
         page = context.new_page()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
+from opened import BENIGN, Opened
 from test_run_page import HOSTILE
 from token_lines import NUM_TOKENS, RULES, conversation_lines, token_lines
 
@@ -21,53 +22,8 @@ from tutelage.report.token_plots import highest, map_bins
 from tutelage.report.tokens import rows_of, snapshots
 
 MakeRun = Callable[..., Path]
-BENIGN = ["a", "b", " c", "\n", "def", "9"]
 VIEWS = ("overview", "viewer", "map", "rules", "gate")
 CUTS = (0.5, 0.5)
-
-
-class Opened:
-    """A page with what it said and asked for."""
-
-    def __init__(self, page: Any, lines: list[dict[str, Any]]) -> None:
-        self.page, self.lines = page, lines
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        page.on("console", lambda message: self.complaints.append(message.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
-        page.on("request", lambda request: self.requests.append(request.url))
-
-    def cells(self, place: str) -> list[list[str]]:
-        rows = self.page.locator(f"{place} tbody tr").all()
-        return [row.locator("th,td").all_inner_texts() for row in rows]
-
-    def line(self, step: int, kind: str = "held-out", prompt: str = "a") -> dict[str, Any]:
-        found = [n for n in self.lines if (n["step"], n["kind"]) == (step, kind)]
-        return next(n for n in found if n["prompt_id"] == prompt)
-
-
-@pytest.fixture
-def show(browser: Any, make_run: MakeRun) -> Iterator[Callable[..., Opened]]:
-    contexts = []
-
-    def opened(texts: list[str] = BENIGN, **options: Any) -> Opened:
-        run = make_run(f"run{len(contexts)}", num_steps=3)
-        lines = token_lines(texts)
-        (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-        manifest = json.loads((run / "manifest.json").read_text())
-        manifest["config"] |= {"quadrant_thresholds": list(CUTS), "objective": {"kind": "eopd"}}
-        (run / "manifest.json").write_text(json.dumps(manifest))
-        context = browser.new_context(**options)
-        context.set_default_timeout(1000 * HANG_S)
-        contexts.append(context)
-        page = Opened(context.new_page(), lines)
-        page.page.goto(write_report(run).as_uri())
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
 
 
 def quadrant(line: dict[str, Any], index: int, cuts: tuple[float, float] = CUTS) -> int:
@@ -418,74 +374,3 @@ def test_a_markup_element_would_be_noticed(show: Any) -> None:
     )
     assert opened.page.evaluate(SHAPE) != before
     assert any("Content Security Policy" in line for line in opened.complaints)
-
-
-AUDIT = r"""() => {
-  const found = [], seen = (e) => e.checkVisibility();
-  const rgb = (c) => { const k = document.createElement("canvas").getContext("2d");
-    k.fillStyle = c; k.fillRect(0, 0, 1, 1); return [...k.getImageData(0, 0, 1, 1).data]; };
-  const light = (c) => c.slice(0, 3).map((v) => v / 255).map((v) =>
-    v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((a, v, i) => a + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (e) => { for (; e; e = e.parentElement) {
-    const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] === 255) return c; }
-    return [255, 255, 255, 255]; };
-  for (const e of document.querySelectorAll("body *")) {
-    if (!seen(e) || e.closest("script, style")) continue;
-    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
-    if (own && !(e instanceof SVGElement)) {
-      const ink = light(rgb(getComputedStyle(e).color)), paper = light(behind(e));
-      const a = Math.max(ink, paper), b = Math.min(ink, paper);
-      const ratio = (a + 0.05) / (b + 0.05);
-      if (ratio < 4.5) found.push(`contrast ${ratio.toFixed(2)} ${e.localName}.${e.className}`);
-    }
-    if (e.matches("select, input") && !e.labels.length) found.push(`no label ${e.id}`);
-    if (e.matches("button") && !e.textContent.trim() && !e.ariaLabel) found.push("nameless button");
-    if (e.matches("svg:not([aria-hidden], [aria-label])")) found.push("nameless picture");
-    if (e.matches("img") && !e.alt) found.push("picture without words");
-    if (e.matches("table") && !e.querySelector("th[scope]")) found.push(`no headers ${e.id}`);
-  }
-  const ids = [...document.querySelectorAll("[id]")].map((e) => e.id);
-  if (new Set(ids).size < ids.length) found.push("an id twice");
-  for (const name of ["aria-controls", "aria-labelledby"])
-    for (const e of document.querySelectorAll(`[${name}]`))
-      if (!document.getElementById(e.getAttribute(name))) found.push(`${name} leads nowhere`);
-  if (document.documentElement.scrollWidth > innerWidth + 1) found.push("wider than the screen");
-  if (!document.documentElement.lang || !document.title) found.push("no language or title");
-  return [...new Set(found)];
-}"""
-
-
-@pytest.mark.parametrize(
-    ("scheme", "width"),
-    [
-        ("light", 1100),
-        ("dark", 420),
-        pytest.param("dark", 1100, marks=pytest.mark.slow),
-        pytest.param("light", 360, marks=pytest.mark.slow),
-    ],
-)
-def test_accessibility_in_light_and_dark_wide_and_narrow(
-    show: Any, scheme: str, width: int
-) -> None:
-    opened = show(color_scheme=scheme, viewport={"width": width, "height": 800})
-    for view in VIEWS:
-        opened.page.click(f"#tab-{view}")
-        assert opened.page.evaluate(AUDIT) == [], view
-    opened.page.click("#tab-viewer")
-    for colour in ("entropy", "reverse_kl", "rank"):
-        opened.page.select_option("#text-colour", colour)
-        assert opened.page.evaluate(AUDIT) == [], colour
-
-
-def test_the_audit_notices_what_is_wrong(show: Any) -> None:
-    """Negative control: each fault is put on the page and has to be found."""
-    opened = show()
-    opened.page.evaluate("""() => {
-      const add = (tag) => document.querySelector("main").appendChild(document.createElement(tag));
-      const faint = add("p"); faint.textContent = "faint"; faint.style.color = "#bbb";
-      add("select"); add("button"); add("img"); add("table"); add("div").id = "texts";
-    }""")
-    found = " ".join(opened.page.evaluate(AUDIT))
-    for fault in ("contrast", "no label", "nameless button", "picture without", "an id twice"):
-        assert fault in found

@@ -11,6 +11,8 @@ const gateView = () => {
   const { x, y } = scales(highestEntropy, highestEntropy);
   const svg = frame(highestEntropy, highestEntropy, "teacher entropy H(q), nats", "student entropy H(p), nats",
     `Student against teacher entropy of ${rows.length} ${kind} tokens at step ${step}.`);
+  // No counts stand along these axes.
+  svg.setAttribute("viewBox", `0 ${TOP - 12} ${WIDTH - RIGHT + 16} ${HEIGHT - TOP + 12}`);
   svg.append(draw("path", { class: "cut", d: `M${x(0)},${y(0)}L${x(highestEntropy)},${y(highestEntropy)}` }));
   const every = Math.ceil(rows.length / MAX_POINTS) || 1;
   for (const row of rows.filter((_, i) => i % every === 0)) {
