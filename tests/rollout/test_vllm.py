@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 pytest.importorskip("vllm", reason="needs vllm: make test-vllm")
 
@@ -184,11 +185,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+def sampler_of(server: str, folder: Path, model: PreTrainedModel) -> ReplicaSampler:
+    """One that hands the model's weights to the server before it samples."""
+    replicas = Replicas([server], FolderTransfer(folder / "weights"))
+    inner = VLLMServerSampler(model, load_tokenizer(STUDENT), replicas)
+    return ReplicaSampler(inner, replicas, model)
+
+
 def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> None:
-    model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
-    replicas = Replicas([server], FolderTransfer(tmp_path / "weights"))
-    inner = VLLMServerSampler(model, tokenizer, replicas)
-    sampler = ReplicaSampler(inner, replicas, model)
+    model = load_model(STUDENT, "float32")
+    sampler = sampler_of(server, tmp_path, model)
     assert largest_gap(sampler, 1) < 1e-4
     disturb(model, 3)
     assert largest_gap(sampler, 2) < 1e-4
@@ -198,9 +204,13 @@ def test_a_server_reads_the_weights_it_is_given(server: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("way", ["vllm", "completions", "texts"])
-def test_a_server_tells_the_log_probabilities_of_its_model(server: str, way: str) -> None:
+def test_a_server_tells_the_log_probabilities_of_its_model(
+    server: str, tmp_path: Path, way: str
+) -> None:
     """By its own API, and by OpenAI's with ids or with texts as the names of tokens."""
     model, tokenizer = load_model(STUDENT, "float32"), load_tokenizer(STUDENT)
+    # Other tests leave the server with weights of theirs.
+    assert largest_gap(sampler_of(server, tmp_path, model), 1) < 1e-4
     with urllib.request.urlopen(f"{server}/v1/models") as reply:
         name = json.load(reply)["data"][0]["id"]
     api: Any = "vllm" if way == "vllm" else "completions"
