@@ -272,6 +272,7 @@ def served(server: FakeVLLM, tiny_models: Path, api: str) -> dict[str, Any]:
             "num_logprobs": K, "model": str(tiny_models / "teacher")}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_check_asks_the_server(server: FakeVLLM, tiny_models: Path, tmp_path: Path) -> None:
     teacher = served(server, tiny_models, "sglang")
     config = tiny_config(tiny_models, tmp_path, teacher=teacher, objective=TOPK)
