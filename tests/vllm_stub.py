@@ -197,8 +197,8 @@ class FakeVLLM(ThreadingHTTPServer):
         return {"object": "text_completion", "model": "student", "choices": [choice]}
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The prompt as SGLang lists it."""
-        ids = body["input_ids"]
+        """The prompt as SGLang lists it, from the beginning if that is asked for."""
+        ids = body["input_ids"] if body["logprob_start_len"] == 0 else body["input_ids"][-1:]
         rows = list(self._tops(ids, body["top_logprobs_num"]))
         pairs = zip(ids[1:], rows, strict=True)
         meta = {

@@ -169,8 +169,8 @@ def completions_faults(reply: dict[str, Any], rng: random.Random) -> dict[str, A
         "twice": lambda: top.update({name.replace(":", ":0"): top.pop(name)}),
         "above 0": lambda: top.update({name: 0.5}),
         "mass": lambda: top.update(dict.fromkeys(top, -0.1)),
-        "another number": lambda: [top.update({one: x - 0.5 for one, x in top.items()}),
-                                   own.__setitem__(place, max(top.values()) + 0.4)],
+        "another number": lambda: [top.pop(name), top.update({f"token_id:{IDS[place]}": least}),
+                                   own.__setitem__(place, least - 0.3)],
         "text": lambda: top.update({name: "-1"}),
         "nan": lambda: top.update({name: float("nan")}),
         "infinite": lambda: own.__setitem__(place, float("-inf")),
@@ -206,8 +206,9 @@ def sglang_faults(reply: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         "twice": lambda: top.__setitem__(0, top[1]),
         "above 0": lambda: entry.__setitem__(0, 0.5),
         "mass": lambda: [one.__setitem__(0, -0.1) for one in top],
-        "another number": lambda: [[one.__setitem__(0, one[0] - 0.5) for one in top],
-                                   own[place].__setitem__(0, top[0][0] + 0.4)],
+        "another number": lambda: [entry.__setitem__(slice(2), [least, IDS[place]]),
+                                   own[place].__setitem__(0, least - 0.3)],
+        "twice more": lambda: top.append(entry),
         "text": lambda: entry.__setitem__(0, "-1"),
         "text for an id": lambda: entry.__setitem__(1, "7"),
         "pair": entry.pop,
@@ -224,7 +225,7 @@ def test_no_malformed_reply_is_believed(
     teacher, rng = teacher_of(server, api, tokenizer), random.Random(1)
     way: LogprobApi
     if api == "sglang":
-        way, whole = SGLangApi(), server.generate({"input_ids": list(IDS), "top_logprobs_num": K})
+        way, whole = SGLangApi(), server.generate(SGLangApi().body("student", IDS, K))
     else:
         ask = {"prompt": list(IDS), "logprobs": K, "return_tokens_as_token_ids": True}
         way, whole = CompletionsApi(tokenizer), server.echo(ask)
