@@ -316,3 +316,11 @@ def test_control_c_promises_only_what_holds(
     outcome = call(*command)
     assert outcome.code == 130
     assert outcome.err == f"tutelage: interrupted; {said}\n"
+
+
+def test_a_step_of_rewards_shows_the_reward() -> None:
+    metrics = {"loss": 0.0, "reverse_kl_nats": None, "entropy_nats": 0.5, "reward_mean": 0.4375,
+               "num_rows": 10, "num_kept": 10, "seconds": {"learn_s": 1.0}}  # fmt: skip
+    assert progress._line(metrics, 3).startswith("reward 0.438 KL - entropy 0.500 kept 100% ")
+    del metrics["reward_mean"]
+    assert progress._line(metrics, 3).startswith("loss 0.000 KL - entropy")

@@ -462,3 +462,16 @@ def test_the_script_finds_every_element_that_it_names() -> None:
     assert set(tabs) - {"overview"} == set(chosen) == views - {"overview"}
     controls = re.findall(r'data-for="(\w+)"|choice\("[\w-]+", "[^"]+", "(\w+)"\)', html)
     assert {name for pair in controls for name in pair if name} <= set(chosen)
+
+
+def test_a_run_on_rewards_shows_them(make_run: MakeRun) -> None:
+    run = make_run(num_steps=3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "Reward" not in {panel.title for panel in panels_of(read_run(run))}
+    for number, line in enumerate(lines):
+        line |= {"reward_mean": 0.25 * number, "no_signal_share": 0.5}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    panels = {panel.title: panel for panel in panels_of(read_run(run))}
+    assert [y for _, y in panels["Reward"].curves[0].points] == [0.0, 0.25, 0.5]
+    assert [y for _, y in panels["Reward"].curves[1].points] == [0.5] * 3
+    assert "reward mean" in write_report(run).read_text()

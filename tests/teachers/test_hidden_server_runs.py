@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import vllm_stub
 from patience import HANG_S
 from ranks import run_ranks
 from tiny import MEASURED, tiny_config, tiny_table
@@ -21,7 +22,7 @@ from tutelage.commands.check import check
 from tutelage.commands.plan_card import plan_card
 from tutelage.config.parse import fingerprint, parse_config
 from tutelage.config.schema import Config
-from tutelage.errors import ModelError
+from tutelage.errors import ModelError, RunError, TutelageError
 from tutelage.models.head_model import head_shape_model, load_head_model
 from tutelage.models.load import load_model, load_model_config
 from tutelage.models.reference import resolve_model
@@ -73,6 +74,41 @@ def test_a_run_whose_server_fails_goes_on_with_another(tiny_models: Path, tmp_pa
         assert fingerprint(again) == fingerprint(config)
         train(again, log=lambda _: None)
     assert metrics_of(tmp_path / "served") == metrics_of(tmp_path / "local")
+
+
+def test_a_run_does_not_go_on_with_other_weights_behind_the_same_head(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    model = load_model(str(tiny_models / "teacher"))
+    with serving(ServedModel(model, "a teacher")) as url:
+        train(served_config(tiny_models, tmp_path, url, num_steps=1), log=lambda _: None)
+    with torch.no_grad():
+        next(w for name, w in model.named_parameters() if "o_proj" in name).mul_(1.5)
+    with serving(ServedModel(model, "a teacher")) as url:
+        config = served_config(tiny_models, tmp_path, url, num_steps=1)
+        with pytest.raises(RunError, match="weights of the teacher on its server changed since"):
+            train(config, log=lambda _: None)
+        train(config, log=lambda _: None, allow_change=("teacher.model",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"url": "h:1"}, r"teacher\.url is malformed, got 'h:1'. Write it as http://host:8000\.$"),
+        ({"logprob_url": "h:1"}, r"teacher\.logprob_url is malformed"),
+        ({"logprob_url": "http://127.0.0.1:9"}, "the server http://127.0.0.1:9 gave no usable"),
+    ],
+)
+def test_addresses_are_tried_before_anything_is_sampled(
+    tiny_models: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = tiny_models / "teacher"
+    with vllm_stub.serving(load_model(str(folder)), frozenset(), 40) as server:
+        teacher = {"kind": "hidden_server", "model": str(folder), "url": server.url,
+                   "served_name": "student", "server": "vllm", "timeout_s": 1.0}  # fmt: skip
+        config = tiny_config(tiny_models, tmp_path, teacher=teacher | change)
+        with pytest.raises(TutelageError, match=message):
+            list(check(config, "tiny"))
 
 
 PROGRAM = """

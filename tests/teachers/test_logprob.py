@@ -169,6 +169,7 @@ def spoiled(reply: dict[str, Any], rng: random.Random) -> tuple[str, bytes]:
         "id beyond": lambda: row.update({"4000": row.pop(name)}),
         "negative id": lambda: row.update({"-3": row.pop(name)}),
         "name of an id": lambda: row.update({"seven": row.pop(name)}),
+        "long name": lambda: row.update({"1" * 5000: row.pop(name)}),
         "twice": lambda: row.update({"0" + name: row[name]}),
         "above 0": lambda: row.update({name: {"logprob": 0.5}}),
         "mass": lambda: row.update({one: {"logprob": -0.1} for one in row}),

@@ -190,8 +190,10 @@ def _line(metrics: dict[str, Any], digits: int) -> str:
 
     seconds = sum(metrics["seconds"].values())
     num_rows = metrics["num_rows"]
+    # the loss of policy gradients is near 0 whatever they reach
+    goal = f"reward {nats('reward_mean')}" if "reward_mean" in metrics else f"loss {nats('loss')}"
     return (
-        f"loss {nats('loss')} KL {nats('reverse_kl_nats')} entropy {nats('entropy_nats')} "
+        f"{goal} KL {nats('reverse_kl_nats')} entropy {nats('entropy_nats')} "
         f"kept {metrics['num_kept'] / max(num_rows, 1):.0%} "
         f"{num_rows / max(seconds, 1e-9):.0f} tokens/s"
     )

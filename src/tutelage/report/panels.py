@@ -75,8 +75,8 @@ def panels_of(record: RunRecord) -> list[Panel]:
         record: the run.
 
     Returns:
-        Accuracy, divergence, loss, entropy, kept share, EOPD's shares and divergences, measures of
-        conversations, seconds and memory, as far as they were measured.
+        Accuracy, divergence, reward, loss, entropy, kept share, EOPD's shares and divergences,
+        measures of conversations, seconds and memory, as far as they were measured.
     """
     steps = record.steps
     divergence = [
@@ -87,11 +87,16 @@ def panels_of(record: RunRecord) -> list[Panel]:
         _curve(steps, "student", "blue", lambda s: s.entropy_nats),
         _curve(steps, "teacher", "orange", lambda s: s.teacher_entropy_nats),
     ]
+    reward = [
+        _curve(steps, "mean reward", "green", lambda s: s.reward_mean),
+        _curve(steps, "prompts of one reward", "ink", lambda s: s.no_signal_share),
+    ]
     loss = [_curve(steps, "loss", "blue", lambda s: s.loss)]
     kept = [_curve(steps, "kept", "green", lambda s: s.keep)]
     panels = [
         Panel("Accuracy", "share of samples", _accuracy(record), is_share=True),
         Panel("Divergence from the teacher", "nats per token", _present(divergence)),
+        Panel("Reward", "mean, and share of prompts", _present(reward), is_share=True),
         Panel("Loss", "per kept token", _present(loss), starts_at_zero=False),
         Panel("Entropy", "nats per token", _present(entropy)),
         Panel("Kept tokens", "share of completion tokens", _present(kept), is_share=True),
@@ -125,6 +130,7 @@ def panels_across(runs: Sequence[tuple[str, RunRecord]]) -> list[Panel]:
         Panel("Held-out reverse KL", "nats per token", told_apart(held_out)),
         Panel("Reverse KL", "nats per token", across(lambda s: s.reverse_kl_nats)),
         Panel("Entropy", "nats per token", across(lambda s: s.entropy_nats)),
+        Panel("Reward", "mean of completions", across(lambda s: s.reward_mean), is_share=True),
         Panel("Loss", "per kept token", across(lambda s: s.loss), starts_at_zero=False),
         Panel("Kept tokens", "share of completion tokens", across(lambda s: s.keep), is_share=True),
         Panel("Success", "share of conversations", across(lambda s: s.success_share),

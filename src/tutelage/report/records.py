@@ -73,6 +73,9 @@ class StepRecord(_Line):
     """By phase, the most main memory that the process had held by its end."""
     peak_device_bytes: dict[str, Count] | None = None
     """By phase, the most memory of the accelerator within it."""
+    reward_mean: float | None = None
+    no_signal_share: float | None = None
+    """Of the step's prompts, those whose completions all have one reward."""
     success_share: float | None = None
     """Of the step's conversations, as all that follow."""
     score_mean: float | None = None

@@ -217,6 +217,8 @@ def _quadrant_cuts(config: dict[str, Any]) -> str | None:
 def _figures(steps: Sequence[StepRecord]) -> list[tuple[str, str, str, str]]:
     """(name, unit, first, last) of every scalar the run measured."""
     names = {
+        "reward_mean": "of a completion",
+        "no_signal_share": "share of prompts",
         "loss": "per kept token",
         "reverse_kl_nats": "nats per token",
         "forward_kl_nats": "nats per token",

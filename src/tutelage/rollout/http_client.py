@@ -43,8 +43,8 @@ class NoReply(ModelError):
         self.reason = reason
         """How many tries there were, and what came of the last."""
         super().__init__(
-            f"the server {url} gave {reason}. Nothing of this batch was kept; run the command "
-            "again to continue."
+            f"the server {url} gave {reason.rstrip('.')}. Nothing of this batch was kept; run the "
+            "command again to continue."
         )
 
 
@@ -93,10 +93,13 @@ class Client:
         ConfigError: the URL names no server, or the environment's key cannot be one.
     """
 
-    def __init__(self, url: str, limits: Limits, num_concurrent: int = 16) -> None:
+    def __init__(
+        self, url: str, limits: Limits, num_concurrent: int = 16, key: str | None = None
+    ) -> None:
+        """Take an address; `key` is that of the configuration, where it has no path."""
         self.limits = limits
         self.num_concurrent = num_concurrent
-        self.url = checked_url(url)
+        self.url = checked_url(url) if key is None else checked_url(url, key, "http://host:8000")
         self._key = read_key()
         headers = {"Accept-Encoding": "identity", "User-Agent": "tutelage"}
         if self._key is not None:

@@ -31,8 +31,11 @@ from tutelage.errors import ConfigError, RunError
 from tutelage.models.chat.template import printed_date
 from tutelage.models.load import load_model_config, load_tokenizer
 from tutelage.models.reference import resolve_model
+from tutelage.models.teacher_protocol import AnyTeacher
 from tutelage.setup.inputs import Inputs
 from tutelage.setup.run_folder import RunFolder, environment, started_at
+from tutelage.teachers.group import TeacherGroup
+from tutelage.teachers.hidden import ServedTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +126,44 @@ def refuse_other_inputs(
             "the run began. Restore them, choose another out=FOLDER, or pass "
             f"--allow-change {key}."
         )
+
+
+def with_served(
+    config: Config,
+    digests: dict[str, str],
+    teacher: AnyTeacher,
+    earlier: dict[str, Any] | None,
+    allow_change: Sequence[str],
+) -> dict[str, str]:
+    """The digests of a run with those of weights on servers, which are known once they answered.
+
+    Args:
+        config: the run.
+        digests: its `input_digests`.
+        teacher: is connected.
+        earlier: manifest of the run that is to be continued; None for a new one.
+        allow_change: keys whose files may differ.
+
+    Raises:
+        RunError: a server has other weights than before.
+    """
+    several = teacher.teachers if isinstance(teacher, TeacherGroup) else {"": teacher}
+    found = {
+        f"teacher {name} on its server".replace("  ", " "): one.weights
+        for name, one in several.items()
+        if isinstance(one, ServedTeacher) and one.weights
+    }
+    before = (earlier or {}).get("inputs")
+    known = before if isinstance(before, dict) else {}
+    free = {key.partition(".")[0] for key in allow_change}
+    other = [name for name, digest in found.items() if known.get(name, digest) != digest]
+    if other and free.isdisjoint(("teacher", "teachers")):
+        raise RunError(
+            f"the weights of the {other[0]} changed since the run began: {found[other[0]][:16]}, "
+            f"before {known[other[0]][:16]}. Serve those, choose another out=FOLDER, or pass "
+            "--allow-change teacher.model."
+        )
+    return digests | found
 
 
 def manifest_of(config: Config, digests: dict[str, str], started: datetime) -> dict[str, Any]:

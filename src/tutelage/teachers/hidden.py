@@ -31,6 +31,9 @@ _PAYLOAD_GAP = 8e-3
 class HiddenSource(Protocol):
     """Servers of one model that give its final hidden states."""
 
+    weights: str
+    """Checksum of the weights on them, once they were asked; "" if they tell none."""
+
     def connect(self) -> list[str]:
         """Compare the models of all servers with the head that is here.
 
@@ -100,6 +103,11 @@ class ServedTeacher:
         self.notices: tuple[str, ...] = ()
         self._num_read = 0
         self._gap: float | None = None
+
+    @property
+    def weights(self) -> str:
+        """Checksum of the weights on the servers, once they were asked; "" if they tell none."""
+        return self.source.weights
 
     @property
     def mode(self) -> TeacherMode:

@@ -60,6 +60,7 @@ class LogprobTeacher:
         swap: the student's stop token and the teacher's, which trade places.
         model: the shape of its head, without numbers, for memory plans.
         tokenizer: the model's, with which servers are tried at the start; None tries none.
+        key: of the configuration, which names the addresses.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class LogprobTeacher:
         swap: tuple[int, int] | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        key: str = "teacher.url",
     ) -> None:
         self.config = config
         self._tokenizer = tokenizer
@@ -78,7 +80,7 @@ class LogprobTeacher:
         self.device = device
         self.swap = swap
         limits = Limits(deadline_s=config.timeout_s, max_reply_bytes=_MAX_REPLY_BYTES)
-        self._clients = [Client(url, limits, config.num_concurrent) for url in config.urls]
+        self._clients = [Client(url, limits, config.num_concurrent, key) for url in config.urls]
         self._names: list[str] = []
         self._ways = apis_of(config.api, tokenizer)
         self._apis: list[LogprobApi] = [self._ways[0] for _ in self._clients]

@@ -22,6 +22,7 @@ ROUNDING = 1e-3
 """What rounded log-probabilities, and their sum, may be above those of a distribution."""
 _UNKNOWN = -9999.0
 """What servers write for minus infinity, or for a log-probability that they do not know."""
+_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _TOKEN_ID = re.compile(r"token_id:(0|[1-9]\d*)")
 
 _LogProb = Annotated[float, Field(le=ROUNDING)]
@@ -101,7 +102,7 @@ class VLLMApi:
         return [self._known(choice.prompt_logprobs[place], ids[place]) for place in places]
 
     def _known(self, known: dict[str, _Number] | None, token: int) -> Known:
-        if not known or not all(name.isdecimal() and str(int(name)) == name for name in known):
+        if not known or not all(_ID.fullmatch(name) for name in known):
             raise BadReply("a token without log-probabilities, or of names that are no ids")
         numbers = {int(name): value.logprob for name, value in known.items()}
         if token not in numbers:

@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (self._is_allowed() and self._is_at(HIDDEN)):
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not (length.isdecimal() and len(length) < 20):
             self._refuse(411, "a request needs a Content-Length")
             return
         if int(length) > _MAX_BYTES:

@@ -68,10 +68,10 @@ class TutelageSource:
         self, urls: Sequence[str], identity: Identity, num_concurrent: int, timeout_s: float
     ) -> None:
         limits = Limits(deadline_s=timeout_s, max_reply_bytes=1 << 16)
-        self.clients = [Client(url, limits, num_concurrent) for url in urls]
+        self.clients = [Client(url, limits, num_concurrent, "teacher.url") for url in urls]
         self.identity = identity
         self._num_parts = num_concurrent * len(self.clients)
-        self._weights = ""
+        self.weights = ""
 
     def connect(self) -> list[str]:
         """Compare the servers' models with the head that is here, and with one another.
@@ -98,7 +98,7 @@ class TutelageSource:
 
     def trust(self, weights: str) -> None:
         """Take replies of the weights with this checksum, and of no others."""
-        self._weights = weights
+        self.weights = weights
 
     def _refuse_other(self, url: str, described: _Described) -> None:
         theirs = Identity(**described.identity.model_dump())
@@ -123,7 +123,7 @@ class TutelageSource:
     async def _part(self, client: Client, batch: Batch, payload: Payload) -> Tensor:
         nonce = secrets.token_hex(16)
         sent = packed_request(batch, nonce, payload, self.identity.head)
-        expected = {"nonce": nonce, "head": self.identity.head, "weights": self._weights}
+        expected = {"nonce": nonce, "head": self.identity.head, "weights": self.weights}
         size = self.identity.hidden_size
         accept = partial(
             _hidden, client.url, sent=sent, batch=batch, payload=payload, expected=expected,

@@ -64,10 +64,12 @@ class VLLMSource:
         size: D.
     """
 
+    weights = ""
+
     def __init__(self, settings: HiddenServerTeacher, size: int) -> None:
         limits = Limits(deadline_s=settings.timeout_s)
         count = settings.num_concurrent or 64
-        self.clients = [Client(url, limits, count) for url in settings.urls]
+        self.clients = [Client(url, limits, count, "teacher.url") for url in settings.urls]
         self.settings = settings
         self.size = size
         self._name = settings.served_name or settings.model
@@ -89,6 +91,8 @@ class VLLMSource:
                     "name it has there."
                 )
             lines.append(f"teacher: {self._name} on {client.url}, by its name there")
+        if self.settings.logprob_url:
+            self._other(self.size).connect()
         return lines
 
     def hidden(self, batch: Batch, payload: Payload) -> Tensor:
@@ -180,16 +184,22 @@ class VLLMSource:
                 f"{float(other.mean()):.3g}. {_START}."
             )
 
-    def _compare(self, batch: Batch, logits: LazyLogits) -> None:
-        kind, settings = "logprob_server", self.settings
+    def _other(self, vocab_size: int) -> LogprobTeacher:
+        """The server of the same model that gives log-probabilities."""
+        settings = self.settings
         table = LogprobServerTeacher(
             "logprob_server",
             settings.model,
             settings.logprob_url,
             settings.served_name,
             num_logprobs=1,
+            timeout_s=settings.timeout_s,
         )
-        other = LogprobTeacher(table, logits.vocab_size, torch.device("cpu"))
+        return LogprobTeacher(table, vocab_size, torch.device("cpu"), key="teacher.logprob_url")
+
+    def _compare(self, batch: Batch, logits: LazyLogits) -> None:
+        kind, settings = "logprob_server", self.settings
+        other = self._other(logits.vocab_size)
         with other.on_device():
             theirs = other.forward(batch).token_log_q.double()
         rows = torch.arange(batch.num_rows)

@@ -21,7 +21,7 @@ from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import pick_device
 from tutelage.setup.launcher import Layout, launcher_warning, num_hosts
-from tutelage.setup.manifest import input_digests, manifest_of
+from tutelage.setup.manifest import input_digests, manifest_of, with_served
 from tutelage.setup.numerics import open_accelerator, plain_arithmetic
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.setup.run_folder import EVALUATION_LOGS, RunFolder, run_folder, started_at
@@ -143,7 +143,6 @@ class _Run:
         inputs = validate(config, folder.path, accelerator.num_processes, allow_change)
         known = (folder.read_manifest() or {}).get("inputs", {}) if not inputs.has_teacher else {}
         digests = {**known, **input_digests(config, inputs)}
-        manifest = manifest_of(config, digests, started)
         done, checkpoint = self._start()
         self.done = self.saved = done
         self.first_step = done + 1
@@ -151,7 +150,9 @@ class _Run:
         self.components = build_components(config, saved, folder.path, inputs, self.on_phase)
         if not self._takes_no_step():
             require_checkpoint_space(config, folder, accelerator, self.components)
-        self._write_manifest(manifest)
+        served = (self.components.teacher, folder.read_manifest(), allow_change)
+        digests = with_served(config, digests, *served)
+        self._write_manifest(manifest_of(config, digests, started))
         start_trackers(accelerator, config, folder.path.name)
         optimizer = build_optimizer(
             config.optimizer, self.components.student, self.components.masters, folder.path
