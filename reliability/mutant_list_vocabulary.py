@@ -130,7 +130,6 @@ VOCABULARY_MUTANTS: dict[str, Group] = {
                 "over_tail = _product(log_rest.exp(), log_rest - high.log())",
                 "over_tail = _product(log_rest.exp(), log_rest - low.log())",
             ),
-            ("torch.where(log_rest == -torch.inf, 0.0, tail - ", "(tail - "),
             ("weight * torch.where(weight == 0, 0.0, x)", "weight * x"),
             (
                 "return -low, -low + _product(tail, self.num_unknown.double().log())",

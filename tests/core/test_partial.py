@@ -121,6 +121,15 @@ def test_bounds_contain_every_tail_within_the_tolerance(v: int, k: int) -> None:
     assert num_tried > 3_000
 
 
+def test_the_teacher_alone_has_the_same_bounds_of_its_entropy() -> None:
+    student, _, teacher = sides(3)
+    log_p = (student.hidden @ student.weight.t()).detach().log_softmax(1)
+    assert teacher.is_token_extra.any()
+    assert not teacher.is_token_extra.all()
+    for ours, theirs in zip(teacher.entropy_bounds(), bounds(log_p, teacher).entropy, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_unknown_ids_have_no_more_than_the_least_likely_known_one() -> None:
     log_q = torch.tensor([[0.0, -40.0]], dtype=torch.float64)
     token = torch.tensor([0])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tiny_runs import metrics_of
@@ -55,8 +55,32 @@ def tokenizer_of(size: int, end: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def pieces(end: str) -> PreTrainedTokenizerFast:
+    """Words of the prompts and byte tokens as Llama 2 has them, with such a template."""
+    merges = list(
+        dict.fromkeys(
+            (word[:n], word[n])
+            for word in ("▁sum", "▁of", "▁and", "▁two", "▁is", "the")
+            for n in range(1, len(word))
+        )
+    )
+    texts = [end, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map("".join, merges)]
+    texts += sorted({c for each in PROMPTS for c in each["prompt"] if c != " "})
+    vocab = {text: i for i, text in enumerate(texts)}
+    core = Tokenizer(models.BPE(vocab, merges, byte_fallback=True))
+    space = normalizers.Replace(" ", "▁")
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=end)
+    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.chat_template = "{% for m in messages %}s{{ m['content'] }}{% endfor %}]"
+    return tokenizer
+
+
 def save(folder: Path, size: int, end: str, seed: int) -> Path:
-    tokenizer = tokenizer_of(size, end)
+    """A random model; `size` 0 is of SentencePiece's kind."""
+    tokenizer = tokenizer_of(size, end) if size else pieces(end)
     config = Qwen3Config(
         vocab_size=len(tokenizer) + 3,
         hidden_size=32,
@@ -81,6 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(found / "student", 300, "<end>", 0)
     save(found / "teacher", 275, "<stop>", 1)
     save(found / "same", 300, "<end>", 2)
+    save(found / "pieces", 0, "<stop>", 3)
     (found / "prompts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in PROMPTS))
     return found
 
@@ -139,9 +164,13 @@ def test_a_step_learns_from_the_aligned_tokens(table: Any, method: dict[str, Any
     assert metrics["grad_norm"] > 0
 
 
-def test_the_teacher_predicts_each_row_behind_the_same_text(table: Any) -> None:
-    """Rows of the teacher against its forward pass over its own prompt and the text so far."""
-    step = step_of(parse_config(table(prompts_per_step=6)))
+@pytest.mark.parametrize("kind", ["teacher", "pieces"])
+def test_the_teacher_predicts_each_row_behind_the_same_text(table: Any, kind: str) -> None:
+    """Rows of the teacher against its forward pass over its own prompt and the text so far.
+
+    A turn begins with a space for the teacher of SentencePiece's kind, whose prompt ends in "]".
+    """
+    step = step_of(parse_config(table(kind, prompts_per_step=6)))
     rollouts = step.generate(1)
     learned = step.learned(rollouts)
     batches = step.pack(learned, 1)
@@ -157,11 +186,12 @@ def test_the_teacher_predicts_each_row_behind_the_same_text(table: Any) -> None:
             rollout = learned[name]
             prompt = reading([rollout])[0].prompt_ids
             assert reading.aligner.teacher.decode(prompt).startswith("s")  # its own template
+            space = " " if kind == "pieces" else ""
             for place, is_row in enumerate(rollout.is_generated):
                 if not is_row:
                     continue
                 text = reading.aligner.student.decode(rollout.completion_ids[:place])
-                ids = [*prompt, *reading.aligner.teacher(text, add_special_tokens=False).input_ids]
+                ids = [*prompt, *reading.aligner.encode(space + text, 1)]
                 exact = teacher.model(torch.tensor([ids])).logits[0, -1, : logits.shape[1]]
                 torch.testing.assert_close(logits[row], exact, rtol=1e-4, atol=1e-4)
                 row, num_checked = row + 1, num_checked + 1

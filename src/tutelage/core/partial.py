@@ -192,7 +192,7 @@ def bounds(log_p: Tensor, teacher: PartialLogits, tolerance: float = 0.0) -> Bou
 
     one, no_cap = torch.ones_like(num), torch.full_like(num, torch.inf)
     tail = _product(p_rest, rest).sum(1)
-    over_cap = torch.where(log_rest == -torch.inf, 0.0, tail - _product(log_rest.exp(), log_cap))
+    over_cap = tail - _product(log_rest.exp(), log_cap)
     over_tail = _product(log_rest.exp(), log_rest - high.log())
     return Bounds(
         (
