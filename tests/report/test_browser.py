@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -124,6 +125,11 @@ def test_a_token_shows_what_was_recorded_when_chosen_and_when_pointed_at(show: A
             [rule, str(line["rank"][rule][index]), "yes" if index in line["kept"][rule] else "no"]
             for rule in RULES
         ]
+        words = page.inner_text("#detail p")
+        choices = round(math.exp(line["entropy"][index]), 6)
+        if line["entropy"][index] >= 0.02:
+            assert f"The student's entropy is that of an even choice among {choices:.2g} " in words
+        assert f"student {100 * math.exp(line['log_p'][index]):.3g} %" in words
     assert page.locator("#readings span.chosen").get_attribute("data-index") == "0"
     page.mouse.move(0, 0)
     shown = number(page.inner_text('#detail [data-name="log_p"]'))
@@ -361,6 +367,14 @@ def test_hostile_text_changes_nothing_but_text(show: Any) -> None:
         for opened in (benign, hostile):
             opened.page.click(f"#tab-{view}")
         assert hostile.page.evaluate(SHAPE) == benign.page.evaluate(SHAPE)
+        for index in range(NUM_TOKENS) if view == "viewer" else ():
+            for opened in (benign, hostile):
+                opened.page.locator("#readings .token").nth(index).dispatch_event("pointerover")
+            assert hostile.page.evaluate(SHAPE) == benign.page.evaluate(SHAPE)
+        if view == "map":
+            for opened in (benign, hostile):
+                opened.page.locator("#map-plot .bin").first.dispatch_event("click")
+            assert hostile.page.evaluate(SHAPE) == benign.page.evaluate(SHAPE)
     assert hostile.complaints == []
     assert len(hostile.requests) == 1
 

@@ -1,8 +1,8 @@
-// One token: what both sides gave, in words, as mirrored bars and as numbers.
-const likely = (p) => (p === null ? "an unknown probability" : p < 0.0001 ? "less than 0.01 %" : `${digits(100 * p, 3)} %`);
-const choices = (h) => (h === null ? "of unknown entropy" : h < 0.02
-  ? `almost certain (entropy ${h < 0.001 ? "below 0.001" : nats(h)} nats)`
-  : `as uncertain as an even choice among ${digits(Math.exp(h), 2)} tokens (entropy ${nats(h)} nats)`);
+// One token: the next-token distributions of both sides, in words, as mirrored bars and as numbers.
+const likely = (p) => (p === null ? "unknown" : p < 0.0001 ? "less than 0.01 %" : `${digits(100 * p, 3)} %`);
+const choices = (h) => (h === null ? "unknown"
+  : h < 0.02 ? `near zero (${h < 0.001 ? "below 0.001" : nats(h)} nats)`
+    : `that of an even choice among ${digits(Math.exp(h), 2)} tokens (${nats(h)} nats)`);
 const brief = (p) => (p >= 0.001 || p === 0 ? digits(p, 4) : p.toExponential(1));
 
 // The likeliest tokens of both sides in one order; a side's share is known of its own list alone,
@@ -53,9 +53,9 @@ const detail = (completion, index) => {
   return [
     make("h3", {}, `“${shown(textOf(completion.token[index]))}” `,
       make("span", { class: `about ${q ? `token q${q}` : ""}` }, q ? QUADRANTS[q] : "in no quadrant")),
-    make("p", {}, `The student gave this token ${likely(exp(completion.log_p[index]))}, the teacher ` +
-      `${likely(exp(completion.log_q[index]))}. The student is ${choices(completion.entropy[index])}, the teacher ` +
-      `${choices(completion.teacher_entropy[index])}.`),
+    make("p", {}, `Probability of this token: student ${likely(exp(completion.log_p[index]))}, teacher ` +
+      `${likely(exp(completion.log_q[index]))}. The student's entropy is ${choices(completion.entropy[index])}, the ` +
+      `teacher's is ${choices(completion.teacher_entropy[index])}.`),
     mirrored(completion, index),
     make("dl", { class: "facts small" }, facts.map(([label, value, name]) =>
       make("div", {}, make("dt", {}, label), make("dd", { "data-name": name }, value)))),
