@@ -29,6 +29,7 @@ def recorded(make_run: MakeRun) -> tuple[Path, Lines]:
     return run, lines
 
 
+@pytest.mark.slow
 def test_every_plot_becomes_an_svg_and_a_png(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
