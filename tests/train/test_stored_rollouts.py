@@ -200,7 +200,7 @@ def test_a_store_that_does_not_fit_is_refused_before_anything_is_sampled(
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     with monkeypatch.context() as patch:
         patch.setattr(store.shutil, "disk_usage", lambda _: usage)
-        patch.setattr("tutelage.train.loop.require_checkpoint_space", lambda *_: None)
+        patch.setattr("tutelage.train.loop.required_disk", lambda *_: "")
         found = refused(tiny_models, tmp_path / "b", rollouts=STORED)
     assert "the disk of" in found
     assert "1,048,576 left" in found

@@ -28,6 +28,7 @@ from tutelage.setup.process_counts import ONE_PROCESS, ProcessCounts
 from tutelage.setup.run_folder import run_folder
 from tutelage.setup.validate import validate
 from tutelage.teachers.group import TeacherGroup
+from tutelage.train.disk import plan_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,6 +121,9 @@ def check(
     )
     yield from _stored_lines(config, components, run_folder(config, name), prompts.longest)
     yield from plan_run(config, components, prompts.longest_read, processes).lines(config)
+    disk = plan_disk(config, components, run_folder(config, name), prompts.longest)
+    yield f"run: {disk}"
+    disk.require()
     yield from components.teacher.notices
     yield from (f"warning: {line}" for line in components.warnings)
     yield f"folder: {run_folder(config, name)} on {components.device}"

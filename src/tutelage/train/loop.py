@@ -35,12 +35,13 @@ from tutelage.train.checkpoint import (
     newest_checkpoint,
     rotate,
 )
+from tutelage.train.disk import required_disk
 from tutelage.train.distributed import Leaving, date_of_main
 from tutelage.train.grades import GradeStep, grade_step
 from tutelage.train.measurements import Measurements, best_checkpoint
 from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.peers import Peers, peers_of
-from tutelage.train.saving import Saver, require_checkpoint_space
+from tutelage.train.saving import Saver
 from tutelage.train.signals import Stop, StoppedError, listening
 from tutelage.train.step import Step
 from tutelage.train.stored.fill import Fill, store_of
@@ -148,11 +149,13 @@ class _Run:
         self.first_step = done + 1
         saved = None if checkpoint is None else str(checkpoint / "model")
         self.components = build_components(config, saved, folder.path, inputs, self.on_phase)
-        if not self._takes_no_step():
-            require_checkpoint_space(config, folder, accelerator, self.components)
+        sizes = (config, self.components, folder.path, inputs.prompts)
+        disk = "" if self._takes_no_step() else required_disk(accelerator, *sizes)
         served = (self.components.teacher, folder.read_manifest(), allow_change)
         digests = with_served(config, digests, *served)
         self._write_manifest(manifest_of(config, digests, started))
+        if disk:
+            self.log(disk)
         start_trackers(accelerator, config, folder.path.name)
         optimizer = build_optimizer(
             config.optimizer, self.components.student, self.components.masters, folder.path

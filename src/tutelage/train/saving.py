@@ -17,7 +17,7 @@ from tutelage.setup.components import Components, plain_student
 from tutelage.setup.phases import PhaseCallback
 from tutelage.setup.run_folder import RunFolder, environment
 from tutelage.train.agreement import in_main
-from tutelage.train.checkpoint import has_own_master, require_space, save_checkpoint
+from tutelage.train.checkpoint import has_own_master, save_checkpoint
 from tutelage.train.checkpoint_thread import CheckpointThread, is_written_beside
 from tutelage.train.model_card import model_card
 from tutelage.train.sharded_checkpoint import (
@@ -31,7 +31,7 @@ from tutelage.train.sharded_checkpoint import (
 def checkpoint_bytes(config: Config, components: Components) -> int:
     """What a checkpoint will hold: weights, float32 masters and the optimizer's state."""
     plain, masters = dict(components.student.plain.named_parameters()), components.masters
-    total = _state_bytes(config, masters) + sum(average.nbytes for average in masters.averages)
+    total = state_bytes(config, masters) + sum(average.nbytes for average in masters.averages)
     both = zip(masters.weights, masters.masters, strict=True)
     for name, (weight, master) in zip(trained_names(components.student), both, strict=True):
         total += plain[name].nbytes
@@ -40,21 +40,8 @@ def checkpoint_bytes(config: Config, components: Components) -> int:
     return total
 
 
-def require_checkpoint_space(
-    config: Config, folder: RunFolder, accelerator: Accelerator, components: Components
-) -> None:
-    """Refuse a run whose first checkpoint will not fit: better now than after hours.
-
-    Raises:
-        RunError: the disk of the run folder has too little room.
-    """
-    needed = checkpoint_bytes(config, components)
-    if config.optimizer.state_is_on_disk:  # in use and in the checkpoint
-        needed += _state_bytes(config, components.masters)
-    in_main(accelerator, lambda: require_space(folder.path, needed))
-
-
-def _state_bytes(config: Config, masters: MasterWeights) -> int:
+def state_bytes(config: Config, masters: MasterWeights) -> int:
+    """What the optimizer's state takes."""
     count = sum(weight.numel() for weight in masters.weights)
     return int(STATE_BYTES[config.optimizer.kind] * count)
 
