@@ -55,7 +55,7 @@ test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build
 	touch $@
 
 # A peer's library has an environment of its own, apart from ours and from one another's.
-test-peers: install .venvs/verifiers/installed .venvs/trl  ## the tests that need peers' libraries
+test-peers: install .venvs/verifiers/installed .venvs/trl .venvs/verl  ## the tests that need peers' libraries
 	$(ONE_THREAD) $(BIN)/python -m pytest -m peers tests/peers
 
 .venvs/verifiers/installed: Makefile tests/peers/constraints.txt
@@ -68,6 +68,13 @@ test-peers: install .venvs/verifiers/installed .venvs/trl  ## the tests that nee
 .venvs/trl: Makefile
 	rm -rf $@
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ trl==1.16.0
+	touch $@
+
+# verl's own modules and what their import needs, without what it runs on (CUDA, vLLM).
+.venvs/verl: Makefile
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ verl==0.9.1 ray tensordict \
+		omegaconf hydra-core antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers msgpack protobuf
 	touch $@
 
 check: install  ## format, lint, strict types
