@@ -14,14 +14,22 @@ import torch
 from invariance.stepping import distance, ragged_rollouts, take_step
 from tiny import save_tiny_model, tiny_config
 from tiny_runs import metrics_of, run
+from tutelage.commands import plan_card as planned
 from tutelage.commands.check import check
 from tutelage.config.parse import changed_keys, fingerprint, parse_config, to_table
 from tutelage.errors import ConfigError, DataError, RunError
+from tutelage.memory.cuda import plan_cuda
+from tutelage.memory.facts import Facts
+from tutelage.memory.further_teachers import with_further
+from tutelage.memory.meta_model import shadow, stored_bytes
+from tutelage.models.load import load_model
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import load_inputs
+from tutelage.setup.process_counts import ONE_PROCESS
 from tutelage.train import update
 
 NAMES = ("", "code", "law", "code")
+CARD = Facts(140 << 30, 100 << 30, (9, 0), True, 200 << 30)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +191,37 @@ def test_a_further_teacher_with_too_few_positions_is_named(models: Path, tmp_pat
     found["teachers"]["law"]["model"] = str(short)
     lines = list(check(tiny_config(models, tmp_path / "run", **found), "tiny"))
     assert sum("more than the 12 positions of the teacher law" in line for line in lines) == 1
+
+
+def test_a_plan_of_a_card_counts_every_teacher(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tables(models)
+    found["teachers"]["law"]["mode"] = "offload"
+    found["data"]["max_prompt_tokens"] = 16
+    config = tiny_config(models, tmp_path, **found)
+    shapes = {name: shadow(load_model(str(models / name))) for name in ("code", "law")}
+    sides = [shadow(load_model(str(models / name))) for name in ("student", "teacher")]
+    size = stored_bytes(shapes["code"])
+    head = shapes["law"].get_output_embeddings().weight.nbytes
+    first = plan_cuda(config, *sides, CARD, 10)  # type: ignore[arg-type]
+    plan = with_further(config, first, shapes)
+    assert with_further(config, first, {}) == first
+    more = {a.name: b.total_bytes - a.total_bytes
+            for a, b in zip(first.phases, plan.phases, strict=True)}  # fmt: skip
+    # the largest that is not there all the time is read while the others rest
+    assert more == {"rollout": size + head, "teacher": 2 * size, "learn": size + head}
+    assert plan.host is not None
+    assert plan.host.peak.parts["further teachers"] == size
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        planned, "with_further", lambda _, plan, models: seen.update(models) or plan
+    )
+    assert list(planned.plan_card(config, 80.0, ONE_PROCESS))
+    assert {name: stored_bytes(model) for name, model in seen.items()} == {
+        "code": size,
+        "law": size,
+    }
 
 
 def test_where_a_further_teacher_answers_names_no_run() -> None:

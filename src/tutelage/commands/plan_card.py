@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from tutelage.config.schema import Config, FileData
-from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
+from tutelage.config.teachers import AnyTeacher, HiddenServerTeacher, LogprobServerTeacher
 from tutelage.config.verifiers import VerifiersData
 from tutelage.errors import ConfigError
 from tutelage.memory.cuda import plan_cuda
 from tutelage.memory.facts import Facts
+from tutelage.memory.further_teachers import with_further
 from tutelage.memory.meta_model import shadow, shapes
 from tutelage.memory.plan import UNKNOWN_BYTES
 from tutelage.models.head_model import head_shape_model
@@ -19,6 +21,9 @@ from tutelage.models.load import load_model_config, load_tokenizer
 from tutelage.models.reference import resolve_model
 from tutelage.setup.inputs import Inputs, build_task, told_fields
 from tutelage.setup.process_counts import ProcessCounts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CAPABILITY = (9, 0)
 """Of Hopper, whose libraries take more of a card than those before it."""
@@ -41,20 +46,26 @@ def plan_card(config: Config, card_gib: float, processes: ProcessCounts) -> Iter
     prompt_tokens = _prompt_tokens(config)
     size, room = int(card_gib * (1 << 30)), UNKNOWN_BYTES * processes.per_host
     facts = Facts(size, size, _CAPABILITY, has_kernels=True, host_bytes=room)
-    sides = (config.student, config.teacher)
-    found = [load_model_config(resolve_model(side.model)) for side in sides]
-    dtypes = [getattr(torch, side.dtype) for side in sides]
-    student = shapes(found[0], dtypes[0], config.student)
-    if not isinstance(config.teacher, HiddenServerTeacher | LogprobServerTeacher):
-        teacher = shapes(found[1], dtypes[1], quantization=config.teacher.quantization)
-    else:
-        teacher = shadow(head_shape_model(found[1], dtypes[1]))
+    start = config.student
+    found = load_model_config(resolve_model(start.model))
+    student = shapes(found, getattr(torch, start.dtype), start)
+    teacher = _shapes(config.teacher)
+    further = {name: _shapes(one) for name, one in config.teachers.items()}
     yield "plan of cards that are not here, from the models' configurations; nothing was checked"
     if told_fields(config) and isinstance(config.data, FileData):
         yield "the tokens that teacher.context adds to a prompt are not counted"
     copied = processes.copied_bytes(config, student, teacher)
     plan = plan_cuda(config, student, teacher, facts, prompt_tokens, processes, copied)
-    yield from plan.lines(config)
+    yield from with_further(config, plan, further).lines(config)
+
+
+def _shapes(teacher: AnyTeacher) -> PreTrainedModel:
+    """A teacher without numbers; of one on a server the head."""
+    found = load_model_config(resolve_model(teacher.model))
+    dtype = getattr(torch, teacher.dtype)
+    if isinstance(teacher, HiddenServerTeacher | LogprobServerTeacher):
+        return shadow(head_shape_model(found, dtype))
+    return shapes(found, dtype, quantization=teacher.quantization)
 
 
 def _prompt_tokens(config: Config) -> int:

@@ -17,6 +17,7 @@ from tutelage.core.kernels.buffers import Buffers
 from tutelage.errors import ModelError
 from tutelage.memory.cpu import Sizes, copied_bytes, plan_memory, shards_of
 from tutelage.memory.facts import Facts, with_uncounted
+from tutelage.memory.further_teachers import further_shadows, with_further
 from tutelage.memory.meta_model import (
     Learning,
     keys_for_every_head,
@@ -53,7 +54,8 @@ def plan_run(
     try:
         sides, facts = shadows(components), Facts.of(components.device)
         copied = processes.copied_bytes(config, *sides)
-        return plan_cuda(config, *sides, facts, prompt_tokens, processes, copied)
+        plan = plan_cuda(config, *sides, facts, prompt_tokens, processes, copied)
+        return with_further(config, plan, further_shadows(components))
     except ModelError:  # a class that cannot do without numbers, or weights of few bits
         return plan_memory(config, components, prompt_tokens, processes)
 
