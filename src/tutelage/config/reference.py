@@ -40,6 +40,7 @@ _UNITS = {
         "teacher_prefix_steps",
     ),
     "updates": ("updates_per_step",),
+    "evaluations": ("patience",),
     "checkpoints": ("keep_checkpoints",),
     "processes": ("sharding_group_size",),
     "replicas": ("min_replicas",),
@@ -54,7 +55,7 @@ _UNITS = {
     "1": (
         *("rank", "temperature", "seed", "level", "success_reward", "learning_rate"),
         *("weight_decay", "max_grad_norm", "reverse_weight", "forward_weight"),
-        *("distillation_weight", "clip", "clip_low", "clip_high", "outside", "beta"),
+        *("value", "distillation_weight", "clip", "clip_low", "clip_high", "outside", "beta"),
     ),
 }
 """Units and the keys that have them, by the last part of their names; 1 is a plain number."""
