@@ -71,10 +71,9 @@ test-peers: install .venvs/verifiers/installed .venvs/trl .venvs/verl  ## the te
 	touch $@
 
 # verl's own modules and what their import needs, without what it runs on (CUDA, vLLM).
-.venvs/verl: Makefile
+.venvs/verl: Makefile tests/peers/verl.txt
 	rm -rf $@
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ verl==0.9.1 ray tensordict \
-		omegaconf hydra-core antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers msgpack protobuf
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/peers/verl.txt
 	touch $@
 
 check: install  ## format, lint, strict types
