@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from tiny import tiny_config
 from tiny_runs import are_equal, metrics_of, run
 from tutelage.config.parse import parse_config
+from tutelage.core import LazyLogits
 from tutelage.errors import ConfigError, RunError, TutelageError
-from tutelage.models.stored_teacher import StoredTeacher
+from tutelage.models.stored_teacher import StoredTeacher, write_head
 from tutelage.models.teacher import Teacher
 from tutelage.setup import components
 from tutelage.setup.validate import validate
@@ -157,6 +159,15 @@ def test_damaged_states_are_one_line(tiny_models: Path, tmp_path: Path) -> None:
     assert "head cannot be used: head.json was changed" in found
     shutil.rmtree(states / "head")
     run(tiny_models, out, **again)  # the teacher is loaded once more
+
+
+def test_a_head_is_read_as_it_was_written(tmp_path: Path) -> None:
+    hidden, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    for swap in (None, (1, 3)):
+        head = LazyLogits(hidden, weight, bias, 0.5, 7.0, swap)
+        write_head(tmp_path, head)
+        found = replace(StoredTeacher.read(tmp_path, torch.device("cpu"))._left, hidden=hidden)
+        assert torch.equal(found.block(0, 3), head.block(0, 3))
 
 
 def test_states_of_other_tokens_are_refused(tiny_models: Path, tmp_path: Path) -> None:
