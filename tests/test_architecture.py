@@ -70,7 +70,7 @@ FENCES = {
     "trl": ("integrations/trl.py",),
     "verl": ("integrations/verl.py",),
     "datasets": ("data/formats.py",),
-    "huggingface_hub": ("data/hub.py", "data/formats.py"),
+    "huggingface_hub": ("data/hub.py", "data/formats.py", "commands/push.py"),
     "pyarrow": ("data/formats.py",),
     "vllm": ("rollout/vllm_engine.py", "rollout/nccl_transfer.py"),
     "math_verify": ("grading/_worker.py",),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tutelage.config.schema import Config
 
 _LESS_MEMORY = "Lower the setting that needs it; `tutelage check` shows what memory is used for."
-_ALONE = ("demo", "init", "config", "check", "report", "compare", "serve-teacher")
+_ALONE = ("demo", "init", "config", "check", "report", "push", "compare", "serve-teacher")
 """Commands that one process does whole."""
 _NO_DOCSTRINGS = (
     "transformers reads its own docstrings, which Python leaves out with -OO or PYTHONOPTIMIZE=2, "
@@ -228,6 +228,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def _push(arguments: argparse.Namespace) -> int:
+    from tutelage.commands.push import run
+
+    return run(arguments)
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     from tutelage.commands.compare import run
 
@@ -250,6 +256,7 @@ _COMMANDS = {
     "sample": _sample,
     "score": _score,
     "report": _report,
+    "push": _push,
     "compare": _compare,
     "serve-teacher": _serve_teacher,
 }

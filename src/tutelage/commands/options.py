@@ -27,6 +27,7 @@ _EXAMPLES = {
     "sample": "tutelage sample package:tutelage/assets/ledger-teacher --num-prompts 3",
     "score": "tutelage score configs/examples/ledger.toml --rules soft_or,q3 --out tokens.jsonl",
     "report": "tutelage report runs/ledger-1a2b3c4d",
+    "push": "tutelage push runs/ledger-1a2b3c4d me/student --license mit --base-model me/base",
     "compare": "tutelage compare runs/ledger-1a2b3c4d runs/ledger-5e6f7a8b",
     "serve-teacher": "tutelage serve-teacher package:tutelage/assets/ledger-teacher",
 }
@@ -45,6 +46,7 @@ _SUMMARIES = {
     "sample": "Print sampled completions of a file's prompts (embedded models: ledger prompts).",
     "score": "Write entropy, divergence and selection of every token, without training.",
     "report": "Write a run's report as one HTML file, or its plots.",
+    "push": "Upload a run's exported student, with its card, to the Hugging Face hub.",
     "compare": "Compare runs, or evaluations, side by side.",
     "serve-teacher": "Serve a teacher's final hidden states to runs with teacher.kind "
     "hidden_server.",
@@ -203,6 +205,17 @@ def _report(parser: Parser) -> None:
     parser.add_argument("--follow", action="store_true", help=text)
 
 
+def _push(parser: Parser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="of the hub; made if it is new")
+    parser.add_argument("--license", help="of the student, as the hub names it: apache-2.0")
+    parser.add_argument("--base-model", metavar="OWNER/NAME", help="what the student started from "
+                        "(default: student.model, where it is a hub id)")  # fmt: skip
+    parser.add_argument("--dataset", metavar="OWNER/NAME", action="append", help="of the prompts; "
+                        "may be repeated (default: data.path, where it is a hub id)")  # fmt: skip
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+
+
 def _compare(parser: Parser) -> None:
     parser.add_argument("run_folders", metavar="RUN", type=Path, nargs="+",
                         help="folders of runs, or all of them of eval --suite")  # fmt: skip
@@ -230,6 +243,7 @@ _COMMANDS: dict[str, Callable[[Parser], None]] = {
     "sample": _model,
     "score": _score,
     "report": _report,
+    "push": _push,
     "compare": _compare,
     "serve-teacher": _serve_teacher,
 }
