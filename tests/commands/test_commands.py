@@ -37,7 +37,10 @@ from tutelage.models.load import load_model, load_tokenizer
 from tutelage.models.tiny import Architecture, save_tiny_model
 from tutelage.setup.inputs import build_task
 
-COMMANDS = ("check", "train", "eval", "sample", "score", "report", "compare")
+COMMANDS = (
+    *("demo", "init", "config", "check", "train", "eval", "sample", "score"),
+    *("report", "push", "compare", "serve-teacher"),
+)
 Trained = tuple[Path, Outcome]
 
 
@@ -47,7 +50,7 @@ Trained = tuple[Path, Outcome]
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example_of_the_command(command: str) -> None:
     text = succeed(command, "--help").out
-    assert re.search(rf"^example:\n  tutelage {command} \S+", text, re.MULTILINE)
+    assert re.search(rf"^example:\n  tutelage {command}( \S+|$)", text, re.MULTILINE)
 
 
 def test_help_of_train_has_an_example_of_several_processes() -> None:
@@ -58,7 +61,7 @@ def test_help_of_train_has_an_example_of_several_processes() -> None:
 
 def test_help_lists_every_command_and_no_other() -> None:
     text = succeed("--help").out
-    listed = re.findall(r"^    ([a-z]+) ", text, re.MULTILINE)
+    listed = re.findall(r"^    ([a-z-]+) ", text, re.MULTILINE)
     assert listed == list(COMMANDS)
 
 

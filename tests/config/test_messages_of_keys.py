@@ -214,7 +214,7 @@ def texts_of_errors() -> Iterator[tuple[str, str]]:
 def test_keys_in_messages_anywhere_are_keys_of_the_configuration() -> None:
     tables = {key.partition(".")[0] for key in KEYS if "." in key} | {"task", "config"}
     known = set(KEYS) | {key.rpartition(".")[0] for key in KEYS}
-    files = {"config.json", "config.toml"}
+    files = {"config.json", "config.toml", "evaluation.jsonl"}
     seen = 0
     for place, text in texts_of_errors():
         for key in re.findall(r"(?<![\w./-])[a-z]+\.[a-z_0-9]+(?:\.[a-z_0-9]+)?(?![\w/(])", text):

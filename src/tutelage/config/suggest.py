@@ -39,7 +39,7 @@ _NAMES_OF_KEYS = {
     "evaluation.every": ("eval_steps", "eval_every"),
     "keep_checkpoints": ("save_total_limit", "keep_last"),
     "keep_best": ("metric_for_best_model", "load_best_model_at_end"),
-    "stop_when": ("early_stopping", "early_stopping_patience"),
+    "stop_when.patience": ("early_stopping", "early_stopping_patience"),
     "keep": ("ratio", "fraction"),
     "kind": ("loss",),
 }
