@@ -202,6 +202,18 @@ def scores(
     raise ValueError(rule)
 
 
+SAMPLED_RULES = ("lowest_logprob",)
+"""The rules that look at the sampled tokens alone, the ones that `sampled_scores` knows."""
+
+
+def sampled_scores(rule: str, log_p: Sequence[float], log_q: Sequence[float]) -> list[float]:
+    """The score of every token under a rule of the sampled tokens' log-probabilities."""
+    match rule:
+        case "lowest_logprob":
+            return [-x for x in log_p]
+    raise ValueError(rule)
+
+
 def budget(keep: str, count: int) -> int:
     """⌊keep·count⌋ for a decimal number as written, at least 1."""
     return max(1, math.floor(Fraction(keep) * count))

@@ -41,6 +41,7 @@ SELECTIONS = {
     "divergence": 'rule = "divergence"\nkeep = 0.1\nscope = "batch"',
     "forward_divergence": 'rule = "forward_divergence"\nkeep = 0.1',
     "bottom": 'rule = "bottom"\nnormalization = "quantile_05_95"',
+    "lowest_logprob": 'rule = "lowest_logprob"\nkeep = 0.2',
     "first_n": 'rule = "first_n"\nnum_tokens = 3',
     "teachability": 'rule = "teachability"\nkeep = 0.05',
     "gradient_norm": 'rule = "gradient_norm"\nkeep = 0.2',
@@ -206,6 +207,7 @@ COMBINATIONS = [
     ("divergence", "akl", "fire"),
     ("q3", "grpo", "none"),
     ("entropy", "grpo_teacher", "paced"),
+    ("lowest_logprob", "sampled", "none"),
 ]
 
 

@@ -25,6 +25,7 @@ from tutelage.core import (
 
 Make = Callable[..., Any]
 ROWS = 40
+MAIN = ("entropy", "reverse_kl", "forward_kl", "log_p", "log_q")
 
 
 def expected_scores(
@@ -32,6 +33,8 @@ def expected_scores(
 ) -> list[float]:
     """The score of every row, from columns of plain numbers."""
     base = (rows["entropy"], rows["reverse_kl"], rows["forward_kl"], uniform, method)
+    if rule in reference.SAMPLED_RULES:
+        return reference.sampled_scores(rule, rows["log_p"], rows["log_q"])
     match rule:
         case "soft_or_sample":
             noise = [-math.log(-math.log(u)) for u in uniform]
@@ -61,7 +64,7 @@ def robust(x: list[float]) -> list[float]:
     return reference.clipped_minmax(x, float(np.quantile(x, 0.05)), float(np.quantile(x, 0.95)))
 
 
-def reference_rows(pair: Any) -> dict[str, list[float]]:
+def reference_rows(pair: Any, tokens: torch.Tensor) -> dict[str, list[float]]:
     """Columns of statistics, computed without the package."""
     z, teacher = (head.logits() for head in pair.reference)
     log_p, log_q = reference.log_softmax(z), reference.log_softmax(teacher)
@@ -69,6 +72,8 @@ def reference_rows(pair: Any) -> dict[str, list[float]]:
         "entropy": reference.entropy(log_p).tolist(),
         "reverse_kl": reference.reverse_kl(log_p, log_q).tolist(),
         "forward_kl": reference.forward_kl(log_p, log_q).tolist(),
+        "log_p": [row[y] for row, y in zip(log_p.tolist(), tokens.tolist(), strict=True)],
+        "log_q": [row[y] for row, y in zip(log_q.tolist(), tokens.tolist(), strict=True)],
     }
     extras = [reference.extras(a, b) for a, b in zip(z, log_q, strict=True)]
     return rows | {name: [row[name] for row in extras] for name in EXTRAS}
@@ -83,12 +88,13 @@ def test_scores_equal_their_definitions_from_logits_on(
     pair = make_pair(rows=ROWS, vocab_size=30, dtype=dtype)
     uniform = torch.rand(ROWS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     position = torch.arange(ROWS) % 13
-    stats = token_stats(
-        pair.student, pair.teacher, torch.zeros(ROWS).long(), extras=RULES[rule].extras
-    )
+    tokens = torch.arange(ROWS) % 30
+    stats = token_stats(pair.student, pair.teacher, tokens, extras=RULES[rule].extras)
     found = importance(stats, rule, method, uniform, position)
     expected = torch.tensor(
-        expected_scores(rule, reference_rows(pair), uniform.tolist(), position.tolist(), method),
+        expected_scores(
+            rule, reference_rows(pair, tokens), uniform.tolist(), position.tolist(), method
+        ),
         dtype=torch.float64,
     )
     assert (torch.isfinite(found) == torch.isfinite(expected)).all()
@@ -108,9 +114,7 @@ def test_every_rule_keeps_what_the_reference_keeps(rule: str, scope: str) -> Non
     stats = TokenStats.unstack(table, tuple(EXTRAS))
     found = select_tokens(stats, group, rule, 0.29, scope, uniform=uniform, position=position)
     rows = {name: column.tolist() for name, column in stats.extras.items()}
-    rows |= {
-        name: stats.__dict__[name].tolist() for name in ("entropy", "reverse_kl", "forward_kl")
-    }
+    rows |= {name: stats.__dict__[name].tolist() for name in MAIN}
     score = expected_scores(rule, rows, uniform.tolist(), position.tolist(), "minmax_p98")
     share = "1" if rule == "all" else "0.29"
     groups = group.tolist() if scope == "completion" else [0] * ROWS

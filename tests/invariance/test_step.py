@@ -17,7 +17,7 @@ from tutelage.data.types import Rollout
 from tutelage.setup.components import Components
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
-DETERMINISTIC = ["all", "soft_or", "entropy", "q3", "divergence", "bottom"]
+DETERMINISTIC = ["all", "soft_or", "entropy", "q3", "divergence", "bottom", "lowest_logprob"]
 
 
 def plain_logprobs(model: torch.nn.Module, rollout: Rollout, vocab_size: int) -> Tensor:
@@ -40,13 +40,18 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], rule: str) -
     position = [t for r in rollouts for t in range(len(r.completion_ids))]
     uniform = counter_uniform((0, 1, 1), torch.tensor(group), torch.tensor(position)).tolist()
     kls = reference.reverse_kl(log_p, log_q)
-    score = reference.scores(
-        rule,
-        reference.entropy(log_p.detach()).tolist(),
-        kls.detach().tolist(),
-        reference.forward_kl(log_p.detach(), log_q).tolist(),
-        uniform,
-    )
+    if rule in reference.SAMPLED_RULES:
+        tokens = torch.tensor([token for r in rollouts for token in r.completion_ids])
+        sides = (x.detach().gather(1, tokens[:, None]).squeeze(1).tolist() for x in (log_p, log_q))
+        score = reference.sampled_scores(rule, *sides)
+    else:
+        score = reference.scores(
+            rule,
+            reference.entropy(log_p.detach()).tolist(),
+            kls.detach().tolist(),
+            reference.forward_kl(log_p.detach(), log_q).tolist(),
+            uniform,
+        )
     keep = str(RULES[rule].get("keep", 1))
     scope = [0] * len(group) if RULES[rule].get("scope") == "batch" else group
     rows = reference.kept(score, scope, keep, [True] * len(group))

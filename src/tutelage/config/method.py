@@ -38,6 +38,7 @@ class SomeTokens:
         "divergence",
         "forward_divergence",
         "bottom",
+        "lowest_logprob",
         "teachability",
         "gradient_norm",
         "local_oracle",

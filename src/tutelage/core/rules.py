@@ -141,6 +141,7 @@ RULES: dict[str, Rule] = {
     "q3": Rule(q3),
     "divergence": Rule(lambda stats, _: stats.reverse_kl.double()),
     "forward_divergence": Rule(lambda stats, _: stats.forward_kl.double()),
+    "lowest_logprob": Rule(lambda stats, _: -stats.log_p.double(), needs_teacher=False),
     "bottom": Rule(lambda stats, context: -soft_or(stats, context)),
     "first_n": Rule(lambda _, context: -context.position.double(), needs_teacher=False),
     "teachability": Rule(teachability, ("top_divergence", "compatibility")),
@@ -165,6 +166,7 @@ def importance(
     * `entropy` H; `divergence` reverse_kl; `forward_divergence` forward_kl;
     * `soft_or` ĥ + δ̂ − ĥδ̂; `bottom` its negative; `q3` forward_kl·(1 − ĥ);
     * `entropy_sample`, `soft_or_sample` log score + Gumbel noise; `random` noise;
+    * `lowest_logprob` −log p of the sampled token;
     * `first_n` −position; `teachability` D̂·Ĉ; `all` 0;
     * `gradient_norm` Σ_v (∂reverse_kl/∂z_v)²;
     * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight: a step
