@@ -61,7 +61,7 @@ def test_help_of_train_has_an_example_of_several_processes() -> None:
 
 def test_help_lists_every_command_and_no_other() -> None:
     text = succeed("--help").out
-    listed = re.findall(r"^    ([a-z-]+) ", text, re.MULTILINE)
+    listed = re.findall(r"^    ([a-z-]+)(?: |$)", text, re.MULTILINE)
     assert listed == list(COMMANDS)
 
 
