@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 
 from tiny import tiny_config
 from tiny_runs import are_equal, metrics_of, run
 from tutelage.config.parse import parse_config
+from tutelage.config.schema import Config
 from tutelage.data.completions import GivenCompletions
 from tutelage.data.formats import PromptFormat
+from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, DataError, RunError
 from tutelage.models.load import load_tokenizer
+from tutelage.rollout.request import RolloutRequest
+from tutelage.setup.components import build_components
 from tutelage.setup.inputs import build_task
 from tutelage.train.loop import train
+from tutelage.train.step import Step
 from tutelage.train.stored import store
+from tutelage.train.stored.fill import Fill
+from tutelage.train.stored.sources import MixedSource
 
 STORED = {"source": "stored"}
 NEW = {"stored_share", "staleness_steps", "log_ratio_mean_nats"}
@@ -31,6 +41,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "selection": {"selection": {"rule": "soft_or", "keep": 0.5}, "scoring": "forward"},
     "packed": {"micro_batches": "packed"},
 }
+
+
+def step_of(config: Config) -> Step:
+    components = build_components(config)
+    optimizer = torch.optim.SGD(components.student.parameters(), lr=0.0)
+    return Step(config, components, Accelerator(cpu=True), components.student, optimizer)
 
 
 def shared(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +115,67 @@ def test_a_share_of_the_prompts_is_live(tiny_models: Path, tmp_path: Path) -> No
     assert set(shares) <= {0, 0.25, 0.5, 0.75, 1}
     assert len(set(shares)) > 1
     assert 0.2 < sum(shares) / len(shares) < 0.8
+
+
+SCORED = {"selection": {"rule": "soft_or", "keep": 0.5}, "scoring": "recorded"}
+"""Live rollouts are then sampled with their hidden states."""
+
+
+class Kept:
+    """A store whose completions are told from live ones by their text."""
+
+    has_logprobs = True
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self.rollouts = [replace(r, text="stored", hidden=None) for r in rollouts]
+
+    def take(self, step: int) -> list[Rollout]:
+        return self.rollouts
+
+
+def test_a_live_prompt_among_stored_ones_gets_what_a_live_run_gives_it(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the second of two equal prompts, whose samples follow those of the first one."""
+    made = step_of(tiny_config(tiny_models, tmp_path, **SCORED))
+    first, second = made.prompts(2)[:2]
+    monkeypatch.setattr(Step, "prompts", lambda *_: [first, first, second, first])
+    live = made.sample(made.request(2), 2)
+    assert all(r.hidden is not None for r in live)
+    assert len({r.completion_ids for r in live if r.prompt == first}) == 6
+    kept: Any = Kept(live)
+    source, places = MixedSource(made, kept, 0.5), (1, 2)
+    monkeypatch.setattr(source, "is_live", lambda _: [place in places for place in range(4)])
+    found = source.take(2)
+    assert source.num_stored == 4
+    for place, (ours, alone) in enumerate(zip(found, live, strict=True)):
+        if place // 2 in places:
+            assert replace(ours, logprobs=(), hidden=None) == replace(
+                alone, logprobs=(), hidden=None
+            )
+            assert ours.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+        else:
+            assert ours is kept.rollouts[place]
+    # of all of a step there are hidden states, or of none
+    assert all(r.hidden is None for r in found)
+
+
+def test_what_is_stored_is_sampled_without_hidden_states(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, asked = Step.sample, []
+
+    def sampled(self: Step, request: RolloutRequest, step: int) -> list[Rollout]:
+        asked.append(request.record_hidden)
+        return sample(self, request, step)
+
+    made = step_of(tiny_config(tiny_models, tmp_path, **SCORED))
+    monkeypatch.setattr(Step, "sample", sampled)
+    made.generate(1)
+    kept = store.Store(tmp_path / "rollouts", {})
+    kept.open()
+    Fill(made, kept, lambda: False, str, str)._sample([1])
+    assert asked == [True, False]
 
 
 def test_a_file_is_learned_from_as_it_is(tiny_models: Path, tmp_path: Path, given: Path) -> None:
