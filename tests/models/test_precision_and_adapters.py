@@ -21,7 +21,7 @@ from tiny_runs import (
     run,
     weights_of,
 )
-from tutelage.errors import ConfigError, MissingExtraError
+from tutelage.errors import ConfigError, MissingExtraError, ModelError
 from tutelage.models.llama_cpu.layers import is_fast_family
 from tutelage.models.load import load_model
 from tutelage.models.lora import add_lora, checkpoint_activations, learning
@@ -191,6 +191,12 @@ def test_learning_through_4_bits_is_refused_on_a_cpu(tmp_path: Path, tiny_models
     student = {"model": str(tiny_models / "student"), "quantization": "4bit", "lora": {}}
     with pytest.raises(ConfigError, match="needs CUDA"):
         build_components(tiny_config(tiny_models, tmp_path, student=student))
+
+
+@needs_bitsandbytes
+def test_rows_that_are_no_whole_blocks_of_4_bits_are_refused_on_a_cpu(tiny_models: Path) -> None:
+    with pytest.raises(ModelError, match="a layer with 32 inputs, which on a CPU must be a mul"):
+        load_model(str(tiny_models / "teacher"), quantization="4bit")
 
 
 # --- what cannot be had ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tiny_runs import metrics_of, run
 from tutelage.commands import plan_card as planned
 from tutelage.commands.check import check
 from tutelage.config.parse import changed_keys, fingerprint, parse_config, to_table
-from tutelage.errors import ConfigError, DataError, RunError
+from tutelage.errors import ConfigError, DataError, MissingExtraError, RunError
 from tutelage.memory.cuda import plan_cuda
 from tutelage.memory.facts import Facts
 from tutelage.memory.further_teachers import with_further
@@ -26,6 +26,7 @@ from tutelage.models.load import load_model
 from tutelage.setup.components import build_components
 from tutelage.setup.inputs import load_inputs
 from tutelage.setup.process_counts import ONE_PROCESS
+from tutelage.setup.validate import validate
 from tutelage.train import update
 
 NAMES = ("", "code", "law", "code")
@@ -137,6 +138,21 @@ def test_what_does_not_go_together(
         found[key] = value if key != "evaluation" else found[key] | value
     with pytest.raises(ConfigError, match=message):
         tiny_config(models, tmp_path, **found)
+
+
+def test_what_a_further_teacher_s_low_bits_lack_names_it(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tutelage.setup.validate.find_spec", lambda name: None)
+    one = {"model": str(models / "code"), "quantization": "4bit"}
+    further = tables(models)["teachers"] | {"code": one}
+    for key, changes in (
+        ("teacher", tables(models, teacher=one)),
+        ("teachers.code", tables(models, teachers=further)),
+    ):
+        config = tiny_config(models, tmp_path, **changes)
+        with pytest.raises(MissingExtraError, match=rf"{key}\.quantization = '4bit' needs the pa"):
+            validate(config, tmp_path)
 
 
 def test_an_unknown_key_of_a_teacher_names_the_right_one(models: Path, tmp_path: Path) -> None:

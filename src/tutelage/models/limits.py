@@ -1,10 +1,12 @@
-"""How many tokens a model can read."""
+"""How many tokens a model can read, and how wide its 4-bit layers have to be."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+import torch
 
 from tutelage.errors import ModelError
 
@@ -24,6 +26,8 @@ _TYPES = {"doge", "mpt"}
 window (`keep_window_size`) what a token reads depends on those after it."""
 _SLACK = 8
 """Rows of a table of positions beside those of positions: padding, and an offset."""
+_BLOCK = 64
+"""Numbers that bitsandbytes scales together in 4 bits."""
 
 
 def context_limit(model: PreTrainedModel) -> int | None:
@@ -75,3 +79,20 @@ def _finds_table(model: PreTrainedModel) -> bool:
             if _TABLE.search(name) and limit <= size <= limit + _SLACK:
                 return True
     return False
+
+
+def refuse_partial_blocks(model: PreTrainedModel, ref: str) -> None:
+    """Refuse 4-bit layers whose rows are not whole blocks: bitsandbytes has no CPU product of them.
+
+    Raises:
+        ModelError: a layer has such rows.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, torch.nn.Linear) or not hasattr(layer.weight, "quant_state"):
+            continue
+        width = layer.in_features
+        if width % _BLOCK:
+            raise ModelError(
+                f"model {ref!r} has a layer with {width} inputs, which on a CPU must be a multiple "
+                f"of {_BLOCK} for quantization = '4bit'. Use 8bit or none, or CUDA."
+            )

@@ -29,6 +29,7 @@ from tutelage.errors import (
 from tutelage.files.atomic import new_folder
 from tutelage.models.device import find_device
 from tutelage.models.gguf import parsed_once
+from tutelage.models.limits import refuse_partial_blocks
 from tutelage.models.llama_cpu.patch import use_fast_layers
 from tutelage.models.lora import with_adapter
 from tutelage.models.reference import (
@@ -97,7 +98,10 @@ def load_model(
     with _without_bars() if found.is_local else contextlib.nullcontext():
         if quantization != "none":
             low_bits = _low_bits(found, quantization, dtype) | {"device_map": {"": str(target)}}
-            return _load_plain(found, DTYPES[dtype], attn, low_bits).eval()
+            model = _load_plain(found, DTYPES[dtype], attn, low_bits)
+            if quantization == "4bit" and target.type == "cpu":
+                refuse_partial_blocks(model, found.ref)
+            return model.eval()
         if found.gguf_file is None:
             model = _load_plain(found, DTYPES[dtype], attn)
         else:

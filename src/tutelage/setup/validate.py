@@ -165,7 +165,9 @@ def _packages(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "peft", "lora", "student.lora"
     if config.student.layers == "liger":
         yield "liger-kernel", "liger", "student.layers = 'liger'"
-    for who, side in (("student", config.student), ("teacher", config.teacher)):
+    teachers = {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    sides = {"student": config.student, "teacher": config.teacher, **teachers}
+    for who, side in sides.items():
         if side.quantization != "none":
             yield "bitsandbytes", "lowbit", f"{who}.quantization = {side.quantization!r}"
     if config.optimizer.kind in ("adamw_8bit", "paged_adamw_8bit"):
