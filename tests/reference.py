@@ -202,15 +202,20 @@ def scores(
     raise ValueError(rule)
 
 
-SAMPLED_RULES = ("lowest_logprob",)
+SAMPLED_RULES = ("lowest_logprob", "probability_gap")
 """The rules that look at the sampled tokens alone, the ones that `sampled_scores` knows."""
 
 
-def sampled_scores(rule: str, log_p: Sequence[float], log_q: Sequence[float]) -> list[float]:
+def sampled_scores(
+    rule: str, log_p: Sequence[float], log_q: Sequence[float], b: float = 1.0
+) -> list[float]:
     """The score of every token under a rule of the sampled tokens' log-probabilities."""
     match rule:
         case "lowest_logprob":
             return [-x for x in log_p]
+        case "probability_gap":
+            pairs = zip(log_p, log_q, strict=True)
+            return [abs(y - x) ** (1 - b) * abs(math.exp(y) - math.exp(x)) ** b for x, y in pairs]
     raise ValueError(rule)
 
 

@@ -42,6 +42,7 @@ SELECTIONS = {
     "forward_divergence": 'rule = "forward_divergence"\nkeep = 0.1',
     "bottom": 'rule = "bottom"\nnormalization = "quantile_05_95"',
     "lowest_logprob": 'rule = "lowest_logprob"\nkeep = 0.2',
+    "probability_gap": 'rule = "probability_gap"\nb = 0.5\nkeep = 0.2',
     "first_n": 'rule = "first_n"\nnum_tokens = 3',
     "teachability": 'rule = "teachability"\nkeep = 0.05',
     "gradient_norm": 'rule = "gradient_norm"\nkeep = 0.2',
@@ -208,6 +209,7 @@ COMBINATIONS = [
     ("q3", "grpo", "none"),
     ("entropy", "grpo_teacher", "paced"),
     ("lowest_logprob", "sampled", "none"),
+    ("probability_gap", "sampled", "none"),
 ]
 
 
@@ -258,6 +260,10 @@ def test_metrics_hold_the_diagnostics(take: Callable[..., dict[str, Any]]) -> No
         (
             {"selection": 'rule = "soft_or"\ncorrect_sampling = true'},
             "unknown key 'selection.correct_sampling'",
+        ),
+        (
+            {"selection": 'rule = "probability_gap"\nb = 1.5'},
+            "selection.b must be in [0, 1], got 1.5.",
         ),
         ({"objective": 'kind = "jsd"\nteacher_weight = 1'}, "strictly between 0 and 1, got 1.0."),
         ({"objective": 'kind = "jsd"\nteacher_weight = 0'}, "strictly between 0 and 1, got 0.0."),

@@ -22,6 +22,7 @@ from tutelage.core import (
     select_tokens,
     token_stats,
 )
+from tutelage.core.rules import probability_gap
 
 Make = Callable[..., Any]
 ROWS = 40
@@ -144,6 +145,40 @@ def test_first_n_counts_positions_not_rows() -> None:
     position = torch.tensor([3, 1, 0, 2])
     found = select_tokens(stats, torch.zeros(4).long(), "first_n", position=position, num_tokens=2)
     assert found.rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("b", [0.0, 0.3, 1.0])
+def test_the_probability_gap_takes_a_share_of_each_difference(make_pair: Make, b: float) -> None:
+    pair, tokens = make_pair(rows=ROWS, vocab_size=30), torch.arange(ROWS) % 30
+    found = importance(token_stats(pair.student, pair.teacher, tokens), probability_gap(b))
+    rows = reference_rows(pair, tokens)
+    expected = reference.sampled_scores("probability_gap", rows["log_p"], rows["log_q"], b)
+    assert found.tolist() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def test_a_stop_token_counts_in_the_budget_and_is_not_kept() -> None:
+    log_p = torch.tensor([-1.0, -2.0, -3.0, -9.0, -9.0], dtype=torch.float64)
+    stats = TokenStats(*torch.zeros(5, 5).double(), log_q=torch.zeros(5).double())
+    stats.log_p[:] = log_p
+    group, is_stop = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([False] * 3 + [True] * 2)
+    options = {"keep": 0.5, "is_stop": is_stop}
+    found = select_tokens(stats, group, "probability_gap", **options)
+    assert found.rows.tolist() == [1, 2]  # the second completion is a stop token alone
+    assert found.num_nonfinite == 0
+    assert select_tokens(stats, group, "lowest_logprob", **options).rows.tolist() == [2, 3, 4]
+    assert select_tokens(stats, group, "probability_gap", keep=0.5).rows.tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", [1, 7, 999])
+def test_a_thousandth_keeps_one_token_of_every_completion(rule: str, size: int) -> None:
+    group, position = torch.arange(2).repeat_interleave(size), torch.arange(size).repeat(2)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(6 + len(EXTRAS), 2 * size, generator=generator, dtype=torch.float64)
+    stats, uniform = TokenStats.unstack(table[:, :], tuple(EXTRAS)), table[0].clamp(0.01, 0.99)
+    found = select_tokens(stats, group, rule, 0.001, uniform=uniform, position=position)
+    counts = torch.bincount(group[found.rows], minlength=2).tolist()
+    assert counts == ([size, size] if rule == "all" else [1, 1])
 
 
 @pytest.mark.parametrize("rule", ["teachability", "gradient_norm", "local_oracle", "local_gain"])

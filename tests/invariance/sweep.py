@@ -85,7 +85,7 @@ class Case:
         options: dict[str, Any] = {"keep": float(self.keep), "scope": self.scope}
         if rule in ("all", "first_n"):
             options = {"num_tokens": 1 + self.seed % 5} if rule == "first_n" else {}
-        elif rule != "random":
+        elif rule not in ("random", "probability_gap"):
             options["normalization"] = self.normalization
         return replace(_CONFIG, selection=_SELECTION.validate_python({"rule": rule, **options}))
 
@@ -136,7 +136,7 @@ def read_directly(case: Case) -> StepRows:
     stats = statistics(case.logits, names[:, 1] % VOCAB)
     # A step's table is float64 whatever the statistics are computed in.
     table = TokenStats.unstack(stats.stack(), tuple(EXTRAS))
-    return StepRows(table, names[:, 0], names[:, 1], torch.arange(len(names)))
+    return StepRows(table, names[:, 0], names[:, 1], torch.arange(len(names)), names[:, 1])
 
 
 def read_share(case: Case, rank: int) -> tuple[list[Batch], TokenStats]:
@@ -212,7 +212,11 @@ def choose_per_rank(case: Case) -> Chooser:
         for r in range(NUM_RANKS):
             own = (rank == r).nonzero().squeeze(1)
             part = StepRows(
-                gathered.stats[own], gathered.completion[own], gathered.position[own], own
+                gathered.stats[own],
+                gathered.completion[own],
+                gathered.position[own],
+                own,
+                gathered.tokens[own],
             )
             found = choose(config, part, step)
             scores[own] = found.importance

@@ -17,7 +17,16 @@ from tutelage.data.types import Rollout
 from tutelage.setup.components import Components
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
-DETERMINISTIC = ["all", "soft_or", "entropy", "q3", "divergence", "bottom", "lowest_logprob"]
+DETERMINISTIC = [
+    "all",
+    "soft_or",
+    "entropy",
+    "q3",
+    "divergence",
+    "bottom",
+    "lowest_logprob",
+    "probability_gap",
+]
 
 
 def plain_logprobs(model: torch.nn.Module, rollout: Rollout, vocab_size: int) -> Tensor:
@@ -43,7 +52,7 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], rule: str) -
     if rule in reference.SAMPLED_RULES:
         tokens = torch.tensor([token for r in rollouts for token in r.completion_ids])
         sides = (x.detach().gather(1, tokens[:, None]).squeeze(1).tolist() for x in (log_p, log_q))
-        score = reference.sampled_scores(rule, *sides)
+        score = reference.sampled_scores(rule, *sides, RULES[rule].get("b", 1.0))
     else:
         score = reference.scores(
             rule,
@@ -54,7 +63,11 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], rule: str) -
         )
     keep = str(RULES[rule].get("keep", 1))
     scope = [0] * len(group) if RULES[rule].get("scope") == "batch" else group
-    rows = reference.kept(score, scope, keep, [True] * len(group))
+    usable = [True] * len(group)
+    if rule == "probability_gap":
+        stop = components.tokenizer.eos_token_id
+        usable = [token != stop for r in rollouts for token in r.completion_ids]
+    rows = reference.kept(score, scope, keep, usable)
     loss = kls[rows].sum() / len(rows)
     loss.backward()
     gradients = [

@@ -92,6 +92,27 @@ class RandomTokens:
 
 
 @dataclass(frozen=True)
+class GapTokens:
+    """Train on the tokens whose probability differs most between student and teacher (DIAL).
+
+    Tokens that end a text are never kept.
+    """
+
+    __pydantic_config__ = STRICT
+    rule: Literal["probability_gap"]
+    b: float = 1.0
+    """Share of the probability gap in abs(log q − log p)^(1−b)·abs(q − p)^b, in [0, 1]."""
+    keep: float = 0.5
+    """Fraction of each completion's tokens to train on, in (0, 1]."""
+    scope: Scope = "completion"
+    """One budget per completion, or one for the whole global batch."""
+
+    def __post_init__(self) -> None:
+        _require_keep(self.keep)
+        require(0.0 <= self.b <= 1.0, "selection.b", "in [0, 1]", self.b, "1.0 is usual.")
+
+
+@dataclass(frozen=True)
 class FirstTokens:
     """Train on the first tokens of every completion."""
 
@@ -111,7 +132,7 @@ class FirstTokens:
 
 
 SelectionConfig: TypeAlias = Annotated[
-    AllTokens | SomeTokens | SampledTokens | RandomTokens | FirstTokens,
+    AllTokens | SomeTokens | SampledTokens | RandomTokens | GapTokens | FirstTokens,
     Field(discriminator="rule"),
 ]
 

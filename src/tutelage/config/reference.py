@@ -50,7 +50,7 @@ _UNITS = {
     "nats": ("threshold", "width", "max_logprob_gap", "quadrant_thresholds"),
     "share": (
         *("keep", "top_p", "dropout", "ema_decay", "gpu_memory_utilization", "on_policy_share"),
-        *("teacher_weight", "alpha", "drop", "beta1", "beta2"),
+        *("teacher_weight", "alpha", "drop", "beta1", "beta2", "b"),
     ),
     "1": (
         *("rank", "temperature", "seed", "level", "success_reward", "learning_rate"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,6 +105,13 @@ class Rule:
     """log of the probability, up to a constant, with which a sampling rule draws a row."""
     needs_teacher: bool = True
     """False where it reads the student alone: statistics without a teacher are enough."""
+    leaves_out_stops: bool = False
+    """Whether it never keeps a token that ends a text."""
+    name: str = ""
+    """Its key in `RULES`."""
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def _sampled(weight: Score, needs_teacher: bool = True) -> Rule:
@@ -123,7 +130,21 @@ def _extra(name: str) -> Rule:
     return Rule(lambda stats, _: stats.extras[name].double(), (name,))
 
 
-RULES: dict[str, Rule] = {
+def probability_gap(b: float = 1.0) -> Rule:
+    """|A|^(1−b)·|q − p|^b of the sampled token, A = log q − log p; never a token that ends a text.
+
+    Source: DIAL-OPD (arXiv 2610.11659), whose default b = 1 is |q − p|.
+    """
+
+    def score(stats: TokenStats, _: Context) -> Tensor:
+        log_p, log_q = stats.log_p.double(), stats.log_q.double()
+        gap = (log_q.exp() - log_p.exp()).abs()
+        return (log_q - log_p).abs() ** (1 - b) * gap**b
+
+    return Rule(score, leaves_out_stops=True, name="probability_gap")
+
+
+_RULES: dict[str, Rule] = {
     "all": Rule(
         lambda stats, _: torch.zeros_like(stats.entropy, dtype=torch.float64),
         needs_teacher=False,
@@ -143,18 +164,21 @@ RULES: dict[str, Rule] = {
     "forward_divergence": Rule(lambda stats, _: stats.forward_kl.double()),
     "lowest_logprob": Rule(lambda stats, _: -stats.log_p.double(), needs_teacher=False),
     "bottom": Rule(lambda stats, context: -soft_or(stats, context)),
+    "probability_gap": probability_gap(),
     "first_n": Rule(lambda _, context: -context.position.double(), needs_teacher=False),
     "teachability": Rule(teachability, ("top_divergence", "compatibility")),
     "gradient_norm": _extra("gradient_norm"),
     "local_oracle": _extra("local_oracle"),
     "local_gain": _extra("local_gain"),
 }
-"""The selection rules by name; `all` keeps every token whatever the budget."""
+RULES = {name: replace(rule, name=name) for name, rule in _RULES.items()}
+"""The selection rules by name, with the default options; `all` keeps every token whatever the
+budget."""
 
 
 def importance(
     stats: TokenStats,
-    rule: str,
+    rule: str | Rule,
     normalization: str = "minmax_p98",
     uniform: Tensor | None = None,
     position: Tensor | None = None,
@@ -166,7 +190,7 @@ def importance(
     * `entropy` H; `divergence` reverse_kl; `forward_divergence` forward_kl;
     * `soft_or` ĥ + δ̂ − ĥδ̂; `bottom` its negative; `q3` forward_kl·(1 − ĥ);
     * `entropy_sample`, `soft_or_sample` log score + Gumbel noise; `random` noise;
-    * `lowest_logprob` −log p of the sampled token;
+    * `lowest_logprob` −log p of the sampled token; `probability_gap` |q − p| of it;
     * `first_n` −position; `teachability` D̂·Ĉ; `all` 0;
     * `gradient_norm` Σ_v (∂reverse_kl/∂z_v)²;
     * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight: a step
@@ -175,7 +199,7 @@ def importance(
 
     Args:
         stats: statistics of the whole global batch, N rows, with the extras the rule needs.
-        rule: a key of `RULES`.
+        rule: a key of `RULES`, or a rule with options, such as `probability_gap(b=0.5)`.
         normalization: one of `NORMALIZATIONS`. The paper's `minmax_p98` clips the entropy at its
             98th percentile and leaves the divergence unclipped.
         uniform: numbers in (0, 1), float64 `[N]`, for the random rules.
@@ -191,33 +215,35 @@ def importance(
     """
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
-    chosen = require_rule(rule)
+    chosen, name = require_rule(rule), str(rule)
     missing = [name for name in chosen.extras if name not in stats.extras]
     if missing:
-        raise ValueError(f"rule {rule!r} needs token_stats(..., extras={chosen.extras}).")
+        raise ValueError(f"rule {name!r} needs token_stats(..., extras={chosen.extras}).")
     if chosen.needs_teacher and not stats.has_teacher:
-        raise ValueError(f"rule {rule!r} compares with the teacher; give token_stats a teacher.")
+        raise ValueError(f"rule {name!r} compares with the teacher; give token_stats a teacher.")
     if chosen.is_random and uniform is None:
-        raise ValueError(f"rule {rule!r} draws at random and needs `uniform`, one per row.")
-    if rule == "first_n" and position is None:
+        raise ValueError(f"rule {name!r} draws at random and needs `uniform`, one per row.")
+    if name == "first_n" and position is None:
         raise ValueError("rule 'first_n' needs `position`, one per row.")
     return chosen.score(stats, _context(stats, normalization, uniform, position))
 
 
 def log_sampling_weight(
-    stats: TokenStats, rule: str, normalization: str = "minmax_p98"
+    stats: TokenStats, rule: str | Rule, normalization: str = "minmax_p98"
 ) -> Tensor | None:
     """log P, up to a constant, with which a sampling rule draws a row `[N]`; None for others."""
     weight = require_rule(rule).log_weight
     return None if weight is None else weight(stats, _context(stats, normalization, None, None))
 
 
-def require_rule(rule: str) -> Rule:
-    """The rule of that name.
+def require_rule(rule: str | Rule) -> Rule:
+    """The rule of that name, or the given one.
 
     Raises:
         ValueError: there is none.
     """
+    if isinstance(rule, Rule):
+        return rule
     if rule not in RULES:
         raise ValueError(f"rule must be one of {tuple(RULES)}, got {rule!r}.")
     return RULES[rule]

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from tutelage.core.rules import gumbel, importance, log_sampling_weight
+from tutelage.core.rules import Rule, gumbel, importance, log_sampling_weight, require_rule
 from tutelage.core.stats import TokenStats
 
 
@@ -37,7 +37,7 @@ class TokenSelection:
 def select_tokens(
     stats: TokenStats,
     completion: Tensor,
-    rule: str = "soft_or",
+    rule: str | Rule = "soft_or",
     keep: float = 0.5,
     scope: str = "completion",
     normalization: str = "minmax_p98",
@@ -45,11 +45,13 @@ def select_tokens(
     position: Tensor | None = None,
     correct_sampling: bool = False,
     num_tokens: int | None = None,
+    is_stop: Tensor | None = None,
 ) -> TokenSelection:
     """The rows a rule keeps: the top ⌊keep·m⌋ of each completion of m tokens, at least 1.
 
     Scores are normalised over all given rows (give the global batch); ties go to the earlier
-    row; rows with a non-finite score are never kept.
+    row; rows with a non-finite score are never kept. The budget counts all rows of a completion,
+    those that cannot be kept too.
 
     With `correct_sampling` a row kept by a sampling rule weighs 1/π, π being its probability to
     be kept given the other rows' noise, so that ``Σ_kept weight·g`` is an unbiased estimate of
@@ -59,7 +61,7 @@ def select_tokens(
     Args:
         stats: statistics of N rows, with the extras the rule needs.
         completion: completion index of each row, int64 `[N]`.
-        rule: a key of `RULES`; `all` ignores `keep`.
+        rule: a key of `RULES`, or a rule with options; `all` ignores `keep`.
         keep: fraction of tokens to keep, in (0, 1].
         scope: "completion" for a budget per completion, "batch" for one budget over all rows.
         normalization: see `importance`.
@@ -67,6 +69,8 @@ def select_tokens(
         position: see `importance`.
         correct_sampling: weigh rows of a sampling rule by 1/π.
         num_tokens: budget of each group in tokens, at least 1, instead of `keep`.
+        is_stop: boolean `[N]`, True where the sampled token ends a text: such rows are not kept by
+            a rule that leaves them out, `probability_gap`; None if there are none.
 
     Returns:
         `TokenSelection`.
@@ -91,21 +95,25 @@ def select_tokens(
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
     if scope not in ("completion", "batch"):
         raise ValueError(f"scope must be 'completion' or 'batch', got {scope!r}.")
-    score = importance(stats, rule, normalization, uniform, position)
-    log_weight = log_sampling_weight(stats, rule, normalization)
+    chosen = require_rule(rule)
+    score = importance(stats, chosen, normalization, uniform, position)
+    log_weight = log_sampling_weight(stats, chosen, normalization)
     if correct_sampling and log_weight is None:
-        raise ValueError(f"correct_sampling needs a rule that samples, got {rule!r}.")
+        raise ValueError(f"correct_sampling needs a rule that samples, got {chosen.name!r}.")
     # A sampling rule gives −inf to rows of probability 0: they come last, but are no fault.
     is_usable = torch.isfinite(score) | ((score == -torch.inf) & (log_weight is not None))
     is_usable &= stats.is_finite()
+    num_nonfinite = int((~is_usable).sum())
+    if is_stop is not None and chosen.leaves_out_stops:
+        is_usable = is_usable & ~is_stop
     group = completion if scope == "completion" else torch.zeros_like(completion)
     budget = float(keep) if num_tokens is None else num_tokens
-    ranking = _Ranking.of(score, group, 1.0 if rule == "all" else budget, is_usable)
+    ranking = _Ranking.of(score, group, 1.0 if chosen.name == "all" else budget, is_usable)
     weights = torch.ones(len(ranking.rows), dtype=torch.float64, device=score.device)
     if correct_sampling and log_weight is not None:
-        keys = gumbel(score) if rule == "random" else score
+        keys = gumbel(score) if chosen.name == "random" else score
         weights = ranking.inverse_probabilities(keys, log_weight)
-    return TokenSelection(ranking.rows, score, int((~is_usable).sum()), weights)
+    return TokenSelection(ranking.rows, score, num_nonfinite, weights)
 
 
 def _budgets(group: Tensor, keep: float | int) -> tuple[Tensor, Tensor]:

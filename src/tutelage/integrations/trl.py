@@ -33,6 +33,8 @@ class TutelageTrainer(peer.DistillationTrainer):  # type: ignore[misc]
         self, *args: Any, rule: str = "soft_or", keep: float = 0.5, scope: str = "completion",
         normalization: str = "minmax_p98", **options: Any,
     ) -> None:  # fmt: skip
+        if require_rule(rule).leaves_out_stops:
+            raise ValueError(f"rule must be one that keeps stop tokens too in TRL, got {rule!r}.")
         self._how, self._extras = (rule, keep, scope, normalization), require_rule(rule).extras
         one, stats = torch.ones(1), torch.ones(6 + len(self._extras), 1)
         select_tokens(TokenStats.unstack(stats, self._extras), one, *self._how, one / 2, one)

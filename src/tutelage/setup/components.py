@@ -97,6 +97,11 @@ class Components:
     verifiers: VerifiersService | None = None
     """What leads the conversations of every model where the task is verifiers'."""
 
+    @property
+    def stops(self) -> frozenset[int]:
+        """Every id that ends a completion of the student."""
+        return stop_ids(self.student.plain, self.tokenizer)
+
     @contextmanager
     def whole(self) -> Iterator[Components]:
         """The same with a student that has all weights, for the time of the block.

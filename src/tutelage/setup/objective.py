@@ -14,6 +14,7 @@ from tutelage.config.method import (
     AllTokens,
     EOPDObjective,
     FireWeighting,
+    GapTokens,
     GRPOObjective,
     JSDObjective,
     KLObjective,
@@ -22,6 +23,7 @@ from tutelage.config.method import (
     PacedWeighting,
     RewardWeighting,
     SampledObjective,
+    SelectionConfig,
     SelectKDWeighting,
     SkewObjective,
     TopKObjective,
@@ -29,6 +31,7 @@ from tutelage.config.method import (
 from tutelage.config.schema import Config
 from tutelage.core import RULES, TokenStats
 from tutelage.core.policy import ClippedPolicy, group_advantages
+from tutelage.core.rules import Rule, probability_gap
 from tutelage.core.terms import (
     JSD,
     ForwardKL,
@@ -55,13 +58,21 @@ ADVANTAGE = "advantage"
 """Name of the rows' advantages among the extra statistics of a step."""
 
 
+def rule_of(selection: SelectionConfig) -> Rule:
+    """The configured rule, with its options."""
+    match selection:
+        case GapTokens(b=b):
+            return probability_gap(b)
+    return RULES[selection.rule]
+
+
 def needs_teacher(config: Config) -> bool:
     """Whether steps read the teacher: all but those that train on rewards alone."""
     objective = config.objective
     return not (
         isinstance(objective, GRPOObjective)
         and objective.distillation_weight == 0
-        and not RULES[config.selection.rule].needs_teacher
+        and not rule_of(config.selection).needs_teacher
         and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
     )
 
@@ -79,7 +90,7 @@ def needed_extras(config: Config) -> tuple[str, ...]:
     """Names of the extra statistics that the method and its diagnostics need."""
     if not needs_teacher(config):
         return ()
-    names = [*DIAGNOSTICS, *RULES[config.selection.rule].extras]
+    names = [*DIAGNOSTICS, *rule_of(config.selection).extras]
     if isinstance(config.objective, AdaptiveObjective):
         names.append("head_share")
     if isinstance(config.weighting, SelectKDWeighting):
@@ -115,7 +126,7 @@ def scores_teacher(config: Config) -> bool:
     """
     objective = config.objective
     looks_at_student = (
-        not RULES[config.selection.rule].needs_teacher
+        not rule_of(config.selection).needs_teacher
         and (_is_plain(objective) or isinstance(objective, SampledObjective | GRPOObjective))
         and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
     )

@@ -35,6 +35,8 @@ class StepRows:
     position: Tensor
     local: Tensor
     """Places, among all rows, of this process's rows in the order of its micro-batches."""
+    tokens: Tensor
+    """The sampled id of each row."""
 
 
 class Ranks:
@@ -105,7 +107,9 @@ class Ranks:
         rows: Sequence[Any] = [slice(None) for _ in batches] if kept is None else kept
         completion = torch.cat([b.completion[k] for b, k in zip(batches, rows, strict=True)])
         position = torch.cat([b.position[k] for b, k in zip(batches, rows, strict=True)])
-        table = torch.cat([stats.stack(), completion[None].double(), position[None].double()])
+        tokens = torch.cat([b.tokens[k] for b, k in zip(batches, rows, strict=True)])
+        names = torch.stack([tokens, completion, position])
+        table = torch.cat([stats.stack(), names.double()])
         sizes = [table.shape[1]]
         if self.count > 1:
             sizes = self.table(self._tensor(sizes, torch.long)).tolist()
@@ -116,8 +120,9 @@ class Ranks:
         first = sum(sizes[: self.index])
         here = order.argsort()[first : first + len(completion)]
         table = table[:, order]
-        columns = TokenStats.unstack(table[:-2], tuple(stats.extras), stats.has_teacher)
-        return StepRows(columns, table[-2].long(), table[-1].long(), here)
+        columns = TokenStats.unstack(table[:-3], tuple(stats.extras), stats.has_teacher)
+        tokens, completion, position = table[-3:].long()
+        return StepRows(columns, completion, position, here, tokens)
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.accelerator.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from tutelage.config.method import (
+    AllTokens,
     FirstTokens,
     RandomTokens,
     SampledTokens,
     SelectionConfig,
-    SomeTokens,
 )
 from tutelage.config.schema import Config
 from tutelage.core import TokenSelection, counter_uniform, select_tokens
-from tutelage.setup.objective import gate_of
+from tutelage.setup.objective import gate_of, rule_of
 from tutelage.train.distributed import Ranks, StepRows
 from tutelage.train.micro_batch import MicroBatch
 
@@ -50,11 +50,20 @@ def selection_of(
     return Selection(**vars(rows), rows=chosen.rows, mask=chosen.mask, weights=weights, gate=gate)
 
 
-def choose(config: Config, rows: StepRows, step: int) -> TokenSelection:
-    """The rows to train on, of all processes; the same answer in every process."""
+def choose(
+    config: Config, rows: StepRows, step: int, stops: Collection[int] = ()
+) -> TokenSelection:
+    """The rows to train on, of all processes; the same answer in every process.
+
+    Args:
+        config: the run.
+        rows: of the whole step.
+        step: decides what a random rule draws.
+        stops: ids that end a text.
+    """
     selection = config.selection
     options: dict[str, Any] = {"position": rows.position, **ranking_options(selection)}
-    if isinstance(selection, SomeTokens | SampledTokens | RandomTokens):
+    if not isinstance(selection, AllTokens | FirstTokens):
         options["keep"] = selection.keep
     if isinstance(selection, SampledTokens | RandomTokens):
         seed = (config.seed, step, _SELECTION_SEED)
@@ -62,7 +71,13 @@ def choose(config: Config, rows: StepRows, step: int) -> TokenSelection:
         options["correct_sampling"] = selection.correct_sampling
     if isinstance(selection, FirstTokens):
         options["num_tokens"] = selection.num_tokens
-    return select_tokens(rows.stats, rows.completion, selection.rule, **options)
+    options["is_stop"] = is_one_of(rows.tokens, stops)
+    return select_tokens(rows.stats, rows.completion, rule_of(selection), **options)
+
+
+def is_one_of(tokens: Tensor, ids: Collection[int]) -> Tensor:
+    """`[N]`, True where a token is one of the ids."""
+    return torch.isin(tokens, torch.tensor(sorted(ids), dtype=tokens.dtype, device=tokens.device))
 
 
 def ranking_options(selection: SelectionConfig) -> dict[str, Any]:

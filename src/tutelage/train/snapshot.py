@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.config.method import EOPDObjective, RandomTokens, SampledTokens, SomeTokens
+from tutelage.config.method import AllTokens, EOPDObjective, FirstTokens
 from tutelage.config.schema import Config
 from tutelage.core.weighting import entropy_gate
 from tutelage.data.types import Rollout
@@ -120,7 +120,7 @@ def request_of(config: Config) -> ScoreRequest:
     """The rules to rank tokens by, at the run's own budget or a fifth."""
     selection = config.selection
     names, keep = [*PANEL_RULES], 0.2
-    if isinstance(selection, SomeTokens | SampledTokens | RandomTokens):
+    if not isinstance(selection, AllTokens | FirstTokens):
         names, keep = [*names, selection.rule], selection.keep
     return ScoreRequest(rules=tuple(dict.fromkeys(names)), keep=keep, num_top=NUM_TOP)
 

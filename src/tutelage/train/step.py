@@ -328,7 +328,7 @@ class Step:
 
     def choose(self, rows: StepRows, step: int) -> TokenSelection:
         """The rows to train on, of all processes; the same answer in every process."""
-        return choose(self.config, rows, step)
+        return choose(self.config, rows, step, self.components.stops)
 
     def _recorded(
         self, micro_batches: Sequence[MicroBatch], rollouts: Sequence[Rollout]

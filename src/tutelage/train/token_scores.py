@@ -23,6 +23,7 @@ from tutelage.core import (
     quadrants,
     select_tokens,
 )
+from tutelage.core.rules import Rule
 from tutelage.data.batch import micro_batches, without_rows
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, ModelError
@@ -32,12 +33,12 @@ from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.setup.components import Components, build_components
 from tutelage.setup.inputs import is_aligned
 from tutelage.setup.numerics import plain_arithmetic
-from tutelage.setup.objective import culprit
+from tutelage.setup.objective import culprit, rule_of
 from tutelage.setup.phases import PhaseCallback, counting, no_log, no_phases
 from tutelage.setup.shares import ALONE, Shares
 from tutelage.setup.validate import refuse_engine
 from tutelage.train.score_request import ScoreRequest, rollouts_of
-from tutelage.train.selection import ranking_options
+from tutelage.train.selection import is_one_of, ranking_options
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def score_rollouts(
         ModelError: no token has finite statistics.
     """
     own = rollouts if isinstance(rollouts, Mapping) else dict(enumerate(rollouts))
-    extras = tuple(dict.fromkeys(x for rule in request.rules for x in RULES[rule].extras))
+    extras = tuple(dict.fromkeys(x for rule in request.rules for x in _rule(config, rule).extras))
     found = _scored(config, components, list(own.values()), request, extras, shares, on_phase)
     scored = shares.collect(dict(zip(own, found, strict=True)))
     if not scored:
@@ -315,16 +316,24 @@ def _selected(
     uniform = counter_uniform((config.seed,), completion, position)
     options: dict[str, Any] = {"keep": request.keep, "uniform": uniform, "position": position}
     options |= ranking_options(config.selection)
+    options["is_stop"] = is_one_of(torch.tensor(tokens), components.stops)
+    rules = {name: _rule(config, name) for name in request.rules}
     return Scores(
         rollouts,
         stats,
         _quadrants(stats, config.quadrant_thresholds),
-        {r: select_tokens(stats, completion, r, **options) for r in request.rules},
+        {name: select_tokens(stats, completion, r, **options) for name, r in rules.items()},
         components.student.vocab_size,
         [texts[token] for token in tokens],
         config.quadrant_thresholds,
         _all(tops) if tops else None,
     )
+
+
+def _rule(config: Config, name: str) -> Rule:
+    """A rule by its name, with the run's options where the run uses it."""
+    own = config.selection
+    return rule_of(own) if name == own.rule else RULES[name]
 
 
 def _all(tops: Sequence[Top]) -> Top:
