@@ -358,8 +358,10 @@ def test_a_field_that_the_server_does_not_know_is_left_out_and_told_once(
 def test_other_refusals_stay_refusals(text: str) -> None:
     """A value that is wrong is no unknown field, and what decides the result is never dropped."""
     server = EvilServer(lambda body: lambda exchange: exchange.send(text, status="400 Bad"))
-    with server.running() as url, pytest.raises(ModelError, match="refuses the request"):
-        Server(url, SamplingConfig(), MODEL).complete([CHAT], 64)
+    with server.running() as url:
+        said = f"the server {url}/chat/completions refuses the request: status 400"
+        with pytest.raises(ModelError, match=said):
+            Server(url, SamplingConfig(), MODEL).complete([CHAT], 64)
     assert len(server.seen) == 1
 
 

@@ -236,7 +236,9 @@ def test_a_key_is_asked_for_and_stands_nowhere(
             if key is not None:
                 monkeypatch.setenv(KEY_VARIABLE, key)
             source = TutelageSource([url], served.identity, 1, HANG_S)
-            with pytest.raises(ModelError, match=f"refuses the key.*{KEY_VARIABLE}") as found:
+            with pytest.raises(
+                ModelError, match=f"server {url} refuses the key.*{KEY_VARIABLE}"
+            ) as found:
                 source.connect()
             assert str(key) not in str(found.value)
         monkeypatch.setenv(KEY_VARIABLE, "right-4f1d")
@@ -324,7 +326,9 @@ def test_a_server_refuses_ids_and_rows_that_its_model_lacks(served: ServedModel)
 
 def test_other_paths_and_no_length_are_refused(url: str) -> None:
     client = Client(url, QUICK)
-    with pytest.raises(TutelageError, match=f"status 404: there is {IDENTITY}"):
+    with pytest.raises(
+        TutelageError, match=rf"server {url}/\S+ refuses .* 404: there is {IDENTITY}"
+    ):
         client.ask("/v1/models", None, bytes)
     with pytest.raises(TutelageError, match="status 404"):
         client.ask("/elsewhere", {}, bytes)

@@ -213,6 +213,24 @@ def test_no_malformed_reply_is_believed(server: FakeVLLM) -> None:
     assert accepted == 0
 
 
+def test_a_row_of_the_head_without_a_token_is_named(server: FakeVLLM) -> None:
+    teacher = teacher_of(server)
+
+    def rename(reply: dict[str, Any]) -> None:
+        choice = reply["choices"][0]
+        pairs = zip(choice["prompt_token_ids"], choice["prompt_logprobs"], strict=True)
+        for token, row in list(pairs)[1:]:
+            row[str(teacher.vocab_size)] = row.pop(next(one for one in row if one != str(token)))
+
+    server.change = rename
+    with pytest.raises(ModelError) as caught:
+        rows_of(teacher, collate(ROLLOUTS, 0))
+    size = teacher.vocab_size
+    assert f"an id of {size} where both models have ids below {size}" in str(caught.value)
+    assert "Lower teacher.num_logprobs" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_batch_is_refused_as_a_whole(server: FakeVLLM) -> None:
     def spoil(reply: dict[str, Any]) -> None:
         if reply["choices"][0]["prompt_token_ids"][0] == 4:

@@ -51,11 +51,12 @@ class NoReply(ModelError):
 class RefusedRequest(ModelError):
     """The server says that the request itself is wrong: the same one will be refused again."""
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, url: str, status: int, reason: str) -> None:
         self.status = status
         self.reason = reason
         """What the server said, of up to 2,000 characters, printable and without the key."""
-        super().__init__(f"the server refuses the request: status {status}: {reason[:200]}.")
+        said = f"status {status}: {reason[:200].rstrip('.')}"
+        super().__init__(f"the server {url} refuses the request: {said}.")
 
 
 class Strict(BaseModel):
@@ -168,34 +169,34 @@ class Client:
                         method, self.url + path, content=content, headers=headers
                     ) as reply,
                 ):
-                    return await self._read(reply)
+                    return await self._read(path, reply)
         except TimeoutError:
             raise BadReply(f"no whole reply within {seconds:.0f} s") from None
         except httpx2.RequestError as error:
             raise BadReply(str(error) or type(error).__name__) from None
 
-    async def _read(self, reply: httpx2.Response) -> bytes:
+    async def _read(self, path: str, reply: httpx2.Response) -> bytes:
         content = bytearray()
         async for piece in reply.aiter_bytes():
             content += piece
             if len(content) > self.limits.max_reply_bytes:
                 raise BadReply(f"a reply of more than {self.limits.max_reply_bytes} bytes")
         if reply.status_code != 200:
-            self._refuse(reply.status_code, bytes(content))
+            self._refuse(path, reply.status_code, bytes(content))
         return bytes(content)
 
-    def _refuse(self, status: int, content: bytes) -> NoReturn:
+    def _refuse(self, path: str, status: int, content: bytes) -> NoReturn:
         said = self._clean(content[:2000].decode("utf-8", "replace"), 2000)
         if status in _RETRIED:
             raise BadReply(f"status {status}: {said}")
         if status in (401, 403):
             raise ModelError(
-                f"the server refuses the key (status {status}). Set {KEY_VARIABLE} in the "
-                "environment."
+                f"the server {self.url} refuses the key (status {status}). Set {KEY_VARIABLE} in "
+                "the environment."
             )
         if 300 <= status < 400:
             said = "it redirects, which is not followed"
-        raise RefusedRequest(status, said)
+        raise RefusedRequest(self.url + path, status, said)
 
     def _clean(self, text: str, length: int = 200) -> str:
         """Foreign text for one line of an error: short, printable, without the key."""

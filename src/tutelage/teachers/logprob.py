@@ -234,8 +234,12 @@ class LogprobTeacher:
 
     def _row(self, known: Known, token: int) -> tuple[list[int], list[float], float]:
         k, numbers, token_log_q = self.config.num_logprobs, dict(known.top), known.log_q
-        if max(numbers) >= self.vocab_size:
-            raise BadReply(f"ids that are not below {self.vocab_size}")
+        if (largest := max(numbers)) >= self.vocab_size:
+            raise BadReply(
+                f"an id of {largest} where both models have ids below {self.vocab_size}: a row of "
+                "the teacher's head without a token is among its likeliest ids, or its vocabulary "
+                "is another. Lower teacher.num_logprobs, or use a local teacher"
+            )
         if not k <= len(numbers) <= k + (token in numbers):
             raise BadReply(f"{len(numbers)} log-probabilities instead of {k} and the token's")
         if abs(numbers.setdefault(token, token_log_q) - token_log_q) > ROUNDING:
