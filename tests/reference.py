@@ -219,20 +219,36 @@ def sampled_scores(
     raise ValueError(rule)
 
 
+def extreme_scores(
+    log_p: Sequence[float], log_q: Sequence[float], group: Sequence[int], end: str = "both"
+) -> list[float]:
+    """Advantages of the sampled tokens, or minus the places counted from the nearer end."""
+    advantage = [y - x for x, y in zip(log_p, log_q, strict=True)]
+    if end != "both":
+        return advantage if end == "max" else [-a for a in advantage]
+    found = []
+    for i, g in enumerate(group):
+        members = [j for j, h in enumerate(group) if h == g]
+        above = sorted(members, key=lambda j: (-advantage[j], j)).index(i)
+        below = sorted(members, key=lambda j: (advantage[j], j)).index(i)
+        found.append(-float(min(above, below)))
+    return found
+
+
 def budget(keep: str, count: int) -> int:
     """⌊keep·count⌋ for a decimal number as written, at least 1."""
     return max(1, math.floor(Fraction(keep) * count))
 
 
 def kept(
-    score: Sequence[float], group: Sequence[int], keep: str, usable: Sequence[bool]
+    score: Sequence[float], group: Sequence[int], keep: str, usable: Sequence[bool], ends: int = 1
 ) -> list[int]:
     """Indices of the best usable scores of each group, earlier rows first among equals."""
     chosen = []
     for name in sorted(set(group)):
         members = [i for i, g in enumerate(group) if g == name]
         ranked = sorted((i for i in members if usable[i]), key=lambda i: (-score[i], i))
-        chosen += ranked[: budget(keep, len(members))]
+        chosen += ranked[: ends * budget(keep, len(members))]
     return sorted(chosen)
 
 

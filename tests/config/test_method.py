@@ -43,6 +43,7 @@ SELECTIONS = {
     "bottom": 'rule = "bottom"\nnormalization = "quantile_05_95"',
     "lowest_logprob": 'rule = "lowest_logprob"\nkeep = 0.2',
     "probability_gap": 'rule = "probability_gap"\nb = 0.5\nkeep = 0.2',
+    "extreme_advantage": 'rule = "extreme_advantage"\nend = "max"\nkeep = 0.001',
     "first_n": 'rule = "first_n"\nnum_tokens = 3',
     "teachability": 'rule = "teachability"\nkeep = 0.05',
     "gradient_norm": 'rule = "gradient_norm"\nkeep = 0.2',
@@ -210,6 +211,7 @@ COMBINATIONS = [
     ("entropy", "grpo_teacher", "paced"),
     ("lowest_logprob", "sampled", "none"),
     ("probability_gap", "sampled", "none"),
+    ("extreme_advantage", "sampled", "none"),
 ]
 
 

@@ -22,7 +22,7 @@ from tutelage.core import (
     select_tokens,
     token_stats,
 )
-from tutelage.core.rules import probability_gap
+from tutelage.core.rules import extreme_advantage, probability_gap
 
 Make = Callable[..., Any]
 ROWS = 40
@@ -30,7 +30,12 @@ MAIN = ("entropy", "reverse_kl", "forward_kl", "log_p", "log_q")
 
 
 def expected_scores(
-    rule: str, rows: dict[str, list[float]], uniform: list[float], position: list[int], method: str
+    rule: str,
+    rows: dict[str, list[float]],
+    uniform: list[float],
+    position: list[int],
+    method: str,
+    group: list[int] | None = None,
 ) -> list[float]:
     """The score of every row, from columns of plain numbers."""
     base = (rows["entropy"], rows["reverse_kl"], rows["forward_kl"], uniform, method)
@@ -41,6 +46,8 @@ def expected_scores(
             noise = [-math.log(-math.log(u)) for u in uniform]
             soft_or = reference.scores("soft_or", *base)
             return [log(s) + g for s, g in zip(soft_or, noise, strict=True)]
+        case "extreme_advantage":
+            return reference.extreme_scores(rows["log_p"], rows["log_q"], group or [0] * ROWS)
         case "forward_divergence":
             return rows["forward_kl"]
         case "first_n":
@@ -116,10 +123,11 @@ def test_every_rule_keeps_what_the_reference_keeps(rule: str, scope: str) -> Non
     found = select_tokens(stats, group, rule, 0.29, scope, uniform=uniform, position=position)
     rows = {name: column.tolist() for name, column in stats.extras.items()}
     rows |= {name: stats.__dict__[name].tolist() for name in MAIN}
-    score = expected_scores(rule, rows, uniform.tolist(), position.tolist(), "minmax_p98")
-    share = "1" if rule == "all" else "0.29"
     groups = group.tolist() if scope == "completion" else [0] * ROWS
-    assert found.rows.tolist() == reference.kept(score, groups, share, [True] * ROWS)
+    given = (uniform.tolist(), position.tolist(), "minmax_p98", groups)
+    score, share = expected_scores(rule, rows, *given), "1" if rule == "all" else "0.29"
+    ends = RULES[rule].num_ends
+    assert found.rows.tolist() == reference.kept(score, groups, share, [True] * ROWS, ends)
     assert (found.weights == 1).all()
 
 
@@ -178,7 +186,30 @@ def test_a_thousandth_keeps_one_token_of_every_completion(rule: str, size: int) 
     stats, uniform = TokenStats.unstack(table[:, :], tuple(EXTRAS)), table[0].clamp(0.01, 0.99)
     found = select_tokens(stats, group, rule, 0.001, uniform=uniform, position=position)
     counts = torch.bincount(group[found.rows], minlength=2).tolist()
-    assert counts == ([size, size] if rule == "all" else [1, 1])
+    expected = size if rule == "all" else min(size, 2) if rule == "extreme_advantage" else 1
+    assert counts == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("end", "keep", "rows"),
+    [
+        ("max", 0.001, [1, 5]),
+        ("min", 0.001, [3, 6]),
+        ("both", 0.001, [1, 3, 5, 6]),
+        ("both", 0.4, [0, 1, 2, 3, 5, 6]),
+        ("both", 0.9, [0, 1, 2, 3, 5, 6]),
+    ],
+)
+def test_the_extremes_are_taken_at_each_end(end: str, keep: float, rows: list[int]) -> None:
+    advantage = torch.tensor([3.0, 4.0, -2.0, -7.0, math.nan, 1.0, 0.5], dtype=torch.float64)
+    nothing = torch.zeros_like(advantage)
+    stats = TokenStats(nothing, nothing, nothing, nothing, nothing, advantage)
+    group = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    found = select_tokens(stats, group, extreme_advantage(end), keep)
+    assert found.rows.tolist() == rows
+    assert found.num_nonfinite == 1
+    with pytest.raises(ValueError, match=r"end must be one of .*got 'top'"):
+        extreme_advantage("top")
 
 
 @pytest.mark.parametrize("rule", ["teachability", "gradient_norm", "local_oracle", "local_gain"])

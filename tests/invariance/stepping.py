@@ -31,6 +31,7 @@ RULES: dict[str, dict[str, Any]] = {
     "divergence": {"rule": "divergence", "keep": 0.2, "scope": "batch"},
     "bottom": {"rule": "bottom", "keep": 0.5},
     "probability_gap": {"rule": "probability_gap", "keep": 0.3, "b": 0.5},
+    "extreme_advantage": {"rule": "extreme_advantage", "keep": 0.2},
     "lowest_logprob": {"rule": "lowest_logprob", "keep": 0.2},
 }
 

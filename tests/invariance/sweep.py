@@ -85,7 +85,7 @@ class Case:
         options: dict[str, Any] = {"keep": float(self.keep), "scope": self.scope}
         if rule in ("all", "first_n"):
             options = {"num_tokens": 1 + self.seed % 5} if rule == "first_n" else {}
-        elif rule not in ("random", "probability_gap"):
+        elif rule not in ("random", "probability_gap", "extreme_advantage"):
             options["normalization"] = self.normalization
         return replace(_CONFIG, selection=_SELECTION.validate_python({"rule": rule, **options}))
 
@@ -96,7 +96,8 @@ class Case:
         groups = Counter(0 if is_whole else c for c, _ in self.names)
         left = Counter(0 if is_whole else c for i, (c, _) in enumerate(self.names) if i in unusable)
         budgets = {"all": lambda m: m, "first_n": lambda m: 1 + self.seed % 5}
-        budget = budgets.get(rule, lambda m: reference.budget(self.keep, m))
+        ends = 2 if rule == "extreme_advantage" else 1
+        budget = budgets.get(rule, lambda m: ends * reference.budget(self.keep, m))
         return [min(budget(m), m - left[g]) for g, m in sorted(groups.items())]
 
 

@@ -26,6 +26,7 @@ DETERMINISTIC = [
     "bottom",
     "lowest_logprob",
     "probability_gap",
+    "extreme_advantage",
 ]
 
 
@@ -49,10 +50,16 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], rule: str) -
     position = [t for r in rollouts for t in range(len(r.completion_ids))]
     uniform = counter_uniform((0, 1, 1), torch.tensor(group), torch.tensor(position)).tolist()
     kls = reference.reverse_kl(log_p, log_q)
-    if rule in reference.SAMPLED_RULES:
+    scope = [0] * len(group) if RULES[rule].get("scope") == "batch" else group
+    if rule in (*reference.SAMPLED_RULES, "extreme_advantage"):
         tokens = torch.tensor([token for r in rollouts for token in r.completion_ids])
-        sides = (x.detach().gather(1, tokens[:, None]).squeeze(1).tolist() for x in (log_p, log_q))
-        score = reference.sampled_scores(rule, *sides, RULES[rule].get("b", 1.0))
+        ours, theirs = (
+            x.detach().gather(1, tokens[:, None]).squeeze(1).tolist() for x in (log_p, log_q)
+        )
+        if rule == "extreme_advantage":
+            score = reference.extreme_scores(ours, theirs, scope)
+        else:
+            score = reference.sampled_scores(rule, ours, theirs, RULES[rule].get("b", 1.0))
     else:
         score = reference.scores(
             rule,
@@ -62,12 +69,11 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], rule: str) -
             uniform,
         )
     keep = str(RULES[rule].get("keep", 1))
-    scope = [0] * len(group) if RULES[rule].get("scope") == "batch" else group
     usable = [True] * len(group)
     if rule == "probability_gap":
         stop = components.tokenizer.eos_token_id
         usable = [token != stop for r in rollouts for token in r.completion_ids]
-    rows = reference.kept(score, scope, keep, usable)
+    rows = reference.kept(score, scope, keep, usable, 2 if rule == "extreme_advantage" else 1)
     loss = kls[rows].sum() / len(rows)
     loss.backward()
     gradients = [

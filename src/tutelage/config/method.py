@@ -113,6 +113,23 @@ class GapTokens:
 
 
 @dataclass(frozen=True)
+class ExtremeTokens:
+    """Train on the few tokens of the largest or smallest log q − log p (Sparse OPD)."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal["extreme_advantage"]
+    end: Literal["max", "min", "both"] = "both"
+    """Where the teacher finds the token likelier than the student, less likely, or both."""
+    keep: float = 0.0005
+    """Fraction of each completion's tokens to train on at each end, in (0, 1]; at least one."""
+    scope: Scope = "completion"
+    """One budget per completion, or one for the whole global batch."""
+
+    def __post_init__(self) -> None:
+        _require_keep(self.keep)
+
+
+@dataclass(frozen=True)
 class FirstTokens:
     """Train on the first tokens of every completion."""
 
@@ -122,17 +139,12 @@ class FirstTokens:
     """Tokens of each completion, at least 1."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_tokens >= 1,
-            "selection.num_tokens",
-            "at least 1",
-            self.num_tokens,
-            "Use rule 'all' for every token.",
-        )
+        count, hint = self.num_tokens, "Use rule 'all' for every token."
+        require(count >= 1, "selection.num_tokens", "at least 1", count, hint)
 
 
 SelectionConfig: TypeAlias = Annotated[
-    AllTokens | SomeTokens | SampledTokens | RandomTokens | GapTokens | FirstTokens,
+    AllTokens | SomeTokens | SampledTokens | RandomTokens | GapTokens | ExtremeTokens | FirstTokens,
     Field(discriminator="rule"),
 ]
 

@@ -13,6 +13,9 @@ from tutelage.core.stats import TokenStats
 NORMALIZATIONS = ("minmax_p98", "minmax", "minmax_p98_both", "quantile_05_95")
 """How entropy and divergence are brought to [0, 1] over the global batch."""
 
+ENDS = ("max", "min", "both")
+"""Which advantages `extreme_advantage` keeps."""
+
 
 def quantile(x: Tensor, share: float) -> Tensor:
     """Linear-interpolation quantile of the finite entries, NaN if there are none.
@@ -54,6 +57,8 @@ class Context:
     """One number in (0, 1) a row, float64 `[N]`."""
     position: Tensor
     """Index of each row within its completion `[N]`."""
+    group: Tensor
+    """The group of rows, of one budget, that each row belongs to `[N]`."""
 
 
 Score = Callable[[TokenStats, Context], Tensor]
@@ -107,6 +112,8 @@ class Rule:
     """False where it reads the student alone: statistics without a teacher are enough."""
     leaves_out_stops: bool = False
     """Whether it never keeps a token that ends a text."""
+    num_ends: int = 1
+    """2 where a budget is that of the highest and again of the lowest."""
     name: str = ""
     """Its key in `RULES`."""
 
@@ -144,6 +151,40 @@ def probability_gap(b: float = 1.0) -> Rule:
     return Rule(score, leaves_out_stops=True, name="probability_gap")
 
 
+def extreme_advantage(end: str = "both") -> Rule:
+    """The largest A = log q − log p of the sampled tokens ("max"), the smallest ("min"), or "both".
+
+    Of both, the score is −min(rank from above, rank from below) within the budget's group, ranks
+    from 0, so that a budget of k at each end keeps the k largest and the k smallest.
+
+    Source: Sparse OPD (arXiv 2609.04565).
+    """
+    if end not in ENDS:
+        raise ValueError(f"end must be one of {ENDS}, got {end!r}.")
+
+    def score(stats: TokenStats, context: Context) -> Tensor:
+        advantage = stats.log_q.double() - stats.log_p.double()
+        if end != "both":
+            return advantage if end == "max" else -advantage
+        is_usable = stats.is_finite()
+        advantage = torch.where(is_usable, advantage, torch.nan)
+        ranks = (_ranks(x, is_usable, context.group) for x in (advantage, -advantage))
+        return torch.where(is_usable, -torch.minimum(*ranks), torch.nan)
+
+    return Rule(score, num_ends=1 + (end == "both"), name="extreme_advantage")
+
+
+def _ranks(x: Tensor, is_usable: Tensor, group: Tensor) -> Tensor:
+    """Place of each usable row of a group by falling x, from 0, earlier rows first, float64."""
+    _, place, size = torch.unique(group, return_inverse=True, return_counts=True)
+    order = torch.where(is_usable, x, -torch.inf).argsort(descending=True, stable=True)
+    order = order[(2 * place + (~is_usable).long())[order].argsort(stable=True)]
+    start = (size.cumsum(0) - size)[place[order]]
+    ranks = torch.empty_like(x)
+    ranks[order] = (torch.arange(len(order), device=x.device) - start).to(x)
+    return ranks
+
+
 _RULES: dict[str, Rule] = {
     "all": Rule(
         lambda stats, _: torch.zeros_like(stats.entropy, dtype=torch.float64),
@@ -165,6 +206,7 @@ _RULES: dict[str, Rule] = {
     "lowest_logprob": Rule(lambda stats, _: -stats.log_p.double(), needs_teacher=False),
     "bottom": Rule(lambda stats, context: -soft_or(stats, context)),
     "probability_gap": probability_gap(),
+    "extreme_advantage": extreme_advantage(),
     "first_n": Rule(lambda _, context: -context.position.double(), needs_teacher=False),
     "teachability": Rule(teachability, ("top_divergence", "compatibility")),
     "gradient_norm": _extra("gradient_norm"),
@@ -182,6 +224,7 @@ def importance(
     normalization: str = "minmax_p98",
     uniform: Tensor | None = None,
     position: Tensor | None = None,
+    group: Tensor | None = None,
 ) -> Tensor:
     """Score of every row under a rule; the highest are worth training on. Without unit.
 
@@ -191,6 +234,7 @@ def importance(
     * `soft_or` ĥ + δ̂ − ĥδ̂; `bottom` its negative; `q3` forward_kl·(1 − ĥ);
     * `entropy_sample`, `soft_or_sample` log score + Gumbel noise; `random` noise;
     * `lowest_logprob` −log p of the sampled token; `probability_gap` |q − p| of it;
+    * `extreme_advantage` −min of its rank by log q − log p from above and from below;
     * `first_n` −position; `teachability` D̂·Ĉ; `all` 0;
     * `gradient_norm` Σ_v (∂reverse_kl/∂z_v)²;
     * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight: a step
@@ -204,6 +248,8 @@ def importance(
             98th percentile and leaves the divergence unclipped.
         uniform: numbers in (0, 1), float64 `[N]`, for the random rules.
         position: index of each row within its completion `[N]`, for `first_n`.
+        group: the rows of one budget, by a number each `[N]`, for `extreme_advantage`; None for one
+            group.
 
     Returns:
         float64 `[N]`; NaN or infinite where a statistic is.
@@ -225,7 +271,7 @@ def importance(
         raise ValueError(f"rule {name!r} draws at random and needs `uniform`, one per row.")
     if name == "first_n" and position is None:
         raise ValueError("rule 'first_n' needs `position`, one per row.")
-    return chosen.score(stats, _context(stats, normalization, uniform, position))
+    return chosen.score(stats, _context(stats, normalization, uniform, position, group))
 
 
 def log_sampling_weight(
@@ -233,7 +279,7 @@ def log_sampling_weight(
 ) -> Tensor | None:
     """log P, up to a constant, with which a sampling rule draws a row `[N]`; None for others."""
     weight = require_rule(rule).log_weight
-    return None if weight is None else weight(stats, _context(stats, normalization, None, None))
+    return None if weight is None else weight(stats, _context(stats, normalization))
 
 
 def require_rule(rule: str | Rule) -> Rule:
@@ -250,11 +296,16 @@ def require_rule(rule: str | Rule) -> Rule:
 
 
 def _context(
-    stats: TokenStats, normalization: str, uniform: Tensor | None, position: Tensor | None
+    stats: TokenStats,
+    normalization: str,
+    uniform: Tensor | None = None,
+    position: Tensor | None = None,
+    group: Tensor | None = None,
 ) -> Context:
     unused = torch.full_like(stats.entropy, 0.5, dtype=torch.float64)
     return Context(
         normalization,
         unused if uniform is None else uniform,
         unused if position is None else position,
+        torch.zeros_like(unused, dtype=torch.int64) if group is None else group,
     )

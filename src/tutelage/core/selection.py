@@ -51,7 +51,7 @@ def select_tokens(
 
     Scores are normalised over all given rows (give the global batch); ties go to the earlier
     row; rows with a non-finite score are never kept. The budget counts all rows of a completion,
-    those that cannot be kept too.
+    those that cannot be kept too; `extreme_advantage` of both ends has that budget at each.
 
     With `correct_sampling` a row kept by a sampling rule weighs 1/π, π being its probability to
     be kept given the other rows' noise, so that ``Σ_kept weight·g`` is an unbiased estimate of
@@ -96,7 +96,8 @@ def select_tokens(
     if scope not in ("completion", "batch"):
         raise ValueError(f"scope must be 'completion' or 'batch', got {scope!r}.")
     chosen = require_rule(rule)
-    score = importance(stats, chosen, normalization, uniform, position)
+    group = completion if scope == "completion" else torch.zeros_like(completion)
+    score = importance(stats, chosen, normalization, uniform, position, group)
     log_weight = log_sampling_weight(stats, chosen, normalization)
     if correct_sampling and log_weight is None:
         raise ValueError(f"correct_sampling needs a rule that samples, got {chosen.name!r}.")
@@ -106,9 +107,9 @@ def select_tokens(
     num_nonfinite = int((~is_usable).sum())
     if is_stop is not None and chosen.leaves_out_stops:
         is_usable = is_usable & ~is_stop
-    group = completion if scope == "completion" else torch.zeros_like(completion)
     budget = float(keep) if num_tokens is None else num_tokens
-    ranking = _Ranking.of(score, group, 1.0 if chosen.name == "all" else budget, is_usable)
+    budget = 1.0 if chosen.name == "all" else budget
+    ranking = _Ranking.of(score, group, budget, is_usable, chosen.num_ends)
     weights = torch.ones(len(ranking.rows), dtype=torch.float64, device=score.device)
     if correct_sampling and log_weight is not None:
         keys = gumbel(score) if chosen.name == "random" else score
@@ -116,8 +117,8 @@ def select_tokens(
     return TokenSelection(ranking.rows, score, num_nonfinite, weights)
 
 
-def _budgets(group: Tensor, keep: float | int) -> tuple[Tensor, Tensor]:
-    """⌊keep·m⌋ (at least 1) of every group, or `keep` rows if it is a whole number of them.
+def _budgets(group: Tensor, keep: float | int, num_ends: int) -> tuple[Tensor, Tensor]:
+    """⌊keep·m⌋ (at least 1) of every group, or `keep` rows if it is a whole number, at each end.
 
     Also the place of each row's group.
 
@@ -126,10 +127,10 @@ def _budgets(group: Tensor, keep: float | int) -> tuple[Tensor, Tensor]:
     """
     _, place, size = torch.unique(group, return_inverse=True, return_counts=True)
     if isinstance(keep, int):
-        return size.clamp(max=keep), place
+        return size.clamp(max=keep * num_ends), place
     share = Fraction(str(keep))
     # Python integers: the numerator of 0.3333333333333333 times 4096 tokens overflows int64.
-    budget = [max(1, math.floor(share * m)) for m in size.tolist()]
+    budget = [min(m, max(1, math.floor(share * m)) * num_ends) for m in size.tolist()]
     return torch.tensor(budget, dtype=torch.int64, device=group.device), place
 
 
@@ -147,9 +148,11 @@ class _Ranking:
     is_usable: Tensor
 
     @staticmethod
-    def of(score: Tensor, group: Tensor, keep: float | int, is_usable: Tensor) -> _Ranking:
+    def of(
+        score: Tensor, group: Tensor, keep: float | int, is_usable: Tensor, num_ends: int
+    ) -> _Ranking:
         """Ranks the usable rows of each group and keeps the highest within its budget."""
-        budget, place = _budgets(group, keep)
+        budget, place = _budgets(group, keep, num_ends)
         ranked = torch.where(is_usable, score, -torch.inf)
         # Stable sorts, last key first: by group and usable rows, then high scores, then position.
         order = ranked.argsort(descending=True, stable=True)

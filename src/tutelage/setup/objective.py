@@ -13,6 +13,7 @@ from tutelage.config.method import (
     AdaptiveObjective,
     AllTokens,
     EOPDObjective,
+    ExtremeTokens,
     FireWeighting,
     GapTokens,
     GRPOObjective,
@@ -31,7 +32,7 @@ from tutelage.config.method import (
 from tutelage.config.schema import Config
 from tutelage.core import RULES, TokenStats
 from tutelage.core.policy import ClippedPolicy, group_advantages
-from tutelage.core.rules import Rule, probability_gap
+from tutelage.core.rules import Rule, extreme_advantage, probability_gap
 from tutelage.core.terms import (
     JSD,
     ForwardKL,
@@ -63,6 +64,8 @@ def rule_of(selection: SelectionConfig) -> Rule:
     match selection:
         case GapTokens(b=b):
             return probability_gap(b)
+        case ExtremeTokens(end=end):
+            return extreme_advantage(end)
     return RULES[selection.rule]
 
 
