@@ -192,7 +192,7 @@ def test_states_that_do_not_fit_are_refused_before_a_forward(
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", never)
     found = refused(tiny_models, tmp_path, rollouts=STORED | {"max_bytes": 60_000})
-    assert "storing the teacher's states needs up to" in found
+    assert "storing the teacher's states needs about" in found
     assert "rollouts.max_bytes = 60,000" in found
     monkeypatch.setattr(Teacher, "forward", forward)
 

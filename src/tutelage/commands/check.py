@@ -143,16 +143,16 @@ def _stored_lines(
     size = stored_rollout_bytes(config, longest, config.num_steps)
     source = config.rollouts.path or "sampled by the initial student"
     yield (
-        f"rollouts: {config.rollouts.source}, of all steps, {source}; at most {size:,} bytes of "
+        f"rollouts: {config.rollouts.source}, of all steps, {source}; about {size:,} bytes of "
         f"them in {folder / 'rollouts'} before the first step"
     )
     states = stored_state_bytes(config, components.teacher.head_shape[1])
     if states:
         size += states + components.teacher.head_bytes
-        yield f"teacher: at most {states:,} bytes of its hidden states are stored with them"
+        yield f"teacher: about {states:,} bytes of its hidden states are stored with them"
     if size > config.rollouts.max_bytes:
         most = config.rollouts.max_bytes
-        yield f"warning: {size:,} bytes are more than rollouts.max_bytes = {most:,}"
+        yield f"warning: about {size:,} bytes are more than rollouts.max_bytes = {most:,}"
 
 
 def _sharding_lines(

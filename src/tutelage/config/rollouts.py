@@ -60,7 +60,8 @@ class StoredRollouts:
     """Dtype in which the teacher's hidden states are stored with the completions, once; its head
     and they are all that the steps need of it. none runs the teacher in every step."""
     max_bytes: int = 100 << 30
-    """Most bytes that the store may take of the disk."""
+    """Most bytes that the store may take of the disk, by an estimate for completions of full
+    length."""
 
     def __post_init__(self) -> None:
         require_least("rollouts.", self.__dict__, max_bytes=1)

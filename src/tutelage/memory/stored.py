@@ -16,7 +16,9 @@ _LINE_BYTES = 512
 
 
 def stored_rollout_bytes(config: Config, prompt_tokens: int, num_steps: int) -> int:
-    """Most bytes of the completions of so many steps, were each as long as it may be.
+    """About the bytes of the completions of so many steps, were each as long as it may be.
+
+    Texts are counted as English ones; other scripts, which JSON escapes, take more.
 
     Args:
         config: the run.
@@ -32,7 +34,7 @@ def stored_rollout_bytes(config: Config, prompt_tokens: int, num_steps: int) -> 
 
 
 def stored_state_bytes(config: Config, width: int) -> int:
-    """Most bytes of the teacher's hidden states of all steps, `width` numbers a token."""
+    """About the bytes of the teacher's hidden states of all steps, `width` numbers a token."""
     rollouts = config.rollouts
     if not isinstance(rollouts, StoredRollouts) or rollouts.teacher_states == "none":
         return 0

@@ -96,7 +96,7 @@ class Store:
         """Refuse to begin what the disk, or the limit that the run sets, has no room for.
 
         Args:
-            needed: bytes that are still to be written.
+            needed: bytes that are still to be written, about.
             limit: `rollouts.max_bytes`.
             what: is to be written, for the message.
 
@@ -106,12 +106,12 @@ class Store:
         used = sum(file.stat().st_size for file in self._counted.rglob("*") if file.is_file())
         if used + needed > limit:
             raise RunError(
-                f"{what} needs up to {used + needed:,} bytes, more than rollouts.max_bytes = "
+                f"{what} needs about {used + needed:,} bytes, more than rollouts.max_bytes = "
                 f"{limit:,}. Raise it, or lower num_steps or sampling.max_new_tokens."
             )
         free = shutil.disk_usage(self.folder).free
         if needed + _SPARE_BYTES > free:
             raise RunError(
-                f"{what} needs up to {needed:,} bytes and the disk of {self.folder} has {free:,} "
+                f"{what} needs about {needed:,} bytes and the disk of {self.folder} has {free:,} "
                 "left. Free some space, or choose out=FOLDER on a larger disk."
             )
