@@ -167,12 +167,16 @@ CORE_MUTANTS: dict[str, Group] = {
             ("return -(-uniform.log()).log()", "return (-uniform.log()).log()"),
             ("lambda stats, context: -soft_or(", "lambda stats, context: soft_or("),
             ("-context.position.double()", "context.position.double()"),
+            ("-stats.log_p.double()", "stats.log_p.double()"),
+            ("abs() ** (1 - b) * gap**b", "abs() ** b * gap ** (1 - b)"),
+            ("-torch.minimum(*ranks)", "-torch.maximum(*ranks)"),
         ],
     ),
     "core/selection.py": (
-        ["core/test_selection.py", "core/test_sampling_correction.py"],
+        ["core/test_selection.py", "core/test_sampling_correction.py", "core/test_rules.py"],
         [
             ("    is_usable &= stats.is_finite()\n", ""),
+            ("is_usable = is_usable & ~is_stop", "pass"),
             ("max(1, math.floor(share * m))", "math.floor(share * m)"),
             ("max(1, math.floor(share * m))", "max(1, math.ceil(share * m))"),
             ("share = Fraction(str(keep))", "share = Fraction(keep)"),
