@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from safetensors.torch import load_file
 
 from tiny import tiny_config
 from tutelage.config.parse import changed_keys, fingerprint, to_table
+from tutelage.core import LazyLogits, PartialLogits
+from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError
 from tutelage.models.load import load_model, load_tokenizer
 from tutelage.setup.components import build_components
 from tutelage.setup.run_folder import RunFolder
+from tutelage.train import snapshot, token_scores
 from tutelage.train.loop import train
 
 RECORDING = {"every": 2, "num_prompts": 2, "num_rollouts": 2}
@@ -107,6 +111,26 @@ def test_every_named_id_has_its_text(recorded: Path) -> None:
         named = {*line["token"], *(i for row in line["student_top"] for i in row)}
         named |= {i for row in line["teacher_top"] for i in row}
         assert line["texts"] == {str(i): tokenizer.decode([i]) for i in named}
+
+
+def test_ids_that_a_teacher_does_not_tell_are_not_shown() -> None:
+    """Two tokens of a teacher that tells three ids, one of a teacher that tells all."""
+    log_q = torch.arange(40.0).view(2, 20).log_softmax(-1)
+    known, tokens = log_q.topk(3), torch.tensor([19, 4])
+    some = PartialLogits(known.indices, known.values, tokens, log_q[[0, 1], tokens], 20)
+    whole = LazyLogits(torch.eye(1, 4), torch.arange(80.0).view(20, 4))
+    tops = zip(token_scores._top(some, 5), token_scores._top(whole, 5), strict=True)
+    ids, shares = (torch.cat(both) for both in tops)
+    scores: Any = SimpleNamespace(top=token_scores.Top(ids[-1:].expand(3, 5), shares, ids, shares))
+    components: Any = SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
+    rollout = Rollout(Prompt("a", ""), 0, (1,), (19, 4, 19))
+    found = snapshot._candidates(components, scores, rollout, slice(0, 3), {})
+    assert found["teacher_top"] == [[19, 18, 17], [19, 18, 17], [19, 18, 17, 16, 15]]
+    assert [len(row) for row in found["teacher_share"]] == [3, 3, 5]
+    expected = known.values.exp().flatten().tolist()
+    shown = found["teacher_share"][0] + found["teacher_share"][1]
+    assert shown == pytest.approx(expected, rel=1e-3)
+    assert set(found["texts"]) == {"4", "15", "16", "17", "18", "19"}
 
 
 def test_long_completions_are_cut_but_ranked_whole(tiny_models: Path, tmp_path: Path) -> None:

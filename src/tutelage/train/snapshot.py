@@ -29,7 +29,13 @@ from tutelage.setup.objective import gate_of
 from tutelage.setup.phases import PhaseCallback, no_log, no_phases
 from tutelage.setup.shares import ALONE, Shares
 from tutelage.train.score_request import ScoreRequest, rollouts_of
-from tutelage.train.token_scores import Scores, loaded_components, refuse_unscored, score_rollouts
+from tutelage.train.token_scores import (
+    UNKNOWN_ID,
+    Scores,
+    loaded_components,
+    refuse_unscored,
+    score_rollouts,
+)
 
 NUM_TOP = 5
 """Likeliest tokens kept of student and teacher."""
@@ -265,17 +271,23 @@ def _candidates(
     top = scores.top
     ids = {
         "student_top": top.student_ids[shown].tolist(),
-        "teacher_top": top.teacher_ids[shown].tolist(),
+        "teacher_top": [_told(row, row) for row in top.teacher_ids[shown].tolist()],
     }
+    shares = zip(_rounded(top.teacher[shown]), top.teacher_ids[shown].tolist(), strict=True)
     named = {i for rows in ids.values() for row in rows for i in row}
     named |= set(rollout.generated_ids[: shown.stop - shown.start])
     texts |= {i: components.tokenizer.decode([i]) for i in named - texts.keys()}
     return {
         **ids,
         "student_share": _rounded(top.student[shown]),
-        "teacher_share": _rounded(top.teacher[shown]),
+        "teacher_share": [_told(row, row_ids) for row, row_ids in shares],
         "texts": {str(i): texts[i] for i in sorted(named)},
     }
+
+
+def _told(row: list[Any], ids: list[int]) -> list[Any]:
+    """The entries of a row whose ids the teacher tells."""
+    return [value for value, token in zip(row, ids, strict=True) if token != UNKNOWN_ID]
 
 
 def _rounded(values: Tensor) -> list[Any]:

@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tutelage.config.schema import Config
 from tutelage.config.teachers import NEED_ALL_IDS, LogprobServerTeacher
 from tutelage.core import (
     RULES,
+    PartialLogits,
     TeacherLogits,
     TokenSelection,
     TokenStats,
@@ -39,6 +42,9 @@ from tutelage.setup.shares import ALONE, Shares
 from tutelage.setup.validate import refuse_engine
 from tutelage.train.score_request import ScoreRequest, rollouts_of
 from tutelage.train.selection import is_one_of, ranking_options
+
+UNKNOWN_ID = -1
+"""Stands for an id that a teacher does not tell."""
 
 
 @dataclass(frozen=True)
@@ -342,8 +348,15 @@ def _all(tops: Sequence[Top]) -> Top:
 
 
 def _top(logits: TeacherLogits, k: int, num_rows: int = 256) -> tuple[Tensor, Tensor]:
-    """Ids and probabilities of the k likeliest tokens of every row, on the CPU."""
+    """Ids and probabilities of the k likeliest tokens of every row, on the CPU.
+
+    Of a teacher that tells fewer ids, those; the others are `UNKNOWN_ID`.
+    """
     k, found = min(k, logits.vocab_size), []
+    if isinstance(logits, PartialLogits):
+        add = partial(functional.pad, pad=(0, max(0, k - logits.k)))
+        ids, shares = logits.ids[:, :k].cpu(), logits.log_q[:, :k].exp().cpu()
+        return add(ids, value=UNKNOWN_ID), add(shares, value=torch.nan)
     for start in range(0, len(logits), num_rows):
         block = logits.block(start, min(start + num_rows, len(logits)))
         high, ids = block.topk(k)
