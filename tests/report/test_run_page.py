@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -19,7 +18,6 @@ import html5lib
 import pytest
 from token_lines import token_lines
 
-from tutelage.config.schema import RecordingConfig
 from tutelage.errors import RunError
 from tutelage.report import page as page_module
 from tutelage.report import plots, text
@@ -425,25 +423,6 @@ def test_token_lines_that_do_not_fit_are_refused(make_run: MakeRun, change: Any)
     (run / "tokens.jsonl").write_text(json.dumps(line | change) + "\n")
     with pytest.raises(RunError, match=r"tokens.jsonl line 1 does not fit"):
         write_report(run)
-
-
-def test_the_largest_recording_gives_a_page_below_ten_megabytes(make_run: MakeRun) -> None:
-    run, lines = make_run(num_steps=200), token_lines([f" word{i}" for i in range(200)])
-    size, limit = 0, RecordingConfig().max_bytes
-    with (run / "tokens.jsonl").open("w") as file:
-        for number, line in enumerate(itertools.cycle(lines)):
-            # ids as long as those of a vocabulary of 49,152 entries
-            moved = {
-                k: [[i + 48_000 for i in row] for row in line[k]]
-                for k in ("student_top", "teacher_top")
-            }
-            text = json.dumps(line | moved | {"step": number // 6, "texts": {}}) + "\n"
-            size += len(text)
-            if size > limit:
-                break
-            file.write(text)
-    assert 0.9 * limit < (run / "tokens.jsonl").stat().st_size
-    assert write_report(run).stat().st_size <= 10_000_000
 
 
 def test_the_script_finds_every_element_that_it_names() -> None:

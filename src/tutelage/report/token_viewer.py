@@ -13,6 +13,8 @@ from tutelage.report.tokens import DEFAULT_CUTS, fixed_cuts
 
 _MAX_TEXT = 40
 _MAX_PROMPT = 4000
+MAX_BYTES = 4_400_000
+"""Most bytes of recorded tokens on a page, which leaves the rest of 5 MB for all else on it."""
 _LEFT_OUT = {"texts", "inserted", "outcome"}
 
 
@@ -26,16 +28,56 @@ def viewer_context(
         config: configuration of the run, of the baseline among several.
         more: configurations of the others.
     """
-    if not tokens:
-        return {"tokens": None, "has_conversations": False}
-    has_conversations = any(record.inserted is not None for record in tokens)
+    shown, data = _fitting(tokens, config)
+    left_out = _left_out(shown, tokens)
+    if not shown:
+        return {"tokens": None, "has_conversations": False, "left_out": left_out}
+    has_conversations = any(record.inserted is not None for record in shown)
     return {
-        "tokens": embedded(_data(tokens, config)),
+        "tokens": data,
+        "left_out": left_out,
         "has_conversations": has_conversations,
         "keep": keep_of(config),
         "has_gate": any(map(uses_eopd, (config, *more))),
         "gate": _gate(next(filter(uses_eopd, (config, *more)), {})),
     }
+
+
+def _fitting(
+    tokens: Sequence[TokenRecord], config: dict[str, Any]
+) -> tuple[Sequence[TokenRecord], str]:
+    """The completions that fit into `MAX_BYTES`, and their data: of fewer steps, evenly spaced.
+
+    The first and the last step stay. Where two steps are too large, completions of them are left
+    out in the same way.
+    """
+    while True:
+        data = embedded(_data(tokens, config))
+        size = len(data.encode("utf-8"))
+        if size <= MAX_BYTES or not tokens:
+            return tokens, data
+        share, steps = MAX_BYTES / size, sorted({record.step for record in tokens})
+        if len(steps) > 2:
+            few = _spaced(steps, max(2, int(share * len(steps))))
+            tokens = [record for record in tokens if record.step in few]
+        else:
+            tokens = _spaced(tokens, int(share * len(tokens)))
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of more items, evenly spaced, of two and more with the first and the last."""
+    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def _left_out(shown: Sequence[TokenRecord], tokens: Sequence[TokenRecord]) -> str | None:
+    """What the page does not show, in words."""
+    if len(shown) == len(tokens):
+        return None
+    steps, all_steps = ({record.step for record in part} for part in (shown, tokens))
+    return (
+        f"The page shows {len(shown):,} of {len(tokens):,} recorded completions, of {len(steps):,} "
+        f"of {len(all_steps):,} steps, to stay below 5 MB. tokens.jsonl has all of them."
+    )
 
 
 def _data(tokens: Sequence[TokenRecord], config: dict[str, Any]) -> dict[str, Any]:
