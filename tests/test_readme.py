@@ -6,6 +6,7 @@ blocks run line by line. A block under `<!-- not run: reason -->` is left out.
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shlex
@@ -216,3 +217,15 @@ def test_a_target_installs_what_it_needs(target: str, extras: list[str]) -> None
     found = {e for group in re.findall(r"\.\[([\w,]+)\]", done.stdout) for e in group.split(",")}
     assert found >= set(extras)
     assert target != "demo" or (not found and " -e .\n" in done.stdout)
+
+
+def test_the_numbers_of_the_demo_are_those_of_its_picture() -> None:
+    """Both tables' accuracies with their intervals, tokens and kept KL are in the recorded run."""
+    picture = (ROOT / "docs" / "images" / "demo-terminal.svg").read_text(encoding="utf-8")
+    lines = re.sub(r"<[^>]*>", "", html.unescape(picture)).replace("\u00a0", " ").splitlines()
+    tables = README.partition("## Quick start")[2].partition("*One seed")[0]
+    rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if " % |" in line]
+    assert len(rows) == 8
+    for name, *cells, mean, interval in rows:
+        shown = [mean, f"[{interval.replace(' – ', ', ')}]", *(c.replace(" %", "%") for c in cells)]
+        assert any(all(part in line for part in shown) for line in lines), name
