@@ -25,10 +25,10 @@ class ConversationData:
     """Tokens that are inserted between turns in all (answers of tools, the template's own text);
     a conversation that would need more is cut off."""
     tool_timeout_s: float = 10.0
-    """Seconds that the calls of a turn may take; then the model reads an error, and every later
+    """Seconds that the calls of a turn may take; then an error is inserted, and every later
     call of the conversation fails."""
     tool_format: Literal["auto", "hermes", "llama3", "json"] = "auto"
-    """How the model writes calls: `<tool_call>` tags (Qwen2.5, Qwen3), Llama 3's JSON with
+    """Format of the tool calls: `<tool_call>` tags (Qwen2.5, Qwen3), Llama 3's JSON with
     parameters, or plain JSON; auto tells by the chat template."""
     enable_thinking: bool | None = None
     """Passed to the chat template (Qwen3 thinks unless False); None leaves it to the template."""

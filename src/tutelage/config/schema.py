@@ -62,7 +62,7 @@ class LedgerData:
     __pydantic_config__ = STRICT
     kind: Literal["ledger"] = "ledger"
     num_items: int = 5
-    """Sums in a prompt, 1 to 16; the shipped models know 5."""
+    """Sums in a prompt, 1 to 16; the shipped models are trained on 5."""
 
     def __post_init__(self) -> None:
         count, hint = self.num_items, "The shipped models know 5."

@@ -13,7 +13,7 @@ from tutelage.errors import ConfigError
 
 @dataclass(frozen=True)
 class SelfTeacher(UnsharedTeacher):
-    """The student teaches itself: other weights of it, or a prompt that tells it more, or both.
+    """The student is its own teacher: with other weights, or a prompt with more context, or both.
 
     The teacher is the student's own architecture in the student's dtype, with its adapter or its
     low bits; nothing is loaded for it.
@@ -22,18 +22,18 @@ class SelfTeacher(UnsharedTeacher):
     __pydantic_config__ = STRICT
     kind: Literal["self"]
     weights: Literal["frozen", "ema", "live"] = "frozen"
-    """Weights that teach: frozen, those that the student starts with (under an adapter the base,
+    """The teacher's weights: frozen, those that the student starts with (under an adapter the base,
     which takes no memory); ema, an exponential moving average of the trained ones in float32; live,
     those of the step itself, without a copy and without a gradient."""
     ema_decay: float | None = None
     """Share of the average that an update keeps, in [0, 1); with ema alone, where it is needed."""
     context: str = ""
-    """What the teacher reads beyond the prompt: a template over the prompt's fields, such as
+    """The teacher's context beyond the prompt: a template over the prompt's fields, such as
     "Reference solution:\\n{answer}"; "" for nothing. A name is a column of the record, or answer,
     the reference answer. In a chat it follows the last message of the user after a blank line; it
     stands directly before a prompt of plain text."""
     mode: Literal["resident", "offload"] = "resident"
-    """Where the weights of frozen and ema are while the teacher does not read: resident on the
+    """Where the weights of frozen and ema are between teacher forwards: resident on the
     device, offload in main memory."""
     hidden_budget_bytes: int = 4 << 30
     """Hidden states of one step kept in main memory; more go to a file in the run folder."""

@@ -28,7 +28,7 @@ class TeacherWeights:
     """Of a copy in the model's dtype that a pass makes of wider weights."""
 
     def at_rest(self, mode: str) -> int:
-        """Bytes on the device while the teacher does not read."""
+        """Bytes on the device between teacher forwards."""
         if mode != "resident":
             return self.head
         return self.resting + (self.head if self.rounded or not self.resting else 0)
