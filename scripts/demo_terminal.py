@@ -49,6 +49,7 @@ def picture(recorded: str) -> str:
     # Nothing is fetched: a reader's own monospaced font stands for the one that rich names.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"Fira Code", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono", svg)
+    svg = svg.replace("#00ff00", "#008000")  # light green cannot be read on white
     svg = "".join(f"{line.rstrip()}\n" for line in svg.strip().splitlines())
     if len(svg.encode("utf-8")) > MAX_BYTES:
         raise ValueError(f"the picture has {len(svg):,} bytes, more than {MAX_BYTES:,}")
