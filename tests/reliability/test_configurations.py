@@ -41,5 +41,5 @@ def test_what_check_accepts_train_can_do() -> None:
     outcome = json.loads(lines[-1])
     assert outcome["failures"] == 0, outcome["details"]
     assert outcome["trials"] == HARNESSES["configurations"][0]
-    assert outcome["details"]["accepted"] > 6
+    assert outcome["details"]["accepted"] > outcome["trials"] // 3
     assert all(seen > 0 for seen in outcome["control"].values())
