@@ -67,7 +67,8 @@ class NCCLTrainerWeightTransferEngine:
     def trainer_init(
         cls, init_info: NCCLTrainerInitInfo, *, client: Any, source: Any = None
     ) -> NCCLTrainerWeightTransferEngine:
-        wire = WIRES.setdefault(init_info.master_port, Wire())
+        # A link before may have had the same free port, and its wire is aborted.
+        wire = WIRES[init_info.master_port] = Wire()
         for_worker = {
             "master_address": init_info.master_address,
             "master_port": init_info.master_port,
