@@ -6,8 +6,9 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from tutelage.config.keys import KEYS
-from tutelage.config.method import ObjectiveConfig, SelectionConfig, WeightingConfig
+from tutelage.config.method import ObjectiveConfig, WeightingConfig
 from tutelage.config.sampling import EngineConfig
+from tutelage.config.selection import SelectionConfig
 
 Keys = dict[str, tuple[str, ...]]
 

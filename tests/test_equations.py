@@ -8,13 +8,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from tutelage.config.method import (
-    EOPDObjective,
-    ObjectiveConfig,
-    SelectionConfig,
-    WeightingConfig,
-)
+from tutelage.config.method import EOPDObjective, ObjectiveConfig, WeightingConfig
 from tutelage.config.parse import parse_config
+from tutelage.config.selection import SelectionConfig
 from tutelage.core import EXTRAS, NORMALIZATIONS, RULES, policy, terms
 from tutelage.core.weighting import GATES
 

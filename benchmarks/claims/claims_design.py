@@ -11,21 +11,18 @@ from typing import Any
 
 import tutelage
 from claims_rules import arms_of_claims
-from tutelage.config.method import (
-    AllTokens,
-    EOPDObjective,
-    KLObjective,
-    ObjectiveConfig,
-    RandomTokens,
-    SampledObjective,
-    SampledTokens,
-    SelectionConfig,
-    SomeTokens,
-)
+from tutelage.config.method import EOPDObjective, KLObjective, ObjectiveConfig, SampledObjective
 from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
 from tutelage.config.parse import fingerprint
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config, LedgerData
+from tutelage.config.selection import (
+    AllTokens,
+    RandomTokens,
+    SampledTokens,
+    SelectionConfig,
+    SomeTokens,
+)
 
 MAX_NEW_TOKENS = 64
 NUM_SAMPLES = 8

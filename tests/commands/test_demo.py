@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tutelage.commands import demo
-from tutelage.config.method import AllTokens, SomeTokens
 from tutelage.config.parse import load_config
+from tutelage.config.selection import AllTokens, SomeTokens
 
 ROOT = Path(__file__).parents[2]
 

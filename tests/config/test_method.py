@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tiny import MEASURED, tiny_config, tiny_table
-from tutelage.config.method import EOPDObjective, Normalization
+from tutelage.config.method import EOPDObjective
 from tutelage.config.parse import load_config, parse_config
 from tutelage.config.schema import Config
+from tutelage.config.selection import Normalization
 from tutelage.core import NORMALIZATIONS, RULES, TokenStats
 from tutelage.core.terms import ReverseKL
 from tutelage.core.weighting import GATES

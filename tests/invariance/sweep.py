@@ -26,9 +26,9 @@ from torch import Tensor
 
 import reference
 from ranks import process_group
-from tutelage.config.method import SelectionConfig
 from tutelage.config.parse import parse_config
 from tutelage.config.schema import Config
+from tutelage.config.selection import SelectionConfig
 from tutelage.core import (
     EXTRAS,
     NORMALIZATIONS,

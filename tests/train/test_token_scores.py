@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tiny import tiny_table
-from tutelage.config.method import SomeTokens
 from tutelage.config.parse import load_config, parse_config
 from tutelage.config.schema import Config
+from tutelage.config.selection import SomeTokens
 from tutelage.core import RULES, importance
 from tutelage.data.types import Rollout
 from tutelage.errors import ConfigError, DataError

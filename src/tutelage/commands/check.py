@@ -11,9 +11,9 @@ from tutelage.commands.decontaminate import ALL, decontaminate
 from tutelage.commands.dry_run import dry_run
 from tutelage.commands.plan_card import plan_card
 from tutelage.config.conversations import ConversationData
-from tutelage.config.method import AllTokens, FirstTokens
 from tutelage.config.rollouts import LiveRollouts
 from tutelage.config.schema import Config
+from tutelage.config.selection import AllTokens, FirstTokens
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
 from tutelage.envs.environment import AgentTask

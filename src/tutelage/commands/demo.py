@@ -20,9 +20,9 @@ from rich.table import Table
 
 from tutelage.commands.options import INTERRUPTED
 from tutelage.commands.progress import Reporter
-from tutelage.config.method import AllTokens, RandomTokens, SelectionConfig, SomeTokens
 from tutelage.config.parse import load_config
 from tutelage.config.schema import Config
+from tutelage.config.selection import AllTokens, RandomTokens, SelectionConfig, SomeTokens
 from tutelage.evaluation.evaluate import evaluate
 from tutelage.evaluation.metrics import Interval
 from tutelage.evaluation.request import EvaluationRequest

@@ -21,13 +21,11 @@ from tutelage.config.evaluation import (
     require_measured,
 )
 from tutelage.config.method import (
-    AllTokens,
     GRPOObjective,
     KLObjective,
     NoWeighting,
     ObjectiveConfig,
     PacedWeighting,
-    SelectionConfig,
     TopKObjective,
     WeightingConfig,
     needs_sampler,
@@ -45,6 +43,7 @@ from tutelage.config.sampling import (
     TransformersEngine,
     VLLMServer,
 )
+from tutelage.config.selection import AllTokens, SelectionConfig
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.teachers import (
     NOT_EVALUATED,

@@ -13,12 +13,12 @@ from tutelage.config.method import (
     GRPOObjective,
     ObjectiveConfig,
     SampledObjective,
-    SelectionConfig,
     SelectKDWeighting,
     TopKObjective,
     WeightingConfig,
 )
 from tutelage.config.models import TeacherConfig, TeacherMode, UnsharedTeacher
+from tutelage.config.selection import SelectionConfig
 from tutelage.config.self_teacher import SelfTeacher
 
 

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from tutelage.config.method import (
     AdaptiveObjective,
-    AllTokens,
     EOPDObjective,
-    ExtremeTokens,
     FireWeighting,
-    GapTokens,
     GRPOObjective,
     JSDObjective,
     KLObjective,
@@ -24,12 +21,12 @@ from tutelage.config.method import (
     PacedWeighting,
     RewardWeighting,
     SampledObjective,
-    SelectionConfig,
     SelectKDWeighting,
     SkewObjective,
     TopKObjective,
 )
 from tutelage.config.schema import Config
+from tutelage.config.selection import AllTokens, ExtremeTokens, GapTokens, SelectionConfig
 from tutelage.core import RULES, TokenStats
 from tutelage.core.policy import ClippedPolicy, group_advantages
 from tutelage.core.rules import Rule, extreme_advantage, probability_gap

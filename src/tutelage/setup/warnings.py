@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.config.conversations import ConversationData
-from tutelage.config.method import AllTokens, FirstTokens, GRPOObjective
+from tutelage.config.method import GRPOObjective
 from tutelage.config.models import TeacherConfig
 from tutelage.config.schema import Config, FileData
+from tutelage.config.selection import AllTokens, FirstTokens
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.config.method import (
+from tutelage.config.schema import Config
+from tutelage.config.selection import (
     AllTokens,
     FirstTokens,
     RandomTokens,
     SampledTokens,
     SelectionConfig,
 )
-from tutelage.config.schema import Config
 from tutelage.core import TokenSelection, counter_uniform, select_tokens
 from tutelage.setup.objective import gate_of, rule_of
 from tutelage.train.distributed import Ranks, StepRows

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.config.method import AllTokens, EOPDObjective, FirstTokens
+from tutelage.config.method import EOPDObjective
 from tutelage.config.schema import Config
+from tutelage.config.selection import AllTokens, FirstTokens
 from tutelage.core.weighting import entropy_gate
 from tutelage.data.types import Rollout
 from tutelage.models.tokenizers import decode
