@@ -5,6 +5,7 @@
     python benchmarks/claims/claims.py --judge  # tables and verdicts again, from finished cells
     python benchmarks/claims/claims.py --page  # page and figures again, from the JSON
     python benchmarks/claims/claims.py --verify 4  # run four random cells again and compare exactly
+    python benchmarks/claims/claims.py --verify all  # every cell
 
 Every finished cell (setting, arm, seed) is a line of runs/claims-NAME.jsonl; the published JSON,
 figures and page follow from these lines. The full design lands in benchmarks/results and docs, the
@@ -228,21 +229,30 @@ def verify(design: Design, count: int, num_workers: int) -> bool:
     if results["source"] != source():
         print(f"the source is {source()}; the results are of {results['source']}")
     old = random.sample(results["cells"], min(count, len(results["cells"])))
-    names = [field.name for field in fields(Cell)]
-    again = [Cell(**{name: record[name] for name in names}) for record in old]
+    num_different = 0
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        new = pool.map(do, again, chunksize=1)
-    is_same = True
-    for before, after in zip(old, new, strict=True):
-        names = differing(before, after)
-        is_same = is_same and not names
-        print(f"{after['key']}: {'differs in ' + ', '.join(names) if names else 'same'}")
-    return is_same
+        for done, (before, again) in enumerate(pool.imap_unordered(_repeated, old), 1):
+            names = differing(before, again)
+            num_different += bool(names)
+            what = f"differs in {', '.join(names)}" if names else "same"
+            print(f"{done}/{len(old)} {again['key']}: {what}", flush=True)
+    print(f"{len(old) - num_different} of {len(old)} cells have the same numbers")
+    return num_different == 0
+
+
+def _repeated(published: Record) -> tuple[Record, Record]:
+    """A published cell's record, and that of the same cell run again."""
+    return published, do(Cell(**{field.name: published[field.name] for field in fields(Cell)}))
 
 
 def differing(published: Record, again: Record) -> list[str]:
     """Names of the published figures of a cell that were different when it was run again."""
     return [k for k, v in published.items() if k not in TIMES and again[k] != v]
+
+
+def _count(text: str) -> int:
+    """A number of cells; more than there are for "all"."""
+    return sys.maxsize if text == "all" else int(text)
 
 
 def _arguments() -> argparse.Namespace:
@@ -252,7 +262,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--judge", action="store_true", help="JSON and page from finished cells")
     parser.add_argument("--page", action="store_true", help="page and figures from the JSON only")
-    parser.add_argument("--verify", type=int, metavar="N", help="run N random cells again")
+    parser.add_argument(
+        "--verify", type=_count, metavar="N", help="run N random cells, or all, again"
+    )
     return parser.parse_args()
 
 

@@ -49,8 +49,8 @@ TUNING_SEEDS = (101, 102)
 """Not among the seeds of the comparison."""
 SENSITIVITY_FACTORS = (0.5, 2.0)
 """Multiples of a setting's learning rate at which some of its arms are run again."""
-SOURCES = ("core", "data", "evaluation", "models", "run")
-"""Folders of the package that a cell's numbers depend on."""
+NOT_SOURCES = ("__main__.py", "cli.py", "commands", "integrations", "report")
+"""Parts of the package that no cell runs; a cell's numbers depend on all others."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,22 @@ class Cell:
         return "/".join([*(str(value) for value in asdict(self).values()), *run, source()])
 
 
+PACKAGE = Path(tutelage.__file__).parent
+
+
 @cache
 def source() -> str:
     """A short hash of the code and the models that cells are made with."""
-    package, here = Path(tutelage.__file__).parent, Path(__file__).parent
-    files = [here / "claims_work.py", here / "claims_probe.py"]
-    files += [file for folder in SOURCES for file in sorted((package / folder).rglob("*.py"))]
-    files += sorted((package / "assets").rglob("*.safetensors"))
-    return digest_of(files)
+    return digest_of(sources())
+
+
+def sources() -> list[Path]:
+    """The files that a cell's numbers depend on: what it runs, and the models with tokenizers."""
+    here = Path(__file__).parent
+    own = [here / f"claims_{name}.py" for name in ("design", "probe", "work")]
+    code = [f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in NOT_SOURCES]
+    models = [f for kind in ("json", "safetensors") for f in PACKAGE.glob(f"assets/*/*.{kind}")]
+    return [*own, *sorted(code), *sorted(models)]
 
 
 def digest_of(files: Iterable[Path]) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import multiprocessing.dummy
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -364,6 +368,53 @@ def test_the_source_hash_sees_every_byte_and_every_file(tmp_path: Path) -> None:
     assert claims_design.digest_of([a, b]) == before != claims_design.digest_of([a])
     b.write_text("y = 3\n")
     assert claims_design.digest_of([a, b]) != before
+
+
+def test_cells_are_keyed_by_all_code_that_they_can_run() -> None:
+    """Also by what is imported within functions, and by folders that are added later."""
+    files = claims_design.sources()
+    code = {file for file in files if file.suffix == ".py"}
+    missing = {str(part) for file in code for part in imported_from_package(file) - code}
+    assert not missing
+    assert all((claims_design.PACKAGE / name).exists() for name in claims_design.NOT_SOURCES)
+    folders = {file.parent.name for file in code}
+    assert {"core", "train", "stored", "rollout", "teachers", "setup", "models"} <= folders
+    assert {"claims_work.py", "claims_probe.py", "claims_design.py"} <= {f.name for f in code}
+    of_models = {(file.parent.name, file.name) for file in files if file not in code}
+    assert {("ledger-teacher", "model.safetensors"), ("ledger-small", "tokenizer.json")} < of_models
+
+
+def imported_from_package(file: Path) -> set[Path]:
+    """Files of the package that a file imports anywhere, itself or its parts."""
+    names = {
+        name
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+    parts = [name.split(".")[1:] for name in names if name.startswith("tutelage.")]
+    places = [claims_design.PACKAGE.joinpath(*part) for part in parts]
+    found = {file for p in places for file in (p.with_suffix(".py"), p / "__init__.py")}
+    return {file for file in found if file.is_file()}
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_verify_runs_cells_of_the_json_again_and_fails_where_a_number_differs(
+    is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = cells(QUICK, RATES)[:3]
+    made = {cell.key: record(cell, as_claimed) for cell in work}
+    old = [{k: v for k, v in r.items() if k not in claims.NOT_PUBLISHED} for r in made.values()]
+    old[1]["cpu_s"] = 9.0
+    if not is_same:
+        old[2]["digest"] = "other"
+    file = tmp_path / "claims.json"
+    file.write_text(json.dumps({"source": claims_design.source(), "cells": old}))
+    monkeypatch.setattr(claims, "results_file", lambda _: file)
+    monkeypatch.setattr(claims, "do", lambda cell: made[cell.key])
+    threads = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
+    monkeypatch.setattr(claims, "multiprocessing", threads)
+    assert claims.verify(QUICK, sys.maxsize, 1) == is_same
 
 
 def test_a_repeated_cell_that_differs_is_named_and_times_are_not_compared() -> None:
