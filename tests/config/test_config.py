@@ -45,8 +45,8 @@ def with_overrides(tmp_path: Path, *overrides: str) -> Config:
         ("selection.keep=0.5", "selection.rule is missing"),
         (
             "data.kind=web",
-            "data.kind must be one of ledger, file, ledger_tools, shopping, travel, verifiers, "
-            "got 'web'.",
+            "data.kind must be one of ledger, coins, file, ledger_tools, shopping, travel, "
+            "verifiers, got 'web'.",
         ),
         ("data.kind=file", "data.path is missing. Add it to the configuration or pass data.path="),
         ("num_steps=0", "num_steps must be at least 1, got 0."),

@@ -30,7 +30,7 @@ def decontaminate(config: Config, names: str) -> Iterator[str]:
     benchmarks = dict.fromkeys(name for suite in suites for name in suite.benchmarks)
     data = config.data
     if not isinstance(data, FileData):
-        yield "decontamination: the ledger's prompts are generated"
+        yield f"decontamination: the prompts of data.kind = {data.kind} are generated"
         return
     columns = replace(prompt_format(data), suffix="")
     prompts = load_prompts(data.path, columns, split=data.split, subset=data.subset)

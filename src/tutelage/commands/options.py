@@ -43,7 +43,7 @@ _SUMMARIES = {
     "check": "Check that the models, tokenizers and data of a run fit, and plan its memory.",
     "train": "Train a student, or continue an interrupted run.",
     "eval": "Measure mean@k, pass@k and maj@k of a model.",
-    "sample": "Print sampled completions of a file's prompts (embedded models: ledger prompts).",
+    "sample": "Print sampled completions of a file's prompts (embedded models: their task's).",
     "score": "Write entropy, divergence and selection of every token, without training.",
     "report": "Write a run's report as one HTML file, or its plots.",
     "push": "Upload a run's exported student, with its card, to the Hugging Face hub.",
@@ -152,7 +152,7 @@ def _model(parser: Parser) -> None:
     parser.add_argument("model", help="folder, run folder, .gguf file, package:NAME/folder, hub id;"
                         " eval also takes a server, http://host:port/v1")  # fmt: skip
     parser.add_argument("--prompts", metavar="FILE", help="JSONL or parquet prompts (the embedded "
-                        "models have the ledger task as a default)")  # fmt: skip
+                        "models have their own task as a default)")  # fmt: skip
     parser.add_argument("--grader", choices=("none", "number", "math", "exact"),
                         help="how answers of a file are compared (default number where all of them "
                         "are numbers, else math)")  # fmt: skip

@@ -69,6 +69,14 @@ class LedgerData:
 
 
 @dataclass(frozen=True)
+class CoinsData:
+    """The second embedded task: pay an amount exactly, asked in sentences; strictly graded."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["coins"] = "coins"
+
+
+@dataclass(frozen=True)
 class FileData:
     """Prompts from a JSONL or parquet file, a named set or a `datasets` id."""
 
@@ -103,7 +111,7 @@ class FileData:
 
 
 DataConfig: TypeAlias = Annotated[
-    LedgerData | FileData | LedgerToolsData | ShoppingData | TravelData | VerifiersData,
+    LedgerData | CoinsData | FileData | LedgerToolsData | ShoppingData | TravelData | VerifiersData,
     Field(discriminator="kind"),
 ]
 
@@ -298,7 +306,7 @@ class Config:
         rule, hint = "none with teacher.kind = self", "It reads with whole weights."
         sharding = self.student.sharding
         require(sharding == "none", "student.sharding", rule, sharding, hint)
-        is_possible = not teacher.context or isinstance(self.data, LedgerData | FileData)
+        is_possible = not teacher.context or not isinstance(self.data, ConversationData)
         rule, hint = f"empty with data.kind = {self.data.kind}", "Only single answers have one."
         require(is_possible, "teacher.context", rule, repr(teacher.context), hint)
         rule, hint = "resident with an adapter", "Its frozen base is the student's own."

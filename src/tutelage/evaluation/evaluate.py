@@ -29,8 +29,8 @@ from tutelage.evaluation.benchmark import (
 from tutelage.evaluation.folder import EvaluationFolder
 from tutelage.evaluation.problems import (
     benchmarks_of,
+    embedded,
     held_out,
-    ledger,
     rendering_of,
     run_config,
     sampling_of,
@@ -191,8 +191,8 @@ def _model_plan(
         if request.thinking is None:
             request = replace(request, thinking=thinking(run.data))
         benchmarks = [held_out(request, run, tokenizer)]
-    elif request.is_ledger:
-        benchmarks = [ledger(request, tokenizer)]
+    elif request.is_embedded:
+        benchmarks = [embedded(request, tokenizer)]
     else:
         benchmarks = benchmarks_of(request, suite, chat)
     if run is None or request.thinking != thinking(run.data):

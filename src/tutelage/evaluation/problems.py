@@ -12,8 +12,9 @@ from tutelage.config.verifiers import VerifiersData
 from tutelage.data.formats import PromptFormat, is_file_name
 from tutelage.data.prompts import FileTask, Grader, fitting_grader, load_prompts
 from tutelage.data.suites import AGENT_BENCHMARKS, BENCHMARKS, Suite, find_suite
-from tutelage.data.tasks import LedgerTask
-from tutelage.data.tasks.ledger import ALPHABET
+from tutelage.data.tasks import CoinsTask, LedgerTask, Task
+from tutelage.data.tasks import coins as coins_task
+from tutelage.data.tasks import ledger as ledger_task
 from tutelage.data.types import Prompt
 from tutelage.errors import ConfigError
 from tutelage.evaluation.agents import agent_benchmark
@@ -88,16 +89,21 @@ def _graded(name: str, prompts: tuple[Prompt, ...], grader: Grader, length: int)
     return Benchmark(name, prompts, grade, length, grader, voting_of(grader))
 
 
-def ledger(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> Benchmark:
-    """The ledger task is for models that know its characters and nothing else."""
-    if tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) != set(ALPHABET):
+def embedded(request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase) -> Benchmark:
+    """The embedded tasks are for models that know their pieces of text and nothing else."""
+    known = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    tasks: tuple[tuple[Task, set[str]], ...] = (
+        (LedgerTask(), set(ledger_task.ALPHABET)),
+        (CoinsTask(), set(coins_task.vocabulary())),
+    )
+    task = next((task for task, pieces in tasks if pieces == known), None)
+    if task is None:
         raise ConfigError(
-            f"no prompts were given for {request.model!r}, and the built-in ledger task is for the "
-            "embedded models of it alone. Pass --prompts FILE, or --suite with eval (a run folder "
-            "has --suite held-out). Conversations are led by eval --suite alone, such as "
-            "ledger-tools; sample leads none."
+            f"no prompts were given for {request.model!r}, and the built-in tasks ledger and coins "
+            "are for the embedded models of them alone. Pass --prompts FILE, or --suite with eval "
+            "(a run folder has --suite held-out). Conversations are led by eval --suite alone, "
+            "such as ledger-tools; sample leads none."
         )
-    task = LedgerTask()
     prompts = tuple(task.held_out(request.num_problems or _DEFAULT_NUM_PROBLEMS))
     length = request.max_new_tokens or _DEFAULT_LENGTH
     return Benchmark(task.name, prompts, task.grade, length, task.name, voting_of(task.name))
@@ -132,8 +138,8 @@ def held_out(
 
 def rendering_of(request: EvaluationRequest, benchmarks: list[Benchmark]) -> str:
     """How prompts become text."""
-    if request.is_ledger:
-        return "ledger task"
+    if request.is_embedded:
+        return f"{benchmarks[0].name} task"
     prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts]
     num_chats = sum(not isinstance(prompt.content, str) for prompt in prompts)
     return {0: "plain text", len(prompts): "chat template"}.get(num_chats, "texts and chats")

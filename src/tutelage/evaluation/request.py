@@ -18,7 +18,7 @@ class EvaluationRequest:
     """A model, problems and how to sample; None takes the value of the suite or of the run.
 
     The problems are those of `suite`, whose samples are saved, or of `prompts`, or without either
-    the ledger task's, which is possible for models with its alphabet alone.
+    an embedded task's, which is possible for models with its vocabulary alone.
     """
 
     model: str
@@ -54,8 +54,8 @@ class EvaluationRequest:
     """Folder of a suite's samples; None takes one below `evaluations`."""
 
     @property
-    def is_ledger(self) -> bool:
-        """Whether the problems are the ledger task's."""
+    def is_embedded(self) -> bool:
+        """Whether the problems are an embedded task's."""
         return self.suite is None and self.prompts is None
 
     @property
@@ -84,7 +84,7 @@ def refuse_unused(request: EvaluationRequest) -> None:
             "a server is measured with `tutelage eval URL --suite SUITE`, which also takes a file; "
             "got no suite."
         )
-    is_held_out, is_ledger = request.suite == HELD_OUT, request.is_ledger
+    is_held_out, is_embedded = request.suite == HELD_OUT, request.is_embedded
     uses = [
         ("prompts", not has_suite, "and --suite both name the problems. Give one of them"),
         ("out", has_suite, "is the folder of a suite's samples. Add --suite or leave it out"),
@@ -92,7 +92,7 @@ def refuse_unused(request: EvaluationRequest) -> None:
         ("device", not is_server, "is for a model here, not on a server. Leave it out"),
         ("dtype", not is_server, "is for a model here, not on a server. Leave it out"),
         *(
-            (name, not is_ledger, "is for the prompts of a file. Add --prompts FILE or --suite")
+            (name, not is_embedded, "is for the prompts of a file. Add --prompts FILE or --suite")
             for name in ("grader", "chat", "thinking", "suffix")
         ),
         ("grader", request.file is not None, "is for the problems of a file. Leave it out"),

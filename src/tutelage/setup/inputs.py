@@ -15,12 +15,12 @@ from tutelage.config.conversations import (
     TravelData,
 )
 from tutelage.config.models import TeacherConfig
-from tutelage.config.schema import Config, DataConfig, FileData, LedgerData
+from tutelage.config.schema import CoinsData, Config, DataConfig, FileData, LedgerData
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.suggest import did_you_mean_value
 from tutelage.config.verifiers import VerifiersData
 from tutelage.data.prompts import FileTask, PromptFormat, load_prompts
-from tutelage.data.tasks import LedgerTask, Task
+from tutelage.data.tasks import CoinsTask, LedgerTask, Task
 from tutelage.data.types import Prompt
 from tutelage.envs.environment import AgentTask, opened
 from tutelage.envs.ledger_tools import LedgerToolsTask
@@ -212,6 +212,8 @@ def build_task(data: DataConfig, fields: tuple[str, ...] = ()) -> Task:
     """The task of a `[data]` table, with what else is read of each record of a file."""
     if isinstance(data, LedgerData):
         return LedgerTask(data.num_items)
+    if isinstance(data, CoinsData):
+        return CoinsTask()
     if isinstance(data, LedgerToolsData):
         return LedgerToolsTask(data.num_items)
     if isinstance(data, ShoppingData):
@@ -264,7 +266,7 @@ def without_long_prompts(task: Task, data: DataConfig, tokenizer: PreTrainedToke
 
 def thinking(data: DataConfig) -> bool | None:
     """What a `[data]` table passes to the chat template as `enable_thinking`."""
-    return None if isinstance(data, LedgerData) else data.enable_thinking
+    return None if isinstance(data, LedgerData | CoinsData) else data.enable_thinking
 
 
 def pick_device(name: str) -> torch.device:

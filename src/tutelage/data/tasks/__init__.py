@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tutelage.data.tasks.coins import CoinsTask
 from tutelage.data.tasks.ledger import LedgerTask
 from tutelage.data.types import Prompt
 
-__all__ = ["LedgerTask", "Task"]
+__all__ = ["CoinsTask", "LedgerTask", "Task"]
 
 
 class Task(Protocol):
