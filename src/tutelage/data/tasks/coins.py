@@ -124,7 +124,8 @@ def solve(prompt: Prompt, rng: random.Random, *, styles: tuple[Style, ...] = STY
             f"prompt {prompt.id!r} is not a prompt of the coins task that can be answered. "
             "Use CoinsTask.prompts()."
         )
-    later, paid = payable(frozenset(purchase.coins)), []
+    later = payable(frozenset(purchase.coins))
+    paid: list[int] = []
     while rest := purchase.amount - sum(paid):
         paid.append(pick([coin for coin in sorted(purchase.coins) if rest - coin in later], rng))
     return f"{pick(VERBS, rng)} {_written(paid, purchase.amount, pick(styles, rng))}."
