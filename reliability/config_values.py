@@ -86,6 +86,8 @@ VALUES: dict[str, Values] = {
     "selection.correct_sampling": ([True, False], [], ["maybe"]),
     "selection.num_tokens": ([1, 3, 1000], [_HUGE], [0]),
     "selection.b": ([0.0, 0.5, 1.0], [1e-30, 0.9999999999], [-0.1, 1.5]),
+    "selection.combine": (["none", "soft_or", "soft_and"], [], ["or"]),
+    "selection.usefulness": (["soft_or", "teachability"], [], ["q3"]),
     "selection.end": (["max", "min", "both"], [], ["top"]),
     "objective.reverse_weight": ([1.0, 0.5], [1e-30, 1e9], [-1.0, 1e300]),
     "objective.forward_weight": ([0.5, 1.0], [1e-30, 1e9], [-0.5, 1e30]),

@@ -170,6 +170,8 @@ CORE_MUTANTS: dict[str, Group] = {
             ("-stats.log_p.double()", "stats.log_p.double()"),
             ("abs() ** (1 - b) * gap**b", "abs() ** b * gap ** (1 - b)"),
             ("-torch.minimum(*ranks)", "-torch.maximum(*ranks)"),
+            ("else r + u - r * u", "else r + u"),
+            ("| (place[1:] != place[:-1])", ""),
         ],
     ),
     "core/selection.py": (
@@ -221,6 +223,9 @@ CORE_MUTANTS: dict[str, Group] = {
                 "return block.p.gather(-1, _top(block.p))",
             ),
             ("(block.gap - block.mean_gap)).square()", "block.gap).square()"),
+            ("torch.where(is_major, own, 1 - 2 * p +", "torch.where(is_major, own, 1 - p +"),
+            ("(weight * (r - b).square())", "(weight * r.square())"),
+            ("r = r - r.masked_fill(~is_major, 0.0).sum(-1, keepdim=True)", "pass"),
         ],
     ),
     "core/lazy.py": (

@@ -235,6 +235,18 @@ def extreme_scores(
     return found
 
 
+def influence_scores(
+    signal: Sequence[float], useful: Sequence[float], group: Sequence[int], combine: str = "soft_or"
+) -> list[float]:
+    """The share of the others of a group with less signal, and how useful a token is."""
+    found = []
+    for own, u, g in zip(signal, useful, group, strict=True):
+        members = [x for x, h in zip(signal, group, strict=True) if h == g]
+        r = sum(x < own for x in members) / max(len(members) - 1, 1)
+        found.append({"none": r, "soft_or": 1 - (1 - r) * (1 - u), "soft_and": r * u}[combine])
+    return found
+
+
 def budget(keep: str, count: int) -> int:
     """⌊keep·count⌋ for a decimal number as written, at least 1."""
     return max(1, math.floor(Fraction(keep) * count))
@@ -405,6 +417,10 @@ def extras(z: Tensor, log_q: Tensor) -> dict[str, float]:
     g = p - q
     hessian = torch.diag(p) - torch.outer(p, p)
     union = set(top_ids(p, 16)) | set(top_ids(q, 16))
+    r = log_p - log_q
+    moves = torch.eye(len(p), dtype=p.dtype) - p  # e_y − p of every id y
+    lengths = moves.square().sum(1)
+    sampled = (r - float((p * r * lengths).sum() / (p * lengths).sum()))[:, None] * moves
     head: list[int] = []
     for i in top_ids(q, len(q)):
         if math.fsum(q[head].tolist()) < 0.5:
@@ -416,6 +432,7 @@ def extras(z: Tensor, log_q: Tensor) -> dict[str, float]:
             float((g @ g) ** 2 / (g @ hessian @ g)) / 2,
             float(forward_kl(log_p[None], log_q[None])[0]),
         ),
+        "signal_share": float((p @ sampled).square().sum() / (p @ sampled.square()).sum()),
         "top_divergence": math.fsum(float(q[i] * (log_q[i] - log_p[i])) for i in union),
         "compatibility": math.fsum(q[top_ids(p, 16)].tolist()),
         "teacher_top_mass": math.fsum(q[top_ids(q, 16)].tolist()),

@@ -45,6 +45,7 @@ SELECTIONS = {
     "lowest_logprob": 'rule = "lowest_logprob"\nkeep = 0.2',
     "probability_gap": 'rule = "probability_gap"\nb = 0.5\nkeep = 0.2',
     "extreme_advantage": 'rule = "extreme_advantage"\nend = "max"\nkeep = 0.001',
+    "influence": 'rule = "influence"\nusefulness = "teachability"\nkeep = 0.2',
     "first_n": 'rule = "first_n"\nnum_tokens = 3',
     "teachability": 'rule = "teachability"\nkeep = 0.05',
     "gradient_norm": 'rule = "gradient_norm"\nkeep = 0.2',
@@ -213,6 +214,7 @@ COMBINATIONS = [
     ("lowest_logprob", "sampled", "none"),
     ("probability_gap", "sampled", "none"),
     ("extreme_advantage", "sampled", "none"),
+    ("influence", "eopd", "selectkd"),
 ]
 
 
@@ -267,6 +269,10 @@ def test_metrics_hold_the_diagnostics(take: Callable[..., dict[str, Any]]) -> No
         (
             {"selection": 'rule = "probability_gap"\nb = 1.5'},
             "selection.b must be in [0, 1], got 1.5.",
+        ),
+        (
+            {"selection": 'rule = "influence"\ncombine = "or"'},
+            "selection.combine: input should be 'none', 'soft_or' or 'soft_and', got 'or'.",
         ),
         ({"objective": 'kind = "jsd"\nteacher_weight = 1'}, "strictly between 0 and 1, got 1.0."),
         ({"objective": 'kind = "jsd"\nteacher_weight = 0'}, "strictly between 0 and 1, got 0.0."),

@@ -75,7 +75,7 @@ def test_extras_of_equal_distributions() -> None:
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).double()
     lazy = LazyLogits(logits, torch.eye(30, dtype=torch.float64))
     found = token_stats(lazy, lazy, torch.zeros(4).long(), extras=tuple(EXTRAS)).extras
-    for name in ("gradient_norm", "local_oracle", "local_gain", "top_divergence"):
+    for name in ("gradient_norm", "local_oracle", "local_gain", "signal_share", "top_divergence"):
         assert found[name].tolist() == [0] * 4
     assert found["head_share"].tolist() == [0.5] * 4
     assert found["is_in_teacher_top5"].tolist() == [1] * 4
@@ -90,3 +90,44 @@ def test_the_head_ends_with_the_id_that_reaches_half_of_the_mass() -> None:
     pair = LazyLogits(p.log(), eye), LazyLogits(q.log(), eye)
     found = token_stats(*pair, torch.tensor([0]), extras=["head_share"]).extras["head_share"]
     assert found.item() == pytest.approx((0.2 + 0.1) / (0.2 + 0.1 + 0.3))
+
+
+# --- signal in the gradient of one sampled token --------------------------------------------------
+
+
+def signal_of(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`signal_share` of rows of student and teacher logits."""
+    eye = torch.eye(z.shape[1], dtype=z.dtype)
+    tokens = torch.zeros(len(z), dtype=torch.long)
+    stats = token_stats(LazyLogits(z, eye), LazyLogits(y, eye), tokens, extras=["signal_share"])
+    return stats.extras["signal_share"]
+
+
+def test_two_outcomes_have_no_noise_and_uniform_ones_little_signal() -> None:
+    """With two ids both samples give the same gradient, with the baseline that is best."""
+    z, y = torch.tensor([[0.3, -1.0], [30.0, 0.0]]).double(), torch.tensor([[2.0, 1.0]]).double()
+    assert signal_of(z, y.expand(2, 2)).tolist() == pytest.approx([1.0, 1.0], rel=1e-9)
+    one_id = torch.zeros(1, 50).double()
+    one_id[0, 0] = 1e-3  # r differs at one id of 50: Σp²d² / Σp d² L is about 1/50
+    assert float(signal_of(torch.zeros(1, 50).double(), one_id)) == pytest.approx(1 / 50, rel=0.1)
+
+
+def test_no_other_baseline_has_less_noise() -> None:
+    z, y = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1)).double()
+    log_p, log_q = reference.log_softmax(z), reference.log_softmax(y)
+    p, r = log_p.exp(), log_p - log_q
+    moves = torch.eye(12, dtype=p.dtype) - p[:, None]
+    mean = torch.einsum("ny,ny,nyv->nv", p, r, moves).square().sum(1)
+    for b in torch.linspace(-3, 3, 50).double():
+        size = torch.einsum("ny,ny,nyv->n", p, (r - b).square(), moves.square())
+        assert (mean / size <= signal_of(z, y) * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("lead", [0.0, 5.0, 12.0, 25.0, 40.0])
+def test_it_is_as_exact_in_float32_where_the_student_is_nearly_certain(lead: float) -> None:
+    z, y = 2 * torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(2))
+    z[:, 3] += lead
+    exact = signal_of(z.double(), y.double())
+    torch.testing.assert_close(signal_of(z, y).double(), exact, rtol=2e-6, atol=0)
+    certain = torch.full((1, 40), -200.0).index_fill(1, torch.tensor(2), 0.0)
+    assert signal_of(certain, y[:1]).tolist() == [0.0]

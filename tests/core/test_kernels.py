@@ -442,6 +442,18 @@ def test_extra_statistics(has_bias: bool, make_pair: Make, launches: list[str]) 
         assert torch.equal(objective.extras[name], stats.extras[name])
 
 
+@pytest.mark.parametrize("lead", [0.0, 12.0, 25.0])
+def test_the_signal_of_nearly_certain_rows(lead: float) -> None:
+    z, y = 2 * torch.randn(2, 4, 70, generator=torch.Generator().manual_seed(2))
+    z[:, 3] += lead
+    tokens, names, eye = torch.zeros(4, dtype=torch.long), ["signal_share"], torch.eye(70).double()
+    found = token_stats(*_from_logits(z, y), tokens, extras=names)
+    exact = token_stats(*(LazyLogits(x.double(), eye) for x in (z, y)), tokens, extras=names)
+    torch.testing.assert_close(
+        found.extras["signal_share"].double(), exact.extras["signal_share"], rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("block", [2, 64])
 def test_the_head_ends_where_half_the_teachers_mass_is_reached(
     block: int, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ READ = {
     "mixture_kernel": ("student", "teacher"),
     "gradient_kernel": ("student", "teacher"),
     "moments_kernel": ("student", "teacher") * 2,
+    "signal_kernel": ("student", "teacher") * 3,
     "segments_kernel": ("logits",),
 }
 """Logits that a kernel reads, once for each time that it does."""

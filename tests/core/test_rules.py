@@ -22,7 +22,7 @@ from tutelage.core import (
     select_tokens,
     token_stats,
 )
-from tutelage.core.rules import extreme_advantage, probability_gap
+from tutelage.core.rules import COMBINATIONS, extreme_advantage, influence, probability_gap
 
 Make = Callable[..., Any]
 ROWS = 40
@@ -48,6 +48,9 @@ def expected_scores(
             return [log(s) + g for s, g in zip(soft_or, noise, strict=True)]
         case "extreme_advantage":
             return reference.extreme_scores(rows["log_p"], rows["log_q"], group or [0] * ROWS)
+        case "influence":
+            useful = reference.scores("soft_or", *base)
+            return reference.influence_scores(rows["signal_share"], useful, group or [0] * ROWS)
         case "forward_divergence":
             return rows["forward_kl"]
         case "first_n":
@@ -212,7 +215,42 @@ def test_the_extremes_are_taken_at_each_end(end: str, keep: float, rows: list[in
         extreme_advantage("top")
 
 
-@pytest.mark.parametrize("rule", ["teachability", "gradient_norm", "local_oracle", "local_gain"])
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("usefulness", ["soft_or", "teachability"])
+def test_the_rank_of_the_signal_joins_a_usefulness(
+    make_pair: Make, combine: str, usefulness: str
+) -> None:
+    pair, tokens = make_pair(rows=ROWS, vocab_size=30), torch.arange(ROWS) % 30
+    rule, group = influence(combine, usefulness), torch.arange(ROWS) // 15
+    stats = token_stats(pair.student, pair.teacher, tokens, extras=rule.extras)
+    found = importance(stats, rule, "minmax", group=group)
+    rows = reference_rows(pair, tokens)
+    useful = expected_scores(usefulness, rows, [], [], "minmax")
+    expected = reference.influence_scores(rows["signal_share"], useful, group.tolist(), combine)
+    assert found.tolist() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert ("compatibility" in stats.extras) == (combine != "none" and usefulness != "soft_or")
+
+
+def test_equal_signals_have_equal_ranks() -> None:
+    signal = torch.tensor([0.2, 0.7, 0.2, math.nan, 0.9, 0.9, 0.9, 0.1], dtype=torch.float64)
+    stats = TokenStats(*torch.rand(6, 8).double(), {"signal_share": signal})
+    group = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
+    found = importance(stats, influence("none"), group=group)
+    known = ~signal.isnan()
+    assert found[known].tolist() == pytest.approx([0, 2 / 3, 0, 1, 0, 0, 0])
+    assert found[~known].isnan().all()
+
+
+@pytest.mark.parametrize("option", ["combine", "usefulness"])
+def test_influence_of_another_kind_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option} must be .*got 'other'"):
+        influence(**{option: "other"})
+
+
+BY_EXTRAS = ["teachability", "gradient_norm", "local_oracle", "local_gain", "influence"]
+
+
+@pytest.mark.parametrize("rule", BY_EXTRAS)
 def test_bad_extras_are_never_kept_and_change_no_other_score(rule: str) -> None:
     generator = torch.Generator().manual_seed(3)
     table = torch.rand(6 + len(EXTRAS), 12, generator=generator, dtype=torch.float64)

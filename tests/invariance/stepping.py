@@ -32,6 +32,7 @@ RULES: dict[str, dict[str, Any]] = {
     "bottom": {"rule": "bottom", "keep": 0.5},
     "probability_gap": {"rule": "probability_gap", "keep": 0.3, "b": 0.5},
     "extreme_advantage": {"rule": "extreme_advantage", "keep": 0.2},
+    "influence": {"rule": "influence", "keep": 0.3, "combine": "soft_and"},
     "lowest_logprob": {"rule": "lowest_logprob", "keep": 0.2},
 }
 

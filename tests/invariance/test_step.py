@@ -27,6 +27,7 @@ DETERMINISTIC = [
     "lowest_logprob",
     "probability_gap",
     "extreme_advantage",
+    "influence",
 ]
 
 
@@ -62,12 +63,16 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], rule: str) -
             score = reference.sampled_scores(rule, ours, theirs, RULES[rule].get("b", 1.0))
     else:
         score = reference.scores(
-            rule,
+            "soft_or" if rule == "influence" else rule,
             reference.entropy(log_p.detach()).tolist(),
             kls.detach().tolist(),
             reference.forward_kl(log_p.detach(), log_q).tolist(),
             uniform,
         )
+    if rule == "influence":
+        pairs = zip(log_p.detach(), log_q, strict=True)
+        signal = [reference.extras(p, q)["signal_share"] for p, q in pairs]
+        score = reference.influence_scores(signal, score, scope, RULES[rule]["combine"])
     keep = str(RULES[rule].get("keep", 1))
     usable = [True] * len(group)
     if rule == "probability_gap":

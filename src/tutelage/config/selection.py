@@ -130,6 +130,28 @@ class ExtremeTokens:
 
 
 @dataclass(frozen=True)
+class InfluenceTokens:
+    """Train on the tokens whose sampled gradient has the most signal for its noise (IER)."""
+
+    __pydantic_config__ = STRICT
+    rule: Literal["influence"]
+    combine: Literal["none", "soft_or", "soft_and"] = "soft_or"
+    """How the rank r of the signal and a usefulness u, both in [0, 1], make the score: r alone,
+    r + u − r·u, or r·u."""
+    usefulness: Literal["soft_or", "teachability"] = "soft_or"
+    """Rule whose score is u."""
+    keep: float = 0.01
+    """Fraction of each completion's tokens to train on, in (0, 1]."""
+    scope: Scope = "completion"
+    """One budget, and one ranking, per completion, or one for the whole global batch."""
+    normalization: Normalization = "minmax_p98"
+    """How entropy and divergence are brought to [0, 1] over the global batch."""
+
+    def __post_init__(self) -> None:
+        _require_keep(self.keep)
+
+
+@dataclass(frozen=True)
 class FirstTokens:
     """Train on the first tokens of every completion."""
 
@@ -144,6 +166,13 @@ class FirstTokens:
 
 
 SelectionConfig: TypeAlias = Annotated[
-    AllTokens | SomeTokens | SampledTokens | RandomTokens | GapTokens | ExtremeTokens | FirstTokens,
+    AllTokens
+    | SomeTokens
+    | SampledTokens
+    | RandomTokens
+    | GapTokens
+    | ExtremeTokens
+    | InfluenceTokens
+    | FirstTokens,
     Field(discriminator="rule"),
 ]

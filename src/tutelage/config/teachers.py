@@ -157,7 +157,7 @@ class LogprobServerTeacher(ServerTeacher):
         require(1 <= count <= 256, "teacher.num_concurrent", "from 1 to 256", count, hint)
 
 
-NEED_ALL_IDS = ("teachability", "gradient_norm", "local_oracle", "local_gain")
+NEED_ALL_IDS = ("teachability", "gradient_norm", "local_oracle", "local_gain", "influence")
 """Selection rules that look at the teacher's probability of every id."""
 
 

@@ -48,6 +48,31 @@ def _slope_and_curvature(block: Block) -> tuple[Tensor, Tensor]:
     return g.square().sum(-1), (p * (g - (p * g).sum(-1, keepdim=True)).square()).sum(-1)
 
 
+def signal_share(block: Block) -> Tensor:
+    """Signal in the gradient of one sampled token: ‖E ĝ‖² / E‖ĝ‖², in [0, 1]; 0 where g is 0.
+
+    ĝ = (r − b)(e_y − p), y ~ p, with r = log p − log q and the b that makes E‖ĝ‖² smallest; E ĝ is
+    the gradient of `gradient_norm`. The signal-to-noise ratio ‖E ĝ‖²/(E‖ĝ‖² − ‖E ĝ‖²) is
+    s/(1 − s) of it, and so ranks rows as it does.
+
+    Of an id with p > ½, 1 − p is the sum of the others and r is counted from its own, so that
+    nothing cancels where the student is nearly certain.
+    """
+    p, r = block.p.double(), block.gap.double()
+    p = p / p.sum(-1, keepdim=True)
+    is_major = p > 0.5
+    minor = p.masked_fill(is_major, 0.0)
+    squares = minor.square().sum(-1, keepdim=True)
+    own = minor.sum(-1, keepdim=True).square() + squares
+    length = torch.where(is_major, own, 1 - 2 * p + p.square().sum(-1, keepdim=True))
+    r = r - r.masked_fill(~is_major, 0.0).sum(-1, keepdim=True)
+    weight = p * length
+    b = (weight * r).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
+    size = (weight * (r - b).square()).sum(-1)
+    signal = (p * (r - (p * r).sum(-1, keepdim=True))).square().sum(-1)
+    return torch.where(signal == 0, 0.0, signal / size)
+
+
 def top_divergence(block: Block) -> Tensor:
     """Terms of the forward KL on the union of both top 16, nats (TA-OPD's D)."""
     ids = torch.cat([_top(block.p), _top(block.q)], -1)
@@ -94,6 +119,7 @@ EXTRAS: dict[str, Callable[[Block], Tensor]] = {
     "gradient_norm": gradient_norm,
     "local_oracle": local_oracle,
     "local_gain": local_gain,
+    "signal_share": signal_share,
     "top_divergence": top_divergence,
     "compatibility": compatibility,
     "teacher_top_mass": teacher_top_mass,

@@ -16,6 +16,9 @@ NORMALIZATIONS = ("minmax_p98", "minmax", "minmax_p98_both", "quantile_05_95")
 ENDS = ("max", "min", "both")
 """Which advantages `extreme_advantage` keeps."""
 
+COMBINATIONS = ("none", "soft_or", "soft_and")
+"""How `influence` combines the rank of the signal with a usefulness."""
+
 
 def quantile(x: Tensor, share: float) -> Tensor:
     """Linear-interpolation quantile of the finite entries, NaN if there are none.
@@ -174,6 +177,49 @@ def extreme_advantage(end: str = "both") -> Rule:
     return Rule(score, num_ends=1 + (end == "both"), name="extreme_advantage")
 
 
+def influence(combine: str = "soft_or", usefulness: str = "soft_or") -> Rule:
+    """The signal r of the sampled gradient, as a rank, and a usefulness u, both in [0, 1].
+
+    r is the share of the budget's group whose `signal_share` is below the row's; `combine` is
+    "soft_or" r + u − ru, "soft_and" ru, or "none" r alone. u is the score of `usefulness`,
+    "soft_or" or "teachability".
+
+    Source: IER-OPD (arXiv 2609.24432); of the whole vocabulary, where the paper has top-k ids.
+    """
+    if combine not in COMBINATIONS:
+        raise ValueError(f"combine must be one of {COMBINATIONS}, got {combine!r}.")
+    if usefulness not in ("soft_or", "teachability"):
+        raise ValueError(f"usefulness must be soft_or or teachability, got {usefulness!r}.")
+    useful = None if combine == "none" else _RULES[usefulness]
+    extras = ("signal_share", *(() if useful is None else useful.extras))
+
+    def score(stats: TokenStats, context: Context) -> Tensor:
+        columns = torch.stack([stats.extras[name].double() for name in extras])
+        usable = (stats.is_finite() & torch.isfinite(columns).all(0)).nonzero().squeeze(1)
+        r = _share_below(columns[0, usable], context.group[usable])
+        u = torch.zeros_like(r) if useful is None else useful.score(stats[usable], context)
+        found = columns.new_full((len(stats),), torch.nan)
+        found[usable] = r * u if combine == "soft_and" else r + u - r * u
+        return found
+
+    return Rule(score, extras, name="influence")
+
+
+def _share_below(x: Tensor, group: Tensor) -> Tensor:
+    """Share of the other rows of its group that are below each row, in [0, 1]."""
+    _, place = torch.unique(group, return_inverse=True)
+    order = x.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]
+    values, place = x[order], place[order]
+    size, number = torch.bincount(place), torch.arange(len(order), device=x.device)
+    is_new = number == 0  # equal rows of a group share the place of their first
+    is_new[1:] = (values[1:] != values[:-1]) | (place[1:] != place[:-1])
+    first = torch.where(is_new, number, 0).cummax(0).values - (size.cumsum(0) - size)[place]
+    share = torch.empty_like(x)
+    share[order] = first / (size[place] - 1).clamp(min=1).to(x.dtype)
+    return share
+
+
 def _ranks(x: Tensor, is_usable: Tensor, group: Tensor) -> Tensor:
     """Place of each usable row of a group by falling x, from 0, earlier rows first, float64."""
     _, place, size = torch.unique(group, return_inverse=True, return_counts=True)
@@ -213,6 +259,7 @@ _RULES: dict[str, Rule] = {
     "local_oracle": _extra("local_oracle"),
     "local_gain": _extra("local_gain"),
 }
+_RULES["influence"] = influence()
 RULES = {name: replace(rule, name=name) for name, rule in _RULES.items()}
 """The selection rules by name, with the default options; `all` keeps every token whatever the
 budget."""
@@ -236,6 +283,7 @@ def importance(
     * `lowest_logprob` −log p of the sampled token; `probability_gap` |q − p| of it;
     * `extreme_advantage` −min of its rank by log q − log p from above and from below;
     * `first_n` −position; `teachability` D̂·Ĉ; `all` 0;
+    * `influence` r + u − ru, r the rank of the sampled gradient's signal, u the score of `soft_or`;
     * `gradient_norm` Σ_v (∂reverse_kl/∂z_v)²;
     * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight: a step
       length, which ranks solved tokens first;
@@ -248,8 +296,8 @@ def importance(
             98th percentile and leaves the divergence unclipped.
         uniform: numbers in (0, 1), float64 `[N]`, for the random rules.
         position: index of each row within its completion `[N]`, for `first_n`.
-        group: the rows of one budget, by a number each `[N]`, for `extreme_advantage`; None for one
-            group.
+        group: the rows of one budget, by a number each `[N]`, for `extreme_advantage` and
+            `influence`; None for one group.
 
     Returns:
         float64 `[N]`; NaN or infinite where a statistic is.

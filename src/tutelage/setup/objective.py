@@ -26,10 +26,16 @@ from tutelage.config.method import (
     TopKObjective,
 )
 from tutelage.config.schema import Config
-from tutelage.config.selection import AllTokens, ExtremeTokens, GapTokens, SelectionConfig
+from tutelage.config.selection import (
+    AllTokens,
+    ExtremeTokens,
+    GapTokens,
+    InfluenceTokens,
+    SelectionConfig,
+)
 from tutelage.core import RULES, TokenStats
 from tutelage.core.policy import ClippedPolicy, group_advantages
-from tutelage.core.rules import Rule, extreme_advantage, probability_gap
+from tutelage.core.rules import Rule, extreme_advantage, influence, probability_gap
 from tutelage.core.terms import (
     JSD,
     ForwardKL,
@@ -63,6 +69,8 @@ def rule_of(selection: SelectionConfig) -> Rule:
             return probability_gap(b)
         case ExtremeTokens(end=end):
             return extreme_advantage(end)
+        case InfluenceTokens(combine=combine, usefulness=usefulness):
+            return influence(combine, usefulness)
     return RULES[selection.rule]
 
 

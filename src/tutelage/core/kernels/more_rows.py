@@ -180,6 +180,103 @@ def moments_kernel(
         tl.store(out + 2 * out_stride + row, tl.sum(second, 0).to(tl.float64))
 
 
+@triton.jit(do_not_specialize=["aux_stride", "out_stride"])
+def signal_kernel(
+    student,
+    teacher,
+    student_bias,
+    teacher_bias,
+    aux,
+    out,
+    vocab_size,
+    stride,
+    aux_stride,
+    out_stride,
+    student_scale,
+    teacher_scale,
+    student_cap,
+    teacher_cap,
+    STUDENT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    STUDENT_SCALED: tl.constexpr,
+    TEACHER_SCALED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of one row, float64: ‖E ĝ‖² and E‖ĝ‖² of the sampled gradient ĝ = (r − b)(e_y − p).
+
+    As in `core.extras.signal_share`: first the sums without the id of p > ½ and its r, then b and
+    the mean of r, then squares.
+    """
+    row = tl.program_id(0)
+    s_row = student + row.to(tl.int64) * stride
+    t_row = teacher + row.to(tl.int64) * stride
+    table = aux + row
+    s_top = tl.load(table)
+    t_top = tl.load(table + aux_stride)
+    s_inverse = tl.load(table + 2 * aux_stride)
+    lanes = tl.arange(0, BLOCK)
+    own_r = tl.zeros((), tl.float32)
+    own = tl.zeros((), tl.float32)
+    squares = tl.zeros((), tl.float32)
+    mean = tl.zeros((), tl.float32)
+    b = tl.zeros((), tl.float32)
+    for turn in range(3):
+        first = tl.zeros((BLOCK,), tl.float32)
+        second = tl.zeros((BLOCK,), tl.float32)
+        third = tl.zeros((BLOCK,), tl.float32)
+        fourth = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            v = start + lanes
+            is_id = v < vocab_size
+            s = tl.load(s_row + v, mask=is_id, other=0.0)
+            s = _logits(
+                s, student_bias, v, is_id, student_scale, student_cap,
+                STUDENT_BIAS, STUDENT_SCALED, STUDENT_CAP,
+            )  # fmt: skip
+            t = tl.load(t_row + v, mask=is_id, other=0.0)
+            t = _logits(
+                t, teacher_bias, v, is_id, teacher_scale, teacher_cap,
+                TEACHER_BIAS, TEACHER_SCALED, TEACHER_CAP,
+            )  # fmt: skip
+            s = s - s_top
+            t = t - t_top
+            p = _exp(s) * s_inverse
+            is_major = p > 0.5
+            r = tl.where(p == 0.0, 0.0, s - t)
+            if turn == 0:
+                minor = tl.where(is_major, 0.0, p)
+                first += minor
+                second += minor * minor
+                third += tl.where(is_major, p * p, 0.0)
+                fourth += tl.where(is_major, r, 0.0)
+            else:
+                r = tl.where(p == 0.0, 0.0, r - own_r)
+                weight = p * tl.where(is_major, own, 1.0 - 2.0 * p + squares)
+                if turn == 1:
+                    first += p * r
+                    second += weight
+                    third += weight * r
+                else:
+                    steep = p * (r - mean)
+                    first += steep * steep
+                    second += weight * (r - b) * (r - b)
+        if turn == 0:
+            rest = tl.sum(first, 0)
+            squares = tl.sum(second, 0)
+            own = rest * rest + squares
+            squares += tl.sum(third, 0)
+            own_r = tl.sum(fourth, 0)
+        if turn == 1:
+            mean = tl.sum(first, 0)
+            mass = tl.sum(second, 0)
+            b = tl.where(mass > 0.0, tl.sum(third, 0) / mass, 0.0)
+        if turn == 2:
+            tl.store(out + row, tl.sum(first, 0).to(tl.float64))
+            tl.store(out + out_stride + row, tl.sum(second, 0).to(tl.float64))
+
+
 @triton.jit(do_not_specialize=["aux_stride"])
 def head_kernel(
     student,

@@ -76,10 +76,14 @@ class More:
 
     @cached_property
     def _moments(self) -> Tensor:
+        return self._sums(kernels.moments_kernel, 3)
+
+    def _sums(self, kernel: Any, count: int) -> Tensor:
+        """What a kernel that reads both sides' logits sums up of every row `[count, n]`."""
         work, chunk = self.work, self.chunk
-        out = torch.empty(3, len(chunk), dtype=torch.float64, device=work.device)
+        out = torch.empty(count, len(chunk), dtype=torch.float64, device=work.device)
         with on_device(work.device):
-            kernels.moments_kernel[(len(chunk),)](
+            kernel[(len(chunk),)](
                 work.logits("student", chunk),
                 work.logits("teacher", chunk),
                 aux=work.aux,
@@ -136,6 +140,10 @@ class More:
         quadratic = norm.square() / (2 * curvature)
         return torch.where(norm == 0, 0.0, torch.minimum(quadratic, forward_kl))
 
+    def signal_share(self) -> Tensor:
+        signal, size = self._sums(kernels.signal_kernel, 2)
+        return torch.where(signal == 0, 0.0, signal / size)
+
     def top_divergence(self) -> Tensor:
         (ours, _), (theirs, _) = self._student_top, self._teacher_top
         is_twice = (theirs[:, :, None] == ours[:, None, :]).any(-1)
@@ -162,6 +170,7 @@ FOUND: dict[str, Callable[[More], Tensor]] = {
     "gradient_norm": More.gradient_norm,
     "local_oracle": More.local_oracle,
     "local_gain": More.local_gain,
+    "signal_share": More.signal_share,
     "top_divergence": More.top_divergence,
     "compatibility": More.compatibility,
     "teacher_top_mass": More.teacher_top_mass,
