@@ -207,6 +207,10 @@ CORE_MUTANTS: dict[str, Group] = {
                 "torch.softmax(reward.double(), 0)",
             ),
             ("masked_fill(is_in, 1.0)", "masked_fill(~is_in, 1.0)"),
+            (
+                'stats.extras["entropy_direction"].sign() < 0',
+                'stats.extras["entropy_direction"] > 0',
+            ),
         ],
     ),
     "core/extras.py": (
@@ -217,6 +221,7 @@ CORE_MUTANTS: dict[str, Group] = {
                 "quadratic = norm.square() / curvature",
             ),
             ("torch.minimum(quadratic, block.forward_kl.double())", "quadratic"),
+            ("energy = -(weighted + own_p * own_z)", "energy = -weighted"),
             ("is_head = q.cumsum(-1) - q < HEAD_MASS", "is_head = q.cumsum(-1) < HEAD_MASS"),
             (
                 "return block.q.gather(-1, _top(block.p))",

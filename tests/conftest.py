@@ -20,7 +20,7 @@ if find_spec("triton") is not None:
     # Triton decides at its import whether kernels are interpreted, which needs no GPU.
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
-    import tutelage.core.kernels.more_rows  # noqa: F401
+    import tutelage.core.kernels.tops  # noqa: F401
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]

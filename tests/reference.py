@@ -407,8 +407,25 @@ def composite(
 FIELDS = ("hidden", "weight", "bias")
 
 
-def extras(z: Tensor, log_q: Tensor) -> dict[str, float]:
+def entropy_direction(z: Tensor, token: int) -> float:
+    """∇H · ∇log p(token) of one row of logits `[V]`, both by autograd."""
+    z = z.detach().clone().requires_grad_(True)
+    log_p = log_softmax(z[None])
+    (of_entropy,) = torch.autograd.grad(entropy(log_p)[0], z, retain_graph=True)
+    (of_token,) = torch.autograd.grad(log_p[0, token], z)
+    return float(of_entropy @ of_token)
+
+
+def ida_weight(log_p: Tensor, log_q: Tensor, token: int) -> float:
+    """IDA-OPD's factor of one row `[V]` of log-probabilities."""
+    p, q = float(log_p[token].exp()), float(log_q[token].exp())
+    falls = (math.log(q) - math.log(p)) * entropy_direction(log_p, token) < 0
+    return abs(q - p) / (q + p) if falls else 1.0
+
+
+def extras(z: Tensor, log_q: Tensor, token: int = 0) -> dict[str, float]:
     """The extra statistics of one row of student logits `[V]`, by their definitions."""
+    direction = entropy_direction(z, token)
     z = z.detach().clone().requires_grad_(True)
     log_p = log_softmax(z[None])
     (slope,) = torch.autograd.grad(reverse_kl(log_p, log_q[None])[0], z)
@@ -433,6 +450,7 @@ def extras(z: Tensor, log_q: Tensor) -> dict[str, float]:
             float(forward_kl(log_p[None], log_q[None])[0]),
         ),
         "signal_share": float((p @ sampled).square().sum() / (p @ sampled.square()).sum()),
+        "entropy_direction": direction,
         "top_divergence": math.fsum(float(q[i] * (log_q[i] - log_p[i])) for i in union),
         "compatibility": math.fsum(q[top_ids(p, 16)].tolist()),
         "teacher_top_mass": math.fsum(q[top_ids(q, 16)].tolist()),

@@ -73,6 +73,7 @@ TEACHERLESS = ("grpo",)
 WEIGHTINGS = {
     "none": 'kind = "none"',
     "selectkd": 'kind = "selectkd"\noutside = 0.1',
+    "ida": 'kind = "ida"',
     "fire": 'kind = "fire"\ndrop = 0.25',
     "paced": 'kind = "paced"',
     "reward": 'kind = "reward"\nbeta = 0.5',
@@ -212,7 +213,7 @@ COMBINATIONS = [
     ("q3", "grpo", "none"),
     ("entropy", "grpo_teacher", "paced"),
     ("lowest_logprob", "sampled", "none"),
-    ("probability_gap", "sampled", "none"),
+    ("probability_gap", "sampled", "ida"),
     ("extreme_advantage", "sampled", "none"),
     ("influence", "eopd", "selectkd"),
 ]
@@ -330,6 +331,13 @@ def test_weights_by_verdict_need_a_verdict_on_every_completion(kind: str) -> Non
 def test_with_one_sample_they_would_train_on_nothing(table: str, kind: str) -> None:
     tables = {"student": {"model": "s"}, "teacher": {"model": "t"}, table: {"kind": kind}}
     with pytest.raises(ConfigError, match=f"num_samples must be at least 2 for {kind}, got 1"):
+        parse_config(tables)
+
+
+def test_ida_has_no_advantage_over_a_teacher_in_grpo() -> None:
+    tables = {"student": {"model": "s"}, "teacher": {"model": "t"}, "weighting": {"kind": "ida"}}
+    tables |= {"objective": {"kind": "grpo"}, "sampling": {"num_samples": 2}}
+    with pytest.raises(ConfigError, match=r"weighting\.kind must be another than ida with objec"):
         parse_config(tables)
 
 

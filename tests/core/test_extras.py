@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,9 +19,10 @@ DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 SIZES = [3, 11, 60]  # fewer ids than the top 5, than the top 16, and more than both
 
 
-def expected_extras(pair: Any) -> dict[str, torch.Tensor]:
+def expected_extras(pair: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     z, teacher = (head.logits() for head in pair.reference)
-    rows = [reference.extras(a, b) for a, b in zip(z, reference.log_softmax(teacher), strict=True)]
+    given = zip(z, reference.log_softmax(teacher), tokens.tolist(), strict=True)
+    rows = [reference.extras(*row) for row in given]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in EXTRAS}
 
 
@@ -36,19 +39,21 @@ def test_extras_equal_their_definitions(
     make_pair: Make, vocab_size: int, spread: float, dtype: torch.dtype, limit: float
 ) -> None:
     pair = make_pair(rows=9, vocab_size=vocab_size, spread=spread, dtype=dtype, has_bias=True)
-    expected = expected_extras(pair)
-    tokens = torch.zeros(9, dtype=torch.long)
+    tokens = torch.arange(9) % vocab_size
+    expected = expected_extras(pair, tokens)
     chunk_bytes = 4 * 2 * vocab_size * dtype.itemsize
     stats = token_stats(pair.student, pair.teacher, tokens, chunk_bytes, tuple(EXTRAS))
+    tokenless = [name for name in EXTRAS if name != "entropy_direction"]
     learned = composite_objective(
-        pair.student, pair.teacher, [(ReverseKL(), 1.0)], extras=tuple(EXTRAS)
+        pair.student, pair.teacher, [(ReverseKL(), 1.0)], extras=tokenless
     )
-    assert set(stats.extras) == set(learned.extras) == set(EXTRAS)
+    assert set(stats.extras) == set(EXTRAS)
+    assert list(learned.extras) == tokenless
     for name, values in expected.items():
         # A share of Σ|q − p| is as uncertain as the difference of two nearly equal numbers.
         weight = total_difference(pair) if name == "head_share" else torch.ones(9)
         scale = values.abs().max().clamp(min=1e-300)
-        for found in (stats.extras[name], learned.extras[name]):
+        for found in (stats.extras[name], learned.extras.get(name, stats.extras[name])):
             assert float((weight * (found - values)).abs().max() / scale) <= limit, name
 
 
@@ -131,3 +136,73 @@ def test_it_is_as_exact_in_float32_where_the_student_is_nearly_certain(lead: flo
     torch.testing.assert_close(signal_of(z, y).double(), exact, rtol=2e-6, atol=0)
     certain = torch.full((1, 40), -200.0).index_fill(1, torch.tensor(2), 0.0)
     assert signal_of(certain, y[:1]).tolist() == [0.0]
+
+
+# --- how a token moves the entropy ----------------------------------------------------------------
+
+
+def direction_of(z: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`entropy_direction` of rows of student logits; the teacher's are others."""
+    eye = torch.eye(z.shape[1], dtype=z.dtype)
+    teacher = LazyLogits(z.flip(1).contiguous(), eye)
+    extras = ["entropy_direction"]
+    return token_stats(LazyLogits(z, eye), teacher, tokens, extras=extras).extras[extras[0]]
+
+
+@pytest.mark.parametrize("lead", [0.3, 2.0, 8.0, 15.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_of_two_ids_the_direction_has_a_closed_form(lead: float, dtype: torch.dtype) -> None:
+    """H' = −a p (1 − p) along the logit difference a: −2 a p (1 − p)² and 2 a p² (1 − p)."""
+    found = direction_of(torch.tensor([[lead, 0.0]] * 2, dtype=dtype), torch.tensor([0, 1]))
+    rest = 1 / (1 + math.exp(lead))
+    exact = [-2 * lead * (1 - rest) * rest**2, 2 * lead * (1 - rest) ** 2 * rest]
+    rel = 1e-10 if dtype == torch.float64 else 1e-5
+    assert found.tolist() == pytest.approx(exact, rel=rel, abs=0)
+
+
+LEADS = [0.0, 5.0, 12.0, 25.0]
+
+
+def leading(size: int) -> torch.Tensor:
+    """Rows of float32 logits, `size` for each lead of id 3, whose other logits are random."""
+    z = 2 * torch.randn(size * len(LEADS), 40, generator=torch.Generator().manual_seed(3))
+    z[:, 3] += torch.tensor(LEADS).repeat(size)
+    return z
+
+
+@pytest.mark.parametrize("token", [1, 3])
+def test_its_sign_holds_in_float32_where_the_student_is_nearly_certain(token: int) -> None:
+    z, tokens = leading(8), torch.full((32,), token)
+    found = direction_of(z, tokens)
+    torch.testing.assert_close(found.double(), direction_of(z.double(), tokens), rtol=1e-4, atol=0)
+    assert ((found > 0) == (token != 3))[z[:, 3] > 10].all()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, at −inf − −inf
+def test_its_sign_holds_in_kernels(launches: list[str]) -> None:
+    pytest.importorskip("triton")
+    z, tokens = leading(1), torch.tensor([1, 3, 3, 3])
+    found = direction_of(z, tokens)
+    assert launches
+    torch.testing.assert_close(found.double(), direction_of(z.double(), tokens), rtol=1e-4, atol=0)
+
+
+def test_a_direction_without_a_token_is_refused(make_pair: Make) -> None:
+    pair = make_pair()
+    with pytest.raises(ValueError, match="entropy_direction needs the sampled tokens"):
+        composite_objective(
+            pair.student, pair.teacher, [(ReverseKL(), 1.0)], extras=["entropy_direction"]
+        )
+
+
+def test_ids_of_no_probability_have_no_part_in_it(make_pair: Make) -> None:
+    pair = make_pair(rows=4, vocab_size=9, has_bias=True)
+    tokens = torch.tensor([0, 1, 2, 3])
+    few = [replace(x.cut(7)) for x in (pair.student, pair.teacher)]
+    with torch.no_grad():
+        pair.student.bias[7:] = pair.teacher.bias[7:] = -torch.inf
+    extras = ["entropy_direction"]
+    found = token_stats(pair.student, pair.teacher, tokens, extras=extras).extras
+    expected = token_stats(*few, tokens, extras=extras).extras
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)

@@ -132,7 +132,7 @@ def test_statistics_equal_the_reference(make_pair: Make, ids: tuple[int, ...]) -
     }
     for name, exact in expected.items():
         torch.testing.assert_close(vars(found)[name], exact, rtol=1e-10, atol=1e-12)
-    more = [reference.extras(p, q) for p, q in zip(log_p, log_q, strict=True)]
+    more = [reference.extras(*row) for row in zip(log_p, log_q, places, strict=True)]
     for name, values in found.extras.items():
         exact = torch.tensor([row[name] for row in more], dtype=torch.float64)
         torch.testing.assert_close(values, exact, rtol=1e-9, atol=1e-12)

@@ -25,7 +25,7 @@ from tutelage.core.terms import (
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-from tutelage.core.kernels import more_rows, rows  # noqa: E402
+from tutelage.core.kernels import entropy_rows, more_rows, rows  # noqa: E402
 
 N, V, D = 8, 1024, 3
 """Few rows of many ids, so that nothing else has as many elements as logits."""
@@ -36,6 +36,7 @@ READ = {
     "gradient_kernel": ("student", "teacher"),
     "moments_kernel": ("student", "teacher") * 2,
     "signal_kernel": ("student", "teacher") * 3,
+    "entropy_kernel": ("student",),
     "segments_kernel": ("logits",),
 }
 """Logits that a kernel reads, once for each time that it does."""
@@ -105,7 +106,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Traffic]:
 
             return run
 
-    for module in (rows, more_rows):
+    for module in (rows, more_rows, entropy_rows):
         for name in READ:
             if name in vars(module):
                 monkeypatch.setattr(module, name, Counted(vars(module)[name]))
@@ -163,6 +164,7 @@ def test_statistics_write_logits_once_and_read_them_once(
         (teacher, (), 16),
         (None, (), 8),
         (teacher, ("gradient_norm",), 16 + 16),
+        (teacher, ("entropy_direction",), 16 + 4),
     ):
         with measured(2) as traffic:
             token_stats(student, other, TOKENS, extras=extras)

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.core import EXTRAS, TokenStats
+import reference
+from tutelage.core import EXTRAS, LazyLogits, TokenStats, token_stats
 from tutelage.core.weighting import (
     entropy_gate,
     fire_weights,
+    ida_weights,
     paced_weights,
     reward_weights,
     selectkd_weights,
@@ -140,6 +142,27 @@ def test_selectkd_weighs_what_the_teacher_would_not_say() -> None:
     stats.extras["is_in_teacher_top5"] = f64([1, 0, 1, 0, 0])
     assert selectkd_weights(stats).tolist() == [1, 0.01, 1, 0.01, 0.01]
     assert selectkd_weights(stats, 0.0).tolist() == [1, 0, 1, 0, 0]
+
+
+def test_ida_spares_the_entropy_from_advantages_that_would_lower_it() -> None:
+    log_p, log_q = f64([-1.0, -1.0, -3.0, -3.0, -1.0, -1.0]), f64([-2.0, -2.0, -1.0, -1.0, -1, -9])
+    stats = TokenStats(log_p, log_p, log_p, log_p, log_p, log_q)
+    stats.extras["entropy_direction"] = f64([0.5, -0.5, 1e-300, -1e-300, -1.0, 0.0])
+    p, q = (x.exp().tolist() for x in (log_p, log_q))
+    expected = [(p[0] - q[0]) / (p[0] + q[0]), 1, 1, (q[3] - p[3]) / (q[3] + p[3]), 1, 1]
+    assert ida_weights(stats).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@given(seed=st.integers(0, 99))
+def test_ida_equals_its_definition(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z, y = 2 * torch.randn(2, 6, 9, generator=generator, dtype=torch.float64)
+    tokens, eye = torch.arange(6), torch.eye(9, dtype=torch.float64)
+    sides = LazyLogits(z, eye), LazyLogits(y, eye)
+    found = ida_weights(token_stats(*sides, tokens, extras=["entropy_direction"]))
+    given = zip(reference.log_softmax(z), reference.log_softmax(y), range(6), strict=True)
+    expected = [reference.ida_weight(*row) for row in given]
+    assert found.tolist() == pytest.approx(expected, rel=1e-10)
 
 
 @given(verdicts=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=6))

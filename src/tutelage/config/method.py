@@ -220,6 +220,14 @@ class SelectKDWeighting:
 
 
 @dataclass(frozen=True)
+class IDAWeighting:
+    """Less weight where the sampled token's advantage lowers the student's entropy (IDA-OPD)."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["ida"]
+
+
+@dataclass(frozen=True)
 class FireWeighting:
     """High where the student is uncertain and the teacher is not; poor completions are dropped."""
 
@@ -254,6 +262,11 @@ class RewardWeighting:
 
 
 WeightingConfig: TypeAlias = Annotated[
-    NoWeighting | SelectKDWeighting | FireWeighting | PacedWeighting | RewardWeighting,
+    NoWeighting
+    | SelectKDWeighting
+    | IDAWeighting
+    | FireWeighting
+    | PacedWeighting
+    | RewardWeighting,
     Field(discriminator="kind"),
 ]

@@ -22,6 +22,7 @@ from tutelage.config.evaluation import (
 )
 from tutelage.config.method import (
     GRPOObjective,
+    IDAWeighting,
     KLObjective,
     NoWeighting,
     ObjectiveConfig,
@@ -233,6 +234,12 @@ class Config:
         if isinstance(self.objective, GRPOObjective):
             hint = "A completion's advantage is over the others of its prompt."
             require(samples >= 2, "sampling.num_samples", "at least 2 for grpo", samples, hint)
+            rule, hint = (
+                "another than ida with objective.kind = grpo",
+                "Its advantage is a reward's.",
+            )
+            kind, is_possible = self.weighting.kind, not isinstance(self.weighting, IDAWeighting)
+            require(is_possible, "weighting.kind", rule, kind, hint)
         if isinstance(self.weighting, PacedWeighting):
             hint = "With one sample a pass rate is 0 or 1, and every weight s(1 - s) is 0."
             require(samples >= 2, "sampling.num_samples", "at least 2 for paced", samples, hint)

@@ -59,6 +59,8 @@ class Block:
     student_top: Tensor | None = None
     """Ids of the student's largest logits `[r, k]`, largest first; None where none were asked
     for. (`gap` takes the logits' place, and from it they come back rounded.)"""
+    tokens: Tensor | None = None
+    """Sampled ids `[r]`; None when none were given."""
 
     def log_ratio(self) -> Tensor:
         """log p − log q, `[r, V]`."""
@@ -191,6 +193,7 @@ def read_block(
         teacher,
         (s.log_normalizer, t.log_normalizer),
         student_top,
+        tokens,
     )
 
 

@@ -73,6 +73,33 @@ def signal_share(block: Block) -> Tensor:
     return torch.where(signal == 0, 0.0, signal / size)
 
 
+def entropy_direction(block: Block) -> Tensor:
+    """How raising the sampled token y moves the student's entropy: D = ∇_z H · ∇_z log p(y), nats.
+
+    With ∂H/∂z_v = −p_v (log p_v + H), which sums to 0, and ∇_z log p(y) = e_y − p:
+    ``D = −p_y (log p_y + H) + Σ_v p_v² (log p_v + H) = Σ_{v≠y} (1 − p_y + p_v) p_v (log p_v + H)``.
+    The second form is computed, from sums without y, in which nothing cancels as p_y goes to 1:
+    there D is of second order in 1 − p_y, and its sign is what counts.
+    """
+    if block.tokens is None:
+        raise ValueError("entropy_direction needs the sampled tokens.")
+    y = block.tokens[:, None]
+    z = (block.gap + block.teacher_logits).masked_fill(block.p == 0, 0.0)  # 0 at the largest
+    p = block.p.scatter(-1, y, 0.0)
+    squares = p.square()
+    sums = torch.stack([x.sum(-1).double() for x in (p, squares, p * z, squares * z)])
+    own_p, own_z = (x.gather(-1, y).squeeze(-1).double() for x in (block.p, z))
+    return direction_from_sums(own_p, own_z, sums)
+
+
+def direction_from_sums(own_p: Tensor, own_z: Tensor, sums: Tensor) -> Tensor:
+    """D `[r]` from p_y, z_y and the sums of p, p², p z and p² z over all other ids `[4, r]`."""
+    rest, squares, weighted, weighted_squares = sums
+    energy = -(weighted + own_p * own_z)  # H − log Z, so that log p + H = z + energy
+    found: Tensor = rest * own_p * (weighted - rest * own_z) + weighted_squares + energy * squares
+    return found
+
+
 def top_divergence(block: Block) -> Tensor:
     """Terms of the forward KL on the union of both top 16, nats (TA-OPD's D)."""
     ids = torch.cat([_top(block.p), _top(block.q)], -1)
@@ -120,6 +147,7 @@ EXTRAS: dict[str, Callable[[Block], Tensor]] = {
     "local_oracle": local_oracle,
     "local_gain": local_gain,
     "signal_share": signal_share,
+    "entropy_direction": entropy_direction,
     "top_divergence": top_divergence,
     "compatibility": compatibility,
     "teacher_top_mass": teacher_top_mass,

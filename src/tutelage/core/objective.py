@@ -113,7 +113,7 @@ def composite_objective(
             `ClippedPolicy`, which reads the student alone: half of the products.
         terms: terms of `tutelage.core.terms`, each with a weight, `[K]` or one number.
         chunk_bytes: size of the two logit buffers; None for what suits the device.
-        extras: statistics to compute on the way, keys of `EXTRAS`.
+        extras: statistics to compute on the way, keys of `EXTRAS` that need no sampled token.
 
     Returns:
         `Objective`; `total` is differentiable once.

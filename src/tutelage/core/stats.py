@@ -151,8 +151,9 @@ def _by_kernels(
 
     more = torch.empty(len(extras), len(student), dtype=torch.float64, device=student.hidden.device)
     work = passes.Passes(student, teacher, chunk_bytes, wants_gradient=False)
-    for chunk in work.chunks(tokens.contiguous()):
-        found = tops.More(work, chunk)
+    tokens = tokens.contiguous()
+    for chunk in work.chunks(tokens):
+        found = tops.More(work, chunk, tokens)
         for i, name in enumerate(extras):
             more[i, chunk.rows] = found.get(name)
     table = torch.cat([work.table, more]).to(student.dtype)

@@ -65,6 +65,22 @@ def selectkd_weights(stats: TokenStats, outside: float = 0.01) -> Tensor:
     return torch.full_like(stats.entropy, outside).masked_fill(is_in, 1.0)
 
 
+def ida_weights(stats: TokenStats) -> Tensor:
+    """|q − p|/(q + p) of the sampled token where its advantage lowers the entropy, else 1. `[N]`.
+
+    The advantage is A = log q − log p, so that the weight is tanh(|A|/2); raising or lowering the
+    token by it lowers the student's entropy, to first order, where A·D < 0.
+
+    Args:
+        stats: with the extra `entropy_direction`, D.
+
+    Source: IDA-OPD (arXiv 2608.29846), which multiplies A of the sampled loss.
+    """
+    advantage = stats.log_q.double() - stats.log_p.double()
+    falls = advantage.sign() * stats.extras["entropy_direction"].sign() < 0
+    return torch.where(falls, torch.tanh(advantage.abs() / 2), 1.0).to(stats.entropy)
+
+
 def fire_weights(stats: TokenStats, completion: Tensor, drop: float = 0.2) -> Tensor:
     """(1 − H_T/max)·(H_S/max) with mean one over the completions that are not dropped. `[N]`.
 

@@ -14,6 +14,7 @@ from tutelage.config.method import (
     EOPDObjective,
     FireWeighting,
     GRPOObjective,
+    IDAWeighting,
     JSDObjective,
     KLObjective,
     NoWeighting,
@@ -49,6 +50,7 @@ from tutelage.core.terms import (
 from tutelage.core.weighting import (
     entropy_gate,
     fire_weights,
+    ida_weights,
     paced_weights,
     reward_weights,
     selectkd_weights,
@@ -103,6 +105,8 @@ def needed_extras(config: Config) -> tuple[str, ...]:
         names.append("head_share")
     if isinstance(config.weighting, SelectKDWeighting):
         names.append("is_in_teacher_top5")
+    if isinstance(config.weighting, IDAWeighting):
+        names.append("entropy_direction")
     return tuple(dict.fromkeys(names))
 
 
@@ -168,6 +172,8 @@ def row_weights(
             return torch.ones_like(stats.entropy)
         case SelectKDWeighting(outside=outside):
             return selectkd_weights(stats, outside)
+        case IDAWeighting():
+            return ida_weights(stats)
         case FireWeighting(drop=drop):
             return fire_weights(stats, completion, drop)
         case PacedWeighting():

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.core.extras import HEAD_MASS, TOP_K
+from tutelage.core.extras import HEAD_MASS, TOP_K, direction_from_sums
+from tutelage.core.kernels import entropy_rows
 from tutelage.core.kernels import more_rows as kernels
 from tutelage.core.kernels.passes import (
     FORWARD_KL,
@@ -66,8 +67,8 @@ def top(work: Passes, side: str, chunk: Chunk, k: int) -> tuple[Tensor, Tensor]:
 class More:
     """The statistics of `EXTRAS` of one chunk, each `[n]` float64, from what the passes left."""
 
-    def __init__(self, work: Passes, chunk: Chunk) -> None:
-        self.work, self.chunk = work, chunk
+    def __init__(self, work: Passes, chunk: Chunk, tokens: Tensor | None = None) -> None:
+        self.work, self.chunk, self.tokens = work, chunk, tokens
 
     def get(self, name: str) -> Tensor:
         """One statistic by its name, a key of `EXTRAS`."""
@@ -144,6 +145,28 @@ class More:
         signal, size = self._sums(kernels.signal_kernel, 2)
         return torch.where(signal == 0, 0.0, signal / size)
 
+    def entropy_direction(self) -> Tensor:
+        work, chunk = self.work, self.chunk
+        if self.tokens is None:
+            raise ValueError("entropy_direction needs the sampled tokens.")
+        out = torch.empty(6, len(chunk), dtype=torch.float64, device=work.device)
+        with on_device(work.device):
+            entropy_rows.entropy_kernel[(len(chunk),)](
+                work.logits("student", chunk),
+                tokens=self.tokens,
+                aux=work.aux,
+                out=out,
+                first=chunk.start,
+                vocab_size=work.num_columns,
+                stride=work.stride,
+                aux_stride=work.chunk_rows,
+                out_stride=len(chunk),
+                BLOCK=launch_block(work.num_columns, STATISTICS_BLOCK),
+                num_warps=STATISTICS_WARPS,
+                **work.head_arguments("student"),
+            )
+        return direction_from_sums(out[0], out[1], out[2:])
+
     def top_divergence(self) -> Tensor:
         (ours, _), (theirs, _) = self._student_top, self._teacher_top
         is_twice = (theirs[:, :, None] == ours[:, None, :]).any(-1)
@@ -171,6 +194,7 @@ FOUND: dict[str, Callable[[More], Tensor]] = {
     "local_oracle": More.local_oracle,
     "local_gain": More.local_gain,
     "signal_share": More.signal_share,
+    "entropy_direction": More.entropy_direction,
     "top_divergence": More.top_divergence,
     "compatibility": More.compatibility,
     "teacher_top_mass": More.teacher_top_mass,
