@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tutelage.cli import main
 from tutelage.commands import progress
 from tutelage.commands import train as command
 from tutelage.commands.progress import PERIOD_S, PlainPhases, Reporter
+from tutelage.config.evaluation import EvaluationConfig
 from tutelage.config.parse import load_config
+from tutelage.config.schema import FileData
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LINE = re.compile(
@@ -295,6 +298,23 @@ def test_the_next_command_is_what_the_verdict_asks_for(word: str, said: str) -> 
     words = said.split()
     if words[1] == "train":
         assert load_config(LEDGER, words[3:]) != config
+
+
+@pytest.mark.parametrize(
+    ("num_held_out", "said"),
+    [
+        (36, "tutelage eval run --suite held-out --num-problems 36"),
+        (1000, "tutelage eval run --suite held-out --num-problems 64"),
+        (16, "tutelage train mine.toml num_steps=40"),  # all of them were measured
+    ],
+)
+def test_the_next_command_asks_for_no_more_problems_than_are_held_out(
+    num_held_out: int, said: str
+) -> None:
+    data = FileData("file", "prompts.jsonl", num_held_out=num_held_out)
+    config = replace(load_config(LEDGER), data=data, num_steps=10, evaluation=EvaluationConfig(16))
+    found = command.next_command("too few problems to say", config, "mine.toml", Path("run"))
+    assert found == said
 
 
 @pytest.mark.parametrize(

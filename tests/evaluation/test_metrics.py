@@ -304,3 +304,17 @@ def test_two_runs_that_agree_everywhere_are_not_certainly_equal() -> None:
 def test_a_paired_difference_needs_the_same_problems() -> None:
     with pytest.raises(DataError, match="got 2 and 1 scores"):
         paired_difference([0.1, 0.2], [0.1])
+
+
+def test_ratio_terms_have_the_ratio_as_mean_and_its_spread() -> None:
+    """The interval of their mean covers the true ratio as often as it says."""
+    draw = np.random.default_rng(0)
+    num_covered = 0
+    for _ in range(400):
+        counts = draw.integers(1, 60, 40)
+        sums = 0.3 * counts + draw.normal(0.0, 0.1 * counts)
+        terms = metrics.ratio_terms(sums.tolist(), counts.tolist())
+        assert math.fsum(terms) / 40 == pytest.approx(sums.sum() / counts.sum(), rel=1e-12)
+        found = metrics.mean_difference(terms, [0.0] * 40)
+        num_covered += found.low <= 0.3 <= found.high
+    assert 0.92 <= num_covered / 400 <= 0.98

@@ -58,8 +58,17 @@ def next_command(word: str, config: Config, name: str, folder: Path) -> str:
     if word == "worse":
         return f"{again} optimizer.learning_rate={config.optimizer.learning_rate / 3:.2g}"
     if word == "too few problems to say":
-        number = f" --num-problems {max(64, 4 * config.evaluation.num_problems)}"
-        return shlex.join(["tutelage", "eval", str(folder), "--suite", "held-out"]) + number
-    if word == "unchanged":
+        measured, there_are = config.evaluation.num_problems, _num_held_out(config)
+        more = max(64, 4 * measured)
+        more = more if there_are is None else min(more, there_are)
+        if more > measured:
+            command = shlex.join(["tutelage", "eval", str(folder), "--suite", "held-out"])
+            return f"{command} --num-problems {more}"
+    if word in ("unchanged", "too few problems to say"):
         return f"{again} num_steps={4 * config.num_steps}"
     return shlex.join(["tutelage", "eval", str(folder), "--suite", "held-out"])
+
+
+def _num_held_out(config: Config) -> int | None:
+    """How many prompts are held out; None where there are as many as one likes."""
+    return getattr(config.data, "num_held_out", None)

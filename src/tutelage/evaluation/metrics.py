@@ -198,6 +198,23 @@ def mean_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95)
     return Interval(value, value - half_width, value + half_width, level)
 
 
+def ratio_terms(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
+    """One term a problem whose mean is `Σ sums / Σ counts` and whose spread is that ratio's.
+
+    With r the ratio and T̄ the mean count, the term of problem i is `r + (S_i - r·T_i) / T̄`: the
+    ratio linearised. The difference of two ratios over the same problems is that of their terms.
+
+    Args:
+        sums: S, one a problem, in any unit.
+        counts: T, one a problem, with a sum above 0.
+
+    Returns:
+        The terms, in the unit of a sum over a count.
+    """
+    ratio, mean = math.fsum(sums) / math.fsum(counts), math.fsum(counts) / len(counts)
+    return [ratio + (s - ratio * t) / mean for s, t in zip(sums, counts, strict=True)]
+
+
 def _majority(votes: Sequence[str | None], correct: Sequence[bool]) -> float:
     counts = Counter(vote for vote in votes if vote is not None)
     if not counts:

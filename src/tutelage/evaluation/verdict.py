@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from tutelage.evaluation.metrics import Interval, mean_difference, paired_difference
+from tutelage.evaluation.metrics import Interval, mean_difference, paired_difference, ratio_terms
 
 Word: TypeAlias = Literal["improved", "unchanged", "worse", "cut off", "too few problems to say"]
 Row: TypeAlias = dict[str, Any]
@@ -75,7 +75,9 @@ def verdict_of(
     share = sum(row["is_truncated"] for row in after) / len(after)
     accuracy, divergence = _accuracy(before, after), _divergence(before, after)
     changes = [change for change in (accuracy, divergence) if change]
-    texts = [change.text for change in changes] or ["nothing could be measured"]
+    is_split = is_distilled and len({change.word for change in changes}) > 1
+    texts = [f"{change.text}: {change.word}" if is_split else change.text for change in changes]
+    texts = texts or ["nothing could be measured"]
     if share >= _CUT_OFF:
         limit = _LIMITS if has_turns else "sampling.max_new_tokens"
         cut = f"{share:.0%} of the last completions were cut off at {limit}"
@@ -112,7 +114,8 @@ def _divergence(before: Sequence[Row], after: Sequence[Row]) -> _Change | None:
     problems = sorted(first.keys() & last.keys())
     if not problems:
         return None
-    a, b = ([scores[name] for name in problems] for scores in (first, last))
+    a, b = (ratio_terms(*zip(*(found[name] for name in problems), strict=True))
+            for found in (first, last))  # fmt: skip
     change = mean_difference(b, a)
     is_better = Interval(-change.value, -change.high, -change.low)
     text = (
@@ -122,8 +125,8 @@ def _divergence(before: Sequence[Row], after: Sequence[Row]) -> _Change | None:
     return _Change(_judged(is_better, _KL_MARGIN * _mean(a), len(problems)), text)
 
 
-def _divergences(rows: Sequence[Row]) -> dict[str, float]:
-    """Nats a token of each problem."""
+def _divergences(rows: Sequence[Row]) -> dict[str, tuple[float, int]]:
+    """Nats and tokens of each problem: all tokens weigh the same, as in every KL of a run."""
     nats: defaultdict[str, float] = defaultdict(float)
     tokens: defaultdict[str, int] = defaultdict(int)
     for row in rows:
@@ -131,8 +134,7 @@ def _divergences(rows: Sequence[Row]) -> dict[str, float]:
         nats[row["prompt_id"]] += math.nan if value is None else value
         count = row.get("num_rows")  # those that have a teacher
         tokens[row["prompt_id"]] += row["num_tokens"] if count is None else count
-    means = {name: nats[name] / tokens[name] for name in nats if tokens[name]}
-    return {name: value for name, value in means.items() if math.isfinite(value)}
+    return {n: (nats[n], tokens[n]) for n in nats if tokens[n] and math.isfinite(nats[n])}
 
 
 def _means(rows: Sequence[Row], key: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.evaluation.metrics import Interval, mean_difference, paired_difference
+from tutelage.evaluation.metrics import Interval, mean_difference, paired_difference, ratio_terms
 from tutelage.report import text
 from tutelage.report.records import EvaluationRecord, RunRecord
 
@@ -70,7 +70,7 @@ def held_out_kl(record: RunRecord, step: int) -> Interval | None:
     """Held-out reverse KL of the student, nats per token, with the problems as the unit.
 
     The value is a ratio, summed KL over tokens; its interval is Student's t of the linearised
-    ratio, whose residual for problem i is `(S_i - r·T_i) / T̄`.
+    ratio.
     """
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for row in record.verdicts:
@@ -82,9 +82,7 @@ def held_out_kl(record: RunRecord, step: int) -> Interval | None:
     if len(totals) < 2:
         return None
     sums, counts = zip(*totals.values(), strict=True)
-    ratio, mean = sum(sums) / sum(counts), sum(counts) / len(counts)
-    found = mean_difference([s / mean for s in sums], [ratio * t / mean for t in counts])
-    return Interval(ratio, ratio + found.low, ratio + found.high, found.level)
+    return mean_difference(ratio_terms(sums, counts), [0.0] * len(sums))
 
 
 def _results(record: RunRecord) -> Iterator[Headline]:
