@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tutelage.commands.options import INTERRUPTED
 from tutelage.commands.progress import Reporter
-from tutelage.config.schema import Config
+from tutelage.config.schema import Config, FileData
+from tutelage.config.verifiers import VerifiersData
 from tutelage.report.run_page import write_report
 from tutelage.setup.run_folder import RunFolder, describe_contents
 from tutelage.train.loop import train
@@ -71,4 +72,5 @@ def next_command(word: str, config: Config, name: str, folder: Path) -> str:
 
 def _num_held_out(config: Config) -> int | None:
     """How many prompts are held out; None where there are as many as one likes."""
-    return getattr(config.data, "num_held_out", None)
+    data = config.data
+    return data.num_held_out if isinstance(data, FileData | VerifiersData) else None
