@@ -26,21 +26,21 @@ STUDENT_NUMEL = 1_720_574_976
 """Weights of Qwen3-1.7B, of which the measured step trains all."""
 LEARNERS, REPLICAS = (1, 2, 4, 8, 16), (0, 1, 2, 4)
 ASSUMPTIONS = (
-    "The forward passes of the teacher and of learning take 1/N of their measured seconds on N "
+    "The forward passes of the teacher and of the update take 1/N of their measured seconds on N "
     "learners: work is shared out evenly, and a micro-batch is no smaller than on one.",
     "A decoding step takes what was measured at 8, 64 and 256 open completions, between them in "
-    "proportion, below 8 as much as at 8. What a draw took beyond its decoding steps stays.",
+    "proportion, below 8 as much as at 8. What sampling took beyond its decoding steps stays.",
     "A replica decodes as fast as the student's own rollouts do on one card. vLLM was not "
     "measured on this card.",
     "Gradients are summed in float32 around a ring of learners, 2 (N − 1) / N times their bytes, "
     "at {link_gb_s:.0f} GB/s, while nothing else is done.",
     "The optimizer's step moves 30 bytes of memory a weight at the measured rate of a copy. With "
-    "sharding none every learner takes it whole. It is a part of the measured seconds of learning.",
+    "sharding none every learner takes it whole. It is a part of the update's measured seconds.",
     "With fsdp2 each learner takes 1/N of the optimizer's step, and gathers the weights in "
-    "bfloat16 for the draw, for each forward and for each backward pass at the same rate, while "
+    "bfloat16 for sampling, for each forward and for each backward pass at the same rate, while "
     "nothing else is done.",
     "Weights are handed over to all replicas at once, in bfloat16, at {handover_gb_s:.0f} GB/s.",
-    "With staleness 1 the draw and the rest of the step take as long as the longer of both, after "
+    "With staleness 1 sampling and the rest of the step take as long as the longer of both, after "
     "the handover. The rest of the measured step, that no phase has, stays as it is.",
 )
 

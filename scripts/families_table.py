@@ -58,7 +58,7 @@ def reason(case: dict[str, Any]) -> str:
     message = str(case["message"])
     for part, words in (
         ("has layers between", "layers between backbone and head"),
-        ("what follows them", "tokens see what follows them"),
+        ("what follows them", "tokens attend to what follows them"),
         ("more than its head", "logits are more than a scaled and capped product"),
         ("are not its head", "logits are not head times hidden states"),
     ):

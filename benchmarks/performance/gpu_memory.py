@@ -34,7 +34,7 @@ GIB = 1 << 30
 FEW_TOKENS = 16
 """Tokens of each completion that is drawn."""
 SHARES = (100, 50, 20, 10)
-"""Percent of the tokens that are learned from."""
+"""Percent of the tokens that are trained on."""
 SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 8, 128, 2048
 """Of TIP's table: 16,384 tokens to learn from."""
 

@@ -255,17 +255,17 @@ def recipe_table(parts: dict[str, Any]) -> Iterator[str]:
     if rows:
         yield "### Recipes at full size, memory planned and measured\n"
         yield (
-            "Random weights of the recipe's architectures, drawn by the student itself: a few "
-            "tokens at full width, then a micro-batch of the longest completions is read by the "
-            "teacher, scored and learned from. GiB of tensors at the peak; the driver's context "
-            "and what the allocator holds beyond tensors come on top.\n"
+            "Random weights of the recipe's architectures, sampled by the student itself: a few "
+            "tokens at full width, then a teacher forward over a micro-batch of the longest "
+            "completions, which are scored and trained on. GiB of tensors at the peak; the "
+            "driver's context and what the allocator holds beyond tensors come on top.\n"
         )
         header = ["", "planned", "measured", "planned / measured", "phases", "limit"]
         yield table(header, rows)
 
 
 def tip_table(parts: dict[str, Any]) -> Iterator[str]:
-    """Peak memory against the share of tokens that are learned from."""
+    """Peak memory against the share of tokens that are trained on."""
     part = parts.get("tip_memory", {})
     if "ours" not in part:
         return

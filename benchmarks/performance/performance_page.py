@@ -205,9 +205,9 @@ def step_notes(record: dict[str, Any]) -> Iterator[str]:
             share = max(reads, learns) / min(peer["peak_bytes"] for peer in peers)
             yield (
                 f"Weights, gradients, AdamW's moments and an idle process alone need "
-                f"{number('_bytes', reads)} while the teacher reads (all of it in memory) and "
-                f"{number('_bytes', learns)} while the student learns: **{share:.2f}** of TRL's "
-                "leanest, without a single activation. With the moments on disk they are not "
+                f"{number('_bytes', reads)} during the teacher forward (all of it in memory) and "
+                f"{number('_bytes', learns)} while the student is trained: **{share:.2f}** of "
+                "TRL's leanest, without a single activation. With the moments on disk they are not "
                 "resident memory; the kernel may keep their file in its cache until somebody needs "
                 "the room.\n"
             )

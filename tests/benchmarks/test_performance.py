@@ -125,7 +125,7 @@ def test_the_page_tells_misses_and_leaves_out_parts_without_results(tmp_path: Pa
     assert "/ TRL's leanest, peak memory | ≤ 0.6 | 0.50 | yes |" in text
     assert "| 10 | 10.00 | 3,072 MiB | 0.70 | 1.00 | 1.00 |" in text
     assert "attention alone take **0.40** of the time of TRL's fastest step" in text
-    assert "need 2,048 MiB while the teacher reads (all of it in memory)" in text
+    assert "need 2,048 MiB during the teacher forward (all of it in memory)" in text
     assert "**0.50** of TRL's leanest" in text
     assert "old" not in text
     assert "quick" not in text

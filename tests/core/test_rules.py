@@ -268,7 +268,7 @@ def test_bad_extras_are_never_kept_and_change_no_other_score(rule: str) -> None:
     [
         ({"rule": "teachability"}, r"rule 'teachability' needs token_stats\(..., extras="),
         ({"rule": "local_oracle"}, r"needs token_stats\(..., extras=\('local_oracle',\)\)"),
-        ({"rule": "soft_or_sample"}, "draws at random and needs `uniform`"),
+        ({"rule": "soft_or_sample"}, "samples at random and needs `uniform`"),
         ({"rule": "first_n"}, "rule 'first_n' needs `position`"),
         ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ({"correct_sampling": True}, "correct_sampling needs a rule that samples, got 'soft_or'"),

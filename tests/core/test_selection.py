@@ -252,7 +252,7 @@ def test_no_rows_keep_none(rule: str) -> None:
         ({"rule": "softor"}, "rule must be one of .*got 'softor'"),
         ({"scope": "token"}, "scope must be 'completion' or 'batch', got 'token'"),
         ({"normalization": "max"}, "normalization must be one of .*got 'max'"),
-        ({"rule": "random"}, "rule 'random' draws at random and needs `uniform`"),
+        ({"rule": "random"}, "rule 'random' samples at random and needs `uniform`"),
         ({"rule": "entropy_sample"}, "needs `uniform`"),
     ],
 )

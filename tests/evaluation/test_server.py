@@ -345,7 +345,7 @@ def test_a_field_that_the_server_does_not_know_is_left_out_and_told_once(
         client.complete([CHAT], 64)
     assert len(server.seen) == before + 6
     assert said == [
-        f"the server does not know {name}: requests go without" for name in ("top_k", "min_p")
+        f"the server does not take {name}: requests are sent without" for name in ("top_k", "min_p")
     ]
     assert not client.sent.keys() & {"top_k", "min_p"}
     assert client.sent["repetition_penalty"] == 1.0

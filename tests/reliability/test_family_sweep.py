@@ -18,7 +18,7 @@ spec.loader.exec_module(families_table)
 EXPECTED = {
     "bart": ("exact", "aligned"),
     "bert": ("refused", "layers between its backbone and its output embeddings"),
-    "bert-generation": ("refused", "tokens see what follows them"),
+    "bert-generation": ("refused", "tokens attend to what follows them"),
     "falcon_h1": ("exact", "plain"),
     "gemma3_text": ("exact", "plain"),
     "gpt2": ("exact", "plain"),
@@ -32,7 +32,7 @@ EXPECTED = {
     "qwen3": ("exact", "by hand"),
     "recurrent_gemma": ("exact", "recomputed"),
     "smolvlm": ("exact", "plain"),
-    "xlm": ("refused", "tokens see what follows them"),
+    "xlm": ("refused", "tokens attend to what follows them"),
     "xmod": ("refused", "cannot be run"),
 }
 """How a type is decoded, or why it is refused."""

@@ -101,7 +101,7 @@ def test_layers_between_backbone_and_head_are_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["xlm", "cpmant"])
 def test_models_that_see_what_follows_are_refused(kind: str) -> None:
-    with pytest.raises(ModelError, match="tokens see what follows them"):
+    with pytest.raises(ModelError, match="tokens attend to what follows them"):
         try_model(tiny(kind), "student 'x'", 259)
 
 

@@ -142,7 +142,7 @@ def _precision(found: Proposal, sizes: list[int], device: torch.device) -> None:
         found.warnings.append(
             f"weights, gradients and moments take about {needed / _GIB:.1f} GiB, and "
             f"{there_is / _ROOM / _GIB:.1f} GiB are free here. `tutelage check` plans the memory "
-            "and says what to turn"
+            "and says what to change"
         )
 
 
@@ -173,8 +173,8 @@ def _data(
     num_held_out = found.set("data.num_held_out", _num_held_out(prompts, data))
     if num_held_out < _FEWEST:
         found.warnings.append(
-            f"{num_held_out} of {len(prompts)} prompts are held out: an evaluation says something "
-            f"from {_FEWEST} on"
+            f"{num_held_out} of {len(prompts)} prompts are held out: intervals of an evaluation "
+            f"are useful from {_FEWEST} on"
         )
 
 

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, make_api: Callable[[], Any] = HfApi) -> i
     missing = [f"--{key.replace('_', '-')}" for key in named if not getattr(card.data, key)]
     if missing:
         raise RunError(
-            f"the card of {student} lacks what the hub shows of a model, which a run cannot know: "
+            f"the card of {student} lacks what the hub shows of a model, which no run records: "
             f"add {' and '.join(missing)}."
         )
     manifest = RunFolder(student.parent).read_manifest() or {"config": {}}

@@ -165,8 +165,8 @@ class GRPOObjective:
     clip_high: float = 0.2
     """How far it may rise above 1, above 0; 0.28 is DAPO's."""
     distillation_weight: float = 0.0
-    """Weight of the exact reverse KL to the teacher beside it, at least 0; with 0 steps read no
-    teacher unless selection or weighting need one, and divergences are not logged."""
+    """Weight of the exact reverse KL to the teacher beside it, at least 0; with 0 steps have
+    no teacher forward unless selection or weighting need one, and divergences are not logged."""
 
     def __post_init__(self) -> None:
         low, high, weight = self.clip_low, self.clip_high, self.distillation_weight

@@ -59,7 +59,7 @@ class StudentConfig:
     sharding: Literal["none", "fsdp2"] = "none"
     """Where several processes share a run: none keeps the weights, gradients and optimizer state
     whole in each; fsdp2 cuts them into as many parts, of which each process keeps one (torch's
-    FSDP2), and gathers weights for the draw, and layer by layer for a pass."""
+    FSDP2), and gathers weights for sampling, and layer by layer for a pass."""
     sharding_group_size: int = 0
     """Neighbouring processes that keep one copy of the weights between them; 0 is all. A smaller
     group, such as those of one host, gathers within itself and sums gradients with the others."""
@@ -79,7 +79,7 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen model that supervises, in the processes of the run."""
+    """The frozen model that the student is trained towards, in the processes of the run."""
 
     __pydantic_config__ = STRICT
     kind: Literal["local"] = field(default="local", kw_only=True)
@@ -101,12 +101,12 @@ class TeacherConfig:
     a side has several; refuse ends the run."""
     vocabulary: Literal["same", "aligned"] = "same"
     """aligned is a teacher with another tokenizer, byte-level or SentencePiece's: tokens that cover
-    the same characters on both sides are learned from, over the ids that both have."""
+    the same characters on both sides are trained on, over the ids that both have."""
     sharding: TeacherSharding = "none"
     """Where several processes share a run: none keeps the weights whole in each; fsdp2 cuts them
     into as many parts, of which each process keeps one, and gathers a layer while it is computed;
-    tp (tensor parallelism) cuts each layer's products, and the processes compute together what each
-    of them asks for, for architectures with a plan in transformers. The model is a folder or hub id
+    tp (tensor parallelism) cuts each layer's products, and each process computes its part for the
+    batches of all, for architectures with a plan in transformers. The model is a folder or hub id
     with safetensors; it gives no completions of its own to an evaluation."""
     sharding_group_size: int = 0
     """Neighbouring processes that keep one copy of the weights between them; 0 is all."""

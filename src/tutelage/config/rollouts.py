@@ -127,7 +127,7 @@ def require_rollouts(config: Config) -> None:
     is_single, hint = not isinstance(config.data, ConversationData), "Conversations are live."
     require(is_single, key, f"live with data.kind = {config.data.kind}", name, hint)
     is_ahead = isinstance(engine, VLLMServer) and bool(engine.max_staleness)
-    hint = "Stored rollouts are not drawn ahead."
+    hint = "Stored rollouts are not sampled ahead."
     require(not is_ahead, key, "live with engine.max_staleness = 1", name, hint)
     is_own = isinstance(rollouts, MixedRollouts) and not isinstance(engine, TransformersEngine)
     hint = "Mixed rollouts are sampled by engine.kind = transformers."

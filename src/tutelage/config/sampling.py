@@ -72,7 +72,7 @@ class VLLMEngine:
 
 @dataclass(frozen=True)
 class VLLMServer:
-    """vLLM servers in development mode, which read the student's weights before every step."""
+    """vLLM servers in development mode, which load the student's weights before every step."""
 
     __pydantic_config__ = STRICT
     kind: Literal["vllm_server"]
@@ -80,16 +80,16 @@ class VLLMServer:
     """Addresses of servers of the same model, the replicas, without a path, such as
     http://127.0.0.1:8000; a key comes from TUTELAGE_API_KEY."""
     folder: str = ""
-    """Folder for the weights of transfer folder; every replica must see it under the same name."""
+    """Folder for the weights of transfer folder, under the same name on every replica's host."""
     transfer: Literal["folder", "nccl"] = "folder"
     """How weights reach the replicas: by a file in the folder, or nccl, from this run's CUDA device
-    into theirs, for vLLM 0.32: better without a folder in memory that all hosts see."""
+    into theirs, for vLLM 0.32: better without a folder in memory that all hosts share."""
     min_replicas: int = 0
     """Replicas without which the run ends; with more, one that gives no usable reply is left out
     until the next start. 0: all of them."""
     max_staleness: Literal[0, 1] = 0
-    """1 samples the completions of a step by the weights that the step before begins with, while it
-    learns; 0 samples every step by the weights it begins with."""
+    """1 samples the completions of a step by the weights that the step before begins with, during
+    its update; 0 samples every step by the weights it begins with."""
     num_concurrent: int = 64
     """Completions that a process asks of one replica at the same time."""
     max_logprob_gap: float | None = None

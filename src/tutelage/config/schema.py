@@ -65,7 +65,7 @@ class LedgerData:
     """Sums in a prompt, 1 to 16; the shipped models are trained on 5."""
 
     def __post_init__(self) -> None:
-        count, hint = self.num_items, "The shipped models know 5."
+        count, hint = self.num_items, "The shipped models are trained on 5."
         require(1 <= count <= 16, "data.num_items", "from 1 to 16", count, hint)
 
 
@@ -296,7 +296,10 @@ class Config:
         require(is_free, "rollouts.teacher_states", "none with teachers", "another", hint)
         for name, teacher in (("", self.teacher), *self.teachers.items()):
             key = f"teachers.{name}" if name else "teacher"
-            rule, hint = "local or on a server with teachers", "It would teach some prompts alone."
+            rule, hint = (
+                "local or on a server with teachers",
+                "It would be the teacher of some prompts alone.",
+            )
             require(teacher.kind != "self", f"{key}.kind", rule, teacher.kind, hint)
             is_same = not isinstance(teacher, TeacherConfig) or teacher.vocabulary == "same"
             hint = "All teachers have the student's tokenizer."
@@ -309,8 +312,8 @@ class Config:
                 require(side.sharding == "none", f"{place}.sharding", rule, side.sharding, hint)
 
     def _require_self(self, teacher: SelfTeacher) -> None:
-        """What a student can teach itself."""
-        rule, hint = "none with teacher.kind = self", "It reads with whole weights."
+        """What a student that is its own teacher can be."""
+        rule, hint = "none with teacher.kind = self", "Its forward pass needs whole weights."
         sharding = self.student.sharding
         require(sharding == "none", "student.sharding", rule, sharding, hint)
         is_possible = not teacher.context or not isinstance(self.data, ConversationData)

@@ -119,7 +119,7 @@ class ExtremeTokens:
     __pydantic_config__ = STRICT
     rule: Literal["extreme_advantage"]
     end: Literal["max", "min", "both"] = "both"
-    """Where the teacher finds the token likelier than the student, less likely, or both."""
+    """Where the token is likelier for the teacher than for the student, less likely, or both."""
     keep: float = 0.0005
     """Fraction of each completion's tokens to train on at each end, in (0, 1]; at least one."""
     scope: Scope = "completion"

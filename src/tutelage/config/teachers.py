@@ -109,7 +109,7 @@ class HiddenServerTeacher(ServerTeacher):
 
 @dataclass(frozen=True)
 class LogprobServerTeacher(ServerTeacher):
-    """A teacher on a server that tells the likeliest ids of each token and their log-probabilities.
+    """A teacher on a server that gives the likeliest ids of each token and their log-probabilities.
 
     Prompts and completions leave this machine as token ids. All other ids share one bucket, so an
     objective is one of buckets (`topk`, EOPD's top-k forms) or of the sampled token; divergences
@@ -167,10 +167,10 @@ def require_known_ids(
     selection: SelectionConfig,
     weighting: WeightingConfig,
 ) -> None:
-    """Refuses a method that needs what a teacher of top-k log-probabilities does not tell."""
+    """Refuses a method that needs what a teacher of top-k log-probabilities does not give."""
     num = teacher.num_logprobs
-    given = f"with teacher.kind = 'logprob_server', which tells {num} ids of each token"
-    hint = "A local teacher or a hidden_server tells all."
+    given = f"with teacher.kind = 'logprob_server', which gives {num} ids of each token"
+    hint = "A local teacher or a hidden_server has all."
     instead = (
         'Use kind = "topk" with its tail bucket, "sampled", or "eopd" with estimator = "sampled" '
         'and fkl = "topk_tail".'
@@ -198,7 +198,7 @@ def require_known_ids(
     require(selection.rule not in NEED_ALL_IDS, "selection.rule", rule, selection.rule, hint)
     if isinstance(weighting, SelectKDWeighting):
         rule, key = "at least 5 with weighting.kind = selectkd", "teacher.num_logprobs"
-        require(num >= 5, key, rule, num, "It asks for the teacher's five likeliest ids.")
+        require(num >= 5, key, rule, num, "It needs the teacher's five likeliest ids.")
 
 
 AnyTeacher: TypeAlias = Annotated[

@@ -24,7 +24,7 @@ class VerifiersData(ConversationData):
     """Interpreter of an environment that has verifiers; None for this one's (extra verifiers)."""
     renderer: dict[str, Any] | None = None
     """The library's table of a renderer, such as {name = "qwen3"}; None takes the one that it
-    knows for the student's name, else its default one, which has no tools."""
+    has for the student's name, else its default one, which has no tools."""
     num_tasks: int = 0
     """Tasks of the taskset that are used, its first ones; 0 takes all, which needs an end."""
     num_held_out: int = 64

@@ -169,7 +169,7 @@ def _require_known(teacher: PartialLogits, terms: Sequence[Term]) -> None:
         )
         if not is_known:
             raise ValueError(
-                f"the teacher knows {teacher.k} ids of each row, got {type(term).__name__}. Use "
+                f"the teacher gives {teacher.k} ids of each row, got {type(term).__name__}. Use "
                 f"TopKForwardKL or TopKReverseKL with the teacher's support and k of at most "
                 f"{teacher.k}, or SampledReverseKL or ClippedPolicy."
             )

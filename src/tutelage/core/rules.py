@@ -316,7 +316,7 @@ def importance(
     if chosen.needs_teacher and not stats.has_teacher:
         raise ValueError(f"rule {name!r} compares with the teacher; give token_stats a teacher.")
     if chosen.is_random and uniform is None:
-        raise ValueError(f"rule {name!r} draws at random and needs `uniform`, one per row.")
+        raise ValueError(f"rule {name!r} samples at random and needs `uniform`, one per row.")
     if name == "first_n" and position is None:
         raise ValueError("rule 'first_n' needs `position`, one per row.")
     return chosen.score(stats, _context(stats, normalization, uniform, position, group))

@@ -226,7 +226,7 @@ class Server:
         new = [name for name in self._neutral if name in named]
         self._neutral = {k: v for k, v in self._neutral.items() if k not in named}
         if new:
-            self._log_once(f"the server does not know {', '.join(new)}: requests go without")
+            self._log_once(f"the server does not take {', '.join(new)}: requests are sent without")
         return True
 
     def _completion(

@@ -66,7 +66,7 @@ class MasterWeights:
                 if local(weight).data_ptr() != master.data_ptr():
                     raise RunError(
                         f"torch {torch.__version__} moved a weight in shards, {tuple(weight.shape)}"
-                        ", away from the memory that the optimizer updates: what it learned would "
+                        ", away from the memory that the optimizer updates: the updates would "
                         'be lost. Use another torch, or student.sharding = "none".'
                     )
                 master.grad = local(weight.grad)  # FSDP2 adds to it in place

@@ -61,7 +61,7 @@ def require_packed(model: PreTrainedModel, who: str, device: torch.device) -> No
     """
     if not use_own_attention(model):
         raise ConfigError(
-            'micro_batches = "packed" reads Llama, Mistral, Qwen2 and Qwen3 models with rotary '
+            'micro_batches = "packed" takes Llama, Mistral, Qwen2 and Qwen3 models with rotary '
             "positions that do not depend on length, in one dtype and without hooks, got the "
             f"{who}, a {type(model).__name__}. {_HINT}"
         )

@@ -114,7 +114,7 @@ def require_same_rows(batch: Batch, read: Batch, has_same_ids: bool = True) -> N
             if ours.shape == theirs.shape:
                 where = f"row {int((ours != theirs).nonzero()[0])}"
             raise RunError(
-                f"the teacher would read {read.num_rows} rows that differ in {name} from the "
-                f"{batch.num_rows} that the student learns from, at {where}. The completion behind "
-                "both prompts has to be the same."
+                f"the teacher would be given {read.num_rows} rows that differ in {name} from the "
+                f"{batch.num_rows} that the student is trained on, at {where}. The completion "
+                "behind both prompts has to be the same."
             )

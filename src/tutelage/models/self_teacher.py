@@ -115,7 +115,7 @@ class StudentAsTeacher:
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         if self._here is None:
-            raise RuntimeError("the teacher reads inside `with teacher.on_device()`.")
+            raise RuntimeError("the teacher's forward pass runs inside `with teacher.on_device()`.")
         own = [weight.data for weight, _ in self._pairs]
         try:
             for (weight, _), value in zip(self._pairs, self._here, strict=True):

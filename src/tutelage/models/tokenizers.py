@@ -276,7 +276,7 @@ def _encode_chat(
         if rendered == plain:
             raise ModelError(
                 f"prompt {prompt.id!r} has tools, which the chat template of "
-                f"{tokenizer.name_or_path!r} leaves out. Use a model that knows tools, or remove "
+                f"{tokenizer.name_or_path!r} leaves out. Use a model with tools, or remove "
                 "them from the data."
             )
     return encode_completion(tokenizer, rendered)

@@ -109,7 +109,9 @@ class AlignedSlots:
 
     refills = False
     hidden: Tensor
-    note = "reads prompts of each length by themselves, for padding would change what it computes"
+    note = (
+        "prefills prompts of each length by themselves, for padding would change what it computes"
+    )
 
     def __init__(self, model: PreTrainedModel, pad: int) -> None:
         self.model = model
@@ -232,8 +234,8 @@ def _first_exact(model: PreTrainedModel, pad: int, trial: _Trial) -> type[ModelS
             return form
         reason = f"hidden states differ by {gap:.2g} of their size"
     raise ModelError(
-        f"{type(model).__name__} cannot be decoded in batches: read with others it does not give "
-        f"what it gives alone ({reason.rstrip('.')}). Use another architecture."
+        f"{type(model).__name__} cannot be decoded in batches: beside others a sequence has "
+        f"other hidden states than alone ({reason.rstrip('.')}). Use another architecture."
     )
 
 

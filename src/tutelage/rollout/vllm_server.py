@@ -188,7 +188,7 @@ class VLLMServerSampler:
             raise BadReply("tokens that are no ids, or log-probabilities above 0")
         if max(tokens) >= self._num_ids:  # the server would draw it again
             raise ModelError(
-                f"the server drew the id {max(tokens)}, but the tokenizer's ids end at "
+                f"the server sampled the id {max(tokens)}, but the tokenizer's ids end at "
                 f"{self._num_ids - 1}: the student's head is padded beyond them. Nothing of this "
                 'batch was kept. Use engine.kind = "transformers", or cut the head to its ids.'
             )

@@ -120,7 +120,7 @@ def aligned_reading(
     if found < LEAST_ALIGNED:
         raise ModelError(
             f"only {found:.1%} of the tokens of the prompts are one token of the teacher's, less "
-            f"than {LEAST_ALIGNED:.0%}: too few would be learned from. Choose models with closer "
+            f"than {LEAST_ALIGNED:.0%}: too few would be trained on. Choose models with closer "
             "tokenizers."
         )
     return shared, reading

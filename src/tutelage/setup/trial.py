@@ -103,8 +103,8 @@ def _check_neighbours(
     if not gap <= rounding(model):
         raise ModelError(
             f"the {who} computes a sequence differently beside a longer one: hidden states of "
-            f"{type(model).__name__} differ by {gap:.2g} of their size, so tokens see what follows "
-            "them. Use a causal language model."
+            f"{type(model).__name__} differ by {gap:.2g} of their size, so tokens attend to what "
+            "follows them. Use a causal language model."
         )
     if not is_packed:
         return

@@ -117,7 +117,7 @@ def _refuse_teacher_draws(config: Config, num_processes: int) -> None:
     if num_processes > 1 and kind != "none" and measured.teacher and measured.num_problems:
         raise ConfigError(
             f"evaluation.teacher must be false with teacher.sharding = {kind!r}, got true: no "
-            "process has all of its weights to draw completions from."
+            "process has all of its weights to sample completions."
         )
 
 
@@ -239,8 +239,9 @@ def _refuse_ungraded(config: Config, inputs: Inputs) -> None:
 def _refuse_unread_states(config: Config) -> None:
     if stores_teacher(config.rollouts) and not needs_teacher(config):
         raise ConfigError(
-            "rollouts.teacher_states has no effect: steps that train on rewards alone read no "
-            'teacher. Set rollouts.teacher_states = "none" or objective.distillation_weight.'
+            "rollouts.teacher_states has no effect: steps that train on rewards alone have "
+            'no teacher forward. Set rollouts.teacher_states = "none" or '
+            "objective.distillation_weight."
         )
 
 

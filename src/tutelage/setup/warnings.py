@@ -59,7 +59,7 @@ def input_warnings(config: Config, inputs: Inputs, prompts: PromptStats) -> Iter
     if is_other and prompts.is_chat and not is_aligned(config):
         yield (
             "student and teacher have different chat templates; prompts are rendered with the "
-            "student's, which the teacher may not know"
+            "student's, which the teacher may not be trained on"
         )
 
 
@@ -206,7 +206,7 @@ def model_warnings(
         return
     elif config.student.num_layers is None and _is_same(config, student, teacher):
         yield (
-            "student and teacher have the same weights: there is nothing to learn. Choose "
+            "student and teacher have the same weights: the KL is 0 on every token. Choose "
             "another teacher.model"
         )
     elif (

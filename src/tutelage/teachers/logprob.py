@@ -106,7 +106,7 @@ class LogprobTeacher:
         places = ", ".join(self.config.urls)
         return (
             f"prompts and completions leave this machine: their token ids are sent to {places}",
-            f"the teacher tells {self.config.num_logprobs} ids of each token: divergences that are "
+            f"the teacher gives {self.config.num_logprobs} ids of each token: divergences that are "
             "logged are lower bounds, teacher_tail_mass is what they leave out",
         )
 

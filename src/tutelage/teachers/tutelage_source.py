@@ -140,7 +140,7 @@ def _described(url: str, content: bytes) -> _Described:
     described = parse(content, _Described)
     if described.version != VERSION:
         raise ModelError(
-            f"the server {url} speaks version {described.version[:20]!r} of the messages, this is "
+            f"the server {url} has version {described.version[:20]!r} of the messages, this is "
             f"{VERSION!r}. Use the same version of tutelage on both sides."
         )
     return described

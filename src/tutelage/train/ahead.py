@@ -54,7 +54,7 @@ class Ahead:
             self._begin(step, step - 1)
             found = self.known(step)
         if found is None:
-            raise ValueError(f"the draw that was begun is not that of step {step}.")
+            raise ValueError(f"the completions that were begun are not those of step {step}.")
         self._known = {step: found}
         if step < self._num_steps:
             self._begin(step + 1, step - 1)

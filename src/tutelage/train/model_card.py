@@ -39,7 +39,7 @@ def model_card(
         f"* Data: `{source}`; {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{samples} completions of at most {config.sampling.max_new_tokens} tokens, "
         f"{updates} updates a step.",
-        f"* Tokens that taught: {_values(selection)}.",
+        f"* Tokens trained on: {_values(selection)}.",
         f"* Objective: {_values(to_table(config)['objective'])}.",
         f"* Optimizer: {_values(to_table(config)['optimizer'])}.",
         f"* Seed {config.seed}; configuration fingerprint `{fingerprint(config)}`; "
@@ -63,8 +63,10 @@ def _teacher(config: Config) -> str:
     teacher = config.teacher
     if not isinstance(teacher, SelfTeacher):
         return f"teacher `{teacher.model}`"
-    told = f", which read beside every prompt `{teacher.context!r}`" if teacher.context else ""
-    return f"taught by itself with {teacher.weights} weights{told}"
+    told = (
+        f", with the context `{teacher.context!r}` beside every prompt" if teacher.context else ""
+    )
+    return f"its own teacher with {teacher.weights} weights{told}"
 
 
 def _header(config: Config) -> Iterator[str]:

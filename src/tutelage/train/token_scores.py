@@ -184,7 +184,7 @@ def refuse_unscored(config: Config, request: ScoreRequest) -> None:
     if unknown and any(isinstance(teacher, LogprobServerTeacher) for teacher in teachers):
         raise ConfigError(
             f"--rules {unknown[0]} needs every id of the teacher, got teacher.kind = "
-            "'logprob_server', which tells the likeliest. Leave it out, or use a local teacher or "
+            "'logprob_server', which gives the likeliest. Leave it out, or use a local teacher or "
             "a hidden_server."
         )
 

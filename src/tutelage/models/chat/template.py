@@ -170,7 +170,7 @@ def refuse_lost_turns(
         if is_lost:
             raise DataError(
                 f"prompt {prompt_id!r} has a message of the role {turn['role']!r}, which the chat "
-                f"template of {tokenizer.name_or_path!r} leaves out. Use a role that it knows."
+                f"template of {tokenizer.name_or_path!r} leaves out. Use a role that it has."
             )
 
 
