@@ -62,6 +62,7 @@ MODES: dict[str, list[str]] = {
     "report": ["report", "run"],
     "report figures": ["report", "run", "--figures", "d"],
     "compare runs": ["compare", "run", "run2"],
+    "compare page": ["compare", "run", "run2", "--html", "p.html"],
     "compare evaluations": ["compare", "e1", "e2"],
 }
 PLAIN = ("eval prompts", "eval file", "eval benchmark", "sample prompts")
@@ -167,6 +168,7 @@ def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: tuple[Any, 
     spy.replace(compare, "read_run", SimpleNamespace(with_config=lambda _: "run"))
     spy.replace(compare, "compare_records", Sampled())
     spy.replace(compare, "write_comparison", None)
+    spy.replace(compare, "follow", "page")
     spy.replace(compare, "write_evaluations", None)
     spy.replace(compare, "compare_evaluations", Sampled())
     spy.replace(check, "check", ["checked"])
@@ -245,6 +247,9 @@ def test_a_device_is_used_or_refused(spy: Spy, mode: str) -> None:
         (["score", str(LEDGER), "--keep", "50"], ("--keep must be in (0, 1]", "0.5 for 50 %")),
         (["report", "run", "--out", "x", "--figures", "y"], ("not allowed with",)),
         (["report", "run", "--follow", "--figures", "y"], ("Leave --follow out",)),
+        (["compare", "run", "run2", "--follow"], ("Name it with --html FILE",)),
+        (["compare", "run", "--html", "x", "--follow"], ("two runs, got 1 run",)),
+        (["compare", "e1", "e2", "--html", "x", "--follow"], ("got evaluations", "Leave")),
         (["train", str(LEDGER), "--num-steps", "4"], ("without dashes: num_steps=4",)),
         (["train", str(LEDGER), "--learning-rate=1"], ("optimizer.learning_rate=1",)),
         (["train", str(LEDGER), "--selection.keep", "1"], ("selection.keep=1",)),

@@ -220,6 +220,8 @@ def _compare(parser: Parser) -> None:
     parser.add_argument("run_folders", metavar="RUN", type=Path, nargs="+",
                         help="folders of runs, or all of them of eval --suite")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
+    text = "write the page anew while the runs train; it reloads itself"
+    parser.add_argument("--follow", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from tutelage.errors import ConfigError
 from tutelage.report.follow import follow
@@ -23,9 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _page(arguments: argparse.Namespace) -> str:
+    folder = arguments.run_folder
     if arguments.follow:
         try:
-            return str(follow(arguments.run_folder, arguments.out))
+            return str(follow([folder], partial(write_report, folder, arguments.out)))
         except KeyboardInterrupt:
             print()  # behind the ^C of a terminal; what follows no run loads itself no more
-    return str(write_report(arguments.run_folder, arguments.out))
+    return str(write_report(folder, arguments.out))

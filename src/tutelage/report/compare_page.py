@@ -24,13 +24,16 @@ from tutelage.report.rule_overlap import kept_tables
 from tutelage.report.token_viewer import keep_of, viewer_context
 
 
-def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: Path) -> None:
+def write_comparison(
+    comparison: Comparison, records: Sequence[RunRecord], out: Path, reload_s: int | None = None
+) -> None:
     """Write a page about several runs: tables, curves, and the views of their recorded tokens.
 
     Args:
         comparison: `compare_records(records)`.
         records: the runs, the baseline first.
         out: HTML file.
+        reload_s: seconds after which the page loads itself again, of runs that are followed.
 
     Raises:
         RunError: the page cannot be written.
@@ -54,6 +57,7 @@ def write_comparison(comparison: Comparison, records: Sequence[RunRecord], out: 
         "whiskers_of": "run",
         "tables": [tables[0], *kept_tables(runs), *tables[1:]],
         **panel_context(panels),
+        "reload_s": reload_s,
     }
     write_page(out, context)
 

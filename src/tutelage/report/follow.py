@@ -1,53 +1,55 @@
-"""A page that follows a run: written whenever the run's files have grown, until it has ended."""
+"""A page that follows runs: written whenever their files have grown, until they have ended."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tutelage.errors import RunError
-from tutelage.report.run_page import write_report
 
 LOGS = ("manifest.json", "metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "tokens.jsonl")
 RELOAD_S = 5
-"""How often the page loads itself again, and how often the run's files are looked at."""
+"""How often the page loads itself again, and how often the runs' files are looked at."""
 
 
 def follow(
-    run: Path,
-    out: Path | None = None,
+    runs: Sequence[Path],
+    write: Callable[[int | None], Path],
     log: Callable[[str], None] = print,
     wait: Callable[[float], None] = time.sleep,
 ) -> Path:
-    """Write the report of a run while it trains, and once more when its student is there.
+    """Write a page about runs while they train, and once more when their students are there.
 
     Args:
-        run: run folder, perhaps before its first step.
-        out: as for `write_report`.
-        log: receives one line when the page is there, and one when the run has ended.
+        runs: run folders, perhaps before their first step.
+        write: writes the page and returns its path, given the seconds after which the page loads
+            itself again; None for a page that does not.
+        log: receives one line when the page is there, and one when all runs have ended.
         wait: pauses for some seconds.
 
     Returns:
         The path of the page, which no longer reloads itself.
 
     Raises:
-        RunError: the folder is not there, holds a malformed line, or the page cannot be written.
+        RunError: a folder is not there, holds a malformed line, or the page cannot be written.
     """
-    if not run.is_dir():
-        raise RunError(f"{run} is not a folder. Name the output folder of a training run.")
-    seen: list[tuple[int, int]] = []
+    for run in runs:
+        if not run.is_dir():
+            raise RunError(f"{run} is not a folder. Name the output folder of a training run.")
+    one, some = ("the run", "the run has") if len(runs) == 1 else ("the runs", "the runs have")
+    seen: list[list[tuple[int, int]]] = []
     has_page = False
-    while not has_ended(run):
-        found = [_state(run / name) for name in LOGS]
-        if found != seen and all(size for size, _ in found[:2]):
-            page = write_report(run, out, RELOAD_S)
+    while not all(map(has_ended, runs)):
+        found = [[_state(run / name) for name in LOGS] for run in runs]
+        if found != seen and all(size for states in found for size, _ in states[:2]):
+            page = write(RELOAD_S)
             if not has_page:
-                log(f"{page} follows the run; Ctrl-C stops that and leaves the run alone")
+                log(f"{page} follows {one}; Ctrl-C stops that and leaves {one} alone")
             has_page, seen = True, found
         wait(RELOAD_S)
-    log("the run has ended")
-    return write_report(run, out)
+    log(f"{some} ended")
+    return write(None)
 
 
 def has_ended(run: Path) -> bool:

@@ -60,8 +60,6 @@ def write_report(run: Path, out: Path | None = None, reload_s: int | None = None
     record = read_run(run)
     page = _page_path(run, out)
     context = _context(record, panels_of(record)) | {"reload_s": reload_s}
-    if reload_s is not None:
-        context["notes"].append(f"The run is followed: this page is loaded every {reload_s} s.")
     write_page(page, context)
     return page
 
