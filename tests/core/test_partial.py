@@ -216,9 +216,9 @@ def test_the_sampled_objective_is_that_of_the_whole_teacher() -> None:
 
 def test_divergences_over_all_ids_are_refused() -> None:
     student, _, teacher = sides(4)
-    with pytest.raises(ValueError, match="knows 4 ids of each row"):
+    with pytest.raises(ValueError, match="gives 4 ids of each row"):
         distillation_objective(student, teacher)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="knows 4 ids of each row"):
+    with pytest.raises(ValueError, match="gives 4 ids of each row"):
         composite_objective(student, teacher, [(TopKReverseKL(5), 1.0)])
     with pytest.raises(ValueError, match="the teacher's support"):
         composite_objective(student, teacher, [(TopKReverseKL(2, "student"), 1.0)])

@@ -128,7 +128,7 @@ def test_an_id_beyond_the_tokenizer_fails_the_batch_at_once(
     sampler: ReplicaSampler, server: FakeVLLM
 ) -> None:
     server.change = lambda r: choice_of(r)["token_ids"].__setitem__(0, 10**6)
-    with pytest.raises(ModelError, match=r"sampled the id 1000000, .* end at \d+: .*padded") as caught:
+    with pytest.raises(ModelError, match=r"id 1000000, .* end at \d+: .*padded") as caught:
         sampler.sample(RolloutRequest(PROMPTS[:1], SamplingConfig(max_new_tokens=6), (0,)))
     assert "\n" not in str(caught.value)
     assert [path for path, _ in server.asked].count("/v1/completions") == 1
