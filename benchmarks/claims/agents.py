@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from claims_page import signed, table
+from claims_markdown import signed, table
 from claims_statistics import mean_interval
 from claims_verdicts import Comparison, overall
 from claims_work import digest, learn

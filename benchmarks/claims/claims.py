@@ -28,31 +28,42 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
+from claims_arms import TUNED, Loss
+from claims_controls import controls
 from claims_design import (
     DESIGNS,
     GRID,
+    LIMIT_CORE_MINUTES,
     SENSITIVITY_FACTORS,
     TUNING_SEEDS,
     Cell,
     Design,
+    Rates,
     as_table,
     cells,
+    losses_of,
     source,
     tuning_cells,
 )
 from claims_table import Record, Table, correlations, summary
 from claims_verdicts import judge, sensitivity
-from claims_work import do
+from claims_work import NUM_SAMPLES, do
 from tutelage.files.atomic import write_atomically
 from tutelage.setup.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_PUBLISHED = ("key", "problems", "tokens", "commit")
 """What the JSON leaves out of a cell: what a digest stands for, and what is noted once."""
+EARLIER = ROOT / "benchmarks" / "results" / "claims-earlier.json"
+"""Verdicts of the run before this design."""
 TIMES = ("cpu_s", "wall_s")
 """What differs from run to run."""
+
+
+Tuning: TypeAlias = dict[str, dict[Loss, dict[str, Any]]]
+"""By setting and loss: the chosen rate and the grid."""
 
 
 def working_file(design: Design) -> Path:
@@ -122,31 +133,41 @@ def complete(work: list[Cell], path: Path, num_workers: int) -> dict[str, Record
     return records
 
 
-def tuned(records: dict[str, Record], design: Design) -> dict[str, dict[str, Any]]:
-    """By setting: the rate with the lowest reverse KL of the all-token arm, and all of the grid.
+def tuned(records: dict[str, Record], design: Design) -> Tuning:
+    """By setting and loss: the rate with the lowest reverse KL of the all-token arm, and the grid.
 
     Reverse KL on held-out prompts is what that arm descends. Accuracy would choose for a student
     that is right already the rate that changes it least.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for setting in design.arms:
-        grid = {}
-        for rate in GRID:
-            mine = [
-                c for c in tuning_cells(design) if (c.setting, c.learning_rate) == (setting, rate)
-            ]
-            grid[rate] = {
-                metric: fmean(records[cell.key][metric] for cell in mine)
-                for metric in ("reverse_kl", "mean")
-            }
-        best = min(GRID, key=lambda rate: (grid[rate]["reverse_kl"], rate))
-        found[setting] = {"chosen": best, "grid": {str(rate): grid[rate] for rate in GRID}}
-    return found
+    table: dict[tuple[str, str, float], list[Record]] = {}
+    for cell in tuning_cells(design):
+        table.setdefault((cell.setting, cell.arm, cell.learning_rate), []).append(records[cell.key])
+    return {
+        setting: {loss: _best(table, setting, TUNED[loss]) for loss in losses_of(arms)}
+        for setting, arms in design.arms.items()
+    }
 
 
-def chosen_rates(tuning: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The learning rate of every setting."""
-    return {setting: entry["chosen"] for setting, entry in tuning.items()}
+def _best(
+    table: dict[tuple[str, str, float], list[Record]], setting: str, arm: str
+) -> dict[str, Any]:
+    grid = {
+        rate: {
+            metric: fmean(record[metric] for record in table[setting, arm, rate])
+            for metric in ("reverse_kl", "mean")
+        }
+        for rate in GRID
+    }
+    best = min(GRID, key=lambda rate: (grid[rate]["reverse_kl"], rate))
+    return {"chosen": best, "grid": {str(rate): figures for rate, figures in grid.items()}}
+
+
+def chosen_rates(tuning: Tuning, factor: float = 1.0) -> Rates:
+    """The learning rate of every setting and loss, times a factor."""
+    return {
+        setting: {loss: factor * entry["chosen"] for loss, entry in losses.items()}
+        for setting, losses in tuning.items()
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -174,14 +195,14 @@ def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
     found = [records[cell.key] for cell in work if cell.key in records]
     missing = [c for c in work if c.key not in records]
     tables = {
-        factor: Table(found, design.seeds, {name: factor * rate for name, rate in rates.items()})
+        factor: Table(found, design.sensitivity_seeds, chosen_rates(tuning, factor))
         for factor in sorted({1.0, *SENSITIVITY_FACTORS})
     }
-    table = tables[1.0]
+    table = Table(found, design.seeds, rates)
     worth = correlations(table)
     return {
         "environment": machine(),
-        "design": as_table(design),
+        "design": {**as_table(design), "num_samples": NUM_SAMPLES},
         "learning_rate": tuning,
         "tuning_seeds": TUNING_SEEDS,
         "not_run": [f"{c.setting}/{c.arm} seed {c.seed} at {c.learning_rate:g}" for c in missing],
@@ -192,6 +213,8 @@ def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
         "arms": summary(table, design),
         "sensitivity": sensitivity({str(factor): t for factor, t in tables.items()}),
         "token_worth": worth,
+        "controls": controls(found, design),
+        "earlier": json.loads(EARLIER.read_text(encoding="utf-8")),
         "cells": [{k: v for k, v in r.items() if k not in NOT_PUBLISHED} for r in found],
     }
 
@@ -203,6 +226,36 @@ def as_text(results: dict[str, Any]) -> str:
     return f'{head[:-2]},\n "cells": [\n  {lines}\n ]\n}}\n'
 
 
+def estimated_minutes(work: list[Cell], recorded: list[Record]) -> float:
+    """Core-minutes of cells by what such cells took when the published JSON was made.
+
+    Cells of a setting that has no record count as the mean of all that train.
+    """
+    of: dict[tuple[str, str], list[float]] = {}
+    for record in recorded:
+        of.setdefault((record["kind"], record["setting"]), []).append(record["cpu_s"])
+        if record["setting"]:
+            of.setdefault(("", ""), []).append(record["cpu_s"])
+
+    def seconds(cell: Cell) -> float:
+        kind = "arm" if cell.kind == "control" else cell.kind
+        return fmean(of.get((kind, cell.setting)) or of.get(("", "")) or [0.0])
+
+    return sum(map(seconds, work)) / 60
+
+
+def say_estimate(work: list[Cell], design: Design) -> None:
+    """Print what the cells that are left will take."""
+    todo = [cell for cell in work if cell.key not in finished(working_file(design))]
+    path = results_file(DESIGNS["full"])
+    recorded = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+    print(
+        f"{len(todo)} of {len(work)} cells to run, about {estimated_minutes(todo, recorded):.0f} "
+        f"core-minutes by earlier runs on an idle machine (limit {LIMIT_CORE_MINUTES})",
+        flush=True,
+    )
+
+
 def publish(records: dict[str, Record], design: Design) -> None:
     """Write the JSON; what a run before this one measured is replaced."""
     results_file(design).parent.mkdir(parents=True, exist_ok=True)
@@ -211,16 +264,18 @@ def publish(records: dict[str, Record], design: Design) -> None:
 
 
 def make_page(design: Design) -> None:
-    """Write docs/results/claims.md and its figures from the published JSON alone."""
+    """Write claims.md, its figures and why.md from the published JSON alone."""
     from claims_figures import draw_all
     from claims_page import page
+    from claims_why import why_page
 
     results = json.loads(results_file(design).read_text(encoding="utf-8"))
     docs = page_folder(design)
     (docs / "images").mkdir(parents=True, exist_ok=True)
     draw_all(results, docs / "images")
-    write_atomically(docs / "claims.md", page(results))
-    print(f"written to {docs / 'claims.md'}")
+    for name, text in (("claims.md", page(results)), ("why.md", why_page(results))):
+        write_atomically(docs / name, text)
+        print(f"written to {docs / name}")
 
 
 def verify(design: Design, count: int, num_workers: int) -> bool:
@@ -277,9 +332,12 @@ def main() -> None:
     if not arguments.page:
         path = working_file(design)
         if not arguments.judge:
+            guess = dict.fromkeys(design.arms, dict.fromkeys(TUNED, GRID[0]))
+            say_estimate([*tuning_cells(design), *cells(design, guess)], design)
             records = complete(tuning_cells(design), path, arguments.workers)
             rates = chosen_rates(tuned(records, design))
             print(f"learning rates: {rates}")
+            say_estimate(cells(design, rates), design)
             complete(cells(design, rates), path, arguments.workers)
         publish(finished(path), design)
     make_page(design)

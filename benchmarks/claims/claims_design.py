@@ -1,75 +1,92 @@
-"""What the claims benchmark runs: settings, arms, sizes, and the cells that follow from them."""
+"""What the claims benchmark runs: tasks, settings, sizes, and the cells that follow from them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tutelage
-from claims_rules import arms_of_claims
-from tutelage.config.method import EOPDObjective, KLObjective, ObjectiveConfig, SampledObjective
+from claims_arms import ARMS, BASELINES, TUNED, Arm, Loss, loss_of
+from claims_rules import BROAD, arms_of_claims
 from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
 from tutelage.config.parse import fingerprint
+from tutelage.config.rollouts import LiveRollouts, RolloutsConfig, StoredRollouts
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config, LedgerData
-from tutelage.config.selection import (
-    AllTokens,
-    RandomTokens,
-    SampledTokens,
-    SelectionConfig,
-    SomeTokens,
-)
 
-MAX_NEW_TOKENS = 64
-NUM_SAMPLES = 8
 Q3_CUTS_NATS = (0.5, 0.5)
 """Entropy and divergence at which the quadrants are cut; most tokens here have neither."""
-BUDGETS = (50, 20, 10)
-RULES = (
-    "random",
-    "entropy",
-    "entropy_sample",
-    "soft_or",
-    "soft_or_sample",
-    "q3",
-    "divergence",
-    "teachability",
-    "gradient_norm",
-    "local_oracle",
-    "local_gain",
-)
-SAMPLING_RULES = ("random", "entropy_sample", "soft_or_sample")
 GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-"""Learning rates tried on the all-token arm of every setting."""
+"""Learning rates tried on the all-token arm of every setting and kind of loss."""
 TUNING_SEEDS = (101, 102)
 """Not among the seeds of the comparison."""
 SENSITIVITY_FACTORS = (0.5, 2.0)
 """Multiples of a setting's learning rate at which some of its arms are run again."""
+CONTROL_SEEDS = 1000
+"""Seeds of the controls come after this one."""
+LIMIT_CORE_MINUTES = 150
+"""What the full benchmark may take of processor time."""
+PACKAGE = Path(tutelage.__file__).parent
 NOT_SOURCES = ("__main__.py", "cli.py", "commands", "integrations", "report")
 """Parts of the package that no cell runs; a cell's numbers depend on all others."""
+_OWN_SOURCES = ("choices", "probe", "work")
+"""Modules of the benchmark that cells are made with; arms and settings are in their keys."""
+
+Rates: TypeAlias = Mapping[str, Mapping[Loss, float]]
+"""The learning rate of every setting and kind of loss."""
+
+
+@dataclass(frozen=True)
+class TaskOfSetting:
+    """An embedded task with its teacher, and how long its completions may be."""
+
+    data: Any
+    teacher: str
+    max_new_tokens: int
+
+
+LEDGER = TaskOfSetting(LedgerData(), "ledger-teacher", 64)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A student, how many prompts a step has, and for how many steps it learns."""
+    """A task and student, how many prompts a step has, and for how many steps it learns."""
 
     name: str
     student: str
     prompts_per_step: int
     num_steps: int
+    task: TaskOfSetting = LEDGER
+
+
+SETTINGS = {
+    s.name: s
+    for s in (
+        Setting("overconfident", "ledger-overconfident", prompts_per_step=12, num_steps=16),
+        # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
+        Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
+        Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=12),
+    )
+}
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to learn."""
+class Controls:
+    """Arms that are compared with themselves under other seeds."""
 
-    name: str
-    selection: SelectionConfig
-    objective: ObjectiveConfig
+    setting: str
+    arms: tuple[str, ...]
+    num_cells: int
+    """Seeds of each of them."""
+
+    @property
+    def seeds(self) -> range:
+        """Not among the seeds of the comparison."""
+        return range(CONTROL_SEEDS + 1, CONTROL_SEEDS + 1 + self.num_cells)
 
 
 @dataclass(frozen=True)
@@ -78,15 +95,18 @@ class Design:
 
     name: str
     seeds: tuple[int, ...]
-    """Of every arm."""
-    more_seeds: tuple[int, ...]
-    """Of the arms that a claim compares, besides; seeds are what limits an interval."""
     num_problems: int
     num_probe_tokens: int
+    num_choice_prompts: int
+    """Prompts whose tokens every rule chooses from, at the first seed."""
     arms: dict[str, tuple[str, ...]]
     """Names of the arms of each setting."""
     sensitivity_arms: dict[str, tuple[str, ...]]
     """Names of the arms that are run at half and double the learning rate as well."""
+    sensitivity_seeds: tuple[int, ...]
+    choice_settings: tuple[str, ...]
+    """Settings in which the choices of rules are recorded."""
+    controls: Controls = field(default_factory=lambda: Controls("scarce", (), 0))
 
 
 @dataclass(frozen=True)
@@ -94,13 +114,14 @@ class Cell:
     """One piece of work, with everything its result depends on but the source."""
 
     kind: str
-    """arm, tune, probe, oscillation or bias."""
+    """arm, control, tune, probe, oscillation or bias."""
     setting: str
     arm: str
     seed: int
     learning_rate: float
     num_problems: int
-    num_probe_tokens: int = 0
+    num_probed: int = 0
+    """Tokens of a probe; of an arm the prompts whose tokens it chooses from."""
 
     @property
     def key(self) -> str:
@@ -113,9 +134,6 @@ class Cell:
         return "/".join([*(str(value) for value in asdict(self).values()), *run, source()])
 
 
-PACKAGE = Path(tutelage.__file__).parent
-
-
 @cache
 def source() -> str:
     """A short hash of the code and the models that cells are made with."""
@@ -125,7 +143,7 @@ def source() -> str:
 def sources() -> list[Path]:
     """The files that a cell's numbers depend on: what it runs, and the models with tokenizers."""
     here = Path(__file__).parent
-    own = [here / f"claims_{name}.py" for name in ("design", "probe", "work")]
+    own = [here / f"claims_{name}.py" for name in _OWN_SOURCES]
     code = [f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in NOT_SOURCES]
     models = [f for kind in ("json", "safetensors") for f in PACKAGE.glob(f"assets/*/*.{kind}")]
     return [*own, *sorted(code), *sorted(models)]
@@ -139,139 +157,116 @@ def digest_of(files: Iterable[Path]) -> str:
     return hashed.hexdigest()
 
 
-SETTINGS = {
-    s.name: s
-    for s in (
-        Setting("overconfident", "ledger-overconfident", prompts_per_step=12, num_steps=16),
-        # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
-        Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
-        Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=12),
-        Setting("small", "ledger-small", prompts_per_step=12, num_steps=12),
-    )
-}
-
-BASELINES = ("start", "teacher")
-"""Measured, never trained."""
-
-
-def _selection(rule: str, percent: int) -> SelectionConfig:
-    keep = percent / 100
-    if rule == "random":
-        return RandomTokens("random", keep)
-    if rule in SAMPLING_RULES:
-        return SampledTokens(rule, keep)  # type: ignore[arg-type]
-    return SomeTokens(rule, keep)  # type: ignore[arg-type]
-
-
-def _rule_arm(rule: str, percent: int, with_eopd: bool = False) -> Arm:
-    objective: ObjectiveConfig = EOPDObjective("eopd") if with_eopd else KLObjective()
-    suffix = "+eopd" if with_eopd else ""
-    return Arm(f"{rule}-{percent}{suffix}", _selection(rule, percent), objective)
-
-
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm("all", AllTokens(), KLObjective()),
-        *(_rule_arm(rule, percent) for percent in BUDGETS for rule in RULES),
-        _rule_arm("bottom", 50),
-        Arm("eopd", AllTokens(), EOPDObjective("eopd")),
-        Arm("opd_sampled", AllTokens(), SampledObjective("sampled")),
-        Arm("eopd_sampled", AllTokens(), EOPDObjective("eopd", "sampled", "topk_renorm")),
-        Arm("eopd_sampled_tail", AllTokens(), EOPDObjective("eopd", "sampled", "topk_tail")),
-        _rule_arm("soft_or", 50, with_eopd=True),
-        _rule_arm("q3", 10, with_eopd=True),
-    )
-}
-"""Every arm by name. `eopd_sampled` is the published form: renormalised top 16."""
+_REPEATED = ("all", "random-20", "soft_or-20", "probability_gap-20")
+"""What is run at other rates, with both losses."""
 
 FULL = Design(
     name="full",
-    seeds=(1, 2, 3, 4, 5),
-    more_seeds=(6, 7, 8),
+    seeds=(1, 2, 3, 4, 5, 6, 7, 8),
     num_problems=48,
     num_probe_tokens=150,
-    arms=dict.fromkeys(SETTINGS, tuple(ARMS)),
+    num_choice_prompts=48,
+    arms=arms_of_claims(),
     sensitivity_arms={
-        "overconfident": (
-            *("all", "entropy_sample-50", "random-50", "bottom-50"),
-            *("soft_or-10", "entropy-10", "q3-10", "divergence-10"),
-        ),
-        "collapsed": ("all", "eopd", "opd_sampled", "eopd_sampled"),
-        "small": ("all", "soft_or-50"),
+        "overconfident": (*_REPEATED, *(f"{arm}+sampled" for arm in _REPEATED)),
+        "collapsed": ("all", "eopd", "all+sampled", "eopd+sampled"),
     },
+    sensitivity_seeds=(1, 2, 3, 4, 5),
+    choice_settings=("overconfident",),
+    controls=Controls("scarce", ("all", "all+sampled", "random-10"), 80),
 )
 
 QUICK = Design(
     name="quick",
     seeds=(1, 2),
-    more_seeds=(),
-    num_problems=32,
+    num_problems=24,
     num_probe_tokens=30,
-    arms={**arms_of_claims(), "small": ("all",)},
-    sensitivity_arms={"overconfident": ("all", "q3-10", "divergence-10")},
+    num_choice_prompts=8,
+    arms=arms_of_claims(),
+    sensitivity_arms={},
+    sensitivity_seeds=(),
+    choice_settings=("overconfident",),
+    controls=Controls("scarce", ("all",), 8),
 )
 
 DESIGNS = {design.name: design for design in (QUICK, FULL)}
 
 
 def tuning_cells(design: Design) -> list[Cell]:
-    """The all-token arm of every setting at every learning rate of the grid."""
+    """The all-token arms of every setting at every learning rate of the grid."""
     return [
-        Cell("tune", setting, "all", seed, rate, design.num_problems)
-        for setting in design.arms
+        Cell("tune", setting, TUNED[loss], seed, rate, design.num_problems)
+        for setting, arms in design.arms.items()
+        for loss in losses_of(arms)
         for rate in GRID
         for seed in TUNING_SEEDS
     ]
 
 
-def cells(design: Design, rates: Mapping[str, float]) -> list[Cell]:
-    """All work after tuning; the arms of one setting and seed differ in nothing but the arm.
+def losses_of(arms: Iterable[str]) -> list[Loss]:
+    """The kinds of loss that arms are trained with."""
+    found = {loss_of(arm) for arm in arms}
+    return [loss for loss in TUNED if loss in found]
 
-    What verdicts rest on comes first, then arm after arm, then other learning rates, and the
-    further seeds last: a run that is cut off lacks whole arms, not a seed of every one.
+
+def cells(design: Design, rates: Rates) -> list[Cell]:
+    """All work after tuning; the arms of one setting, loss and seed differ in the arm alone.
+
+    Arm after arm, then other learning rates and the controls: a run that is cut off lacks whole
+    arms, not a seed of every one.
     """
 
-    def arm(setting: str, name: str, seed: int, factor: float = 1.0) -> Cell:
-        return Cell("arm", setting, name, seed, factor * rates[setting], design.num_problems)
+    def arm(setting: str, name: str, seed: int, factor: float = 1.0, kind: str = "arm") -> Cell:
+        is_recorded = (kind, seed, factor) == ("arm", design.seeds[0], 1.0)
+        probed = design.num_choice_prompts if setting in design.choice_settings else 0
+        rate = factor * rates[setting][loss_of(name)]
+        problems = design.num_problems
+        return Cell(kind, setting, name, seed, rate, problems, probed if is_recorded else 0)
 
-    claimed = [(setting, name) for setting, names in arms_of_claims().items() for name in names]
-    everything = [(s, name) for s, names in design.arms.items() for name in (*BASELINES, *names)]
-    first = dict.fromkeys([*claimed, *everything])
+    everything = dict.fromkeys(
+        (s, name) for s, names in design.arms.items() for name in (*BASELINES, *names)
+    )
     other_rates = [
         arm(setting, name, seed, factor)
         for setting, names in design.sensitivity_arms.items()
         for name in names
         for factor in SENSITIVITY_FACTORS
-        for seed in design.seeds
+        for seed in design.sensitivity_seeds
     ]
+    controls = design.controls
     return [
         *_probes(design),
-        *(arm(*which, seed) for which in first for seed in design.seeds),
+        *(arm(*which, seed) for which in everything for seed in design.seeds),
         *other_rates,
-        *(arm(*which, seed) for seed in design.more_seeds for which in claimed),
+        *(
+            arm(controls.setting, name, seed, kind="control")
+            for name in controls.arms
+            for seed in controls.seeds
+        ),
     ]
 
 
 def _probes(design: Design) -> list[Cell]:
     """Measurements that train no student: token values and the two toys."""
-    seeds, size = (*design.seeds, *design.more_seeds), design.num_probe_tokens
+    seeds, size = design.seeds, design.num_probe_tokens
     probes = [Cell("probe", "overconfident", "", seed, 0.0, 0, size) for seed in seeds]
     toys = [Cell(kind, "", "", seed, 0.0, 0) for kind in ("oscillation", "bias") for seed in seeds]
     return probes + toys
 
 
 def config_of(cell: Cell) -> Config:
-    """The run that a cell of kind arm or tune is a part of."""
+    """The run that a cell with a setting is a part of."""
     setting, arm = SETTINGS[cell.setting], ARMS.get(cell.arm, ARMS["all"])
-    package = "package:tutelage/assets"
+    package, task = "package:tutelage/assets", setting.task
     return Config(
         student=StudentConfig(f"{package}/{setting.student}"),
-        teacher=TeacherConfig(f"{package}/ledger-teacher"),
-        data=LedgerData(),
-        sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS),
+        teacher=TeacherConfig(f"{package}/{task.teacher}"),
+        data=task.data,
+        sampling=SamplingConfig(max_new_tokens=task.max_new_tokens),
         selection=arm.selection,
         objective=arm.objective,
+        weighting=arm.weighting,
+        rollouts=_rollouts(arm, setting),
         optimizer=OptimizerConfig(
             learning_rate=cell.learning_rate or GRID[0], schedule="linear", warmup_steps=2
         ),
@@ -288,7 +283,17 @@ def config_of(cell: Cell) -> Config:
     )
 
 
+def _rollouts(arm: Arm, setting: Setting) -> RolloutsConfig:
+    match arm.rollouts:
+        case "stored":
+            return StoredRollouts("stored")
+        case "prefix":
+            tokens, steps = setting.task.max_new_tokens // 4, setting.num_steps // 2
+            return LiveRollouts(teacher_prefix_tokens=tokens, teacher_prefix_steps=steps)
+    return LiveRollouts()
+
+
 def as_table(design: Design) -> dict[str, Any]:
     """The design as plain JSON values."""
     settings = {name: asdict(SETTINGS[name]) for name in design.arms}
-    return {**asdict(design), "settings": settings, "num_samples": NUM_SAMPLES, "grid": GRID}
+    return {**asdict(design), "settings": settings, "grid": GRID, "broad": BROAD}

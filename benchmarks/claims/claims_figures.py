@@ -10,7 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from claims_design import BUDGETS
+from claims_arms import BUDGETS, TUNED, Loss, loss_of
+from claims_markdown import SCALE
 from claims_verdicts import MARGIN, SHARE_MARGIN
 
 INK, GRID = "#3d4248", "#e3e5e8"
@@ -28,14 +29,12 @@ RULE_LOOKS = {
     "soft_or_sample": ("#0072B2", "h"),
     "q3": ("#009E73", "^"),
     "divergence": ("#D55E00", "v"),
-    "teachability": ("#CC79A7", "P"),
-    "gradient_norm": ("#56B4E9", "*"),
-    "local_oracle": ("#999999", "D"),
-    "local_gain": ("#999999", "p"),
+    "probability_gap": ("#CC79A7", "P"),
+    "influence": ("#56B4E9", "*"),
+    "lowest_logprob": ("#999999", "D"),
+    "extreme_advantage": ("#56B4E9", "p"),
 }
 MARGINS = {"matches": -MARGIN, "nearly": -MARGIN, "is_blind": SHARE_MARGIN}
-SCALE = {"points": 100.0}
-"""What a unit's numbers are multiplied by."""
 
 
 def draw_all(results: dict[str, Any], folder: Path) -> None:
@@ -127,25 +126,37 @@ def _sorted(triples: Any) -> list[tuple[float, float, float]]:
 
 
 def budgets(results: dict[str, Any]) -> Figure:
-    """mean@8 of every rule by budget, one panel a setting, with all tokens as a band."""
-    figure = Figure(figsize=(10.0, 7.0))
-    panels = figure.subplots(2, 2, gridspec_kw={"hspace": 0.35, "wspace": 0.2})
-    for axes, (setting, arms) in zip(panels.flat, results["arms"].items(), strict=True):
-        _budgets(axes, arms)
-        axes.set_title(setting, fontsize=10)
+    """mean@8 of every rule by budget, a panel for each setting and loss, all tokens as a band."""
+    panels_of = [
+        (setting, loss, arms)
+        for setting, arms in results["arms"].items()
+        for loss, name in TUNED.items()
+        if name in arms and any("-" in arm and loss_of(arm) == loss for arm in arms)
+    ]
+    rows = -(-len(panels_of) // 2)
+    figure = Figure(figsize=(10.0, 3.5 * rows))
+    grid = {"hspace": 0.35, "wspace": 0.2}
+    panels = figure.subplots(rows, 2, gridspec_kw=grid, squeeze=False)
+    for axes in panels.flat[len(panels_of) :]:
+        axes.set_axis_off()
+    for axes, (setting, loss, arms) in zip(panels.flat, panels_of, strict=False):
+        _budgets(axes, arms, loss)
+        axes.set_title(f"{setting}, {loss} loss", fontsize=10)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(0.91, 0.5))
     return figure
 
 
-def _budgets(axes: Axes, arms: dict[str, Any]) -> None:
-    value, low, high = arms["all"]["mean"]
+def _budgets(axes: Axes, arms: dict[str, Any], loss: Loss) -> None:
+    value, low, high = arms[TUNED[loss]]["mean"]
+    end = "" if loss == "exact" else "+sampled"
     axes.axhspan(100 * low, 100 * high, color=GRID)
     axes.axhline(100 * value, color=INK, linewidth=1, label="all tokens")
     axes.axhline(100 * arms["start"]["mean"][0], color=INK, linewidth=1, ls="--", label="start")
     for number, (rule, (color, marker)) in enumerate(RULE_LOOKS.items()):
         shift = 0.07 * (number - (len(RULE_LOOKS) - 1) / 2)
-        points = [(n, arms[f"{rule}-{n}"]["mean"]) for n in BUDGETS if f"{rule}-{n}" in arms]
+        names = {n: f"{rule}-{n}{end}" for n in BUDGETS}
+        points = [(n, arms[name]["mean"]) for n, name in names.items() if name in arms]
         if not points:
             continue
         x = [BUDGETS.index(n) + shift for n, _ in points]

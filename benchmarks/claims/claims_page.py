@@ -2,84 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from claims_figures import SCALE
+from claims_controls import PROMISED
+from claims_markdown import difference, percent, signed, table, unsigned
+from claims_text import CAVEATS, CUT, METHOD, SETTINGS
 from claims_verdicts import RESOLUTION
 
-CAVEATS = """\
-## Read this first
-
-* **The damage creates Q3 by construction.** The overconfident student was trained on wrong
-  arithmetic until it was sure of it. Confidently wrong tokens are what it has to unlearn, and rules
-  that look for them meet their best case.
-* **Small students are best cases.** The students are copies of the teacher (`small` apart): the
-  same architecture and nearly the same weights, damaged for a minute. Every token's lesson is
-  within reach. Real pairs are not so.
-* **This says nothing about large models.** It is one synthetic task, half a million parameters and
-  a few hundred rollouts. A verdict here is about the claim on this task; it neither confirms nor
-  refutes what anybody measured elsewhere.
-* **Learning rates are tuned on the all-token arm alone**, setting by setting and by one rule (the
-  lowest reverse KL on held-out prompts), and shared by all arms of the setting. A rule with a rate
-  of its own could do better; half and double are shown below. An earlier run shared one rate, tuned
-  by accuracy on `overconfident`, with a half and a quarter of it, set by hand, for `collapsed` and
-  `small`, and took 20 steps everywhere but in `scarce`; the rules of the verdicts have not changed
-  since.
-* **"Not supported" is of two kinds**, told apart in the column *reading*. *A tie* and *not ahead*
-  were measured: the interval leaves no room for a gain of {resolution}. *Too noisy to
-  say* means that the interval is wider than the margin which decides: the seeds are too few. *At
-  the limit*: narrower than that margin, and across the limit.
-* **Many comparisons are made.** {judged} are judged, and the tables of arms hold {listed} more
-  differences, none corrected for their number: one 95 % interval in twenty misses the truth, so
-  about {expected} of the judged ones may. A claim needs all of its comparisons, which errs on the
-  strict side for *supported*; a pair picked from the tables afterwards has no such protection.
-* **The rules of the verdicts were fixed before the runs**, in
-  `benchmarks/claims/claims_rules.py` and `claims_verdicts.py`; their history and the commit below
-  show it."""
-
-METHOD = """\
-## How it was measured
-
-All arms of a setting and seed share starting weights, prompts of every step and the random numbers
-of sampling; they differ in the loss alone. They take equal numbers of steps, so arms that keep
-fewer tokens train on fewer. Every arm is measured on the same {problems} held-out problems with
-{samples} completions each at temperature 1. Every arm has {seeds} seeds; arms that a verdict rests
-on have {more} more, because seeds, not problems, limit the intervals. Verdicts use all seeds that
-both arms have, tables of arms the {seeds} common ones.
-
-* **mean@8, pass@8**: a completion is right only if every step of it is.
-* **hidden start**: of the right completions only those count that begin with one particular item,
-  which the prompt does not tell. pass@8 then does not saturate and asks for varied work: a student
-  that knows one order solves one problem in five.
-* **distinct**: different right completions per problem among 8.
-* **reverse KL, forward KL, entropy**: nats, means over the tokens of the student's own completions
-  of the held-out problems; *high* forward KL: only where the teacher's entropy is at least 0.8.
-* **KL kept**: share of the batch's reverse KL on the kept tokens, mean over steps. Where it is
-  100 % at 50 %, rules differ only in which solved tokens they add.
-* **local_oracle** is TIP's local weight computed exactly: a step length, which ranks solved tokens
-  first. **local_gain** is what that step gains ([equations](../equations.md)).
-* **Q3**: entropy at most 0.5 and reverse KL above 0.5 nats; kept share at the first step.
-* **Intervals** are 95 %, bootstrapped over seeds and problems at once (for correlations: seeds and,
-  within them, tokens), or t where a figure has one number a seed. Differences are paired by seed
-  and problem.
-
-A comparison is *supported* or *contradicted* by one of four tests: **beats** (interval above or
-below 0), **matches** (interval above −2 points, or wholly below), **nearly** (at most 2 points
-below and the interval above −3 points; contradicted if wholly below −2) and **is_blind** (at most 5
-points above chance). A claim is supported when all of its comparisons are, contradicted here when
-at least one is contradicted and none supported, and not supported otherwise. What stands *beside* a
-claim is measured and judged likewise and does not count."""
-
-SETTINGS = {
-    "overconfident": "The main comparison.",
-    "scarce": "The harder setting: the same student with so few prompts and steps that pass@8 "
-    "cannot reach 1. (Longer ledgers are none: the teacher, taught on at most five items, fails on "
-    "six.)",
-    "collapsed": "A student that is right but knows one order of work, for the claims of EOPD.",
-    "small": "A narrower student trained from scratch.",
-}
 COLUMNS = (
     ("mean", "mean@8 %", 100.0, 1),
     ("pass", "pass@8 %", 100.0, 1),
@@ -93,18 +23,19 @@ COLUMNS = (
 
 def page(results: dict[str, Any]) -> str:
     """The whole page as Markdown."""
-    claims = results["claims"]
+    claims, design = results["claims"], results["design"]
     parts = [
-        "# Which claims hold on the embedded task?",
+        "# Which claims hold on the embedded tasks?",
         _introduction(results),
-        _verdicts(claims),
+        _verdicts(claims, list(design["arms"])),
+        _against(claims, results["earlier"]),
         _caveats(results),
         METHOD.format(
-            problems=results["design"]["num_problems"],
-            samples=results["design"]["num_samples"],
-            seeds=len(results["design"]["seeds"]),
-            more=len(results["design"]["more_seeds"]),
+            problems=design["num_problems"],
+            samples=design["num_samples"],
+            seeds=len(design["seeds"]),
         ),
+        _controls(results["controls"]),
         "## The claims one by one",
         *(_claim(name, claim) for name, claim in claims.items()),
         _token_worth(results["token_worth"]),
@@ -112,6 +43,7 @@ def page(results: dict[str, Any]) -> str:
         "![mean@8 by budget](images/claims-budgets.svg)",
         *(_setting(name, arms, results) for name, arms in results["arms"].items()),
         _learning_rates(results),
+        CUT.format(seeds=len(design["sensitivity_seeds"])),
         _provenance(results),
     ]
     return "\n\n".join(parts) + "\n"
@@ -135,43 +67,112 @@ def _introduction(results: dict[str, Any]) -> str:
             "`make claims` for the real one."
         )
     if results["not_run"]:
-        seeds = sorted({int(name.split(" seed ")[1].split()[0]) for name in results["not_run"]})
         note += (
-            f"\n\n**Cut short**: {len(results['not_run'])} runs are missing, of seeds "
-            f"{', '.join(map(str, seeds))}; the JSON names them."
+            f"\n\n**Cut short**: {len(results['not_run'])} runs are missing; the JSON names them."
         )
     return (
-        "Claims of two papers, TIP (token selection, T1 to T6) and EOPD (entropy-gated forward KL, "
-        "E1 to E5), tested with seeds, controls and intervals. This page is generated from "
+        "Claims about which tokens to train on and how: of TIP (T1 to T6), EOPD (E1 to E5), "
+        "DIAL-OPD (D1 to D4), IER-OPD (I1), Sparse OPD (S1), OPSA (O1, O2), Semi-OPD (F1), IDA-OPD "
+        "(A1), TrOPD (R1) and of earlier measurements of this project (P1 to P3), tested with "
+        "seeds, controls and intervals. By what the rules win or lose is on [a page of its "
+        "own](why.md). This page is generated from "
         f"`benchmarks/results/claims-{results['design']['name']}.json` by "
         "`python benchmarks/claims/claims.py --page`; do not edit it. TIP's claim about agents has "
         "[a page of its own](claims-agents.md)." + note
     )
 
 
-def _verdicts(claims: dict[str, Any]) -> str:
-    rows = []
-    for name, claim in claims.items():
-        count = Counter(c["verdict"] for c in claim["comparisons"])
-        tally = ", ".join(f"{n} {verdict}" for verdict, n in count.items())
-        readings = Counter(
-            c["reading"] for c in claim["comparisons"] if c["verdict"] == "not supported"
-        )
-        if readings:
-            tally += f" ({', '.join(f'{n} {reading}' for reading, n in readings.items())})"
-        contradicted = "; ".join(
-            c["label"] for c in claim["comparisons"] if c["verdict"] == "contradicted here"
-        )
-        head = f"[{name}](#{name.lower()})"
-        rows.append([head, claim["claim"], f"**{claim['verdict']}**", tally, contradicted])
-    heads = ["", "claim", "verdict", "comparisons", "contradicted parts"]
-    return "## Verdicts\n\n" + table(heads, rows)
+def _verdicts(claims: dict[str, Any], settings: Sequence[str]) -> str:
+    places = [*settings, "toy"]
+    rows = [
+        [
+            f"[{name}](#{name.lower()})",
+            claim["claim"],
+            f"**{claim['agreement']}**",
+            *(_in_setting(claim["verdicts"], place) for place in places),
+        ]
+        for name, claim in claims.items()
+    ]
+    heads = ["", "claim", "in all", *(f"`{place}`" for place in places)]
+    return (
+        "## Verdicts\n\n"
+        "One verdict a setting, with the exact loss and, behind *sampled*, with the loss of the "
+        "sampled token. *Settings disagree*: supported in one and contradicted in another.\n\n"
+        f"{table(heads, rows)}"
+    )
+
+
+def _in_setting(verdicts: dict[str, str], setting: str) -> str:
+    sampled = verdicts.get(f"{setting}, sampled loss")
+    found = [verdicts.get(setting), f"*sampled*: {sampled}" if sampled else None]
+    return "; ".join(text for text in found if text)
+
+
+def _against(claims: dict[str, Any], earlier: dict[str, Any]) -> str:
+    """What contradicts the papers and this project's earlier verdicts, by name."""
+    rows = [
+        [f"[{name}](#{name.lower()})", claim["source"], _by_verdict(claim["verdicts"])]
+        for name, claim in claims.items()
+    ]
+    changes = [
+        f"* [{name}](#{name.lower()}) in {place}: {before}, now {now}."
+        for name, verdicts in earlier["claims"].items()
+        for place, before in verdicts.items()
+        if (now := claims[name]["verdicts"].get(place)) not in (None, before)
+    ]
+    said = "\n".join(changes) or "Every verdict that was given then is the same now."
+    return (
+        "## Against what was published\n\n"
+        f"{table(['', 'who says so', 'here'], rows)}\n\n"
+        f"Against this project's own verdicts of {earlier['date']} (commit `{earlier['commit']}`; "
+        "five seeds, eight where claims rested on them; one rate for both losses):\n\n"
+        f"{said}"
+    )
+
+
+def _by_verdict(verdicts: dict[str, str]) -> str:
+    """The settings of each verdict, contradictions first."""
+    order = ("contradicted here", "supported", "not supported")
+    found = {v: [place for place, other in verdicts.items() if other == v] for v in order}
+    return "; ".join(
+        f"{'**contradicted**' if v == order[0] else v} in {' and '.join(places)}"
+        for v, places in found.items()
+        if places
+    )
+
+
+def _controls(found: dict[str, Any]) -> str:
+    rows = [
+        [f"`{row['arm']}`", row["metric"], *(percent(row[test]) for test in PROMISED),
+         f"{100 * row['matches_confirmed']:.0f} %"]
+        for row in found["rows"]
+    ]  # fmt: skip
+    rows.append(
+        ["**all**", "", *(f"**{percent(found['all'][test])}**" for test in PROMISED),
+         f"{100 * found['all']['matches_confirmed']:.0f} %"]
+    )  # fmt: skip
+    promised = ", ".join(f"{100 * p:g} % for *{test}*" for test, p in PROMISED.items())
+    heads = ["arm", "metric", *(f"{test}: false" for test in PROMISED), "matches: confirmed"]
+    return (
+        "## False verdicts\n\n"
+        f"Arms compared with themselves in `{found['setting']}`: {found['num_cells']} seeds each, "
+        f"of which {found['num_pairs']} pairs of {found['group_size']} against other "
+        f"{found['group_size']} were drawn and judged by the code of the verdicts "
+        f"({found['num_disjoint_pairs']} pairs share no cell). *False*: *beats* supported or "
+        "contradicted, *matches* contradicted; a 95 % interval promises at most "
+        f"{promised}. Intervals account for cells that pairs share. The two sides have different "
+        "prompts and samples, so that their differences vary more than those of paired arms: "
+        "the last column, how often *matches* would be supported, is the power for a true match "
+        f"without pairing.\n\n{table(heads, rows)}"
+    )
 
 
 def _claim(name: str, claim: dict[str, Any]) -> str:
+    verdicts = "; ".join(f"{place}: **{v}**" for place, v in claim["verdicts"].items())
     text = (
-        f"### {name}\n\n**{claim['claim']}** Verdict: **{claim['verdict']}**.\n\n"
-        f"Rule: {claim['rule']}\n\n{_comparisons(claim['comparisons'])}\n\n"
+        f"### {name}\n\n**{claim['claim']}** {verdicts}.\n\n"
+        f"Source: {claim['source']}\n\nRule: {claim['rule']}\n\n"
+        f"{_comparisons(claim['comparisons'])}\n\n"
         f"![Comparisons of {name}](images/claims-{name}.svg)"
     )
     if claim["beside"]:
@@ -186,13 +187,6 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
     ]
     heads = ["comparison", "difference [95 %]", "seeds", "test", "verdict", "reading"]
     return table(heads, rows)
-
-
-def difference(comparison: dict[str, Any]) -> str:
-    """A comparison's difference with its interval and unit."""
-    scale, i = SCALE.get(comparison["unit"], 1.0), comparison["interval"]
-    triple = [scale * i[key] for key in ("value", "low", "high")]
-    return f"{signed(triple, 1 if scale == 100 else 3)} {comparison['unit']}"
 
 
 def _token_worth(worth: dict[str, Any]) -> str:
@@ -223,13 +217,18 @@ def _token_worth(worth: dict[str, Any]) -> str:
 
 def _setting(name: str, arms: dict[str, Any], results: dict[str, Any]) -> str:
     setting = results["design"]["settings"][name]
-    rows = [[f"`{arm}`", *_figures(figures)] for arm, figures in arms.items()]
-    heads = ["arm", *(title for _, title, _, _ in COLUMNS)]
+    columns = [column for column in COLUMNS if column[0] in arms["start"]]
+    rows = [[f"`{arm}`", *_figures(figures, columns)] for arm, figures in arms.items()]
+    heads = ["arm", *(title for _, title, _, _ in columns)]
+    rates = " and ".join(
+        f"{entry['chosen']:g} ({loss} loss)"
+        for loss, entry in results["learning_rate"][name].items()
+    )
     heads += ["mean@8 − all", "mean@8 − random", "tokens trained", "KL kept", "Q3 kept"]
     return (
         f"### Setting `{name}`\n\n{SETTINGS[name]} Student `{setting['student']}`, "
         f"{setting['num_steps']} steps of {setting['prompts_per_step']} rollouts, learning rate "
-        f"{results['learning_rate'][name]['chosen']:g}, {len(results['design']['seeds'])} seeds. "
+        f"{rates}, {len(results['design']['seeds'])} seeds. "
         f"`start` is the student before training. {_against_start(arms)}\n\n{table(heads, rows)}"
     )
 
@@ -244,9 +243,9 @@ def _against_start(arms: dict[str, Any]) -> str:
     )
 
 
-def _figures(figures: dict[str, Any]) -> list[str]:
+def _figures(figures: dict[str, Any], columns: Sequence[tuple[str, str, float, int]]) -> list[str]:
     cells = [
-        unsigned([scale * x for x in figures[key]], digits) for key, _, scale, digits in COLUMNS
+        unsigned([scale * x for x in figures[key]], digits) for key, _, scale, digits in columns
     ]
     for name in ("minus_all", "minus_random"):
         cells.append(signed([100 * x for x in figures[name]["mean"]]) if name in figures else "")
@@ -261,11 +260,11 @@ def _figures(figures: dict[str, Any]) -> list[str]:
 def _learning_rates(results: dict[str, Any]) -> str:
     return (
         "## Learning rates\n\n"
-        "The all-token arm of every setting, with two seeds of their own: reverse KL on held-out "
-        f"prompts, which decides, and mean@8. Chosen in bold.{_edges(results)}\n\n"
+        "The all-token arm of every setting and loss, with two seeds of their own: reverse KL on "
+        f"held-out prompts, which decides, and mean@8. Chosen in bold.{_edges(results)}\n\n"
         f"{_grid(results)}\n\n"
         "The claims' differences again at half, once and double the setting's rate, where that was "
-        f"run ({len(results['design']['seeds'])} seeds; once: all seeds):\n\n"
+        f"run ({len(results['design']['sensitivity_seeds'])} seeds; once: all seeds):\n\n"
         f"{_sensitivity(results)}"
     )
 
@@ -273,8 +272,10 @@ def _learning_rates(results: dict[str, Any]) -> str:
 def _edges(results: dict[str, Any]) -> str:
     """Settings whose best rate may lie outside of what was tried."""
     found = [
-        f" `{setting}` takes the last of the rates on one side: its best may lie beyond."
-        for setting, entry in results["learning_rate"].items()
+        f" `{setting}` with the {loss} loss takes the last of the rates on one side: its best may "
+        "lie beyond."
+        for setting, losses in results["learning_rate"].items()
+        for loss, entry in losses.items()
         if entry["chosen"] in (min(map(float, entry["grid"])), max(map(float, entry["grid"])))
     ]
     return "".join(found)
@@ -282,14 +283,14 @@ def _edges(results: dict[str, Any]) -> str:
 
 def _grid(results: dict[str, Any]) -> str:
     rows = []
-    for setting, entry in results["learning_rate"].items():
-        row = [f"`{setting}`"]
-        for rate, figures in entry["grid"].items():
-            text = f"{figures['reverse_kl']:.3f} nats, {100 * figures['mean']:.1f} %"
-            row.append(f"**{text}**" if float(rate) == entry["chosen"] else text)
-        rows.append(row)
-    rates = next(iter(results["learning_rate"].values()))["grid"]
-    return table(["setting", *rates], rows)
+    for setting, losses in results["learning_rate"].items():
+        for loss, entry in losses.items():
+            row = [f"`{setting}`, {loss} loss"]
+            for rate, figures in entry["grid"].items():
+                text = f"{figures['reverse_kl']:.3f} nats, {100 * figures['mean']:.1f} %"
+                row.append(f"**{text}**" if float(rate) == entry["chosen"] else text)
+            rows.append(row)
+    return table(["setting", *(f"{rate:g}" for rate in results["design"]["grid"])], rows)
 
 
 def _sensitivity(results: dict[str, Any]) -> str:
@@ -314,24 +315,7 @@ def _provenance(results: dict[str, Any]) -> str:
         f"{versions}; source `{results['source']}`, commit "
         f"{', '.join(f'`{c[:12]}`' for c in results['commits'])}; {environment['date'][:10]}. "
         "The same seeds give the same numbers on the same kind of machine: "
-        "`python benchmarks/claims/claims.py --verify 4` runs four random cells again and compares "
-        "every number and a hash of the final weights. Every cell is in the JSON."
+        "`python benchmarks/claims/claims.py --verify 4` runs four random cells again (`--verify "
+        "all` every one) and compares every number and a hash of the final weights. Every cell is "
+        "in the JSON."
     )
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def signed(triple: Sequence[float], digits: int = 1) -> str:
-    """A difference with its sign and its interval."""
-    value, low, high = triple
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]".replace("-", "−")
-
-
-def unsigned(triple: Sequence[float], digits: int) -> str:
-    """A value with its interval."""
-    value, low, high = triple
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−")

@@ -21,6 +21,7 @@ from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components
+from tutelage.train.distributed import StepRows
 
 SCORES = (
     *("random", "entropy", "soft_or", "q3", "divergence", "forward_divergence"),
@@ -46,17 +47,24 @@ Values = dict[str, list[float]]
 
 def score(
     components: Components, rollouts: Sequence[Rollout], extras: Sequence[str] = ()
-) -> tuple[TokenStats, Tensor, Tensor]:
-    """Statistics of all tokens of rollouts, and each token's rollout and position."""
-    found, completion, position = [], [], []
+) -> StepRows:
+    """All tokens of rollouts with their statistics, by rollout and position."""
+    stats, completion, position, tokens = [], [], [], []
     for batch in micro_batches(rollouts, 64, pad_id(components.tokenizer)):
-        stats = components.student(
-            batch, components.teacher.to_device(components.teacher.forward(batch)), extras=extras
-        )
-        found.append(stats)
+        teacher = components.teacher.to_device(components.teacher.forward(batch))
+        stats.append(components.student(batch, teacher, extras=extras))
         completion.append(batch.completion)
         position.append(batch.position)
-    return TokenStats.cat(found), torch.cat(completion), torch.cat(position)
+        tokens.append(batch.tokens)
+    places = torch.cat(completion), torch.cat(position)
+    order = (places[0] * (1 + places[1].max()) + places[1]).argsort()
+    return StepRows(
+        TokenStats.cat(stats)[order],
+        places[0][order],
+        places[1][order],
+        torch.arange(len(order)),
+        torch.cat(tokens)[order],
+    )
 
 
 def probe(components: Components, config: Config, num_tokens: int) -> dict[str, Values]:
@@ -71,7 +79,8 @@ def probe(components: Components, config: Config, num_tokens: int) -> dict[str, 
     sampler = TransformersSampler(components.student.model, components.tokenizer, PROBE_PROMPTS)
     rollouts = sampler.sample(RolloutRequest(prompts, config.sampling, seed))
     extras = tuple(dict.fromkeys(name for rule in SCORES for name in RULES[rule].extras))
-    stats, completion, position = score(components, rollouts, extras)
+    rows = score(components, rollouts, extras)
+    stats, completion, position = rows.stats, rows.completion, rows.position
     uniform = counter_uniform((config.seed, 2), completion, position)
     drawn = uniform.argsort()[:num_tokens].sort().values
     noise = counter_uniform((config.seed, 3), completion, position)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from claims_design import BASELINES, RULES, Design
+from claims_arms import BASELINES, TUNED, loss_of, random_arm
+from claims_design import Design, Rates
 from claims_probe import SCORES
 from claims_statistics import CORRELATIONS, correlation_intervals, mean_interval
 from tutelage.evaluation.metrics import Interval
@@ -21,24 +22,23 @@ PER_PROBLEM = (
 )
 SHARES = ("mean", "pass", "hidden_mean", "hidden_pass", "kl_kept", "q3_kept_first")
 PER_SEED = ("tokens_trained", "kl_kept", "q3_kept_first")
-WITH_RANDOM_CONTROL = (*(rule for rule in RULES if rule != "random"), "bottom")
-"""Rules whose arms have a random arm of the same budget beside them."""
 
 
 class Table:
     """The finished cells of one design, each setting at one learning rate."""
 
-    def __init__(
-        self, records: Iterable[Record], seeds: Sequence[int], rates: Mapping[str, float]
-    ) -> None:
+    def __init__(self, records: Iterable[Record], seeds: Sequence[int], rates: Rates) -> None:
         self.seeds = tuple(seeds)
-        """Seeds that every arm has to have; arms of claims may have more."""
+        """Seeds that every arm has to have."""
         self._arms: dict[tuple[str, str], dict[int, Record]] = {}
         self._others: dict[str, dict[int, Record]] = {}
         for record in records:
-            if record["kind"] not in ("arm", "tune"):
+            if record["kind"] not in ("arm", "tune", "control"):
                 self._others.setdefault(record["kind"], {})[record["seed"]] = record
-            elif record["kind"] == "arm" and record["learning_rate"] == rates[record["setting"]]:
+            elif (
+                record["kind"] == "arm"
+                and record["learning_rate"] == rates[record["setting"]][loss_of(record["arm"])]
+            ):
                 arm = self._arms.setdefault((record["setting"], record["arm"]), {})
                 arm[record["seed"]] = record
 
@@ -57,6 +57,11 @@ class Table:
             raise KeyError(f"{setting}: {', '.join(arms)} lack seeds or are missing")
         found = [set(self._arms[setting, arm]) for arm in arms]
         return tuple(sorted(set.intersection(*found)))
+
+    def has_metric(self, setting: str, arm: str, metric: str) -> bool:
+        """Whether a metric is defined in a setting; a task may have no hidden starts."""
+        record = self._arms[setting, arm][self.seeds[0]]
+        return metric in record or metric in record["problems"]
 
     def values(self, setting: str, arm: str, metric: str, seeds: Sequence[int]) -> Tensor:
         """One number a seed and problem `[S, P]`, or a seed `[S, 1]` for what has no problems."""
@@ -96,12 +101,6 @@ def as_list(interval: Interval) -> list[float]:
     return [interval.value, interval.low, interval.high]
 
 
-def random_arm(arm: str) -> str | None:
-    """The random control with the same budget; None where an arm has none."""
-    rule, _, percent = arm.partition("-")
-    return f"random-{percent}" if rule in WITH_RANDOM_CONTROL and "+" not in arm else None
-
-
 def summary(table: Table, design: Design) -> dict[str, dict[str, Any]]:
     """Every arm's figures, and its differences to all tokens and to random tokens."""
     return {
@@ -115,15 +114,16 @@ def summary(table: Table, design: Design) -> dict[str, dict[str, Any]]:
 
 
 def _summary_of_arm(table: Table, setting: str, arm: str) -> dict[str, Any]:
-    metrics = PER_PROBLEM if arm in BASELINES else (*PER_PROBLEM, *PER_SEED)
-    found: dict[str, Any] = {m: as_list(table.interval(setting, arm, m)) for m in metrics}
-    others = {"minus_start": "start", "minus_all": "all", "minus_random": random_arm(arm)}
+    found: dict[str, Any] = {
+        m: as_list(table.interval(setting, arm, m))
+        for m in (*PER_PROBLEM, *(() if arm in BASELINES else PER_SEED))
+        if table.has_metric(setting, arm, m)
+    }
+    all_tokens = TUNED[loss_of(arm)]
+    others = {"minus_start": "start", "minus_all": all_tokens, "minus_random": random_arm(arm)}
     for name, other in others.items():
         if arm not in (*BASELINES, other) and other is not None and table.has(setting, other):
-            found[name] = {
-                m: as_list(table.difference(setting, arm, other, m, table.seeds))
-                for m in PER_PROBLEM
-            }
+            found[name] = {"mean": as_list(table.difference(setting, arm, other, "mean"))}
     return found
 
 

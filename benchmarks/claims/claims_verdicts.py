@@ -1,10 +1,10 @@
-"""One verdict a claim, by rules that were fixed before the runs.
+"""One verdict a claim and setting, by rules that were fixed before the runs.
 
-A claim is taken apart into comparisons (`claims_rules`). Each of them has a 95 % interval and is
-judged by one of four tests; the claim is *supported* when all of its comparisons are,
-*contradicted here* when at least one is contradicted and none supported, and *not supported*
-otherwise. No correction is made for the number of comparisons: a claim needs all of its own, which
-errs on the strict side.
+A claim is taken apart into comparisons (`claims_rules`), in groups of one setting and kind of loss.
+Each comparison has a 95 % interval and is judged by one of four tests. In a group the claim is
+*supported* when all comparisons are, *contradicted here* when at least one is contradicted and none
+supported, and *not supported* otherwise; where groups differ, that is said. No correction is made
+for the number of comparisons: a claim needs all of a group's, which errs on the strict side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from claims_probe import OSCILLATION_RATES
-from claims_rules import CLAIMS, Difference
+from claims_rules import CLAIMS, PROBED, TOY, Difference
 from claims_statistics import mean_interval
 from claims_table import Table
 from tutelage.evaluation.metrics import Interval
@@ -83,6 +83,8 @@ class Comparison:
     test: str
     interval: Interval
     num_seeds: int
+    group: str = ""
+    """What its verdict is about: a setting and kind of loss."""
 
     @property
     def verdict(self) -> Verdict:
@@ -100,8 +102,10 @@ class Comparison:
         return "too noisy to say" if i.high - i.low > least else "at the limit"
 
     def as_table(self) -> dict[str, Any]:
-        """Everything about it as plain JSON values."""
-        return {**asdict(self), "verdict": self.verdict, "reading": self.reading}
+        """Everything about it but its group as plain JSON values."""
+        table = asdict(self) | {"verdict": self.verdict, "reading": self.reading}
+        del table["group"]
+        return table
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
@@ -117,7 +121,25 @@ def compare(table: Table, d: Difference) -> Comparison:
     """The measured difference, over every seed that both of its arms have."""
     interval = table.difference(d.setting, d.a, d.b, d.metric)
     num_seeds = len(table.seeds_of(d.setting, d.a, d.b))
-    return Comparison(d.label, d.unit, d.test, interval, num_seeds)
+    return Comparison(d.label, d.unit, d.test, interval, num_seeds, d.group)
+
+
+def verdicts_of(comparisons: Iterable[Comparison]) -> dict[str, Verdict]:
+    """The verdict of each group of a claim's comparisons."""
+    groups: dict[str, list[Verdict]] = {}
+    for comparison in comparisons:
+        groups.setdefault(comparison.group, []).append(comparison.verdict)
+    return {group: overall(verdicts) for group, verdicts in groups.items()}
+
+
+def agreement(verdicts: Iterable[Verdict]) -> str:
+    """What all groups say of a claim, or that they disagree."""
+    found = set(verdicts)
+    if len(found) == 1:
+        return found.pop()
+    if {"supported", "contradicted here"} <= found:
+        return "settings disagree"
+    return "supported in part" if "supported" in found else "contradicted in part"
 
 
 def _worth(table: Table, correlations: dict[str, Any]) -> list[Comparison]:
@@ -128,6 +150,7 @@ def _worth(table: Table, correlations: dict[str, Any]) -> list[Comparison]:
             "beats",
             Interval(*correlations[f"{target}_{kind}"]["soft_or_minus"][rival]),
             len(table.probe_seeds),
+            PROBED,
         )
         for target in ("decrease", "gradient")
         for kind in ("spearman", "pearson")
@@ -147,6 +170,7 @@ def _oscillation(table: Table, when: str) -> list[Comparison]:
                 - table.seedwise("oscillation", f"{when}_peaked_{rate}")
             ),
             len(table.probe_seeds),
+            TOY,
         )
         for rate in OSCILLATION_RATES
     ]
@@ -165,7 +189,7 @@ def _bias(table: Table) -> list[Comparison]:
         "half of renorm's excess forward KL minus the tail's": cured,
     }
     return [
-        Comparison(label, "nats", "beats", mean_interval(values), len(values))
+        Comparison(label, "nats", "beats", mean_interval(values), len(values), TOY)
         for label, values in measured.items()
     ]
 
@@ -183,10 +207,13 @@ def judge(table: Table, correlations: dict[str, Any]) -> dict[str, dict[str, Any
             [compare(table, d) for d in claim.differences],
             [compare(table, d) for d in claim.beside if table.has(d.setting, d.a, d.b)],
         )
+        verdicts = verdicts_of(parts)
         judged[name] = {
             "claim": claim.text,
             "rule": claim.rule,
-            "verdict": overall(part.verdict for part in parts),
+            "source": claim.source,
+            "agreement": agreement(verdicts.values()),
+            "verdicts": verdicts,
             "comparisons": [part.as_table() for part in parts],
             "beside": [part.as_table() for part in beside],
         }

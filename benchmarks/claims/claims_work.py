@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from claims_design import MAX_NEW_TOKENS, NUM_SAMPLES, Cell, config_of
+from claims_arms import BASELINES
+from claims_choices import choices, own_choice
+from claims_design import Cell, config_of
 from claims_probe import bias, oscillation, probe, score
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
@@ -23,10 +28,14 @@ from tutelage.data.types import Prompt
 from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components, build_components
+from tutelage.setup.phases import no_phases
 from tutelage.train.metrics import HIGH_ENTROPY_NATS
 from tutelage.train.optimizer import learning_rate
 from tutelage.train.step import Step
+from tutelage.train.stored.fill import Fill, store_of
 
+NUM_SAMPLES = 8
+"""Completions of each held-out problem."""
 _EVALUATION_SEED = 424242
 _SAMPLES_SCORED = 2
 """Completions per problem whose tokens are compared with the teacher's distribution."""
@@ -40,7 +49,7 @@ def do(cell: Cell) -> dict[str, Any]:
     found: Mapping[str, Any]
     match cell.kind:
         case "probe":
-            found = probe(fresh(cell), config_of(cell), cell.num_probe_tokens)
+            found = probe(fresh(cell), config_of(cell), cell.num_probed)
         case "oscillation":
             found = oscillation(cell.seed)
         case "bias":
@@ -67,10 +76,16 @@ def learn_and_measure(cell: Cell) -> dict[str, Any]:
     components = fresh(cell)
     if cell.arm == "teacher":
         components.student.model = copy.deepcopy(components.teacher.model)
-    learned = {} if cell.arm in ("start", "teacher") else learn(components, config_of(cell))
-    problems = measure(components, cell.num_problems, cell.seed)
+    config = config_of(cell)
+    learned = {} if cell.arm in BASELINES else learn(components, config)
+    problems = measure(components, config, cell.num_problems)
     means = {name: fmean(values) for name, values in problems.items()}
-    return {**learned, **means, "weights": digest(components.student), "problems": problems}
+    found = {**learned, **means, "weights": digest(components.student), "problems": problems}
+    if cell.num_probed and cell.arm == "start":
+        found["choices"] = choices(components, config, cell.num_probed)
+    elif cell.num_probed and cell.arm not in BASELINES:
+        found["choices"] = own_choice(components, config, cell.num_probed)
+    return found
 
 
 def learn(components: Components, config: Config) -> dict[str, float]:
@@ -80,12 +95,12 @@ def learn(components: Components, config: Config) -> dict[str, float]:
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         weight_decay=config.optimizer.weight_decay,
     )
-    stepper = Step(config, components, Accelerator(cpu=True), components.student, optimizer)
     records = []
-    for step in range(1, config.num_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, config.num_steps)
-        records.append(stepper.take(step))
+    with stepping(components, config, optimizer) as stepper:
+        for step in range(1, config.num_steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, config.num_steps)
+            records.append(stepper.take(step))
     first, last = records[0], records[-1]
     return {
         "tokens_trained": sum(r["num_kept"] for r in records),
@@ -99,55 +114,88 @@ def learn(components: Components, config: Config) -> dict[str, float]:
     }
 
 
-def measure(components: Components, num_problems: int, seed: int) -> dict[str, list[float]]:
+@contextmanager
+def stepping(
+    components: Components, config: Config, optimizer: torch.optim.Optimizer
+) -> Iterator[Step]:
+    """Takes the steps of a run; rollouts that it stores lie in a folder that goes afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = store_of(config, Path(folder), {})
+        accelerator = Accelerator(cpu=True)
+        stepper = Step(config, components, accelerator, components.student, optimizer, store=store)
+        if store is not None:
+            fill = Fill(stepper, store, lambda: False, lambda _: None, no_phases)
+            fill.begin(1)
+            fill.run()
+        yield stepper
+
+
+def measure(components: Components, config: Config, num_problems: int) -> dict[str, list[float]]:
     """One value a held-out problem of every figure; the same problems and draws for every arm."""
     sampler = TransformersSampler(components.student.model, components.tokenizer, _EVALUATION_BATCH)
     sampling = SamplingConfig(num_samples=NUM_SAMPLES)
     problems = tuple(components.task.held_out(num_problems))
     result = run_benchmark(
-        Benchmark(components.task.name, problems, components.task.grade, MAX_NEW_TOKENS),
-        generate_with(sampler, sampling, (_EVALUATION_SEED, seed)),
+        Benchmark(
+            components.task.name, problems, components.task.grade, config.sampling.max_new_tokens
+        ),
+        generate_with(sampler, sampling, (_EVALUATION_SEED, config.seed)),
         NUM_SAMPLES,
     )
-    return {**graded(result), **compared(components, result)}
+    return {**graded(result, START.get(config.data.kind)), **compared(components, result)}
 
 
-def graded(result: Result) -> dict[str, list[float]]:
+def graded(result: Result, has_start: HasStart | None = None) -> dict[str, list[float]]:
     """Accuracy and diversity of every problem, plain and with a hidden start.
 
     Hidden start: of the right completions only those count that begin with one particular item,
     which the prompt does not tell. The teacher begins anywhere; a student that knows one order
     of work can only ever solve the problems whose hidden start is its own.
+
+    Args:
+        result: completions with verdicts.
+        has_start: whether a right completion begins as its prompt's hash wants; None for a task
+            without hidden starts.
     """
-    figures: dict[str, list[float]] = {
-        name: [] for name in ("mean", "pass", "hidden_mean", "hidden_pass", "distinct")
-    }
+    names = ["mean", "pass", "distinct", *(["hidden_mean", "hidden_pass"] if has_start else [])]
+    figures: dict[str, list[float]] = {name: [] for name in names}
     for first in range(0, len(result.rollouts), NUM_SAMPLES):
         mine = slice(first, first + NUM_SAMPLES)
         pairs = zip(result.rollouts[mine], result.is_correct[mine], strict=True)
         right = [r for r, is_correct in pairs if is_correct]
-        lucky = [r for r in right if r.text[0] == hidden_start(r.prompt)]
         figures["mean"].append(len(right) / NUM_SAMPLES)
         figures["pass"].append(float(bool(right)))
-        figures["hidden_mean"].append(len(lucky) / NUM_SAMPLES)
-        figures["hidden_pass"].append(float(bool(lucky)))
         figures["distinct"].append(float(len({r.completion_ids for r in right})))
+        if has_start:
+            lucky = sum(has_start(r.prompt, r.text) for r in right)
+            figures["hidden_mean"].append(lucky / NUM_SAMPLES)
+            figures["hidden_pass"].append(float(lucky > 0))
     return figures
 
 
-def hidden_start(prompt: Prompt) -> str:
-    """Letter of the item with which a completion has to begin; a hash of the prompt's name."""
+def one_of(prompt: Prompt, choices: Sequence[str]) -> str:
+    """One of several by a hash of the prompt's name."""
+    digest = hashlib.blake2b(prompt.id.encode(), digest_size=8).digest()
+    return choices[int.from_bytes(digest, "big") % len(choices)]
+
+
+def ledger_start(prompt: Prompt, text: str) -> bool:
+    """Whether a completion begins with the letter of the item that it has to begin with."""
     assert isinstance(prompt.content, str)
     letters = [item[0] for item in prompt.content.rstrip(";>").split(";")]
-    digest = hashlib.blake2b(prompt.id.encode(), digest_size=8).digest()
-    return letters[int.from_bytes(digest, "big") % len(letters)]
+    return text[0] == one_of(prompt, letters)
+
+
+HasStart: TypeAlias = Callable[[Prompt, str], bool]
+START: dict[str, HasStart] = {"ledger": ledger_start}
+"""Hidden starts by kind of data."""
 
 
 def compared(components: Components, result: Result) -> dict[str, list[float]]:
     """Mean over tokens, problem by problem, of divergences and entropy of the student's text."""
     rollouts = [r for r in result.rollouts if r.sample < _SAMPLES_SCORED]
-    stats, completion, _ = score(components, rollouts)
-    problem = completion // _SAMPLES_SCORED
+    rows = score(components, rollouts)
+    stats, problem = rows.stats, rows.completion // _SAMPLES_SCORED
     is_high = stats.teacher_entropy >= HIGH_ENTROPY_NATS
     everywhere = torch.ones_like(is_high)
     return {

@@ -14,7 +14,7 @@ from scipy import stats
 import claims_probe
 from claims_probe import bias, oscillation
 from claims_statistics import correlation_intervals, mean_interval, pearson, spearman
-from claims_work import graded, hidden_start
+from claims_work import graded, ledger_start
 from tutelage.core.counter import counter_uniform
 from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation.benchmark import Result
@@ -26,22 +26,18 @@ from tutelage.evaluation.scores import Scores
 
 def test_hidden_starts_are_spread_and_counted() -> None:
     prompts = [Prompt(f"p{i}", "e4+7;j7-6;n3+7;m0-6;b9*7;>", "0") for i in range(400)]
-    letters = [hidden_start(p) for p in prompts]
-    assert set(letters) == set("ejnmb")
+    letters = [next(x for x in "ejnmb" if ledger_start(p, f"{x}1")) for p in prompts]
     assert all(letters.count(x) > 50 for x in "ejnmb")
     wanted = letters[0]
     other = next(x for x in "ejnmb" if x != wanted)
     texts = [wanted, wanted, other, other, other, other, wanted, wanted]
     rollouts = [Rollout(prompts[0], i, (1,), (ord(t), i // 2), text=t) for i, t in enumerate(texts)]
     rows = [{"is_correct": i < 6} for i in range(8)]
-    found = graded(Result("toy", Scores(1, 8), rows, rollouts))
-    assert found == {
-        "mean": [0.75],
-        "pass": [1.0],
-        "hidden_mean": [0.25],
-        "hidden_pass": [1.0],
-        "distinct": [3.0],
-    }
+    result = Result("toy", Scores(1, 8), rows, rollouts)
+    plain = {"mean": [0.75], "pass": [1.0], "distinct": [3.0]}
+    assert graded(result) == plain
+    hidden = {"hidden_mean": [0.25], "hidden_pass": [1.0]}
+    assert graded(result, ledger_start) == plain | hidden
 
 
 def test_the_toy_tells_a_biased_objective_from_an_unbiased_one() -> None:

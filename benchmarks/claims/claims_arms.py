@@ -1,0 +1,100 @@
+"""The arms: ways to train that differ in method alone, by name.
+
+A name is what is kept and of how many percent of each completion, then what it is trained with:
+`soft_or-20` by the exact reverse KL, `soft_or-20+sampled` by the sampled token alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+from claims_choices import selection_of
+from tutelage.config.method import (
+    EOPDObjective,
+    KLObjective,
+    NoWeighting,
+    ObjectiveConfig,
+    SampledObjective,
+    WeightingConfig,
+)
+from tutelage.config.selection import AllTokens, SelectionConfig
+
+Loss: TypeAlias = Literal["exact", "sampled"]
+TUNED: dict[Loss, str] = {"exact": "all", "sampled": "all+sampled"}
+"""The arm on which the learning rate of each kind of loss is tuned."""
+BUDGETS = (50, 40, 20, 10, 5, 3, 1)
+"""Percent of each completion's tokens; at least one is kept."""
+BASELINES = ("start", "teacher")
+"""Measured, never trained."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    selection: SelectionConfig = field(default_factory=AllTokens)
+    objective: ObjectiveConfig = field(default_factory=KLObjective)
+    loss: Loss = "exact"
+    """Whose learning rate it takes: that of divergences, or of sampled tokens."""
+    weighting: WeightingConfig = field(default_factory=NoWeighting)
+    rollouts: Literal["live", "stored", "prefix"] = "live"
+    """prefix: the teacher samples the first tokens in the first half of the steps."""
+
+
+def _rule(rule: str, *budgets: int) -> list[Arm]:
+    return [Arm(f"{rule}-{n}", selection_of(rule, n)) for n in budgets]
+
+
+def _sampled(*arms: Arm) -> list[Arm]:
+    """The same with the loss of the sampled token alone."""
+    return [
+        replace(
+            arm,
+            name=f"{arm.name}+sampled",
+            loss="sampled",
+            objective=SampledObjective("sampled")
+            if isinstance(arm.objective, KLObjective)
+            else EOPDObjective("eopd", "sampled", "topk_renorm"),
+        )
+        for arm in arms
+    ]
+
+
+_ALL = Arm("all")
+_STORED = Arm("stored", rollouts="stored")
+_EOPD = Arm("eopd", objective=EOPDObjective("eopd"))
+_RANDOM = _rule("random", *BUDGETS)
+_GAP = _rule("probability_gap", 40, 20, 10)
+_SOFT_OR = _rule("soft_or", 50, 40, 20, 10, 3)
+_EXTREME = _rule("extreme_advantage", 1)
+_LOWEST = _rule("lowest_logprob", 20, 10)
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        *(_ALL, _STORED, _EOPD, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME, *_LOWEST),
+        *_rule("entropy", 50, 20, 10),
+        *_rule("entropy_sample", 50, 20, 10),
+        *_rule("soft_or_sample", 50, 20, 10),
+        *_rule("q3", 20, 10),
+        *_rule("divergence", 20, 10),
+        *_rule("bottom", 50),
+        *_sampled(_ALL, _STORED, _EOPD, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME, *_LOWEST),
+    )
+}
+"""Every arm by name. `eopd+sampled` is the published form: renormalised top 16."""
+
+
+def loss_of(arm: str) -> Loss:
+    """The kind of loss whose learning rate an arm takes; baselines take none."""
+    return ARMS[arm].loss if arm in ARMS else "exact"
+
+
+def random_arm(arm: str) -> str | None:
+    """The random control of the same budget and loss; None where an arm has none."""
+    body, plus, loss = arm.partition("+")
+    rule, _, percent = body.rpartition("-")
+    control = f"random-{percent}{plus}{loss}"
+    return control if rule != "random" and control in ARMS else None

@@ -1,0 +1,131 @@
+"""docs/results/why.md from the published JSON alone: what the rules keep, and how that moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from claims_markdown import table
+
+NUM_TEXTS = 6
+"""Texts that are named of each rule."""
+LEAST_COUNT = 10
+"""Tokens of a text below which its ratio is chance."""
+
+INTRODUCTION = """\
+# By what the rules win or lose
+
+Which tokens the rules keep of the same completions of one seed: {prompts} held-out prompts,
+completed by the student before training. Generated from `benchmarks/results/claims-{name}.json` by
+`python benchmarks/claims/claims.py --page`; do not edit it. Who wins is on [the page of the
+claims](claims.md); the formulas are in [the equations](../equations.md).
+
+* **KL, gradient**: share of all tokens' reverse KL, and of the norms of their logit gradients
+  (of the exact reverse KL), that lies on the kept ones.
+* **preferred**: texts of tokens by how many times as often the rule keeps them as it keeps any
+  token (texts of at least {least} tokens; ␣ is a space, ↵ a line break)."""
+
+
+def why_page(results: dict[str, Any]) -> str:
+    """The whole page as Markdown."""
+    design = results["design"]
+    parts = [
+        INTRODUCTION.format(
+            prompts=design["num_choice_prompts"], name=design["name"], least=LEAST_COUNT
+        )
+    ]
+    for setting in design["choice_settings"]:
+        cells = [c for c in results["cells"] if c["setting"] == setting and c.get("choices")]
+        start = next(c["choices"] for c in cells if c["arm"] == "start")
+        trained = {c["arm"]: c["choices"] for c in cells if c["arm"] != "start"}
+        parts += [
+            f"## Setting `{setting}`",
+            _kept(start),
+            _overlap(start["overlap"]),
+            _moved(start["rules"], trained),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _kept(start: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{rule}`",
+            *(_percent(found[f"{name}_kept"]) for name in ("tokens", "kl", "gradient")),
+            _preferred(found),
+        ]
+        for rule, found in start["rules"].items()
+    ]
+    heads = ["rule", "tokens", "KL", "gradient", "preferred"]
+    return (
+        "### What is kept at an equal budget\n\n"
+        f"20 % of each completion, {start['num_tokens']:,} tokens in all.\n\n{table(heads, rows)}"
+    )
+
+
+def _overlap(overlap: dict[str, dict[str, float]]) -> str:
+    rows = [
+        [f"`{a}`", *("" if a == b else f"{100 * share:.0f}" for b, share in others.items())]
+        for a, others in overlap.items()
+    ]
+    return (
+        "### How far the rules agree\n\n"
+        "Percent of the tokens that the rule of the row keeps which the rule of the column keeps "
+        f"too, at 20 %; the column of `random` is chance.\n\n"
+        f"{table(['', *(f'`{rule}`' for rule in overlap)], rows)}"
+    )
+
+
+def _moved(start: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+    """What each arm's own rule keeps after its own training, against before."""
+    rows = []
+    for arm, after in trained.items():
+        rule = arm.partition("+")[0].rpartition("-")[0]
+        before = start.get(rule)
+        alike = "" if before is None else _percent(_alike(before["texts"], after["texts"]))
+        rows.append(
+            [
+                f"`{arm}`",
+                *(_percent(after[f"{name}_kept"]) for name in ("tokens", "kl", "gradient")),
+                alike,
+                _preferred(after),
+            ]
+        )
+    heads = ["arm", "tokens", "KL", "gradient", "same texts as before", "preferred"]
+    return (
+        "### How the choice moves with training\n\n"
+        "What each arm's own rule keeps, at its own budget, of the completions of the same prompts "
+        "by the student that it trained. *Same texts as before*: by how much the texts of its kept "
+        "tokens overlap with those that the rule kept of the untrained student's at 20 % (the sum "
+        "over texts of the smaller share; budgets below 20 % differ for that reason too).\n\n"
+        f"{table(heads, rows)}"
+    )
+
+
+def _alike(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> float:
+    """The overlap of two choices' shares of texts, in [0, 1]."""
+    sums = [sum(kept for kept, _ in texts.values()) for texts in (before, after)]
+    return sum(
+        min(before[text][0] / sums[0], after[text][0] / sums[1]) for text in before.keys() & after
+    )
+
+
+def _preferred(found: Mapping[str, Any]) -> str:
+    """Texts whose tokens are kept most often for their number, with the ratio to any token's."""
+    rate = found["tokens_kept"]
+    ratios = {
+        text: kept / count / rate
+        for text, (kept, count) in found["texts"].items()
+        if count >= LEAST_COUNT and kept
+    }
+    best = sorted(ratios.items(), key=lambda item: (-item[1], item[0]))[:NUM_TEXTS]
+    return " · ".join(f"`{_shown(text)}` {ratio:.1f}" for text, ratio in best)
+
+
+def _shown(text: str) -> str:
+    """A token's text that cannot end a cell of a table or a line."""
+    return text.replace(" ", "␣").replace("\n", "↵").replace("|", "¦").replace("`", "ˋ") or "∅"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,165 @@
+"""Pages of the claims benchmark from the published JSON alone, and controls that can fail."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from claims_records import BRIEF, RATE, all_records, level
+
+import claims
+import claims_controls
+import claims_statistics
+from claims_controls import Pair, compared, rates, share_with_interval
+from claims_design import QUICK, Cell
+from claims_figures import draw_all
+from claims_page import page
+from claims_rules import CLAIMS
+from claims_why import why_page
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims_statistics, "NUM_RESAMPLES", 50)
+        patch.setattr(claims_controls, "NUM_PAIRS", 10)
+        short = partial(claims_statistics.correlation_intervals, num_resamples=5)
+        patch.setattr("claims_table.correlation_intervals", short)
+        claims_statistics._weights.cache_clear()
+        yield
+    claims_statistics._weights.cache_clear()
+
+
+def mixed(cell: Cell, name: str) -> float:
+    """Entropy sampling is worse than all tokens in one setting, and scattered in the other."""
+    is_late = cell.kind == "arm" and cell.learning_rate == 2 * RATE
+    if name == "mean" and cell.arm == "all" and is_late:
+        return 0.9
+    if (cell.arm, name) != ("entropy_sample-50", "mean"):
+        return level(cell, name)
+    return 0.2 if cell.setting == "overconfident" else 0.5 + 0.1 * (-1) ** cell.seed
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return claims.published(all_records(BRIEF, mixed), BRIEF)
+
+
+def test_the_page_is_made_from_the_json_alone(results: dict[str, Any]) -> None:
+    text = json.dumps(results)
+    made = page(json.loads(text))
+    for name, claim in CLAIMS.items():
+        assert f"### {name}\n" in made
+        assert claim.text in made
+        assert claim.source in made
+        assert f"images/claims-{name}.svg" in made
+    assert "creates Q3 by construction" in made
+    assert "says nothing about large models" in made
+    assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
+    order = ("## Verdicts", "## Against what was published", "## Read this first", "### T1")
+    places = [made.index(head) for head in order]
+    assert places == sorted(places)
+    assert text == json.dumps(json.loads(claims.as_text(results)))
+
+
+def test_the_page_names_contradictions_changes_and_what_is_noise(results: dict[str, Any]) -> None:
+    claim = results["claims"]["T1"]
+    assert claim["verdicts"] == {"overconfident": "contradicted here", "scarce": "not supported"}
+    assert claim["agreement"] == "contradicted in part"
+    assert [c["reading"] for c in claim["comparisons"]] == ["decided", "too noisy to say"]
+    made = page(results)
+    assert "**contradicted** in overconfident; not supported in scarce" in made
+    assert "* [T1](#t1) in overconfident: supported, now contradicted here." in made
+    assert "* [T1](#t1) in scarce" not in made
+
+
+def test_sensitivity_tells_a_verdict_that_hangs_on_the_rate(results: dict[str, Any]) -> None:
+    found = {e["label"]: e for e in results["sensitivity"]}
+    entry = found["mean@8, overconfident: probability_gap-20 minus all"]
+    verdicts = {factor: c["verdict"] for factor, c in entry["at"].items()}
+    assert verdicts["2.0"] == "contradicted here" != verdicts["1.0"]
+    assert {e["claim"] for e in results["sensitivity"]} >= {"D1", "D3", "E1", "E3"}
+
+
+def test_the_page_of_choices_names_what_rules_prefer(results: dict[str, Any]) -> None:
+    made = why_page(json.loads(json.dumps(results)))
+    line = next(line for line in made.splitlines() if line.startswith("| `soft_or` | 20 %"))
+    assert "`7` 2.0 · `a¦` 0.5 · `↵` 0.5" in line or "`7` 2.0" in line
+    assert "| `soft_or-20+sampled` | 20 % | 50 % | 40 % | 100 % |" in made
+    assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
+
+
+def test_the_quick_page_says_that_it_is_no_evidence(results: dict[str, Any]) -> None:
+    quick = {**results, "design": {**results["design"], "name": "quick"}}
+    assert "too few seeds" in page(quick)
+    assert "too few seeds" not in page(results)
+    places = (claims.results_file(QUICK), claims.page_folder(QUICK), claims.working_file(QUICK))
+    assert all(path.is_relative_to(claims.ROOT / "runs") for path in places)
+
+
+@pytest.mark.slow
+def test_the_same_json_draws_the_same_figures(results: dict[str, Any], tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        draw_all(json.loads(json.dumps(results)), tmp_path / folder)
+    drawn = sorted(tmp_path.glob("a/*.svg"))
+    assert len(drawn) == len(CLAIMS) + 1
+    assert all(f.read_bytes() == (tmp_path / "b" / f.name).read_bytes() for f in drawn)
+
+
+# --- controls -------------------------------------------------------------------------------------
+
+
+def test_controls_find_a_procedure_that_is_wrong_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(claims_controls, "NUM_PAIRS", 60)
+    honest = rates(compared("all", "mean", values, 4), 24)["beats"]
+    narrow = claims_statistics.Interval
+
+    def too_narrow(x: torch.Tensor) -> claims_statistics.Interval:
+        found = claims_statistics.mean_interval(x)
+        return narrow(found.value, found.value - 1e-6, found.value + 1e-6)
+
+    monkeypatch.setattr(claims_controls, "mean_interval", too_narrow)
+    wrong = rates(compared("all", "mean", values, 4), 24)["beats"]
+    assert honest[0] < 0.3 < 0.9 < wrong[0]
+    assert honest[1] <= honest[0] <= honest[2]
+
+
+def test_pairs_share_no_cell_between_their_sides_and_differ() -> None:
+    values = torch.arange(20.0, dtype=torch.float64)[:, None].expand(20, 3)
+    pairs = compared("all", "mean", values, 4)
+    assert all(len(pair.cells) == 8 for pair in pairs)
+    assert len({pair.cells for pair in pairs}) > 5
+    assert pairs == compared("all", "mean", values, 4)
+    same = {"beats": "not supported", "matches": "supported"}
+    assert not Pair("all", "mean", frozenset(), same).is_wrong("beats")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_interval_of_a_rate_covers_it_though_pairs_share_cells() -> None:
+    """Normal cells; a pair is wrong where the mean of its paired differences is far from 0."""
+    num_cells, size = 60, 6
+
+    def once(seed: int) -> list[float]:
+        cells = torch.randn(num_cells, generator=torch.Generator().manual_seed(seed))
+        rng = random.Random(seed)
+        pairs = []
+        for _ in range(400):
+            drawn = rng.sample(range(num_cells), 2 * size)
+            gaps = cells[drawn[:size]] - cells[drawn[size:]]
+            pairs.append((frozenset(drawn), bool(gaps.mean().abs() > gaps.std())))
+        return share_with_interval(pairs, num_cells)
+
+    found = [once(seed) for seed in range(60)]
+    truth = sum(share for share, _, _ in found) / len(found)
+    hits = sum(low <= truth <= high for _, low, high in found)
+    assert hits / len(found) >= 0.9
+    assert sum(high - low for _, low, high in found) / len(found) < 0.12
