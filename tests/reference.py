@@ -367,6 +367,13 @@ def advantages(rewards: Sequence[float], num_samples: int, is_scaled: bool) -> l
     return found
 
 
+def sharpening(entropies: Sequence[float]) -> list[float]:
+    """OPSA's advantages of the rows that train, from exact fractions."""
+    h = [Fraction(x) for x in entropies]
+    span = max(h) - min(h)
+    return [float(-Fraction(1, 2) - ((x - min(h)) / (2 * span) if span else 0)) for x in h]
+
+
 def policy(
     log_p: Tensor,
     tokens: Sequence[int],

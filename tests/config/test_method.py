@@ -67,8 +67,9 @@ OBJECTIVES = {
     "eopd_percentile": 'kind = "eopd"\ngate = "percentile"\nthreshold = 0.8',
     "grpo": 'kind = "grpo"',
     "grpo_teacher": 'kind = "grpo"\nscale = "none"\nclip_high = 0.28\ndistillation_weight = 0.5',
+    "opsa": 'kind = "opsa"\nclip = 0.1',
 }
-TEACHERLESS = ("grpo",)
+TEACHERLESS = ("grpo", "opsa")
 """Objectives of steps that read no teacher, with a rule and a weighting that need none."""
 WEIGHTINGS = {
     "none": 'kind = "none"',
@@ -212,7 +213,7 @@ COMBINATIONS = [
     ("divergence", "akl", "fire"),
     ("q3", "grpo", "none"),
     ("entropy", "grpo_teacher", "paced"),
-    ("lowest_logprob", "sampled", "none"),
+    ("lowest_logprob", "opsa", "paced"),
     ("probability_gap", "sampled", "ida"),
     ("extreme_advantage", "sampled", "none"),
     ("influence", "eopd", "selectkd"),
@@ -290,6 +291,7 @@ def test_metrics_hold_the_diagnostics(take: Callable[..., dict[str, Any]]) -> No
             "objective.distillation_weight must be at least 0, got -1.0.",
         ),
         ({"objective": 'kind = "grpo"\nclip = 0.2'}, "unknown key 'objective.clip'"),
+        ({"objective": 'kind = "opsa"\nclip = 0'}, "objective.clip must be above 0, got 0.0."),
         ({"objective": 'kind = "eopd"\nthreshold = -0.1'}, "at least 0 nats, got -0.1."),
         (
             {"objective": 'kind = "eopd"\ngate = "percentile"\nthreshold = 1.5'},
@@ -422,10 +424,11 @@ def test_the_grader_is_asked_about_truncated_completions(tiny_models: Path, tmp_
     assert metrics["change"] > 0  # if all were wrong, paced weights s(1 - s) would be 0
 
 
+@pytest.mark.parametrize("kind", TEACHERLESS)
 def test_states_of_a_teacher_that_no_step_reads_are_refused(
-    tmp_path: Path, tiny_models: Path
+    tmp_path: Path, tiny_models: Path, kind: str
 ) -> None:
-    changes = {"objective": {"kind": "grpo"}}
+    changes: dict[str, Any] = {"objective": {"kind": kind}}
     changes |= {"rollouts": {"source": "stored", "teacher_states": "float32"}}
     table = tiny_table(tiny_models, tmp_path / "run", **changes)
     with pytest.raises(ConfigError, match=r"rollouts\.teacher_states has no effect"):

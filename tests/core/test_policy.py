@@ -13,7 +13,12 @@ from torch import Tensor
 
 import reference
 from tutelage.core import Objective, composite_objective
-from tutelage.core.policy import ClippedPolicy, group_advantages, is_uniform
+from tutelage.core.policy import (
+    ClippedPolicy,
+    group_advantages,
+    is_uniform,
+    sharpening_advantages,
+)
 from tutelage.core.terms import ReverseKL, TopKForwardKL
 
 Make = Callable[..., Any]
@@ -190,3 +195,11 @@ def test_advantages_of_nothing_are_refused(
     rewards: Tensor = torch.ones(count)
     with pytest.raises(ValueError, match=message):
         group_advantages(rewards, num_samples, scale)
+
+
+@pytest.mark.parametrize("entropies", [[0.3, 2.0, 0.0, 1.1, 2.0], [0.7], [0.2, 0.2], []])
+def test_a_token_of_high_entropy_is_sharpened_most(entropies: list[float]) -> None:
+    found = sharpening_advantages(torch.tensor(entropies, dtype=torch.float64)).tolist()
+    assert found == pytest.approx(reference.sharpening(entropies) if entropies else [], abs=1e-12)
+    assert all(-1 <= a <= -0.5 for a in found)
+    assert found[1:2] == ([-1.0] if len(entropies) > 2 else [-0.5] * (len(entropies) > 1))

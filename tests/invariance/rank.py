@@ -37,6 +37,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fire": {"weighting": {"kind": "fire"}},
     "ida": {"weighting": {"kind": "ida"}, "objective": {"kind": "sampled"}},
     "grpo": {"objective": {"kind": "grpo", "clip_low": 0.05}, "updates_per_step": 2},
+    "opsa": {
+        "objective": {"kind": "opsa", "clip": 0.05},
+        "selection": {"rule": "lowest_logprob", "keep": 0.3},
+        "updates_per_step": 2,
+        "seed": 1,  # with others no completion of step 2 ends
+    },
+    "influence": {"selection": {"rule": "influence", "keep": 0.2, "scope": "batch"}},
     # Ranks need different numbers of micro-batches by themselves.
     "tokens": {"micro_batch_tokens": 40, "micro_batch_size": 64},
     "updates": {

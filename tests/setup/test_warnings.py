@@ -148,6 +148,18 @@ def test_a_usual_run_has_no_warning(tiny_models: Path, tmp_path: Path) -> None:
     assert said(config, "train") == []
 
 
+@pytest.mark.parametrize("rule", ["lowest_logprob", "entropy"])
+def test_a_student_is_sharpened_at_tokens_that_are_chosen_by_what_was_sampled(
+    tiny_models: Path, tmp_path: Path, rule: str
+) -> None:
+    changes = {"objective": {"kind": "opsa"}, "selection": {"rule": rule}}
+    changes |= {"teacher": {"model": str(tiny_models / "student")}}  # which no step reads
+    config = tiny_config(tiny_models, tmp_path / "run", num_steps=1, **changes, **EVALUATED)
+    found = said(config, "check")
+    assert len(found) == (rule == "entropy")
+    assert all("Set selection.rule = 'lowest_logprob'" in line for line in found)
+
+
 def test_rewards_may_have_the_student_itself_as_their_reference(
     tiny_models: Path, tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def test_a_server_of_another_model_is_one_line(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, r'objective.kind must be topk, sampled, eopd or grpo .* got kl\. Use kind = "topk"'),
+        ({}, r'objective.kind must be topk, .*, grpo or opsa .* got kl\. Use kind = "topk"'),
         ({"objective": TOPK | {"k": 9}}, "objective.k must be at most teacher.num_logprobs = 8"),
         ({"objective": TOPK | {"support": "student"}}, "objective.support must be teacher"),
         ({"objective": {"kind": "eopd"}}, "objective.estimator must be sampled"),

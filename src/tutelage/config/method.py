@@ -176,6 +176,23 @@ class GRPOObjective:
         require(weight >= 0, "objective.distillation_weight", "at least 0", weight, hint)
 
 
+@dataclass(frozen=True)
+class OPSAObjective:
+    """The student without a teacher: its sampled tokens lose probability, most where it is unsure.
+
+    Meant for the least likely tokens: selection.rule = "lowest_logprob" with keep = 0.2. Steps have
+    no teacher forward unless selection or weighting need one, and divergences are not logged.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["opsa"]
+    clip: float = 0.2
+    """ε of the clip, above 0; it binds from the second update of a step on."""
+
+    def __post_init__(self) -> None:
+        require(self.clip > 0, "objective.clip", "above 0", self.clip, "0.2 is usual.")
+
+
 ObjectiveConfig: TypeAlias = Annotated[
     KLObjective
     | JSDObjective
@@ -184,7 +201,8 @@ ObjectiveConfig: TypeAlias = Annotated[
     | TopKObjective
     | SampledObjective
     | EOPDObjective
-    | GRPOObjective,
+    | GRPOObjective
+    | OPSAObjective,
     Field(discriminator="kind"),
 ]
 
@@ -193,7 +211,7 @@ def needs_sampler(objective: ObjectiveConfig) -> bool:
     """Whether an objective compares the student with what sampled, by their log-probabilities."""
     if isinstance(objective, EOPDObjective):
         return objective.estimator == "sampled"
-    return isinstance(objective, SampledObjective | GRPOObjective)
+    return isinstance(objective, SampledObjective | GRPOObjective | OPSAObjective)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ _NAMES_OF_VALUES = {
     "sampled": ("k1",),
     "jsd": ("gkd",),
     "grpo": ("dapo", "dr_grpo", "policy_gradient", "rl"),
+    "opsa": ("sharpening", "self_sharpening", "teacher_free"),
     "soft_or": ("tip",),
     "all": ("none",),
     "none": ("off",),

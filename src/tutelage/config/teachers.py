@@ -12,6 +12,7 @@ from tutelage.config.method import (
     EOPDObjective,
     GRPOObjective,
     ObjectiveConfig,
+    OPSAObjective,
     SampledObjective,
     SelectKDWeighting,
     TopKObjective,
@@ -175,8 +176,8 @@ def require_known_ids(
         'Use kind = "topk" with its tail bucket, "sampled", or "eopd" with estimator = "sampled" '
         'and fkl = "topk_tail".'
     )
-    kinds = (TopKObjective, SampledObjective, EOPDObjective, GRPOObjective)
-    known = f"topk, sampled, eopd or grpo {given}"
+    kinds = (TopKObjective, SampledObjective, EOPDObjective, GRPOObjective, OPSAObjective)
+    known = f"topk, sampled, eopd, grpo or opsa {given}"
     require(isinstance(objective, kinds), "objective.kind", known, objective.kind, instead)
     if isinstance(objective, GRPOObjective):
         key, weight = "objective.distillation_weight", objective.distillation_weight

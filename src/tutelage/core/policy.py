@@ -143,6 +143,22 @@ def group_advantages(rewards: Tensor, num_samples: int, scale: str = "std") -> T
     return advantages.masked_fill(is_uniform(rewards, num_samples)[:, None], 0.0).flatten()
 
 
+def sharpening_advantages(entropy: Tensor) -> Tensor:
+    """``−½ − (H − min H)/(2 (max H − min H))`` of every row `[K]`, float64, in [−1, −½].
+
+    A token that is made less likely by it sharpens the student without any teacher. All rows have
+    −½ where their entropies are equal.
+
+    Args:
+        entropy: H of the rows to train on, of the global batch `[K]`, nats.
+
+    Source: OPSA (arXiv 2608.31046), for the tokens of the lowest log-probability.
+    """
+    h = entropy.double()
+    low, high = (h.min(), h.max()) if len(h) else (h.new_zeros(()), h.new_zeros(()))
+    return -0.5 - (h - low) / (2 * torch.where(high > low, high - low, 1.0))
+
+
 def is_uniform(rewards: Tensor, num_samples: int) -> Tensor:
     """Whether a prompt's completions all have one reward, so that none teaches anything `[P]`."""
     groups = rewards.view(-1, num_samples)

@@ -21,6 +21,7 @@ _OBJECTIVES = {
     "sampled": "reverse KL of the sampled tokens",
     "eopd": "entropy-aware (EOPD)",
     "grpo": "GRPO",
+    "opsa": "OPSA, without a teacher",
 }
 
 

@@ -19,6 +19,7 @@ from tutelage.config.method import (
     KLObjective,
     NoWeighting,
     ObjectiveConfig,
+    OPSAObjective,
     PacedWeighting,
     RewardWeighting,
     SampledObjective,
@@ -35,7 +36,7 @@ from tutelage.config.selection import (
     SelectionConfig,
 )
 from tutelage.core import RULES, TokenStats
-from tutelage.core.policy import ClippedPolicy, group_advantages
+from tutelage.core.policy import ClippedPolicy, group_advantages, sharpening_advantages
 from tutelage.core.rules import Rule, extreme_advantage, influence, probability_gap
 from tutelage.core.terms import (
     JSD,
@@ -60,6 +61,9 @@ from tutelage.errors import ConfigError
 DIAGNOSTICS = ("teacher_top_mass",)
 """Extra statistics that every step with a teacher reports."""
 
+_OF_SAMPLED_TOKENS = (SampledObjective, GRPOObjective, OPSAObjective)
+"""Objectives that need log p of the sampled tokens before the step, and nothing else of scoring."""
+
 ADVANTAGE = "advantage"
 """Name of the rows' advantages among the extra statistics of a step."""
 
@@ -77,11 +81,13 @@ def rule_of(selection: SelectionConfig) -> Rule:
 
 
 def needs_teacher(config: Config) -> bool:
-    """Whether steps read the teacher: all but those that train on rewards alone."""
+    """Whether steps read the teacher: all but those of rewards or of the student alone."""
     objective = config.objective
+    has_none = isinstance(objective, OPSAObjective) or (
+        isinstance(objective, GRPOObjective) and objective.distillation_weight == 0
+    )
     return not (
-        isinstance(objective, GRPOObjective)
-        and objective.distillation_weight == 0
+        has_none
         and not rule_of(config.selection).needs_teacher
         and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
     )
@@ -139,7 +145,7 @@ def scores_teacher(config: Config) -> bool:
     objective = config.objective
     looks_at_student = (
         not rule_of(config.selection).needs_teacher
-        and (_is_plain(objective) or isinstance(objective, SampledObjective | GRPOObjective))
+        and (_is_plain(objective) or isinstance(objective, _OF_SAMPLED_TOKENS))
         and isinstance(config.weighting, NoWeighting | PacedWeighting | RewardWeighting)
     )
     is_described = config.diagnostics == "all" and needs_teacher(config)
@@ -185,26 +191,35 @@ def row_weights(
 
 
 def with_advantages(
-    config: Config, stats: TokenStats, completion: Tensor, rewards: Sequence[float | None]
+    config: Config,
+    stats: TokenStats,
+    completion: Tensor,
+    rewards: Sequence[float | None],
+    kept: Tensor,
 ) -> TokenStats:
-    """The statistics, with each row's advantage where the objective takes rewards.
+    """The statistics, with each row's advantage where that is not the teacher's.
 
     Args:
         config: the run.
         stats: of all rows of the global batch.
         completion: completion index of each row `[N]`.
         rewards: of every completion of the step, a prompt's side by side.
+        kept: rows to train on `[K]`; the others have no advantage without a reward, and 0.
 
     Raises:
         ConfigError: the task did not grade every completion.
     """
-    objective = config.objective
-    if not isinstance(objective, GRPOObjective):
-        return stats
-    _require_grades(config, rewards)
-    table = torch.tensor(rewards, dtype=torch.float64, device=stats.entropy.device)
-    found = group_advantages(table, config.sampling.num_samples, objective.scale)
-    return replace(stats, extras={**stats.extras, ADVANTAGE: found[completion]})
+    match config.objective:
+        case GRPOObjective(scale=scale):
+            _require_grades(config, rewards)
+            table = torch.tensor(rewards, dtype=torch.float64, device=stats.entropy.device)
+            found = group_advantages(table, config.sampling.num_samples, scale)[completion]
+        case OPSAObjective():
+            found = torch.zeros_like(stats.entropy, dtype=torch.float64)
+            found[kept] = sharpening_advantages(stats.entropy[kept])
+        case _:
+            return stats
+    return replace(stats, extras={**stats.extras, ADVANTAGE: found})
 
 
 def _require_grades(config: Config, grades: Sequence[object]) -> None:
@@ -273,6 +288,9 @@ def row_terms(
             policy = ClippedPolicy(tokens, old_logprobs, stats.extras[ADVANTAGE], *bounds)
             teaching = [(ReverseKL(), w * objective.distillation_weight)]
             return [(policy, w), *(teaching if objective.distillation_weight else [])]
+        case OPSAObjective(clip=clip):
+            advantages = stats.extras[ADVANTAGE]
+            return [(ClippedPolicy(tokens, old_logprobs, advantages, clip, clip), w)]
         case SampledObjective(clip=clip):
             return [(SampledReverseKL(tokens, old_logprobs, clip), w)]
         case EOPDObjective() if not _is_plain(objective):

@@ -239,9 +239,9 @@ def _refuse_ungraded(config: Config, inputs: Inputs) -> None:
 def _refuse_unread_states(config: Config) -> None:
     if stores_teacher(config.rollouts) and not needs_teacher(config):
         raise ConfigError(
-            "rollouts.teacher_states has no effect: steps that train on rewards alone have "
-            'no teacher forward. Set rollouts.teacher_states = "none" or '
-            "objective.distillation_weight."
+            "rollouts.teacher_states has no effect: steps with objective.kind = "
+            f"{config.objective.kind!r} have no teacher forward. Set "
+            'rollouts.teacher_states = "none".'
         )
 
 

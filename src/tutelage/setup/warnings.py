@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tutelage.config.conversations import ConversationData
-from tutelage.config.method import GRPOObjective
+from tutelage.config.method import GRPOObjective, OPSAObjective
 from tutelage.config.models import TeacherConfig
 from tutelage.config.schema import Config, FileData
 from tutelage.config.selection import AllTokens, FirstTokens
@@ -32,6 +32,8 @@ _LARGE_RATE = 0.05
 _SMALL_RATE = 1e-8
 _SMALL_LORA_RATE = 1e-5
 _UNKNOWN_SHARE = 0.1
+_OF_SAMPLED_TOKENS = ("lowest_logprob", "probability_gap", "extreme_advantage")
+"""Rules whose score of a token depends on which one was sampled."""
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 
 
@@ -109,6 +111,12 @@ def _optimizer_warnings(config: Config) -> Iterator[str]:
 
 def _keep_warnings(config: Config) -> Iterator[str]:
     selection = config.selection
+    if isinstance(config.objective, OPSAObjective) and selection.rule not in _OF_SAMPLED_TOKENS:
+        yield (
+            f"objective.kind = 'opsa' with selection.rule = {selection.rule!r} lowers sampled "
+            "tokens whether they are likely or not, which has no effect on average. Set "
+            "selection.rule = 'lowest_logprob'"
+        )
     if isinstance(selection, AllTokens | FirstTokens):
         return
     tokens = config.sampling.max_new_tokens
@@ -199,10 +207,11 @@ def model_warnings(
             "generation_config.json"
         )
     yield from _stop_class_warnings(config, inputs.device, student)
-    by_rewards = isinstance(config.objective, GRPOObjective)  # the teacher may be its reference
+    # the teacher may be a reference, or unused
+    is_without = isinstance(config.objective, GRPOObjective | OPSAObjective)
     if isinstance(config.teacher, SelfTeacher):
         yield from _self_warnings(config, config.teacher, inputs.prompts, student)
-    elif by_rewards:
+    elif is_without:
         return
     elif config.student.num_layers is None and _is_same(config, student, teacher):
         yield (
@@ -247,7 +256,7 @@ def _self_warnings(
     Raises:
         ConfigError: what the teacher reads is longer than the student's positions.
     """
-    if not teacher.context and not isinstance(config.objective, GRPOObjective):
+    if not teacher.context and not isinstance(config.objective, GRPOObjective | OPSAObjective):
         when = "in every step" if teacher.weights == "live" else "in the first step, and later"
         yield (
             f"the teacher is the student with weights = {teacher.weights!r} and without a context: "

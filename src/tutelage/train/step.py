@@ -175,7 +175,7 @@ class Step:
     def teacher_forward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """The teacher's logits of every row, as hidden states; it may then leave the device.
 
-        A method that trains on rewards alone reads no teacher.
+        A method of rewards, or of the student, alone reads no teacher.
         """
         if not needs_teacher(self.config):
             return
@@ -362,17 +362,16 @@ class Step:
         verdicts, rewards = (
             ((), ()) if self.grades is None else (self.grades.verdicts, self.grades.rewards)
         )
-        stats = with_advantages(self.config, rows.stats, rows.completion, rewards)
-        rows = replace(rows, stats=stats)
-        weights = row_weights(self.config, stats, rows.completion, verdicts)
+        weights = row_weights(self.config, rows.stats, rows.completion, verdicts)
         chosen = self.choose(rows, step)
+        stats = with_advantages(self.config, rows.stats, rows.completion, rewards, chosen.rows)
         if len(stats) and chosen.num_nonfinite == len(stats):
             raise RunError(
                 f"the statistics of all {len(stats)} tokens of step {step} are not finite, so "
                 f"{culprit(self.config, stats)} gives logits that are not numbers. Check its "
                 "weights and dtype."
             )
-        return selection_of(self.config, rows, chosen, weights)
+        return selection_of(self.config, replace(rows, stats=stats), chosen, weights)
 
     def _by_teacher(self, selection: Selection, step: int) -> dict[str, Any]:
         if not self.config.teachers or self.config.diagnostics != "all":
