@@ -81,7 +81,7 @@ def rule_of(selection: SelectionConfig) -> Rule:
 
 
 def needs_teacher(config: Config) -> bool:
-    """Whether steps read the teacher: all but those of rewards or of the student alone."""
+    """Whether steps have a teacher forward: all but those of rewards or of the student alone."""
     objective = config.objective
     has_none = isinstance(objective, OPSAObjective) or (
         isinstance(objective, GRPOObjective) and objective.distillation_weight == 0

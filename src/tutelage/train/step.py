@@ -175,7 +175,7 @@ class Step:
     def teacher_forward(self, micro_batches: Sequence[MicroBatch]) -> None:
         """The teacher's logits of every row, as hidden states; it may then leave the device.
 
-        A method of rewards, or of the student, alone reads no teacher.
+        A method of rewards, or of the student, alone has no teacher forward.
         """
         if not needs_teacher(self.config):
             return
