@@ -158,7 +158,7 @@ bench-page: install  ## docs/results/performance.md from the newest results
 faults: install  ## how well the promises hold under faults, long; NAMES=masks for some
 	$(ONE_THREAD) $(BIN)/python -m reliability --jobs 2 $(NAMES)
 
-claims: install  ## which claims about TIP and EOPD hold here; CLAIMS=quick for a short check
+claims: install  ## which claims about tokens and losses hold here; CLAIMS=quick for a short check
 	$(ONE_THREAD) CLAIMS=$(CLAIMS) $(BIN)/python benchmarks/claims/claims.py
 	$(ONE_THREAD) $(BIN)/python benchmarks/claims/agents.py
 

@@ -12,9 +12,11 @@ from typing import Literal, TypeAlias
 from claims_choices import selection_of
 from tutelage.config.method import (
     EOPDObjective,
+    IDAWeighting,
     KLObjective,
     NoWeighting,
     ObjectiveConfig,
+    OPSAObjective,
     SampledObjective,
     WeightingConfig,
 )
@@ -70,18 +72,23 @@ _GAP = _rule("probability_gap", 40, 20, 10)
 _SOFT_OR = _rule("soft_or", 50, 40, 20, 10, 3)
 _EXTREME = _rule("extreme_advantage", 1)
 _LOWEST = _rule("lowest_logprob", 20, 10)
+_INFLUENCE = _rule("influence", 10, 1)
+_OPSA = Arm("opsa-20", selection_of("lowest_logprob", 20), OPSAObjective("opsa"), "sampled")
+_IDA = Arm("ida", weighting=IDAWeighting("ida"))
 
 ARMS = {
     arm.name: arm
     for arm in (
-        *(_ALL, _STORED, _EOPD, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME, *_LOWEST),
+        *(_ALL, _STORED, _EOPD, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME, *_INFLUENCE, *_LOWEST),
         *_rule("entropy", 50, 20, 10),
         *_rule("entropy_sample", 50, 20, 10),
         *_rule("soft_or_sample", 50, 20, 10),
         *_rule("q3", 20, 10),
         *_rule("divergence", 20, 10),
         *_rule("bottom", 50),
-        *_sampled(_ALL, _STORED, _EOPD, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME, *_LOWEST),
+        *_sampled(_ALL, _STORED, _EOPD, _IDA, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME),
+        *_sampled(*_INFLUENCE, *_LOWEST),
+        _OPSA,
     )
 }
 """Every arm by name. `eopd+sampled` is the published form: renormalised top 16."""

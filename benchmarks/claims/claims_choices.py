@@ -16,6 +16,7 @@ from tutelage.config.selection import (
     AllTokens,
     ExtremeTokens,
     GapTokens,
+    InfluenceTokens,
     RandomTokens,
     SampledTokens,
     SelectionConfig,
@@ -33,7 +34,7 @@ COMPARED_PERCENT = 20
 """Budget at which the choices of all rules are compared."""
 COMPARED_RULES = (
     *("random", "entropy", "soft_or", "q3", "divergence", "probability_gap", "extreme_advantage"),
-    *("lowest_logprob", "teachability", "gradient_norm", "local_gain"),
+    *("influence", "lowest_logprob", "teachability", "gradient_norm", "local_gain"),
 )
 _SAMPLING_SEED = 5
 """Keeps the completions apart from those of steps and probes."""
@@ -52,6 +53,8 @@ def selection_of(rule: str, percent: int) -> SelectionConfig:
             return GapTokens("probability_gap", keep=keep)
         case "extreme_advantage":
             return ExtremeTokens("extreme_advantage", "both", keep / 2)
+        case "influence":
+            return InfluenceTokens("influence", keep=keep)
         case _ if rule in SAMPLING_RULES:
             return SampledTokens(rule, keep)  # type: ignore[arg-type]
     return SomeTokens(rule, keep)  # type: ignore[arg-type]

@@ -249,12 +249,10 @@ def _figures(figures: dict[str, Any], columns: Sequence[tuple[str, str, float, i
     ]
     for name in ("minus_all", "minus_random"):
         cells.append(signed([100 * x for x in figures[name]["mean"]]) if name in figures else "")
-    if "tokens_trained" in figures:
-        cells.append(f"{figures['tokens_trained'][0]:,.0f}")
-        cells += [f"{100 * figures[name][0]:.0f} %" for name in ("kl_kept", "q3_kept_first")]
-    else:
-        cells += ["", "", ""]
-    return cells
+    trained = figures.get("tokens_trained")
+    cells.append(f"{trained[0]:,.0f}" if trained else "")
+    shares = (figures.get(name) for name in ("kl_kept", "q3_kept_first"))
+    return [*cells, *(f"{100 * share[0]:.0f} %" if share else "" for share in shares)]
 
 
 def _learning_rates(results: dict[str, Any]) -> str:

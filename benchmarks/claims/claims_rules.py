@@ -227,6 +227,16 @@ CLAIMS: dict[str, Claim] = {
             for d in _both(BROAD, f"probability_gap-{n}", f"soft_or-{n}", "beats")
         ),
     ),
+    "I1": Claim(
+        "The 1 % of tokens with the largest influence match all tokens.",
+        "One token of each completion, chosen by influence, is as good as all.",
+        "IER-OPD (arXiv 2609.24432): budgets of 0.1 to 1 % match all tokens.",
+        _both(BROAD, "influence-1", "all", "matches"),
+        (
+            *_both(BROAD, "influence-10", "all", "matches"),
+            *_both(BROAD, "influence-1", "random-1", "beats"),
+        ),
+    ),
     "S1": Claim(
         "The two tokens of extreme advantage match all tokens and beat one or two random ones.",
         "One token at each end of a completion: as good as all, better than one random token and "
@@ -239,11 +249,37 @@ CLAIMS: dict[str, Claim] = {
             *_both(BROAD, "extreme_advantage-1", "random-5", "beats"),
         ),
     ),
+    "O1": Claim(
+        "Sharpening without a teacher reaches what distillation does.",
+        "The 20 % of tokens with the lowest probability, trained without a teacher, match all "
+        "tokens with the sampled loss.",
+        "OPSA (arXiv 2608.31046): 48.9 against 32.1 for distillation on AIME24.",
+        _each(BROAD, "opsa-20", "all+sampled", "matches"),
+        (
+            *_both(BROAD, "lowest_logprob-20", "all", "matches"),
+            *_both(BROAD, "lowest_logprob-20", "random-20", "beats"),
+        ),
+    ),
+    "O2": Claim(
+        "Part of what distillation gains is sharpening.",
+        "Trained without a teacher, the student is better than at the start.",
+        "OPSA (arXiv 2608.31046).",
+        _each(BROAD, "opsa-20", "start", "beats"),
+    ),
     "F1": Claim(
         "Stored rollouts of the initial student are no worse than live ones.",
         "Completions drawn once, before the first step, match those of each step's student.",
         "Semi-OPD (arXiv 2610.11291): ahead of live rollouts in 14 of 17 pairs.",
         _both((*BROAD, *VARIED), "stored", "all", "matches"),
+    ),
+    "A1": Claim(
+        "IDA weights raise pass@8.",
+        "Higher pass@8 than without the weights: of hidden starts where variety collapsed.",
+        "IDA-OPD (arXiv 2608.29846): pass@16 of 83.3 against 79.1.",
+        (
+            *_each(BROAD, "ida+sampled", "all+sampled", "beats", "pass"),
+            *_each(VARIED, "ida+sampled", "all+sampled", "beats", "hidden_pass"),
+        ),
     ),
     "P1": Claim(
         "At 3 % Soft-OR is worse than random tokens.",

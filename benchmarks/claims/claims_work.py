@@ -101,9 +101,15 @@ def learn(components: Components, config: Config) -> dict[str, float]:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, config.num_steps)
             records.append(stepper.take(step))
+    return {"tokens_trained": sum(r["num_kept"] for r in records), **_of_teacher(records)}
+
+
+def _of_teacher(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the steps tell of the teacher's side; nothing where they have no teacher forward."""
     first, last = records[0], records[-1]
+    if first["reverse_kl_nats"] is None:
+        return {}
     return {
-        "tokens_trained": sum(r["num_kept"] for r in records),
         "kl_kept": fmean(r["kept_kl_share"] for r in records),
         "q3_kept_first": first["quadrants"]["q3"]["kept_share"],
         "q3_share_first": first["quadrants"]["q3"]["share"],
