@@ -150,13 +150,6 @@ def test_the_block_for_own_models_runs_on_smollm2(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "mine" / "student" / "config.json").is_file()
 
 
-def test_every_relative_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", README)
-    local = [link for link in links if "://" not in link]
-    assert len(local) >= 4
-    assert [link for link in local if not (ROOT / link).exists()] == []
-
-
 EXAMPLE = """\
 Save this as
 

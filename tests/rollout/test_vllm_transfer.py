@@ -47,7 +47,8 @@ class Communicator:
 
 
 def join(init_info: Any) -> Communicator:
-    wire = nccl_stub.WIRES.setdefault(init_info.master_port, nccl_stub.Wire())
+    # A link before may have had the same free port, and its wire is aborted.
+    wire = nccl_stub.WIRES[init_info.master_port] = nccl_stub.Wire()
     assert wire.has_joined.wait(60)
     return Communicator(wire)
 

@@ -6,14 +6,12 @@ Everything it uses is in the package; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +24,7 @@ from tutelage.config.selection import AllTokens, RandomTokens, SelectionConfig, 
 from tutelage.evaluation.evaluate import evaluate
 from tutelage.evaluation.metrics import Interval
 from tutelage.evaluation.request import EvaluationRequest
+from tutelage.report.records import read_run
 from tutelage.report.run_page import write_report
 from tutelage.setup.run_folder import run_folder
 from tutelage.train.loop import RunResult, train
@@ -126,22 +125,18 @@ def measure(model: str, config: Config) -> tuple[Interval, Interval]:
 
 def totals(folder: Path) -> tuple[int, str]:
     """Tokens trained on in a run, and seconds by phase as text."""
-    steps = metrics(folder)
+    steps = read_run(folder).steps
     seconds: Counter[str] = Counter()
     for step in steps:
-        seconds.update(step["seconds"])
+        seconds.update(step.seconds)
     phases = ", ".join(f"{name.removesuffix('_s')} {value:.1f}" for name, value in seconds.items())
-    return sum(step["num_kept"] for step in steps), phases
+    return sum(step.num_kept or 0 for step in steps), phases
 
 
 def kept_kl_share(folder: Path) -> float:
     """The kept tokens' share of the summed reverse KL, mean over steps."""
-    return fmean(step["kept_kl_share"] for step in metrics(folder))
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """One record a step of a run."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shares = (step.kept_kl_share for step in read_run(folder).steps)
+    return fmean(share for share in shares if share is not None)
 
 
 def table(arms: list[Arm]) -> Table:

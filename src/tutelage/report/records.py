@@ -56,6 +56,8 @@ class StepRecord(_Line):
     loss: float | None = None
     num_rows: Count | None = None
     num_kept: Count | None = None
+    kept_kl_share: float | None = None
+    """The kept tokens' share of the summed reverse KL."""
     reverse_kl_nats: float | None = None
     forward_kl_nats: float | None = None
     entropy_nats: float | None = None
