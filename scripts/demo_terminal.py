@@ -1,6 +1,6 @@
-"""The picture of `tutelage demo` in a terminal: `docs/images/demo-terminal.svg`, from one run.
+"""The picture of `tutelage demo` in a terminal, of which `report_images.py` makes a file.
 
-    script -qec "tutelage demo" demo.txt && python scripts/demo_terminal.py demo.txt
+    script -qec "tutelage demo" demo.txt
 
 `script` (util-linux) records what the terminal received. Of a line that was drawn over, such as a
 progress bar, the picture has the last state.
@@ -8,30 +8,26 @@ progress bar, the picture has the last state.
 
 from __future__ import annotations
 
-import argparse
 import io
 import re
-from pathlib import Path
 
 from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
-PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "demo-terminal.svg"
-WIDTH = 100
+WIDTH = 108
+"""So many columns that every line of an evaluation is one line."""
 MAX_BYTES = 60_000
 _ERASED = re.compile(r"\r|\x1b\[\d*[AJK]")
 _CURSOR = re.compile(r"\x1b\[\?25[hl]")
 _SPINNERS = re.compile(r"[\u2800-\u28ff]")
-
-
-def main() -> None:
-    """Write the picture and print its size."""
-    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("recorded", type=Path, help="what script(1) recorded")
-    recorded = options.parse_args().recorded.read_bytes().decode("utf-8")
-    PICTURE.write_text(picture(recorded), encoding="utf-8")
-    print(f"{PICTURE}: {PICTURE.stat().st_size:,} bytes")
+_DARK = {
+    "#000000": "#e4e7ea",
+    "#008000": "#7ee787",
+    "#808080": "#aab2bb",
+    "#008080": "#56d4dd",
+}
+"""Colours of the text where a page is dark."""
 
 
 def picture(recorded: str) -> str:
@@ -50,10 +46,23 @@ def picture(recorded: str) -> str:
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"Fira Code", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono", svg)
     svg = svg.replace("#00ff00", "#008000")  # light green cannot be read on white
+    svg = svg.replace('stroke="rgba(255,255,255,0.35)"', 'stroke="#c3c8d0"')
+    svg = svg.replace("</style>", f"{_dark_style(svg)}\n</style>", 1)
     svg = "".join(f"{line.rstrip()}\n" for line in svg.strip().splitlines())
     if len(svg.encode("utf-8")) > MAX_BYTES:
         raise ValueError(f"the picture has {len(svg):,} bytes, more than {MAX_BYTES:,}")
     return svg
+
+
+def _dark_style(svg: str) -> str:
+    """The same classes in the colours of a dark page."""
+    classes = re.findall(r"\.(demo-terminal-r\d+) \{ fill: (#\w{6})", svg)
+    rules = [f".{name} {{ fill: {_DARK[color]} }}" for name, color in classes]
+    rules += [
+        f".demo-terminal-title {{ fill: {_DARK['#000000']} }}",
+        'rect[fill="#ffffff"] { fill: #1b1e22; stroke: #4a525c }',
+    ]
+    return "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}"
 
 
 def settled(recorded: str) -> list[str]:
@@ -65,7 +74,3 @@ def settled(recorded: str) -> list[str]:
         for line in shown
         if line and not line.startswith("Script ") and not _SPINNERS.search(line)
     ]
-
-
-if __name__ == "__main__":
-    main()

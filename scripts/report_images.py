@@ -1,24 +1,30 @@
-"""Pictures of the report: `docs/images/report-*.png`, light and dark, from finished runs.
+"""Pictures of the demo: its terminal and its report, light and dark, from one run of it.
 
-    python scripts/report_images.py runs/demo-1a2b3c4d [--eopd RUN] [--compare RUN…]
+    script -qec "tutelage demo" demo.txt
+    python scripts/report_images.py runs/demo-1a2b3c4d demo.txt --eopd RUN --compare RUN…
 
-One command makes all of them: for the README each view cropped to what it shows, and of whole
-screens of 1400 and 420 pixels. Reports are written anew. Needs Chromium and playwright; Pillow
-comes with matplotlib.
+One command makes all of them: the terminal, each view of the report cropped to what it shows, and
+whole screens of 1400 and 420 pixels. Reports are written anew. `docs/images/demo.json` has the
+run's numbers and the checksum of each picture, which a test compares with README. Needs Chromium
+and playwright; Pillow comes with matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
+import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from demo_terminal import picture, settled
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from tutelage.commands.demo import totals
 from tutelage.report.compare_page import write_comparison
 from tutelage.report.compare_runs import compare_records
 from tutelage.report.records import read_run
@@ -36,9 +42,15 @@ def main() -> None:
     """Write every picture and print its size."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("run", type=Path)
-    options.add_argument("--eopd", type=Path, help="a run with EOPD, for its view")
-    options.add_argument("--compare", type=Path, nargs="+", default=[], help="runs side by side")
+    options.add_argument("recorded", type=Path, help="what script(1) recorded of it")
+    options.add_argument("--eopd", type=Path, required=True, help="a run with EOPD, for its view")
+    options.add_argument("--compare", type=Path, nargs="+", required=True, help="side by side")
     given = options.parse_args()
+    recorded = given.recorded.read_bytes().decode("utf-8")
+    tokens, phases = totals(given.run)
+    if f"{tokens:,} tokens trained; seconds: {phases}" not in settled(recorded):
+        raise SystemExit(f"{given.recorded} is of another run than {given.run}.")
+    (IMAGES / "demo-terminal.svg").write_text(picture(recorded), encoding="utf-8")
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         pages = pages_of(given, Path(name))
@@ -48,17 +60,37 @@ def main() -> None:
             for width in (1400, 420):
                 screens(opened, scheme, width, pages["run"])
         opened.close()
+    (IMAGES / "demo.json").write_text(json.dumps(numbers(given.run), indent=1) + "\n")
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    """What the run measured, where, and the checksum of each picture."""
+    record = read_run(run)
+    tokens, phases = totals(run)
+    pictures = [IMAGES / "demo-terminal.svg", *sorted(IMAGES.glob("*.png"))]
+    return {
+        "commit": record.manifest["commit"],
+        "versions": record.manifest["versions"],
+        "evaluations": [
+            found.model_dump(exclude_none=True)
+            for model in ("student", "teacher")
+            for found in record.evaluations_of(model)
+        ],
+        "num_tokens": tokens,
+        "phases": phases,
+        "pictures": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in pictures},
+    }
 
 
 def pages_of(given: argparse.Namespace, folder: Path) -> dict[str, str]:
     """Addresses of fresh pages, apart from the runs."""
-    found = {"run": write_report(given.run, folder / "run.html")}
-    if given.eopd is not None:
-        found["eopd"] = write_report(given.eopd, folder / "eopd.html")
-    if given.compare:
-        records = [read_run(run) for run in given.compare]
-        write_comparison(compare_records(records), records, folder / "compare.html")
-        found["compare"] = folder / "compare.html"
+    records = [read_run(run) for run in given.compare]
+    found = {
+        "run": write_report(given.run, folder / "run.html"),
+        "eopd": write_report(given.eopd, folder / "eopd.html"),
+        "compare": folder / "compare.html",
+    }
+    write_comparison(compare_records(records), records, found["compare"])
     return {name: page.as_uri() for name, page in found.items()}
 
 
@@ -71,13 +103,11 @@ def crops(browser: Any, scheme: str, pages: dict[str, str]) -> None:
         show(page, view)
         end = {"viewer": "#detail .mirrored", "map": "#map-table"}.get(view, f"#view-{view}")
         cut(page, NAMES[view], scheme, f"#view-{view} h2", end)
-    if "eopd" in pages:
-        page.goto(pages["eopd"])
-        show(page, "gate")
-        cut(page, NAMES["gate"], scheme, "#view-gate h2", "#gate-table")
-    if "compare" in pages:
-        page.goto(pages["compare"])
-        cut(page, "compare", scheme, "header", "#curve-controls + .panels figure:nth-child(2)")
+    page.goto(pages["eopd"])
+    show(page, "gate")
+    cut(page, NAMES["gate"], scheme, "#view-gate h2", "#gate-table")
+    page.goto(pages["compare"])
+    cut(page, "compare", scheme, "header", "#curve-controls + .panels figure:nth-child(2)")
     page.close()
 
 

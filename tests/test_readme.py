@@ -6,7 +6,9 @@ blocks run line by line. A block under `<!-- not run: reason -->` is left out.
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
 import os
 import re
 import shlex
@@ -212,13 +214,77 @@ def test_a_target_installs_what_it_needs(target: str, extras: list[str]) -> None
     assert target != "demo" or (not found and " -e .\n" in done.stdout)
 
 
-def test_the_numbers_of_the_demo_are_those_of_its_picture() -> None:
-    """Both tables' accuracies with their intervals, tokens and kept KL are in the recorded run."""
-    picture = (ROOT / "docs" / "images" / "demo-terminal.svg").read_text(encoding="utf-8")
-    lines = re.sub(r"<[^>]*>", "", html.unescape(picture)).replace("\u00a0", " ").splitlines()
-    tables = README.partition("## Quick start")[2].partition("*One seed")[0]
+IMAGES = ROOT / "docs" / "images"
+DEMO = json.loads((IMAGES / "demo.json").read_text(encoding="utf-8"))
+"""The numbers of one run of the demo, from its folder, and the checksums of its pictures."""
+IN_TERMINAL = {
+    "student before": "student at step 0",
+    "student after 60 steps": "student at step 60",
+    "teacher": "teacher at step 0",
+    "all tokens": "all",
+    "Soft-OR, 10 %": "soft_or 10%",
+    "Q3, 10 %": "q3 10%",
+    "entropy, 10 %": "entropy 10%",
+    "random, 10 %": "random 10%",
+}
+"""Names of README's rows in the terminal."""
+NUMBER = re.compile(r"\d+(?:[,.]\d+)*")
+
+
+def terminal() -> list[str]:
+    """The lines of the terminal's picture."""
+    picture = (IMAGES / "demo-terminal.svg").read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]*>", "", html.unescape(picture)).replace("\u00a0", " ")
+    return [line.strip() for line in text.splitlines()]
+
+
+def in_terminal() -> dict[str, list[str]]:
+    """Of each evaluation mean@8 and its interval; of each rule tokens, kept KL and the same."""
+    found = {}
+    for line in terminal():
+        if evaluated := re.fullmatch(r"(\w+ at step \d+): mean@8 (.*?) pass@8 .*", line):
+            found[evaluated[1]] = NUMBER.findall(evaluated[2])
+        if line.startswith("│"):
+            name, *cells, _ = (cell.strip() for cell in line.strip("│").split("│"))
+            found[name] = NUMBER.findall(" ".join(cells))
+    return found
+
+
+def in_readme(text: str) -> dict[str, list[str]]:
+    """The same of the two tables of README."""
+    tables = text.partition("## Quick start")[2].partition("*One seed")[0]
     rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if " % |" in line]
-    assert len(rows) == 8
-    for name, *cells, mean, interval in rows:
-        shown = [mean, f"[{interval.replace(' – ', ', ')}]", *(c.replace(" %", "%") for c in cells)]
-        assert any(all(part in line for part in shown) for line in lines), name
+    return {IN_TERMINAL[name]: NUMBER.findall(" ".join(cells)) for name, *cells in rows}
+
+
+def test_the_numbers_of_the_demo_are_those_of_its_terminal() -> None:
+    assert in_readme(README) == in_terminal()
+    text = "\n".join(terminal())
+    (steps,) = re.findall(r"^\| (\d+) steps with …", README, re.MULTILINE)
+    assert f"{steps} steps each" in text
+    assert f"{DEMO['evaluations'][0]['num_problems']} held-out problems × 8 samples" in README
+    (seconds,) = re.findall(r"done in (\d+) s", text)
+    assert round(int(seconds) / 60) == 2
+    assert "(about two minutes)" in README
+
+
+def test_every_changed_number_of_the_demo_is_noticed() -> None:
+    numbers = list(re.finditer(r"(?<=[|–] )\d[\d,.]*(?= %? ?[|–]| \|)", README))
+    assert len(numbers) == 3 * 3 + 5 * 5
+    for found in numbers:
+        last = found.end() - 1
+        other = 9 - int(README[last])
+        assert in_readme(f"{README[:last]}{other}{README[last + 1 :]}") != in_terminal()
+
+
+def test_the_pictures_are_of_the_run_of_the_terminal() -> None:
+    """The run's folder, of which the report's pictures are, has the terminal's numbers."""
+    for found in DEMO["evaluations"]:
+        name = f"{found['model']} at step {found['step']}"
+        shown = [found[key] for key in ("mean_at_k", "mean_at_k_low", "mean_at_k_high")]
+        assert in_terminal()[name] == [f"{100 * value:.1f}" for value in shown]
+    assert f"{DEMO['num_tokens']:,} tokens trained; seconds: {DEMO['phases']}" in terminal()
+    pictures = [IMAGES / "demo-terminal.svg", *sorted(IMAGES.glob("*.png"))]
+    assert len(pictures) == 21
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures}
+    assert sums == DEMO["pictures"]

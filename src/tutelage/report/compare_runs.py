@@ -126,7 +126,7 @@ def compare_records(records: Sequence[RunRecord]) -> Comparison:
         else:
             differences.append(difference)
     summaries = [_summary(n, record) for n, record in zip(names, records, strict=True)]
-    left_out = "is left out: the runs mean other things by it"
+    left_out = "is left out: the runs compute it in other ways"
     if keys := loss_differs_by(records):
         summaries = [replace(summary, loss=None) for summary in summaries]
         notes.append(f"last loss {left_out} ({', '.join(keys)}).")
