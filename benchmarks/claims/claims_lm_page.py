@@ -22,6 +22,7 @@ from claims_lm_table import (
     tables,
     tuned,
 )
+from claims_markdown import table
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "claims-full.json"
 CONTINUE = "python benchmarks/claims/claims_lm.py --pair FOLDER"
@@ -278,12 +279,6 @@ def _sizes(place: Place, records: Sequence[dict[str, Any]]) -> str:
 
 
 # --- Markdown -------------------------------------------------------------------------------------
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _signed(triple: Sequence[float], unit: str) -> str:
