@@ -80,7 +80,7 @@ TASKS = {
         max_new_tokens=40,
         recipes=(
             Recipe("teacher", num_examples=1600, num_epochs=1, batch_size=8),
-            Recipe("student", 640, num_epochs=1, num_layers=15, batch_size=8, seed=2),
+            Recipe("student", 240, num_epochs=1, num_layers=24, batch_size=8, seed=2),
         ),
         data="arithmetic stories that `scripts/lm_stories.py` writes with seed 1",
     ),
@@ -160,7 +160,7 @@ def _adjusted(task: Task, given: argparse.Namespace) -> Task:
 def write_data(task: str, folder: Path, train: Path | None, test: Path | None) -> None:
     """The three files of prompts; those of stories follow from the seed."""
     if task == "stories":
-        sizes = {"train": 8000, "prompts": 4000, "test": 700}
+        sizes = {"train": 8000, "prompts": 4000, "test": 1000}
         found = {split: stories(1, split, count) for split, count in sizes.items()}
         taught = {record["prompt"] for record in found["train"]}
         found["prompts"] = [r for r in found["prompts"] if r["prompt"] not in taught]

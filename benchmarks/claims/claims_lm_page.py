@@ -215,7 +215,8 @@ def _rates(results: dict[str, Any]) -> str:
     heads = ["task", "size", "device", "loss", "rate", "held-out reverse KL by rate, nats"]
     return (
         "## Learning rates\n\nThe rate of all arms of a loss is the one at which all tokens reach "
-        "the lowest reverse KL on the test, under seeds of their own.\n\n" + table(heads, rows)
+        "the lowest reverse KL on other problems of the test, under seeds of their own.\n\n"
+        + table(heads, rows)
     )
 
 

@@ -26,6 +26,7 @@ from tutelage.config.schema import Config
 from tutelage.data.batch import micro_batches
 from tutelage.data.prompts import load_prompts
 from tutelage.data.types import Prompt, Rollout
+from tutelage.errors import DataError
 from tutelage.evaluation.benchmark import Benchmark, generate_with, run_benchmark
 from tutelage.grading.number import grade_number
 from tutelage.models.tokenizers import pad_id
@@ -56,7 +57,7 @@ def do(cell: Cell, pair: Pair, device: str) -> dict[str, Any]:
         components.student.model = copy.deepcopy(components.teacher.model)
     learned = {} if cell.arm in BASELINES else learn(components, config)
     trained = time.perf_counter()
-    values = measure(components, pair, SCALES[cell.scale], cell.seed)
+    values = measure(components, pair, cell)
     means = {name: fmean(found) for name, found in values.items() if found}
     weights = digest(components.student.cpu())
     problems = {name: [round(x, DIGITS) for x in found] for name, found in values.items()}
@@ -109,18 +110,31 @@ def _mean(records: Sequence[dict[str, Any]], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def measure(components: Components, pair: Pair, scale: Scale, seed: int) -> Values:
+def problems_of(cell: Cell, pair: Pair) -> tuple[Prompt, ...]:
+    """The first problems of the test; to tune a rate on, the last ones.
+
+    Raises:
+        DataError: the test has too few problems for both.
+    """
+    path, count = pair.folder / "data" / "test.jsonl", SCALES[cell.scale].num_problems
+    prompts = load_prompts(path)
+    if len(prompts) < 2 * count:
+        raise DataError(f"{path} needs {2 * count} problems, got {len(prompts)}. Build it again.")
+    return tuple(prompts[-count:] if cell.kind == "tune" else prompts[:count])
+
+
+def measure(components: Components, pair: Pair, cell: Cell) -> Values:
     """One value a problem (or text) of every figure; the same ones and draws for every arm."""
+    scale, problems = SCALES[cell.scale], problems_of(cell, pair)
 
     def grade(prompt: Prompt, text: str, is_truncated: bool) -> bool:
         return grade_number(text, prompt.answer or "", is_truncated)
 
     k, model = scale.num_samples, components.student.model.eval()
-    problems = tuple(load_prompts(pair.folder / "data" / "test.jsonl", limit=scale.num_problems))
     sampler = TransformersSampler(model, components.tokenizer, scale.evaluation_batch)
     result = run_benchmark(
         Benchmark(pair.task, problems, grade, pair.max_new_tokens),
-        generate_with(sampler, SamplingConfig(num_samples=k), (_EVALUATION_SEED, seed)),
+        generate_with(sampler, SamplingConfig(num_samples=k), (_EVALUATION_SEED, cell.seed)),
         k,
     )
     sampler.close()

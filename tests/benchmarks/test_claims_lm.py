@@ -15,7 +15,7 @@ import claims_lm_rules
 from claims_lm_design import SCALES, Cell, Pair, cells, tuning_cells
 from claims_lm_page import page
 from claims_lm_table import controls, judge, places, power, rates_of, tables, tuned
-from claims_lm_work import do
+from claims_lm_work import do, problems_of
 from tests.tiny import save_tiny_model
 
 TINY = replace(
@@ -110,6 +110,15 @@ def test_a_cell_is_a_pure_function(tiny: None, pair: Pair) -> None:
     assert start["weights"] != one["weights"]
     assert teacher["reverse_kl"] == pytest.approx(0.0, abs=1e-5)
     assert start["reverse_kl"] > 0.01
+
+
+def test_rates_are_tuned_on_problems_of_their_own(tiny: None, pair: Pair) -> None:
+    tune, arm = (problems_of(Cell(kind, *_ALL), pair) for kind in ("tune", "arm"))
+    assert len(tune) == len(arm) == TINY.num_problems
+    assert not {prompt.id for prompt in tune} & {prompt.id for prompt in arm}
+
+
+_ALL = ("stories", "cpu", "exact", "all", 1, 1e-3)
 
 
 def test_arms_that_are_not_built_are_left_out(
