@@ -43,9 +43,15 @@ class Pair:
         return self.verdicts[test] in WRONG[test]
 
 
-def controls(records: Sequence[Record], design: Design) -> dict[str, Any]:
-    """Rates of false verdicts, by arm and metric and over all, as plain JSON values."""
+def controls(records: Sequence[Record], design: Design) -> dict[str, Any] | None:
+    """Rates of false verdicts, by arm and metric and over all, as plain JSON values.
+
+    None where not all of their cells were run.
+    """
     size, settings = len(design.seeds), design.controls
+    num_needed = settings.num_cells * len(settings.arms)
+    if sum(record["kind"] == "control" for record in records) < num_needed:
+        return None
     by_kind = {
         (arm, metric): compared(arm, metric, values[metric], size)
         for arm in settings.arms

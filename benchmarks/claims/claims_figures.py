@@ -42,6 +42,8 @@ def draw_all(results: dict[str, Any], folder: Path) -> None:
     # The same JSON gives the same bytes: no date, no random names of elements.
     matplotlib.rcParams.update({"svg.hashsalt": "claims", "svg.fonttype": "none", "font.size": 9})
     for name, claim in results["claims"].items():
+        if not claim["comparisons"]:
+            continue
         figure = worth(results, claim) if name == "T6" else forest(claim["comparisons"])
         _save(figure, folder / f"claims-{name}.svg")
     _save(budgets(results), folder / "claims-budgets.svg")

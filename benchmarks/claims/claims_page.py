@@ -141,7 +141,9 @@ def _by_verdict(verdicts: dict[str, str]) -> str:
     )
 
 
-def _controls(found: dict[str, Any]) -> str:
+def _controls(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "## False verdicts\n\nNot run: arms were not compared with themselves."
     rows = [
         [f"`{row['arm']}`", row["metric"], *(percent(row[test]) for test in PROMISED),
          f"{100 * row['matches_confirmed']:.0f} %"]
@@ -168,13 +170,14 @@ def _controls(found: dict[str, Any]) -> str:
 
 
 def _claim(name: str, claim: dict[str, Any]) -> str:
-    verdicts = "; ".join(f"{place}: **{v}**" for place, v in claim["verdicts"].items())
+    verdicts = "; ".join(f"{place}: **{v}**" for place, v in claim["verdicts"].items()) or "Not run"
     text = (
         f"### {name}\n\n**{claim['claim']}** {verdicts}.\n\n"
-        f"Source: {claim['source']}\n\nRule: {claim['rule']}\n\n"
-        f"{_comparisons(claim['comparisons'])}\n\n"
-        f"![Comparisons of {name}](images/claims-{name}.svg)"
+        f"Source: {claim['source']}\n\nRule: {claim['rule']}"
     )
+    if claim["comparisons"]:
+        picture = f"![Comparisons of {name}](images/claims-{name}.svg)"
+        text += f"\n\n{_comparisons(claim['comparisons'])}\n\n{picture}"
     if claim["beside"]:
         text += f"\n\nBeside it, not counted:\n\n{_comparisons(claim['beside'])}"
     return text

@@ -9,12 +9,12 @@ for the number of comparisons: a claim needs all of a group's, which errs on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from claims_probe import OSCILLATION_RATES
-from claims_rules import CLAIMS, PROBED, TOY, Difference
+from claims_rules import CLAIMS, PROBED, TOY, Claim, Difference
 from claims_statistics import mean_interval
 from claims_table import Table
 from tutelage.evaluation.metrics import Interval
@@ -124,6 +124,12 @@ def compare(table: Table, d: Difference) -> Comparison:
     return Comparison(d.label, d.unit, d.test, interval, num_seeds, d.group)
 
 
+def _whole_groups(table: Table, differences: Sequence[Difference]) -> list[Comparison]:
+    """Comparisons of the groups all of whose arms were run: a verdict needs all of a group's."""
+    lacking = {d.group for d in differences if not table.has(d.setting, d.a, d.b)}
+    return [compare(table, d) for d in differences if d.group not in lacking]
+
+
 def verdicts_of(comparisons: Iterable[Comparison]) -> dict[str, Verdict]:
     """The verdict of each group of a claim's comparisons."""
     groups: dict[str, list[Verdict]] = {}
@@ -135,8 +141,8 @@ def verdicts_of(comparisons: Iterable[Comparison]) -> dict[str, Verdict]:
 def agreement(verdicts: Iterable[Verdict]) -> str:
     """What all groups say of a claim, or that they disagree."""
     found = set(verdicts)
-    if len(found) == 1:
-        return found.pop()
+    if len(found) < 2:
+        return found.pop() if found else "not run"
     if {"supported", "contradicted here"} <= found:
         return "settings disagree"
     return "supported in part" if "supported" in found else "contradicted in part"
@@ -194,19 +200,25 @@ def _bias(table: Table) -> list[Comparison]:
     ]
 
 
+def _measured(
+    name: str, claim: Claim, table: Table, correlations: dict[str, Any]
+) -> tuple[list[Comparison], list[Comparison]]:
+    """What a claim is judged by, and what stands beside it."""
+    match name:
+        case "T6":
+            return _worth(table, correlations), []
+        case "E4":
+            return _oscillation(table, "changes"), _oscillation(table, "late")
+        case "E5":
+            return _bias(table), []
+    return _whole_groups(table, claim.differences), _whole_groups(table, claim.beside)
+
+
 def judge(table: Table, correlations: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every claim with its verdict and comparisons, as plain JSON values."""
-    measured = {
-        "T6": (_worth(table, correlations), []),
-        "E4": (_oscillation(table, "changes"), _oscillation(table, "late")),
-        "E5": (_bias(table), []),
-    }
     judged = {}
     for name, claim in CLAIMS.items():
-        parts, beside = measured.get(name) or (
-            [compare(table, d) for d in claim.differences],
-            [compare(table, d) for d in claim.beside if table.has(d.setting, d.a, d.b)],
-        )
+        parts, beside = _measured(name, claim, table, correlations)
         verdicts = verdicts_of(parts)
         judged[name] = {
             "claim": claim.text,

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ def test_the_same_json_draws_the_same_figures(results: dict[str, Any], tmp_path:
     drawn = sorted(tmp_path.glob("a/*.svg"))
     assert len(drawn) == len(CLAIMS) + 1
     assert all(f.read_bytes() == (tmp_path / "b" / f.name).read_bytes() for f in drawn)
+
+
+def test_a_run_that_was_cut_off_has_a_page_that_says_so() -> None:
+    design = replace(BRIEF, arms={"overconfident": ("all", "all+sampled"), "scarce": ("all",)})
+    records = all_records(design, level)
+    short = {
+        key: r for key, r in records.items() if r["kind"] != "control" and r["arm"] != "teacher"
+    }
+    made = page(
+        json.loads(json.dumps(claims.published(short, replace(design, sensitivity_arms={}))))
+    )
+    assert "**Cut short**: 20 runs are missing" in made
+    assert "Not run: arms were not compared with themselves." in made
+    assert "**not run**" in made
 
 
 # --- controls -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import claims_statistics
 from claims_arms import ARMS, BASELINES, loss_of
 from claims_design import FULL, Cell, cells
-from claims_rules import CLAIMS, Difference, arms_of_claims
+from claims_rules import BROAD, CLAIMS, Difference, arms_of_claims
 from claims_table import Table, correlations
 from claims_verdicts import (
     TESTS,
@@ -212,11 +212,16 @@ def test_losses_are_judged_apart() -> None:
     assert agreement(verdicts.values()) == "settings disagree"
 
 
-def test_a_claim_whose_arms_are_missing_is_no_verdict() -> None:
-    table = Table([], BRIEF.seeds, RATES)
-    assert not table.has("overconfident", "entropy_sample-50", "all")
-    with pytest.raises(KeyError):
-        judge(table, {})
+def test_a_claim_has_no_verdict_where_one_of_its_arms_was_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("claims_verdicts.CLAIMS", {name: CLAIMS[name] for name in ("T1", "T3")})
+    whole = [c for c in cells(BRIEF, RATES) if c.kind == "arm" and c.learning_rate == RATE]
+    records = [record(c, level) for c in whole if (c.setting, c.arm) != ("scarce", "q3-10")]
+    found = judge(Table(records, BRIEF.seeds, RATES), {})
+    assert set(found["T1"]["verdicts"]) == set(BROAD)
+    assert set(found["T3"]["verdicts"]) == {*BROAD} - {"scarce"}
+    assert judge(Table([], BRIEF.seeds, RATES), {})["T1"]["agreement"] == "not run"
 
 
 def test_a_difference_needs_every_seed_and_uses_all_that_both_arms_have() -> None:
