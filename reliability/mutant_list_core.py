@@ -207,6 +207,7 @@ CORE_MUTANTS: dict[str, Group] = {
                 "torch.softmax(reward.double(), 0)",
             ),
             ("masked_fill(is_in, 1.0)", "masked_fill(~is_in, 1.0)"),
+            ("is_outside = uniform.log() >=", "is_outside = uniform.log() <="),
             (
                 'stats.extras["entropy_direction"].sign() < 0',
                 'stats.extras["entropy_direction"] > 0',

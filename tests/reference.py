@@ -356,6 +356,28 @@ def sampled(
     return torch.stack(rows)
 
 
+def trust_region(
+    log_p: Tensor,
+    log_q: Tensor,
+    tokens: Sequence[int],
+    uniform: Sequence[float],
+    k: int,
+    is_renormalized: bool = False,
+) -> Tensor:
+    """TrOPD's loss on the tokens that were just sampled, one by one."""
+    rows = []
+    for i, (y, u) in enumerate(zip(tokens, uniform, strict=True)):
+        a, b = log_p[i, None], log_q[i, None]
+        before = float(a[0, y].detach())
+        if u < min(math.exp(float(b[0, y]) - before), 1.0):
+            rows.append(sampled(a, b, [y], [before], 0.2)[0])
+        else:
+            rows.append(
+                (topk_renormalized(a, b, k) if is_renormalized else topk_kl(a, b, k, True))[0]
+            )
+    return torch.stack(rows)
+
+
 def advantages(rewards: Sequence[float], num_samples: int, is_scaled: bool) -> list[float]:
     """GRPO's, prompt by prompt, with TRL's 1e-4 beside the standard deviation."""
     found: list[float] = []

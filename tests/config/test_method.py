@@ -61,6 +61,8 @@ OBJECTIVES = {
     "topk_forward": 'kind = "topk"\ndirection = "forward"',
     "topk_student": 'kind = "topk"\nsupport = "student"',
     "sampled": 'kind = "sampled"\nclip = 0.1',
+    "tropd": 'kind = "tropd"\nk = 4',
+    "tropd_renorm": 'kind = "tropd"\nfkl = "topk_renorm"\nclip = 0.1',
     "eopd": 'kind = "eopd"',
     "eopd_sampled": 'kind = "eopd"\nestimator = "sampled"\nfkl = "topk_renorm"',
     "eopd_soft": 'kind = "eopd"\ngate = "soft"\nwidth = 0.2\nfkl = "topk_tail"\nk = 4',
@@ -183,6 +185,8 @@ def test_every_objective_trains(take: Callable[..., dict[str, Any]], objective: 
     assert_sound(metrics)
     assert (metrics["reverse_kl_nats"] is None) == (objective in TEACHERLESS)
     assert ("reward_mean" in metrics) == ("grade_s" in metrics["seconds"]) == ("grpo" in objective)
+    assert ("outside_trust_share" in metrics) == objective.startswith("tropd")
+    assert 0 < metrics.get("outside_trust_share", 0.5) < 1
     if objective.startswith("eopd"):
         assert 0 <= metrics["gate_share"] <= 1
         if objective in ("eopd", "eopd_sampled"):  # the gate is hard, at 0.8 nats
@@ -209,13 +213,14 @@ COMBINATIONS = [
     ("local_oracle", "skew", "reward"),
     ("gradient_norm", "topk_forward", "selectkd"),
     ("bottom", "eopd_percentile", "reward"),
-    ("forward_divergence", "topk_student", "selectkd"),
+    ("local_gain", "topk_student", "selectkd"),
     ("divergence", "akl", "fire"),
     ("q3", "grpo", "none"),
     ("entropy", "grpo_teacher", "paced"),
     ("lowest_logprob", "opsa", "paced"),
     ("probability_gap", "sampled", "ida"),
-    ("extreme_advantage", "sampled", "none"),
+    ("extreme_advantage", "tropd", "none"),
+    ("forward_divergence", "tropd_renorm", "ida"),
     ("influence", "eopd", "selectkd"),
 ]
 
@@ -290,6 +295,12 @@ def test_metrics_hold_the_diagnostics(take: Callable[..., dict[str, Any]]) -> No
             {"objective": 'kind = "grpo"\ndistillation_weight = -1'},
             "objective.distillation_weight must be at least 0, got -1.0.",
         ),
+        ({"objective": 'kind = "tropd"\nk = 0'}, "objective.k must be at least 1, got 0."),
+        ({"objective": 'kind = "tropd"\nclip = 0'}, "objective.clip must be above 0, got 0.0."),
+        (
+            {"objective": 'kind = "tropd"\nfkl = "full"'},
+            "'topk_tail' or 'topk_renorm', got 'full'",
+        ),
         ({"objective": 'kind = "grpo"\nclip = 0.2'}, "unknown key 'objective.clip'"),
         ({"objective": 'kind = "opsa"\nclip = 0'}, "objective.clip must be above 0, got 0.0."),
         ({"objective": 'kind = "eopd"\nthreshold = -0.1'}, "at least 0 nats, got -0.1."),
@@ -336,10 +347,11 @@ def test_with_one_sample_they_would_train_on_nothing(table: str, kind: str) -> N
         parse_config(tables)
 
 
-def test_ida_has_no_advantage_over_a_teacher_in_grpo() -> None:
+@pytest.mark.parametrize("kind", ["grpo", "opsa"])
+def test_ida_needs_an_advantage_over_the_teacher(kind: str) -> None:
     tables = {"student": {"model": "s"}, "teacher": {"model": "t"}, "weighting": {"kind": "ida"}}
-    tables |= {"objective": {"kind": "grpo"}, "sampling": {"num_samples": 2}}
-    with pytest.raises(ConfigError, match=r"weighting\.kind must be another than ida with objec"):
+    tables |= {"objective": {"kind": kind}, "sampling": {"num_samples": 2}}
+    with pytest.raises(ConfigError, match=f"another than ida with objective.kind = {kind}, got"):
         parse_config(tables)
 
 

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "local_oracle": {"selection": {"rule": "local_oracle", "keep": 0.2}},
     "percentile": {"objective": {"kind": "eopd", "gate": "percentile", "threshold": 0.7}},
     "fire": {"weighting": {"kind": "fire"}},
+    "tropd": {"objective": {"kind": "tropd", "k": 5, "clip": 0.05}, "updates_per_step": 2},
     "ida": {"weighting": {"kind": "ida"}, "objective": {"kind": "sampled"}},
     "grpo": {"objective": {"kind": "grpo", "clip_low": 0.05}, "updates_per_step": 2},
     "opsa": {

@@ -19,6 +19,8 @@ from tutelage.setup.components import Components
 METHODS: dict[str, dict[str, Any]] = {
     "ida": {"weighting": {"kind": "ida"}},
     "ida_sampled": {"weighting": {"kind": "ida"}, "objective": {"kind": "sampled"}},
+    "tropd": {"objective": {"kind": "tropd", "k": 5}},
+    "tropd_renorm": {"objective": {"kind": "tropd", "k": 5, "fkl": "topk_renorm"}},
 }
 
 
@@ -30,8 +32,7 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], method: str)
     log_p = torch.cat([plain_logprobs(student, r, size) for r in rollouts])
     with torch.no_grad():
         log_q = torch.cat([plain_logprobs(teacher, r, size) for r in rollouts])
-    tokens = [token for r in rollouts for token in r.completion_ids]
-    losses = losses_of(method, log_p, log_q, tokens)
+    losses = losses_of(method, log_p, log_q, rollouts)
     losses.mean().backward()
     gradients = [
         torch.zeros_like(p) if p.grad is None else p.grad for p in components.student.parameters()
@@ -39,8 +40,13 @@ def plain_step(components: Components, rollouts: Sequence[Rollout], method: str)
     return Taken({"loss": float(losses.detach().mean())}, gradients)
 
 
-def losses_of(method: str, log_p: Tensor, log_q: Tensor, tokens: list[int]) -> Tensor:
+def losses_of(method: str, log_p: Tensor, log_q: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
     """The loss of every token `[N]`."""
+    tokens = [token for r in rollouts for token in r.completion_ids]
+    if method.startswith("tropd"):
+        places = [(c, t) for c, r in enumerate(rollouts) for t in range(len(r.completion_ids))]
+        uniform = [reference.counter_uniform((0, 1, 7), place) for place in places]
+        return reference.trust_region(log_p, log_q, tokens, uniform, 5, method == "tropd_renorm")
     before = log_p.detach()
     old = [float(row[y]) for row, y in zip(before, tokens, strict=True)]
     sampled = reference.sampled(log_p, log_q, tokens, old, 0.2)
@@ -70,3 +76,15 @@ def test_the_order_of_rollouts_changes_no_weight(
     moved = [rollouts[i] for i in (5, 0, 7, 2, 1, 6, 3, 4)]
     found = [take_step(tiny_models, x, torch.float64, **METHODS["ida"]) for x in (rollouts, moved)]
     assert distance(found[1].gradients, found[0].gradients) <= 1e-12
+
+
+def test_what_is_outside_of_the_trust_region_is_drawn_anew_for_every_seed(
+    tiny_models: Path, rollouts: list[Rollout]
+) -> None:
+    shares = set()
+    for seed in range(2):
+        changes = {"seed": seed, **METHODS["tropd"]}
+        found = take_step(tiny_models, rollouts, torch.float64, **changes)
+        shares.add(found.metrics["outside_trust_share"])
+    assert all(0 < share < 1 for share in shares)
+    assert len(shares) > 1

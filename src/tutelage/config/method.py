@@ -148,6 +148,27 @@ class EOPDObjective:
 
 
 @dataclass(frozen=True)
+class TrOPDObjective:
+    """The sampled token within a trust region, forward KL over the teacher's top k outside (TrOPD).
+
+    A token is within with probability min(q/p, 1), p and q being those of the sampled token.
+    """
+
+    __pydantic_config__ = STRICT
+    kind: Literal["tropd"]
+    fkl: Literal["topk_tail", "topk_renorm"] = "topk_tail"
+    """Forward KL over the teacher's top k with a tail bucket, or renormalized as published."""
+    k: int = 64
+    """Ids of the forward KL, at least 1."""
+    clip: float = 0.2
+    """ε of the clip within, above 0; it binds from the second update of a step on."""
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "objective.k", "at least 1", self.k, "64 is the paper's.")
+        require(self.clip > 0, "objective.clip", "above 0", self.clip, "0.2 is usual.")
+
+
+@dataclass(frozen=True)
 class GRPOObjective:
     """Policy gradient by rewards: each completion against the others of its prompt (GRPO).
 
@@ -201,6 +222,7 @@ ObjectiveConfig: TypeAlias = Annotated[
     | TopKObjective
     | SampledObjective
     | EOPDObjective
+    | TrOPDObjective
     | GRPOObjective
     | OPSAObjective,
     Field(discriminator="kind"),
@@ -211,7 +233,8 @@ def needs_sampler(objective: ObjectiveConfig) -> bool:
     """Whether an objective compares the student with what sampled, by their log-probabilities."""
     if isinstance(objective, EOPDObjective):
         return objective.estimator == "sampled"
-    return isinstance(objective, SampledObjective | GRPOObjective | OPSAObjective)
+    kinds = (SampledObjective, TrOPDObjective, GRPOObjective, OPSAObjective)
+    return isinstance(objective, kinds)
 
 
 @dataclass(frozen=True)

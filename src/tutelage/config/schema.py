@@ -26,6 +26,7 @@ from tutelage.config.method import (
     KLObjective,
     NoWeighting,
     ObjectiveConfig,
+    OPSAObjective,
     PacedWeighting,
     TopKObjective,
     WeightingConfig,
@@ -234,12 +235,11 @@ class Config:
         if isinstance(self.objective, GRPOObjective):
             hint = "A completion's advantage is over the others of its prompt."
             require(samples >= 2, "sampling.num_samples", "at least 2 for grpo", samples, hint)
-            rule, hint = (
-                "another than ida with objective.kind = grpo",
-                "Its advantage is a reward's.",
-            )
-            kind, is_possible = self.weighting.kind, not isinstance(self.weighting, IDAWeighting)
-            require(is_possible, "weighting.kind", rule, kind, hint)
+        if isinstance(self.weighting, IDAWeighting):
+            is_possible = not isinstance(self.objective, GRPOObjective | OPSAObjective)
+            rule = f"another than ida with objective.kind = {self.objective.kind}"
+            hint = "It weighs by the advantage over the teacher."
+            require(is_possible, "weighting.kind", rule, "ida", hint)
         if isinstance(self.weighting, PacedWeighting):
             hint = "With one sample a pass rate is 0 or 1, and every weight s(1 - s) is 0."
             require(samples >= 2, "sampling.num_samples", "at least 2 for paced", samples, hint)

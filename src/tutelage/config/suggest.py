@@ -49,6 +49,7 @@ _NAMES_OF_VALUES = {
     "kl": ("reverse_kl", "rkl", "forward_kl", "fkl"),
     "sampled": ("k1",),
     "jsd": ("gkd",),
+    "tropd": ("trust_region",),
     "grpo": ("dapo", "dr_grpo", "policy_gradient", "rl"),
     "opsa": ("sharpening", "self_sharpening", "teacher_free"),
     "soft_or": ("tip",),

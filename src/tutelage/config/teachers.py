@@ -16,6 +16,7 @@ from tutelage.config.method import (
     SampledObjective,
     SelectKDWeighting,
     TopKObjective,
+    TrOPDObjective,
     WeightingConfig,
 )
 from tutelage.config.models import TeacherConfig, TeacherMode, UnsharedTeacher
@@ -113,8 +114,8 @@ class LogprobServerTeacher(ServerTeacher):
     """A teacher on a server that gives the likeliest ids of each token and their log-probabilities.
 
     Prompts and completions leave this machine as token ids. All other ids share one bucket, so an
-    objective is one of buckets (`topk`, EOPD's top-k forms) or of the sampled token; divergences
-    that are logged are lower bounds.
+    objective is one of buckets (`topk`, EOPD's top-k forms, `tropd`) or of the sampled token;
+    divergences that are logged are lower bounds.
     """
 
     __pydantic_config__ = STRICT
@@ -173,11 +174,14 @@ def require_known_ids(
     given = f"with teacher.kind = 'logprob_server', which gives {num} ids of each token"
     hint = "A local teacher or a hidden_server has all."
     instead = (
-        'Use kind = "topk" with its tail bucket, "sampled", or "eopd" with estimator = "sampled" '
-        'and fkl = "topk_tail".'
+        'Use kind = "topk" with its tail bucket, "sampled", "tropd", or "eopd" with estimator = '
+        '"sampled" and fkl = "topk_tail".'
     )
-    kinds = (TopKObjective, SampledObjective, EOPDObjective, GRPOObjective, OPSAObjective)
-    known = f"topk, sampled, eopd, grpo or opsa {given}"
+    kinds = (
+        *(TopKObjective, SampledObjective, EOPDObjective, TrOPDObjective),
+        *(GRPOObjective, OPSAObjective),
+    )
+    known = f"topk, sampled, eopd, tropd, grpo or opsa {given}"
     require(isinstance(objective, kinds), "objective.kind", known, objective.kind, instead)
     if isinstance(objective, GRPOObjective):
         key, weight = "objective.distillation_weight", objective.distillation_weight
@@ -192,7 +196,7 @@ def require_known_ids(
             require(value in wanted, f"objective.{key}", rule, value, instead)
         rule, gate = f"hard {given}", objective.gate
         require(gate == "hard", "objective.gate", rule, gate, "It opens at a bound of the entropy.")
-    if isinstance(objective, TopKObjective | EOPDObjective):
+    if isinstance(objective, TopKObjective | EOPDObjective | TrOPDObjective):
         rule = f"at most teacher.num_logprobs = {num}"
         require(objective.k <= num, "objective.k", rule, objective.k, "Raise teacher.num_logprobs.")
     rule = f"another than {', '.join(NEED_ALL_IDS)} {given}"

@@ -52,6 +52,21 @@ def entropy_gate(
     raise ValueError(f"gate must be one of {GATES}, got {kind!r}.")
 
 
+def outside_trust_region(stats: TokenStats, uniform: Tensor) -> Tensor:
+    """1 − M of each row, M ~ Bernoulli(min(q/p, 1)) with p and q of the sampled token. `[N]`.
+
+    M is 1 where u < q/p: always where the teacher finds the token at least as likely.
+
+    Args:
+        stats: of N rows.
+        uniform: u, numbers in (0, 1), float64 `[N]`.
+
+    Source: TrOPD (arXiv 2606.01249).
+    """
+    is_outside = uniform.log() >= stats.log_q.double() - stats.log_p.double()
+    return is_outside.to(stats.log_q.dtype)
+
+
 def selectkd_weights(stats: TokenStats, outside: float = 0.01) -> Tensor:
     """1 where the student's likeliest id is among the teacher's five, else `outside`. `[N]`.
 

@@ -20,6 +20,7 @@ _OBJECTIVES = {
     "topk": "top-k reverse KL",
     "sampled": "reverse KL of the sampled tokens",
     "eopd": "entropy-aware (EOPD)",
+    "tropd": "trust region (TrOPD)",
     "grpo": "GRPO",
     "opsa": "OPSA, without a teacher",
 }

@@ -26,6 +26,7 @@ from tutelage.config.method import (
     SelectKDWeighting,
     SkewObjective,
     TopKObjective,
+    TrOPDObjective,
 )
 from tutelage.config.schema import Config
 from tutelage.config.selection import (
@@ -52,6 +53,7 @@ from tutelage.core.weighting import (
     entropy_gate,
     fire_weights,
     ida_weights,
+    outside_trust_region,
     paced_weights,
     reward_weights,
     selectkd_weights,
@@ -152,11 +154,22 @@ def scores_teacher(config: Config) -> bool:
     return is_described or not looks_at_student
 
 
-def gate_of(objective: ObjectiveConfig, stats: TokenStats) -> Tensor:
-    """EOPD's gate over the global batch `[N]`; 0 for other objectives."""
-    if not isinstance(objective, EOPDObjective):
-        return torch.zeros_like(stats.teacher_entropy)
-    return entropy_gate(stats.teacher_entropy, objective.threshold, objective.gate, objective.width)
+def gate_of(objective: ObjectiveConfig, stats: TokenStats, uniform: Tensor | None = None) -> Tensor:
+    """How far the forward KL of each row is switched on `[N]`: EOPD's and TrOPD's; else 0.
+
+    Args:
+        objective: the configured one.
+        stats: of all rows of the global batch.
+        uniform: numbers in (0, 1) `[N]` that decide which rows are outside of TrOPD's trust region.
+    """
+    match objective:
+        case EOPDObjective(threshold=threshold, gate=gate, width=width):
+            return entropy_gate(stats.teacher_entropy, threshold, gate, width)
+        case TrOPDObjective():
+            if uniform is None:
+                raise ValueError("TrOPD draws at random and needs `uniform`, one per row.")
+            return outside_trust_region(stats, uniform)
+    return torch.zeros_like(stats.teacher_entropy)
 
 
 def row_weights(
@@ -276,7 +289,7 @@ def row_terms(
         tokens: sampled ids `[K]`.
         old_logprobs: log-probabilities of those ids `[K]`, nats, by the weights that sampled them.
         weights: loss weights `[K]`.
-        gate: EOPD's gate `[K]`.
+        gate: how far the forward KL is switched on `[K]`, of EOPD and TrOPD.
     """
     w = weights
     match objective:
@@ -293,6 +306,10 @@ def row_terms(
             return [(ClippedPolicy(tokens, old_logprobs, advantages, clip, clip), w)]
         case SampledObjective(clip=clip):
             return [(SampledReverseKL(tokens, old_logprobs, clip), w)]
+        case TrOPDObjective(fkl=fkl, k=k, clip=clip):
+            sampled = SampledReverseKL(tokens, old_logprobs, clip)
+            outside = TopKForwardKL(k, tail=fkl == "topk_tail")
+            return [(sampled, w * (1 - gate)), (outside, w * gate)]
         case EOPDObjective() if not _is_plain(objective):
             forward: Term = ForwardKL()
             if objective.fkl != "full":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.config.method import EOPDObjective, needs_sampler
+from tutelage.config.method import EOPDObjective, TrOPDObjective, needs_sampler
 from tutelage.config.schema import Config
 from tutelage.config.teachers import LogprobServerTeacher
 from tutelage.core import (
@@ -33,7 +33,7 @@ def token_metrics(
     Args:
         stats: statistics of N rows, with the extra `teacher_top_mass` if a teacher was read.
         is_kept: whether each row was kept `[N]`.
-        gate: EOPD's gate `[N]`.
+        gate: how far the forward KL of each row is switched on `[N]`, of EOPD and TrOPD.
         config: for the quadrant thresholds.
 
     Returns:
@@ -55,6 +55,7 @@ def token_metrics(
         **{f"{name}_nats": _mean(stats.__dict__[name]) for name in names},
         "teacher_top16_mass": _mean(stats.extras["teacher_top_mass"]),
         **_gated(gate if isinstance(config.objective, EOPDObjective) else None, stats),
+        **_outside(gate[is_kept], config),
         "high_entropy": _high_entropy(stats),
         "quadrants": quadrant_table(quadrant, stats.reverse_kl, is_kept),
     }
@@ -202,6 +203,12 @@ def _gated(gate: Tensor | None, stats: TokenStats) -> dict[str, float | None]:
     total = weights.sum()
     mean = float(weights @ stats.forward_kl.double() / total) if total > 0 else None
     return {"gate_share": _mean(gate), "gated_forward_kl_nats": mean}
+
+
+def _outside(gate: Tensor, config: Config) -> dict[str, float | None]:
+    """Share of the kept tokens outside of TrOPD's trust region; nothing for other objectives."""
+    is_trust = isinstance(config.objective, TrOPDObjective)
+    return {"outside_trust_share": _mean(gate)} if is_trust else {}
 
 
 def _mean(x: Tensor) -> float | None:

@@ -41,7 +41,7 @@ class MicroBatch:
     weights: Tensor | None = None
     """Loss weight of the K rows `[K]`; None with `stats`."""
     gate: Tensor | None = None
-    """EOPD's gate of the K rows `[K]`; None with `stats`."""
+    """How far the forward KL of the K rows is switched on `[K]`; None with `stats`."""
     sampler_logprobs: Tensor | None = None
     """What the sampler gave the N sampled tokens, nats, where it had older weights than the step
     begins with `[N]`; sampled objectives clip against it."""
@@ -56,8 +56,8 @@ class MicroBatch:
     @property
     def num_clipped(self) -> int:
         """Rows of the sampled objective whose clip took effect in the backward pass."""
-        clipped = (term.is_clipped for term, _ in self.terms if isinstance(term, Sampled))
-        return sum(int(rows.sum()) for rows in clipped)
+        sampled = ((term, weight) for term, weight in self.terms if isinstance(term, Sampled))
+        return sum(int((term.is_clipped & (weight != 0)).sum()) for term, weight in sampled)
 
     def train_on_all(self, objective: ObjectiveConfig) -> None:
         """Every row trains with the objective's own weights."""

@@ -24,6 +24,8 @@ from tutelage.train.micro_batch import MicroBatch
 
 _SELECTION_SEED = 1
 """Keeps the random numbers of selection apart from those of sampling."""
+_TRUST_SEED = 7
+"""Keeps those that TrOPD draws apart from either."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,18 @@ class Selection(StepRows):
     weights: Tensor
     """Loss weight of every row `[N]`; 0 where it is not selected."""
     gate: Tensor
-    """EOPD's gate of every row `[N]`."""
+    """How far the forward KL of every row is switched on `[N]`, of EOPD and TrOPD."""
 
 
 def selection_of(
-    config: Config, rows: StepRows, chosen: TokenSelection, weighting: Tensor
+    config: Config, rows: StepRows, chosen: TokenSelection, weighting: Tensor, step: int
 ) -> Selection:
     """Combine what a rule keeps with the weights of the configured weighting `[N]`."""
     weights = torch.zeros_like(weighting)
     weights[chosen.rows] = weighting[chosen.rows] * chosen.weights
-    gate = gate_of(config.objective, rows.stats)
+    seed = (config.seed, step, _TRUST_SEED)
+    uniform = counter_uniform(seed, rows.completion, rows.position)
+    gate = gate_of(config.objective, rows.stats, uniform)
     return Selection(**vars(rows), rows=chosen.rows, mask=chosen.mask, weights=weights, gate=gate)
 
 

@@ -371,7 +371,8 @@ class Step:
                 f"{culprit(self.config, stats)} gives logits that are not numbers. Check its "
                 "weights and dtype."
             )
-        return selection_of(self.config, replace(rows, stats=stats), chosen, weights)
+        rows = replace(rows, stats=stats)
+        return selection_of(self.config, rows, chosen, weights, step)
 
     def _by_teacher(self, selection: Selection, step: int) -> dict[str, Any]:
         if not self.config.teachers or self.config.diagnostics != "all":
