@@ -19,6 +19,7 @@ from tutelage.config.method import EOPDObjective
 from tutelage.config.parse import load_config, parse_config
 from tutelage.config.schema import Config
 from tutelage.config.selection import Normalization
+from tutelage.config.teachers import NEED_ALL_IDS
 from tutelage.core import NORMALIZATIONS, RULES, TokenStats
 from tutelage.core.terms import ReverseKL
 from tutelage.core.weighting import GATES
@@ -160,6 +161,7 @@ def assert_sound(metrics: dict[str, Any]) -> None:
 
 def test_no_rule_and_no_kind_was_forgotten() -> None:
     assert set(SELECTIONS) == set(RULES)
+    assert set(NEED_ALL_IDS) == {name for name, rule in RULES.items() if rule.extras}
     assert get_args(Normalization) == NORMALIZATIONS
     assert get_args(get_type_hints(EOPDObjective)["gate"]) == GATES
     for name, table in (("objective", OBJECTIVES), ("weighting", WEIGHTINGS)):
