@@ -18,6 +18,7 @@ from tutelage.config.method import (
     ObjectiveConfig,
     OPSAObjective,
     SampledObjective,
+    TrOPDObjective,
     WeightingConfig,
 )
 from tutelage.config.selection import AllTokens, SelectionConfig
@@ -74,6 +75,7 @@ _EXTREME = _rule("extreme_advantage", 1)
 _LOWEST = _rule("lowest_logprob", 20, 10)
 _INFLUENCE = _rule("influence", 10, 1)
 _OPSA = Arm("opsa-20", selection_of("lowest_logprob", 20), OPSAObjective("opsa"), "sampled")
+_TROPD = TrOPDObjective("tropd", "topk_renorm")
 _IDA = Arm("ida", weighting=IDAWeighting("ida"))
 
 ARMS = {
@@ -89,6 +91,8 @@ ARMS = {
         *_sampled(_ALL, _STORED, _EOPD, _IDA, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME),
         *_sampled(*_INFLUENCE, *_LOWEST),
         _OPSA,
+        Arm("tropd", AllTokens(), _TROPD, "sampled", rollouts="prefix"),
+        Arm("tropd-live", AllTokens(), _TROPD, "sampled"),
     )
 }
 """Every arm by name. `eopd+sampled` is the published form: renormalised top 16."""

@@ -281,6 +281,16 @@ CLAIMS: dict[str, Claim] = {
             *_each(VARIED, "ida+sampled", "all+sampled", "beats", "hidden_pass"),
         ),
     ),
+    "R1": Claim(
+        "TrOPD beats on-policy distillation and EOPD.",
+        "Ahead of all tokens with the sampled loss and of EOPD as published: both halves.",
+        "TrOPD (arXiv 2606.01249): 51.7 against 48.3 and 48.9.",
+        (
+            *_each(BROAD, "tropd", "all+sampled", "beats"),
+            *_each(BROAD, "tropd", "eopd+sampled", "beats"),
+        ),
+        _each(BROAD, "tropd-live", "all+sampled", "beats"),
+    ),
     "P1": Claim(
         "At 3 % Soft-OR is worse than random tokens.",
         "Random tokens are ahead of Soft-OR with one token of each completion.",
