@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from claims_probe import score
 from tutelage.config.schema import Config
 from tutelage.config.selection import (
-    AllTokens,
     ExtremeTokens,
     GapTokens,
     InfluenceTokens,
@@ -74,10 +73,8 @@ def choices(components: Components, config: Config, num_prompts: int) -> dict[st
     }
 
 
-def own_choice(components: Components, config: Config, num_prompts: int) -> dict[str, Any] | None:
-    """What an arm's own rule keeps at its own budget; None where it keeps all."""
-    if isinstance(config.selection, AllTokens):
-        return None
+def own_choice(components: Components, config: Config, num_prompts: int) -> dict[str, Any]:
+    """What a run's own rule keeps, at its own budget, of the present student's completions."""
     rows = completions(components, config, num_prompts, {"": config.selection})
     return _described(components, rows, _kept(components, config, rows, config.selection))
 
@@ -105,13 +102,19 @@ def _kept(
 
 def _described(components: Components, rows: StepRows, kept: Tensor) -> dict[str, Any]:
     """How much of the tokens, the reverse KL and the logit gradients' norms is kept, and of which
-    texts: `[kept, all]` by text."""
+    texts: `[kept, all]` by a token's own text, and by that of the token before it."""
     texts = [components.tokenizer.decode([token]) for token in rows.tokens.tolist()]
-    found = Counter(text for text, is_kept in zip(texts, kept.tolist(), strict=True) if is_kept)
+    is_first = (rows.position == 0).tolist()
+    before = ["" if first else text for first, text in zip(is_first, ["", *texts], strict=False)]
     sizes = {
         "tokens": torch.ones_like(rows.stats.entropy),
         "kl": rows.stats.reverse_kl,
         "gradient": rows.stats.extras["gradient_norm"].sqrt(),
     }
     shares = {f"{name}_kept": float(x[kept].sum() / x.sum()) for name, x in sizes.items()}
-    return {**shares, "texts": {text: [found[text], n] for text, n in Counter(texts).items()}}
+    return {**shares, "texts": _counts(texts, kept), "before": _counts(before, kept)}
+
+
+def _counts(names: Sequence[str], kept: Tensor) -> dict[str, list[int]]:
+    found = Counter(name for name, is_kept in zip(names, kept.tolist(), strict=True) if is_kept)
+    return {name: [found[name], count] for name, count in Counter(names).items()}

@@ -135,10 +135,14 @@ def _by_verdict(verdicts: dict[str, str]) -> str:
     order = ("contradicted here", "supported", "not supported")
     found = {v: [place for place, other in verdicts.items() if other == v] for v in order}
     return "; ".join(
-        f"{'**contradicted**' if v == order[0] else v} in {' and '.join(places)}"
+        f"{'**contradicted**' if v == order[0] else v} in {', '.join(map(_short, places))}"
         for v, places in found.items()
         if places
     )
+
+
+def _short(group: str) -> str:
+    return f"`{group.replace(', sampled loss', '+sampled')}`"
 
 
 def _controls(found: dict[str, Any] | None) -> str:

@@ -53,8 +53,8 @@ seeds.
 * **stored**: the completions of all steps are drawn once, by the student before the first step.
   With the sampled loss they are clipped against the probabilities that they were drawn with.
 * **opsa-20** trains the 20 % of tokens with the lowest probability without a teacher. **tropd** has
-  its published forward KL and lets the teacher begin the completions in the first half of the steps,
-  but does not train on what the teacher wrote, as the paper does; **tropd-live** has no such
+  its published forward KL and lets the teacher begin completions in the first half of the steps,
+  but does not train on what the teacher wrote, as the paper does. **tropd-live** has no such
   beginnings.
 * **Intervals** are 95 %, bootstrapped over seeds and problems at once (for correlations: seeds and,
   within them, tokens), or t where a figure has one number a seed. Differences are paired by seed

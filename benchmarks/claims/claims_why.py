@@ -23,7 +23,8 @@ claims](claims.md); the formulas are in [the equations](../equations.md).
 * **KL, gradient**: share of all tokens' reverse KL, and of the norms of their logit gradients
   (of the exact reverse KL), that lies on the kept ones.
 * **preferred**: texts of tokens by how many times as often the rule keeps them as it keeps any
-  token (texts of at least {least} tokens; ␣ is a space, ↵ a line break)."""
+  token (texts of at least {least} tokens; ␣ is a space, ↵ a line break). **Preferred behind**: the
+  same by the text of the token before; (start) is the start of the completion."""
 
 
 def why_page(results: dict[str, Any]) -> str:
@@ -42,7 +43,7 @@ def why_page(results: dict[str, Any]) -> str:
             f"## Setting `{setting}`",
             _kept(start),
             _overlap(start["overlap"]),
-            _moved(start["rules"], trained),
+            _moved(trained),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -52,11 +53,11 @@ def _kept(start: dict[str, Any]) -> str:
         [
             f"`{rule}`",
             *(_percent(found[f"{name}_kept"]) for name in ("tokens", "kl", "gradient")),
-            _preferred(found),
+            *(_preferred(found, name) for name in ("texts", "before")),
         ]
         for rule, found in start["rules"].items()
     ]
-    heads = ["rule", "tokens", "KL", "gradient", "preferred"]
+    heads = ["rule", "tokens", "KL", "gradient", "preferred", "preferred behind"]
     return (
         "### What is kept at an equal budget\n\n"
         f"20 % of each completion, {start['num_tokens']:,} tokens in all.\n\n{table(heads, rows)}"
@@ -76,29 +77,30 @@ def _overlap(overlap: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _moved(start: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+def _moved(trained: Mapping[str, Any]) -> str:
     """What each arm's own rule keeps after its own training, against before."""
     rows = []
-    for arm, after in trained.items():
-        rule = arm.partition("+")[0].rpartition("-")[0]
-        before = start.get(rule)
-        alike = "" if before is None else _percent(_alike(before["texts"], after["texts"]))
+    for arm, choices in trained.items():
+        before, after = choices["before"], choices["after"]
         rows.append(
             [
                 f"`{arm}`",
-                *(_percent(after[f"{name}_kept"]) for name in ("tokens", "kl", "gradient")),
-                alike,
-                _preferred(after),
+                _percent(after["tokens_kept"]),
+                *(
+                    f"{_percent(before[name])} → {_percent(after[name])}"
+                    for name in ("kl_kept", "gradient_kept")
+                ),
+                _percent(_alike(before["texts"], after["texts"])),
+                *(_preferred(after, name) for name in ("texts", "before")),
             ]
         )
-    heads = ["arm", "tokens", "KL", "gradient", "same texts as before", "preferred"]
+    heads = ["arm", "tokens", "KL", "gradient", "same texts", "preferred", "preferred behind"]
     return (
         "### How the choice moves with training\n\n"
         "What each arm's own rule keeps, at its own budget, of the completions of the same prompts "
-        "by the student that it trained. *Same texts as before*: by how much the texts of its kept "
-        "tokens overlap with those that the rule kept of the untrained student's at 20 % (the sum "
-        "over texts of the smaller share; budgets below 20 % differ for that reason too).\n\n"
-        f"{table(heads, rows)}"
+        "by the untrained student → by the student that the arm trained. *Same texts*: by how much "
+        "the texts of the kept tokens overlap before and after (the sum over texts of the smaller "
+        f"share). Preferences are those after training.\n\n{table(heads, rows)}"
     )
 
 
@@ -110,12 +112,12 @@ def _alike(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int
     )
 
 
-def _preferred(found: Mapping[str, Any]) -> str:
+def _preferred(found: Mapping[str, Any], what: str) -> str:
     """Texts whose tokens are kept most often for their number, with the ratio to any token's."""
     rate = found["tokens_kept"]
     ratios = {
         text: kept / count / rate
-        for text, (kept, count) in found["texts"].items()
+        for text, (kept, count) in found[what].items()
         if count >= LEAST_COUNT and kept
     }
     best = sorted(ratios.items(), key=lambda item: (-item[1], item[0]))[:NUM_TEXTS]
@@ -124,7 +126,9 @@ def _preferred(found: Mapping[str, Any]) -> str:
 
 def _shown(text: str) -> str:
     """A token's text that cannot end a cell of a table or a line."""
-    return text.replace(" ", "␣").replace("\n", "↵").replace("|", "¦").replace("`", "ˋ") or "∅"
+    return (
+        text.replace(" ", "␣").replace("\n", "↵").replace("|", "¦").replace("`", "ˋ") or "(start)"
+    )
 
 
 def _percent(share: float) -> str:

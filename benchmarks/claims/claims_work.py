@@ -24,6 +24,7 @@ from claims_design import Cell, config_of
 from claims_probe import bias, oscillation, probe, score
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
+from tutelage.config.selection import AllTokens
 from tutelage.data.types import Prompt
 from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.rollout.sampler import TransformersSampler
@@ -76,16 +77,20 @@ def learn_and_measure(cell: Cell) -> dict[str, Any]:
     components = fresh(cell)
     if cell.arm == "teacher":
         components.student.model = copy.deepcopy(components.teacher.model)
-    config = config_of(cell)
+    config, num_probed = config_of(cell), cell.num_probed
+    seen: dict[str, Any] = {}
+    if num_probed and cell.arm == "start":
+        seen = {"choices": choices(components, config, num_probed)}
+    is_recorded = num_probed > 0 and not isinstance(config.selection, AllTokens)
+    before = own_choice(components, config, num_probed) if is_recorded else {}
     learned = {} if cell.arm in BASELINES else learn(components, config)
+    if is_recorded:
+        after = own_choice(components, config, num_probed)
+        seen = {"choices": {"before": before, "after": after}}
     problems = measure(components, config, cell.num_problems)
     means = {name: fmean(values) for name, values in problems.items()}
-    found = {**learned, **means, "weights": digest(components.student), "problems": problems}
-    if cell.num_probed and cell.arm == "start":
-        found["choices"] = choices(components, config, cell.num_probed)
-    elif cell.num_probed and cell.arm not in BASELINES:
-        found["choices"] = own_choice(components, config, cell.num_probed)
-    return found
+    weights = digest(components.student)
+    return {**learned, **means, **seen, "weights": weights, "problems": problems}
 
 
 def learn(components: Components, config: Config) -> dict[str, float]:

@@ -59,17 +59,18 @@ def record(cell: Cell, quality: Quality) -> dict[str, Any]:
             }
             found |= {name: sum(x) / len(x) for name, x in found["problems"].items()}
             found |= {name: noisy(name) for name in PER_SEED}
-            if cell.num_probed:
+            if cell.num_probed and ("-" in cell.arm or cell.arm == "start"):
                 found["choices"] = made_up_choices(cell)
     return found
 
 
 def made_up_choices(cell: Cell) -> dict[str, Any]:
     """Of an untrained student every rule's; of an arm its own. Rules keep digits twice as often."""
-    one = {"tokens_kept": 0.2, "kl_kept": 0.5, "gradient_kept": 0.4}
-    one |= {"texts": {"a|": [10, 100], "7": [40, 100], "\n": [10, 100]}}  # type: ignore[dict-item]
+    shares = {"tokens_kept": 0.2, "kl_kept": 0.5, "gradient_kept": 0.4}
+    texts = {"a|": [10, 100], "7": [40, 100], "\n": [10, 100]}
+    one = {**shares, "texts": texts, "before": {"": [10, 50], "7": [50, 250]}}
     if cell.arm != "start":
-        return one
+        return {"before": {**one, "kl_kept": 0.25}, "after": one}
     overlap = {a: {b: 1.0 if a == b else 0.3 for b in COMPARED_RULES} for a in COMPARED_RULES}
     return {"num_tokens": 300, "rules": dict.fromkeys(COMPARED_RULES, one), "overlap": overlap}
 

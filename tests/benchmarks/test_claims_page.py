@@ -76,7 +76,7 @@ def test_the_page_names_contradictions_changes_and_what_is_noise(results: dict[s
     assert claim["agreement"] == "contradicted in part"
     assert [c["reading"] for c in claim["comparisons"]] == ["decided", "too noisy to say"]
     made = page(results)
-    assert "**contradicted** in overconfident; not supported in scarce" in made
+    assert "**contradicted** in `overconfident`; not supported in `scarce`" in made
     assert "* [T1](#t1) in overconfident: supported, now contradicted here." in made
     assert "* [T1](#t1) in scarce" not in made
 
@@ -92,8 +92,8 @@ def test_sensitivity_tells_a_verdict_that_hangs_on_the_rate(results: dict[str, A
 def test_the_page_of_choices_names_what_rules_prefer(results: dict[str, Any]) -> None:
     made = why_page(json.loads(json.dumps(results)))
     line = next(line for line in made.splitlines() if line.startswith("| `soft_or` | 20 %"))
-    assert "`7` 2.0 · `a¦` 0.5 · `↵` 0.5" in line or "`7` 2.0" in line
-    assert "| `soft_or-20+sampled` | 20 % | 50 % | 40 % | 100 % |" in made
+    assert "| `7` 2.0 · `↵` 0.5 · `a¦` 0.5 | `(start)` 1.0 · `7` 1.0 |" in line
+    assert "| `soft_or-20+sampled` | 20 % | 25 % → 50 % | 40 % → 40 % | 100 % |" in made
     assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
 
 
