@@ -31,7 +31,7 @@ def random_bits(x: Tensor) -> Tensor:
 def counter_uniform(seed: tuple[int, ...], *counters: Tensor) -> Tensor:
     """Uniform numbers in (0, 1), a pure function of the seed and of each row's counters.
 
-    The same row draws the same number whatever batch, order or rank it is computed in.
+    The same row has the same number whatever batch, order or rank it is computed in.
 
     Args:
         seed: integers shared by all rows, e.g. (run seed, step, purpose).

@@ -110,7 +110,7 @@ def composite_objective(
         student: student logits of K rows; gradients flow to its hidden states, weight and bias.
         teacher: teacher logits of the same rows and vocabulary; with `PartialLogits` the terms are
             those of top-k buckets and of the sampled token. None where every term is a
-            `ClippedPolicy`, which reads the student alone: half of the products.
+            `ClippedPolicy`, which needs the student alone: half of the products.
         terms: terms of `tutelage.core.terms`, each with a weight, `[K]` or one number.
         chunk_bytes: size of the two logit buffers; None for what suits the device.
         extras: statistics to compute on the way, keys of `EXTRAS` that need no sampled token.

@@ -1,6 +1,6 @@
 """Policy gradients: advantages among the completions of a prompt, and the clipped term they enter.
 
-The term reads the student alone, so an objective of nothing else needs no teacher.
+The term needs the student alone, so an objective of nothing else needs no teacher.
 """
 
 from __future__ import annotations

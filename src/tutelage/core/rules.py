@@ -77,7 +77,7 @@ def _entropy_hat(stats: TokenStats, context: Context) -> Tensor:
 
 
 def soft_or(stats: TokenStats, context: Context) -> Tensor:
-    """ĥ + δ̂ − ĥδ̂: high where the student is uncertain, or wrong, or both."""
+    """ĥ + δ̂ − ĥδ̂: high where the student's entropy is high, or the KL, or both."""
     h = _entropy_hat(stats, context)
     d = _normalize(stats.reverse_kl.double(), context.normalization, is_entropy=False)
     return h + d - h * d
@@ -110,7 +110,7 @@ class Rule:
     is_random: bool = False
     """Whether it draws one uniform number a row."""
     log_weight: Score | None = None
-    """log of the probability, up to a constant, with which a sampling rule draws a row."""
+    """log of the probability, up to a constant, with which a rule samples a row."""
     needs_teacher: bool = True
     """False where it reads the student alone: statistics without a teacher are enough."""
     leaves_out_stops: bool = False
@@ -325,7 +325,7 @@ def importance(
 def log_sampling_weight(
     stats: TokenStats, rule: str | Rule, normalization: str = "minmax_p98"
 ) -> Tensor | None:
-    """log P, up to a constant, with which a sampling rule draws a row `[N]`; None for others."""
+    """log P, up to a constant, with which a rule samples a row `[N]`; None for others."""
     weight = require_rule(rule).log_weight
     return None if weight is None else weight(stats, _context(stats, normalization))
 

@@ -55,7 +55,7 @@ def select_tokens(
 
     With `correct_sampling` a row kept by a sampling rule weighs 1/π, π being its probability to
     be kept given the other rows' noise, so that ``Σ_kept weight·g`` is an unbiased estimate of
-    ``Σ g`` over all rows that can be drawn (usable, P > 0): with κ the first key that is not
+    ``Σ g`` over all rows that can be sampled (usable, P > 0): with κ the first key that is not
     kept, π = 1 − exp(−exp(log P − κ)).
 
     Args:

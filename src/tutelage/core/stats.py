@@ -85,7 +85,7 @@ def token_stats(
     Args:
         student: student logits, N rows over V ids.
         teacher: teacher logits, the same rows and ids. None halves the work: entropy and log_p
-            are computed, all that rules with `needs_teacher` False read, and the rest is NaN. Of
+            are computed, all that rules with `needs_teacher` False need, and the rest is NaN. Of
             `PartialLogits` its entropy and the divergences are lower bounds.
         tokens: sampled token ids `[N]`; where ids count as one, such a token's log-probability is
             that of all of them.
