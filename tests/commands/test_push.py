@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from httpx2 import ConnectError
 from huggingface_hub import ModelCard
 
 from tutelage.commands import push
 from tutelage.commands.options import make_parser
 from tutelage.errors import RunError
 
+GIVEN = ("--license", "mit", "--base-model", "a/b")
 CARD = """---
 library_name: transformers
 tags: [on-policy-distillation, tutelage]
@@ -23,12 +26,17 @@ tags: [on-policy-distillation, tutelage]
 
 
 class Hub:
-    """Notes what it is asked; refuses a repository of another owner."""
+    """Notes what it is asked; refuses a repository of another owner, and knows a public one."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {}
 
+    def model_info(self, repository: str) -> SimpleNamespace:
+        return SimpleNamespace(private=repository != "me/public")
+
     def create_repo(self, repository: str, private: bool, exist_ok: bool) -> str:
+        if repository == "me/offline":
+            raise ConnectError("")
         if not repository.startswith("me/"):
             raise OSError("403 Forbidden\nand a page about it")
         self.seen["repository"] = repository, private, exist_ok
@@ -81,7 +89,8 @@ def test_data_sets_may_be_named(folder: Path) -> None:
     [
         (("me/x", "--license", "mit"), "add --base-model"),
         (("me/x",), "add --license and --base-model"),
-        (("you/x", "--license", "mit", "--base-model", "a/b"), "you/x was not uploaded: 403"),
+        (("you/x", *GIVEN), "'you/x' was not uploaded: 403"),
+        (("me/offline", *GIVEN), "'me/offline' was not uploaded: ConnectError"),
     ],
 )
 def test_what_is_missing_or_refused_is_one_line(
@@ -90,6 +99,39 @@ def test_what_is_missing_or_refused_is_one_line(
     with pytest.raises(RunError, match=said) as caught:
         pushed(folder, *arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_public_repository_receives_nothing_that_was_to_be_private(folder: Path) -> None:
+    hub = Hub()
+    parsed = make_parser("0").parse_args(["push", str(folder), "me/public", *GIVEN, "--private"])
+    with pytest.raises(RunError, match="me/public is there and public"):
+        push.run(parsed, lambda: hub)
+    assert set(hub.seen) == {"repository"}
+    assert set(pushed(folder, "me/public", *GIVEN)) == {"repository", "folder", "file"}
+
+
+@pytest.mark.parametrize("card", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe"])
+def test_a_card_that_cannot_be_read_is_one_line(folder: Path, card: bytes) -> None:
+    (folder / "student" / "README.md").write_bytes(card)
+    with pytest.raises(RunError, match="is no model card") as caught:
+        pushed(folder, "me/x", *GIVEN)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "datasets"),
+    [
+        ({"path": "gsm8k-train"}, ["openai/gsm8k"]),
+        ({"path": "a/data-v1.5"}, ["a/data-v1.5"]),
+        ({"path": "a/b.jsonl"}, None),
+        ({"path": "/a/b"}, None),
+        (5, None),
+    ],
+)
+def test_data_sets_are_those_of_the_hub(folder: Path, data: Any, datasets: Any) -> None:
+    (folder / "manifest.json").write_text(json.dumps({"config": {"data": data}}))
+    card = pushed(folder, "me/x", *GIVEN)["file"]["path_or_fileobj"].decode()
+    assert ModelCard(card).data.datasets == datasets
 
 
 def test_a_run_without_a_student_has_nothing_to_upload(tmp_path: Path) -> None:
