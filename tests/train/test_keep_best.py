@@ -115,6 +115,17 @@ def test_a_run_ends_early_and_says_so_when_it_is_started_again(
     assert {"stopped_early", "best"}.isdisjoint(manifest(out))
 
 
+def test_a_run_that_took_every_step_was_not_stopped_early(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    out, stop = tmp_path / "run", {"metric": KL, "patience": 4}
+    for _ in range(2):  # the second time nothing is left to do
+        said = run(tiny_models, out, stop_when=stop)
+        assert not any("stopped early" in line or "no better" in line for line in said)
+        assert "stopped_early" not in manifest(out)
+    assert steps(out) == [6]
+
+
 def test_a_death_between_the_evaluation_that_ends_a_run_and_its_checkpoint(
     tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

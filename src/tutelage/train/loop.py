@@ -212,11 +212,12 @@ class _Run:
         self.measurements.evaluate(self.done)
         if self.done > self.saved and self._best_step() == self.done:
             self._save()
-        self._see_whether_it_ends()
+        self._see_whether_it_ends(self.done)
 
-    def _see_whether_it_ends(self) -> None:
+    def _see_whether_it_ends(self, step: int) -> None:
+        """Whether the evaluation after a step is the last; none stops a run that has no more."""
         records, settings = self.folder, self.config.stop_when
-        if settings.metric != "none":
+        if settings.metric != "none" and step < self.config.num_steps:
             self.ends = in_main(
                 self.accelerator, lambda: stop_reason(records.read("evaluation.jsonl"), settings)
             )
@@ -349,7 +350,7 @@ class _Run:
         if step < 0:
             return 0, None
         path = checkpoint_path(self.folder.path, step)
-        self._see_whether_it_ends()
+        self._see_whether_it_ends(step)
         what = "is finished" if step >= self.config.num_steps or self.ends else "continues"
         why = f"; nothing is left to do: {self.ends}" if self.ends else ""
         self.log(
