@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, make_api: Callable[[], Any] = HfApi) -> i
 
 
 def _uploaded(
-    make_api: Callable[[], Any], repository: str, is_private: bool, student: Path, card: ModelCard
+    make_api: Callable[[], Any], repository: str, is_private: bool, student: Path, card: Any
 ) -> str:
     """Upload the folder and the card; returns the address of the repository."""
     try:
@@ -79,7 +79,7 @@ def _uploaded(
     return str(address)
 
 
-def _card(path: Path) -> ModelCard:
+def _card(path: Path) -> Any:
     try:
         return ModelCard.load(path)
     except (OSError, ValueError, YAMLError) as error:
