@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from yaml import YAMLError
 
 from tutelage.data.formats import is_file_name
 from tutelage.data.suites import SETS
@@ -82,7 +81,7 @@ def _uploaded(
 def _card(path: Path) -> Any:
     try:
         return ModelCard.load(path)
-    except (OSError, ValueError, YAMLError) as error:
+    except Exception as error:  # of the library, its reader of YAML, and the disk
         what = " ".join(str(error).split())
         raise RunError(
             f"{path} is no model card: {what.rstrip('.')}. Mend its header between the lines of "
