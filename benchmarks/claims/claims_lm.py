@@ -61,7 +61,9 @@ def main() -> None:
 def _options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--pair", type=Path, help="folder of scripts/build_lm_pair.py")
-    options.add_argument("--others", type=Path, help="JSON lines with solutions, for forgetting")
+    options.add_argument(
+        "--others", type=Path, help="JSON lines with other problems, for forgetting"
+    )
     options.add_argument("--device", default="cpu")
     options.add_argument("--scale", choices=SCALES, help="default: cpu on a CPU, gpu elsewhere")
     options.add_argument("--cells", nargs="*", default=[], help="only names with one of these in")

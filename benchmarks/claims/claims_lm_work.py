@@ -179,7 +179,7 @@ def other_loss(components: Components, pair: Pair, num_texts: int) -> list[float
         return []
     model = components.student.model
     lines = pair.others.read_text(encoding="utf-8").splitlines()[:num_texts]
-    texts = [json.loads(line)["solution"] for line in lines]
+    texts = [json.loads(line)["problem"] for line in lines]
     encoded = [components.tokenizer(text)["input_ids"][:OTHER_TOKENS] for text in texts]
     found: list[float] = []
     for start in range(0, len(encoded), _OTHER_BATCH):

@@ -53,7 +53,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "data" / f"{split}.jsonl").write_text(text)
     others = folder / "others.jsonl"
-    others.write_text('{"solution": "1+2=3"}\n{"solution": "4+4=8~2"}\n')
+    others.write_text('{"problem": "1+2=3"}\n{"problem": "4+4=8~2"}\n')
     return Pair(folder, "stories", others)
 
 
