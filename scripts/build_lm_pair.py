@@ -79,8 +79,8 @@ TASKS = {
         name="stories",
         max_new_tokens=40,
         recipes=(
-            Recipe("teacher", num_examples=1600, num_epochs=1, batch_size=8),
-            Recipe("student", 240, num_epochs=1, num_layers=24, batch_size=8, seed=2),
+            Recipe("teacher", num_examples=2000, num_epochs=1, batch_size=8),
+            Recipe("student", 360, num_epochs=1, num_layers=24, batch_size=8, seed=2),
         ),
         data="arithmetic stories that `scripts/lm_stories.py` writes with seed 1",
     ),

@@ -117,12 +117,12 @@ def apply(sign: str, left: int, right: int) -> int:
 def _numbers(rng: random.Random, signs: str) -> tuple[int, int, int]:
     """Three numbers whose story stays between 1 and `LARGEST` at every step."""
     while True:
-        most = 9 if signs[0] == "*" else 20
-        a, b, c = rng.randint(2, most), rng.randint(2, most), rng.randint(2, 20)
+        most = 5 if signs[0] == "*" else 9
+        a, b, c = rng.randint(2, most), rng.randint(2, most), rng.randint(2, 9)
         if signs[1] == "*":
-            c = rng.randint(2, 5)
+            c = rng.randint(2, 4)
         if signs[0] == "-":
-            a += rng.randint(0, 20)
+            a += rng.randint(0, 9)
         middle = apply(signs[0], a, b)
         if 1 <= middle <= LARGEST and 1 <= apply(signs[1], middle, c) <= LARGEST:
             return a, b, c
