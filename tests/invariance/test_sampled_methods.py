@@ -13,8 +13,11 @@ from test_step import plain_logprobs
 from torch import Tensor
 
 import reference
+from tutelage.core.terms import SampledReverseKL, TopKForwardKL
+from tutelage.data.batch import collate
 from tutelage.data.types import Rollout
 from tutelage.setup.components import Components
+from tutelage.train.micro_batch import MicroBatch
 
 METHODS: dict[str, dict[str, Any]] = {
     "ida": {"weighting": {"kind": "ida"}},
@@ -88,3 +91,14 @@ def test_what_is_outside_of_the_trust_region_is_drawn_anew_for_every_seed(
         shares.add(found.metrics["outside_trust_share"])
     assert all(0 < share < 1 for share in shares)
     assert len(shares) > 1
+
+
+def test_tokens_outside_of_the_trust_region_are_not_counted_as_clipped(
+    rollouts: list[Rollout],
+) -> None:
+    batch = collate(rollouts[:1], 0)
+    term = SampledReverseKL(torch.zeros(3, dtype=torch.long), torch.zeros(3))
+    term.is_clipped[:] = torch.tensor([True, True, False])
+    outside = (TopKForwardKL(5), torch.tensor([1.0, 0.0, 0.0]))
+    terms = [(term, torch.tensor([0.0, 1.0, 1.0])), outside]
+    assert MicroBatch(batch, 0, terms=terms).num_clipped == 1

@@ -238,7 +238,7 @@ def test_equal_tokenizers_learn_as_from_one_vocabulary(table: Any) -> None:
 
 def test_a_whole_run_evaluates_and_saves(table: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train(parse_config(table(out=str(out))), log=lambda _: None)
+    train(parse_config(table(out=str(out), weighting={"kind": "ida"})), log=lambda _: None)
     for row in metrics_of(out):
         assert 0 < row["aligned_share"] < 1
         num_tokens = row["num_rows"] / row["aligned_share"]

@@ -49,6 +49,8 @@ def test_a_run_learns_what_it_does_from_the_whole_teacher(
     server: FakeVLLM, tiny_models: Path, tmp_path: Path, objective: dict[str, Any]
 ) -> None:
     ways: dict[str, Any] = {"objective": objective, "num_steps": 2}
+    if objective["kind"] == "tropd":
+        ways["weighting"] = {"kind": "ida"}
     run(tiny_models, tmp_path / "served", teacher=teacher_of(server), **ways)
     run(tiny_models, tmp_path / "local", **ways)
     served, local = (metrics_of(tmp_path / name) for name in ("served", "local"))

@@ -106,6 +106,7 @@ def test_rows_are_compared_over_the_class_and_every_other_id(models: Path) -> No
 
 METHODS: list[dict[str, Any]] = [
     {"objective": {"kind": "sampled"}, "updates_per_step": 2},
+    {"objective": {"kind": "tropd", "k": 5}, "weighting": {"kind": "ida"}},
     {"objective": {"kind": "akl"}, "selection": {"rule": "soft_or"}},
     {"objective": {"kind": "topk", "support": "student"}, "selection": {"rule": "entropy"}},
     {"selection": {"rule": "entropy"}, "diagnostics": "kept"},
@@ -138,7 +139,8 @@ def test_older_completions_are_refused_where_the_numbers_of_their_single_ids_cou
             **older,
         }
         parse_config(table)
-        for objective in ({"kind": "sampled"}, {"kind": "eopd", "estimator": "sampled"}):
+        sampled = ({"kind": "sampled"}, {"kind": "tropd"}, {"kind": "eopd", "estimator": "sampled"})
+        for objective in sampled:
             with pytest.raises(
                 ConfigError, match=r"teacher\.stop_token must be map or refuse with"
             ):
