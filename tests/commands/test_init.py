@@ -46,6 +46,17 @@ def written(*options: object) -> Any:
     return load_config("mine.toml")
 
 
+def test_several_updates_a_step_divide_its_prompts() -> None:
+    config = written(*MODELS, "--prompts", "prompts.jsonl", "updates_per_step=5")
+    assert (config.updates_per_step, config.prompts_per_step) == (5, 30)
+
+
+def test_an_empty_name_of_prompts_is_no_data_set() -> None:
+    outcome = call("init", "mine.toml", *MODELS, "--prompts", "")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "prompt file '' does not exist" in outcome.err
+
+
 def test_what_it_writes_is_checked_and_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = succeed("init", "mine.toml", *MODELS, "--prompts", "prompts.jsonl", "seed=3")
     assert "tutelage check mine.toml" in outcome.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -298,6 +299,15 @@ def test_the_next_command_is_what_the_verdict_asks_for(word: str, said: str) -> 
     words = said.split()
     if words[1] == "train":
         assert load_config(LEDGER, words[3:]) != config
+
+
+def test_the_next_run_has_the_same_overrides_in_another_folder() -> None:
+    given = ["selection.rule=soft_or", "out=a b", "num_steps=10", "data.suffix=be brief"]
+    config = load_config(LEDGER, ["num_steps=10", "out=a b"])
+    found = command.next_command("unchanged", config, "mine.toml", Path("a b"), given)
+    train, name, *rest = shlex.split(found)[1:]
+    assert (train, name) == ("train", "mine.toml")
+    assert rest == [given[0], given[3], "num_steps=40", "out=a b-2"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.config.parse import load_config
-from tutelage.config.read import read_table
+from tutelage.config.read import apply_override, read_table
 from tutelage.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,3 +134,51 @@ def test_keys_and_values_have_the_errors_of_toml(tmp_path: Path, text: str, said
     with pytest.raises(ConfigError) as caught:
         load_config(written(tmp_path, whole))
     assert said.lower() in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("!!int abc", "'abc' is no int (at line 1, column 12)"),
+        ("!!float abc", "'abc' is no float"),
+        ("!!bool maybe", "'maybe' is no bool"),
+        ("1" * 5000, f"'{'1' * 40}' is no int"),
+        ("!!timestamp 2001-01-01", "timestamp"),
+        ("!!binary '***'", "binary"),
+        ("!!set {a}", "set"),
+    ],
+)
+def test_a_value_that_is_not_of_its_tag_is_one_line(tmp_path: Path, value: str, said: str) -> None:
+    path = written(tmp_path, f"num_steps: {value}")
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        read_table(path)
+    assert str(caught.value).startswith(f"configuration {path} is not valid YAML: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_number_of_thousands_of_digits_is_one_line_in_toml_too(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    with pytest.raises(ConfigError, match="not valid TOML: Exceeds the limit"):
+        read_table(written(tmp_path, f"num_steps = {digits}", "x.toml"))
+    table: dict[str, Any] = {}
+    apply_override(table, f"num_steps={digits}")
+    assert table == {"num_steps": digits}
+
+
+def test_the_second_line_of_an_override_is_not_dropped() -> None:
+    table: dict[str, Any] = {}
+    apply_override(table, "num_steps=1\nprompts_per_step=2")
+    assert table == {"num_steps": "1\nprompts_per_step=2"}
+
+
+def test_the_ending_may_have_capitals(tmp_path: Path) -> None:
+    assert read_table(written(tmp_path, "num_steps: 7", "x.YAML")) == {"num_steps": 7}
+
+
+@pytest.mark.parametrize("key", ["out", "student.model", "trackers"])
+@pytest.mark.parametrize("text", ["a\0b", chr(0xD800), "\udcff"])
+def test_texts_that_no_file_can_hold_are_refused(tmp_path: Path, key: str, text: str) -> None:
+    path = written(tmp_path, "student: {model: a}\nteacher: {model: b}")
+    value = [text] if key == "trackers" else text
+    with pytest.raises(ConfigError, match=f"^{key}.* got "):
+        load_config(path, [f"{key}={json.dumps(value)}" if key == "trackers" else f"{key}={text}"])

@@ -54,7 +54,8 @@ def test_the_page_grows_with_the_run_and_ends_with_its_student(make_run: MakeRun
     last = page.read_text("utf-8")
     assert "<dt>steps</dt><dd>4</dd>" in last
     assert "refresh" not in last
-    assert said == [f"{page} follows the run; Ctrl-C stops that and leaves the run alone",
+    assert said == ["waiting for the first step of the run",
+                    f"{page} follows the run; Ctrl-C stops that and leaves the run alone",
                     "the run has ended"]  # fmt: skip
 
 
@@ -110,7 +111,8 @@ def test_a_comparison_grows_with_its_runs_until_all_have_ended(
     last = page.read_text("utf-8")
     assert "refresh" not in last
     assert last.count("<tr>") == second.count("<tr>")
-    assert said == [f"{page} follows the runs; Ctrl-C stops that and leaves the runs alone",
+    assert said == ["waiting for the first step of the runs",
+                    f"{page} follows the runs; Ctrl-C stops that and leaves the runs alone",
                     "the runs have ended"]  # fmt: skip
 
 

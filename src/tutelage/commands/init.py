@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         for who in ("student", "teacher"):
             _ask_model(who, table)
         prompts = _ask_prompts(table)
-        parse_config(table)  # a mistake in what was given, before anything is loaded
+        _refuse_mistakes(table)
         reporter("reading models and prompts")
         proposal = propose(table, prompts)
         config = parse_config(proposal.table)
@@ -60,6 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         "every key: tutelage config; one of them: tutelage config selection.rule"
     )
     return 0
+
+
+def _refuse_mistakes(table: dict[str, Any]) -> None:
+    """A mistake in what was given, before anything is loaded."""
+    updates = table.get("updates_per_step")
+    is_count = isinstance(updates, int) and updates > 0
+    parse_config(({"prompts_per_step": updates} if is_count else {}) | table)
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from tutelage.commands.options import INTERRUPTED
@@ -40,11 +41,14 @@ def run(config: Config, arguments: argparse.Namespace, peers: Peers) -> int:
         print(describe_contents(result.folder))
         manifest = RunFolder(result.folder, is_writer=False).read_manifest() or {}
         if (verdict := manifest.get("verdict")) is not None:
-            print(f"next: {next_command(verdict['word'], config, arguments.config, result.folder)}")
+            found = (verdict["word"], config, arguments.config, result.folder)
+            print(f"next: {next_command(*found, arguments.overrides)}")
     return 0
 
 
-def next_command(word: str, config: Config, name: str, folder: Path) -> str:
+def next_command(
+    word: str, config: Config, name: str, folder: Path, overrides: Sequence[str] = ()
+) -> str:
     """The command that a run's verdict asks for.
 
     Args:
@@ -52,12 +56,19 @@ def next_command(word: str, config: Config, name: str, folder: Path) -> str:
         config: the run's.
         name: of its configuration's file.
         folder: of the run.
+        overrides: that its command had; another run has them too, in a folder of its own.
     """
-    again = shlex.join(["tutelage", "train", name])
+
+    def again(key: str, value: object) -> str:
+        replaced = (key, "out")
+        kept = [text for text in overrides if text.partition("=")[0].strip() not in replaced]
+        place = [f"out={config.out}-2"] if config.out else []
+        return shlex.join(["tutelage", "train", name, *kept, f"{key}={value}", *place])
+
     if word == "cut off":
-        return f"{again} sampling.max_new_tokens={2 * config.sampling.max_new_tokens}"
+        return again("sampling.max_new_tokens", 2 * config.sampling.max_new_tokens)
     if word == "worse":
-        return f"{again} optimizer.learning_rate={config.optimizer.learning_rate / 3:.2g}"
+        return again("optimizer.learning_rate", f"{config.optimizer.learning_rate / 3:.2g}")
     if word == "too few problems to say":
         measured, there_are = config.evaluation.num_problems, _num_held_out(config)
         more = max(64, 4 * measured)
@@ -66,7 +77,7 @@ def next_command(word: str, config: Config, name: str, folder: Path) -> str:
             command = shlex.join(["tutelage", "eval", str(folder), "--suite", "held-out"])
             return f"{command} --num-problems {more}"
     if word in ("unchanged", "too few problems to say"):
-        return f"{again} num_steps={4 * config.num_steps}"
+        return again("num_steps", 4 * config.num_steps)
     return shlex.join(["tutelage", "eval", str(folder), "--suite", "held-out"])
 
 

@@ -75,7 +75,7 @@ def parse_config(table: dict[str, Any]) -> Config:
         ConfigError: a key is unknown or missing, or a value does not fit; the first such.
     """
     config = _read(table)
-    _require_usable_numbers(config)
+    _require_usable_values(config)
     return config
 
 
@@ -141,10 +141,16 @@ def _refuse_truth_values(config: Config, table: dict[str, Any]) -> None:
                 )
 
 
-def _require_usable_numbers(config: Config) -> None:
-    """No infinity or NaN, which JSON lacks, and nothing that overflows in float32 or in 64 bits."""
+def _require_usable_values(config: Config) -> None:
+    """No infinity or NaN, which JSON lacks, nothing that overflows in float32 or in 64 bits, and no
+    text that no file, and no path, can hold."""
     for key, value in _flat(to_table(config)):
         for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, str) and re.search("[\0\ud800-\udfff]", number):
+                raise ConfigError(
+                    f"{key} must be text that UTF-8 can write, without zero bytes, got {number!r}. "
+                    "Change it."
+                )
             size = abs(number) if isinstance(number, int | float) else 0
             if isinstance(size, int) and size >= 1 << 63:
                 got = number if size < 1 << 128 else f"{size.bit_length()} bits"

@@ -85,9 +85,10 @@ def with_current_names(table: dict[str, Any]) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # also a number of thousands of digits
         return text
+    return table["value"] if len(table) == 1 else text  # not the first of several lines
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,8 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    parse: Callable[[str, Path], Any] = _yaml if path.suffix in _YAML_ENDINGS else _toml
+    is_yaml = path.suffix.lower() in _YAML_ENDINGS
+    parse: Callable[[str, Path], Any] = _yaml if is_yaml else _toml
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -119,7 +121,7 @@ def _table(path: Path) -> dict[str, Any]:
 def _toml(text: str, path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from None
 
 
@@ -133,6 +135,8 @@ _SCALARS = (
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
 )
 """Words that are no text, by YAML 1.2: 1e-6 is a number, `no` and `on` are texts, and a date is."""
+_TAGS = ("null", "bool", "float", "str", "seq")
+"""Tags whose values are read as PyYAML does; maps and whole numbers are read here."""
 
 
 def _yaml(text: str, path: Path) -> dict[str, Any]:
@@ -163,6 +167,20 @@ def _loader() -> Any:
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        yaml_constructors: ClassVar[dict[str | None, Any]] = {
+            tag: found
+            for tag, found in yaml.SafeLoader.yaml_constructors.items()
+            if tag is None or tag.rpartition(":")[2] in _TAGS
+        }
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep=deep)
+            except (ValueError, KeyError):
+                problem = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
+                raise yaml.constructor.ConstructorError(
+                    None, None, problem, node.start_mark
+                ) from None
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             found: dict[Any, Any] = {}

@@ -83,7 +83,8 @@ def is_file_name(source: str | Path) -> bool:
     """Whether a source is meant as a file and not as the id of a data set."""
     path = Path(source)
     return (
-        path.suffix in _FILE_ENDINGS
+        not str(source)
+        or path.suffix in _FILE_ENDINGS
         or os.path.isfile(path)
         or path.is_absolute()
         or path.parts[:1] in (("..",), ("~",))

@@ -59,7 +59,7 @@ def write_comparison(
         **panel_context(panels),
         "reload_s": reload_s,
     }
-    write_page(out, context)
+    write_page(out, context, "--html")
 
 
 def write_evaluations(comparison: EvaluationComparison, out: Path) -> None:
@@ -77,7 +77,7 @@ def write_evaluations(comparison: EvaluationComparison, out: Path) -> None:
         "tables": comparison.tables(),
         **panel_context([]),
     }
-    write_page(out, context)
+    write_page(out, context, "--html")
 
 
 def _shell(kicker: str, names: Sequence[str], notes: Sequence[str]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def follow(
         runs: run folders, perhaps before their first step.
         write: writes the page and returns its path, given the seconds after which the page loads
             itself again; None for a page that does not.
-        log: receives one line when the page is there, and one when all runs have ended.
+        log: receives one line while there is nothing to show, one when the page is there, and one
+            when all runs have ended.
         wait: pauses for some seconds.
 
     Returns:
@@ -39,7 +40,7 @@ def follow(
             raise RunError(f"{run} is not a folder. Name the output folder of a training run.")
     one, some = ("the run", "the run has") if len(runs) == 1 else ("the runs", "the runs have")
     seen: list[list[tuple[int, int]]] = []
-    has_page = False
+    has_page = is_told = False
     while not all(map(has_ended, runs)):
         found = [[_state(run / name) for name in LOGS] for run in runs]
         if found != seen and all(size for states in found for size, _ in states[:2]):
@@ -47,6 +48,9 @@ def follow(
             if not has_page:
                 log(f"{page} follows {one}; Ctrl-C stops that and leaves {one} alone")
             has_page, seen = True, found
+        elif not has_page and not is_told:
+            log(f"waiting for the first step of {one}")
+            is_told = True
         wait(RELOAD_S)
     log(f"{some} ended")
     return write(None)

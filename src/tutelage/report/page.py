@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 _STYLES = ("report.css", "curves.css", "tokens.css")
 
 
-def write_page(path: Path, context: dict[str, Any]) -> None:
+def write_page(path: Path, context: dict[str, Any], option: str = "--out") -> None:
     """Render a page and write it.
 
     Args:
         path: HTML file.
         context: kicker, name, facts, notes, `overview` (a template's name or None) with what that
             template shows, `panel_context` and `viewer_context`.
+        option: of the command, that chooses another place.
 
     Raises:
         RunError: the page cannot be written.
     """
-    write_output(path, render_page(context).encode("utf-8"))
+    write_output(path, render_page(context).encode("utf-8"), option)
 
 
 def render_page(context: dict[str, Any]) -> str:
