@@ -28,6 +28,20 @@ EMBEDDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cla
 CONTINUE = "python benchmarks/claims/claims_lm.py --pair FOLDER"
 
 
+HOW = """## How to continue
+
+Cells may be run in any order, on any machine; the JSON is written after every cell and is all that
+a later run needs beside the pair.
+
+* On a CPU, one thread: `make claims-lm` builds the pair of stories (under an hour) and runs what is
+  left, a cell in about five minutes of one core; `MINUTES=60` ends it earlier.
+* On a GPU, all arms, more steps, problems and seeds: `make claims-lm DEVICE=cuda MINUTES=9`, with
+  `PAIR=FOLDER` for the pair of GSM8K (`scripts/build_lm_pair.py --task gsm8k`).
+* `OTHERS=FILE` names JSON lines whose `problem` is a text of another kind, for the loss on other
+  texts (here MATH-500). `claims_lm.py --merge FILE` takes over the cells of another machine.
+* A cell that other code made is run again; check out the commit above, or give `--any-source`."""
+
+
 def page(results: dict[str, Any]) -> str:
     """The page as Markdown, whatever of the cells is there."""
     records = results["cells"]
@@ -48,6 +62,7 @@ def page(results: dict[str, Any]) -> str:
         _rates(results),
         _pairs(results),
         _provenance(results),
+        HOW,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -56,6 +56,7 @@ def do(cell: Cell, pair: Pair, device: str) -> dict[str, Any]:
     if cell.arm == "teacher":
         components.student.model = copy.deepcopy(components.teacher.model)
     learned = {} if cell.arm in BASELINES else learn(components, config)
+    sampler.close()
     trained = time.perf_counter()
     values = measure(components, pair, cell)
     means = {name: fmean(found) for name, found in values.items() if found}
