@@ -112,6 +112,14 @@ def test_too_few_problems_to_say() -> None:
     assert verdict(rows(0, None, KL[:10]), rows(LAST, None, wild)).startswith("too few problems")
 
 
+def test_one_problem_has_no_interval() -> None:
+    said = verdict(rows(0, [0.25], [0.4]), rows(LAST, [0.5], [0.3]))
+    assert said == (
+        "too few problems to say: mean@4 25.0 % -> 50.0 % (+25.0, 95 % -100.0 to +100.0 points "
+        "over 1 problem); reverse KL 0.4 -> 0.3 nats (-0.1000, no interval over 1 problem)"
+    )
+
+
 def test_cut_off() -> None:
     after = rows(LAST, [1.0] * N, [0.1] * N, is_truncated=True)
     said = verdict(rows(0, [0.0] * N, KL), after)

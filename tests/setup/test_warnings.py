@@ -87,7 +87,7 @@ TRAPS: dict[str, tuple[Any, str]] = {
     "fewer problems than asked for": (
         lambda folder: prompts(folder, LEDGER, grader="number")
         | {"evaluation": {"num_problems": 64, "num_samples": 1, "teacher": False}},
-        r"evaluation\.num_problems = 64, but 2 prompts are held out",
+        r"evaluation\.num_problems = 64, but the number of held-out prompts is 2",
     ),
     "unknown tokens": (
         of_file([{"prompt": f"What is {i}?"} for i in range(8)]),

@@ -104,7 +104,7 @@ def _accuracy(before: Sequence[Row], after: Sequence[Row]) -> _Change | None:
     k = len(before) // len({row["prompt_id"] for row in before})
     text = (
         f"mean@{k} {100 * _mean(a):.1f} % -> {100 * _mean(b):.1f} % ({_signed(change, 100, 1)} "
-        f"points over {len(problems)} problems)"
+        f"points over {_count(problems)})"
     )
     return _Change(_judged(change, _ACCURACY_MARGIN, len(problems)), text)
 
@@ -120,7 +120,7 @@ def _divergence(before: Sequence[Row], after: Sequence[Row]) -> _Change | None:
     is_better = Interval(-change.value, -change.high, -change.low)
     text = (
         f"reverse KL {_mean(a):.4g} -> {_mean(b):.4g} nats ({_signed(change, 1, 4)} over "
-        f"{len(problems)} problems)"
+        f"{_count(problems)})"
     )
     return _Change(_judged(is_better, _KL_MARGIN * _mean(a), len(problems)), text)
 
@@ -163,4 +163,10 @@ def _judged(better: Interval, margin: float, num_problems: int) -> Word:
 
 def _signed(change: Interval, scale: float, digits: int) -> str:
     value, low, high = (scale * x for x in (change.value, change.low, change.high))
+    if not math.isfinite(high - low):  # of one problem
+        return f"{value:+.{digits}f}, no interval"
     return f"{value:+.{digits}f}, 95 % {low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def _count(problems: Sequence[str]) -> str:
+    return f"{len(problems)} problem{'s' * (len(problems) != 1)}"

@@ -152,8 +152,8 @@ def _file_warnings(config: Config, data: FileData, inputs: Inputs, task: FileTas
     held_out = task.held_out(count)
     if len(held_out) < count:
         yield (
-            f"evaluation.num_problems = {count}, but {len(held_out)} prompts are held out. Raise "
-            "data.num_held_out or lower evaluation.num_problems"
+            f"evaluation.num_problems = {count}, but the number of held-out prompts is "
+            f"{len(held_out)}. Raise data.num_held_out or lower evaluation.num_problems"
         )
     missing = sum(prompt.answer is None for prompt in held_out)
     if task.grader != "none" and missing:
