@@ -136,7 +136,8 @@ class Reporter:
         self._plain = PlainPhases(self.log)
 
     def __enter__(self) -> Reporter:
-        self._progress.start()
+        if self.console.is_terminal:  # elsewhere rich before 15 ends it with an empty line
+            self._progress.start()
         return self
 
     def __exit__(
@@ -146,7 +147,8 @@ class Reporter:
         trace: TracebackType | None,
     ) -> None:
         self._plain.close()
-        self._progress.stop()
+        if self.console.is_terminal:
+            self._progress.stop()
 
     def log(self, text: str) -> None:
         """Print one event; model text never passes here, markup is off all the same."""
