@@ -202,7 +202,7 @@ def process_group() -> Iterator[int]:
     """
     # As a run does, see setup/numerics.py: in some versions of torch they hold the group, too.
     import torch.distributed.nn
-    import torch.distributed.optim  # noqa: F401
+    import torch.distributed.optim
 
     torch.distributed.init_process_group("gloo")
     try:
