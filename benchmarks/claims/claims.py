@@ -37,6 +37,7 @@ from claims_design import (
     GRID,
     LIMIT_CORE_MINUTES,
     SENSITIVITY_FACTORS,
+    SETTINGS,
     TUNING_SEEDS,
     Cell,
     Design,
@@ -198,7 +199,7 @@ def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
         factor: Table(found, design.sensitivity_seeds, chosen_rates(tuning, factor))
         for factor in sorted({1.0, *SENSITIVITY_FACTORS})
     }
-    table = Table(found, design.seeds, rates)
+    table = Table(found, design.common_seeds, rates)
     worth = correlations(table)
     return {
         "environment": machine(),
@@ -229,17 +230,20 @@ def as_text(results: dict[str, Any]) -> str:
 def estimated_minutes(work: list[Cell], recorded: list[Record]) -> float:
     """Core-minutes of cells by what such cells took when the published JSON was made.
 
-    Cells of a setting that has no record count as the mean of all that train.
+    Cells of a setting that has no record count by their rollouts, at what one took on average.
     """
     of: dict[tuple[str, str], list[float]] = {}
     for record in recorded:
         of.setdefault((record["kind"], record["setting"]), []).append(record["cpu_s"])
-        if record["setting"]:
-            of.setdefault(("", ""), []).append(record["cpu_s"])
+    known = [r for r in recorded if r["kind"] == "arm" and r["setting"] in SETTINGS]
+    num_rollouts = sum(SETTINGS[r["setting"]].num_rollouts for r in known)
+    of_rollout = sum(r["cpu_s"] for r in known) / max(num_rollouts, 1)
 
     def seconds(cell: Cell) -> float:
         kind = "arm" if cell.kind == "control" else cell.kind
-        return fmean(of.get((kind, cell.setting)) or of.get(("", "")) or [0.0])
+        if found := of.get((kind, cell.setting)):
+            return fmean(found)
+        return SETTINGS[cell.setting].num_rollouts * of_rollout if cell.setting else 0.0
 
     return sum(map(seconds, work)) / 60
 

@@ -20,7 +20,7 @@ from tutelage.config.schema import Config, LedgerData
 
 Q3_CUTS_NATS = (0.5, 0.5)
 """Entropy and divergence at which the quadrants are cut; most tokens here have neither."""
-GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 """Learning rates tried on the all-token arm of every setting and kind of loss."""
 TUNING_SEEDS = (101, 102)
 """Not among the seeds of the comparison."""
@@ -61,6 +61,11 @@ class Setting:
     prompts_per_step: int
     num_steps: int
     task: TaskOfSetting = LEDGER
+
+    @property
+    def num_rollouts(self) -> int:
+        """Completions that an arm is trained on."""
+        return self.prompts_per_step * self.num_steps
 
 
 SETTINGS = {
@@ -107,6 +112,17 @@ class Design:
     choice_settings: tuple[str, ...]
     """Settings in which the choices of rules are recorded."""
     controls: Controls = field(default_factory=lambda: Controls("scarce", (), 0))
+    num_seeds: dict[str, int] = field(default_factory=dict)
+    """Of settings that have only the first seeds."""
+
+    def seeds_of(self, setting: str) -> tuple[int, ...]:
+        """The seeds of a setting's arms."""
+        return self.seeds[: self.num_seeds.get(setting, len(self.seeds))]
+
+    @property
+    def common_seeds(self) -> tuple[int, ...]:
+        """The seeds that the arms of every setting have."""
+        return min(map(self.seeds_of, self.arms), key=len)
 
 
 @dataclass(frozen=True)
@@ -236,7 +252,7 @@ def cells(design: Design, rates: Rates) -> list[Cell]:
     controls = design.controls
     return [
         *_probes(design),
-        *(arm(*which, seed) for which in everything for seed in design.seeds),
+        *(arm(*which, seed) for which in everything for seed in design.seeds_of(which[0])),
         *other_rates,
         *(
             arm(controls.setting, name, seed, kind="control")

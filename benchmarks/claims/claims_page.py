@@ -33,7 +33,7 @@ def page(results: dict[str, Any]) -> str:
         METHOD.format(
             problems=design["num_problems"],
             samples=design["num_samples"],
-            seeds=len(design["seeds"]),
+            seeds=_seeds(design),
         ),
         _controls(results["controls"]),
         "## The claims one by one",
@@ -47,6 +47,11 @@ def page(results: dict[str, Any]) -> str:
         _provenance(results),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _seeds(design: dict[str, Any]) -> str:
+    few = [f"{count} in `{setting}`" for setting, count in design["num_seeds"].items()]
+    return ", ".join([f"{len(design['seeds'])} seeds", *few])
 
 
 def _caveats(results: dict[str, Any]) -> str:
@@ -224,6 +229,8 @@ def _token_worth(worth: dict[str, Any]) -> str:
 
 def _setting(name: str, arms: dict[str, Any], results: dict[str, Any]) -> str:
     setting = results["design"]["settings"][name]
+    design = results["design"]
+    num_seeds = design["num_seeds"].get(name, len(design["seeds"]))
     columns = [column for column in COLUMNS if column[0] in arms["start"]]
     rows = [[f"`{arm}`", *_figures(figures, columns)] for arm, figures in arms.items()]
     heads = ["arm", *(title for _, title, _, _ in columns)]
@@ -235,7 +242,7 @@ def _setting(name: str, arms: dict[str, Any], results: dict[str, Any]) -> str:
     return (
         f"### Setting `{name}`\n\n{SETTINGS[name]} Student `{setting['student']}`, "
         f"{setting['num_steps']} steps of {setting['prompts_per_step']} rollouts, learning rate "
-        f"{rates}, {len(results['design']['seeds'])} seeds. "
+        f"{rates}, {num_seeds} seeds. "
         f"`start` is the student before training. {_against_start(arms)}\n\n{table(heads, rows)}"
     )
 

@@ -71,7 +71,7 @@ class Claim:
 LEDGER = ("overconfident", "scarce")
 """The settings of the ledger task with a student that is often wrong."""
 BROAD = LEDGER
-"""Settings in which claims about accuracy are judged."""
+"""Settings in which claims about accuracy are judged, but for those of many budgets."""
 VARIED = ("collapsed",)
 """Settings of claims about variety: a student whose entropy has collapsed."""
 TOY, PROBED = "toy", "overconfident"
@@ -122,7 +122,7 @@ CLAIMS: dict[str, Claim] = {
             d
             for how in ("", "_sample")
             for n in (50, 20, 10)
-            for d in _each(BROAD, f"soft_or{how}-{n}", f"entropy{how}-{n}", "matches")
+            for d in _each(LEDGER, f"soft_or{how}-{n}", f"entropy{how}-{n}", "matches")
         ),
     ),
     "T3": Claim(
@@ -130,8 +130,8 @@ CLAIMS: dict[str, Claim] = {
         "Q3 alone nearly matches all tokens, and is better than plain divergence: both halves.",
         f"{_TIP}: 76.1 with 10 % against 76.7 for all tokens on MATH-500.",
         (
-            *(d for n in (20, 10) for d in _each(BROAD, f"q3-{n}", "all", "nearly")),
-            *(d for n in (20, 10) for d in _each(BROAD, f"q3-{n}", f"divergence-{n}", "beats")),
+            *(d for n in (20, 10) for d in _each(LEDGER, f"q3-{n}", "all", "nearly")),
+            *(d for n in (20, 10) for d in _each(LEDGER, f"q3-{n}", f"divergence-{n}", "beats")),
         ),
     ),
     "T4": Claim(
@@ -151,7 +151,7 @@ CLAIMS: dict[str, Claim] = {
                 (f"soft_or-{n}", f"entropy-{n}", "beats"),
                 (f"entropy-{n}", f"random-{n}", "is_blind"),
             )
-            for d in _each(BROAD, a, b, test, "q3_kept_first")
+            for d in _each(LEDGER, a, b, test, "q3_kept_first")
         ),
     ),
     "T6": Claim(
@@ -296,7 +296,7 @@ CLAIMS: dict[str, Claim] = {
         "Random tokens are ahead of Soft-OR with one token of each completion.",
         "An earlier measurement of this project (24 steps, untuned rate, three seeds): 18 to 29 "
         "points against 37 to 57.",
-        _each(BROAD, "random-3", "soft_or-3", "beats"),
+        _each(LEDGER, "random-3", "soft_or-3", "beats"),
     ),
     "P2": Claim(
         "The student's own log-probability finds better tokens than its entropy or chance.",
@@ -304,8 +304,8 @@ CLAIMS: dict[str, Claim] = {
         "An earlier measurement of this project (24 steps, untuned rate): 77 to 83 points against "
         "63 for entropy and 59 to 70 for random tokens.",
         (
-            *_each(BROAD, "lowest_logprob-10", "entropy-10", "beats"),
-            *_each(BROAD, "lowest_logprob-10", "random-10", "beats"),
+            *_each(LEDGER, "lowest_logprob-10", "entropy-10", "beats"),
+            *_each(LEDGER, "lowest_logprob-10", "random-10", "beats"),
         ),
     ),
     "P3": Claim(
@@ -313,7 +313,7 @@ CLAIMS: dict[str, Claim] = {
         "10 % of the tokens by probability gap nearly match the same share by divergence.",
         "An earlier measurement of this project (24 steps, untuned rate, three seeds): 87 to 91 "
         "points against 90 to 91.",
-        _each(BROAD, "probability_gap-10", "divergence-10", "nearly"),
+        _each(LEDGER, "probability_gap-10", "divergence-10", "nearly"),
     ),
 }
 

@@ -29,7 +29,7 @@ class Table:
 
     def __init__(self, records: Iterable[Record], seeds: Sequence[int], rates: Rates) -> None:
         self.seeds = tuple(seeds)
-        """Seeds that every arm has to have."""
+        """Seeds that every arm has to have; those of some settings have more."""
         self._arms: dict[tuple[str, str], dict[int, Record]] = {}
         self._others: dict[str, dict[int, Record]] = {}
         for record in records:
@@ -71,17 +71,15 @@ class Table:
         return torch.tensor([[r[metric]] for r in records], dtype=torch.float64)
 
     def interval(self, setting: str, arm: str, metric: str) -> Interval:
-        """Mean over the common seeds and problems; the interval of a share stays in [0, 1]."""
-        found = mean_interval(self.values(setting, arm, metric, self.seeds))
+        """Mean over seeds and problems; the interval of a share stays in [0, 1]."""
+        found = mean_interval(self.values(setting, arm, metric, self.seeds_of(setting, arm)))
         if metric not in SHARES:
             return found
         return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
 
-    def difference(
-        self, setting: str, a: str, b: str, metric: str, seeds: Sequence[int] = ()
-    ) -> Interval:
-        """Mean of a − b, paired by seed and problem, over `seeds` or all that both arms have."""
-        seeds = seeds or self.seeds_of(setting, a, b)
+    def difference(self, setting: str, a: str, b: str, metric: str) -> Interval:
+        """Mean of a − b, paired by seed and problem, over all seeds that both arms have."""
+        seeds = self.seeds_of(setting, a, b)
         left, right = (self.values(setting, arm, metric, seeds) for arm in (a, b))
         return mean_interval(left - right)
 

@@ -37,8 +37,7 @@ All arms of a setting, loss and seed share starting weights, prompts of every st
 numbers of sampling; they differ in the method alone. They take equal numbers of steps, so arms that
 keep fewer tokens train on fewer. *Sampled loss*: the policy gradient of the sampled token alone
 instead of the divergence over the whole vocabulary (`+sampled`). Every arm is measured on the same
-{problems} held-out problems with {samples} completions each at temperature 1, and has {seeds}
-seeds.
+{problems} held-out problems with {samples} completions each at temperature 1, and has {seeds}.
 
 * **mean@8, pass@8**: a completion is right only if every step of it is.
 * **hidden start**: of the right completions only those count that begin with one particular item,

@@ -56,12 +56,13 @@ def test_arms_of_a_setting_and_seed_differ_in_the_method_alone(design: Design) -
 def test_every_arm_has_all_seeds_and_few_are_repeated_at_other_rates() -> None:
     work = [c for c in cells(FULL, RATES) if c.kind == "arm"]
     assert set(FULL.arms) == set(SETTINGS)
-    assert len(FULL.seeds) >= 5
     seeds: dict[tuple[str, str], set[int]] = {}
     for cell in work:
         if cell.learning_rate == RATE:
             seeds.setdefault((cell.setting, cell.arm), set()).add(cell.seed)
-    assert set(map(frozenset, seeds.values())) == {frozenset(FULL.seeds)}
+    for (setting, _), found in seeds.items():
+        assert found == {*FULL.seeds_of(setting)}
+    assert len(FULL.common_seeds) >= 5
     for setting, arms in FULL.sensitivity_arms.items():
         assert set(arms) <= set(FULL.arms[setting])
         rates = {c.learning_rate for c in work if c.setting == setting and c.arm in arms}
@@ -274,7 +275,7 @@ def seconds_of(kind: str, setting: str, seconds: float) -> dict[str, object]:
     return {"kind": kind, "setting": setting, "cpu_s": seconds}
 
 
-def test_the_estimate_takes_recorded_times_of_the_same_kind_and_setting_or_the_mean() -> None:
+def test_the_estimate_takes_recorded_times_of_the_same_setting_or_goes_by_rollouts() -> None:
     recorded = [
         seconds_of("arm", "scarce", 1.0),
         seconds_of("arm", "scarce", 3.0),
@@ -284,7 +285,10 @@ def test_the_estimate_takes_recorded_times_of_the_same_kind_and_setting_or_the_m
     scarce = Cell("arm", "scarce", "all", 1, RATE, 1)
     of = [scarce, replace(scarce, kind="control"), replace(scarce, kind="tune")]
     assert minutes(of, recorded) == pytest.approx((2 + 2 + 8) / 60)
-    assert minutes([replace(scarce, setting="collapsed")], recorded) == pytest.approx(4 / 60)
+    share = SETTINGS["collapsed"].num_rollouts / SETTINGS["scarce"].num_rollouts
+    assert minutes([replace(scarce, setting="collapsed")], recorded) == pytest.approx(
+        share * 2 / 60
+    )
     assert minutes([Cell("bias", "", "", 1, 0.0, 0)], recorded) == 0.5
     assert minutes(of, []) == 0.0
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import claims_statistics
 from claims_arms import ARMS, BASELINES, loss_of
 from claims_design import FULL, Cell, cells
-from claims_rules import BROAD, CLAIMS, Difference, arms_of_claims
+from claims_rules import BROAD, CLAIMS, LEDGER, Difference, arms_of_claims
 from claims_table import Table, correlations
 from claims_verdicts import (
     TESTS,
@@ -220,7 +220,7 @@ def test_a_claim_has_no_verdict_where_one_of_its_arms_was_not_run(
     records = [record(c, level) for c in whole if (c.setting, c.arm) != ("scarce", "q3-10")]
     found = judge(Table(records, BRIEF.seeds, RATES), {})
     assert set(found["T1"]["verdicts"]) == set(BROAD)
-    assert set(found["T3"]["verdicts"]) == {*BROAD} - {"scarce"}
+    assert set(found["T3"]["verdicts"]) == {*LEDGER} - {"scarce"}
     assert judge(Table([], BRIEF.seeds, RATES), {})["T1"]["agreement"] == "not run"
 
 
