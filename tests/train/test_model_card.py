@@ -56,6 +56,26 @@ def test_the_configuration_of_the_card_is_the_runs(run: tuple[Any, Path]) -> Non
     assert parse_config(_without_none(json.loads(block))) == config
 
 
+@pytest.mark.parametrize("has_several", [False, True])
+def test_a_card_names_no_server(has_several: bool) -> None:
+    place = "http://host.inside:80"
+    teacher = {"kind": "hidden_server", "url": f"{place}00", "model": "a/b"}
+    urls = [f"{place}01", f"{place}02"]
+    table: dict[str, Any] = {
+        "student": {"model": "a/b"},
+        "teacher": teacher,
+        "engine": {"kind": "vllm_server", "urls": urls, "folder": "/shared"},
+    }
+    if has_several:
+        del table["teacher"]["url"], table["teacher"]["kind"]
+        table["teachers"] = {"one": {"kind": "hidden_server", "url": f"{place}00", "model": "c/d"}}
+        table["data"] = {"kind": "file", "path": "p.jsonl", "teacher_column": "t"}
+    card = model_card(parse_config(table), [], environment())
+    assert '"vllm_server"' in card
+    assert '"hidden_server"' in card
+    assert "inside" not in card
+
+
 def _without_none(table: Any) -> Any:
     """TOML has no null, so an absent key stands for it."""
     if isinstance(table, dict):

@@ -52,11 +52,19 @@ def model_card(
         "## Configuration",
         "",
         "```json",
-        json.dumps(to_table(config), indent=2),
+        json.dumps(_without_addresses(to_table(config)), indent=2),
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _without_addresses(table: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the servers of this run, which concern no reader of the card."""
+    for places in (table["engine"], table["teacher"], *table["teachers"].values()):
+        for key in ("url", "urls", "logprob_url"):
+            places.pop(key, None)
+    return table
 
 
 def _teacher(config: Config) -> str:
