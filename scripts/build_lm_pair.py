@@ -346,6 +346,7 @@ def card(task: Task, facts: dict[str, Any]) -> str:
     pruned = (
         f"pruned to {layers} layers (evenly spaced, first and last kept) and " if layers else ""
     )
+    kept = f" --layers {layers}" if layers else ""
     epochs = f"{recipe['num_epochs']} epoch{'s' * (recipe['num_epochs'] != 1)}"
     return f"""---
 license: apache-2.0
@@ -363,7 +364,7 @@ steps of warm-up, seed {recipe["seed"]}. {facts["parameters"]:,} parameters.
 Prompts are plain text, `Question: ...` and a line `Answer:`; a completion ends with `#### n`.
 
     python scripts/build_lm_pair.py --task {task.name} --only {recipe["name"]} \\
-        --examples {facts["num_texts"]} --epochs {recipe["num_epochs"]}\
+        --examples {facts["num_texts"]} --epochs {recipe["num_epochs"]}{kept}\
  --precision {machine["precision"]} --device {machine["device"]} --out FOLDER
 
 took {facts["minutes"]} minutes of training (torch {facts["torch"]}, transformers

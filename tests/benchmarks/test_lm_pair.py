@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -126,3 +126,24 @@ def test_gsm8k_becomes_prompts_with_marked_answers(tmp_path: Path) -> None:
 
 def _examples() -> list[pair.Example]:
     return [pair.Example(tuple(range(3, 9 + n % 4 + n // 4)), 3 + n % 2) for n in range(12)]
+
+
+def test_a_card_has_the_command_that_makes_the_model() -> None:
+    facts = {
+        "model": "package:m",
+        "num_texts": 12,
+        "parameters": 9,
+        "minutes": 1.0,
+        "last_loss_nats": 0.5,
+        "torch": "2",
+        "transformers": "5",
+        "test": {"mean_at_k": 0.1},
+        "num_problems": 2,
+        "num_samples": 2,
+        "machine": asdict(pair.Machine()),
+    }
+    for layers, word in ((None, "--examples 12 --epochs 2 --precision"), (4, "--layers 4")):
+        recipe = asdict(replace(RECIPE, num_layers=layers))
+        card = pair.card(pair.TASKS["stories"], facts | {"recipe": recipe})
+        assert word in card
+        assert ("pruned to 4 layers" in card) is (layers is not None)
