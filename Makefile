@@ -182,6 +182,7 @@ smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl
 models: install  ## rebuild the embedded models from their seeds
 	$(ONE_THREAD) $(BIN)/python scripts/build_ledger_models.py
 	$(ONE_THREAD) $(BIN)/python scripts/build_ledger_tools_models.py
+	$(ONE_THREAD) $(BIN)/python scripts/build_coins_models.py
 
 clean:  ## remove what the other targets made, your runs aside
 	rm -rf .venv .venv-bench .venv-vllm .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -221,7 +221,8 @@ ALWAYS_REFUSED: dict[str, tuple[str, list[Any]]] = {
 """Keys that are drawn here in refused configurations alone: why, and values."""
 LABELS = [
     *VALUES,
-    *("data.path", "data.chat", "data.kind=file", "data.kind=ledger", "data.kind=ledger_tools"),
+    *("data.path", "data.chat", "data.kind=file", "data.kind=ledger", "data.kind=ledger_tools",
+      "data.kind=coins"),
     *(f"selection={name}" for name in SELECTIONS),
     *(f"objective={name}" for name in OBJECTIVES),
     *(f"weighting={name}" for name in WEIGHTINGS),

@@ -147,13 +147,15 @@ def _kind_of_data(due: str) -> str | None:
         return "ledger"
     if due in ("data.kind=ledger_tools", *(f"data.{key}" for key in CONVERSATION_KEYS)):
         return "ledger_tools"
+    if due == "data.kind=coins":
+        return "coins"
     return "file" if due.startswith("data.") else None
 
 
 def _possible(names: dict[str, str], data: str) -> list[str]:
     """Keys that a configuration of these kinds may have."""
     keys = {part: kinds[names[part]] for part, kinds in _KINDS.items()}
-    by_kind = {"ledger": LEDGER_KEYS, "ledger_tools": CONVERSATION_KEYS}
+    by_kind = {"ledger": LEDGER_KEYS, "coins": (), "ledger_tools": CONVERSATION_KEYS}
     keys["data"] = by_kind.get(data, FILE_KEYS)
     parts = {key: key.partition(".") for key in VALUES}
     return [key for key, (part, _, name) in parts.items() if name in keys.get(part, (name,))]

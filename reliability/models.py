@@ -39,10 +39,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 EMBEDDED = "package:tutelage/assets/ledger-"
 
 
-_AGENTS = (
-    "package:tutelage/assets/ledger-tools-overconfident",
-    "package:tutelage/assets/ledger-tools-teacher",
-)
+_EMBEDDED_PAIRS = {
+    "ledger_tools": (f"{EMBEDDED}tools-overconfident", f"{EMBEDDED}tools-teacher"),
+    "coins": ("package:tutelage/assets/coins-student", "package:tutelage/assets/coins-teacher"),
+}
+"""By kind of data; of the ledger there are several, among other pairs of its vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Models:
         self, rng: random.Random, is_broken: bool, kind: str | None
     ) -> tuple[str, tuple[str, str]]:
         """A pair and what it is; the models of the embedded tasks, if the data are to be those."""
-        if kind == "ledger_tools" and not is_broken:
-            return kind, _AGENTS
+        if kind in _EMBEDDED_PAIRS and not is_broken:
+            return str(kind), _EMBEDDED_PAIRS[str(kind)]
         source = self.broken if is_broken else self.pairs
         where = "ledger" if kind == "ledger" and not is_broken else rng.choice(list(source))
         return where, rng.choice(source[where])
@@ -73,7 +74,7 @@ class Models:
         self, rng: random.Random, where: str, is_broken: bool, kind: str | None
     ) -> dict[str, Any]:
         """A table of data that suits the pair, of the kind if one is given."""
-        if kind == "ledger_tools":
+        if kind in _EMBEDDED_PAIRS:
             return {"kind": kind}
         is_ledger = where == "ledger"
         share = 0.5 if is_ledger else 0.1

@@ -32,7 +32,7 @@ TEXT = "Ann buys a pen for 29 cents. There are coins of 4, 7 and 9 cents. Which 
 PROMPT = Prompt("p", TEXT, "29")
 SUM = "Pay 9 + 9 + 7 + 4 = 29."
 LEFT = "Pay 9, 20 left, 9, 11 left, 7, 4 left, 4, 0 left."
-TOTAL = "Pay 9 is 9, 9 is 18, 7 is 25, 4 is 29."
+MINUS = "Pay 29 - 9 = 20 - 9 = 11 - 7 = 4 - 4 = 0."
 
 seeds = st.integers(min_value=0, max_value=10**6)
 
@@ -48,11 +48,11 @@ def all_right_completions(amount: int, coins: tuple[int, ...]) -> set[str]:
     """Every completion that is right, by enumeration and with no code of the package."""
     texts = set()
     for paid in payments(amount, coins):
-        left, total = [], []
+        left, minus = [], str(amount)
         for i, coin in enumerate(paid, 1):
             left.append(f"{coin}, {amount - sum(paid[:i])} left")
-            total.append(f"{coin} is {sum(paid[:i])}")
-        bodies = (f"{' + '.join(map(str, paid))} = {amount}", ", ".join(left), ", ".join(total))
+            minus += f" - {coin} = {amount - sum(paid[:i])}"
+        bodies = (f"{' + '.join(map(str, paid))} = {amount}", ", ".join(left), minus)
         texts |= {f"{verb} {body}." for verb in ("Pay", "Give", "Take") for body in bodies}
     return texts
 
@@ -78,13 +78,13 @@ def test_grader_accepts_exactly_the_enumerated_completions(
     assert all(TASK.grade(prompt, text) for text in right)
     for text in random.Random(0).sample(sorted(right), k=3):
         cuts = [(text[:i], text[i:]) for i in range(len(text) + 1)]
-        swaps = [a + c + b[1:] for a, b in cuts if b for c in "0123456789 +=,.aT\n"]
-        added = [a + c + b for a, b in cuts for c in "0123456789 +=,.aT\n"]
+        swaps = [a + c + b[1:] for a, b in cuts if b for c in "0123456789 +-=,.aT\n"]
+        added = [a + c + b for a, b in cuts for c in "0123456789 +-=,.aT\n"]
         for changed in [*swaps, *added, *(a + b[1:] for a, b in cuts if b)]:
             assert TASK.grade(prompt, changed) == (changed in right), changed
 
 
-@pytest.mark.parametrize("text", [SUM, LEFT, TOTAL, SUM.replace("9 + 9 + 7 + 4", "7 + 9 + 4 + 9")])
+@pytest.mark.parametrize("text", [SUM, LEFT, MINUS, SUM.replace("9 + 9 + 7 + 4", "7 + 9 + 4 + 9")])
 def test_the_documented_completions_are_right(text: str) -> None:
     assert TASK.grade(PROMPT, text) is True
     assert TASK.grade(PROMPT, text, is_truncated=True) is False
@@ -115,9 +115,12 @@ def test_the_documented_completions_are_right(text: str) -> None:
         "Pay 9, 20 left, 9, 10 left, 7, 4 left, 4, 0 left.",
         "Pay 9, 20 left, 9, 11 left, 7, 4 left, 4, 0 left, 0, 0 left.",
         "Pay 9, 20 left, 9, 11 left, 9, 2 left.",
-        "Pay 9 is 9, 9 is 18, 7 is 25.",
-        "Pay 9 is 9, 9 is 19, 7 is 25, 4 is 29.",
-        "Pay 9 is 9, 9, 11 left, 7, 4 left, 4, 0 left.",
+        "Pay 29.",
+        "Pay 29 - 9 = 20 - 9 = 11 - 7 = 4.",
+        "Pay 29 - 9 = 20 - 9 = 10 - 7 = 4 - 4 = 0.",
+        "Pay 29 - 9 = 20, 20 - 9 = 11, 11 - 7 = 4, 4 - 4 = 0.",
+        "Pay 20 - 9 = 11 - 7 = 4 - 4 = 0.",
+        "Pay 29 - 9 = 20, 9, 11 left, 7, 4 left, 4, 0 left.",
     ],
 )
 def test_grader_rejects(text: str) -> None:

@@ -26,8 +26,9 @@ from tutelage.data.types import Prompt
 ASSETS = Path(tutelage.__file__).parent / "assets"
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("ledger-teacher", "ledger-overconfident", "ledger-small", "ledger-collapsed")
-AGENTS = ("ledger-tools-teacher", "ledger-tools-overconfident")
-"""Of which `test_embedded_agents` is the test."""
+OTHERS = ("ledger-tools-teacher", "ledger-tools-overconfident",
+          "coins-teacher", "coins-student", "coins-small")  # fmt: skip
+"""Of which `test_embedded_agents` and `test_embedded_coins` are the tests."""
 BUDGET_BYTES = 4_000_000
 CHARACTERS = LETTERS + DIGITS + OPERATORS + PUNCTUATION
 TASK = LedgerTask()
@@ -95,7 +96,7 @@ def card_figures(name: str) -> dict[str, float]:
 
 def test_the_models_fit_the_budget_and_hold_nothing_executable() -> None:
     files = [path for name in NAMES for path in (ASSETS / name).iterdir()]
-    assert {path.name for path in ASSETS.iterdir()} == {*NAMES, *AGENTS, "ledger.toml"}
+    assert {path.name for path in ASSETS.iterdir()} == {*NAMES, *OTHERS, "ledger.toml"}
     assert {path.suffix for path in files} == {".json", ".md", ".safetensors"}
     assert sum(path.stat().st_size for path in files) <= BUDGET_BYTES
 

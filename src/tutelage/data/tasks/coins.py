@@ -3,8 +3,8 @@
 A prompt states an amount and the coins' values: ``Ann buys a pen for 29 cents. There are coins of
 4, 7 and 9 cents. Which coins pay for it?`` and a line break. A completion names coins in any order,
 each as often as it likes, in one of three styles: ``Pay 9 + 9 + 7 + 4 = 29.``, ``Pay 9, 20 left,
-9, 11 left, 7, 4 left, 4, 0 left.`` or ``Pay 9 is 9, 9 is 18, 7 is 25, 4 is 29.``. It is right if
-all that it says is true and the amount is paid. Many amounts have dead ends: after 9 + 9 + 9 of
+9, 11 left, 7, 4 left, 4, 0 left.`` or ``Pay 29 - 9 = 20 - 9 = 11 - 7 = 4 - 4 = 0.``. It is right
+if all that it says is true and the amount is paid. Many amounts have dead ends: after 9 + 9 + 9 of
 29 cents the rest cannot be paid.
 """
 
@@ -51,7 +51,7 @@ VERBS = ("Pay", "Give", "Take")
 PIECE = r" ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\s]|\s"
 """Words, numbers and signs, each with the space before it."""
 
-Style: TypeAlias = Literal["sum", "left", "total"]
+Style: TypeAlias = Literal["sum", "left", "minus"]
 STYLES: tuple[Style, ...] = get_args(Style)
 
 _COINS = re.compile(r" coins of ([0-9]+), ([0-9]+) and ([0-9]+) cents[ .]")
@@ -59,7 +59,7 @@ _AMOUNT = re.compile(r" ([0-9]+) cents[ .]")
 _VERB = rf"(?:{'|'.join(VERBS)}) "
 _SUM = re.compile(rf"{_VERB}([0-9]+(?: \+ [0-9]+)*) = ([0-9]+)\.")
 _LEFT = re.compile(rf"{_VERB}([0-9]+, [0-9]+ left(?:, [0-9]+, [0-9]+ left)*)\.")
-_TOTAL = re.compile(rf"{_VERB}([0-9]+ is [0-9]+(?:, [0-9]+ is [0-9]+)*)\.")
+_MINUS = re.compile(rf"{_VERB}[0-9]+((?: - [0-9]+ = [0-9]+)+)\.")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def vocabulary() -> tuple[str, ...]:
         for name, thing in zip(NAMES, THINGS, strict=True)
     ]
     numbers = [f" {number}" for number in range(AMOUNTS[1] + 1)]
-    texts = [*words, *VERBS, *numbers, " is, left + =.\n"]
+    texts = [*words, *VERBS, *numbers, " left, + - =.\n"]
     found = [piece for text in texts for piece in re.findall(PIECE, text)]
     return tuple(dict.fromkeys(found))
 
@@ -132,15 +132,14 @@ def solve(prompt: Prompt, rng: random.Random, *, styles: tuple[Style, ...] = STY
 
 
 def _written(paid: list[int], amount: int, style: Style) -> str:
-    totals = list(accumulate(paid))
+    steps = [(coin, amount - total) for coin, total in zip(paid, accumulate(paid), strict=True)]
     match style:
         case "sum":
             return f"{' + '.join(map(str, paid))} = {amount}"
         case "left":
-            pairs = zip(paid, totals, strict=True)
-            return ", ".join(f"{coin}, {amount - total} left" for coin, total in pairs)
+            return ", ".join(f"{coin}, {rest} left" for coin, rest in steps)
         case _:
-            return ", ".join(f"{c} is {total}" for c, total in zip(paid, totals, strict=True))
+            return f"{amount}" + "".join(f" - {coin} = {rest}" for coin, rest in steps)
 
 
 @dataclass(frozen=True)
@@ -199,8 +198,8 @@ def _said(text: str) -> tuple[list[int], Style] | None:
         return [int(coin) for coin in found[1].split(" + ")], "sum"
     if found := _LEFT.fullmatch(text):
         return [int(coin) for coin in found[1].split(", ")[::2]], "left"
-    if found := _TOTAL.fullmatch(text):
-        return [int(step.split(" ")[0]) for step in found[1].split(", ")], "total"
+    if found := _MINUS.fullmatch(text):
+        return [int(coin) for coin in found[1].split(" ")[2::4]], "minus"
     return None
 
 

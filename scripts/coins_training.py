@@ -1,0 +1,91 @@
+"""The tokenizer of the embedded coins models, and the examples that they are trained on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from ledger_training import NOT_A_TARGET, Schedule, Shape
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from tutelage.data.tasks.coins import PIECE, CoinsTask, solve, vocabulary
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+MAX_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines one model."""
+
+    name: str
+    summary: str
+    schedule: Schedule
+    num_examples: int | None = None
+    """Examples that it is trained on again and again; None for new ones in every step."""
+    shape: Shape = field(default_factory=Shape)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each piece of the task; puts <bos> first and maps other pieces to <unk>."""
+    ids = {token: index for index, token in enumerate([PAD, BOS, EOS, UNKNOWN, *vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """From a step to token ids [B, T] and targets [B, T], in which only the completion counts."""
+    size, seed = recipe.schedule.batch_size, recipe.schedule.seed
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(f"{seed}/{step}")
+        if recipe.num_examples is None:
+            prompts = CoinsTask().prompts(step, size, seed)
+            texts = [(str(prompt.content), solve(prompt, rng)) for prompt in prompts]
+        else:
+            count = recipe.num_examples
+            texts = [_example(int(rng.random() * count), seed) for _ in range(size)]
+        pairs = [_encoded(tokenizer, *pair) for pair in texts]
+        ids = pad_sequence(
+            [ids for ids, _ in pairs], batch_first=True, padding_value=float(tokenizer.pad_token_id)
+        )
+        targets = [targets for _, targets in pairs]
+        return ids, pad_sequence(targets, batch_first=True, padding_value=float(NOT_A_TARGET))
+
+    return batch
+
+
+def _example(number: int, seed: int) -> tuple[str, str]:
+    """A prompt and one answer to it, always the same."""
+    prompt = CoinsTask().prompts(number, 1, seed)[0]
+    return str(prompt.content), solve(prompt, random.Random(f"{seed}-{number}"))
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
+) -> tuple[Tensor, Tensor]:
+    asked = tokenizer(prompt)["input_ids"]
+    written = tokenizer(f"{completion}{EOS}", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(asked + written)
+    return ids, torch.cat([torch.full((len(asked),), NOT_A_TARGET), torch.tensor(written)])
