@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from coins_measuring import NUM_SAMPLES, Figures
+from coins_measuring import Figures
 from coins_training import Recipe
 from ledger_cards import PREAMBLE, paragraph
+from ledger_tools_measuring import NUM_SAMPLES
 
 WHAT = """\
 A {num_layers}-layer Qwen3-style decoder of width {width} ({num_parameters:,} parameters) for the
