@@ -16,7 +16,7 @@ from tutelage.config.models import OptimizerConfig, StudentConfig, TeacherConfig
 from tutelage.config.parse import fingerprint
 from tutelage.config.rollouts import LiveRollouts, RolloutsConfig, StoredRollouts
 from tutelage.config.sampling import SamplingConfig
-from tutelage.config.schema import Config, LedgerData
+from tutelage.config.schema import CoinsData, Config, LedgerData
 
 Q3_CUTS_NATS = (0.5, 0.5)
 """Entropy and divergence at which the quadrants are cut; most tokens here have neither."""
@@ -50,6 +50,7 @@ class TaskOfSetting:
 
 
 LEDGER = TaskOfSetting(LedgerData(), "ledger-teacher", 64)
+COINS = TaskOfSetting(CoinsData(), "coins-teacher", 64)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ SETTINGS = {
         # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
         Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
         Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=12),
+        # No damaged copy: it learns slowly, and from fewer rollouts not at all.
+        Setting("coins", "coins-student", prompts_per_step=24, num_steps=24, task=COINS),
     )
 }
 
@@ -188,8 +191,9 @@ FULL = Design(
         "collapsed": ("all", "eopd", "all+sampled", "eopd+sampled"),
     },
     sensitivity_seeds=(1, 2, 3, 4, 5),
-    choice_settings=("overconfident",),
+    choice_settings=("overconfident", "coins"),
     controls=Controls("scarce", ("all", "all+sampled", "random-10"), 80),
+    num_seeds={"coins": 5},
 )
 
 QUICK = Design(
@@ -201,7 +205,7 @@ QUICK = Design(
     arms=arms_of_claims(),
     sensitivity_arms={},
     sensitivity_seeds=(),
-    choice_settings=("overconfident",),
+    choice_settings=("overconfident", "coins"),
     controls=Controls("scarce", ("all",), 8),
 )
 

@@ -70,7 +70,7 @@ class Claim:
 
 LEDGER = ("overconfident", "scarce")
 """The settings of the ledger task with a student that is often wrong."""
-BROAD = LEDGER
+BROAD = (*LEDGER, "coins")
 """Settings in which claims about accuracy are judged, but for those of many budgets."""
 VARIED = ("collapsed",)
 """Settings of claims about variety: a student whose entropy has collapsed."""

@@ -73,12 +73,16 @@ No verdict rests on these, and earlier runs had them: the student `ledger-small`
 improved; the arms of `teachability`, `gradient_norm`, `local_oracle` and `local_gain` (their scores
 are compared with [what a token is worth](#what-a-token-is-worth)), `q3` and `divergence` at 50 %,
 EOPD on kept tokens and with a tail bucket; in `collapsed` all arms but those of claims about
-variety and stored rollouts. Half and double the rate were run for few arms, with {seeds} seeds."""
+variety and stored rollouts. In `coins`, whose cells take longest, T2, T3, T5 and P1 to P3 are not
+asked, and arms have fewer seeds. Half and double the rate were run for few arms, with {seeds}
+seeds."""
 
 SETTINGS = {
     "overconfident": "The ledger task with a student that is sure of wrong sums.",
     "scarce": "The same student with so few prompts and steps that pass@8 cannot reach 1. (Longer "
     "ledgers are none: the teacher, taught on at most five items, fails on six.)",
+    "coins": "A second task of another kind: pay an amount with coins, asked in sentences. The "
+    "student is no damaged copy of its teacher; it was trained on few examples.",
     "collapsed": "A student of the ledger task that is right but knows one order of work, for "
     "claims about variety.",
 }

@@ -89,6 +89,12 @@ def test_names_of_arms_tell_their_loss_and_control() -> None:
         assert {TUNED[loss] for loss in losses_of(arms)} <= {*arms}, setting
 
 
+def test_the_models_of_every_setting_are_in_the_package() -> None:
+    names = {name for s in SETTINGS.values() for name in (s.student, s.task.teacher)}
+    assets = claims_design.PACKAGE / "assets"
+    assert not [name for name in names if not (assets / name / "model.safetensors").exists()]
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of two small steps."""
