@@ -76,7 +76,9 @@ def test_every_block_runs_on_the_embedded_models(
     # What takes longest: drawing plots, which tests of the report do.
     monkeypatch.setattr(train, "write_report", page)
     monkeypatch.setattr(report, "write_report", page)
-    monkeypatch.setattr(compare, "write_comparison", lambda _, records, place, *more: page(place, place))
+    monkeypatch.setattr(
+        compare, "write_comparison", lambda _, records, place, *more: page(place, place)
+    )
     assert all(printed in TUTORIAL for printed in SMALL)
     ran = [name for block in blocks(TUTORIAL) for name in run_here(block, tmp_path)]
     assert ran == [
