@@ -166,8 +166,13 @@ def run_of(peers: Peers, error: BaseException | None = None) -> None:
     ],
 )  # fmt: skip
 def test_a_loss_ends_the_main_thread_in_one_line(
-    other: PeerStore, tmp_path: Path, state: State, said: str
+    other: PeerStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: State,
+    said: str,
 ) -> None:
+    monkeypatch.setattr(module, "_LEAST_ANSWER_S", HANG_S)  # the store is no part of it
     for name in ("checkpoint-000012", "checkpoint-000003", "checkpoint-000013.damaged"):
         (tmp_path / name).mkdir()
     other.exchange(state)
