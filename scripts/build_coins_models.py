@@ -1,4 +1,4 @@
-"""Build the embedded coins models from fixed seeds: about eight minutes on one CPU core.
+"""Build the embedded coins models from fixed seeds: about ten minutes on one CPU core.
 
 python scripts/build_coins_models.py [--out DIR] [--only NAME] [--measure]
 """
@@ -28,9 +28,9 @@ RECIPES = (
     ),
     Recipe(
         name="coins-student",
-        summary="Trained on few examples, ten times each: often wrong, and at times sure of it.",
-        schedule=Schedule(200, 48, 0.04, 6e-3, seed=7),
-        num_examples=1000,
+        summary="Trained on texts of which most are careless: often wrong, and sure of it.",
+        schedule=Schedule(700, 48, 0.04, 6e-3, seed=7),
+        careless_share=0.6,
     ),
     Recipe(
         name="coins-small",

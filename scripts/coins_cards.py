@@ -50,31 +50,36 @@ TABLE = """\
 
 MAKING = """\
 `python scripts/build_coins_models.py --only {name}` trains it from random weights: {num_steps}
-supervised steps of {batch_size} completions of a reference solver (any coin after which the rest
-can be paid, drawn evenly; style and first word drawn evenly), {examples}, seed {seed}, Muon at
-{matrix_learning_rate:g} on the matrices and AdamW at {learning_rate:g} on the rest, linear decay,
-one thread, torch {torch_version}, transformers {transformers_version}. The same versions on the
-same kind of processor give the same bytes; others give a model of about the same quality.
+supervised steps of {batch_size} completions of new prompts, {writers} (style and first word drawn
+evenly), seed {seed}, Muon at {matrix_learning_rate:g} on the matrices and AdamW at
+{learning_rate:g} on the rest, linear decay, one thread, torch {torch_version}, transformers
+{transformers_version}. The same versions on the same kind of processor give the same bytes; others
+give a model of about the same quality.
 """
 
 LIMITS = """\
 A toy for tests and demonstrations: it knows prompts of the coins task only and nothing else.{what}
 """
 
-_STUDENT = """ It is no copy of its teacher: it was trained from random weights of its own, on
-less."""
+_STUDENT = """ It is no copy of its teacher: it was trained from random weights of its own{how}."""
+_SOLVER = """of a reference solver that draws every coin evenly from those after which the rest can
+be paid"""
+_BOTH = """\
+{right:.0%} of them of a reference solver that draws every coin evenly from those after which the
+rest can be paid, and {wrong:.0%} of a careless one that draws from those that do not exceed the
+rest and, where it comes to a dead end, makes its last coin worth more"""
 
 
 def write_card(folder: Path, recipe: Recipe, figures: Figures, is_student: bool) -> None:
     """Write README.md of a model folder."""
     fields = vars(recipe.schedule) | vars(recipe.shape) | vars(figures)
-    count = recipe.num_examples
-    again = f"drawn again and again from the same {count} prompts with one completion each"
+    share = recipe.careless_share
+    how = ", on texts of which some are wrong" if share else ", in fewer steps"
     fields |= {
         "name": recipe.name,
         "summary": recipe.summary,
-        "what": _STUDENT if is_student else "",
-        "examples": "of new prompts in every step" if count is None else again,
+        "what": _STUDENT.format(how=how) if is_student else "",
+        "writers": _BOTH.format(right=1 - share, wrong=share) if share else _SOLVER,
         "num_samples": NUM_SAMPLES,
         "torch_version": torch.__version__.partition("+")[0],
         "transformers_version": transformers.__version__,

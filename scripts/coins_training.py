@@ -13,7 +13,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from tutelage.data.tasks.coins import PIECE, CoinsTask, solve, vocabulary
+from tutelage.data.tasks.coins import (
+    PIECE,
+    STYLES,
+    VERBS,
+    CoinsTask,
+    parse_purchase,
+    solve,
+    vocabulary,
+    written,
+)
+from tutelage.data.tasks.draws import pick
+from tutelage.data.types import Prompt
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 MAX_LENGTH = 256
@@ -26,8 +37,8 @@ class Recipe:
     name: str
     summary: str
     schedule: Schedule
-    num_examples: int | None = None
-    """Examples that it is trained on again and again; None for new ones in every step."""
+    careless_share: float = 0.0
+    """Share of its examples that `pay_carelessly` writes."""
     shape: Shape = field(default_factory=Shape)
 
 
@@ -60,12 +71,11 @@ def batches(
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"{seed}/{step}")
-        if recipe.num_examples is None:
-            prompts = CoinsTask().prompts(step, size, seed)
-            texts = [(str(prompt.content), solve(prompt, rng)) for prompt in prompts]
-        else:
-            count = recipe.num_examples
-            texts = [_example(int(rng.random() * count), seed) for _ in range(size)]
+        texts = []
+        for prompt in CoinsTask().prompts(step, size, seed):
+            share = recipe.careless_share
+            write = pay_carelessly if share and rng.random() < share else solve
+            texts.append((str(prompt.content), write(prompt, rng)))
         pairs = [_encoded(tokenizer, *pair) for pair in texts]
         ids = pad_sequence(
             [ids for ids, _ in pairs], batch_first=True, padding_value=float(tokenizer.pad_token_id)
@@ -76,10 +86,20 @@ def batches(
     return batch
 
 
-def _example(number: int, seed: int) -> tuple[str, str]:
-    """A prompt and one answer to it, always the same."""
-    prompt = CoinsTask().prompts(number, 1, seed)[0]
-    return str(prompt.content), solve(prompt, random.Random(f"{seed}-{number}"))
+def pay_carelessly(prompt: Prompt, rng: random.Random) -> str:
+    """A completion that thinks of no later coin, in the form of `solve`'s.
+
+    Every coin is drawn evenly from those that the rest exceeds or equals. Where it ends in a rest
+    that none of them pays, the last one is said to be worth more, which few purses have a coin for.
+    """
+    purchase = parse_purchase(prompt)
+    assert purchase is not None
+    rest, paid = purchase.amount, list[int]()
+    while coins := [coin for coin in sorted(purchase.coins) if coin <= rest]:
+        paid.append(pick(coins, rng))
+        rest -= paid[-1]
+    paid[-1] += rest
+    return f"{pick(VERBS, rng)} {written(paid, purchase.amount, pick(STYLES, rng))}."
 
 
 def _encoded(

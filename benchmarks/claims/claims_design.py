@@ -76,8 +76,8 @@ SETTINGS = {
         # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
         Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
         Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=12),
-        # No damaged copy: it learns slowly, and from fewer rollouts not at all.
-        Setting("coins", "coins-student", prompts_per_step=24, num_steps=24, task=COINS),
+        # No damaged copy. Completions are short: more of them make as many tokens a step.
+        Setting("coins", "coins-student", prompts_per_step=32, num_steps=24, task=COINS),
     )
 }
 

@@ -82,7 +82,7 @@ SETTINGS = {
     "scarce": "The same student with so few prompts and steps that pass@8 cannot reach 1. (Longer "
     "ledgers are none: the teacher, taught on at most five items, fails on six.)",
     "coins": "A second task of another kind: pay an amount with coins, asked in sentences. The "
-    "student is no damaged copy of its teacher; it was trained on few examples.",
+    "student is no damaged copy of its teacher; most texts that it was trained on are careless.",
     "collapsed": "A student of the ledger task that is right but knows one order of work, for "
     "claims about variety.",
 }

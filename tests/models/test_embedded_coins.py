@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.data.batch import collate
 from tutelage.data.tasks import CoinsTask
 from tutelage.data.tasks.coins import PIECE, vocabulary
-from tutelage.data.types import Rollout
+from tutelage.data.types import Prompt, Rollout
 from tutelage.evaluation.problems import embedded
 from tutelage.evaluation.request import EvaluationRequest
 from tutelage.models.llama_cpu.decode import FastSlots
@@ -155,7 +156,8 @@ def test_the_card_states_what_is_measured(name: str) -> None:
     assert abs(mean_at_8(name) - stated["mean@8"]) < 0.12
     entropy, kl = token_figures(name)
     assert abs(entropy.mean() - stated["mean entropy of a token, nats"]) < 0.1
-    assert abs(kl.mean() - stated["mean KL to the teacher of a token, nats"]) < 0.1
+    error = 3 * kl.std() / len(kl) ** 0.5  # few tokens have most of it
+    assert abs(kl.mean() - stated["mean KL to the teacher of a token, nats"]) < 0.1 + error
 
 
 @pytest.mark.slow
@@ -174,7 +176,7 @@ def test_a_student_is_wrong_but_not_hopeless(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_few_examples_make_sure_of_what_is_wrong() -> None:
+def test_careless_texts_make_sure_of_what_is_wrong() -> None:
     def q3(name: str) -> tuple[float, float]:
         entropy, kl = token_figures(name)
         chosen = (entropy < 0.5) & (kl > 0.5)
@@ -212,7 +214,7 @@ def test_the_script_repeats_itself_and_writes_the_shipped_tokenizer(
         assert json.loads((made / file).read_text()) == json.loads((shipped / file).read_text())
 
 
-def test_completions_are_the_targets_and_few_examples_stay_the_same(
+def test_completions_are_the_targets_and_careless_ones_are_wrong_in_dead_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -220,15 +222,22 @@ def test_completions_are_the_targets_and_few_examples_stay_the_same(
     from coins_training import batches
 
     tokenizer = load_tokenizer()
-    for recipe in (RECIPES[0], replace(RECIPES[1], num_examples=5)):
-        texts = set()
+    for careless in (0.0, 1.0):
+        recipe = replace(RECIPES[1], careless_share=careless)
+        right = []
         for step in range(3):
             for row, wanted in zip(*batches(tokenizer, recipe)(step), strict=True):
                 is_target = wanted != -100
                 assert torch.equal(wanted[is_target], row[is_target])
                 assert wanted[is_target][-1] == tokenizer.eos_token_id
-                prompt = tokenizer.decode(row[~is_target], skip_special_tokens=True)
-                texts.add(prompt + tokenizer.decode(row[is_target], skip_special_tokens=True))
-                assert prompt.endswith("\n")
-        count = recipe.num_examples or 3 * recipe.schedule.batch_size
-        assert len(texts) == count
+                asked, said = (
+                    tokenizer.decode(ids, skip_special_tokens=True)
+                    for ids in (row[~is_target], row[is_target])
+                )
+                assert asked.endswith("\n")
+                amount = max(map(int, re.findall("[0-9]+", asked)))
+                right.append(TASK.grade(Prompt("p", asked, str(amount)), said))
+        if careless:
+            assert 0.1 < fmean(right) < 0.7
+        else:
+            assert all(right)

@@ -128,10 +128,11 @@ def solve(prompt: Prompt, rng: random.Random, *, styles: tuple[Style, ...] = STY
     paid: list[int] = []
     while rest := purchase.amount - sum(paid):
         paid.append(pick([coin for coin in sorted(purchase.coins) if rest - coin in later], rng))
-    return f"{pick(VERBS, rng)} {_written(paid, purchase.amount, pick(styles, rng))}."
+    return f"{pick(VERBS, rng)} {written(paid, purchase.amount, pick(styles, rng))}."
 
 
-def _written(paid: list[int], amount: int, style: Style) -> str:
+def written(paid: list[int], amount: int, style: Style) -> str:
+    """A completion's text between its first word and the full stop."""
     steps = [(coin, amount - total) for coin, total in zip(paid, accumulate(paid), strict=True)]
     match style:
         case "sum":
@@ -189,7 +190,7 @@ class CoinsTask:
             return False
         paid, style = said
         is_allowed = set(paid) <= set(purchase.coins) and sum(paid) == purchase.amount
-        return is_allowed and text.partition(" ")[2] == f"{_written(paid, purchase.amount, style)}."
+        return is_allowed and text.partition(" ")[2] == f"{written(paid, purchase.amount, style)}."
 
 
 def _said(text: str) -> tuple[list[int], Style] | None:
