@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from ranks import run_script
 from tiny import tiny_config
@@ -142,31 +141,6 @@ def test_a_part_without_rows_takes_no_room_in_a_file(tmp_path: Path) -> None:
     empty = file.tensor(whole_pages(8), 0, torch.float32)
     assert empty.shape == (0,)
     file.release(whole_pages(8), 0)
-
-
-@pytest.mark.parametrize(
-    "name", ["set_force_sum_reduction_for_comms", "set_gradient_divide_factor"]
-)
-def test_a_torch_that_cannot_sum_gradients_is_one_line(
-    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.delattr(FSDPModule, name)
-    student = {"model": str(tiny_models / "student"), "sharding": "fsdp2"}
-    with pytest.raises(ConfigError, match=rf"torch with FSDPModule\.{name}, got .* Update torch\."):
-        build_components(tiny_config(tiny_models, Path("unused"), student=student), is_run=False)
-
-
-def test_experts_that_some_process_may_not_use_need_a_newer_torch(
-    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load_model(str(tiny_models / "student"))
-    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
-    require_shardable_student(model)
-    model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
-    with pytest.raises(ConfigError, match=r"experts .*\(model\.layers\.0\.mlp\.experts of Qwen3"):
-        require_shardable_student(model)
-    monkeypatch.undo()
-    require_shardable_student(model)
 
 
 def test_a_weight_that_has_left_its_master_is_not_learned_in_vain(

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 GROUP_TIMEOUT = timedelta(hours=12)
 """Rollouts, evaluations or reading of one process may take hours longer than those of another. A
 process that is lost is noticed otherwise."""
-_NEEDED = ("set_force_sum_reduction_for_comms", "set_gradient_divide_factor")
-"""Methods of FSDP2's modules by which gradients are summed, not averaged."""
-_FOR_UNUSED = "set_reduce_scatter_unused_params"
-"""The one by which a weight without a gradient in some process is summed; from torch 2.13 on."""
 SMALL_BYTES = 25 << 20
 """Layers that together take no more are gathered at once, in one message instead of one for each.
 Messages of less cost the time to send one, not their bytes: torch's DistributedDataParallel sums
@@ -146,9 +142,8 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-            if hasattr(module, _FOR_UNUSED):
-                # A process whose rows leave a weight out takes part in its sum all the same.
-                getattr(module, _FOR_UNUSED)(True)
+            # A process whose rows leave a weight out takes part in its sum all the same.
+            module.set_reduce_scatter_unused_params(True)
     root.register_forward_hook(_reshard_unless_learning)
 
 
@@ -176,10 +171,9 @@ def require_shardable_student(model: PreTrainedModel) -> None:
 
     Raises:
         ConfigError: it trains weights of several dtypes, has a single number for a weight, or
-            layers that share one; or this version of torch cannot sum its gradients.
+            layers that share one.
     """
     hint = 'Use student.sharding = "none".'
-    _require_sums(model, hint)
     named = list(model.named_parameters(remove_duplicate=False))
     trained = {str(w.dtype).removeprefix("torch."): n for n, w in named if w.requires_grad}
     if len(trained) > 1:
@@ -201,26 +195,6 @@ def require_shardable_student(model: PreTrainedModel) -> None:
                 f"student.sharding 'fsdp2' gathers layers one by one, {name} of "
                 f"{type(model).__name__} belongs to several. {hint}"
             )
-
-
-def _require_sums(model: PreTrainedModel, hint: str) -> None:
-    """Refuse a version of torch that cannot sum the gradients of this model over processes."""
-    from torch.distributed.fsdp import FSDPModule
-
-    lacking = [name for name in _NEEDED if not hasattr(FSDPModule, name)]
-    if lacking:
-        raise ConfigError(
-            f"student.sharding 'fsdp2' needs a torch with FSDPModule.{lacking[0]}, got "
-            f"{torch.__version__}. Update torch. {hint}"
-        )
-    named = model.named_modules()
-    experts = [n for n, m in named if isinstance(m, nn.ModuleList) and n.endswith("experts")]
-    if experts and not hasattr(FSDPModule, _FOR_UNUSED):
-        raise ConfigError(
-            f"student.sharding 'fsdp2' of experts that are modules of their own ({experts[0]} of "
-            f"{type(model).__name__}) needs a torch with FSDPModule.{_FOR_UNUSED}, got "
-            f"{torch.__version__}. Update torch. {hint}"
-        )
 
 
 def _reshard_unless_learning(root: Any, _inputs: Any, _output: Any) -> None:
@@ -295,9 +269,7 @@ def _num_rows_each(like: Tensor) -> int:
 def _all_gathered(own: Tensor, mesh: DeviceMesh) -> Tensor:
     """The rows of all processes of a group, one process after the other; as many from each."""
     every = own.new_empty(mesh.size(-1) * len(own), *own.shape[1:])
-    names = vars(torch.distributed)
-    gather = names.get("all_gather_single") or names["all_gather_into_tensor"]  # before torch 2.13
-    gather(every, own, mesh.get_group(_SHARD))
+    torch.distributed.all_gather_single(every, own, mesh.get_group(_SHARD))
     return every
 
 
