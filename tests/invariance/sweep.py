@@ -50,7 +50,7 @@ KEEPS = ("0.5", "0.2", "0.1", "0.29", "1.0", "0.03")
 PAD, PROMPT = 0, 999_999
 OUTSIDE = 1e3
 """Size of the logits outside of the completions: one of them read by mistake would be seen."""
-CONTROLS = 60
+CONTROLS = 40
 """Batches on which each fault is tried."""
 _SELECTION: TypeAdapter[Any] = TypeAdapter(SelectionConfig)
 _CONFIG = parse_config({"student": {"model": "s"}, "teacher": {"model": "t"}})

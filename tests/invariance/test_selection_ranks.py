@@ -20,7 +20,7 @@ from ranks import run_script
 from tutelage.core import NORMALIZATIONS, RULES
 
 HERE = Path(__file__).parent
-NUM_BATCHES = int(os.environ.get("TUTELAGE_SWEEP", "200"))
+NUM_BATCHES = int(os.environ.get("TUTELAGE_SWEEP", "180"))
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,7 @@ def test_the_template_goes_on_turn_by_turn_and_shows_the_names_of_the_tools() ->
 # What the models can do
 
 
+@pytest.mark.slow
 @every_model
 def test_the_card_states_what_is_measured(name: str) -> None:
     stated = card_figures(name)
@@ -158,6 +159,7 @@ def test_the_card_states_what_is_measured(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_teacher_is_right_in_many_ways() -> None:
     assert card_figures(TEACHER)["success"] >= 0.95  # of 1,024 conversations
     assert success(TEACHER) >= 0.92  # of 128

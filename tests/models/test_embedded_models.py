@@ -162,24 +162,28 @@ def test_padding_goes_to_the_left() -> None:
 # What the models can do
 
 
+@pytest.mark.slow
 @every_model
 def test_the_card_states_what_is_measured(name: str) -> None:
     stated = card_figures(name)["mean@8"]
     assert abs(mean_at_8(name) - stated) < 0.12
 
 
+@pytest.mark.slow
 def test_the_teacher_is_right_in_many_ways() -> None:
     right = right_completions("ledger-teacher")
     assert mean_at_8("ledger-teacher") > 0.9
     assert len({(p.id, text) for p, text in right}) / NUM_PROMPTS > 6
 
 
+@pytest.mark.slow
 def test_the_collapsed_model_is_right_in_one_way() -> None:
     right = right_completions("ledger-collapsed")
     assert mean_at_8("ledger-collapsed") > 0.85
     assert len({(p.id, text) for p, text in right}) / NUM_PROMPTS < 2
 
 
+@pytest.mark.slow
 def test_the_overconfident_student_is_wrong_and_sure_of_it() -> None:
     assert mean_at_8("ledger-overconfident") <= 0.4
     rows, kl = q3_shares("ledger-overconfident")
@@ -189,6 +193,7 @@ def test_the_overconfident_student_is_wrong_and_sure_of_it() -> None:
     assert pass_at_8("ledger-overconfident") < 0.7 < 0.8 < pass_at_8("ledger-small")
 
 
+@pytest.mark.slow
 def test_the_small_student_is_wrong_but_not_hopeless() -> None:
     assert 0.02 < mean_at_8("ledger-small") <= 0.5
 
