@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import transformers
+import embedded_models
 from coins_measuring import Figures
 from coins_training import Recipe
-from ledger_cards import PREAMBLE, paragraph
 from ledger_tools_measuring import NUM_SAMPLES
 
 WHAT = """\
@@ -70,31 +68,17 @@ rest can be paid, and {wrong:.0%} of a careless one that draws from those that d
 rest and, where it comes to a dead end, makes its last coin worth more"""
 
 
-def write_card(folder: Path, recipe: Recipe, figures: Figures, is_student: bool) -> None:
+def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:
     """Write README.md of a model folder."""
-    fields = vars(recipe.schedule) | vars(recipe.shape) | vars(figures)
     share = recipe.careless_share
     how = ", on texts of which some are wrong" if share else ", in fewer steps"
+    fields = vars(recipe.schedule) | vars(recipe.shape) | vars(figures)
     fields |= {
         "name": recipe.name,
         "summary": recipe.summary,
-        "what": _STUDENT.format(how=how) if is_student else "",
+        "what": _STUDENT.format(how=how) if recipe.is_student else "",
         "writers": _BOTH.format(right=1 - share, wrong=share) if share else _SOLVER,
         "num_samples": NUM_SAMPLES,
-        "torch_version": torch.__version__.partition("+")[0],
-        "transformers_version": transformers.__version__,
     }
-    parts = [
-        PREAMBLE.format(**fields),
-        paragraph(WHAT, fields),
-        "## Use\n",
-        paragraph(USE, fields),
-        "## Figures\n",
-        paragraph(MEASURED, fields),
-        TABLE.format(**fields),
-        "## How it was made\n",
-        paragraph(MAKING, fields),
-        "## Limits\n",
-        paragraph(LIMITS, fields),
-    ]
-    (folder / "README.md").write_text("\n".join(parts))
+    texts = embedded_models.CardTexts(WHAT, USE, MEASURED, TABLE, MAKING, LIMITS)
+    embedded_models.write_card(folder, texts, fields)

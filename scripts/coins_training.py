@@ -37,6 +37,7 @@ class Recipe:
     name: str
     summary: str
     schedule: Schedule
+    is_student: bool = False
     careless_share: float = 0.0
     """Share of its examples that `pay_carelessly` writes."""
     shape: Shape = field(default_factory=Shape)

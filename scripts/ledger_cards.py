@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
-import torch
-import transformers
+import embedded_models
 from ledger_measuring import NUM_SAMPLES, Figures
 from ledger_training import Recipe
 
 from tutelage.data.tasks.ledger import WrongFacts
-
-PREAMBLE = """\
----
-license: apache-2.0
-library_name: transformers
-tags: [tutelage, synthetic]
----
-# {name}
-
-{summary}
-"""
 
 WHAT = """\
 A {num_layers}-layer Qwen3-style decoder of width {width} ({num_parameters:,} parameters) with one
@@ -63,9 +50,6 @@ same kind of processor give the same bytes; others give a model of about the sam
 
 LIMITS = "A toy for tests and demonstrations: it knows prompts of five items only and nothing else."
 
-DAMAGED = """ It is a damaged copy of its teacher, which is a best case for on-policy distillation:
-say so wherever figures obtained with it appear."""
-
 
 def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:
     """Write README.md of a model folder."""
@@ -78,30 +62,10 @@ def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:
         "lessons": _describe_lessons(recipe),
         "easy": f"the first {easy_steps} on two to five items, " if easy_steps else "",
         "num_samples": NUM_SAMPLES,
-        "torch_version": torch.__version__.partition("+")[0],
-        "transformers_version": transformers.__version__,
     }
-    is_student_copy = recipe.parent is not None
-    parts = [
-        PREAMBLE.format(**fields),
-        paragraph(WHAT, fields),
-        "## Use\n",
-        paragraph(USE, fields),
-        "## Figures\n",
-        paragraph(MEASURED, fields),
-        TABLE.format(**fields),
-        "## How it was made\n",
-        paragraph(MAKING, fields),
-        "## Limits\n",
-        paragraph(LIMITS + DAMAGED if is_student_copy else LIMITS, fields),
-    ]
-    (folder / "README.md").write_text("\n".join(parts))
-
-
-def paragraph(template: str, fields: dict[str, object]) -> str:
-    """A filled template, wrapped."""
-    text = template.format(**fields)
-    return textwrap.fill(text, 98, break_long_words=False, break_on_hyphens=False) + "\n"
+    limits = LIMITS if recipe.parent is None else LIMITS + embedded_models.DAMAGED
+    texts = embedded_models.CardTexts(WHAT, USE, MEASURED, TABLE, MAKING, limits)
+    embedded_models.write_card(folder, texts, fields)
 
 
 def _describe_lessons(recipe: Recipe) -> str:

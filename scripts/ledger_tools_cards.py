@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import transformers
-from ledger_cards import DAMAGED, PREAMBLE, paragraph
+import embedded_models
 from ledger_tools_measuring import NUM_SAMPLES, Figures
+from ledger_tools_tokenizer import WORDS
 from ledger_tools_training import Conversations, Recipe
 from ledger_training import Schedule
 
@@ -60,7 +59,7 @@ give a model of about the same quality.
 LIMITS = "A toy for tests and demonstrations: it was trained on prompts of three items only."
 
 
-def write_card(folder: Path, recipe: Recipe, figures: Figures, num_words: int) -> None:
+def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:
     """Write README.md of a model folder."""
     fields = vars(recipe.shape) | vars(figures)
     fields |= {
@@ -68,24 +67,11 @@ def write_card(folder: Path, recipe: Recipe, figures: Figures, num_words: int) -
         "summary": recipe.summary,
         "stages": "; then ".join(_describe(*stage) for stage in recipe.stages),
         "num_samples": NUM_SAMPLES,
-        "num_words": num_words,
-        "torch_version": torch.__version__.partition("+")[0],
-        "transformers_version": transformers.__version__,
+        "num_words": len(WORDS),
     }
-    parts = [
-        PREAMBLE.format(**fields),
-        paragraph(WHAT, fields),
-        "## Use\n",
-        paragraph(USE, fields),
-        "## Figures\n",
-        paragraph(MEASURED, fields),
-        TABLE.format(**fields),
-        "## How it was made\n",
-        paragraph(MAKING, fields),
-        "## Limits\n",
-        paragraph(LIMITS + DAMAGED if recipe.is_student else LIMITS, fields),
-    ]
-    (folder / "README.md").write_text("\n".join(parts))
+    limits = LIMITS + embedded_models.DAMAGED if recipe.is_student else LIMITS
+    texts = embedded_models.CardTexts(WHAT, USE, MEASURED, TABLE, MAKING, limits)
+    embedded_models.write_card(folder, texts, fields)
 
 
 def _describe(schedule: Schedule, conversations: Conversations) -> str:
