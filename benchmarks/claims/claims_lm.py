@@ -15,6 +15,7 @@ made is run again unless `--any-source` is given; the page says how many version
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -130,6 +131,7 @@ def run(results: dict[str, Any], given: argparse.Namespace) -> None:
             print(f"{len(left)} cells are left; the same command continues.")
             return
         record = do(left[0], pair, given.device)
+        gc.collect()  # models in cycles are gigabytes that the collector takes for a few objects
         longest = max(longest, time.monotonic() - before)
         keep(results, record)
         write(given.result, results)
