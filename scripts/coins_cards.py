@@ -64,8 +64,8 @@ _SOLVER = """of a reference solver that draws every coin evenly from those after
 be paid"""
 _BOTH = """\
 {right:.0%} of them of a reference solver that draws every coin evenly from those after which the
-rest can be paid, and {wrong:.0%} of a careless one that draws from those that do not exceed the
-rest and, where it comes to a dead end, makes its last coin worth more"""
+rest can be paid, and {wrong:.0%} of a careless one that draws evenly from those that do not
+exceed the rest and, where it comes to a dead end, makes its last coin worth more"""
 
 
 def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:

@@ -75,6 +75,7 @@ def batches(
         texts = []
         for prompt in CoinsTask().prompts(step, size, seed):
             share = recipe.careless_share
+            # No draw where none is careless: it would change the other models.
             write = pay_carelessly if share and rng.random() < share else solve
             texts.append((str(prompt.content), write(prompt, rng)))
         pairs = [_encoded(tokenizer, *pair) for pair in texts]
@@ -88,10 +89,11 @@ def batches(
 
 
 def pay_carelessly(prompt: Prompt, rng: random.Random) -> str:
-    """A completion that thinks of no later coin, in the form of `solve`'s.
+    """A completion whose coins are drawn without regard to what they leave, in `solve`'s form.
 
-    Every coin is drawn evenly from those that the rest exceeds or equals. Where it ends in a rest
-    that none of them pays, the last one is said to be worth more, which few purses have a coin for.
+    Every coin is drawn evenly from those that do not exceed the rest. A rest that is less than
+    every coin is added to the last one; the completion is then wrong, unless the purse has a coin
+    of that value.
     """
     purchase = parse_purchase(prompt)
     assert purchase is not None
@@ -107,6 +109,6 @@ def _encoded(
     tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
 ) -> tuple[Tensor, Tensor]:
     asked = tokenizer(prompt)["input_ids"]
-    written = tokenizer(f"{completion}{EOS}", add_special_tokens=False)["input_ids"]
-    ids = torch.tensor(asked + written)
-    return ids, torch.cat([torch.full((len(asked),), NOT_A_TARGET), torch.tensor(written)])
+    said = tokenizer(f"{completion}{EOS}", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(asked + said)
+    return ids, torch.cat([torch.full((len(asked),), NOT_A_TARGET), torch.tensor(said)])

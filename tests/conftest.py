@@ -29,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub for anything
 
 torch.set_num_threads(1)
 EXAMPLES = int(os.environ.get("TUTELAGE_EXAMPLES", "50"))
+"""Of a property without a number of its own; `make test-slow` asks for more."""
 settings.register_profile("shared", deadline=None, max_examples=EXAMPLES)
 settings.load_profile("shared")
 unhurried()

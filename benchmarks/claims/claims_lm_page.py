@@ -34,11 +34,11 @@ Cells may be run in any order, on any machine; the JSON is written after every c
 a later run needs beside the pair.
 
 * On a CPU, one thread: `make claims-lm` builds the pair of stories (under an hour) and runs what is
-  left, a cell in about five minutes of one core; `MINUTES=60` ends it earlier.
+  left, a cell in about three minutes of one core; `MINUTES=60` ends it earlier.
 * On a GPU, all arms, more steps, problems and seeds: `make claims-lm DEVICE=cuda MINUTES=9`, with
   `PAIR=FOLDER` for the pair of GSM8K (`scripts/build_lm_pair.py --task gsm8k`).
 * `OTHERS=FILE` names JSON lines whose `problem` is a text of another kind, for the loss on other
-  texts (here MATH-500). `claims_lm.py --merge FILE` takes over the cells of another machine.
+  texts (here problems of GSM8K). `claims_lm.py --merge FILE` takes over another machine's cells.
 * A cell that other code made is run again; check out the commit above, or give `--any-source`."""
 
 
