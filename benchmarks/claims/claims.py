@@ -250,7 +250,8 @@ def estimated_minutes(work: list[Cell], recorded: list[Record]) -> float:
 
 def say_estimate(work: list[Cell], design: Design) -> None:
     """Print what the cells that are left will take."""
-    todo = [cell for cell in work if cell.key not in finished(working_file(design))]
+    records = finished(working_file(design))
+    todo = [cell for cell in work if cell.key not in records]
     path = results_file(DESIGNS["full"])
     recorded = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
     print(
