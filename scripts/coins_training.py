@@ -15,13 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tutelage.data.tasks.coins import (
     PIECE,
-    STYLES,
-    VERBS,
     CoinsTask,
+    completion,
     parse_purchase,
     solve,
     vocabulary,
-    written,
 )
 from tutelage.data.tasks.draws import pick
 from tutelage.data.types import Prompt
@@ -102,7 +100,7 @@ def pay_carelessly(prompt: Prompt, rng: random.Random) -> str:
         paid.append(pick(coins, rng))
         rest -= paid[-1]
     paid[-1] += rest
-    return f"{pick(VERBS, rng)} {written(paid, purchase.amount, pick(STYLES, rng))}."
+    return completion(paid, purchase.amount, rng)
 
 
 def _encoded(

@@ -13,7 +13,6 @@ from tiny import save_tiny_model
 from tutelage.memory.meta_model import (
     FewBits,
     Live,
-    keys_for_every_head,
     learning_from,
     reading,
     shadow,
@@ -83,18 +82,6 @@ def test_layers_by_ligers_kernels_are_planned_as_the_models_own() -> None:
     assert found == expected
     now = [vars(layer).get("forward") for layer in changed.modules()]
     assert now == bound  # the model itself stays
-
-
-def test_keys_repeated_for_every_head_are_kept() -> None:
-    twin = shadow(make_model())
-    shared = learning_from(twin, (2, 8), 8, False).forward.kept
-    with keys_for_every_head(twin):
-        repeated = learning_from(twin, (2, 8), 8, False).forward.kept
-    attention, config = twin.base_model.layers[0].self_attn, twin.config
-    more = config.num_attention_heads - config.num_key_value_heads
-    assert repeated - shared == 2 * 2 * more * (2 * 8) * attention.head_dim * 4
-    with keys_for_every_head(twin, False):
-        assert learning_from(twin, (2, 8), 8, False).forward.kept == shared
 
 
 def in_few_bits(twin: Any, num_bits: int) -> Any:

@@ -54,7 +54,7 @@ def model_of(config: Any, dtype: torch.dtype = torch.float64) -> PreTrainedModel
 
 def prepared(name: str) -> PreTrainedModel:
     model = model_of(CONFIGS[name])
-    packing.require_packed(model, "student", model.device)
+    packing.require_packed(model, "student")
     return model
 
 
@@ -97,7 +97,7 @@ def _over_the_whole_row(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match=r'Use micro_batches = "padded"\.$') as error:
-        packing.require_packed(model_of(OTHERS[name]), f"teacher {name!r}", torch.device("cpu"))
+        packing.require_packed(model_of(OTHERS[name]), f"teacher {name!r}")
     assert f"got the teacher {name!r}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -122,10 +122,11 @@ def test_a_saved_model_does_not_name_an_attention_that_only_we_know(tmp_path: Pa
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor,
     max_q: int, max_k: int, *, scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Torch's variable-length attention, as its documentation has it."""
-    assert query.shape == key.shape == value.shape
+    assert key.shape == value.shape
+    assert enable_gqa == (query.shape[1] != key.shape[1])
     assert cu_seq_q.dtype == torch.int32
     assert max_q == max_k == int(cu_seq_q.diff().max())
     assert window_size[1] == 0
@@ -136,27 +137,18 @@ def _flash(
     if window_size[0] >= 0:
         sees &= behind <= window_size[0]
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, sees, scale=scale).transpose(0, 1)
+    out = F.scaled_dot_product_attention(q, k, v, sees, scale=scale, enable_gqa=enable_gqa)
+    return out.transpose(0, 1)
 
 
-def _flash_with_groups(*args: Any, enable_gqa: bool = False, **options: Any) -> Tensor:
-    query, key, value = args[:3]
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    share = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(share, 1) for x in (key, value))
-    return _flash(query, key, value, *args[3:], **options)
-
-
-@pytest.mark.parametrize("attend", [_flash, _flash_with_groups])
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("window", [None, 3, 100])
 def test_the_kernel_is_asked_for_the_same(
-    monkeypatch: pytest.MonkeyPatch, attend: Any, groups: int, window: int | None
+    monkeypatch: pytest.MonkeyPatch, groups: int, window: int | None
 ) -> None:
-    """With grouped heads and without, as torch 2.11 and later versions take them."""
     import torch.nn.attention.varlen as module
 
-    monkeypatch.setattr(module, "varlen_attn", attend)
+    monkeypatch.setattr(module, "varlen_attn", _flash)
     torch.manual_seed(0)
     lengths = (5, 1, 7)
     q = torch.randn(1, 4, 13, 8, dtype=torch.float64)

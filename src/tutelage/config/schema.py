@@ -176,7 +176,7 @@ class Config:
     """Completions in one forward and backward pass, at most; changes memory, not the result."""
     micro_batches: Literal["padded", "packed"] = "padded"
     """How completions lie in one: padded to one length, neighbours together; or packed, one after
-    the other, each attending to itself (Llama, Mistral, Qwen2, Qwen3; on CUDA torch 2.11)."""
+    the other, each attending to itself (Llama, Mistral, Qwen2, Qwen3)."""
     sampling_batch_size: int = 64
     """Completions decoded at the same time."""
     scoring: Literal["recorded", "forward"] = "recorded"

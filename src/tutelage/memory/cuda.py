@@ -20,7 +20,6 @@ from tutelage.memory.facts import Facts, with_uncounted
 from tutelage.memory.further_teachers import further_shadows, with_further
 from tutelage.memory.meta_model import (
     Learning,
-    keys_for_every_head,
     learning_from,
     reading,
     shadows,
@@ -32,7 +31,6 @@ from tutelage.memory.shards import Shards, TeacherParts
 from tutelage.memory.stored import of_steps
 from tutelage.memory.student import student_in_shards, whole_student
 from tutelage.memory.teacher_weights import teacher_weights, told_bytes
-from tutelage.models.packing import repeats_keys
 from tutelage.models.teacher import DEVICE_SHARE
 from tutelage.setup.components import Components
 from tutelage.setup.objective import needs_scoring, needs_teacher, scores_teacher
@@ -128,7 +126,6 @@ class _Plan:
         completions = sizes.completions
         each = completions // config.updates_per_step
         is_packed = config.micro_batches == "packed"
-        self.repeats_keys = is_packed and repeats_keys()
         if is_packed:  # one row, which need not hold whole sequences
             most = min(config.micro_batch_size, completions) * sizes.length
             limit = config.micro_batch_tokens or most
@@ -249,8 +246,7 @@ class _Plan:
 
     def teacher_reads(self) -> Phase:
         """A pass of the teacher."""
-        with keys_for_every_head(self.teacher, self.repeats_keys):
-            activations = 0 if self.told else reading(self.teacher, self.shape).peak
+        activations = 0 if self.told else reading(self.teacher, self.shape).peak
         parts = {
             "recorded states": self.recorded,
             "teacher": self.teacher_bytes,
@@ -262,8 +258,7 @@ class _Plan:
 
     def score(self) -> Phase:
         """Statistics of all tokens; where states were recorded, the first step compares them."""
-        with keys_for_every_head(self.student, self.repeats_keys):
-            activations = reading(self.student, self.shape).peak
+        activations = reading(self.student, self.shape).peak
         width = self.num_rows * self.head.shape[1]
         if self.recorded:
             # the fresh states, theirs and the difference in float64
@@ -291,8 +286,7 @@ class _Plan:
         """Of a student that this process has whole."""
         is_later = self.num_passes > 1
         own = self.trained_bytes if is_later and not self.masters else 0
-        with keys_for_every_head(self.student, self.repeats_keys):
-            found = learning_from(self.student, self.shape, self.num_rows, has_gradients=own > 0)
+        found = learning_from(self.student, self.shape, self.num_rows, has_gradients=own > 0)
         summed = 0 if self.config.optimizer.offload else self.masters
         before = own + summed * is_later
         return [
@@ -305,8 +299,7 @@ class _Plan:
     def _moments_of(self, shards: Shards) -> list[dict[str, int]]:
         """Of a student in shards, whose layers' gradients are summed as soon as they are whole."""
         layers = [w for w in shards.weights if not shards.is_root(w)]
-        with keys_for_every_head(self.student, self.repeats_keys):
-            found = learning_from(self.student, self.shape, self.num_rows, False, layers)
+        found = learning_from(self.student, self.shape, self.num_rows, False, layers)
         gradients = 0 if self.config.optimizer.offload else shards.trained_bytes
         before = gradients * (self.num_passes > 1)
         last = shards.root.gathered_bytes + shards.layer.gathered_bytes

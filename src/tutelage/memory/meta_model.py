@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from tutelage.setup.components import Components
 
 _FUSED = "shapes_of_fused_attention"
-_REPEATED = "shapes_of_fused_attention_by_head"
 _ACCUMULATOR = 4
 """Bytes of a number in which fused attention sums over keys."""
 
@@ -164,21 +163,6 @@ def _in_few_bits(twin: PreTrainedModel, num_bits: int) -> None:
         for name, module in list(parent.named_children()):
             if type(module) is nn.Linear and module is not head:
                 setattr(parent, name, FewBits(module, num_bits, twin.dtype))
-
-
-@contextmanager
-def keys_for_every_head(twin: PreTrainedModel, is_so: bool = True) -> Iterator[PreTrainedModel]:
-    """Attention that repeats the keys and values that heads share, as some kernels need them."""
-    name = twin.config._attn_implementation
-    if not is_so or name != _FUSED:
-        yield twin
-        return
-    AttentionInterface.register(_REPEATED, _repeated_attention)
-    twin.set_attn_implementation(_REPEATED)
-    try:
-        yield twin
-    finally:
-        twin.set_attn_implementation(name)
 
 
 def stored_bytes(twin: PreTrainedModel) -> int:
@@ -343,12 +327,3 @@ def _attention(
     """One of transformers' attention functions; queries, keys, values are `[B, heads, T, d]`."""
     run: Callable[..., Tensor] = _Fused.apply
     return run(query, key, value).transpose(1, 2).contiguous(), None
-
-
-def _repeated_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
-) -> tuple[Tensor, None]:
-    """The same, with a key and a value for every head of queries."""
-    share = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
-    return _attention(module, query, key, value, mask)

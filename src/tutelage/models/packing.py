@@ -6,7 +6,6 @@ not packed goes on to torch's scaled dot-product attention, as before.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,27 +47,21 @@ def use_own_attention(model: PreTrainedModel) -> bool:
     return True
 
 
-def require_packed(model: PreTrainedModel, who: str, device: torch.device) -> None:
+def require_packed(model: PreTrainedModel, who: str) -> None:
     """Let a model read packed rows.
 
     Args:
         model: loaded with torch's scaled dot-product attention.
         who: names it in messages, such as "student 'folder'".
-        device: where it reads.
 
     Raises:
-        ConfigError: it cannot, or torch has no variable-length attention for its device.
+        ConfigError: it cannot.
     """
     if not use_own_attention(model):
         raise ConfigError(
             'micro_batches = "packed" takes Llama, Mistral, Qwen2 and Qwen3 models with rotary '
             "positions that do not depend on length, in one dtype and without hooks, got the "
             f"{who}, a {type(model).__name__}. {_HINT}"
-        )
-    if device.type == "cuda" and not _has_kernel():
-        raise ConfigError(
-            f'micro_batches = "packed" on CUDA needs torch 2.11 or later, got {torch.__version__}. '
-            f"{_HINT}"
         )
 
 
@@ -165,23 +158,6 @@ def attention(
     return _by_sequence(query, key, value, lengths, scale, sliding_window), None
 
 
-def _has_kernel() -> bool:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return "window_size" in inspect.signature(varlen_attn).parameters
-
-
-def repeats_keys() -> bool:
-    """Whether this torch's kernel for packed rows takes a key for every head of queries only."""
-    if not _has_kernel():
-        return False
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" not in inspect.signature(varlen_attn).parameters
-
-
 def _by_kernel(
     query: Tensor,
     key: Tensor,
@@ -194,14 +170,13 @@ def _by_kernel(
     """By torch's variable-length attention, `[T, H, d]` for queries of that shape."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
-    share = query.shape[1] // key.shape[1]
-    if share > 1 and repeats_keys():
-        key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
-    elif share > 1:
-        options["enable_gqa"] = True
     attend: Any = varlen_attn
-    out: Tensor = attend(query, key, value, starts, starts, longest, longest, **options)
+    out: Tensor = attend(
+        query, key, value, starts, starts, longest, longest,
+        scale=scale,
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return out
 
 

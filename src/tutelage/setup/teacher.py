@@ -85,7 +85,7 @@ def as_stored(config: Config, teacher: AnyTeacher | None, is_run: bool) -> AnyTe
 def set_attention(config: Config, model: PreTrainedModel, who: str, device: torch.device) -> None:
     """Attention for packed rows, or on CUDA one that needs no synchronization for its mask."""
     if config.micro_batches == "packed":
-        require_packed(model, who, device)
+        require_packed(model, who)
     elif device.type == "cuda":
         use_own_attention(model)
 

@@ -74,7 +74,7 @@ class ServedModel:
         self._refuse(request)
         with self._lock, torch.no_grad():
             if request.batch.packed is not None and not self._is_packed:
-                require_packed(self.model, f"model {self.name!r}", self.model.device)
+                require_packed(self.model, f"model {self.name!r}")
                 self._is_packed = True
             hidden = hidden_rows(self.model, request.batch.to(self.model.device)).cpu()
         return packed_reply(request, hidden, self.identity.head, self.weights)

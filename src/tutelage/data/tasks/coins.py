@@ -128,7 +128,14 @@ def solve(prompt: Prompt, rng: random.Random, *, styles: tuple[Style, ...] = STY
     paid: list[int] = []
     while rest := purchase.amount - sum(paid):
         paid.append(pick([coin for coin in sorted(purchase.coins) if rest - coin in later], rng))
-    return f"{pick(VERBS, rng)} {written(paid, purchase.amount, pick(styles, rng))}."
+    return completion(paid, purchase.amount, rng, styles)
+
+
+def completion(
+    paid: list[int], amount: int, rng: random.Random, styles: tuple[Style, ...] = STYLES
+) -> str:
+    """The whole text that names these coins; the first word and then the style drawn evenly."""
+    return f"{pick(VERBS, rng)} {written(paid, amount, pick(styles, rng))}."
 
 
 def written(paid: list[int], amount: int, style: Style) -> str:
