@@ -97,6 +97,7 @@ VALUES: dict[str, Values] = {
     "objective.k": ([1, 16, 100000], [_HUGE], [0]),
     "objective.support": (["teacher", "student"], [], ["both"]),
     "objective.clip": ([0.2], [1e-30, 1e9], [0.0, 1e300]),
+    "objective.old_logprobs": (["sampler", "step"], [], ["now"]),
     "objective.scale": (["std", "none"], [], ["var"]),
     "objective.clip_low": ([0.2], [1e-30, 1.0], [0.0, 1.5]),
     "objective.clip_high": ([0.2, 0.28], [1e-30, 1e9], [0.0, 1e300]),

@@ -59,6 +59,8 @@ NOT_PUBLISHED = ("key", "problems", "tokens", "commit")
 """What the JSON leaves out of a cell: what a digest stands for, and what is noted once."""
 EARLIER = ROOT / "benchmarks" / "results" / "claims-earlier.json"
 """Verdicts of the run before this design."""
+LEAST_ACCURACY = 0.8
+"""What a rate that is chosen by forward KL has to keep of the grid's best accuracy."""
 TIMES = ("cpu_s", "wall_s")
 """What differs from run to run."""
 
@@ -135,10 +137,11 @@ def complete(work: list[Cell], path: Path, num_workers: int) -> dict[str, Record
 
 
 def tuned(records: dict[str, Record], design: Design) -> Tuning:
-    """By setting and loss: the rate with the lowest reverse KL of the all-token arm, and the grid.
+    """By setting and loss: the chosen rate of the all-token arm, and the grid.
 
-    Reverse KL on held-out prompts is what that arm descends. Accuracy would choose for a student
-    that is right already the rate that changes it least.
+    It is the rate with the lowest reverse KL, which that arm descends, on held-out prompts that no
+    arm is judged on. In a setting that is tuned by forward KL it is the lowest of that, among the
+    rates that keep four fifths of the grid's best accuracy.
     """
     table: dict[tuple[str, str, float], list[Record]] = {}
     for cell in tuning_cells(design):
@@ -155,12 +158,19 @@ def _best(
     grid = {
         rate: {
             metric: fmean(record[metric] for record in table[setting, arm, rate])
-            for metric in ("reverse_kl", "mean")
+            for metric in ("reverse_kl", "forward_kl", "mean")
         }
         for rate in GRID
     }
-    best = min(GRID, key=lambda rate: (grid[rate]["reverse_kl"], rate))
-    return {"chosen": best, "grid": {str(rate): figures for rate, figures in grid.items()}}
+    by = SETTINGS[setting].tuned_by
+    least = LEAST_ACCURACY * max(figures["mean"] for figures in grid.values())
+    allowed = [rate for rate in GRID if by == "reverse_kl" or grid[rate]["mean"] >= least]
+    best = min(allowed, key=lambda rate: (grid[rate][by], rate))
+    return {
+        "chosen": best,
+        "by": by,
+        "grid": {str(rate): figures for rate, figures in grid.items()},
+    }
 
 
 def chosen_rates(tuning: Tuning, factor: float = 1.0) -> Rates:

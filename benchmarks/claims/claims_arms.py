@@ -27,7 +27,7 @@ Loss: TypeAlias = Literal["exact", "sampled"]
 TUNED: dict[Loss, str] = {"exact": "all", "sampled": "all+sampled"}
 """The arm on which the learning rate of each kind of loss is tuned."""
 BUDGETS = (50, 40, 20, 10, 5, 3, 1)
-"""Percent of each completion's tokens; at least one is kept."""
+"""Percent of each completion's tokens that figures show; at least one is kept."""
 BASELINES = ("start", "teacher")
 """Measured, never trained."""
 
@@ -67,13 +67,17 @@ def _sampled(*arms: Arm) -> list[Arm]:
 
 _ALL = Arm("all")
 _STORED = Arm("stored", rollouts="stored")
+_RECOMPUTED = SampledObjective("sampled", old_logprobs="step")
+_STORED_SAMPLED = Arm("stored+sampled", AllTokens(), _RECOMPUTED, "sampled", rollouts="stored")
 _EOPD = Arm("eopd", objective=EOPDObjective("eopd"))
-_RANDOM = _rule("random", *BUDGETS)
-_GAP = _rule("probability_gap", 40, 20, 10)
-_SOFT_OR = _rule("soft_or", 50, 40, 20, 10, 3)
-_EXTREME = _rule("extreme_advantage", 1)
-_LOWEST = _rule("lowest_logprob", 20, 10)
-_INFLUENCE = _rule("influence", 10, 1)
+_RULES_OF_BOTH_LOSSES = (
+    *_rule("random", 40, 20, 13, 5, 1),
+    *_rule("soft_or", 40, 20),
+    *_rule("probability_gap", 40, 20),
+    *_rule("extreme_advantage", 1),
+    *_rule("influence", 10, 1),
+    *_rule("lowest_logprob", 20),
+)
 _OPSA = Arm("opsa-20", selection_of("lowest_logprob", 20), OPSAObjective("opsa"), "sampled")
 _TROPD = TrOPDObjective("tropd", "topk_renorm")
 _IDA = Arm("ida", weighting=IDAWeighting("ida"))
@@ -81,21 +85,25 @@ _IDA = Arm("ida", weighting=IDAWeighting("ida"))
 ARMS = {
     arm.name: arm
     for arm in (
-        *(_ALL, _STORED, _EOPD, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME, *_INFLUENCE, *_LOWEST),
+        *(_ALL, _STORED, _EOPD, *_RULES_OF_BOTH_LOSSES),
+        *_rule("random", 50, 10, 3),
+        *_rule("soft_or", 50, 10, 3),
+        *_rule("probability_gap", 10),
+        *_rule("lowest_logprob", 10),
         *_rule("entropy", 50, 20, 10),
         *_rule("entropy_sample", 50, 20, 10),
         *_rule("soft_or_sample", 50, 20, 10),
         *_rule("q3", 20, 10),
         *_rule("divergence", 20, 10),
         *_rule("bottom", 50),
-        *_sampled(_ALL, _STORED, _EOPD, _IDA, *_RANDOM, *_SOFT_OR, *_GAP, *_EXTREME),
-        *_sampled(*_INFLUENCE, *_LOWEST),
-        _OPSA,
+        *_sampled(_ALL, _EOPD, _IDA, *_RULES_OF_BOTH_LOSSES),
+        *(_OPSA, _STORED_SAMPLED),
         Arm("tropd", AllTokens(), _TROPD, "sampled", rollouts="prefix"),
         Arm("tropd-live", AllTokens(), _TROPD, "sampled"),
     )
 }
-"""Every arm by name. `eopd+sampled` is the published form: renormalised top 16."""
+"""Every arm by name. `eopd+sampled` is the published form: renormalised top 16. `stored+sampled`
+recomputes its advantages with the student of each step, as Semi-OPD does."""
 
 
 def loss_of(arm: str) -> Loss:
@@ -104,8 +112,12 @@ def loss_of(arm: str) -> Loss:
 
 
 def random_arm(arm: str) -> str | None:
-    """The random control of the same budget and loss; None where an arm has none."""
+    """The random control of the same budget and loss; None where an arm has none.
+
+    `extreme_advantage` has none: it keeps two tokens of a completion, whatever its length.
+    """
     body, plus, loss = arm.partition("+")
     rule, _, percent = body.rpartition("-")
     control = f"random-{percent}{plus}{loss}"
-    return control if rule != "random" and control in ARMS else None
+    has_control = rule not in ("random", "extreme_advantage") and control in ARMS
+    return control if has_control else None

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import torch
+import transformers
 
 import tutelage
 from claims_arms import ARMS, BASELINES, TUNED, Arm, Loss, loss_of
@@ -47,10 +50,12 @@ class TaskOfSetting:
     data: Any
     teacher: str
     max_new_tokens: int
+    prefix_tokens: int
+    """Of a teacher's prefix: a quarter of a usual completion."""
 
 
-LEDGER = TaskOfSetting(LedgerData(), "ledger-teacher", 64)
-COINS = TaskOfSetting(CoinsData(), "coins-teacher", 64)
+LEDGER = TaskOfSetting(LedgerData(), "ledger-teacher", max_new_tokens=64, prefix_tokens=12)
+COINS = TaskOfSetting(CoinsData(), "coins-teacher", max_new_tokens=64, prefix_tokens=4)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Setting:
     prompts_per_step: int
     num_steps: int
     task: TaskOfSetting = LEDGER
+    tuned_by: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
+    """The divergence whose minimum chooses the learning rate."""
 
     @property
     def num_rollouts(self) -> int:
@@ -75,7 +82,8 @@ SETTINGS = {
         Setting("overconfident", "ledger-overconfident", prompts_per_step=12, num_steps=16),
         # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
         Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
-        Setting("collapsed", "ledger-collapsed", prompts_per_step=12, num_steps=12),
+        # Its reverse KL is low from the start and no rate lowers it: variety is what it lacks.
+        Setting("collapsed", "ledger-collapsed", 12, 12, tuned_by="forward_kl"),
         # No damaged copy. Completions are short: more of them make as many tokens a step.
         Setting("coins", "coins-student", prompts_per_step=32, num_steps=24, task=COINS),
     )
@@ -114,7 +122,7 @@ class Design:
     sensitivity_seeds: tuple[int, ...]
     choice_settings: tuple[str, ...]
     """Settings in which the choices of rules are recorded."""
-    controls: Controls = field(default_factory=lambda: Controls("scarce", (), 0))
+    controls: tuple[Controls, ...] = ()
     num_seeds: dict[str, int] = field(default_factory=dict)
     """Of settings that have only the first seeds."""
 
@@ -155,8 +163,9 @@ class Cell:
 
 @cache
 def source() -> str:
-    """A short hash of the code and the models that cells are made with."""
-    return digest_of(sources())
+    """A short hash of the code, the models and the library versions that cells are made with."""
+    versions = " ".join((torch.__version__, transformers.__version__))
+    return digest_of(sources(), versions)
 
 
 def sources() -> list[Path]:
@@ -168,9 +177,9 @@ def sources() -> list[Path]:
     return [*own, *sorted(code), *sorted(models)]
 
 
-def digest_of(files: Iterable[Path]) -> str:
-    """A short hash of the contents of files, in the order given."""
-    hashed = hashlib.blake2b(digest_size=6)
+def digest_of(files: Iterable[Path], versions: str = "") -> str:
+    """A short hash of versions and of the contents of files, in the order given."""
+    hashed = hashlib.blake2b(versions.encode(), digest_size=6)
     for file in files:
         hashed.update(hashlib.blake2b(file.read_bytes()).digest())
     return hashed.hexdigest()
@@ -192,7 +201,10 @@ FULL = Design(
     },
     sensitivity_seeds=(1, 2, 3, 4, 5),
     choice_settings=("overconfident", "coins"),
-    controls=Controls("scarce", ("all", "all+sampled", "random-10"), 80),
+    controls=(
+        Controls("scarce", ("all", "all+sampled", "random-10"), 80),
+        Controls("coins", ("all", "random-20"), 40),
+    ),
     num_seeds={"coins": 5},
 )
 
@@ -206,7 +218,7 @@ QUICK = Design(
     sensitivity_arms={},
     sensitivity_seeds=(),
     choice_settings=("overconfident", "coins"),
-    controls=Controls("scarce", ("all",), 8),
+    controls=(Controls("scarce", ("all",), 10),),
 )
 
 DESIGNS = {design.name: design for design in (QUICK, FULL)}
@@ -253,13 +265,13 @@ def cells(design: Design, rates: Rates) -> list[Cell]:
         for factor in SENSITIVITY_FACTORS
         for seed in design.sensitivity_seeds
     ]
-    controls = design.controls
     return [
         *_probes(design),
         *(arm(*which, seed) for which in everything for seed in design.seeds_of(which[0])),
         *other_rates,
         *(
             arm(controls.setting, name, seed, kind="control")
+            for controls in design.controls
             for name in controls.arms
             for seed in controls.seeds
         ),
@@ -308,7 +320,7 @@ def _rollouts(arm: Arm, setting: Setting) -> RolloutsConfig:
         case "stored":
             return StoredRollouts("stored")
         case "prefix":
-            tokens, steps = setting.task.max_new_tokens // 4, setting.num_steps // 2
+            tokens, steps = setting.task.prefix_tokens, setting.num_steps // 2
             return LiveRollouts(teacher_prefix_tokens=tokens, teacher_prefix_steps=steps)
     return LiveRollouts()
 

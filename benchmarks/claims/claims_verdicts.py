@@ -3,8 +3,9 @@
 A claim is taken apart into comparisons (`claims_rules`), in groups of one setting and kind of loss.
 Each comparison has a 95 % interval and is judged by one of four tests. In a group the claim is
 *supported* when all comparisons are, *contradicted here* when at least one is contradicted and none
-supported, and *not supported* otherwise; where groups differ, that is said. No correction is made
-for the number of comparisons: a claim needs all of a group's, which errs on the strict side.
+supported, and *not supported* otherwise; where groups differ, that is said. A comparison *cannot
+tell* where there is nothing to lose or no room to gain (`obstacle`). No correction is made for the
+number of comparisons: a claim needs all of a group's, which errs on the strict side.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from claims_arms import TUNED, Loss, loss_of
 from claims_probe import OSCILLATION_RATES
 from claims_rules import CLAIMS, PROBED, TOY, Claim, Difference
 from claims_statistics import mean_interval
 from claims_table import Table
 from tutelage.evaluation.metrics import Interval
 
-Verdict: TypeAlias = Literal["supported", "not supported", "contradicted here"]
+Verdict: TypeAlias = Literal["supported", "not supported", "contradicted here", "cannot tell"]
 
 MARGIN = 0.02
 """Accuracy that still counts as a match, 2 points: about the width of what five seeds resolve."""
@@ -27,6 +29,8 @@ NEARLY_MARGIN = 0.03
 """How far below zero the interval of a "nearly" may reach, 3 points."""
 SHARE_MARGIN = 0.05
 """Share of Q3 tokens by which entropy may exceed chance and still be blind to them."""
+SATURATED = 0.9
+"""A pass@k above which another arm has no room to be better by a difference that matters."""
 RESOLUTION = {
     "points": MARGIN,
     "nats": 0.05,
@@ -74,6 +78,28 @@ TESTS: dict[str, Callable[[Interval], Verdict]] = {
 """The tests by the name under which a comparison asks for them."""
 
 
+def obstacle(
+    test: str, metric: str, verdict: Verdict, gain: Interval | None, level: float
+) -> str | None:
+    """Why a comparison cannot tell, whatever its interval; None where it can.
+
+    An arm that learns nothing matches all tokens where these gain nothing, and no arm beats one
+    that solves nearly all problems. What is contradicted, or supported in spite of that, stays.
+
+    Args:
+        test: by which the two arms are compared.
+        metric: in which.
+        verdict: by the interval of their difference alone.
+        gain: what all tokens with the arms' loss gain over the start, in that metric; None where
+            the start has no such metric.
+        level: the metric of the arm that is to be matched or beaten.
+    """
+    if test in ("matches", "nearly") and verdict == "supported":
+        return "nothing to lose" if gain is not None and gain.low <= MARGIN else None
+    is_full = metric in ("pass", "hidden_pass") and level >= SATURATED
+    return "saturated" if test == "beats" and verdict == "not supported" and is_full else None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One difference that a claim is about; positive speaks for the claim unless a test differs."""
@@ -85,14 +111,18 @@ class Comparison:
     num_seeds: int
     group: str = ""
     """What its verdict is about: a setting and kind of loss."""
+    obstacle: str | None = None
+    """Why it cannot tell; see `obstacle`."""
 
     @property
     def verdict(self) -> Verdict:
-        return TESTS[self.test](self.interval)
+        return "cannot tell" if self.obstacle else TESTS[self.test](self.interval)
 
     @property
     def reading(self) -> str:
         """Whether "not supported" was measured, or is all that so wide an interval can say."""
+        if self.obstacle:
+            return self.obstacle
         i = self.interval
         least = SHARE_MARGIN if self.test == "is_blind" else RESOLUTION[self.unit]
         if self.verdict != "not supported":
@@ -104,7 +134,7 @@ class Comparison:
     def as_table(self) -> dict[str, Any]:
         """Everything about it but its group as plain JSON values."""
         table = asdict(self) | {"verdict": self.verdict, "reading": self.reading}
-        del table["group"]
+        del table["group"], table["obstacle"]
         return table
 
 
@@ -113,15 +143,33 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
     found = set(verdicts)
     if found == {"supported"}:
         return "supported"
-    is_against = "contradicted here" in found and "supported" not in found
-    return "contradicted here" if is_against else "not supported"
+    if "contradicted here" in found and "supported" not in found:
+        return "contradicted here"
+    return "cannot tell" if found <= {"supported", "cannot tell"} else "not supported"
 
 
 def compare(table: Table, d: Difference) -> Comparison:
     """The measured difference, over every seed that both of its arms have."""
     interval = table.difference(d.setting, d.a, d.b, d.metric)
     num_seeds = len(table.seeds_of(d.setting, d.a, d.b))
-    return Comparison(d.label, d.unit, d.test, interval, num_seeds, d.group)
+    why = obstacle(
+        d.test,
+        d.metric,
+        TESTS[d.test](interval),
+        gain(table, d.setting, loss_of(d.a), d.metric),
+        table.interval(d.setting, d.b, d.metric).value,
+    )
+    return Comparison(d.label, d.unit, d.test, interval, num_seeds, d.group, why)
+
+
+def gain(table: Table, setting: str, loss: Loss, metric: str = "mean") -> Interval | None:
+    """What all tokens gain over the start with a loss; None where the start has no such metric."""
+    all_tokens = TUNED[loss]
+    if not table.has(setting, "start", all_tokens):
+        return None
+    if not table.has_metric(setting, "start", metric):
+        return None
+    return table.difference(setting, all_tokens, "start", metric)
 
 
 def _whole_groups(table: Table, differences: Sequence[Difference]) -> list[Comparison]:
@@ -141,6 +189,8 @@ def verdicts_of(comparisons: Iterable[Comparison]) -> dict[str, Verdict]:
 def agreement(verdicts: Iterable[Verdict]) -> str:
     """What all groups say of a claim, or that they disagree."""
     found = set(verdicts)
+    if len(found) > 1:
+        found.discard("cannot tell")
     if len(found) < 2:
         return found.pop() if found else "not run"
     if {"supported", "contradicted here"} <= found:

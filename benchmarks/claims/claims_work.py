@@ -87,7 +87,7 @@ def learn_and_measure(cell: Cell) -> dict[str, Any]:
     if is_recorded:
         after = own_choice(components, config, num_probed)
         seen = {"choices": {"before": before, "after": after}}
-    problems = measure(components, config, cell.num_problems)
+    problems = measure(components, config, cell.num_problems, cell.kind == "tune")
     means = {name: fmean(values) for name, values in problems.items()}
     weights = digest(components.student)
     return {**learned, **means, **seen, "weights": weights, "problems": problems}
@@ -141,11 +141,16 @@ def stepping(
         yield stepper
 
 
-def measure(components: Components, config: Config, num_problems: int) -> dict[str, list[float]]:
-    """One value a held-out problem of every figure; the same problems and draws for every arm."""
+def measure(
+    components: Components, config: Config, num_problems: int, is_tuning: bool = False
+) -> dict[str, list[float]]:
+    """One value a held-out problem of every figure; the same problems and draws for every arm.
+
+    Rates are tuned on other problems than arms are judged on.
+    """
     sampler = TransformersSampler(components.student.model, components.tokenizer, _EVALUATION_BATCH)
     sampling = SamplingConfig(num_samples=NUM_SAMPLES)
-    problems = tuple(components.task.held_out(num_problems))
+    problems = tuple(components.task.held_out(num_problems, seed=int(is_tuning)))
     result = run_benchmark(
         Benchmark(
             components.task.name, problems, components.task.grade, config.sampling.max_new_tokens

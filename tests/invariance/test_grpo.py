@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 import reference
 from tiny import tiny_config
-from tutelage.config.method import GRPOObjective
+from tutelage.config.method import GRPOObjective, SampledObjective
 from tutelage.core import TokenStats
 from tutelage.core.policy import ClippedPolicy
+from tutelage.core.terms import SampledReverseKL
 from tutelage.data.batch import collate
 from tutelage.data.types import Conversation, Outcome, Prompt, Rollout
 from tutelage.models.teacher import Teacher
@@ -184,6 +185,22 @@ def test_the_ratio_is_to_the_weights_that_sampled(told: list[Rollout]) -> None:
     assert advantages[0].tolist() == rows.tolist()
     assert torch.cat(olds[1:]).tolist() == olds[0].tolist()
     assert torch.cat(advantages[1:]).tolist() == advantages[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["sampler", "step"])
+def test_the_sampled_objective_compares_with_what_it_is_told_to(
+    told: list[Rollout], name: Literal["sampler", "step"]
+) -> None:
+    batch = collate(told, 0)
+    n = batch.num_rows
+    micro_batch = MicroBatch(batch, 0, sampler_logprobs=torch.full((n,), -9.0))
+    stats, every = TokenStats(*torch.rand(6, n).double()), torch.arange(n)
+    objective = SampledObjective("sampled", old_logprobs=name)
+    micro_batch.train_on(objective, every, stats, torch.ones(n), torch.zeros(n))
+    ((term, _),) = micro_batch.terms
+    assert isinstance(term, SampledReverseKL)
+    expected = stats.log_p if name == "step" else torch.full((n,), -9.0).double()
+    assert torch.equal(term.old_logprobs, expected)
 
 
 def test_a_conversation_earns_the_environments_score() -> None:

@@ -94,6 +94,20 @@ def test_later_steps_learn_from_the_initial_student(tiny_models: Path, tmp_path:
     assert all(m["clip_share"] == 0 for m in metrics_of(tmp_path / "live"))
 
 
+def test_the_advantage_of_stored_tokens_is_recomputed_where_asked(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    changes = {"rollouts": STORED, "optimizer": {"learning_rate": 2e-2}}
+    for name in ("sampler", "step"):
+        objective = {"kind": "sampled", "old_logprobs": name}
+        run(tiny_models, tmp_path / name, objective=objective, **changes)
+    old, new = metrics_of(tmp_path / "sampler"), metrics_of(tmp_path / "step")
+    assert old[0] == new[0]
+    assert old[-1]["loss"] != new[-1]["loss"]
+    assert [m["staleness_steps"] for m in new] == [0, 1, 2, 3]
+    assert all(m["clip_share"] == 0 for m in new)
+
+
 @pytest.mark.parametrize(("share", "other"), [(1.0, {"source": "live"}), (0.0, STORED)])
 def test_the_ends_of_mixing_are_live_and_stored(
     tiny_models: Path, tmp_path: Path, given: Path, share: float, other: dict[str, Any]

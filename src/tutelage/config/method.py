@@ -98,6 +98,9 @@ class SampledObjective:
     kind: Literal["sampled"]
     clip: float = 0.2
     """ε of the clip, above 0; it binds from the second update of a step on."""
+    old_logprobs: Literal["sampler", "step"] = "sampler"
+    """Whose log-probabilities advantage and clip use where older weights sampled: theirs, or those
+    of the student at the start of the step, so that the advantage is recomputed (Semi-OPD)."""
 
     def __post_init__(self) -> None:
         require(self.clip > 0, "objective.clip", "above 0", self.clip, "0.2 is usual.")

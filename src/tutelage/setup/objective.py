@@ -321,6 +321,11 @@ def row_terms(
     return [(term, w * scale) for term, scale in uniform_terms(objective)]
 
 
+def uses_sampler_logprobs(objective: ObjectiveConfig) -> bool:
+    """Whether rows that older weights sampled are compared with what these gave them."""
+    return not (isinstance(objective, SampledObjective) and objective.old_logprobs == "step")
+
+
 def culprit(config: Config, stats: TokenStats) -> str:
     """Whose logits are to blame where no row has finite statistics."""
     if not bool(torch.isfinite(stats.entropy).any()):
