@@ -1,4 +1,8 @@
-"""How often arms that are compared with themselves, under other seeds, are judged to differ."""
+"""How often arms that are compared with themselves, under other seeds, are judged to differ.
+
+Both a single comparison and a claim are tried: a claim is several arms against one baseline and one
+verdict by `claims_verdicts.overall`. Baseline and arms are disjoint groups of one arm's cells.
+"""
 
 from __future__ import annotations
 
@@ -11,77 +15,118 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims_design import Design
+from claims_design import Controls, Design
 from claims_statistics import mean_interval
 from claims_table import Record
-from claims_verdicts import TESTS, Verdict
+from claims_verdicts import TESTS, Verdict, overall
 
 METRICS = ("mean", "pass", "entropy")
-NUM_PAIRS = 300
-"""Pairs of disjoint groups of cells, drawn for each arm and metric."""
+NUM_DRAWS = 200
+"""Baselines with their arms, drawn for each arm, metric and size of a group."""
+NUM_COMPARISONS = (1, 2, 4)
+"""Arms that are compared with one baseline."""
 WRONG: dict[str, tuple[Verdict, ...]] = {
     "beats": ("supported", "contradicted here"),
     "matches": ("contradicted here",),
 }
 """Verdicts that are false of an arm and itself, by test."""
 PROMISED = {"beats": 0.05, "matches": 0.025}
-"""How often a 95 % interval yields them, at most."""
+"""How often a 95 % interval of a single comparison yields them, at most."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A comparison of an arm with itself."""
+class Trial:
+    """A claim about an arm and itself: `num_comparisons` groups of cells against a baseline."""
 
     arm: str
     metric: str
+    group_size: int
+    num_comparisons: int
     cells: frozenset[int]
-    """Numbers of the cells that it uses; the same numbers are the same seeds in every arm."""
+    """Numbers of the cells of all groups; the same numbers are the same seeds in every arm."""
     verdicts: dict[str, Verdict]
-    """By test."""
+    """Of all comparisons together, by test."""
 
     def is_wrong(self, test: str) -> bool:
         return self.verdicts[test] in WRONG[test]
 
 
-def controls(records: Sequence[Record], design: Design) -> dict[str, Any] | None:
-    """Rates of false verdicts, by arm and metric and over all, as plain JSON values.
+def controls(records: Sequence[Record], design: Design) -> list[dict[str, Any]]:
+    """Rates of false verdicts as plain JSON values, one table for each of the design's controls.
 
-    None where not all of their cells were run.
+    Controls that were not run with all of their cells are left out.
     """
-    size, settings = len(design.seeds), design.controls
-    num_needed = settings.num_cells * len(settings.arms)
-    if sum(record["kind"] == "control" for record in records) < num_needed:
-        return None
-    by_kind = {
-        (arm, metric): compared(arm, metric, values[metric], size)
+    return [
+        _table_of(settings, values, _group_sizes(settings, design))
+        for settings in design.controls
+        if (values := _values(records, settings))
+    ]
+
+
+def _group_sizes(settings: Controls, design: Design) -> list[int]:
+    """Numbers of seeds that verdicts rest on, up to the setting's own, if cells make two groups."""
+    most = min(len(design.seeds_of(settings.setting)), settings.num_cells // 2)
+    return sorted({n for place in design.arms if (n := len(design.seeds_of(place))) <= most})
+
+
+def _values(records: Sequence[Record], settings: Controls) -> dict[tuple[str, str], Tensor]:
+    """Values `[cells, problems]` by arm and metric, cells in the order of their seeds.
+
+    Empty where a cell was not run.
+    """
+    place = settings.setting
+    mine = {
+        (record["arm"], record["seed"]): record["problems"]
+        for record in records
+        if (record["kind"], record["setting"]) == ("control", place)
+    }
+    if not {(arm, seed) for arm in settings.arms for seed in settings.seeds} <= set(mine):
+        return {}
+    return {
+        (arm, metric): torch.tensor(
+            [mine[arm, seed][metric] for seed in settings.seeds], dtype=torch.float64
+        )
         for arm in settings.arms
-        for values in [_of_arm(records, arm, design)]
         for metric in METRICS
     }
-    everything = [pair for pairs in by_kind.values() for pair in pairs]
+
+
+def _table_of(
+    settings: Controls, values: dict[tuple[str, str], Tensor], sizes: Sequence[int]
+) -> dict[str, Any]:
+    """Rates by size of a group and number of comparisons: over all, and by arm and metric."""
+    by_kind: dict[tuple[int, int], list[Trial]] = {}
+    for size in sizes:
+        for (arm, metric), of_arm in values.items():
+            for trial in drawn(arm, metric, of_arm, size):
+                by_kind.setdefault((size, trial.num_comparisons), []).append(trial)
+    num_arms = len(settings.arms)
+
+    def row(trials: Sequence[Trial], num_arms: int) -> dict[str, Any]:
+        size, n = trials[0].group_size, trials[0].num_comparisons
+        num_disjoint = num_arms * (settings.num_cells // ((1 + n) * size))
+        found = {"group_size": size, "num_comparisons": n, "num_disjoint": num_disjoint}
+        return {**found, **rates(trials, settings.num_cells, num_disjoint)}
+
     return {
         "setting": settings.setting,
         "num_cells": settings.num_cells,
-        "group_size": size,
-        "num_pairs": len(everything),
-        "num_disjoint_pairs": len(settings.arms) * (settings.num_cells // (2 * size)),
+        "num_draws": NUM_DRAWS,
+        "all": [row(trials, num_arms) for trials in by_kind.values()],
         "rows": [
-            {"arm": arm, "metric": metric, **rates(pairs, settings.num_cells)}
-            for (arm, metric), pairs in by_kind.items()
+            {"arm": arm, "metric": metric, **row(mine, 1)}
+            for arm, metric in values
+            for trials in by_kind.values()
+            for mine in [[t for t in trials if (t.arm, t.metric) == (arm, metric)]]
         ],
-        "all": rates(everything, settings.num_cells),
     }
 
 
-def _of_arm(records: Sequence[Record], arm: str, design: Design) -> dict[str, Tensor]:
-    """Values `[cells, problems]` of an arm's controls by metric, in the order of their seeds."""
-    mine = {r["seed"]: r for r in records if (r["kind"], r["arm"]) == ("control", arm)}
-    rows = [mine[seed]["problems"] for seed in design.controls.seeds]
-    return {m: torch.tensor([row[m] for row in rows], dtype=torch.float64) for m in METRICS}
+def drawn(arm: str, metric: str, values: Tensor, size: int) -> list[Trial]:
+    """Random disjoint groups of cells, judged as a baseline and arms that are compared with it.
 
-
-def compared(arm: str, metric: str, values: Tensor, size: int) -> list[Pair]:
-    """Random pairs of disjoint groups of `size` cells, judged as two arms would be.
+    A draw has as many groups as the cells suffice for; the trials of fewer comparisons use the
+    first of them.
 
     Args:
         arm: whose cells they are.
@@ -89,45 +134,66 @@ def compared(arm: str, metric: str, values: Tensor, size: int) -> list[Pair]:
         values: `[cells, problems]`.
         size: cells of a group; as many as a comparison of the design has seeds.
     """
-    rng = random.Random(f"{arm}/{metric}")
-    pairs = []
-    for _ in range(NUM_PAIRS):
-        drawn = rng.sample(range(len(values)), 2 * size)
-        interval = mean_interval(values[drawn[:size]] - values[drawn[size:]])
-        verdicts = {test: TESTS[test](interval) for test in WRONG}
-        pairs.append(Pair(arm, metric, frozenset(drawn), verdicts))
-    return pairs
+    rng = random.Random(f"{arm}/{metric}/{size}")
+    numbers = [n for n in NUM_COMPARISONS if (1 + n) * size <= len(values)]
+    trials = []
+    for _ in range(NUM_DRAWS if numbers else 0):
+        cells = rng.sample(range(len(values)), (1 + numbers[-1]) * size)
+        baseline, *arms = (values[cells[i : i + size]] for i in range(0, len(cells), size))
+        intervals = [mean_interval(group - baseline) for group in arms]
+        for n in numbers:
+            verdicts = {test: overall(map(TESTS[test], intervals[:n])) for test in WRONG}
+            used = frozenset(cells[: (1 + n) * size])
+            trials.append(Trial(arm, metric, size, n, used, verdicts))
+    return trials
 
 
-def rates(pairs: Sequence[Pair], num_cells: int) -> dict[str, Any]:
+def rates(trials: Sequence[Trial], num_cells: int, num_disjoint: int) -> dict[str, Any]:
     """The share of false verdicts by test with its interval, and how often a match is confirmed."""
     found: dict[str, Any] = {
-        test: share_with_interval([(pair.cells, pair.is_wrong(test)) for pair in pairs], num_cells)
+        test: share_with_interval(
+            [(trial.cells, trial.is_wrong(test)) for trial in trials], num_cells, num_disjoint
+        )
         for test in WRONG
     }
-    confirmed = sum(pair.verdicts["matches"] == "supported" for pair in pairs)
-    return {**found, "matches_confirmed": confirmed / len(pairs)}
+    confirmed = sum(trial.verdicts["matches"] == "supported" for trial in trials)
+    return {**found, "matches_confirmed": confirmed / len(trials)}
 
 
 def share_with_interval(
-    pairs: Sequence[tuple[frozenset[int], bool]], num_cells: int
+    trials: Sequence[tuple[frozenset[int], bool]], num_cells: int, num_disjoint: int
 ) -> list[float]:
-    """A share of pairs, which share cells, with its 95 % interval: [value, low, high].
+    """A share of trials, which share cells, with its 95 % interval: [value, low, high].
 
     The infinitesimal jackknife for means over random subsets: a cell counts by how much more often
-    the pairs that use it are wrong; what the number of pairs adds to that by chance is subtracted,
-    and the chance in drawing pairs added. (A bootstrap over cells would put the same cell on both
-    sides of a pair, or twice on one.) Cells of the same seed count as one over all arms.
+    the trials that use it are wrong; what the number of trials adds to that by chance is
+    subtracted, and the chance in drawing trials added. (A bootstrap over cells would put the same
+    cell on both sides of a comparison, or twice on one.) Cells of the same seed count as one over
+    all arms.
+
+    At a share of 0 or 1 nothing varies: the interval is the exact binomial one (Clopper and
+    Pearson) of `num_disjoint` independent trials, as many as share no cell. A share strictly
+    between them, of trials that use all cells, has the interval [0, 1].
 
     Source: Wager, Hastie and Efron 2014 (JMLR 15), for subsets without replacement.
+
+    Args:
+        trials: the cells of each, and whether its verdict is false.
+        num_cells: cells that they were drawn from.
+        num_disjoint: trials of these sizes that share no cell.
     """
-    wrong = torch.tensor([is_wrong for _, is_wrong in pairs], dtype=torch.float64)
-    used = torch.zeros(len(pairs), num_cells, dtype=torch.float64)
-    for row, (cells, _) in enumerate(pairs):
+    wrong = torch.tensor([is_wrong for _, is_wrong in trials], dtype=torch.float64)
+    used = torch.zeros(len(trials), num_cells, dtype=torch.float64)
+    for row, (cells, _) in enumerate(trials):
         used[row, list(cells)] = 1
     share, size = float(wrong.mean()), float(used.sum(1).mean())
-    of_cells = (used - size / num_cells).T @ (wrong - share) / len(pairs)
-    by_chance = share * (1 - share) / len(pairs)
+    if share in (0.0, 1.0):
+        tail = 0.025 ** (1 / num_disjoint)
+        return [0.0, 0.0, 1 - tail] if share == 0.0 else [1.0, tail, 1.0]
+    if size == num_cells:
+        return [share, 0.0, 1.0]
+    of_cells = (used - size / num_cells).T @ (wrong - share) / len(trials)
+    by_chance = share * (1 - share) / len(trials)
     noise = size * (1 - size / num_cells) * by_chance
     scale = (num_cells - 1) / num_cells * (num_cells / (num_cells - size)) ** 2
     variance = max(scale * (float(of_cells.square().sum()) - noise), 0.0) + by_chance

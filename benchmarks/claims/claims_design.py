@@ -86,6 +86,7 @@ SETTINGS = {
         Setting("collapsed", "ledger-collapsed", 12, 12, tuned_by="forward_kl"),
         # No damaged copy. Completions are short: more of them make as many tokens a step.
         Setting("coins", "coins-student", prompts_per_step=32, num_steps=24, task=COINS),
+        Setting("coins-small", "coins-small", prompts_per_step=32, num_steps=24, task=COINS),
     )
 }
 
@@ -205,7 +206,7 @@ FULL = Design(
         Controls("scarce", ("all", "all+sampled", "random-10"), 80),
         Controls("coins", ("all", "random-20"), 40),
     ),
-    num_seeds={"coins": 5},
+    num_seeds={"coins": 5, "coins-small": 5},
 )
 
 QUICK = Design(

@@ -78,7 +78,7 @@ def _introduction(results: dict[str, Any]) -> str:
     return (
         "Claims about which tokens to train on and how: of TIP (T1 to T6), EOPD (E1 to E5), "
         "DIAL-OPD (D1 to D4), IER-OPD (I1), Sparse OPD (S1), OPSA (O1, O2), Semi-OPD (F1), IDA-OPD "
-        "(A1), TrOPD (R1) and of earlier measurements of this project (P1 to P3), tested with "
+        "(A1), TrOPD (R1) and of earlier measurements of this project (P1 to P5), tested with "
         "seeds, controls and intervals. By what the rules win or lose is on [a page of its "
         "own](why.md). This page is generated from "
         f"`benchmarks/results/claims-{results['design']['name']}.json` by "
@@ -102,7 +102,9 @@ def _verdicts(claims: dict[str, Any], settings: Sequence[str]) -> str:
     return (
         "## Verdicts\n\n"
         "One verdict a setting, with the exact loss and, behind *sampled*, with the loss of the "
-        "sampled token. *Settings disagree*: supported in one and contradicted in another.\n\n"
+        "sampled token. *Settings disagree*: supported in one and contradicted in another. *Cannot "
+        "tell*: a match where all tokens gain nothing over the start, or a pass@8 that has no room "
+        "to rise; such a setting does not count towards *in all*.\n\n"
         f"{table(heads, rows)}"
     )
 
@@ -119,25 +121,47 @@ def _against(claims: dict[str, Any], earlier: dict[str, Any]) -> str:
         [f"[{name}](#{name.lower()})", claim["source"], _by_verdict(claim["verdicts"])]
         for name, claim in claims.items()
     ]
-    changes = [
-        f"* [{name}](#{name.lower()}) in {place}: {before}, now {now}."
-        for name, verdicts in earlier["claims"].items()
-        for place, before in verdicts.items()
-        if (now := claims[name]["verdicts"].get(place)) not in (None, before)
-    ]
-    said = "\n".join(changes) or "Every verdict that was given then is the same now."
+    changes, not_asked = [], []
+    for name, verdicts in earlier["claims"].items():
+        for place, before in verdicts.items():
+            now = claims[name]["verdicts"].get(place)
+            text = f"[{name}](#{name.lower()}) in {place}: {before}"
+            if now is None:
+                not_asked.append(text)
+            elif now != before:
+                changes.append(f"* {text}, now {now}.")
+    said = "\n".join(changes) or "Every verdict that is given again is the same now."
+    if not_asked:
+        said += f"\n\nGiven then and not asked again: {'; '.join(not_asked)}."
     return (
         "## Against what was published\n\n"
         f"{table(['', 'who says so', 'here'], rows)}\n\n"
+        "METHODS.md are this project's notes of papers and prototypes, written before the "
+        "benchmark and not a part of the repository; P1 to P5 are what they had measured on the "
+        f"ledger task. {_against_notes(claims)}\n\n"
         f"Against this project's own verdicts of {earlier['date']} (commit `{earlier['commit']}`; "
         "five seeds, eight where claims rested on them; one rate for both losses):\n\n"
         f"{said}"
     )
 
 
+def _against_notes(claims: dict[str, Any]) -> str:
+    """Which of the notes' measurements the benchmark contradicts."""
+    notes = [name for name in claims if name.startswith("P")]
+    found = [
+        f"[{name}](#{name.lower()}) in {_short(place)}"
+        for name in notes
+        for place, verdict in claims[name]["verdicts"].items()
+        if verdict == "contradicted here"
+    ]
+    if not found:
+        return "None of them is contradicted here."
+    return f"Contradicted here: {', '.join(found)}."
+
+
 def _by_verdict(verdicts: dict[str, str]) -> str:
     """The settings of each verdict, contradictions first."""
-    order = ("contradicted here", "supported", "not supported")
+    order = ("contradicted here", "supported", "not supported", "cannot tell")
     found = {v: [place for place, other in verdicts.items() if other == v] for v in order}
     return "; ".join(
         f"{'**contradicted**' if v == order[0] else v} in {', '.join(map(_short, places))}"
@@ -150,31 +174,43 @@ def _short(group: str) -> str:
     return f"`{group.replace(', sampled loss', '+sampled')}`"
 
 
-def _controls(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _controls(found: Sequence[dict[str, Any]] | None) -> str:
+    if not found:
         return "## False verdicts\n\nNot run: arms were not compared with themselves."
-    rows = [
-        [f"`{row['arm']}`", row["metric"], *(percent(row[test]) for test in PROMISED),
-         f"{100 * row['matches_confirmed']:.0f} %"]
-        for row in found["rows"]
-    ]  # fmt: skip
-    rows.append(
-        ["**all**", "", *(f"**{percent(found['all'][test])}**" for test in PROMISED),
-         f"{100 * found['all']['matches_confirmed']:.0f} %"]
-    )  # fmt: skip
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        confirmed = f"{100 * row['matches_confirmed']:.0f} %"
+        return [str(row["group_size"]), *(percent(row[test]) for test in PROMISED), confirmed]
+
+    heads = ["seeds", *(f"{test}: false" for test in PROMISED), "matches: confirmed"]
+    parts = []
+    for one in found:
+        claims = [[str(row["num_comparisons"]), str(row["num_disjoint"]), *cells(row)]
+                  for row in one["all"]]  # fmt: skip
+        singles = [[f"`{row['arm']}`", row["metric"], *cells(row)]
+                   for row in one["rows"] if row["num_comparisons"] == 1]  # fmt: skip
+        parts.append(
+            f"In `{one['setting']}`, {one['num_cells']} seeds an arm, {one['num_draws']} draws an "
+            "arm, metric and number of seeds. Over all arms and metrics, by comparisons of a "
+            "claim; *disjoint*: draws that share no cell.\n\n"
+            f"{table(['comparisons', 'disjoint', *heads], claims)}\n\n"
+            f"Claims of one comparison, by arm and metric:\n\n"
+            f"{table(['arm', 'metric', *heads], singles)}"
+        )
     promised = ", ".join(f"{100 * p:g} % for *{test}*" for test, p in PROMISED.items())
-    heads = ["arm", "metric", *(f"{test}: false" for test in PROMISED), "matches: confirmed"]
     return (
         "## False verdicts\n\n"
-        f"Arms compared with themselves in `{found['setting']}`: {found['num_cells']} seeds each, "
-        f"of which {found['num_pairs']} pairs of {found['group_size']} against other "
-        f"{found['group_size']} were drawn and judged by the code of the verdicts "
-        f"({found['num_disjoint_pairs']} pairs share no cell). *False*: *beats* supported or "
-        "contradicted, *matches* contradicted; a 95 % interval promises at most "
-        f"{promised}. Intervals account for cells that pairs share. The two sides have different "
-        "prompts and samples, so that their differences vary more than those of paired arms: "
-        "the last column, how often *matches* would be supported, is the power for a true match "
-        f"without pairing.\n\n{table(heads, rows)}"
+        "Arms compared with themselves: disjoint groups of an arm's seeds were drawn, one as the "
+        "baseline and the others as the arms of a claim, and judged by the code of the verdicts. "
+        "*Seeds*: those of a group. *False*: *beats* supported or contradicted, *matches* "
+        "contradicted. The 95 % interval of a single comparison promises at most "
+        f"{promised}; a claim of several has one verdict and no promise. Intervals account for "
+        "cells that draws share; at a share of 0 % or 100 % they are the exact binomial "
+        "(Clopper–Pearson) ones, with the number of disjoint draws as the number of trials (of one "
+        "arm alone, that number divided by the number of arms). The two sides of a comparison have "
+        "different prompts and samples, so that their differences vary more than those of paired "
+        "arms: the last column, how often *matches* would be supported, is the power for a true "
+        "match without pairing.\n\n" + "\n\n".join(parts)
     )
 
 
@@ -272,8 +308,10 @@ def _figures(figures: dict[str, Any], columns: Sequence[tuple[str, str, float, i
 def _learning_rates(results: dict[str, Any]) -> str:
     return (
         "## Learning rates\n\n"
-        "The all-token arm of every setting and loss, with two seeds of their own: reverse KL on "
-        f"held-out prompts, which decides, and mean@8. Chosen in bold.{_edges(results)}\n\n"
+        "The all-token arm of every setting and loss, with two seeds and held-out prompts of their "
+        "own: the divergence that decides, and mean@8. Chosen in bold: the lowest reverse KL; in "
+        "`collapsed`, whose reverse KL no rate lowers, the lowest forward KL among the rates that "
+        f"keep four fifths of the best accuracy.{_edges(results)}\n\n"
         f"{_grid(results)}\n\n"
         "The claims' differences again at half, once and double the setting's rate, where that was "
         f"run ({len(results['design']['sensitivity_seeds'])} seeds; once: all seeds):\n\n"
@@ -297,9 +335,9 @@ def _grid(results: dict[str, Any]) -> str:
     rows = []
     for setting, losses in results["learning_rate"].items():
         for loss, entry in losses.items():
-            row = [f"`{setting}`, {loss} loss"]
+            row = [f"`{setting}`, {loss} loss, {entry['by'].replace('_', ' ').replace('kl', 'KL')}"]
             for rate, figures in entry["grid"].items():
-                text = f"{figures['reverse_kl']:.3f} nats, {100 * figures['mean']:.1f} %"
+                text = f"{figures[entry['by']]:.3f} nats, {100 * figures['mean']:.1f} %"
                 row.append(f"**{text}**" if float(rate) == entry["chosen"] else text)
             rows.append(row)
     return table(["setting", *(f"{rate:g}" for rate in results["design"]["grid"])], rows)

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tutelage.evaluation.metrics import Interval
+from tutelage.evaluation.metrics import Interval, mean_difference
 
 NUM_RESAMPLES = 4000
 LEVEL = 0.95
@@ -20,29 +20,47 @@ T_QUANTILES = dict(
 
 
 def mean_interval(values: Tensor) -> Interval:
-    """95 % interval of the mean of values `[S, P]` over seeds and problems, two-level bootstrap.
+    """95 % interval of the mean of values `[S, P]` over seeds and problems.
 
-    Seeds and problems are drawn with replacement independently of each other, because the same
-    problems meet every seed. A percentile interval of S seeds is too narrow by √(S / (S − 1)),
-    much for the few seeds here, so it is stretched about the mean by that factor. Values without
-    problems, `[S, 1]`, get a t-interval.
+    The envelope of two intervals, because each is too narrow where the other is not:
+
+    * Two-level bootstrap. Seeds and problems are drawn with replacement independently of each
+      other, because the same problems meet every seed. The variance of a percentile interval of S
+      seeds is too small by (S − 1) / S, so it is stretched about the mean by √(S / (S − 1)). The
+      stretch does not repair the quantile: where the variance between seeds dominates, the
+      interval of 3, 5 and 8 seeds misses the mean in 19 %, 14 % and 10 % of cases.
+    * Student's t-interval of the S means over problems. It is exact for normal seeds and ignores
+      the variance between problems.
+
+    In simulations with normal values and 3, 5 and 8 seeds the envelope misses the mean in 5 % of
+    cases or fewer where one source of variance dominates. It is not exact where seeds and problems
+    both matter: 8 seeds that add twice the standard deviation of the problems miss it in 7 %.
+
+    Values without problems, `[S, 1]`, get the t-interval, which is infinite for one seed. One seed
+    with problems, `[1, P]`, gets the bootstrap over problems, which says nothing of other seeds.
 
     Args:
         values: one row a seed; one column a problem, or a single column.
 
     Returns:
-        The mean and its interval.
+        The mean and its interval, in the unit of the values.
     """
     values = values.double()
+    of_seeds = _t_interval(values.mean(1))
     if values.shape[1] == 1:
-        return _t_interval(values.squeeze(1))
+        return of_seeds
+    found = _bootstrap(values)
+    if len(values) == 1:
+        return found
+    return Interval(found.value, min(found.low, of_seeds.low), max(found.high, of_seeds.high))
+
+
+def _bootstrap(values: Tensor) -> Interval:
+    """Stretched percentile interval of the mean of `[S, P]`, seeds and problems drawn anew."""
     mean = values.mean()
     seeds, problems = (_weights(n, stream) for stream, n in enumerate(values.shape))
     means = ((seeds @ values) * problems).sum(-1)
-    tails = means.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = (float(x) for x in means.quantile(tails) - mean)
-    stretch = _stretch(len(values))
-    return Interval(float(mean), float(mean) + stretch * low, float(mean) + stretch * high)
+    return _percentiles(float(mean), means, _stretch(len(values)))
 
 
 def _stretch(num_seeds: int) -> float:
@@ -51,11 +69,8 @@ def _stretch(num_seeds: int) -> float:
 
 
 def _t_interval(values: Tensor) -> Interval:
-    mean, n = float(values.mean()), len(values)
-    if n == 1:
-        return Interval(mean, -math.inf, math.inf)
-    half = T_QUANTILES[n] * float(values.std()) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
+    """Student's t-interval of the mean of `[S]`, for any S; infinite for one value."""
+    return mean_difference(values.tolist(), [0.0] * len(values), LEVEL)
 
 
 @cache

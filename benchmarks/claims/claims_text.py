@@ -5,18 +5,24 @@ from __future__ import annotations
 CAVEATS = """\
 ## Read this first
 
-* **The damage creates Q3 by construction** in the ledger task. The overconfident student was
-  trained on wrong arithmetic until it was sure of it. Confidently wrong tokens are what it has to
-  unlearn, and rules that look for them meet their best case.
+* **Q3 is made, in both tasks.** The overconfident student of the ledger task was trained on wrong
+  arithmetic until it was sure of it. That of the coins task has its teacher's architecture and was
+  trained from nothing on texts of which 60 % pay carelessly and are mostly wrong in their last
+  coin: 4 % of its tokens are in Q3 and hold 72 % of the reverse KL. Confidently wrong tokens are
+  what both have to unlearn, and rules that look for them meet their best case. `coins-small`, a
+  narrower student of two layers, was not made so: it was stopped early.
 * **Small students are best cases.** Those of the ledger task are copies of the teacher, damaged for
   a minute. Every token's lesson is within reach. Real pairs are not so.
 * **This says nothing about large models.** These are synthetic tasks, models below a million
   parameters and a few hundred rollouts. A verdict here is about the claim on these tasks; it
   neither confirms nor refutes what anybody measured elsewhere.
 * **Learning rates are tuned on the all-token arms alone**, one for the exact loss and one for the
-  sampled loss of every setting, by one rule (the lowest reverse KL on held-out prompts), and shared
-  by all arms of the setting and loss. A rule with a rate of its own could do better; half and
-  double are shown below. OPSA, TrOPD and IDA take the rate of the sampled loss.
+  sampled loss of every setting, on held-out prompts that no arm is judged on, and shared by all
+  arms of the setting and loss. A rule with a rate of its own could do better; half and double are
+  shown below. OPSA, TrOPD and IDA take the rate of the sampled loss.
+* **"Cannot tell" is said where a verdict would be empty.** An arm that learns nothing matches all
+  tokens where these gain at most 2 points over the start (*nothing to lose*), and no arm beats a
+  pass@8 of at least 90 % (*saturated*).
 * **"Not supported" is of two kinds**, told apart in the column *reading*. *A tie* and *not ahead*
   were measured: the interval leaves no room for a gain of {resolution}. *Too noisy to
   say* means that the interval is wider than the margin which decides: the seeds are too few. *At
@@ -28,7 +34,9 @@ CAVEATS = """\
   picked from the tables afterwards has no such protection.
 * **The rules of the verdicts were fixed before the runs**, in
   `benchmarks/claims/claims_rules.py` and `claims_verdicts.py`; their history and the commit below
-  show it."""
+  show it. *Cannot tell*, the choice of the rate in `collapsed` and intervals that are at least
+  those of a t-test over seeds came in after a first run had been cut off and discarded, of which
+  the learning rates and the all-token arms had been seen."""
 
 METHOD = """\
 ## How it was measured
@@ -50,14 +58,16 @@ instead of the divergence over the whole vocabulary (`+sampled`). Every arm is m
   100 % at 50 %, rules differ only in which solved tokens they add.
 * **Q3**: entropy at most 0.5 and reverse KL above 0.5 nats; kept share at the first step.
 * **stored**: the completions of all steps are drawn once, by the student before the first step.
-  With the sampled loss they are clipped against the probabilities that they were drawn with.
+  With the sampled loss the advantages are those of each step's student, and there is no ratio to
+  the probabilities that the tokens were drawn with (`objective.old_logprobs = "step"`).
 * **opsa-20** trains the 20 % of tokens with the lowest probability without a teacher. **tropd** has
-  its published forward KL and lets the teacher begin completions in the first half of the steps,
-  but does not train on what the teacher wrote, as the paper does. **tropd-live** has no such
-  beginnings.
-* **Intervals** are 95 %, bootstrapped over seeds and problems at once (for correlations: seeds and,
-  within them, tokens), or t where a figure has one number a seed. Differences are paired by seed
-  and problem.
+  its published forward KL, over the teacher's 64 likeliest ids, and lets the teacher begin
+  completions in the first half of the steps, with a quarter of their usual length at first. The
+  paper also trains on what the teacher wrote; this does not. The ledger's vocabulary has 38 ids, so
+  that the forward KL is whole there. **tropd-live** has no such beginnings.
+* **Intervals** are 95 %: the wider, on either side, of a bootstrap over seeds and problems at once
+  and Student's t over the means of seeds; for correlations the bootstrap over seeds and, within
+  them, tokens. Differences are paired by seed and problem.
 
 A comparison is *supported* or *contradicted* by one of four tests: **beats** (interval above or
 below 0), **matches** (interval above −2 points, or wholly below), **nearly** (at most 2 points
@@ -73,9 +83,9 @@ No verdict rests on these, and earlier runs had them: the student `ledger-small`
 improved; the arms of `teachability`, `gradient_norm`, `local_oracle` and `local_gain` (their scores
 are compared with [what a token is worth](#what-a-token-is-worth)), `q3` and `divergence` at 50 %,
 EOPD on kept tokens and with a tail bucket; in `collapsed` all arms but those of claims about
-variety and stored rollouts. In `coins`, whose cells take longest, T2, T3, T5 and P1 to P3 are not
-asked, and arms have fewer seeds. Half and double the rate were run for few arms, with {seeds}
-seeds."""
+variety. In `coins`, whose cells take longest, T2, T3, T5 and P1 to P5 are not asked, and arms have
+fewer seeds; in `coins-small` D1 to D4 alone are. Half and double the rate were run for few arms,
+with {seeds} seeds."""
 
 SETTINGS = {
     "overconfident": "The ledger task with a student that is sure of wrong sums.",
@@ -83,6 +93,8 @@ SETTINGS = {
     "ledgers are none: the teacher, taught on at most five items, fails on six.)",
     "coins": "A second task of another kind: pay an amount with coins, asked in sentences. The "
     "student is no damaged copy of its teacher; most texts that it was trained on are careless.",
+    "coins-small": "The coins task with a student of another architecture, narrower and of two "
+    "layers, whose training was stopped early. For claims about the gap and Soft-OR.",
     "collapsed": "A student of the ledger task that is right but knows one order of work, for "
     "claims about variety.",
 }

@@ -58,9 +58,12 @@ def _kept(start: dict[str, Any]) -> str:
         for rule, found in start["rules"].items()
     ]
     heads = ["rule", "tokens", "KL", "gradient", "preferred", "preferred behind"]
+    by_kl = sorted(start["rules"].items(), key=lambda item: -item[1]["kl_kept"])
+    order = ", ".join(f"`{rule}` {_percent(found['kl_kept'])}" for rule, found in by_kl)
     return (
         "### What is kept at an equal budget\n\n"
-        f"20 % of each completion, {start['num_tokens']:,} tokens in all.\n\n{table(heads, rows)}"
+        f"20 % of each completion, {start['num_tokens']:,} tokens in all. From the most of the KL "
+        f"to the least: {order}.\n\n{table(heads, rows)}"
     )
 
 
@@ -74,6 +77,22 @@ def _overlap(overlap: dict[str, dict[str, float]]) -> str:
         "Percent of the tokens that the rule of the row keeps which the rule of the column keeps "
         f"too, at 20 %; the column of `random` is chance.\n\n"
         f"{table(['', *(f'`{rule}`' for rule in overlap)], rows)}"
+    )
+
+
+def _most_alike(overlap: Mapping[str, Mapping[str, float]]) -> str:
+    """A sentence on the two rules that agree most, and on the one that is most on its own."""
+    pairs = {(a, b): share for a, others in overlap.items() for b, share in others.items() if a < b}
+    (a, b), share = max(pairs.items(), key=lambda item: item[1])
+    nearest = {
+        rule: max(share for other, share in others.items() if other != rule)
+        for rule, others in overlap.items()
+        if rule != "random"
+    }
+    alone = min(nearest, key=lambda rule: nearest[rule])
+    return (
+        f"`{a}` and `{b}` agree most ({_percent(share)}); `{alone}` has no rule that keeps more "
+        f"than {_percent(nearest[alone])} of its tokens."
     )
 
 
@@ -100,7 +119,8 @@ def _moved(trained: Mapping[str, Any]) -> str:
         "What each arm's own rule keeps, at its own budget, of the completions of the same prompts "
         "by the untrained student → by the student that the arm trained. *Same texts*: by how much "
         "the texts of the kept tokens overlap before and after (the sum over texts of the smaller "
-        f"share). Preferences are those after training.\n\n{table(heads, rows)}"
+        "share); the arms of `random` show what two choices by chance have in common. Preferences "
+        f"are those after training.\n\n{table(heads, rows)}"
     )
 
 

@@ -19,7 +19,7 @@ BRIEF = replace(
     FULL,
     seeds=(1, 2),
     sensitivity_seeds=(1, 2),
-    controls=Controls("scarce", ("all", "random-10"), 8),
+    controls=(Controls("scarce", ("all", "random-10"), 8),),
 )
 """The full design with two seeds."""
 Quality = Callable[[Cell, str], float]
@@ -84,7 +84,7 @@ def all_records(design: Design, quality: Quality) -> dict[str, dict[str, Any]]:
 def level(cell: Cell, name: str) -> float:
     """All arms alike, the tuned rate best; figures of the toys as the papers have them."""
     if cell.kind == "tune":
-        return 0.1 + (cell.learning_rate != RATE)
+        return 0.5 if name == "mean" else 0.1 + (cell.learning_rate != RATE)
     world = {"entropy_start": 4.0, "entropy_renorm": 3.0, "forward_kl_renorm": 2.0, "flat": 5.0}
     world |= {"forward_kl_tail": 0.1, "forward_kl_start": 0.4, "soft_or": 20.0}
     return world.get(name, 0.0) if cell.kind in ("probe", "oscillation", "bias") else 0.5

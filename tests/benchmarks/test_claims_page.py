@@ -14,23 +14,25 @@ from typing import Any
 import pytest
 import torch
 from claims_records import BRIEF, RATE, all_records, level
+from scipy import stats
 
 import claims
 import claims_controls
 import claims_statistics
-from claims_controls import Pair, compared, rates, share_with_interval
-from claims_design import QUICK, Cell
+from claims_controls import Trial, controls, drawn, rates, share_with_interval
+from claims_design import QUICK, Cell, Controls
 from claims_figures import draw_all
-from claims_page import page
+from claims_page import _controls, page
 from claims_rules import CLAIMS
 from claims_why import why_page
+from tutelage.evaluation.metrics import Interval
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_resamples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims_statistics, "NUM_RESAMPLES", 50)
-        patch.setattr(claims_controls, "NUM_PAIRS", 10)
+        patch.setattr(claims_controls, "NUM_DRAWS", 10)
         short = partial(claims_statistics.correlation_intervals, num_resamples=5)
         patch.setattr("claims_table.correlation_intervals", short)
         claims_statistics._weights.cache_clear()
@@ -61,7 +63,7 @@ def test_the_page_is_made_from_the_json_alone(results: dict[str, Any]) -> None:
         assert claim.text in made
         assert claim.source in made
         assert f"images/claims-{name}.svg" in made
-    assert "creates Q3 by construction" in made
+    assert "Q3 is made, in both tasks" in made
     assert "says nothing about large models" in made
     assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
     order = ("## Verdicts", "## Against what was published", "## Read this first", "### T1")
@@ -135,30 +137,97 @@ def test_a_run_that_was_cut_off_has_a_page_that_says_so() -> None:
 # --- controls -------------------------------------------------------------------------------------
 
 
+def false_rate(values: torch.Tensor, test: str, num_comparisons: int) -> list[float]:
+    trials = [t for t in drawn("all", "mean", values, 4) if t.num_comparisons == num_comparisons]
+    found: list[float] = rates(trials, len(values), 2)[test]
+    return found
+
+
 def test_controls_find_a_procedure_that_is_wrong_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    monkeypatch.setattr(claims_controls, "NUM_PAIRS", 60)
-    honest = rates(compared("all", "mean", values, 4), 24)["beats"]
-    narrow = claims_statistics.Interval
+    monkeypatch.setattr(claims_controls, "NUM_DRAWS", 60)
+    honest = {n: false_rate(values, "beats", n) for n in (1, 2, 4)}
 
-    def too_narrow(x: torch.Tensor) -> claims_statistics.Interval:
+    def too_narrow(x: torch.Tensor) -> Interval:
         found = claims_statistics.mean_interval(x)
-        return narrow(found.value, found.value - 1e-6, found.value + 1e-6)
+        return Interval(found.value, found.value - 1e-6, found.value + 1e-6)
 
     monkeypatch.setattr(claims_controls, "mean_interval", too_narrow)
-    wrong = rates(compared("all", "mean", values, 4), 24)["beats"]
-    assert honest[0] < 0.3 < 0.9 < wrong[0]
-    assert honest[1] <= honest[0] <= honest[2]
+    wrong = {n: false_rate(values, "beats", n)[0] for n in (1, 2, 4)}
+    assert max(share for share, _, _ in honest.values()) < 0.3
+    assert all(low <= share <= high for share, low, high in honest.values())
+    # Of several comparisons with one baseline, one supported and one contradicted make neither.
+    assert wrong[1] == 1.0 > wrong[2] > wrong[4] > 0.1
+    assert false_rate(values, "matches", 1)[0] == pytest.approx(0.5, abs=0.2)
 
 
-def test_pairs_share_no_cell_between_their_sides_and_differ() -> None:
+def test_groups_of_a_draw_share_no_cell_and_a_claim_needs_all_comparisons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A group's values are its first cell's number, so that the intervals tell the groups."""
+    seen: list[torch.Tensor] = []
+
+    def first(gaps: torch.Tensor) -> Interval:
+        seen.append(gaps)
+        return Interval(float(gaps[0, 0]), float(gaps[0, 0]), float(gaps[0, 0]))
+
+    monkeypatch.setattr(claims_controls, "mean_interval", first)
     values = torch.arange(20.0, dtype=torch.float64)[:, None].expand(20, 3)
-    pairs = compared("all", "mean", values, 4)
-    assert all(len(pair.cells) == 8 for pair in pairs)
-    assert len({pair.cells for pair in pairs}) > 5
-    assert pairs == compared("all", "mean", values, 4)
+    trials = drawn("all", "mean", values, 4)
+    assert trials == drawn("all", "mean", values, 4)
+    assert [t.num_comparisons for t in trials[:3]] == [1, 2, 4]
+    assert all(len(t.cells) == 4 * (1 + t.num_comparisons) for t in trials)
+    assert len({t.cells for t in trials if t.num_comparisons == 1}) > 5
+    for one, two, four, draw in zip(
+        trials[::3], trials[1::3], trials[2::3], range(10), strict=True
+    ):
+        gaps = [float(g[0, 0]) for g in seen[4 * draw : 4 * draw + 4]]
+        for trial in (one, two, four):
+            ahead = [gap > 0 for gap in gaps[: trial.num_comparisons]]
+            assert trial.is_wrong("beats") == (len(set(ahead)) == 1)
+        assert one.cells < two.cells < four.cells
+    assert {t.num_comparisons for t in drawn("all", "mean", values[:12], 4)} == {1, 2}
+    assert drawn("all", "mean", values[:7], 4) == []
     same = {"beats": "not supported", "matches": "supported"}
-    assert not Pair("all", "mean", frozenset(), same).is_wrong("beats")  # type: ignore[arg-type]
+    assert not Trial("all", "mean", 4, 1, frozenset(), same).is_wrong("beats")  # type: ignore[arg-type]
+
+
+def test_a_share_of_nothing_has_the_exact_binomial_interval() -> None:
+    cells = [frozenset({i, i + 1}) for i in range(9)]
+    bound = stats.binomtest(0, 5).proportion_ci(method="exact").high
+    never = share_with_interval([(c, False) for c in cells], 10, 5)
+    always = share_with_interval([(c, True) for c in cells], 10, 5)
+    assert never == pytest.approx([0.0, 0.0, bound])
+    assert always == pytest.approx([1.0, 1 - bound, 1.0])
+    everything = frozenset(range(10))
+    assert share_with_interval([(everything, True), (everything, False)], 10, 1) == [0.5, 0.0, 1.0]
+
+
+def test_controls_have_a_table_for_each_setting_that_was_run() -> None:
+    """Groups of both numbers of seeds that verdicts rest on, up to the setting's own."""
+    several = (Controls("scarce", ("all",), 12), Controls("coins", ("all",), 6))
+    design = replace(BRIEF, seeds=(1, 2, 3), num_seeds={"coins": 2}, controls=several)
+    records = [
+        {"kind": "control", "setting": c.setting, "arm": arm, "seed": seed}
+        | {"problems": {m: [0.5, 0.25] for m in claims_controls.METRICS}}
+        for c in several
+        for arm in c.arms
+        for seed in c.seeds
+    ]
+    found = controls(records, design)
+    keys = ("group_size", "num_comparisons", "num_disjoint")
+    assert [[tuple(row[k] for k in keys) for row in table["all"]] for table in found] == [
+        [(2, 1, 3), (2, 2, 2), (2, 4, 1), (3, 1, 2), (3, 2, 1)],
+        [(2, 1, 1), (2, 2, 1)],
+    ]
+    assert len(found[0]["rows"]) == 5 * len(claims_controls.METRICS)
+    assert {row["beats"][0] for row in found[0]["rows"]} == {0.0}
+    assert [table["setting"] for table in controls(records[:-1], design)] == ["scarce"]
+    assert controls([], design) == []
+    shown = _controls(json.loads(json.dumps(found)))
+    assert "In `scarce`, 12 seeds an arm" in shown
+    assert "In `coins`, 6 seeds an arm" in shown
+    assert "| 1 | 3 | 2 | 0.0 [0.0, 70.8] % | 0.0 [0.0, 70.8] % | 100 % |" in shown
 
 
 @pytest.mark.slow
@@ -174,7 +243,7 @@ def test_the_interval_of_a_rate_covers_it_though_pairs_share_cells() -> None:
             drawn = rng.sample(range(num_cells), 2 * size)
             gaps = cells[drawn[:size]] - cells[drawn[size:]]
             pairs.append((frozenset(drawn), bool(gaps.mean().abs() > gaps.std())))
-        return share_with_interval(pairs, num_cells)
+        return share_with_interval(pairs, num_cells, num_cells // (2 * size))
 
     found = [once(seed) for seed in range(60)]
     truth = sum(share for share, _, _ in found) / len(found)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import claims_probe
+import claims_statistics
 from claims_probe import bias, oscillation
 from claims_statistics import correlation_intervals, mean_interval, pearson, spearman
 from claims_work import graded, ledger_start
@@ -113,6 +115,79 @@ def test_intervals_cover_and_pooling_would_not() -> None:
     assert coverage(mean_interval) >= 0.92
     assert coverage(mean_interval, with_problems=False) >= 0.9
     assert coverage(pooled) < 0.85
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(claims_statistics, "NUM_RESAMPLES", 400)
+    claims_statistics._weights.cache_clear()
+    yield
+    claims_statistics._weights.cache_clear()
+
+
+def false_differences(
+    interval: Callable[[torch.Tensor], Interval], num_seeds: int, scales: tuple[int, int, int]
+) -> float:
+    """How often an interval leaves out the true mean 0, in 600 cases of 24 problems.
+
+    `scales` are the standard deviations that seeds, problems and residuals add to the mean.
+    """
+    generator = torch.Generator().manual_seed(11)
+    sizes = ((num_seeds, 1), (1, 24), (num_seeds, 24))
+    missed = 0
+    for _ in range(600):
+        parts = (
+            scale * math.sqrt(rows * columns) * torch.randn(rows, columns, generator=generator)
+            for scale, (rows, columns) in zip(scales, sizes, strict=True)
+        )
+        found = interval(sum(parts, torch.zeros(num_seeds, 24)).double())
+        missed += not found.low <= 0 <= found.high
+    return missed / 600
+
+
+ONE_SOURCE = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+MIXED = ((2, 1, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
+
+
+def allowed(rate: float) -> float:
+    """A rate, and what 600 cases add to it by chance in one of 200."""
+    return rate + 2.6 * math.sqrt(rate * (1 - rate) / 600)
+
+
+@pytest.mark.usefixtures("few_resamples")
+@pytest.mark.parametrize("num_seeds", [3, 5, 8])
+def test_no_source_of_variance_makes_false_differences(num_seeds: int) -> None:
+    for rate, grid in ((0.05, ONE_SOURCE), (0.07, MIXED)):
+        found = {scales: false_differences(mean_interval, num_seeds, scales) for scales in grid}
+        assert max(found.values()) <= allowed(rate), found
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_each_part_of_the_envelope_alone_makes_false_differences() -> None:
+    for num_seeds in (3, 5, 8):
+        assert false_differences(claims_statistics._bootstrap, num_seeds, (1, 0, 0)) > allowed(0.05)
+
+    def of_seeds(values: torch.Tensor) -> Interval:
+        return claims_statistics._t_interval(values.mean(1))
+
+    assert false_differences(of_seeds, 5, (0, 1, 0)) > 0.9
+
+
+@pytest.mark.parametrize("num_seeds", [2, 10, 11, 40])
+def test_values_without_problems_get_the_t_interval_of_scipy(num_seeds: int) -> None:
+    values = torch.randn(num_seeds, 1, generator=torch.Generator().manual_seed(4)).double()
+    found = mean_interval(values)
+    spread = float(values.std()) / math.sqrt(num_seeds)
+    wanted = stats.t.interval(0.95, num_seeds - 1, loc=float(values.mean()), scale=spread)
+    assert (found.low, found.high) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_one_seed_has_the_interval_of_its_problems() -> None:
+    values = torch.randn(1, 50, generator=torch.Generator().manual_seed(4)).double()
+    found = mean_interval(values)
+    half = 1.96 * float(values.std()) / math.sqrt(50)
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
+    assert mean_interval(values[:, :1]).high == math.inf
 
 
 def test_correlation_differences_use_the_same_tokens_on_both_sides() -> None:

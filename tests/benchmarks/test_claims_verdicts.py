@@ -23,6 +23,7 @@ from claims_verdicts import (
     agreement,
     compare,
     judge,
+    obstacle,
     overall,
     verdicts_of,
 )
@@ -88,7 +89,9 @@ def test_a_better_difference_is_never_judged_worse(
         (["supported", "contradicted here"], "not supported"),
         (["not supported", "contradicted here"], "contradicted here"),
         (["not supported"], "not supported"),
-        ([], "not supported"),
+        (["supported", "cannot tell"], "cannot tell"),
+        (["not supported", "cannot tell"], "not supported"),
+        (["contradicted here", "cannot tell"], "contradicted here"),
     ],
 )
 def test_a_claim_needs_all_of_its_comparisons(parts: list[Verdict], expected: Verdict) -> None:
@@ -103,6 +106,8 @@ def test_a_claim_needs_all_of_its_comparisons(parts: list[Verdict], expected: Ve
         (["supported", "contradicted here", "not supported"], "settings disagree"),
         (["supported", "not supported"], "supported in part"),
         (["not supported", "contradicted here"], "contradicted in part"),
+        (["supported", "cannot tell"], "supported"),
+        (["cannot tell", "cannot tell"], "cannot tell"),
     ],
 )
 def test_settings_that_disagree_are_said_to(verdicts: list[Verdict], expected: str) -> None:
@@ -128,6 +133,51 @@ def test_a_wide_interval_is_told_from_a_measured_tie(
     test: str, interval: tuple[float, float, float], expected: str
 ) -> None:
     assert Comparison("", "points", test, Interval(*interval), 5).reading == expected
+
+
+@pytest.mark.parametrize(
+    ("test", "metric", "verdict", "gain", "level", "expected"),
+    [
+        ("matches", "mean", "supported", (0.05, 0.02, 0.08), 0.5, "nothing to lose"),
+        ("nearly", "mean", "supported", (-0.05, -0.1, 0.0), 0.5, "nothing to lose"),
+        ("matches", "mean", "supported", (0.05, 0.021, 0.08), 0.5, None),
+        ("matches", "mean", "supported", None, 0.5, None),
+        ("matches", "mean", "contradicted here", (0.0, 0.0, 0.0), 0.5, None),
+        ("matches", "mean", "not supported", (0.0, 0.0, 0.0), 0.5, None),
+        ("beats", "mean", "supported", (0.0, 0.0, 0.0), 0.5, None),
+        ("beats", "pass", "not supported", (0.1, 0.1, 0.1), 0.9, "saturated"),
+        ("beats", "pass", "not supported", (0.1, 0.1, 0.1), 0.89, None),
+        ("beats", "mean", "not supported", (0.1, 0.1, 0.1), 0.95, None),
+        ("beats", "pass", "supported", (0.1, 0.1, 0.1), 0.95, None),
+        ("beats", "pass", "contradicted here", (0.1, 0.1, 0.1), 0.95, None),
+    ],
+)
+def test_what_cannot_tell_is_found(
+    test: str,
+    metric: str,
+    verdict: Verdict,
+    gain: tuple[float, float, float] | None,
+    level: float,
+    expected: str | None,
+) -> None:
+    gained = None if gain is None else Interval(*gain)
+    assert obstacle(test, metric, verdict, gained, level) == expected
+
+
+@pytest.mark.parametrize("gained", [0.0, 0.2])
+def test_a_match_says_nothing_where_all_tokens_gain_nothing(gained: float) -> None:
+    """With the exact loss all tokens gain; with the sampled one they stay at the start."""
+    arms = ("start", "all", "all+sampled", "stored", "stored+sampled")
+    work = [c for c in cells(BRIEF, RATES) if c.kind == "arm" and c.learning_rate == RATE]
+
+    def quality(cell: Cell, _: str) -> float:
+        is_better = cell.arm in ("all", "stored") or (gained and cell.arm != "start")
+        return 0.3 + 0.2 * bool(is_better)
+
+    table = Table([record(c, quality) for c in work if c.arm in arms], BRIEF.seeds, RATES)
+    verdicts = verdicts_of(compare(table, d) for d in CLAIMS["F1"].differences)
+    assert verdicts["scarce"] == "supported"
+    assert verdicts["scarce, sampled loss"] == ("supported" if gained else "cannot tell")
 
 
 # --- every claim ----------------------------------------------------------------------------------
