@@ -9,16 +9,17 @@
 
 A cell is one run of one arm with one seed, measured on the pair's test. The JSON is written after
 every cell and holds all that the page, the verdicts and a later run need. A cell that other code
-made is run again unless `--any-source` is given; the page says how many versions there are.
+made is run again unless `--any-source` is given, one of another configuration always; the page says
+how many versions there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ from claims_lm_design import (
     Pair,
     Scale,
     as_table,
+    cell_of,
     cells,
     is_built,
+    is_current,
     source,
     tuning_cells,
 )
 from claims_lm_page import page
 from claims_lm_rules import LOSSES
-from claims_lm_table import Place, Record, rates_of, tuned
+from claims_lm_table import Place, Record, place_of, rates_of, tuned
 from claims_lm_work import do
 from tutelage.files.atomic import write_atomically
 from tutelage.setup.run_folder import environment
@@ -85,7 +88,7 @@ def _options() -> argparse.ArgumentParser:
 def read(path: Path) -> dict[str, Any]:
     """What earlier runs left."""
     if not path.exists():
-        return {"pairs": {}, "environments": {}, "cells": []}
+        return {"pairs": {}, "sizes": {}, "environments": {}, "cells": []}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
@@ -100,16 +103,23 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def merge(results: dict[str, Any], other: dict[str, Any]) -> None:
     """Take over what another machine measured; of one cell that of `other`."""
-    for name in ("pairs", "environments"):
+    for name in ("pairs", "sizes", "environments"):
         results[name] |= other[name]
     for record in other["cells"]:
         keep(results, record)
 
 
 def keep(results: dict[str, Any], record: Record) -> None:
-    """Add a cell, in place of an earlier one of its key."""
-    others = [r for r in results["cells"] if r["key"] != record["key"]]
+    """Add a cell, in place of an earlier one of its name, kind of device and pair.
+
+    The earlier one may have been run in another configuration: the two are not one setting's.
+    """
+    others = [r for r in results["cells"] if _identity(r) != _identity(record)]
     results["cells"] = [*others, record]
+
+
+def _identity(record: Record) -> tuple[str, ...]:
+    return cell_of(record).name, *place_of(record)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -120,7 +130,9 @@ def run(results: dict[str, Any], given: argparse.Namespace) -> None:
     pair = _pair(given)
     scale = SCALES[given.scale or ("cpu" if given.device == "cpu" else "gpu")]
     results["pairs"][pair.digest()] = facts_of(pair)
-    results["environments"][source()] = environment()
+    results["sizes"][scale.name] = as_table(scale)
+    machine = environment()
+    results["environments"][name := name_of(machine)] = machine
     start, longest = time.monotonic(), 0.0
     while left := todo(results, pair, scale, given):
         if given.list:
@@ -130,7 +142,7 @@ def run(results: dict[str, Any], given: argparse.Namespace) -> None:
         if before - start + longest > 60 * given.minutes:
             print(f"{len(left)} cells are left; the same command continues.")
             return
-        record = do(left[0], pair, given.device)
+        record = {**do(left[0], pair, given.device), "environment": name}
         gc.collect()  # models in cycles are gigabytes that the collector takes for a few objects
         longest = max(longest, time.monotonic() - before)
         keep(results, record)
@@ -141,6 +153,12 @@ def run(results: dict[str, Any], given: argparse.Namespace) -> None:
             f"measuring {record['measure_s']} s; {len(left) - 1} left",
             flush=True,
         )
+
+
+def name_of(machine: dict[str, Any]) -> str:
+    """A short hash of an environment: versions of the libraries, hardware and commit."""
+    text = json.dumps(machine, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def _pair(given: argparse.Namespace) -> Pair:
@@ -162,14 +180,17 @@ def facts_of(pair: Pair) -> dict[str, Any]:
 def todo(
     results: dict[str, Any], pair: Pair, scale: Scale, given: argparse.Namespace
 ) -> list[Cell]:
-    """Cells that are not there yet, those of tuning first; arms that are not built are left out."""
-    done = {
-        record["key"]
+    """Cells that are not there yet, those of tuning first; arms that are not built are left out.
+
+    A cell of another configuration is not there, and chooses no learning rate.
+    """
+    known = [
+        record
         for record in results["cells"]
-        if given.any_source or record["source"] == source()
-    }
+        if (given.any_source or record["source"] == source()) and is_current(record)
+    ]
+    done = {record["key"] for record in known}
     place: Place = (pair.task, scale.name, given.device.split(":")[0], pair.digest())
-    known = [record for record in results["cells"] if record["key"] in done]
     rates = rates_of(tuned(known, place))
     work = [
         *(cell for cell in tuning_cells(scale, pair.task) if cell.loss not in rates),
@@ -179,16 +200,11 @@ def todo(
     return [
         cell
         for cell in work
-        if cell.key(pair, given.device) not in done
-        and cell.loss in wanted
+        if cell.loss in wanted
         and (not given.cells or any(text in cell.name for text in given.cells))
         and is_built(cell.arm, cell.loss, pair, given.device)
+        and cell.key(pair, given.device) not in done
     ]
-
-
-def sizes_of(names: Sequence[str]) -> dict[str, Any]:
-    """The sizes of some scales as plain JSON values."""
-    return {name: as_table(SCALES[name]) for name in names}
 
 
 if __name__ == "__main__":

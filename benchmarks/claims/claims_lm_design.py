@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from claims_design import digest_of, sources
 from claims_lm_rules import ARMS, CONTROLS, LOSSES, MINIMUM, OWN_LOSS, loss_of, overrides
-from tutelage.config.parse import load_config
+from tutelage.config.parse import fingerprint, load_config
 from tutelage.config.schema import Config
 from tutelage.errors import ConfigError
 
@@ -125,10 +125,29 @@ class Cell:
         return "/".join(map(str, parts))
 
     def key(self, pair: Pair, device: str) -> str:
-        """A name of the cell under these sizes, this pair and this kind of device."""
-        sizes = json.dumps([asdict(SCALES[self.scale]), overrides_of(self)], sort_keys=True)
+        """The cell under these sizes, this configuration, this pair and this kind of device."""
+        return self.key_on(device.split(":")[0], pair.digest())
+
+    def key_on(self, kind_of_device: str, digest: str) -> str:
+        """`key` from the digest of the pair; the folders of its models are not part of it."""
+        sizes = json.dumps([as_table(SCALES[self.scale]), overrides_of(self)], sort_keys=True)
         size = hashlib.blake2b(sizes.encode(), digest_size=4).hexdigest()
-        return "/".join([self.name, size, device.split(":")[0], pair.digest()])
+        run = fingerprint(_config(self, Path("pair"), kind_of_device))
+        return "/".join([self.name, size, run, kind_of_device, digest])
+
+
+def cell_of(record: Mapping[str, Any]) -> Cell:
+    """The cell that a record is of."""
+    return Cell(**{field.name: record[field.name] for field in fields(Cell)})
+
+
+def is_current(record: Mapping[str, Any]) -> bool:
+    """Whether a cell was run in the sizes and the configuration that it has now."""
+    device, pair = record["key"].split("/")[-2:]
+    try:
+        return bool(record["key"] == cell_of(record).key_on(device, pair))
+    except ConfigError:  # an arm that is no longer built
+        return False
 
 
 @cache
@@ -147,14 +166,19 @@ def overrides_of(cell: Cell) -> tuple[str, ...]:
 
 def config_of(cell: Cell, pair: Pair, device: str) -> Config:
     """The run that a cell is."""
-    scale, folder = SCALES[cell.scale], pair.folder.resolve()
+    return _config(cell, pair.folder.resolve(), device)
+
+
+def _config(cell: Cell, folder: Path, device: str) -> Config:
+    """The run of a cell on the pair in that folder."""
+    scale = SCALES[cell.scale]
     return load_config(
         _BASE,
         [
             f"student.model={folder / 'student'}",
             f"teacher.model={folder / 'teacher'}",
             f"data.path={folder / 'data' / 'prompts.jsonl'}",
-            f"sampling.max_new_tokens={pair.max_new_tokens}",
+            f"sampling.max_new_tokens={MAX_NEW_TOKENS[cell.task]}",
             f"optimizer.learning_rate={cell.rate or scale.grid[0]}",
             f"num_steps={scale.num_steps}",
             f"prompts_per_step={scale.prompts_per_step}",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from math import isfinite
 from typing import Any
 
-from claims_lm_design import SCALES, cells, tuning_cells
-from claims_lm_rules import CLAIMS, METRICS
+from claims_lm_design import SCALES, cells, is_current, tuning_cells
+from claims_lm_published import against
+from claims_lm_rules import ARMS, CLAIMS, LOSSES, METRICS
 from claims_lm_table import (
     Place,
     Table,
     controls,
+    gain,
     judge,
+    place_of,
     places,
     power,
     rates_of,
@@ -23,8 +25,8 @@ from claims_lm_table import (
     tuned,
 )
 from claims_markdown import table
+from claims_verdicts import MARGIN, SATURATED
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "claims-full.json"
 CONTINUE = "python benchmarks/claims/claims_lm.py --pair FOLDER"
 
 
@@ -39,7 +41,8 @@ a later run needs beside the pair.
   `PAIR=FOLDER` for the pair of GSM8K (`scripts/build_lm_pair.py --task gsm8k`).
 * `OTHERS=FILE` names JSON lines whose `problem` is a text of another kind, for the loss on other
   texts (here problems of GSM8K). `claims_lm.py --merge FILE` takes over another machine's cells.
-* A cell that other code made is run again; check out the commit above, or give `--any-source`."""
+* A cell that other code made is run again; check out the commit above, or give `--any-source`. One
+  of another configuration (`claims_lm.toml`, sizes, settings of its arm) is always run again."""
 
 
 def page(results: dict[str, Any]) -> str:
@@ -52,9 +55,14 @@ def page(results: dict[str, Any]) -> str:
         "Teacher and student are SmolLM2-135M, trained by `scripts/build_lm_pair.py`. This page "
         "is generated from `benchmarks/results/claims-lm.json` by "
         "`python benchmarks/claims/claims_lm.py --page`; do not edit it. Arms, differences and the "
-        "rules of the verdicts were committed before the first cell (`claims_lm_rules.py`).",
+        "rules of the verdicts were committed before the first cell (`claims_lm_rules.py`). Two "
+        "things were changed after the cells had been run, and made the verdicts stricter: the "
+        "intervals, of which the t-interval over the seeds became a part because the bootstrap of "
+        "three seeds is too narrow, and the rule *cannot tell* below.",
         _missing(results),
         _verdicts(judged),
+        _cannot_tell(found),
+        against(judged),
         _power(found),
         _controls(found),
         *(_claims(table, judged[table.name]) for table in found),
@@ -81,73 +89,133 @@ def _missing(results: dict[str, Any]) -> str:
         if lost:
             arms = Counter(f"{c.loss} {c.arm}" if c.kind == "arm" else "tuning" for c in lost)
             text += " Not run: " + ", ".join(f"{arm} ({n})" for arm, n in arms.items()) + "."
-        untuned = [loss for loss in ("exact", "sampled") if loss not in rates]
+        untuned = [loss for loss in LOSSES if loss not in rates]
         if untuned:
             text += f" The arms of the {' and '.join(untuned)} loss wait for its tuning."
         lines.append(text)
     if not lines:
         return f"**No cell has been run.** `{CONTINUE}` starts, and continues where it stopped."
     head = f"What has been run (`{CONTINUE}` continues; numbers of missing cells in brackets):"
-    return head + "\n\n" + "\n".join(lines)
+    return head + "\n\n" + "\n".join([*lines, *_lacking(records)])
+
+
+def _lacking(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What the benchmark is made for and no cell is of: a task, a kind of device, arms."""
+    lines = []
+    if not any(record["task"] == "gsm8k" for record in records):
+        lines.append(
+            "* **No pair of GSM8K was run.** `scripts/build_lm_pair.py --task gsm8k` makes one; "
+            "the accuracy of its teacher is not known."
+        )
+    if not any(place_of(record)[2] != "cpu" for record in records):
+        lines.append(
+            "* **No cell was run on a GPU**: the larger size is not measured, which has more "
+            "steps, problems, seeds and rates."
+        )
+    run = {record["arm"] for record in records}
+    if arms := [arm for arm in ARMS if arm not in run]:
+        names = ", ".join(f"`{arm}`" for arm in arms)
+        lines.append(f"* Arms that were not run at all (those of the size for a GPU): {names}.")
+    return lines
 
 
 def _verdicts(judged: dict[str, Any]) -> str:
     if not judged:
         return ""
-    embedded = _embedded()
     rows = []
     for name, claim in CLAIMS.items():
         mine = [setting[name] for setting in judged.values()]
-        others = embedded.get(name, {})
-        told = "; ".join(f"{group}: {verdict}" for group, verdict in others.items()) or "–"
-        known = {one["verdict"] for one in mine if one["verdict"]} | set(others.values())
+        known = {one["verdict"] for one in mine}
         split = "**settings disagree**" if {"supported", "contradicted here"} <= known else ""
-        rows.append([name, claim.text, *map(_verdict, mine), told, split])
-    heads = ["", "claim", *judged, "embedded tasks", ""]
+        rows.append([name, claim.text, *map(_verdict, mine), split])
+    heads = ["", "claim", *judged, ""]
     return (
         "## Verdicts\n\n" + table(heads, rows) + "\n\n"
         "A setting is a task, a loss and a size of run. A claim is judged where all of its "
-        "differences have all seeds. The embedded tasks' verdicts are those of "
-        "[their page](claims.md), on claims of the same name."
+        "differences have all seeds." + _undecided(judged)
     )
+
+
+def _undecided(judged: dict[str, Any]) -> str:
+    verdicts = {one["verdict"] for setting in judged.values() for one in setting.values()}
+    if verdicts & {"supported", "contradicted here"} or verdicts == {None}:
+        return ""
+    return " **No claim is supported or contradicted by these cells.**"
 
 
 def _verdict(one: dict[str, Any]) -> str:
     if one["verdict"]:
-        readings = {c["reading"] for c in one["comparisons"] if c["verdict"] == "not supported"}
+        undecided = ("not supported", "cannot tell")
+        readings = {c["reading"] for c in one["comparisons"] if c["verdict"] in undecided}
         return f"**{one['verdict']}**" + (f" ({', '.join(sorted(readings))})" if readings else "")
     seeds = min((c["num_seeds"] for c in one["comparisons"]), default=0)
     return f"not judged ({seeds} seeds)" if seeds else "not run"
 
 
-def _embedded() -> dict[str, dict[str, str]]:
-    """Verdicts on the embedded tasks by claim and setting."""
-    if not EMBEDDED.exists():
-        return {}
-    claims = json.loads(EMBEDDED.read_text(encoding="utf-8"))["claims"]
-    return {name: c.get("verdicts") or {"ledger": c["verdict"]} for name, c in claims.items()}
+def _cannot_tell(found: Sequence[Table]) -> str:
+    """The rule that came after the cells, with what decides it in each setting."""
+    gains = [(one.name, gain(one)) for one in found]
+    told = "; ".join(
+        f"{name}: {_signed([i.value, i.low, i.high], 'points')}"
+        for name, i in gains
+        if i is not None and isfinite(i.low)
+    )
+    if not told:
+        return ""
+    margin = f"{100 * MARGIN:g} points"
+    return (
+        "*Cannot tell (nothing to lose)*: *matches* or *nearly* would be supported by its "
+        f"interval, but all tokens with that loss do not certainly gain more than {margin} over "
+        "the start, and an arm that gains nothing could pass the same test. *Cannot tell "
+        f"(saturated)*: *beats* is not supported, at a pass@k of {100 * SATURATED:g} % or more, "
+        f"which leaves no room. Accuracy of all tokens minus that of the start: {told}. The rule "
+        "was added after the cells had been run: D3 with the sampled loss had been given as "
+        "supported, although the gain of that loss was not certain."
+    )
 
 
 def _power(found: Sequence[Table]) -> str:
-    rows = []
+    rows, widths = [], {}
     for one in found:
         for metric, p in (power(one) or {}).items():
             factor, unit = (100, "points") if p["unit"] == "points" else (1, p["unit"])
             numbers = [f"{factor * p[n]:.3g} {unit}" for n in _POWER]
-            rows.append([one.name, METRICS[metric][0], str(p["num_seeds"]), *numbers])
+            needed = ["–", "–"]  # no verdict is given by a divergence
+            if metric == "mean":
+                widths[one.name] = p["half_width"]
+                needed = [_above(p["half_width"]), _above(p["half_width"] - MARGIN)]
+            row = [one.name, METRICS[metric][0], str(p["num_seeds"])]
+            rows.append([*row, *numbers, *needed])
     if not rows:
         return (
             "## What the design can see\n\nNot known yet: it follows from the differences of at "
             "least two seeds."
         )
     heads = ["setting", "figure", "seeds", "sd of paired differences", "detectable", "half-width"]
-    return (
-        "## What the design can see\n\n" + table(heads, rows) + "\n\n"
-        "The standard deviation over seeds of an arm's difference from all tokens, pooled over "
-        "the arms; the true difference that a 95 % t-interval finds in four of five cases, "
-        "(t₀.₉₇₅ + t₀.₈₀) · sd / √seeds; and the median half-width of the intervals below, which "
-        "also know the chance of the problems. What is smaller than these is not decided here."
+    heads += ["*beats* needs", "*matches* needs"]
+    margin = f"{100 * MARGIN:g} points"
+    wide = [name for name, width in widths.items() if width > MARGIN]
+    text = (
+        "*sd*: the standard deviation over seeds of an arm's difference from all tokens, pooled "
+        "over the arms. *Detectable*: the true difference that a 95 % t-interval over the seeds "
+        "excludes 0 for in four of five cases, (t₀.₉₇₅ + t₀.₈₀) · sd / √seeds. Verdicts are given "
+        "by the wider, at each end, of that t-interval and of a bootstrap over seeds and problems, "
+        "so that they need at least as much. *Half-width*: the median of those wider intervals "
+        "over the same differences. At that half-width h an observed difference is *beats: "
+        "supported* above h and *contradicted* below −h; *matches: supported* above h − "
+        f"{margin} and *contradicted* below −h − {margin}."
     )
+    if wide:
+        text += (
+            f" In {' and '.join(wide)} h is larger than the margin of {margin}: an arm that is "
+            "observed to be exactly as accurate as the other one is not found to match it there, "
+            "only one that is ahead."
+        )
+    return f"## What the design can see\n\n{table(heads, rows)}\n\n{text}"
+
+
+def _above(accuracy: float) -> str:
+    return f"above {100 * accuracy:+.1f} points".replace("-", "−")
 
 
 _POWER = ("paired_sd", "detectable", "half_width")
@@ -218,21 +286,31 @@ def _arms(one: Table) -> str:
 
 
 def _rates(results: dict[str, Any]) -> str:
-    rows = []
+    rows, edges = [], ""
     for place in places(results["cells"]):
         for loss, entry in tuned(results["cells"], place).items():
             grid = ", ".join(
                 f"{rate}: {row['reverse_kl']:.4f}" for rate, row in entry["grid"].items()
             )
             rows.append([*place[:3], loss, f"{entry['chosen']:g}", grid])
+            edges += _edge(f"{place[0]}, {loss} loss ({place[1]})", entry)
     if not rows:
         return ""
     heads = ["task", "size", "device", "loss", "rate", "held-out reverse KL by rate, nats"]
     return (
         "## Learning rates\n\nThe rate of all arms of a loss is the one at which all tokens reach "
-        "the lowest reverse KL on other problems of the test, under seeds of their own.\n\n"
-        + table(heads, rows)
+        f"the lowest reverse KL on other problems of the test, under seeds of their own.{edges}"
+        f"\n\n{table(heads, rows)}"
     )
+
+
+def _edge(setting: str, entry: dict[str, Any]) -> str:
+    """Says it where the best rate may lie outside of what was tried."""
+    grid = [float(rate) for rate in entry["grid"]]
+    for end, which, side in ((min(grid), "lowest", "below"), (max(grid), "highest", "above")):
+        if entry["chosen"] == end:
+            return f" `{setting}` takes the {which} rate of the grid: its best may lie {side}."
+    return ""
 
 
 def _pairs(results: dict[str, Any]) -> str:
@@ -269,12 +347,16 @@ def _provenance(results: dict[str, Any]) -> str:
     lines = []
     for place in places(records):
         lines.append(_sizes(place, records))
-    sources = Counter(record["source"] for record in records)
-    for name, count in sources.items():
+    made = Counter((r["source"], r.get("environment", r["source"])) for r in records)
+    for (source, name), count in made.items():
         e = results["environments"].get(name, {})
         versions = ", ".join(f"{k} {v}" for k, v in e.get("versions", {}).items())
+        commit = str(e.get("commit"))[:12]
+        lines.append(f"* {count} cells by source `{source}`, commit `{commit}`; {versions}.")
+    if other := sum(not is_current(record) for record in records):
         lines.append(
-            f"* {count} cells by source `{name}`, commit `{str(e.get('commit'))[:12]}`; {versions}."
+            f"* **{other} cells were run in another configuration or size than the present one**; "
+            f"`{CONTINUE}` runs them again."
         )
     return "## Where the numbers come from\n\n" + "\n".join(lines)
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from claims_lm_design import CONTROL_OFFSET, SCALES, Scale
 from claims_lm_rules import CLAIMS, CONTROLS, LOSSES, METRICS, Difference, loss_of
 from claims_statistics import T_QUANTILES, mean_interval
-from claims_verdicts import Comparison, overall
+from claims_verdicts import TESTS, Comparison, obstacle, overall
 from tutelage.evaluation.metrics import Interval
 
 Record = dict[str, Any]
@@ -176,9 +176,17 @@ def judge(table: Table) -> dict[str, dict[str, Any]]:
 
 def _compare(table: Table, d: Difference) -> Comparison | None:
     interval, count = table.difference(d.a, d.b, d.metric)
-    if interval is None or count < 2:
+    level = table.interval(d.b, d.metric)
+    if interval is None or level is None or count < 2:
         return None
-    return Comparison(d.label, d.unit, d.test, interval, count)
+    verdict = TESTS[d.test](interval)
+    why = obstacle(d.test, d.metric, verdict, gain(table, d.metric), level.value)
+    return Comparison(d.label, d.unit, d.test, interval, count, obstacle=why)
+
+
+def gain(table: Table, metric: str = "mean") -> Interval | None:
+    """What all tokens gain over the start with the setting's loss; None where that was not run."""
+    return table.difference("all", "start", metric)[0]
 
 
 def controls(table: Table) -> list[dict[str, Any]]:
@@ -211,8 +219,8 @@ def power(table: Table) -> dict[str, Any] | None:
     """The smallest true difference from all tokens that this design finds in four of five cases.
 
     From the standard deviation over seeds of the paired differences, pooled over the arms:
-    (t₀.₉₇₅ + t₀.₈₀) · sd / √S. Beside it the median half-width of the 95 % intervals, which also
-    know the chance of the problems.
+    (t₀.₉₇₅ + t₀.₈₀) · sd / √S. Beside it the median half-width of the 95 % intervals that the
+    verdicts are given by.
     """
     found: dict[str, Any] = {}
     for metric in ("mean", "reverse_kl"):
@@ -223,14 +231,13 @@ def power(table: Table) -> dict[str, Any] | None:
         variances = [float(torch.tensor(values).double().var()) for values in gaps.values()]
         seeds = min(len(values) for values in gaps.values())
         sd = math.sqrt(fmean(variances))
-        widths = sorted(_half_width(table, arm, metric) for arm in gaps)
         found[metric] = {
             "unit": METRICS[metric][1],
             "num_arms": len(gaps),
             "num_seeds": seeds,
             "paired_sd": sd,
             "detectable": (T_QUANTILES[seeds] + T80[seeds]) * sd / math.sqrt(seeds),
-            "half_width": widths[len(widths) // 2],
+            "half_width": median(_half_width(table, arm, metric) for arm in gaps),
         }
     return found
 

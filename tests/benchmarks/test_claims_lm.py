@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import claims_lm
 import claims_lm_design as design
+import claims_lm_published
 import claims_lm_rules
 from claims_lm_design import SCALES, Cell, Pair, cells, tuning_cells
 from claims_lm_page import page
 from claims_lm_table import controls, judge, places, power, rates_of, tables, tuned
 from claims_lm_work import do, problems_of
+from claims_verdicts import MARGIN, beats, matches
 from tests.tiny import save_tiny_model
+from tutelage.evaluation.metrics import Interval
 
 TINY = replace(
     SCALES["cpu"],
@@ -89,7 +95,11 @@ def test_cells_continue_where_they_stopped(
     live, stored = second[3], second[2]
     assert live["training_kl_first"] == stored["training_kl_first"]  # the same first step
     assert live["weights"] != stored["weights"]
-    assert run("--cells", "/all/1")["cells"] == second  # nothing is left to do
+    last = run("--cells", "/all/1")
+    assert last["cells"] == second  # nothing is left to do
+    assert last["sizes"]["cpu"]["num_steps"] == TINY.num_steps
+    for one in second:
+        assert last["environments"][one["environment"]]["versions"]["torch"] == torch.__version__
 
 
 def test_a_cell_is_a_pure_function(tiny: None, pair: Pair) -> None:
@@ -110,6 +120,78 @@ def test_a_cell_is_a_pure_function(tiny: None, pair: Pair) -> None:
     assert start["weights"] != one["weights"]
     assert teacher["reverse_kl"] == pytest.approx(0.0, abs=1e-5)
     assert start["reverse_kl"] > 0.01
+
+
+def test_keys_follow_what_a_cell_depends_on(
+    tiny: None, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell("arm", "stories", "cpu", "exact", "gap-20", 1, 1e-3)
+    key, base = cell.key(pair, "cpu"), design._BASE.read_text()
+    other = tmp_path / "claims_lm.toml"
+    monkeypatch.setattr(design, "_BASE", other)
+
+    def with_base(text: str) -> str:
+        other.write_text(text)
+        return cell.key(pair, "cpu")
+
+    assert with_base(base + "\n# a comment\n") == key
+    for old, new in (
+        ('schedule = "linear"', 'schedule = "constant"'),
+        ("warmup_steps = 1", "warmup_steps = 2"),
+        ('scoring = "forward"', 'scoring = "recorded"'),
+    ):
+        assert old in base
+        assert with_base(base.replace(old, new)) != key
+    assert with_base(base) == key
+    moved = shutil.copytree(pair.folder, tmp_path / "moved")
+    assert cell.key(Pair(moved, "stories", pair.others), "cpu") == key  # no folder is part of it
+    with monkeypatch.context() as patch:
+        patch.setattr(design, "OTHER_TOKENS", 95)
+        assert cell.key(pair, "cpu") != key
+    with monkeypatch.context() as patch:
+        patch.setitem(design.MAX_NEW_TOKENS, "stories", 7)
+        assert cell.key(pair, "cpu") != key
+    assert cell.key(pair, "cpu") == key
+
+
+def test_published_cells_are_those_of_the_present_design() -> None:
+    """Fails when claims_lm.toml, a size or an arm is edited and the published cells stay."""
+    published = claims_lm.read(claims_lm.RESULT)
+    assert published["cells"]
+    for one in published["cells"]:
+        assert design.is_current(one), one["key"]
+        assert not design.is_current({**one, "seed": one["seed"] + 1})
+        assert one.get("environment", one["source"]) in published["environments"]
+    assert set(published["sizes"]) == {one["scale"] for one in published["cells"]}
+
+
+def test_another_configuration_is_tuned_again(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [*tuning_cells(SCALE, "stories"), *cells(SCALE, "stories", RATES)]
+    made = [{**record(c, 0.4), "key": c.key(pair, "cpu"), "source": "other code"} for c in whole]
+    given = argparse.Namespace(any_source=True, device="cpu", losses=RATES, cells=[])
+    assert claims_lm.todo({"cells": made}, pair, SCALE, given) == []
+    left = claims_lm.todo({"cells": made[:-1]}, pair, SCALE, given)
+    assert left == whole[-1:]
+    base = tmp_path / "claims_lm.toml"
+    base.write_text(design._BASE.read_text().replace("warmup_steps = 1", "warmup_steps = 2"))
+    monkeypatch.setattr(design, "_BASE", base)
+    left = claims_lm.todo({"cells": made}, pair, SCALE, given)
+    assert left == [*tuning_cells(SCALE, "stories"), *cells(SCALE, "stories", {})]
+
+
+def test_a_cell_of_another_configuration_gives_way() -> None:
+    results: dict[str, Any] = {"cells": []}
+    old = record(Cell(*_KEPT), 0.4)
+    new = {**old, "key": old["key"].replace("/size/", "/other/")}
+    elsewhere = {**old, "key": old["key"].replace("/cpu/pair", "/cuda/pair")}
+    for one in (old, elsewhere, new):
+        claims_lm.keep(results, one)
+    assert results["cells"] == [elsewhere, new]
+
+
+_KEPT = ("arm", "stories", "cpu", "exact", "all", 1, 1e-3)
 
 
 def test_rates_are_tuned_on_problems_of_their_own(tiny: None, pair: Pair) -> None:
@@ -172,7 +254,7 @@ def results_of(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_verdicts_follow_the_rules() -> None:
-    found = records(gap_20=0.5, random_10=0.2, stored=0.3)
+    found = records(start=0.1, gap_20=0.5, random_10=0.2, stored=0.3)
     exact, sampled = tables(found)
     assert (exact.loss, sampled.loss) == ("exact", "sampled")
     verdicts = {name: one["verdict"] for name, one in judge(exact).items()}
@@ -183,6 +265,76 @@ def test_verdicts_follow_the_rules() -> None:
     text = page(results_of(found))
     assert "**contradicted here**" in text
     assert "settings disagree" not in text.split("## Verdicts")[0]
+
+
+def test_nothing_matches_where_all_tokens_gain_nothing() -> None:
+    """A match says something only where the loss certainly gains more than the margin."""
+    for start, verdict, gained in ((0.39, "cannot tell", "+1.0"), (0.3, "supported", "+10.0")):
+        found = records(start=start)
+        judged = judge(tables(found)[0])
+        assert judged["F1"]["verdict"] == judged["D3"]["verdict"] == verdict
+        text = page(results_of(found))
+        assert ("**cannot tell** (nothing to lose)" in text) == (verdict == "cannot tell")
+        assert f"stories, exact loss (cpu): {gained} [" in text
+    lost = judge(tables(records(start=0.39, stored=0.3))[0])
+    assert lost["F1"]["verdict"] == "contradicted here"  # what is certainly worse stays so
+
+
+def test_the_page_names_contradictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"F1": {"coins": "supported"}, "D1": {"coins": "supported"}, "T1": {"coins": "x"}}
+    monkeypatch.setattr(claims_lm_published, "embedded", lambda: there)
+    judged = {"s": judge(tables(records(start=0.1, gap_20=0.5, stored=0.3))[0])}
+    lines = claims_lm_published.against(judged).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
+    assert "**contradicted** in `s`" in rows["F1"]
+    assert "**differs from the paper**; **differs from the embedded tasks**" in rows["F1"]
+    assert "14 of 17 pairs" in rows["F1"]  # the number of the paper
+    assert "agrees with the paper; agrees with the embedded tasks" in rows["D1"]
+    assert "differs" not in rows["T1"]  # was not run here
+    assert "not in the results" in rows["D5"]
+    assert set(rows) >= set(claims_lm_rules.CLAIMS)
+
+
+def test_words_for_verdicts_that_differ() -> None:
+    words = claims_lm_published.in_words
+    yes, no, undecided = "supported", "contradicted here", "not supported"
+    assert words([], [yes]) == "not run here"
+    assert "differs" not in words([yes, undecided], [yes])
+    assert "which decide it" in words([undecided, "cannot tell"], [no])
+    assert "which do not decide it" in words([yes], [undecided])
+    assert "in some settings" in words([yes], [yes, no])
+    assert "differs from the paper** in one setting" in words([yes, no], [])
+
+
+def test_the_page_says_what_is_missing() -> None:
+    found = records()
+    text = page(results_of(found))
+    assert "No pair of GSM8K was run" in text
+    assert "No cell was run on a GPU" in text
+    assert "`eopd`" in text
+    assert "`gap-20`" not in text.split("## Verdicts")[0]
+    gpu = {**found[-1], "task": "gsm8k", "arm": "eopd", "scale": "gpu"}
+    gpu["key"] = gpu["key"].replace("/cpu/pair", "/cuda/other")
+    there = page(results_of([*found, gpu]))
+    assert "No pair of GSM8K was run" not in there
+    assert "No cell was run on a GPU" not in there
+    assert "`eopd`" not in there.split("## Verdicts")[0]
+
+
+def test_rates_at_an_end_of_the_grid_are_flagged() -> None:
+    found = records()
+    assert "its best may lie" not in page(results_of(found))
+    ends = ((SCALE.grid[0], "lowest", "below"), (SCALE.grid[-1], "highest", "above"))
+    for rate, which, side in ends:
+        ended = [
+            {**r, "reverse_kl": 0.0}
+            if (r["kind"], r["loss"], r["rate"]) == ("tune", "exact", rate)
+            else r
+            for r in found
+        ]
+        text = page(results_of(ended))
+        assert text.count("its best may lie") == 1
+        assert f"loss (cpu)` takes the {which} rate of the grid: its best may lie {side}" in text
 
 
 def test_a_claim_without_all_seeds_is_not_judged() -> None:
@@ -209,6 +361,29 @@ def test_rates_wait_for_the_whole_grid() -> None:
     place = places(found)[0]
     assert rates_of(tuned(found, place)) == RATES
     assert rates_of(tuned(found[1:], place)) == {"sampled": RATES["sampled"]}
+
+
+def test_the_page_says_what_each_test_needs() -> None:
+    """The differences that it names are those at which the tests change their verdict."""
+    found = records()
+    text = page(results_of(found))
+    for table in tables(found):
+        seen = power(table)
+        assert seen is not None
+        h = seen["mean"]["half_width"]
+        row = f"above {100 * h:+.1f} points | above {100 * (h - MARGIN):+.1f} points"
+        assert row.replace("-", "−") in text
+    h, little = 0.055, 1e-6
+    for value, better, match in (
+        (h + little, "supported", "supported"),
+        (h - little, "not supported", "supported"),
+        (h - MARGIN + little, "not supported", "supported"),
+        (h - MARGIN - little, "not supported", "not supported"),
+        (-h - little, "contradicted here", "not supported"),
+        (-h - MARGIN - little, "contradicted here", "contradicted here"),
+    ):
+        interval = Interval(value, value - h, value + h)
+        assert (beats(interval), matches(interval)) == (better, match)
 
 
 def test_power_and_controls() -> None:
