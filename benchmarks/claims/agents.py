@@ -1,7 +1,7 @@
 """TIP's agentic claim on the embedded task of tool calls: which tokens should be trained on?
 
     python benchmarks/claims/agents.py  # everything; continues where it stopped
-    python benchmarks/claims/agents.py --page  # the page again, from the JSON
+    python benchmarks/claims/agents.py --page  # verdict and page again, from the JSON's cells
     python benchmarks/claims/agents.py --verify 2  # two random cells again, compared exactly
 
 Fixed before the first cell: the arms, their seeds, sizes and the rule of the verdict below. The
@@ -272,13 +272,18 @@ def verify(count: int) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--jobs", type=int, default=2)
-    options.add_argument("--page", action="store_true")
+    options.add_argument(
+        "--page", action="store_true", help="verdict and page from the JSON's cells"
+    )
     options.add_argument("--verify", type=int, default=0)
     given = options.parse_args()
     if given.verify:
         verify(given.verify)
         return
-    if not given.page:
+    if given.page:
+        kept = json.loads(RESULT.read_text(encoding="utf-8"))
+        result = {**kept, **judged(kept["cells"])}
+    else:
         tuning = [("all", seed, rate) for rate in GRID for seed in TUNING_SEEDS]
         rate = tuned(run(tuning, given.jobs))
         cells = [(arm, seed, rate) for seed in SEEDS for arm in (*BASELINES, *ARMS)]
@@ -291,9 +296,9 @@ def main() -> None:
             "seeds": SEEDS,
             "grid": GRID,
         }
-        result = {"design": design, "rate": rate, **judged(records), **environment()}
-        content = json.dumps({**result, "cells": records}, indent=1) + "\n"
-        write_atomically(RESULT, content)
+        found = {"design": design, "rate": rate, **judged(records)}
+        result = {**found, **environment(), "cells": records}
+    write_atomically(RESULT, json.dumps(result, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RESULT.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
     print(PAGE)
 

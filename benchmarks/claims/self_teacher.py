@@ -30,12 +30,14 @@ from tutelage.core import LazyLogits
 from tutelage.data.batch import collate
 from tutelage.data.tasks.ledger import LedgerTask, solve
 from tutelage.data.types import Rollout
+from tutelage.files.atomic import write_atomically
 from tutelage.models.head import head, hidden_rows
 from tutelage.models.load import load_model, load_tokenizer, save_model
 from tutelage.models.privileged import PrivilegedReading
 from tutelage.models.tokenizers import encode_completion
 from tutelage.rollout.request import RolloutRequest
 from tutelage.rollout.sampler import TransformersSampler
+from tutelage.setup.run_folder import environment
 from tutelage.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +116,7 @@ def run(out: Path, model: str, seed: int, changes: dict[str, Any]) -> dict[str, 
 
 
 def main() -> None:
-    """Runs all that is missing, and writes the result."""
+    """Run all that is missing, and write the result once all of it is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/self_teacher"))
     parser.add_argument("--seeds", type=int, default=5)
@@ -128,6 +130,7 @@ def main() -> None:
         "context": CONTEXT,
         "steps": 40,
         "supervised_steps": arguments.supervised_steps,
+        "environment": environment(),
         "starts": {},
     }
     for name, model in starts.items():
@@ -144,7 +147,7 @@ def main() -> None:
             "seeds": seeds,
         }
         print(f"{name}: {json.dumps(result['starts'][name])}", flush=True)
-        arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomically(arguments.result, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
