@@ -59,6 +59,8 @@ NOT_PUBLISHED = ("key", "problems", "tokens", "commit")
 """What the JSON leaves out of a cell: what a digest stands for, and what is noted once."""
 EARLIER = ROOT / "benchmarks" / "results" / "claims-earlier.json"
 """Verdicts of the run before this design."""
+OF_MODELS = ROOT / "benchmarks" / "results" / "claims-lm.json"
+"""Which tokens rules keep of a real language model's completions; see claims_lm.py."""
 LEAST_ACCURACY = 0.8
 """What a rate that is chosen by forward KL has to keep of the grid's best accuracy."""
 TIMES = ("cpu_s", "wall_s")
@@ -288,7 +290,9 @@ def make_page(design: Design) -> None:
     docs = page_folder(design)
     (docs / "images").mkdir(parents=True, exist_ok=True)
     draw_all(results, docs / "images")
-    for name, text in (("claims.md", page(results)), ("why.md", why_page(results))):
+    of_models = json.loads(OF_MODELS.read_text(encoding="utf-8")).get("choices", {})
+    pages = {"claims.md": page(results), "why.md": why_page(results, of_models)}
+    for name, text in pages.items():
         write_atomically(docs / name, text)
         print(f"written to {docs / name}")
 

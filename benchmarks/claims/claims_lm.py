@@ -4,6 +4,7 @@
     python benchmarks/claims/claims_lm.py --pair pairs/stories  # a CPU; continues where it stopped
     python benchmarks/claims/claims_lm.py --pair pairs/gsm8k --device cuda --minutes 9
     python benchmarks/claims/claims_lm.py --pair pairs/stories --cells exact/gap-20 stored
+    python benchmarks/claims/claims_lm.py --pair pairs/stories --choices  # tokens that rules keep
     python benchmarks/claims/claims_lm.py --merge other.json  # cells from another machine
     python benchmarks/claims/claims_lm.py --page  # verdicts and page again, from the JSON
 
@@ -39,13 +40,15 @@ from claims_lm_design import (
 from claims_lm_page import page
 from claims_lm_rules import LOSSES
 from claims_lm_table import Place, Record, place_of, rates_of, tuned
-from claims_lm_work import do
+from claims_lm_work import CHOICE_PROMPTS, choices_of, do
 from tutelage.files.atomic import write_atomically
 from tutelage.setup.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "claims-lm.json"
 PAGE = ROOT / "docs" / "results" / "claims-lm.md"
+CHOOSING = ("random-10", "soft_or-20", "gap-20", "opsa-20")
+"""Arms whose choices are recorded before and after training."""
 FACTS = ("task", "num_texts", "minutes", "parameters", "test")
 """What the JSON keeps of the cards of a pair."""
 
@@ -55,7 +58,9 @@ def main() -> None:
     results = read(given.result)
     for other in given.merge:
         merge(results, read(other))
-    if given.pair is not None:
+    if given.pair is not None and given.choices:
+        record_choices(results, given)
+    elif given.pair is not None:
         run(results, given)
     write(given.result, results)
     write_atomically(given.page_file, page(results))
@@ -75,6 +80,7 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--minutes", type=float, default=float("inf"), help="then no more cells")
     options.add_argument("--list", action="store_true", help="name the cells that are left")
     options.add_argument("--any-source", action="store_true", help="keep cells of other code")
+    options.add_argument("--choices", action="store_true", help="record which tokens rules keep")
     options.add_argument("--merge", type=Path, nargs="*", default=[])
     options.add_argument("--page", action="store_true", help="nothing but the page (as no --pair)")
     options.add_argument("--result", type=Path, default=RESULT)
@@ -153,6 +159,28 @@ def run(results: dict[str, Any], given: argparse.Namespace) -> None:
             f"measuring {record['measure_s']} s; {len(left) - 1} left",
             flush=True,
         )
+
+
+def record_choices(results: dict[str, Any], given: argparse.Namespace) -> None:
+    """Which tokens rules keep, and how the choices of trained arms move: docs/results/why.md."""
+    pair = _pair(given)
+    scale = SCALES[given.scale or ("cpu" if given.device == "cpu" else "gpu")]
+    place: Place = (pair.task, scale.name, given.device.split(":")[0], pair.digest())
+    rates = rates_of(tuned(results["cells"], place))
+    found = {
+        cell.arm: cell
+        for cell in cells(scale, pair.task, rates)
+        if cell.seed == scale.seeds[0] and cell.loss in ("exact", "own") and cell.arm in CHOOSING
+    }
+    if not found:
+        raise SystemExit("No learning rate is tuned yet. Run the cells of `tune` first.")
+    results["choices"] = results.get("choices", {}) | {
+        pair.task: {
+            "num_prompts": CHOICE_PROMPTS,
+            "seed": scale.seeds[0],
+            "arms": choices_of(list(found.values()), pair, given.device),
+        }
+    }
 
 
 def name_of(machine: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "soft_or-20": ("selection.rule=soft_or", "selection.keep=0.2"),
     "gap-20": ("selection.rule=probability_gap", "selection.keep=0.2"),
     "opsa-20": ("selection.rule=lowest_logprob", "selection.keep=0.2", "objective.kind=opsa"),
+    # Its sampled advantages are recomputed with each step's student, as Semi-OPD's are.
     "stored": ("selection.rule=all", "rollouts.source=stored"),
     "random-20": ("selection.rule=random", "selection.keep=0.2"),
     "gap-40": ("selection.rule=probability_gap", "selection.keep=0.4"),
@@ -191,7 +192,8 @@ def overrides(arm: str, loss: str) -> tuple[str, ...]:
     """Settings of an arm under a loss; an arm of its own loss has its objective already."""
     if arm in OWN_LOSS:
         return ARMS[arm]
-    return (*ARMS[arm], *(EOPD if arm == "eopd" else LOSSES)[loss])
+    recomputed = ("objective.old_logprobs=step",) if (arm, loss) == ("stored", "sampled") else ()
+    return (*ARMS[arm], *(EOPD if arm == "eopd" else LOSSES)[loss], *recomputed)
 
 
 def loss_of(arm: str, loss: str) -> str:

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from claims_choices import choices, own_choice
 from claims_lm_design import BASELINES, OTHER_TOKENS, SCALES, Cell, Pair, Scale, config_of, source
 from claims_work import digest
 from tutelage.config.rollouts import LiveRollouts
@@ -25,6 +26,7 @@ from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
 from tutelage.data.batch import micro_batches
 from tutelage.data.prompts import load_prompts
+from tutelage.data.tasks import Task
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import DataError
 from tutelage.evaluation.benchmark import Benchmark, generate_with, run_benchmark
@@ -39,6 +41,8 @@ from tutelage.train.stored.fill import Fill, store_of
 
 _EVALUATION_SEED = 424242
 _OTHER_BATCH = 8
+CHOICE_PROMPTS = 96
+"""Problems whose completions' tokens the rules choose from."""
 DIGITS = 4
 """Decimals that are kept of the figures of a problem."""
 
@@ -48,15 +52,11 @@ Values = dict[str, list[float]]
 def do(cell: Cell, pair: Pair, device: str) -> dict[str, Any]:
     """The record of one cell as plain JSON values; a pure function of cell, pair and device."""
     start = time.perf_counter()
-    config = config_of(cell, pair, device)
-    loaded = _loaded(pair, device)
-    student = copy.deepcopy(loaded.student)
-    sampler = TransformersSampler(student.model, loaded.tokenizer, config.sampling_batch_size)
-    components = replace(loaded, student=student, sampler=sampler)
+    components, config = fresh(cell, pair, device)
     if cell.arm == "teacher":
         components.student.model = copy.deepcopy(components.teacher.model)
     learned = {} if cell.arm in BASELINES else learn(components, config)
-    sampler.close()
+    components.sampler.close()
     trained = time.perf_counter()
     values = measure(components, pair, cell)
     means = {name: fmean(found) for name, found in values.items() if found}
@@ -66,6 +66,52 @@ def do(cell: Cell, pair: Pair, device: str) -> dict[str, Any]:
     seconds = {name: round(value, 1) for name, value in seconds.items()}
     identity = {"key": cell.key(pair, device), "source": source(), **asdict(cell)}
     return {**identity, **learned, **means, "weights": weights, "problems": problems, **seconds}
+
+
+def choices_of(cells: Sequence[Cell], pair: Pair, device: str) -> dict[str, Any]:
+    """Which tokens the rules keep of the untrained student's completions, and how arms' own
+    choices move with training; as `claims_choices` has them for the embedded tasks."""
+    start = replace(cells[0], kind="arm", arm="all")
+    found = {"start": choices(*_choosing(start, pair, device), CHOICE_PROMPTS)}
+    for cell in cells:
+        components, config = _choosing(cell, pair, device)
+        before = own_choice(components, config, CHOICE_PROMPTS)
+        learn(components, config)
+        found[cell.arm] = {
+            "before": before,
+            "after": own_choice(components, config, CHOICE_PROMPTS),
+        }
+        components.sampler.close()
+    return found
+
+
+def _choosing(cell: Cell, pair: Pair, device: str) -> tuple[Components, Config]:
+    """An untouched student with the problems that rates are tuned on as its held-out prompts."""
+    components, config = fresh(cell, pair, device)
+    problems = problems_of(replace(cell, kind="tune"), pair)
+    return replace(components, task=_Problems(components.task, problems)), config
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """A task whose held-out prompts are given."""
+
+    task: Task
+    problems: tuple[Prompt, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def held_out(self, num_prompts: int, seed: int = 0) -> list[Prompt]:
+        return list(self.problems[:num_prompts])
+
+
+def fresh(cell: Cell, pair: Pair, device: str) -> tuple[Components, Config]:
+    """Models of a pair, the student an untouched copy, and the run of a cell."""
+    config, loaded = config_of(cell, pair, device), _loaded(pair, device)
+    student = copy.deepcopy(loaded.student)
+    sampler = TransformersSampler(student.model, loaded.tokenizer, config.sampling_batch_size)
+    return replace(loaded, student=student, sampler=sampler), config
 
 
 @cache

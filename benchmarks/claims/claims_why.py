@@ -16,9 +16,10 @@ INTRODUCTION = """\
 # By what the rules win or lose
 
 Which tokens the rules keep of the same completions of one seed: {prompts} held-out prompts,
-completed by the student before training. Generated from `benchmarks/results/claims-{name}.json` by
-`python benchmarks/claims/claims.py --page`; do not edit it. Who wins is on [the page of the
-claims](claims.md); the formulas are in [the equations](../equations.md).
+completed by the student before training. Generated from `benchmarks/results/claims-{name}.json`
+and, of the real model, `claims-lm.json` by `python benchmarks/claims/claims.py --page`; do not edit
+it. Who wins is on [the page of the claims](claims.md) and [that of the real model](claims-lm.md);
+the formulas are in [the equations](../equations.md).
 
 * **KL, gradient**: share of all tokens' reverse KL, and of the norms of their logit gradients
   (of the exact reverse KL), that lies on the kept ones.
@@ -27,8 +28,13 @@ claims](claims.md); the formulas are in [the equations](../equations.md).
   same by the text of the token before; (start) is the start of the completion."""
 
 
-def why_page(results: dict[str, Any]) -> str:
-    """The whole page as Markdown."""
+def why_page(results: dict[str, Any], of_models: Mapping[str, Any] | None = None) -> str:
+    """The whole page as Markdown.
+
+    Args:
+        results: of the embedded tasks.
+        of_models: what the JSON of claims_lm.py holds of choices, by task.
+    """
     design = results["design"]
     parts = [
         INTRODUCTION.format(
@@ -41,6 +47,17 @@ def why_page(results: dict[str, Any]) -> str:
         trained = {c["arm"]: c["choices"] for c in cells if c["arm"] != "start"}
         parts += [
             f"## Setting `{setting}`",
+            _kept(start),
+            _overlap(start["overlap"]),
+            _moved(trained),
+        ]
+    for task, found in (of_models or {}).items():
+        trained = {arm: found["arms"][arm] for arm in found["arms"] if arm != "start"}
+        start = found["arms"]["start"]
+        parts += [
+            f"## SmolLM2-135M, `{task}`",
+            f"{found['num_prompts']} problems that no arm is judged on, seed {found['seed']}, "
+            "exact loss (`opsa-20` trains without a teacher).",
             _kept(start),
             _overlap(start["overlap"]),
             _moved(trained),

@@ -16,6 +16,7 @@ import claims_lm
 import claims_lm_design as design
 import claims_lm_published
 import claims_lm_rules
+from claims_choices import COMPARED_RULES
 from claims_lm_design import SCALES, Cell, Pair, cells, tuning_cells
 from claims_lm_page import page
 from claims_lm_table import controls, judge, places, power, rates_of, tables, tuned
@@ -100,6 +101,22 @@ def test_cells_continue_where_they_stopped(
     assert last["sizes"]["cpu"]["num_steps"] == TINY.num_steps
     for one in second:
         assert last["environments"][one["environment"]]["versions"]["torch"] == torch.__version__
+    kept = run("--choices")
+    assert kept["cells"] == second
+    arms = kept["choices"]["stories"]["arms"]
+    assert set(arms) == {"start", "gap-20"}
+    assert set(arms["start"]["rules"]) == {*COMPARED_RULES}
+    assert arms["gap-20"]["before"] != arms["gap-20"]["after"]
+    assert arms["gap-20"]["before"]["texts"] == arms["start"]["rules"]["probability_gap"]["texts"]
+
+
+def test_choices_wait_for_a_learning_rate(
+    tiny: None, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--pair", str(pair.folder), "--result", str(tmp_path / "none.json"), "--choices"]
+    monkeypatch.setattr("sys.argv", ["claims_lm.py", *given])
+    with pytest.raises(SystemExit, match="No learning rate"):
+        claims_lm.main()
 
 
 def test_a_cell_is_a_pure_function(tiny: None, pair: Pair) -> None:

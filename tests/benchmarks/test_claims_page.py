@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from claims_records import BRIEF, RATE, all_records, level
+from claims_records import BRIEF, RATE, all_records, level, made_up_choices
 from scipy import stats
 
 import claims
@@ -100,6 +100,17 @@ def test_the_page_of_choices_names_what_rules_prefer(results: dict[str, Any]) ->
     assert "| `7` 2.0 · `↵` 0.5 · `a¦` 0.5 | `(start)` 1.0 · `7` 1.0 |" in line
     assert "| `soft_or-20+sampled` | 20 % | 25 % → 50 % | 40 % → 40 % | 100 % |" in made
     assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
+
+
+def test_the_page_of_choices_has_the_real_model_too(results: dict[str, Any]) -> None:
+    cell = Cell("arm", "overconfident", "start", 1, RATE, 1, 1)
+    arms = {"start": made_up_choices(cell), "gap-20": made_up_choices(replace(cell, arm="gap-20"))}
+    found = {"stories": {"num_prompts": 96, "seed": 1, "arms": arms}}
+    made = why_page(results, found)
+    assert made.startswith(why_page(results).rstrip("\n"))
+    _, _, there = made.partition("## SmolLM2-135M, `stories`")
+    assert "96 problems" in there
+    assert "| `gap-20` | 20 % | 25 % → 50 % |" in there
 
 
 def test_the_quick_page_says_that_it_is_no_evidence(results: dict[str, Any]) -> None:
