@@ -11,6 +11,7 @@ is restarted when an input takes longer than a minute.
 from __future__ import annotations
 
 import argparse
+import copy
 import heapq
 import json
 import os
@@ -291,7 +292,7 @@ def report(watch: Watch, contestant: str, limit_s: float) -> dict[str, object]:
         "python": platform.python_version(),
         "limit_s": limit_s,
         **{
-            name: dict(value) if isinstance(value, Counter) else value
+            name: copy.copy(value)  # what this watch still hears after its report is not in it
             for name, value in vars(watch).items()
             if not name.startswith("_")
         },

@@ -146,6 +146,44 @@ def error_table(parts: dict[str, Any]) -> Iterator[str]:
         yield table(["", "value", "gradient of hidden states", "gradient of the head"], rows)
 
 
+def correctness_lines(parts: dict[str, Any]) -> Iterator[str]:
+    """What was compared on the card, beside times."""
+    lines = []
+    if worst := parts.get("objective_correctness", {}).get("worst"):
+        found = parts["objective_correctness"]
+        lines.append(
+            f"Objective, {found['cases']} cases: largest relative distance of a gradient "
+            f"{worst['float32']:.1e} in float32 and {worst['bfloat16']:.1e} in bfloat16, of a "
+            f"statistic {worst['statistics']:.1e}; {len(found['bad'])} beyond their limits."
+        )
+    if (same := parts.get("objective_determinism", {}).get("same_bits")) is not None:
+        lines.append(f"The same objective twice: {'the same' if same else 'other'} bits.")
+    small = [x for x in parts.get("rollout_correctness_small", {}).values() if isinstance(x, dict)]
+    if small:
+        whole, first = (min(x[n] for x in small) for n in ("same completions", "same first tokens"))
+        lines.append(
+            f"Rollouts of a small model in float32 against the model's own forward pass, "
+            f"{len(small)} ways to sample: at least {100 * whole:.0f} % of the completions are the "
+            f"same, and {100 * first:.0f} % of their first tokens."
+        )
+    large = parts.get("rollout_correctness_large", {})
+    if against := large.get("against the own step"):
+        ours, own = (large[f"log-prob gaps to float32, {n} step"] for n in ("captured", "own"))
+        error = large["step against the model's own"]["largest of the rows"]
+        lines.append(
+            "Rollouts of 1.7B random weights in bfloat16: "
+            f"{100 * against['same completions']:.0f} % of the completions are those of the "
+            f"model's own forward pass, and {100 * against['same first tokens']:.0f} % of the "
+            f"first tokens, since either rounds in its own way (one step's hidden states differ by "
+            f"{100 * error:.1f} %). Log-probabilities of sampled tokens differ from float32's by "
+            f"{ours['mean']:.3f} nats (own: {own['mean']:.3f}), at most {ours['largest']:.2f} "
+            f"({own['largest']:.2f})."
+        )
+    if lines:
+        yield "### Correctness on this card\n"
+        yield "\n".join(f"- {line}" for line in lines) + "\n"
+
+
 def draw_table(parts: dict[str, Any]) -> Iterator[str]:
     """Rollouts against `generate` and against reading weights and cache once."""
     rows: Table = []
@@ -310,9 +348,9 @@ def failure_lines(parts: dict[str, Any]) -> Iterator[str]:
 
 
 SECTIONS = (
-    shape_tables, rule_table, kernel_table, error_table, draw_table, step_table, learn_table,
-    tip_table, recipe_table, embedded_line,
-)  # fmt: skip
+    *(shape_tables, rule_table, kernel_table, error_table, correctness_lines, draw_table),
+    *(step_table, learn_table, tip_table, recipe_table, embedded_line),
+)
 
 
 def gpu(results: Path) -> Iterator[str]:

@@ -57,6 +57,26 @@ def test_memory_tables_and_pauses_are_shown_where_there_are_results(tmp_path: Pa
     assert "compiled nothing before, 1.7B from 4B, takes 9.5 s" in text
 
 
+def test_what_was_compared_is_said_whatever_it_showed(tmp_path: Path) -> None:
+    gaps = {"mean": 0.25, "largest": 1.5, "bias": 0.0}
+    large = {
+        "against the own step": {"same completions": 0.0, "same first tokens": 0.5},
+        "step against the model's own": {"largest of the rows": 0.125},
+        "log-prob gaps to float32, captured step": gaps,
+        "log-prob gaps to float32, own step": gaps | {"mean": 0.5},
+    }
+    text = section(
+        tmp_path,
+        objective_determinism={"same_bits": False},
+        rollout_correctness_small={"greedy": {"same completions": 0.75, "same first tokens": 1.0}},
+        rollout_correctness_large=large,
+    )
+    assert "The same objective twice: other bits" in text
+    assert "at least 75 % of the completions are the same" in text
+    assert "0 % of the completions are those of the model's own forward pass, and 50 %" in text
+    assert "by 0.250 nats (own: 0.500), at most 1.50 (1.50)" in text
+
+
 def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
     text = section(tmp_path, tip_memory={"failed": "exit status 1", "output": ["a", "b"]})
     assert "47 %" not in text

@@ -45,9 +45,11 @@ def test_the_harness_sees_exceptions_and_executions() -> None:
     assert watch.audit_events["compile"] == 2
     assert ("compile", repr(("1 == 1", ""))) in watch.offences
     assert ("SyntaxError", repr(("1 == ", ""))) in watch.offences
-    assert json.loads(json.dumps(report(watch, "evaluated", 5.0)))["exceptions"] == {
-        "SyntaxError": 1
-    }
+    told, heard = report(watch, "evaluated", 5.0), len(watch.offences)
+    assert json.loads(json.dumps(told))["exceptions"] == {"SyntaxError": 1}
+    compile("2", "later", "eval")
+    assert len(watch.offences) > heard  # an audit hook stays, but what was reported does not change
+    assert len(told["offences"]) == heard
 
 
 def test_the_harness_names_the_input_and_the_event_of_a_blocked_action(
