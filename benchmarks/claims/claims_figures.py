@@ -19,6 +19,7 @@ INK, GRID = "#3d4248", "#e3e5e8"
 LOOKS = {
     "supported": ("#009E73", "o"),
     "not supported": ("#E69F00", "s"),
+    "cannot tell": ("#999999", "D"),
     "contradicted here": ("#D55E00", "X"),
 }
 RULE_LOOKS = {
