@@ -18,7 +18,6 @@ import itertools
 import json
 import multiprocessing
 import random
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +28,7 @@ import torch
 from claims_markdown import signed, table
 from claims_statistics import mean_interval
 from claims_verdicts import Comparison, overall
-from claims_work import digest, learn
+from claims_work import digest, learn, with_own_student
 from tutelage.config.parse import load_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
@@ -92,7 +91,7 @@ def do(cell: tuple[str, int, float]) -> dict[str, Any]:
     arm, seed, rate = cell
     torch.set_num_threads(1)
     config = config_of(arm, seed, rate)
-    components = replace(_loaded(), student=copy.deepcopy(_loaded().student))
+    components = with_own_student(_loaded(), config)
     if arm == "teacher":
         components.student.model = copy.deepcopy(components.teacher.model)
     learned = learn(components, config) if arm in ARMS else {}

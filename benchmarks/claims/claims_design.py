@@ -191,7 +191,7 @@ _REPEATED = ("all", "random-20", "soft_or-20", "probability_gap-20")
 
 FULL = Design(
     name="full",
-    seeds=(1, 2, 3, 4, 5, 6, 7, 8),
+    seeds=(1, 2, 3, 4, 5),
     num_problems=48,
     num_probe_tokens=150,
     num_choice_prompts=48,
@@ -200,13 +200,12 @@ FULL = Design(
         "overconfident": (*_REPEATED, *(f"{arm}+sampled" for arm in _REPEATED)),
         "collapsed": ("all", "eopd", "all+sampled", "eopd+sampled"),
     },
-    sensitivity_seeds=(1, 2, 3, 4, 5),
+    sensitivity_seeds=(1, 2, 3),
     choice_settings=("overconfident", "coins"),
     controls=(
-        Controls("scarce", ("all", "all+sampled", "random-10"), 80),
-        Controls("coins", ("all", "random-20"), 40),
+        Controls("scarce", ("all", "all+sampled", "random-10"), 100),
+        Controls("coins", ("all", "random-20"), 50),
     ),
-    num_seeds={"coins": 5, "coins-small": 5},
 )
 
 QUICK = Design(

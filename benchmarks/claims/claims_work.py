@@ -68,8 +68,14 @@ def _loaded(student: str) -> Components:
 
 def fresh(cell: Cell) -> Components:
     """The models of a cell's setting, the student an untouched copy."""
-    components = _loaded(cell.setting)
-    return replace(components, student=copy.deepcopy(components.student))
+    return with_own_student(_loaded(cell.setting), config_of(cell))
+
+
+def with_own_student(loaded: Components, config: Config) -> Components:
+    """The same with a copy of the student, which its sampler samples from."""
+    student = copy.deepcopy(loaded.student)
+    sampler = TransformersSampler(student.model, loaded.tokenizer, config.sampling_batch_size)
+    return replace(loaded, student=student, sampler=sampler)
 
 
 def learn_and_measure(cell: Cell) -> dict[str, Any]:

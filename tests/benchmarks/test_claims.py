@@ -122,6 +122,20 @@ def test_arms_start_alike_and_the_same_cell_gives_the_same_numbers() -> None:
     assert faster["weights"] != records["all"]["weights"]
 
 
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("loss", ["", "+sampled"])
+def test_live_rollouts_are_the_trained_students_and_stored_ones_the_initial_ones(loss: str) -> None:
+    """With one step the two are the same; afterwards the student that samples has changed."""
+    live, stored = (
+        Cell("arm", "overconfident", f"{arm}{loss}", 7, 1e-2, 2) for arm in ("all", "stored")
+    )
+    assert do(live)["weights"] != do(stored)["weights"]
+    claims_design.SETTINGS["overconfident"] = replace(
+        claims_design.SETTINGS["overconfident"], num_steps=1
+    )
+    assert do(live)["weights"] == do(stored)["weights"]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("arm", [arm for arm in FULL.arms["overconfident"] if arm not in BASELINES])
