@@ -34,9 +34,11 @@ CAVEATS = """\
   picked from the tables afterwards has no such protection.
 * **The rules of the verdicts were fixed before the runs**, in
   `benchmarks/claims/claims_rules.py` and `claims_verdicts.py`; their history and the commit below
-  show it. *Cannot tell*, the choice of the rate in `collapsed` and intervals that are at least
-  those of a t-test over seeds came in after a first run had been cut off and discarded, of which
-  the learning rates and the all-token arms had been seen."""
+  show it. They were last changed after a first run had been cut off and discarded, of which the
+  learning rates and the all-token arms had been seen: *cannot tell*, the choice of the rate in
+  `collapsed`, and intervals that are at least those of a t-test over seeds. A whole run by these
+  rules followed, all of whose arms had stored rollouts by a fault of the harness; it was discarded
+  as well, and led to no change of a rule."""
 
 METHOD = """\
 ## How it was measured
