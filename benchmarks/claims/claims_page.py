@@ -140,8 +140,8 @@ def _against(claims: dict[str, Any], earlier: dict[str, Any]) -> str:
         "benchmark and not a part of the repository; P1 to P5 are what they had measured on the "
         f"ledger task. {_against_notes(claims)}\n\n"
         f"Against this project's own verdicts of {earlier['date']} (commit `{earlier['commit']}`; "
-        "five seeds, eight where claims rested on them; one rate for both losses; by a fault of the "
-        "harness every arm had stored rollouts):\n\n"
+        "five seeds, eight where claims rested on them; one rate for both losses; by a fault of "
+        "the harness every arm had stored rollouts):\n\n"
         f"{said}"
     )
 
