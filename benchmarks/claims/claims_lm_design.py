@@ -155,7 +155,8 @@ def source() -> str:
     """A short hash of the code that cells run."""
     here = Path(__file__).parent
     code = [file for file in sources() if file.suffix == ".py" and file.parent != here]
-    return digest_of([here / "claims_lm_work.py", *code])
+    own = [here / f"claims_{name}.py" for name in ("choices", "probe", "work", "lm_work")]
+    return digest_of([*own, *code])
 
 
 def overrides_of(cell: Cell) -> tuple[str, ...]:

@@ -8,20 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from claims_choices import choices, own_choice
 from claims_lm_design import BASELINES, OTHER_TOKENS, SCALES, Cell, Pair, Scale, config_of, source
-from claims_work import digest
-from tutelage.config.rollouts import LiveRollouts
+from claims_work import digest, stepping, with_own_student
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
 from tutelage.data.batch import micro_batches
@@ -34,10 +30,6 @@ from tutelage.grading.number import grade_number
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components, build_components
-from tutelage.setup.phases import no_phases
-from tutelage.train.optimizer import learning_rate
-from tutelage.train.step import Step
-from tutelage.train.stored.fill import Fill, store_of
 
 _EVALUATION_SEED = 424242
 _OTHER_BATCH = 8
@@ -108,10 +100,8 @@ class _Problems:
 
 def fresh(cell: Cell, pair: Pair, device: str) -> tuple[Components, Config]:
     """Models of a pair, the student an untouched copy, and the run of a cell."""
-    config, loaded = config_of(cell, pair, device), _loaded(pair, device)
-    student = copy.deepcopy(loaded.student)
-    sampler = TransformersSampler(student.model, loaded.tokenizer, config.sampling_batch_size)
-    return replace(loaded, student=student, sampler=sampler), config
+    config = config_of(cell, pair, device)
+    return with_own_student(_loaded(pair, device), config), config
 
 
 @cache
@@ -124,24 +114,8 @@ def _loaded(pair: Pair, device: str) -> Components:
 
 def learn(components: Components, config: Config) -> dict[str, Any]:
     """Take all steps of a run and sum up what they trained on."""
-    optimizer = torch.optim.AdamW(
-        components.student.parameters(),
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    accelerator = Accelerator(cpu=components.device.type == "cpu")
-    with TemporaryDirectory() as folder:
-        store = store_of(config, Path(folder), {})
-        step = Step(config, components, accelerator, components.student, optimizer, store=store)
-        if not isinstance(config.rollouts, LiveRollouts) and store is not None:
-            fill = Fill(step, store, lambda: False, lambda line: None, no_phases)
-            fill.begin(1)
-            fill.run()
-        records = []
-        for number in range(1, config.num_steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, number, config.num_steps)
-            records.append(step.take(number))
+    with stepping(components, config) as take:
+        records = [take(number) for number in range(1, config.num_steps + 1)]
     return {
         "tokens_trained": sum(r["num_kept"] for r in records),
         "tokens_sampled": sum(r["num_rows"] for r in records),

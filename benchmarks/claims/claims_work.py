@@ -28,10 +28,10 @@ from tutelage.config.selection import AllTokens
 from tutelage.data.types import Prompt
 from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.rollout.sampler import TransformersSampler
-from tutelage.setup.components import Components, build_components
+from tutelage.setup.components import Components, build_components, make_sampler, masters_of
 from tutelage.setup.phases import no_phases
 from tutelage.train.metrics import HIGH_ENTROPY_NATS
-from tutelage.train.optimizer import learning_rate
+from tutelage.train.optimizer import build_optimizer, learning_rate
 from tutelage.train.step import Step
 from tutelage.train.stored.fill import Fill, store_of
 
@@ -72,10 +72,10 @@ def fresh(cell: Cell) -> Components:
 
 
 def with_own_student(loaded: Components, config: Config) -> Components:
-    """The same with a copy of the student, which its sampler samples from."""
+    """The same with a copy of the student, its masters, and a sampler that samples from it."""
     student = copy.deepcopy(loaded.student)
-    sampler = TransformersSampler(student.model, loaded.tokenizer, config.sampling_batch_size)
-    return replace(loaded, student=student, sampler=sampler)
+    sampler = make_sampler(config, student.plain, loaded.tokenizer, loaded.verifiers)
+    return replace(loaded, student=student, masters=masters_of(config, student), sampler=sampler)
 
 
 def learn_and_measure(cell: Cell) -> dict[str, Any]:
@@ -101,17 +101,8 @@ def learn_and_measure(cell: Cell) -> dict[str, Any]:
 
 def learn(components: Components, config: Config) -> dict[str, float]:
     """Take all steps of a run and sum up what they trained on."""
-    optimizer = torch.optim.AdamW(
-        components.student.parameters(),
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        weight_decay=config.optimizer.weight_decay,
-    )
-    records = []
-    with stepping(components, config, optimizer) as stepper:
-        for step in range(1, config.num_steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, config.num_steps)
-            records.append(stepper.take(step))
+    with stepping(components, config) as take:
+        records = [take(step) for step in range(1, config.num_steps + 1)]
     return {"tokens_trained": sum(r["num_kept"] for r in records), **_of_teacher(records)}
 
 
@@ -132,19 +123,28 @@ def _of_teacher(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 @contextmanager
-def stepping(
-    components: Components, config: Config, optimizer: torch.optim.Optimizer
-) -> Iterator[Step]:
-    """Takes the steps of a run; rollouts that it stores lie in a folder that goes afterwards."""
+def stepping(components: Components, config: Config) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """Takes the steps of a run with optimizer, rates and stored rollouts as `tutelage train` does.
+
+    What it stores lies in a folder that goes afterwards.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        student, masters = components.student, components.masters
+        optimizer = build_optimizer(config.optimizer, student, masters, Path(folder))
         store = store_of(config, Path(folder), {})
-        accelerator = Accelerator(cpu=True)
-        stepper = Step(config, components, accelerator, components.student, optimizer, store=store)
+        accelerator = Accelerator(cpu=components.device.type == "cpu")
+        stepper = Step(config, components, accelerator, student, optimizer, store=store)
         if store is not None:
             fill = Fill(stepper, store, lambda: False, lambda _: None, no_phases)
             fill.begin(1)
             fill.run()
-        yield stepper
+
+        def take(step: int) -> dict[str, Any]:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, config.num_steps)
+            return stepper.take(step)
+
+        yield take
 
 
 def measure(

@@ -31,8 +31,11 @@ from claims_design import (
     tuning_cells,
 )
 from claims_probe import probe
-from claims_work import do, fresh
+from claims_work import do, fresh, stepping
+from tutelage.config.evaluation import EvaluationConfig
 from tutelage.config.parse import changed_keys, to_table
+from tutelage.models.load import load_model
+from tutelage.train.loop import train
 
 # --- arms are paired ------------------------------------------------------------------------------
 
@@ -120,6 +123,40 @@ def test_arms_start_alike_and_the_same_cell_gives_the_same_numbers() -> None:
     faster = do(replace(cell, learning_rate=2 * RATE))
     assert faster["training_reverse_kl_first"] == records["all"]["training_reverse_kl_first"]
     assert faster["weights"] != records["all"]["weights"]
+
+
+@pytest.mark.parametrize("arm", ["all", "soft_or-20+sampled", "stored"])
+def test_a_cell_takes_the_steps_that_train_takes(
+    arm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Four steps of the library, by its own loop, and those of the harness: the same numbers."""
+    brief = replace(claims_design.SETTINGS["scarce"], prompts_per_step=4)
+    monkeypatch.setitem(claims_design.SETTINGS, "scarce", brief)
+    cell = Cell("arm", "scarce", arm, 7, 1e-3, 2)
+    quiet = EvaluationConfig(num_problems=0)
+    config = replace(config_of(cell), out=str(tmp_path), evaluation=quiet, checkpoint_every=0)
+    folder = train(config, "run", log=lambda _: None).folder
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    names = ("loss", "grad_norm", "reverse_kl_nats", "num_kept")
+    expected = [[json.loads(line)[name] for name in names] for line in lines]
+    components = fresh(cell)
+    with stepping(components, config_of(cell)) as take:
+        records = [take(step) for step in (1, 2, 3, 4)]
+    found = [[one[name] for name in names] for one in records]
+    assert found == expected
+    trained = load_model(str(folder / "student"))
+    pairs = zip(trained.parameters(), components.student.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    assert all(weight.grad is None for weight in components.student.parameters())
+
+
+def test_a_student_whose_masters_or_sampler_are_anothers_takes_no_step() -> None:
+    cell = Cell("arm", "scarce", "all", 7, 1e-3, 2)
+    whole, other = fresh(cell), fresh(cell)
+    for changes in ({"masters": other.masters}, {"sampler": other.sampler}):
+        mixed, config = replace(whole, **changes), config_of(cell)
+        with pytest.raises(ValueError, match="another student"), stepping(mixed, config):
+            pass
 
 
 @pytest.mark.usefixtures("short")

@@ -287,7 +287,8 @@ def row_terms(
         objective: the configured one.
         stats: statistics of the K rows before the step.
         tokens: sampled ids `[K]`.
-        old_logprobs: log-probabilities of those ids `[K]`, nats, by the weights that sampled them.
+        old_logprobs: log-probabilities of those ids `[K]`, nats, by the weights that the objective
+            compares with; see `uses_sampler_logprobs`.
         weights: loss weights `[K]`.
         gate: how far the forward KL is switched on `[K]`, of EOPD and TrOPD.
     """
