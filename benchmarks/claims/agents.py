@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
+from claims_design import digest_of, sources
 from claims_markdown import signed, table
 from claims_statistics import mean_interval
 from claims_verdicts import Comparison, overall
 from claims_work import digest, learn, with_own_student
-from tutelage.config.parse import load_config
+from tutelage.config.parse import fingerprint, load_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
 from tutelage.evaluation.benchmark import Benchmark, generate_with, run_benchmark
@@ -58,6 +59,11 @@ TUNING_SEEDS = (101, 102)
 NUM_STEPS, PROMPTS_PER_STEP = 10, 12
 NUM_PROBLEMS, NUM_SAMPLES = 48, 4
 CLAIM = "On an agentic task, Q3 at 20 % of the tokens surpasses all tokens and every other arm."
+STORED = (
+    "**By a fault of the harness the completions of all steps were those of the untrained "
+    "student**, in every arm: this is about stored rollouts. It has been mended; the cells have "
+    "not been run again."
+)
 _EVALUATION_SEED = 424242
 
 
@@ -124,7 +130,13 @@ def _by_problem(values: list[float]) -> list[float]:
 
 
 def key(cell: tuple[str, int, float]) -> str:
-    return "/".join(map(str, cell))
+    """A cell under its configuration and the code that it runs."""
+    return "/".join([*map(str, cell), fingerprint(config_of(*cell)), _source()])
+
+
+@cache
+def _source() -> str:
+    return digest_of([Path(__file__), *sources()])
 
 
 def run(cells: list[tuple[str, int, float]], jobs: int) -> dict[str, dict[str, Any]]:
@@ -135,7 +147,8 @@ def run(cells: list[tuple[str, int, float]], jobs: int) -> dict[str, dict[str, A
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for record in pool.imap_unordered(do, left):
             with WORK.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                name = key((record["arm"], record["seed"], record["rate"]))
+                file.write(json.dumps({"key": name, **record}) + "\n")
             print(f"{record['arm']} {record['seed']} {record['rate']}: {fmean(record['success'])}")
     done = _finished()
     return {key(cell): done[key(cell)] for cell in cells}
@@ -147,7 +160,7 @@ def _finished() -> dict[str, dict[str, Any]]:
     found = {}
     for line in WORK.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        found[key((record["arm"], record["seed"], record["rate"]))] = record
+        found[record.pop("key")] = record
     return found
 
 
@@ -222,6 +235,7 @@ def page(result: dict[str, Any]) -> str:
             table(["comparison, points", "difference", "verdict", "reading"], compared),
             "## Success of every arm",
             table(["arm", "tokens trained", "KL kept %", "success %", "low", "high"], rows),
+            *([] if result.get("rollouts") == "live" else [STORED]),
             *_equal_arms(result["cells"]),
             f"{design['num_steps']} steps of {design['prompts_per_step']} conversations, learning "
             f"rate {result['rate']:g} (tuned on all tokens by the "
@@ -296,7 +310,7 @@ def main() -> None:
             "grid": GRID,
         }
         found = {"design": design, "rate": rate, **judged(records)}
-        result = {**found, **environment(), "cells": records}
+        result = {**found, "rollouts": "live", **environment(), "cells": records}
     write_atomically(RESULT, json.dumps(result, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RESULT.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
     print(PAGE)

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from claims_lm_design import SCALES, cells, is_current, tuning_cells
-from claims_lm_published import against
+from claims_lm_published import WITHDRAWN, against
 from claims_lm_rules import ARMS, CLAIMS, LOSSES, METRICS
 from claims_lm_table import (
     Place,
@@ -56,9 +56,10 @@ def page(results: dict[str, Any]) -> str:
         "is generated from `benchmarks/results/claims-lm.json` by "
         "`python benchmarks/claims/claims_lm.py --page`; do not edit it. Arms, differences and the "
         "rules of the verdicts were committed before the first cell (`claims_lm_rules.py`). Two "
-        "things were changed after the cells had been run, and made the verdicts stricter: the "
-        "intervals, of which the t-interval over the seeds became a part because the bootstrap of "
-        "three seeds is too narrow, and the rule *cannot tell* below.",
+        "things were changed since, and make the verdicts stricter: the intervals, of which the "
+        "t-interval over the seeds became a part because the bootstrap of three seeds is too "
+        "narrow, and the rule *cannot tell*.",
+        WITHDRAWN,
         _missing(results),
         _verdicts(judged),
         _cannot_tell(found),

@@ -136,9 +136,8 @@ def _against(claims: dict[str, Any], earlier: dict[str, Any]) -> str:
     return (
         "## Against what was published\n\n"
         f"{table(['', 'who says so', 'here'], rows)}\n\n"
-        "METHODS.md are this project's notes of papers and prototypes, written before the "
-        "benchmark and not a part of the repository; P1 to P5 are what they had measured on the "
-        f"ledger task. {_against_notes(claims)}\n\n"
+        "P1 to P5 are what this project's own notes (METHODS.md, not published) had measured on "
+        f"the ledger task before this benchmark. {_against_notes(claims)}\n\n"
         f"Against this project's own verdicts of {earlier['date']} (commit `{earlier['commit']}`; "
         "five seeds, eight where claims rested on them; one rate for both losses; by a fault of "
         "the harness every arm had stored rollouts):\n\n"

@@ -107,7 +107,7 @@ def _lower(settings: tuple[str, ...], a: str, b: str, metric: str) -> Difference
 
 _TIP, _EOPD = "TIP (arXiv 2604.14084)", "EOPD (arXiv 2603.07079)"
 _DIAL = "DIAL-OPD (arXiv 2610.11659)"
-_NOTES = "This project's notes from before the benchmark, METHODS.md"
+_NOTES = "This project's own notes (METHODS.md, unpublished)"
 
 CLAIMS: dict[str, Claim] = {
     "T1": Claim(

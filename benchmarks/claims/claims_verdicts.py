@@ -145,7 +145,11 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
         return "supported"
     if "contradicted here" in found and "supported" not in found:
         return "contradicted here"
-    return "cannot tell" if found <= {"supported", "cannot tell"} else "not supported"
+    return (
+        "cannot tell"
+        if "cannot tell" in found and found <= {"supported", "cannot tell"}
+        else "not supported"
+    )
 
 
 def compare(table: Table, d: Difference) -> Comparison:

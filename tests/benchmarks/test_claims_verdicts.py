@@ -89,6 +89,7 @@ def test_a_better_difference_is_never_judged_worse(
         (["supported", "contradicted here"], "not supported"),
         (["not supported", "contradicted here"], "contradicted here"),
         (["not supported"], "not supported"),
+        ([], "not supported"),
         (["supported", "cannot tell"], "cannot tell"),
         (["not supported", "cannot tell"], "not supported"),
         (["contradicted here", "cannot tell"], "contradicted here"),

@@ -26,7 +26,7 @@ from tutelage.data.types import Rollout
 from tutelage.models import sharding as models_sharding
 from tutelage.models.sharding import SMALL_BYTES, gathered_parts, is_shard, sharding_mesh
 from tutelage.models.student import Student, trained_names
-from tutelage.setup.components import Components, build_components, masters_of
+from tutelage.setup.components import Components, build_components, make_sampler, masters_of
 from tutelage.train.optimizer import build_optimizer
 from tutelage.train.step import Step
 
@@ -89,7 +89,10 @@ def in_float64(config: Config, sharding: str) -> Components:
     if sharding != "none":
         mesh = sharding_mesh(torch.device("cpu"), 2 * (sharding == "hsdp"))
     student = Student(model, components.student.vocab_size, mesh)
-    return replace(components, student=student, masters=masters_of(config, student))
+    sampler = make_sampler(config, student.plain, components.tokenizer, None)
+    return replace(
+        components, student=student, masters=masters_of(config, student), sampler=sampler
+    )
 
 
 def of_all(components: Components, parts: Sequence[Tensor]) -> dict[str, Tensor]:
