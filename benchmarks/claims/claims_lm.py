@@ -111,6 +111,8 @@ def merge(results: dict[str, Any], other: dict[str, Any]) -> None:
     """Take over what another machine measured; of one cell that of `other`."""
     for name in ("pairs", "sizes", "environments"):
         results[name] |= other[name]
+    if found := results.get("choices", {}) | other.get("choices", {}):
+        results["choices"] = found
     for record in other["cells"]:
         keep(results, record)
 
@@ -166,7 +168,7 @@ def record_choices(results: dict[str, Any], given: argparse.Namespace) -> None:
     pair = _pair(given)
     scale = SCALES[given.scale or ("cpu" if given.device == "cpu" else "gpu")]
     place: Place = (pair.task, scale.name, given.device.split(":")[0], pair.digest())
-    rates = rates_of(tuned(results["cells"], place))
+    rates = rates_of(tuned(_known(results, given), place))
     found = {
         cell.arm: cell
         for cell in cells(scale, pair.task, rates)
@@ -174,13 +176,28 @@ def record_choices(results: dict[str, Any], given: argparse.Namespace) -> None:
     }
     if not found:
         raise SystemExit("No learning rate is tuned yet. Run the cells of `tune` first.")
+    machine = environment()
+    results["environments"][name := name_of(machine)] = machine
     results["choices"] = results.get("choices", {}) | {
-        pair.task: {
+        "/".join(place): {
+            "task": pair.task,
             "num_prompts": CHOICE_PROMPTS,
             "seed": scale.seeds[0],
+            "rates": rates,
+            "source": source(),
+            "environment": name,
             "arms": choices_of(list(found.values()), pair, given.device),
         }
     }
+
+
+def _known(results: dict[str, Any], given: argparse.Namespace) -> list[Record]:
+    """Cells of the present configuration and, unless any will do, of the present code."""
+    return [
+        record
+        for record in results["cells"]
+        if (given.any_source or record["source"] == source()) and is_current(record)
+    ]
 
 
 def name_of(machine: dict[str, Any]) -> str:
@@ -212,11 +229,7 @@ def todo(
 
     A cell of another configuration is not there, and chooses no learning rate.
     """
-    known = [
-        record
-        for record in results["cells"]
-        if (given.any_source or record["source"] == source()) and is_current(record)
-    ]
+    known = _known(results, given)
     done = {record["key"] for record in known}
     place: Place = (pair.task, scale.name, given.device.split(":")[0], pair.digest())
     rates = rates_of(tuned(known, place))

@@ -33,7 +33,7 @@ def why_page(results: dict[str, Any], of_models: Mapping[str, Any] | None = None
 
     Args:
         results: of the embedded tasks.
-        of_models: what the JSON of claims_lm.py holds of choices, by task.
+        of_models: what the JSON of claims_lm.py holds of choices, by task, size, device and pair.
     """
     design = results["design"]
     parts = [
@@ -51,11 +51,11 @@ def why_page(results: dict[str, Any], of_models: Mapping[str, Any] | None = None
             _overlap(start["overlap"]),
             _moved(trained),
         ]
-    for task, found in (of_models or {}).items():
+    for found in (of_models or {}).values():
         trained = {arm: found["arms"][arm] for arm in found["arms"] if arm != "start"}
         start = found["arms"]["start"]
         parts += [
-            f"## SmolLM2-135M, `{task}`",
+            f"## SmolLM2-135M, `{found['task']}`",
             f"{found['num_prompts']} problems that no arm is judged on, seed {found['seed']}, "
             "exact loss (`opsa-20` trains without a teacher).",
             _kept(start),

@@ -103,7 +103,13 @@ def test_cells_continue_where_they_stopped(
         assert last["environments"][one["environment"]]["versions"]["torch"] == torch.__version__
     kept = run("--choices")
     assert kept["cells"] == second
-    arms = kept["choices"]["stories"]["arms"]
+    ((place, chosen_tokens),) = kept["choices"].items()
+    assert place.startswith("stories/cpu/cpu/")
+    assert chosen_tokens["source"] == claims_lm.source()
+    merged = {"pairs": {}, "sizes": {}, "environments": {}, "cells": []}
+    claims_lm.merge(merged, kept)
+    assert merged["choices"] == kept["choices"]
+    arms = chosen_tokens["arms"]
     assert set(arms) == {"start", "gap-20"}
     assert set(arms["start"]["rules"]) == {*COMPARED_RULES}
     assert arms["gap-20"]["before"] != arms["gap-20"]["after"]

@@ -105,7 +105,7 @@ def test_the_page_of_choices_names_what_rules_prefer(results: dict[str, Any]) ->
 def test_the_page_of_choices_has_the_real_model_too(results: dict[str, Any]) -> None:
     cell = Cell("arm", "overconfident", "start", 1, RATE, 1, 1)
     arms = {"start": made_up_choices(cell), "gap-20": made_up_choices(replace(cell, arm="gap-20"))}
-    found = {"stories": {"num_prompts": 96, "seed": 1, "arms": arms}}
+    found = {"stories/cpu": {"task": "stories", "num_prompts": 96, "seed": 1, "arms": arms}}
     made = why_page(results, found)
     assert made.startswith(why_page(results).rstrip("\n"))
     _, _, there = made.partition("## SmolLM2-135M, `stories`")
