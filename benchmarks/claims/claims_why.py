@@ -92,7 +92,7 @@ def _overlap(overlap: dict[str, dict[str, float]]) -> str:
     return (
         "### How far the rules agree\n\n"
         "Percent of the tokens that the rule of the row keeps which the rule of the column keeps "
-        f"too, at 20 %; the column of `random` is chance.\n\n"
+        f"too, at 20 %; the column of `random` is chance. {_most_alike(overlap)}\n\n"
         f"{table(['', *(f'`{rule}`' for rule in overlap)], rows)}"
     )
 

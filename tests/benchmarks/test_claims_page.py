@@ -98,6 +98,7 @@ def test_the_page_of_choices_names_what_rules_prefer(results: dict[str, Any]) ->
     made = why_page(json.loads(json.dumps(results)))
     line = next(line for line in made.splitlines() if line.startswith("| `soft_or` | 20 %"))
     assert "| `7` 2.0 · `↵` 0.5 · `a¦` 0.5 | `(start)` 1.0 · `7` 1.0 |" in line
+    assert "agree most (30 %)" in made
     assert "| `soft_or-20+sampled` | 20 % | 25 % → 50 % | 40 % → 40 % | 100 % |" in made
     assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
 
