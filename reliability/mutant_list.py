@@ -222,7 +222,7 @@ MUTANTS: dict[str, Group] = {
             ("triu(1 - window)", "triu(-window)"),
             ("else _window_mask(query, sliding_window)", "else None"),
             (" and n not in _KNOWN", " and False"),
-            ("x.repeat_interleave(share, dim=1)", "x.repeat(1, share, 1)"),
+            ("enable_gqa=query.shape[1] != key.shape[1]", "enable_gqa=False"),
             ("is_causal=window is None or window >= q.shape[2]", "is_causal=False"),
             ("not is_llama_like(model) or not", "not"),
         ],

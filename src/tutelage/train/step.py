@@ -20,7 +20,6 @@ from tutelage.models.lora import learning
 from tutelage.models.tokenizers import pad_id
 from tutelage.rollout.replica_sampler import ReplicaSampler
 from tutelage.rollout.request import RolloutRequest, earlier_samples
-from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components, agent_of
 from tutelage.setup.objective import (
     culprit,
@@ -59,17 +58,6 @@ from tutelage.train.stored.states import states_of
 from tutelage.train.stored.store import Store
 from tutelage.train.update import Updater, UpdateResult
 
-
-def _require_one_student(components: Components) -> None:
-    """Masters, whose gradients each update clears, and sampler have to be the student's own."""
-    own = {id(weight) for weight in components.student.parameters()}
-    if any(id(weight) not in own for weight in components.masters.weights):
-        raise ValueError("the masters are of another student: use masters_of(config, student)")
-    sampler = components.sampler
-    if isinstance(sampler, TransformersSampler) and sampler.model is not components.student.plain:
-        raise ValueError("the sampler samples from another student: give it student.plain")
-
-
 _DROPOUT_SEED = 2
 """Keeps the random numbers of dropout apart from those of sampling and selection."""
 
@@ -87,7 +75,6 @@ class Step:
         stop: Stop | None = None,
         store: Store | None = None,
     ) -> None:
-        _require_one_student(components)
         self.stop = Stop() if stop is None else stop  # one that is not set yet counts as false
         self.config = config
         self.components = components

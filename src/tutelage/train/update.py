@@ -16,6 +16,7 @@ from tutelage.errors import RunError
 from tutelage.models.device import give_back
 from tutelage.models.sharding import norm_over_parts
 from tutelage.models.student import trained_names
+from tutelage.rollout.sampler import TransformersSampler
 from tutelage.setup.components import Components
 from tutelage.setup.objective import (
     needed_extras,
@@ -50,6 +51,20 @@ class UpdateResult:
     """Micro-batches cut in two for want of memory."""
 
 
+def require_one_student(components: Components) -> None:
+    """Masters, whose gradients an update clears, and sampler have to be the student's own.
+
+    Raises:
+        ValueError: they are of another one, such as that of which it is a copy.
+    """
+    own = {id(weight) for weight in components.student.parameters()}
+    if any(id(weight) not in own for weight in components.masters.weights):
+        raise ValueError("the masters are of another student: use masters_of(config, student)")
+    sampler = components.sampler
+    if isinstance(sampler, TransformersSampler) and sampler.model is not components.student.plain:
+        raise ValueError("the sampler samples from another student than the one that trains")
+
+
 class Updater:
     """Applies the updates of a step to the student."""
 
@@ -62,6 +77,7 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         stop: Stop,
     ) -> None:
+        require_one_student(components)
         self.config = config
         self.components = components
         self.ranks = ranks
