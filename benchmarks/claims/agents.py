@@ -160,7 +160,8 @@ def _finished() -> dict[str, dict[str, Any]]:
     found = {}
     for line in WORK.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        found[record.pop("key")] = record
+        if name := record.pop("key", None):  # lines of earlier code have none
+            found[name] = record
     return found
 
 
