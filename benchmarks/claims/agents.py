@@ -158,7 +158,9 @@ def _finished() -> dict[str, dict[str, Any]]:
     if not WORK.exists():
         return {}
     found = {}
-    for line in WORK.read_text(encoding="utf-8").splitlines():
+    for line in WORK.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("}\n"):  # torn by an interruption
+            continue
         record = json.loads(line)
         if name := record.pop("key", None):  # lines of earlier code have none
             found[name] = record

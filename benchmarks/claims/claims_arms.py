@@ -116,8 +116,7 @@ def random_arm(arm: str) -> str | None:
 
     `extreme_advantage` has none: it keeps two tokens of a completion, whatever its length.
     """
-    body, plus, loss = arm.partition("+")
-    rule, _, percent = body.rpartition("-")
-    control = f"random-{percent}{plus}{loss}"
+    rule, _, percent = arm.partition("+")[0].rpartition("-")
+    control = f"random-{percent}" + "+sampled" * (loss_of(arm) == "sampled")
     has_control = rule not in ("random", "extreme_advantage") and control in ARMS
     return control if has_control else None

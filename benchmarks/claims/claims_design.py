@@ -25,8 +25,8 @@ Q3_CUTS_NATS = (0.5, 0.5)
 """Entropy and divergence at which the quadrants are cut; most tokens here have neither."""
 GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 """Learning rates tried on the all-token arm of every setting and kind of loss."""
-TUNING_SEEDS = (101, 102)
-"""Not among the seeds of the comparison."""
+TUNING_SEEDS = (101, 102, 103, 104, 105)
+"""Not among the seeds of the comparison; a setting takes the first of them."""
 SENSITIVITY_FACTORS = (0.5, 2.0)
 """Multiples of a setting's learning rate at which some of its arms are run again."""
 CONTROL_SEEDS = 1000
@@ -69,6 +69,7 @@ class Setting:
     task: TaskOfSetting = LEDGER
     tuned_by: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
     """The divergence whose minimum chooses the learning rate."""
+    num_tuning_seeds: int = 2
 
     @property
     def num_rollouts(self) -> int:
@@ -83,7 +84,8 @@ SETTINGS = {
         # Too few steps and prompts for pass@8 to reach 1: what is left to learn stays visible.
         Setting("scarce", "ledger-overconfident", prompts_per_step=8, num_steps=4),
         # Its reverse KL is low from the start and no rate lowers it: variety is what it lacks.
-        Setting("collapsed", "ledger-collapsed", 12, 12, tuned_by="forward_kl"),
+        # At high rates some seeds lose their accuracy and others do not.
+        Setting("collapsed", "ledger-collapsed", 12, 12, LEDGER, "forward_kl", num_tuning_seeds=5),
         # No damaged copy. Completions are short: more of them make as many tokens a step.
         Setting("coins", "coins-student", prompts_per_step=32, num_steps=24, task=COINS),
         Setting("coins-small", "coins-small", prompts_per_step=32, num_steps=24, task=COINS),
@@ -231,7 +233,7 @@ def tuning_cells(design: Design) -> list[Cell]:
         for setting, arms in design.arms.items()
         for loss in losses_of(arms)
         for rate in GRID
-        for seed in TUNING_SEEDS
+        for seed in TUNING_SEEDS[: SETTINGS[setting].num_tuning_seeds]
     ]
 
 

@@ -108,13 +108,22 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def merge(results: dict[str, Any], other: dict[str, Any]) -> None:
-    """Take over what another machine measured; of one cell that of `other`."""
+    """Take over what another machine measured; of one cell that of `other`.
+
+    A cell that the present code and configuration made stays where that of `other` is not so.
+    """
     for name in ("pairs", "sizes", "environments"):
         results[name] |= other[name]
     if found := results.get("choices", {}) | other.get("choices", {}):
         results["choices"] = found
+    present = {_identity(r) for r in results["cells"] if _is_present(r)}
     for record in other["cells"]:
-        keep(results, record)
+        if _identity(record) not in present or _is_present(record):
+            keep(results, record)
+
+
+def _is_present(record: Record) -> bool:
+    return record["source"] == source() and is_current(record)
 
 
 def keep(results: dict[str, Any], record: Record) -> None:

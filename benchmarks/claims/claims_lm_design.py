@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from claims_design import digest_of, sources
 from claims_lm_rules import ARMS, CONTROLS, LOSSES, MINIMUM, OWN_LOSS, loss_of, overrides
 from tutelage.config.parse import fingerprint, load_config
@@ -152,11 +155,11 @@ def is_current(record: Mapping[str, Any]) -> bool:
 
 @cache
 def source() -> str:
-    """A short hash of the code that cells run."""
+    """A short hash of the code and the library versions that cells are made with."""
     here = Path(__file__).parent
     code = [file for file in sources() if file.suffix == ".py" and file.parent != here]
     own = [here / f"claims_{name}.py" for name in ("choices", "probe", "work", "lm_work")]
-    return digest_of([*own, *code])
+    return digest_of([*own, *code], " ".join((torch.__version__, transformers.__version__)))
 
 
 def overrides_of(cell: Cell) -> tuple[str, ...]:

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from claims_lm_design import CONTROL_OFFSET, SCALES, Scale
 from claims_lm_rules import CLAIMS, CONTROLS, LOSSES, METRICS, Difference, loss_of
-from claims_statistics import T_QUANTILES, mean_interval
+from claims_statistics import mean_interval
 from claims_verdicts import TESTS, Comparison, obstacle, overall
 from tutelage.evaluation.metrics import Interval
 
 Record = dict[str, Any]
 
+T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 T80 = {2: 1.376, 3: 1.061, 4: 0.978, 5: 0.941, 6: 0.920, 7: 0.906, 8: 0.896}
-"""80 % quantile of t by number of seeds, for the power of a paired comparison."""
+"""97.5 and 80 % quantiles of t by number of seeds, for the power of a paired comparison."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,11 @@ def judge(table: Table) -> dict[str, dict[str, Any]]:
         parts = [_compare(table, d) for d in claim.differences]
         beside = [part for part in (_compare(table, d) for d in claim.beside) if part]
         whole = [part for part in parts if part is not None]
-        is_whole = len(whole) == len(parts) and all(
-            part.num_seeds == len(table.scale.seeds) for part in whole
+        seeds = len(table.scale.seeds)
+        is_whole = (
+            len(whole) == len(parts)
+            and all(part.num_seeds == seeds for part in whole)
+            and len(table.seeds_of("all", "start")) == seeds  # what there is to lose
         )
         judged[name] = {
             "verdict": overall(part.verdict for part in whole) if is_whole else None,
@@ -236,7 +240,7 @@ def power(table: Table) -> dict[str, Any] | None:
             "num_arms": len(gaps),
             "num_seeds": seeds,
             "paired_sd": sd,
-            "detectable": (T_QUANTILES[seeds] + T80[seeds]) * sd / math.sqrt(seeds),
+            "detectable": (T975[seeds] + T80[seeds]) * sd / math.sqrt(seeds),
             "half_width": median(_half_width(table, arm, metric) for arm in gaps),
         }
     return found

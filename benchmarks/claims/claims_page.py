@@ -210,7 +210,8 @@ def _controls(found: Sequence[dict[str, Any]] | None) -> str:
         "arm alone, that number divided by the number of arms). The two sides of a comparison have "
         "different prompts and samples, so that their differences vary more than those of paired "
         "arms: the last column, how often *matches* would be supported, is the power for a true "
-        "match without pairing.\n\n" + "\n\n".join(parts)
+        "match without pairing. An arm differs from itself in no problem, two arms may: of other "
+        "problems, comparisons of two arms can be wrong more often.\n\n" + "\n\n".join(parts)
     )
 
 

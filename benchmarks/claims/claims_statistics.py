@@ -13,10 +13,6 @@ from tutelage.evaluation.metrics import Interval, mean_difference
 
 NUM_RESAMPLES = 4000
 LEVEL = 0.95
-T_QUANTILES = dict(
-    enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), start=2)
-)
-"""Half-width of a 95 % t-interval in standard errors, by number of seeds."""
 
 
 def mean_interval(values: Tensor) -> Interval:

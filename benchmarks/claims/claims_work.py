@@ -25,6 +25,8 @@ from claims_probe import bias, oscillation, probe, score
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
 from tutelage.config.selection import AllTokens
+from tutelage.data.tasks import Task
+from tutelage.data.tasks.coins import parse_purchase
 from tutelage.data.types import Prompt
 from tutelage.evaluation.benchmark import Benchmark, Result, generate_with, run_benchmark
 from tutelage.rollout.sampler import TransformersSampler
@@ -40,6 +42,8 @@ NUM_SAMPLES = 8
 _EVALUATION_SEED = 424242
 _SAMPLES_SCORED = 2
 """Completions per problem whose tokens are compared with the teacher's distribution."""
+_SEARCHED = 8
+"""Held-out prompts drawn for every problem that is wanted."""
 _EVALUATION_BATCH = 512
 """Completions decoded at a time; with 1,024 the processor's caches overflow."""
 
@@ -156,7 +160,7 @@ def measure(
     """
     sampler = TransformersSampler(components.student.model, components.tokenizer, _EVALUATION_BATCH)
     sampling = SamplingConfig(num_samples=NUM_SAMPLES)
-    problems = tuple(components.task.held_out(num_problems, seed=int(is_tuning)))
+    problems = problems_of(components.task, num_problems, is_tuning)
     result = run_benchmark(
         Benchmark(
             components.task.name, problems, components.task.grade, config.sampling.max_new_tokens
@@ -165,6 +169,33 @@ def measure(
         NUM_SAMPLES,
     )
     return {**graded(result, START.get(config.data.kind)), **compared(components, result)}
+
+
+def problems_of(task: Task, num_problems: int, is_tuning: bool) -> tuple[Prompt, ...]:
+    """Held-out problems: those that arms are judged on, or others to tune rates on.
+
+    No two that arms are judged on ask the same thing, and none that rates are tuned on asks what
+    one of them does; these may repeat one another, as the coins task holds few purchases out.
+
+    Raises:
+        ValueError: the task holds out too few different problems.
+    """
+    judged: dict[str, Prompt] = {}
+    for prompt in task.held_out(_SEARCHED * num_problems):
+        if len(judged) < num_problems:
+            judged.setdefault(asked(prompt), prompt)
+    found = list(judged.values())
+    if is_tuning:
+        others = task.held_out(_SEARCHED * num_problems, seed=1)
+        found = [prompt for prompt in others if asked(prompt) not in judged][:num_problems]
+    if len(found) < num_problems:
+        raise ValueError(f"{task.name} holds out {len(found)} such problems, not {num_problems}.")
+    return tuple(found)
+
+
+def asked(prompt: Prompt) -> str:
+    """What a prompt asks, whatever its sentences."""
+    return str(parse_purchase(prompt) or prompt.content)
 
 
 def graded(result: Result, has_start: HasStart | None = None) -> dict[str, list[float]]:

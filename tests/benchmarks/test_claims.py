@@ -23,6 +23,7 @@ from claims_design import (
     LIMIT_CORE_MINUTES,
     QUICK,
     SETTINGS,
+    TUNING_SEEDS,
     Cell,
     Design,
     cells,
@@ -31,9 +32,12 @@ from claims_design import (
     tuning_cells,
 )
 from claims_probe import probe
-from claims_work import do, fresh, stepping
+from claims_work import asked, do, fresh, problems_of, stepping
 from tutelage.config.evaluation import EvaluationConfig
 from tutelage.config.parse import changed_keys, to_table
+from tutelage.data.tasks import Task
+from tutelage.data.tasks.coins import CoinsTask
+from tutelage.data.tasks.ledger import LedgerTask
 from tutelage.models.load import load_model
 from tutelage.train.loop import train
 
@@ -87,6 +91,7 @@ def test_names_of_arms_tell_their_loss_and_control() -> None:
     assert all(arm.name.endswith("+sampled") <= (arm.loss == "sampled") for arm in ARMS.values())
     assert random_arm("soft_or-20+sampled") == "random-20+sampled"
     assert random_arm("q3-10") == "random-10"
+    assert random_arm("opsa-20") == "random-20+sampled"  # an arm of the sampled loss's rate
     assert [random_arm(arm) for arm in ("random-10", "all", "eopd", "stored", "start")] == [
         None
     ] * 5
@@ -228,7 +233,7 @@ def test_a_torn_line_is_done_again_and_finished_cells_are_not(tmp_path: Path) ->
 
 
 def test_every_setting_takes_the_rate_of_the_lowest_divergence_and_the_smaller_of_equals() -> None:
-    """In `collapsed` that of the lowest forward KL which keeps four fifths of the accuracy."""
+    """In `collapsed` that of the lowest forward KL at which every seed keeps its accuracy."""
     best = {("overconfident", "all+sampled"): {2e-3: 0.2, 4e-3: 0.2}}
     both = ("all", "all+sampled")
     design = replace(FULL, arms=dict.fromkeys(("overconfident", "collapsed"), both))
@@ -237,6 +242,7 @@ def test_every_setting_takes_the_rate_of_the_lowest_divergence_and_the_smaller_o
         kl = best.get((c.setting, c.arm), {8e-3: 0.3}).get(c.learning_rate, 0.5)
         is_harmed = c.arm == "all" and c.learning_rate > 1e-3
         figures = {"reverse_kl": kl, "forward_kl": 1 - 100 * c.learning_rate}
+        is_harmed &= c.seed == TUNING_SEEDS[-1] or c.setting != "collapsed"
         records[c.key] = figures | {"mean": 0.79 if is_harmed else 1.0}
     tuning = claims.tuned(records, design)
     assert claims.chosen_rates(tuning) == {
@@ -244,6 +250,19 @@ def test_every_setting_takes_the_rate_of_the_lowest_divergence_and_the_smaller_o
         "collapsed": {"exact": 1e-3, "sampled": 8e-3},
     }
     assert claims.chosen_rates(tuning, 2.0)["overconfident"]["exact"] == 1.6e-2
+
+
+@pytest.mark.parametrize("task", [LedgerTask(), CoinsTask()], ids=lambda task: task.name)
+def test_no_problem_is_asked_twice_nor_are_rates_tuned_on_it(task: Task) -> None:
+    judged, tuned = (problems_of(task, FULL.num_problems, flag) for flag in (False, True))
+    assert len({asked(p) for p in judged}) == len(judged) == len(tuned) == FULL.num_problems
+    assert not {asked(p) for p in judged} & {asked(p) for p in tuned}
+    assert len({p.id for p in (*judged, *tuned)}) == 2 * FULL.num_problems
+
+
+def test_a_task_of_too_few_problems_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"coins holds out 75 such problems, not 76"):
+        problems_of(CoinsTask(), 76, False)
 
 
 def test_a_cell_of_another_source_is_not_taken_up(

@@ -214,7 +214,19 @@ def test_a_cell_of_another_configuration_gives_way() -> None:
     assert results["cells"] == [elsewhere, new]
 
 
-_KEPT = ("arm", "stories", "cpu", "exact", "all", 1, 1e-3)
+def test_a_merge_takes_no_cell_of_other_code_for_a_present_one() -> None:
+    cell = Cell(*_KEPT)
+    present = {**record(cell, 0.4), "key": cell.key_on("cpu", "pair"), "source": design.source()}
+    mine: dict[str, Any] = {name: {} for name in ("pairs", "sizes", "environments")}
+    mine["cells"] = [present]
+    for other, is_taken in (({**present, "source": "s"}, False), ({**present, "mean": 1}, True)):
+        claims_lm.merge(mine, {**mine, "cells": [other]})
+        assert mine["cells"] == [other if is_taken else present]
+    claims_lm.merge(old := {**mine, "cells": [{**present, "source": "s"}]}, mine)
+    assert old["cells"] == mine["cells"]
+
+
+_KEPT = ("arm", "stories", "cpu", "exact", "all", 1, 2e-5)
 
 
 def test_rates_are_tuned_on_problems_of_their_own(tiny: None, pair: Pair) -> None:
@@ -368,6 +380,11 @@ def test_a_claim_without_all_seeds_is_not_judged() -> None:
     text = page(results_of(found))
     assert "not judged (2 seeds)" in text
     assert "exact gap-20 (1)" in text
+
+
+def test_no_claim_is_judged_where_what_there_is_to_lose_is_not_known() -> None:
+    found = [r for r in records(gap_20=0.5) if (r["arm"], r["seed"]) != ("start", 3)]
+    assert {one["verdict"] for one in judge(tables(found)[0]).values()} == {None}
 
 
 def test_cells_at_other_rates_or_of_other_pairs_are_not_compared() -> None:

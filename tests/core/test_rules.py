@@ -241,6 +241,24 @@ def test_equal_signals_have_equal_ranks() -> None:
     assert found[~known].isnan().all()
 
 
+def test_rounding_does_not_decide_which_influential_token_is_kept() -> None:
+    """One token of 20 is first by its signal, and 2 % have the highest entropy: both score 1."""
+    uniform = torch.rand(5, 400, generator=torch.Generator().manual_seed(3)).double()
+    group = torch.arange(400) // 20
+
+    def kept(noise: float) -> list[int]:
+        entropy, kl = (x * (1 + noise * torch.rand(400).double()) for x in uniform[:2])
+        columns = (entropy, kl, *uniform[2:], -uniform[2])
+        stats = TokenStats(*columns, {"signal_share": uniform[4]})
+        return select_tokens(stats, group, influence(), 0.05).rows.tolist()
+
+    score = 1 - (1 - uniform[0].div(uniform[0].quantile(0.98)).clamp(max=1)) * (1 - uniform[1])
+    first = torch.stack([uniform[4, 20 * i : 20 * i + 20].argmax() + 20 * i for i in range(20)])
+    assert (score == 1).sum() > 4
+    assert 0 < sum(row in first.tolist() for row in kept(0.0)) < 20  # neither kind always
+    assert kept(0.0) == kept(1e-9) == kept(1e-8)
+
+
 @pytest.mark.parametrize("option", ["combine", "usefulness"])
 def test_influence_of_another_kind_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match=rf"{option} must be .*got 'other'"):

@@ -145,6 +145,8 @@ def test_older_completions_are_refused_where_the_numbers_of_their_single_ids_cou
                 ConfigError, match=r"teacher\.stop_token must be map or refuse with"
             ):
                 parse_config(table | {"objective": objective})
+        # what is recomputed with the student of the step is of the class on both sides
+        parse_config(table | {"objective": {"kind": "sampled", "old_logprobs": "step"}})
 
 
 @pytest.mark.parametrize(

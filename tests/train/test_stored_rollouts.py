@@ -192,8 +192,12 @@ def test_what_is_stored_is_sampled_without_hidden_states(
     assert asked == [True, False]
 
 
-def test_a_file_is_learned_from_as_it_is(tiny_models: Path, tmp_path: Path, given: Path) -> None:
-    run(tiny_models, tmp_path / "run", rollouts=STORED | {"path": str(given)})
+@pytest.mark.parametrize("objective", [{}, {"kind": "sampled", "old_logprobs": "step"}])
+def test_a_file_is_learned_from_as_it_is(
+    tiny_models: Path, tmp_path: Path, given: Path, objective: dict[str, Any]
+) -> None:
+    changes = {"objective": objective} if objective else {}
+    run(tiny_models, tmp_path / "run", rollouts=STORED | {"path": str(given)}, **changes)
     lines = (tmp_path / "run/rollouts/step-000001/rollouts.jsonl").read_text().splitlines()
     tokenizer = load_tokenizer(str(tiny_models / "student"))
     end = [tokenizer.eos_token_id]
@@ -374,6 +378,13 @@ def test_keys_that_do_not_fit_are_refused() -> None:
     assert "rollouts.path must be left out" in message(
         objective=sampled, rollouts=STORED | {"path": "x.jsonl"}
     )
+    warm = {"sampling": {"temperature": 0.5}, "rollouts": STORED}
+    assert "sampling.temperature must be 1 with rollouts.source = stored" in message(
+        objective=sampled, **warm
+    )
+    recomputed = {"objective": sampled | {"old_logprobs": "step"}}
+    parse_config(base | recomputed | {"rollouts": STORED | {"path": "x.jsonl"}})
+    parse_config(base | recomputed | warm)
     assert "live or stored with engine.kind = vllm" in message(
         engine={"kind": "vllm"}, rollouts=mixed
     )

@@ -97,7 +97,7 @@ class SampledObjective:
     __pydantic_config__ = STRICT
     kind: Literal["sampled"]
     clip: float = 0.2
-    """ε of the clip, above 0; it binds from the second update of a step on."""
+    """ε of the clip, above 0; binds after a step's first update and where older weights sampled."""
     old_logprobs: Literal["sampler", "step"] = "sampler"
     """Whose log-probabilities advantage and clip use where older weights sampled: theirs, or those
     of the student at the start of the step, so that the advantage is recomputed (Semi-OPD)."""
@@ -164,7 +164,7 @@ class TrOPDObjective:
     k: int = 64
     """Ids of the forward KL, at least 1."""
     clip: float = 0.2
-    """ε of the clip within, above 0; it binds from the second update of a step on."""
+    """ε of the clip within, above 0; binds as that of `sampled` does."""
 
     def __post_init__(self) -> None:
         require(self.k >= 1, "objective.k", "at least 1", self.k, "64 is the paper's.")
@@ -184,8 +184,8 @@ class GRPOObjective:
     scale: Literal["std", "none"] = "std"
     """Divide a prompt's advantages by the standard deviation of its rewards, or leave them."""
     clip_low: float = 0.2
-    """How far a token's probability ratio may fall below 1, in (0, 1]; binds from the second update
-    of a step on."""
+    """How far a token's probability ratio may fall below 1, in (0, 1]; binds after a step's
+    first update and where older weights sampled."""
     clip_high: float = 0.2
     """How far it may rise above 1, above 0; 0.28 is DAPO's."""
     distillation_weight: float = 0.0
@@ -211,7 +211,7 @@ class OPSAObjective:
     __pydantic_config__ = STRICT
     kind: Literal["opsa"]
     clip: float = 0.2
-    """ε of the clip, above 0; it binds from the second update of a step on."""
+    """ε of the clip, above 0; binds after a step's first update and where older weights sampled."""
 
     def __post_init__(self) -> None:
         require(self.clip > 0, "objective.clip", "above 0", self.clip, "0.2 is usual.")
@@ -233,7 +233,14 @@ ObjectiveConfig: TypeAlias = Annotated[
 
 
 def needs_sampler(objective: ObjectiveConfig) -> bool:
-    """Whether an objective compares the student with what sampled, by their log-probabilities."""
+    """Whether an objective compares the student with the weights that sampled older rollouts."""
+    return is_clipped(objective) and not (
+        isinstance(objective, SampledObjective) and objective.old_logprobs == "step"
+    )
+
+
+def is_clipped(objective: ObjectiveConfig) -> bool:
+    """Whether an objective has a clipped ratio of the sampled token's probabilities."""
     if isinstance(objective, EOPDObjective):
         return objective.estimator == "sampled"
     kinds = (SampledObjective, TrOPDObjective, GRPOObjective, OPSAObjective)

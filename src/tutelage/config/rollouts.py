@@ -136,6 +136,11 @@ def require_rollouts(config: Config) -> None:
     rule = f"left out with objective.kind = {config.objective.kind}"
     hint = "Its ratio needs the log-probabilities of what sampled, which a file lacks."
     require(not is_ratio, "rollouts.path", rule, rollouts.path, hint)
+    temperature = config.sampling.temperature
+    is_warm = needs_sampler(config.objective) and temperature != 1
+    rule = f"1 with {key} = {name} and objective.kind = {config.objective.kind}"
+    hint = "Its ratio is to probabilities at temperature 1."
+    require(not is_warm, "sampling.temperature", rule, temperature, hint)
     if stores_teacher(rollouts):
         _require_teacher_states(config)
 

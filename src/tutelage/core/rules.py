@@ -66,6 +66,9 @@ class Context:
 
 Score = Callable[[TokenStats, Context], Tensor]
 
+_OF_EQUALS = 2.0**-40
+"""Weight of what decides between rows whose score is equal but for it."""
+
 
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise, increasing in numbers uniform on (0, 1)."""
@@ -77,10 +80,13 @@ def _entropy_hat(stats: TokenStats, context: Context) -> Tensor:
 
 
 def soft_or(stats: TokenStats, context: Context) -> Tensor:
-    """ĥ + δ̂ − ĥδ̂: high where the student's entropy is high, or the KL, or both."""
+    """ĥ + δ̂ − ĥδ̂: high where the student's entropy is high, or the KL, or both.
+
+    Written so that it is exactly 1 wherever ĥ or δ̂ is: rounding must not rank equal rows.
+    """
     h = _entropy_hat(stats, context)
     d = _normalize(stats.reverse_kl.double(), context.normalization, is_entropy=False)
-    return h + d - h * d
+    return 1 - (1 - h) * (1 - d)
 
 
 def q3(stats: TokenStats, context: Context) -> Tensor:
@@ -182,7 +188,8 @@ def influence(combine: str = "soft_or", usefulness: str = "soft_or") -> Rule:
 
     r is the share of the budget's group whose `signal_share` is below the row's; `combine` is
     "soft_or" r + u − ru, "soft_and" ru, or "none" r alone. u is the score of `usefulness`,
-    "soft_or" or "teachability".
+    "soft_or" or "teachability". r + u − ru is 1 for every row whose r or u is, and at least one row
+    of a group has r = 1; of rows that are equal in it the larger r + u comes first.
 
     Source: IER-OPD (arXiv 2609.24432); of the whole vocabulary, where the paper has top-k ids.
     """
@@ -197,9 +204,15 @@ def influence(combine: str = "soft_or", usefulness: str = "soft_or") -> Rule:
         columns = torch.stack([stats.extras[name].double() for name in extras])
         usable = (stats.is_finite() & torch.isfinite(columns).all(0)).nonzero().squeeze(1)
         r = _share_below(columns[0, usable], context.group[usable])
-        u = torch.zeros_like(r) if useful is None else useful.score(stats[usable], context)
+        u = r if useful is None else useful.score(stats[usable], context)
         found = columns.new_full((len(stats),), torch.nan)
-        found[usable] = r * u if combine == "soft_and" else r + u - r * u
+        match combine:
+            case "none":
+                found[usable] = r
+            case "soft_and":
+                found[usable] = r * u
+            case _:
+                found[usable] = 1 - (1 - r) * (1 - u) + _OF_EQUALS * (r + u)
         return found
 
     return Rule(score, extras, name="influence")

@@ -288,7 +288,7 @@ def row_terms(
         stats: statistics of the K rows before the step.
         tokens: sampled ids `[K]`.
         old_logprobs: log-probabilities of those ids `[K]`, nats, by the weights that the objective
-            compares with; see `uses_sampler_logprobs`.
+            compares with; see `needs_sampler`.
         weights: loss weights `[K]`.
         gate: how far the forward KL is switched on `[K]`, of EOPD and TrOPD.
     """
@@ -320,11 +320,6 @@ def row_terms(
                 base = SampledReverseKL(tokens, old_logprobs, objective.clip)
             return [(base, w), (forward, w * gate * objective.forward_weight)]
     return [(term, w * scale) for term, scale in uniform_terms(objective)]
-
-
-def uses_sampler_logprobs(objective: ObjectiveConfig) -> bool:
-    """Whether rows that older weights sampled are compared with what these gave them."""
-    return not (isinstance(objective, SampledObjective) and objective.old_logprobs == "step")
 
 
 def culprit(config: Config, stats: TokenStats) -> str:

@@ -23,6 +23,7 @@ from tutelage.models.load import DTYPES, file_dtype
 from tutelage.models.reference import resolve_model
 from tutelage.models.tokenizers import stop_ids
 from tutelage.setup.inputs import Inputs, PromptStats, is_aligned
+from tutelage.setup.unused_options import unused_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ def input_warnings(config: Config, inputs: Inputs, prompts: PromptStats) -> Iter
     yield from _turn_warnings(config)
     yield from _optimizer_warnings(config)
     yield from _keep_warnings(config)
+    yield from unused_warnings(config)
     if isinstance(config.data, FileData) and isinstance(inputs.task, FileTask):
         yield from _file_warnings(config, config.data, inputs, inputs.task)
     share = prompts.num_unknown / max(1, prompts.num_tokens)

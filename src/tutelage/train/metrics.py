@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.config.method import EOPDObjective, TrOPDObjective, needs_sampler
+from tutelage.config.method import EOPDObjective, TrOPDObjective, is_clipped
 from tutelage.config.schema import Config
 from tutelage.config.teachers import LogprobServerTeacher
 from tutelage.core import (
@@ -181,7 +181,7 @@ def _conversation_metrics(
 
 def clip_share(config: Config, num_clipped: int, num_rows: int) -> float | None:
     """Share of the trained rows whose PPO clip took effect; None for exact objectives."""
-    return num_clipped / max(num_rows, 1) if needs_sampler(config.objective) else None
+    return num_clipped / max(num_rows, 1) if is_clipped(config.objective) else None
 
 
 def _high_entropy(stats: TokenStats) -> dict[str, float | None]:

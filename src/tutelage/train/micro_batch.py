@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tutelage.config.method import ObjectiveConfig
+from tutelage.config.method import ObjectiveConfig, needs_sampler
 from tutelage.config.schema import Config
 from tutelage.core import TeacherLogits, TokenStats
 from tutelage.core.policy import Sampled
@@ -18,7 +18,7 @@ from tutelage.data.batch import Batch, collate, length_groups, pack, packed_grou
 from tutelage.data.types import Rollout
 from tutelage.models.alignment import AlignedReading
 from tutelage.models.privileged import Reading, pad_id_of, require_same_rows
-from tutelage.setup.objective import row_terms, uniform_terms, uses_sampler_logprobs
+from tutelage.setup.objective import row_terms, uniform_terms
 from tutelage.train.distributed import Ranks
 
 
@@ -74,7 +74,7 @@ class MicroBatch:
     ) -> None:
         """The given rows train, each with its weight and gate, `[K]` each."""
         self.rows, self.stats, self.weights, self.gate = rows, stats, weights, gate
-        sampler = self.sampler_logprobs if uses_sampler_logprobs(objective) else None
+        sampler = self.sampler_logprobs if needs_sampler(objective) else None
         old = stats.log_p if sampler is None else sampler[rows].to(stats.log_p)
         self.terms = row_terms(objective, stats, self.batch.tokens[rows], old, weights, gate)
 
