@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from claims_lm_design import SCALES, cells, is_current, tuning_cells
-from claims_lm_published import WITHDRAWN, against
+from claims_lm_published import against, since_the_first
 from claims_lm_rules import ARMS, CLAIMS, LOSSES, METRICS
 from claims_lm_table import (
     Place,
@@ -59,7 +59,7 @@ def page(results: dict[str, Any]) -> str:
         "things were changed since, and make the verdicts stricter: the intervals, of which the "
         "t-interval over the seeds became a part because the bootstrap of three seeds is too "
         "narrow, and the rule *cannot tell*.",
-        WITHDRAWN,
+        since_the_first(judged),
         _missing(results),
         _verdicts(judged),
         _cannot_tell(found),
