@@ -7,7 +7,7 @@ from typing import Any
 
 from claims_controls import PROMISED
 from claims_markdown import difference, percent, signed, table, unsigned
-from claims_text import CAVEATS, CUT, METHOD, SETTINGS
+from claims_text import CAVEATS, CUT, METHOD, SETTINGS, SINCE
 from claims_verdicts import RESOLUTION
 
 COLUMNS = (
@@ -59,9 +59,10 @@ def _caveats(results: dict[str, Any]) -> str:
     figures = [figures for arms in results["arms"].values() for figures in arms.values()]
     listed = sum(name in figures for figures in figures for name in ("minus_all", "minus_random"))
     resolution = f"{100 * RESOLUTION['points']:.0f} points or {RESOLUTION['nats']:g} nats"
-    return CAVEATS.format(
+    general = CAVEATS.format(
         judged=judged, listed=listed, expected=round(judged / 20), resolution=resolution
     )
+    return f"{general.rstrip()}\n{SINCE.get(results['source'], '')}".rstrip()
 
 
 def _introduction(results: dict[str, Any]) -> str:
