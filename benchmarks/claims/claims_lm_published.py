@@ -46,7 +46,8 @@ def since_the_first(judged: dict[str, Any]) -> str:
     told = []
     for (name, loss), before in WITHDRAWN.items():
         now = judged.get(f"stories, {loss} loss (cpu)", {}).get(name, {}).get("verdict")
-        told.append(f"{name} with the {loss} loss was {before} and is now {now or 'not judged'}")
+        now = "the same again" if now == before else f"now {now or 'not judged'}"
+        told.append(f"{name} with the {loss} loss was *{before}*, {now}")
     return (
         "The trained cells of this page's first version (commit `d3eca31`) were withdrawn and have "
         "been run again: by a fault of the harness gradients were summed over the steps of a cell, "
