@@ -59,11 +59,6 @@ TUNING_SEEDS = (101, 102)
 NUM_STEPS, PROMPTS_PER_STEP = 10, 12
 NUM_PROBLEMS, NUM_SAMPLES = 48, 4
 CLAIM = "On an agentic task, Q3 at 20 % of the tokens surpasses all tokens and every other arm."
-STORED = (
-    "**By a fault of the harness the completions of all steps were those of the untrained "
-    "student**, in every arm: this is about stored rollouts. It has been mended; the cells have "
-    "not been run again."
-)
 _EVALUATION_SEED = 424242
 
 
@@ -238,7 +233,6 @@ def page(result: dict[str, Any]) -> str:
             table(["comparison, points", "difference", "verdict", "reading"], compared),
             "## Success of every arm",
             table(["arm", "tokens trained", "KL kept %", "success %", "low", "high"], rows),
-            *([] if result.get("rollouts") == "live" else [STORED]),
             *_equal_arms(result["cells"]),
             f"{design['num_steps']} steps of {design['prompts_per_step']} conversations, learning "
             f"rate {result['rate']:g} (tuned on all tokens by the "
@@ -313,7 +307,7 @@ def main() -> None:
             "grid": GRID,
         }
         found = {"design": design, "rate": rate, **judged(records)}
-        result = {**found, "rollouts": "live", **environment(), "cells": records}
+        result = {**found, **environment(), "cells": records}
     write_atomically(RESULT, json.dumps(result, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RESULT.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
     print(PAGE)
