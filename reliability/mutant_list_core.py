@@ -159,7 +159,7 @@ CORE_MUTANTS: dict[str, Group] = {
             ("quantile(x, 0.98) if is_clipped", "quantile(x, 0.95) if is_clipped"),
             ('(method == "minmax_p98" and is_entropy)', 'method == "minmax_p98"'),
             ("return _scale(x, finite.min(),", "return _scale(x, x.min(),"),
-            ("return 1 - (1 - h) * (1 - d)", "return h + d"),
+            ("return h + d * (1 - h)", "return h + d"),
             (
                 "return stats.forward_kl.double() * (1 - ",
                 "return stats.reverse_kl.double() * (1 - ",
@@ -170,7 +170,8 @@ CORE_MUTANTS: dict[str, Group] = {
             ("-stats.log_p.double()", "stats.log_p.double()"),
             ("abs() ** (1 - b) * gap**b", "abs() ** b * gap ** (1 - b)"),
             ("-torch.minimum(*ranks)", "-torch.maximum(*ranks)"),
-            ("1 - (1 - r) * (1 - u) + _OF_EQUALS * (r + u)", "r + u"),
+            ("either = r + u * (1 - r)", "either = r + u"),
+            ("torch.where(either == 1, r + u, either)", "either"),
             ("| (place[1:] != place[:-1])", ""),
         ],
     ),

@@ -181,7 +181,7 @@ def scores(
     """The score of every token under a rule of TIP; the highest are kept."""
     h = normalize(entropies, method, True)
     d = normalize(reverse, method, False)
-    soft_or = [1 - (1 - x) * (1 - y) for x, y in zip(h, d, strict=True)]
+    soft_or = [x + y * (1 - x) for x, y in zip(h, d, strict=True)]
     match rule:
         case "all":
             return [0.0 for _ in h]
@@ -243,7 +243,7 @@ def influence_scores(
     for own, u, g in zip(signal, useful, group, strict=True):
         members = [x for x, h in zip(signal, group, strict=True) if h == g]
         r = sum(x < own for x in members) / max(len(members) - 1, 1)
-        either = 1 - (1 - r) * (1 - u) + (r + u) / 2**40  # of equals the larger sum first
+        either = r + u if 1 in (r, u) else 1 - (1 - r) * (1 - u)
         found.append({"none": r, "soft_or": either, "soft_and": r * u}[combine])
     return found
 

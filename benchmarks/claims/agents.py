@@ -29,7 +29,7 @@ from claims_design import digest_of, sources
 from claims_markdown import signed, table
 from claims_statistics import mean_interval
 from claims_verdicts import Comparison, overall
-from claims_work import digest, learn, with_own_student
+from claims_work import digest, end_line, learn, records_of, with_own_student
 from tutelage.config.parse import fingerprint, load_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
@@ -139,6 +139,7 @@ def run(cells: list[tuple[str, int, float]], jobs: int) -> dict[str, dict[str, A
     done = _finished()
     left = [cell for cell in cells if key(cell) not in done]
     WORK.parent.mkdir(parents=True, exist_ok=True)
+    end_line(WORK)
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         for record in pool.imap_unordered(do, left):
             with WORK.open("a", encoding="utf-8") as file:
@@ -153,10 +154,7 @@ def _finished() -> dict[str, dict[str, Any]]:
     if not WORK.exists():
         return {}
     found = {}
-    for line in WORK.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("}\n"):  # torn by an interruption
-            continue
-        record = json.loads(line)
+    for record in records_of(WORK):
         if name := record.pop("key", None):  # lines of earlier code have none
             found[name] = record
     return found

@@ -50,7 +50,7 @@ from claims_design import (
 )
 from claims_table import Record, Table, correlations, summary
 from claims_verdicts import judge, sensitivity
-from claims_work import NUM_SAMPLES, do
+from claims_work import NUM_SAMPLES, do, end_line, records_of
 from tutelage.files.atomic import write_atomically
 from tutelage.setup.run_folder import environment
 
@@ -95,9 +95,7 @@ def finished(path: Path) -> dict[str, Record]:
     """Records of finished cells by key; a line torn by an interruption is left out."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("}\n")]
-    return {record["key"]: record for record in records}
+    return {record["key"]: record for record in records_of(path)}
 
 
 def timed(cell: Cell) -> Record:
@@ -123,6 +121,7 @@ def complete(work: list[Cell], path: Path, num_workers: int) -> dict[str, Record
     if not todo:
         return records
     start = time.monotonic()
+    end_line(path)
     context = multiprocessing.get_context("spawn")
     with context.Pool(num_workers) as pool, path.open("a", encoding="utf-8") as file:
         for number, record in enumerate(pool.imap_unordered(timed, todo), 1):
@@ -143,7 +142,7 @@ def tuned(records: dict[str, Record], design: Design) -> Tuning:
 
     It is the rate with the lowest reverse KL, which that arm descends, on held-out prompts that no
     arm is judged on. In a setting that is tuned by forward KL it is the lowest of that, among the
-    rates that keep four fifths of the grid's best accuracy with every seed.
+    rates whose worst seed keeps four fifths of the accuracy of the grid's best worst seed.
     """
     table: dict[tuple[str, str, float], list[Record]] = {}
     for cell in tuning_cells(design):
@@ -163,7 +162,7 @@ def _best(
         grid[rate] = {m: fmean(r[m] for r in mine) for m in ("reverse_kl", "forward_kl", "mean")}
         grid[rate]["lowest_mean"] = min(record["mean"] for record in mine)
     by = SETTINGS[setting].tuned_by
-    least = LEAST_ACCURACY * max(figures["mean"] for figures in grid.values())
+    least = LEAST_ACCURACY * max(figures["lowest_mean"] for figures in grid.values())
     allowed = [rate for rate in GRID if by == "reverse_kl" or grid[rate]["lowest_mean"] >= least]
     best = min(allowed, key=lambda rate: (grid[rate][by], rate))
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum
 from typing import Any
 
 from claims_markdown import table
@@ -144,7 +145,7 @@ def _moved(trained: Mapping[str, Any]) -> str:
 def _alike(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> float:
     """The overlap of two choices' shares of texts, in [0, 1]."""
     sums = [sum(kept for kept, _ in texts.values()) for texts in (before, after)]
-    return sum(
+    return fsum(  # exact, whatever the order of the texts
         min(before[text][0] / sums[0], after[text][0] / sums[1]) for text in before.keys() & after
     )
 

@@ -32,7 +32,7 @@ from claims_design import (
     tuning_cells,
 )
 from claims_probe import probe
-from claims_work import asked, do, fresh, problems_of, stepping
+from claims_work import asked, do, end_line, fresh, problems_of, stepping
 from tutelage.config.evaluation import EvaluationConfig
 from tutelage.config.parse import changed_keys, to_table
 from tutelage.data.tasks import Task
@@ -230,6 +230,10 @@ def test_a_torn_line_is_done_again_and_finished_cells_are_not(tmp_path: Path) ->
     assert set(claims.complete(work, path, num_workers=0)) == {cell.key for cell in work}
     path.write_text(lines[0] + "\n" + lines[1][:-20], encoding="utf-8")
     assert set(claims.finished(path)) == {work[0].key}
+    end_line(path)
+    with path.open("a", encoding="utf-8") as file:  # what continues begins a line of its own
+        file.write(lines[2] + "\n")
+    assert set(claims.finished(path)) == {work[0].key, work[2].key}
 
 
 def test_every_setting_takes_the_rate_of_the_lowest_divergence_and_the_smaller_of_equals() -> None:

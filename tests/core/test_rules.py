@@ -247,7 +247,10 @@ def test_rounding_does_not_decide_which_influential_token_is_kept() -> None:
     group = torch.arange(400) // 20
 
     def kept(noise: float) -> list[int]:
-        entropy, kl = (x * (1 + noise * torch.rand(400).double()) for x in uniform[:2])
+        draw = torch.Generator().manual_seed(4)
+        entropy, kl = (
+            x * (1 + noise * torch.rand(400, generator=draw).double()) for x in uniform[:2]
+        )
         columns = (entropy, kl, *uniform[2:], -uniform[2])
         stats = TokenStats(*columns, {"signal_share": uniform[4]})
         return select_tokens(stats, group, influence(), 0.05).rows.tolist()
@@ -257,6 +260,24 @@ def test_rounding_does_not_decide_which_influential_token_is_kept() -> None:
     assert (score == 1).sum() > 4
     assert 0 < sum(row in first.tolist() for row in kept(0.0)) < 20  # neither kind always
     assert kept(0.0) == kept(1e-9) == kept(1e-8)
+
+
+def test_of_rows_that_score_one_the_larger_sum_is_first() -> None:
+    """All entropies are clipped to the highest, so every u is 1; signals differ by a millionth."""
+    signal = torch.tensor([0.3, 0.300002, 0.300001], dtype=torch.float64)
+    entropy = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    nothing = torch.zeros(3, dtype=torch.float64)
+    columns = (entropy, nothing, nothing, nothing, nothing, nothing)
+    stats = TokenStats(*columns, {"signal_share": signal})
+    found = importance(stats, influence(), "minmax", group=torch.zeros(3, dtype=torch.long))
+    assert found.tolist() == [0.0, 2.0, 1.5]
+
+
+def test_soft_or_keeps_the_digits_of_small_scores() -> None:
+    small = torch.tensor([0.0, 1e-17, 1.0], dtype=torch.float64)
+    nothing = torch.zeros(3, dtype=torch.float64)
+    stats = TokenStats(small, nothing, small, nothing, nothing, nothing)
+    assert importance(stats, "soft_or", "minmax").tolist() == pytest.approx([0, 2e-17, 1], abs=0)
 
 
 @pytest.mark.parametrize("option", ["combine", "usefulness"])

@@ -100,7 +100,8 @@ class SampledObjective:
     """ε of the clip, above 0; binds after a step's first update and where older weights sampled."""
     old_logprobs: Literal["sampler", "step"] = "sampler"
     """Whose log-probabilities advantage and clip use where older weights sampled: theirs, or those
-    of the student at the start of the step, so that the advantage is recomputed (Semi-OPD)."""
+    of the student at the start of the step, so that the advantage is recomputed (Semi-OPD) and the
+    clip binds after the first update alone."""
 
     def __post_init__(self) -> None:
         require(self.clip > 0, "objective.clip", "above 0", self.clip, "0.2 is usual.")

@@ -66,9 +66,6 @@ class Context:
 
 Score = Callable[[TokenStats, Context], Tensor]
 
-_OF_EQUALS = 2.0**-40
-"""Weight of what decides between rows whose score is equal but for it."""
-
 
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise, increasing in numbers uniform on (0, 1)."""
@@ -82,11 +79,12 @@ def _entropy_hat(stats: TokenStats, context: Context) -> Tensor:
 def soft_or(stats: TokenStats, context: Context) -> Tensor:
     """ĥ + δ̂ − ĥδ̂: high where the student's entropy is high, or the KL, or both.
 
-    Written so that it is exactly 1 wherever ĥ or δ̂ is: rounding must not rank equal rows.
+    Written so that it is exactly 1 wherever ĥ or δ̂ is: rounding must not rank equal rows. Small
+    values keep their digits.
     """
     h = _entropy_hat(stats, context)
     d = _normalize(stats.reverse_kl.double(), context.normalization, is_entropy=False)
-    return 1 - (1 - h) * (1 - d)
+    return h + d * (1 - h)
 
 
 def q3(stats: TokenStats, context: Context) -> Tensor:
@@ -188,8 +186,8 @@ def influence(combine: str = "soft_or", usefulness: str = "soft_or") -> Rule:
 
     r is the share of the budget's group whose `signal_share` is below the row's; `combine` is
     "soft_or" r + u − ru, "soft_and" ru, or "none" r alone. u is the score of `usefulness`,
-    "soft_or" or "teachability". r + u − ru is 1 for every row whose r or u is, and at least one row
-    of a group has r = 1; of rows that are equal in it the larger r + u comes first.
+    "soft_or" or "teachability". r + u − ru is 1 for every row whose r or u is, often more of them
+    than a small budget keeps; these have r + u instead, which is at least 1.
 
     Source: IER-OPD (arXiv 2609.24432); of the whole vocabulary, where the paper has top-k ids.
     """
@@ -212,7 +210,8 @@ def influence(combine: str = "soft_or", usefulness: str = "soft_or") -> Rule:
             case "soft_and":
                 found[usable] = r * u
             case _:
-                found[usable] = 1 - (1 - r) * (1 - u) + _OF_EQUALS * (r + u)
+                either = r + u * (1 - r)
+                found[usable] = torch.where(either == 1, r + u, either)
         return found
 
     return Rule(score, extras, name="influence")

@@ -1,4 +1,4 @@
-"""Warnings of options that are set and have no effect beside the others of their table."""
+"""Warnings of options of a rule or of EOPD that are set and have no effect beside its others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NORMALIZED = ("soft_or", "soft_or_sample", "q3", "bottom")
 
 
 def unused_warnings(config: Config) -> Iterator[str]:
-    """One line for every option of the method that is not at its default and has no effect."""
+    """One line for every such option that is not at its default."""
     for table, settings, found in (
         ("selection", config.selection, _of_selection(config.selection)),
         ("objective", config.objective, _of_objective(config.objective)),
