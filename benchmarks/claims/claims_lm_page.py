@@ -170,8 +170,8 @@ def _cannot_tell(found: Sequence[Table]) -> str:
         "the start, and an arm that gains nothing could pass the same test. *Cannot tell "
         f"(saturated)*: *beats* is not supported, at a pass@k of {100 * SATURATED:g} % or more, "
         f"which leaves no room. Accuracy of all tokens minus that of the start: {told}. The rule "
-        "was added after the cells had been run: D3 with the sampled loss had been given as "
-        "supported, although the gain of that loss was not certain."
+        "was added after the withdrawn cells had been run, before these: D3 with the sampled loss "
+        "had been given as supported, although the gain of that loss was not certain."
     )
 
 
