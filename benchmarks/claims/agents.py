@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
-from claims_design import digest_of, sources
+from claims_design import made_with, sources
+from claims_file import end_line, finished
 from claims_markdown import signed, table
 from claims_statistics import mean_interval
 from claims_verdicts import Comparison, overall
-from claims_work import digest, end_line, learn, records_of, with_own_student
+from claims_work import digest, learn, with_own_student
 from tutelage.config.parse import fingerprint, load_config
 from tutelage.config.sampling import SamplingConfig
 from tutelage.config.schema import Config
@@ -131,7 +132,7 @@ def key(cell: tuple[str, int, float]) -> str:
 
 @cache
 def _source() -> str:
-    return digest_of([Path(__file__), *sources()])
+    return made_with([Path(__file__), *sources()])
 
 
 def run(cells: list[tuple[str, int, float]], jobs: int) -> dict[str, dict[str, Any]]:
@@ -151,13 +152,8 @@ def run(cells: list[tuple[str, int, float]], jobs: int) -> dict[str, dict[str, A
 
 
 def _finished() -> dict[str, dict[str, Any]]:
-    if not WORK.exists():
-        return {}
-    found = {}
-    for record in records_of(WORK):
-        if name := record.pop("key", None):  # lines of earlier code have none
-            found[name] = record
-    return found
+    """Finished cells by key, which is no part of a record."""
+    return {record.pop("key"): record for record in finished(WORK).values()}
 
 
 def tuned(records: dict[str, dict[str, Any]]) -> float:

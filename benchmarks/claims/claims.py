@@ -48,9 +48,10 @@ from claims_design import (
     source,
     tuning_cells,
 )
+from claims_file import end_line, finished
 from claims_table import Record, Table, correlations, summary
 from claims_verdicts import judge, sensitivity
-from claims_work import NUM_SAMPLES, do, end_line, records_of
+from claims_work import NUM_SAMPLES, do
 from tutelage.files.atomic import write_atomically
 from tutelage.setup.run_folder import environment
 
@@ -89,13 +90,6 @@ def page_folder(design: Design) -> Path:
         if design.name == "full"
         else ROOT / "runs" / f"claims-{design.name}"
     )
-
-
-def finished(path: Path) -> dict[str, Record]:
-    """Records of finished cells by key; a line torn by an interruption is left out."""
-    if not path.exists():
-        return {}
-    return {record["key"]: record for record in records_of(path)}
 
 
 def timed(cell: Cell) -> Record:

@@ -167,8 +167,12 @@ class Cell:
 @cache
 def source() -> str:
     """A short hash of the code, the models and the library versions that cells are made with."""
-    versions = " ".join((torch.__version__, transformers.__version__))
-    return digest_of(sources(), versions)
+    return made_with(sources())
+
+
+def made_with(files: Iterable[Path]) -> str:
+    """A short hash of these files and of the library versions."""
+    return digest_of(files, " ".join((torch.__version__, transformers.__version__)))
 
 
 def sources() -> list[Path]:

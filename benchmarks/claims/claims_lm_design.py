@@ -10,10 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from claims_design import digest_of, sources
+from claims_design import digest_of, made_with, sources
 from claims_lm_rules import ARMS, CONTROLS, LOSSES, MINIMUM, OWN_LOSS, loss_of, overrides
 from tutelage.config.parse import fingerprint, load_config
 from tutelage.config.schema import Config
@@ -159,7 +156,7 @@ def source() -> str:
     here = Path(__file__).parent
     code = [file for file in sources() if file.suffix == ".py" and file.parent != here]
     own = [here / f"claims_{name}.py" for name in ("choices", "probe", "work", "lm_work")]
-    return digest_of([*own, *code], " ".join((torch.__version__, transformers.__version__)))
+    return made_with([*own, *code])
 
 
 def overrides_of(cell: Cell) -> tuple[str, ...]:

@@ -268,24 +268,6 @@ def _means(x: Tensor, problem: Tensor, chosen: Tensor, num_problems: int) -> lis
     return means
 
 
-def records_of(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of one a line; lines torn by an interruption are left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def end_line(path: Path) -> None:
-    """End the last line of a file, which an interruption may have torn."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-
-
 def digest(module: torch.nn.Module) -> str:
     """A short hash of all weights: equal means equal to the last bit."""
     hashed = hashlib.blake2b(digest_size=8)

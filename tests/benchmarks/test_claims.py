@@ -31,8 +31,9 @@ from claims_design import (
     losses_of,
     tuning_cells,
 )
+from claims_file import end_line
 from claims_probe import probe
-from claims_work import asked, do, end_line, fresh, problems_of, stepping
+from claims_work import asked, do, fresh, problems_of, stepping
 from tutelage.config.evaluation import EvaluationConfig
 from tutelage.config.parse import changed_keys, to_table
 from tutelage.data.tasks import Task
