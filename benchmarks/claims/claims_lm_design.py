@@ -42,7 +42,17 @@ class Scale:
     """Problems whose first completion is compared with the teacher's distribution."""
     num_other_texts: int
     evaluation_batch: int
+    num_looks: int = 1
+    """How often verdicts were looked at: seeds that are added after verdicts are a further look."""
 
+    @property
+    def level(self) -> float:
+        """Coverage of the intervals: looks share the 5 % of error (Bonferroni)."""
+        return 1 - 0.05 / self.num_looks
+
+
+_OF_THE_DESIGN = ("name", "arms", "seeds", "tuning_seeds", "grid", "num_looks")
+"""Sizes that say which cells there are, not what one of them does."""
 
 SCALES = {
     scale.name: scale
@@ -50,7 +60,7 @@ SCALES = {
         Scale(
             name="cpu",
             arms=MINIMUM,
-            seeds=(1, 2, 3),
+            seeds=(1, 2, 3, 4, 5, 6),  # the last three after the verdicts of the first three
             tuning_seeds=(101,),
             grid=(2e-5, 6e-5, 2e-4),
             num_steps=8,
@@ -61,6 +71,7 @@ SCALES = {
             num_scored=48,
             num_other_texts=16,
             evaluation_batch=200,
+            num_looks=2,
         ),
         Scale(
             name="gpu",
@@ -130,8 +141,10 @@ class Cell:
 
     def key_on(self, kind_of_device: str, digest: str) -> str:
         """`key` from the digest of the pair; the folders of its models are not part of it."""
-        sizes = json.dumps([as_table(SCALES[self.scale]), overrides_of(self)], sort_keys=True)
-        size = hashlib.blake2b(sizes.encode(), digest_size=4).hexdigest()
+        sizes = as_table(SCALES[self.scale])
+        own = {name: size for name, size in sizes.items() if name not in _OF_THE_DESIGN}
+        text = json.dumps([own, overrides_of(self)], sort_keys=True)
+        size = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
         run = fingerprint(_config(self, Path("pair"), kind_of_device))
         return "/".join([self.name, size, run, kind_of_device, digest])
 

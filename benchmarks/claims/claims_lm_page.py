@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from claims_lm_design import SCALES, cells, is_current, tuning_cells
+from claims_lm_design import SCALES, Scale, cells, is_current, tuning_cells
 from claims_lm_published import against, since_the_first
 from claims_lm_rules import ARMS, CLAIMS, LOSSES, METRICS
 from claims_lm_table import (
@@ -58,7 +58,7 @@ def page(results: dict[str, Any]) -> str:
         "rules of the verdicts were committed before the first cell (`claims_lm_rules.py`). Two "
         "things were changed since, and make the verdicts stricter: the intervals, of which the "
         "t-interval over the seeds became a part because the bootstrap of three seeds is too "
-        "narrow, and the rule *cannot tell*.",
+        "narrow, and the rule *cannot tell*. " + _looks(found),
         since_the_first(judged),
         _missing(results),
         _verdicts(judged),
@@ -74,6 +74,21 @@ def page(results: dict[str, Any]) -> str:
         HOW,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _looks(found: Sequence[Table]) -> str:
+    """Seeds that were added after verdicts were known, and the level that pays for it."""
+    again = {one.scale.name: one.scale for one in found if one.scale.num_looks > 1}
+    return " ".join(
+        f"Size `{scale.name}`: seeds were added for all arms after the verdicts of fewer seeds "
+        f"were known, so that verdicts were looked at {scale.num_looks} times. Its intervals, "
+        f"over all seeds, are of {_percent(scale)} and not of 95 % (Bonferroni)."
+        for scale in again.values()
+    )
+
+
+def _percent(scale: Scale) -> str:
+    return f"{100 * scale.level:g} %"
 
 
 def _missing(results: dict[str, Any]) -> str:
@@ -198,8 +213,9 @@ def _power(found: Sequence[Table]) -> str:
     wide = [name for name, width in widths.items() if width > MARGIN]
     text = (
         "*sd*: the standard deviation over seeds of an arm's difference from all tokens, pooled "
-        "over the arms. *Detectable*: the true difference that a 95 % t-interval over the seeds "
-        "excludes 0 for in four of five cases, (t₀.₉₇₅ + t₀.₈₀) · sd / √seeds. Verdicts are given "
+        "over the arms. *Detectable*: the true difference that a t-interval over the seeds (of "
+        "95 %, or as said above) excludes 0 for in four of five cases, (t + t₀.₈₀) · sd / √seeds. "
+        "Verdicts are given "
         "by the wider, at each end, of that t-interval and of a bootstrap over seeds and problems, "
         "so that they need at least as much. *Half-width*: the median of those wider intervals "
         "over the same differences. At that half-width h an observed difference is *beats: "
@@ -237,7 +253,7 @@ def _controls(found: Sequence[Table]) -> str:
     ]
     if not rows:
         return "## A/A controls\n\nNot run yet."
-    heads = ["setting", "arm", "figure", "difference [95 %]", "seeds", "told apart"]
+    heads = ["setting", "arm", "figure", "difference [interval]", "seeds", "told apart"]
     return (
         "## A/A controls\n\nThe same arm under two sets of seeds; nothing but chance can tell "
         "them apart.\n\n" + table(heads, rows)
@@ -261,7 +277,15 @@ def _claims(one: Table, judged: dict[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    heads = ["claim", "difference", "[95 %]", "seeds", "test", "verdict", "reading"]
+    heads = [
+        "claim",
+        "difference",
+        f"[{_percent(one.scale)}]",
+        "seeds",
+        "test",
+        "verdict",
+        "reading",
+    ]
     note = "A claim in brackets: the difference stands beside it and does not count."
     return f"## Differences: {one.name}\n\n{table(heads, rows)}\n\n{note}"
 
@@ -283,7 +307,8 @@ def _arms(one: Table) -> str:
         )
     heads = ["arm", "seeds", *(title for title, _ in METRICS.values())]
     heads += ["tokens trained", "KL kept", "seconds a cell"]
-    return f"## Arms: {one.name}\n\n{table(heads, rows)}"
+    level = f"Intervals of {_percent(one.scale)} over seeds and problems."
+    return f"## Arms: {one.name}\n\n{level}\n\n{table(heads, rows)}"
 
 
 def _rates(results: dict[str, Any]) -> str:

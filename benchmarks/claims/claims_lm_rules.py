@@ -2,12 +2,14 @@
 
 A setting is a task, a size of run and a loss (exact or sampled); every claim is judged once a
 setting, by the tests of `claims_verdicts`. Metrics are accuracy (mean over problems and samples)
-unless a difference names another. Differences are paired by seed and problem; their 95 % intervals
-are those of `claims_statistics.mean_interval` (seeds and problems). A claim is *supported* when all
+unless a difference names another. Differences are paired by seed and problem; their intervals are
+those of `claims_statistics.mean_interval` (seeds and problems) at the level of the size, 95 % or,
+where verdicts were looked at more than once, `Scale.level`. A claim is *supported* when all
 of its differences are, *contradicted here* when one is contradicted and none supported.
 
-Added after the cells of a CPU had been run: a difference *cannot tell* where there is nothing to
-lose (`claims_verdicts.obstacle`), and the intervals include the t-interval over seeds.
+Added after three seeds had been run on a CPU: a difference *cannot tell* where there is nothing to
+lose (`claims_verdicts.obstacle`), the intervals include the t-interval over seeds, and three more
+seeds of every arm, chosen because the intervals of three decided almost nothing.
 """
 
 from __future__ import annotations

@@ -14,15 +14,11 @@ from torch import Tensor
 
 from claims_lm_design import CONTROL_OFFSET, SCALES, Scale
 from claims_lm_rules import CLAIMS, CONTROLS, LOSSES, METRICS, Difference, loss_of
-from claims_statistics import mean_interval
+from claims_statistics import mean_interval, t_quantile
 from claims_verdicts import TESTS, Comparison, obstacle, overall
 from tutelage.evaluation.metrics import Interval
 
 Record = dict[str, Any]
-
-T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-T80 = {2: 1.376, 3: 1.061, 4: 0.978, 5: 0.941, 6: 0.920, 7: 0.906, 8: 0.896}
-"""97.5 and 80 % quantiles of t by number of seeds, for the power of a paired comparison."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Table:
         seeds = self.seeds_of(arm)
         if not seeds or not self.records[self.loss_of(arm), arm, seeds[0]]["problems"][metric]:
             return None
-        return _interval(self.values(arm, metric, seeds))
+        return self._interval(self.values(arm, metric, seeds))
 
     def difference(self, a: str, b: str, metric: str) -> tuple[Interval | None, int]:
         """Mean of a − b, paired by seed and problem, and over how many seeds."""
@@ -70,7 +66,7 @@ class Table:
         if not seeds:
             return None, 0
         gap = self.values(a, metric, seeds) - self.values(b, metric, seeds)
-        return (_interval(gap) if gap.numel() else None), len(seeds)
+        return (self._interval(gap) if gap.numel() else None), len(seeds)
 
     def seed_gaps(self, a: str, b: str, metric: str) -> list[float]:
         """Mean of a − b of every seed that both have."""
@@ -85,12 +81,12 @@ class Table:
         """Arms with a seed of the comparison, in the order of the rules."""
         return [arm for arm in self.scale.arms if self.seeds_of(arm)]
 
-
-def _interval(values: Tensor) -> Interval:
-    """As `mean_interval`; one seed says nothing of what another one would give."""
-    if len(values) == 1:
-        return Interval(float(values.mean()), -math.inf, math.inf)
-    return mean_interval(values)
+    def _interval(self, values: Tensor) -> Interval:
+        """As `mean_interval`; one seed says nothing of what another one would give."""
+        level = self.scale.level
+        if len(values) == 1:
+            return Interval(float(values.mean()), -math.inf, math.inf, level)
+        return mean_interval(values, level)
 
 
 Place = tuple[str, str, str, str]
@@ -203,9 +199,8 @@ def controls(table: Table) -> list[dict[str, Any]]:
             continue
         others = [seed + CONTROL_OFFSET for seed in seeds]
         for metric in ("mean", "reverse_kl"):
-            gap = mean_interval(
-                table.values(arm, metric, seeds) - table.values(arm, metric, others)
-            )
+            one, other = (table.values(arm, metric, s) for s in (seeds, others))
+            gap = mean_interval(one - other, table.scale.level)
             found.append(
                 {
                     "arm": arm,
@@ -223,10 +218,11 @@ def power(table: Table) -> dict[str, Any] | None:
     """The smallest true difference from all tokens that this design finds in four of five cases.
 
     From the standard deviation over seeds of the paired differences, pooled over the arms:
-    (t₀.₉₇₅ + t₀.₈₀) · sd / √S. Beside it the median half-width of the 95 % intervals that the
-    verdicts are given by.
+    (t + t₀.₈₀) · sd / √S, with the t of the verdicts' intervals. Beside it the median half-width
+    of these intervals.
     """
     found: dict[str, Any] = {}
+    level = table.scale.level
     for metric in ("mean", "reverse_kl"):
         gaps = {a: table.seed_gaps(a, "all", metric) for a in table.arms if a != "all"}
         gaps = {arm: values for arm, values in gaps.items() if len(values) > 1}
@@ -240,7 +236,9 @@ def power(table: Table) -> dict[str, Any] | None:
             "num_arms": len(gaps),
             "num_seeds": seeds,
             "paired_sd": sd,
-            "detectable": (T975[seeds] + T80[seeds]) * sd / math.sqrt(seeds),
+            "detectable": (t_quantile(level, seeds) + t_quantile(0.6, seeds))  # 0.6: 80 % below
+            * sd
+            / math.sqrt(seeds),
             "half_width": median(_half_width(table, arm, metric) for arm in gaps),
         }
     return found

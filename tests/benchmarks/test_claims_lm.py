@@ -36,6 +36,7 @@ TINY = replace(
     num_scored=2,
     num_other_texts=2,
     evaluation_batch=8,
+    num_looks=1,
 )
 FACTS = {
     "task": "stories",
@@ -168,6 +169,12 @@ def test_keys_follow_what_a_cell_depends_on(
     assert with_base(base) == key
     moved = shutil.copytree(pair.folder, tmp_path / "moved")
     assert cell.key(Pair(moved, "stories", pair.others), "cpu") == key  # no folder is part of it
+    more = replace(TINY, seeds=(1, 2, 3), grid=(1e-5, *TINY.grid), arms=("all",), num_looks=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(SCALES, "cpu", more)  # more cells, each as it was
+        assert cell.key(pair, "cpu") == key
+        patch.setitem(SCALES, "cpu", replace(TINY, num_problems=5))
+        assert cell.key(pair, "cpu") != key
     with monkeypatch.context() as patch:
         patch.setattr(design, "OTHER_TOKENS", 95)
         assert cell.key(pair, "cpu") != key
@@ -257,6 +264,7 @@ def test_every_arm_of_this_version_is_a_configuration(pair: Pair) -> None:
 # --- verdicts from made-up cells ------------------------------------------------------------------
 
 SCALE = SCALES["cpu"]
+LAST = len(SCALE.seeds)
 RATES = {"exact": SCALE.grid[1], "sampled": SCALE.grid[1]}
 
 
@@ -373,17 +381,17 @@ def test_rates_at_an_end_of_the_grid_are_flagged() -> None:
 
 
 def test_a_claim_without_all_seeds_is_not_judged() -> None:
-    found = [r for r in records(gap_20=0.5) if (r["arm"], r["seed"]) != ("gap-20", 3)]
+    found = [r for r in records(gap_20=0.5) if (r["arm"], r["seed"]) != ("gap-20", LAST)]
     one = judge(tables(found)[0])["D1"]
     assert one["verdict"] is None
-    assert [c["num_seeds"] for c in one["comparisons"]] == [2]
+    assert [c["num_seeds"] for c in one["comparisons"]] == [LAST - 1]
     text = page(results_of(found))
-    assert "not judged (2 seeds)" in text
+    assert f"not judged ({LAST - 1} seeds)" in text
     assert "exact gap-20 (1)" in text
 
 
 def test_no_claim_is_judged_where_what_there_is_to_lose_is_not_known() -> None:
-    found = [r for r in records(gap_20=0.5) if (r["arm"], r["seed"]) != ("start", 3)]
+    found = [r for r in records(gap_20=0.5) if (r["arm"], r["seed"]) != ("start", LAST)]
     assert {one["verdict"] for one in judge(tables(found)[0]).values()} == {None}
 
 
@@ -431,7 +439,8 @@ def test_power_and_controls() -> None:
     seen = power(table)
     assert seen is not None
     mean = seen["mean"]
-    assert mean["detectable"] == pytest.approx((4.303 + 1.061) * mean["paired_sd"] / 3**0.5)
+    t = 3.1634 + 0.9195  # of 5 degrees of freedom: 98.75 and 80 %
+    assert mean["detectable"] == pytest.approx(t * mean["paired_sd"] / 6**0.5, rel=1e-4)
     assert [c["is_false_positive"] for c in controls(table)] == [False] * 4
     shifted = [
         record(Cell(**{name: r[name] for name in _NAMES}), 0.6) if r["seed"] > 10 else r

@@ -15,7 +15,13 @@ from scipy import stats
 import claims_probe
 import claims_statistics
 from claims_probe import bias, oscillation
-from claims_statistics import correlation_intervals, mean_interval, pearson, spearman
+from claims_statistics import (
+    correlation_intervals,
+    mean_interval,
+    pearson,
+    spearman,
+    t_quantile,
+)
 from claims_work import graded, ledger_start
 from tutelage.core.counter import counter_uniform
 from tutelage.data.types import Prompt, Rollout
@@ -173,13 +179,30 @@ def test_each_part_of_the_envelope_alone_makes_false_differences() -> None:
     assert false_differences(of_seeds, 5, (0, 1, 0)) > 0.9
 
 
+@pytest.mark.usefixtures("few_resamples")
+def test_an_interval_of_a_higher_level_makes_fewer_false_differences() -> None:
+    def wider(values: torch.Tensor) -> Interval:
+        found = mean_interval(values, 0.975)
+        usual = mean_interval(values)
+        assert found.low < usual.low < found.value == usual.value < usual.high < found.high
+        assert (found.level, usual.level) == (0.975, 0.95)
+        return found
+
+    for rate, grid in ((0.025, ONE_SOURCE), (0.04, MIXED)):
+        missed = {scales: false_differences(wider, 6, scales) for scales in grid}
+        assert max(missed.values()) <= allowed(rate), missed
+
+
+@pytest.mark.parametrize("level", [0.6, 0.95, 0.975])
 @pytest.mark.parametrize("num_seeds", [2, 10, 11, 40])
-def test_values_without_problems_get_the_t_interval_of_scipy(num_seeds: int) -> None:
+def test_values_without_problems_get_the_t_interval_of_scipy(num_seeds: int, level: float) -> None:
     values = torch.randn(num_seeds, 1, generator=torch.Generator().manual_seed(4)).double()
-    found = mean_interval(values)
+    found = mean_interval(values, level)
     spread = float(values.std()) / math.sqrt(num_seeds)
-    wanted = stats.t.interval(0.95, num_seeds - 1, loc=float(values.mean()), scale=spread)
+    wanted = stats.t.interval(level, num_seeds - 1, loc=float(values.mean()), scale=spread)
     assert (found.low, found.high) == pytest.approx(wanted, rel=1e-9)
+    t = stats.t.ppf((1 + level) / 2, num_seeds - 1)
+    assert t_quantile(level, num_seeds) == pytest.approx(t, rel=1e-9)
 
 
 def test_one_seed_has_the_interval_of_its_problems() -> None:
