@@ -32,7 +32,6 @@ from claims_lm_design import (
     as_table,
     cell_of,
     cells,
-    is_built,
     is_current,
     source,
     tuning_cells,
@@ -234,7 +233,7 @@ def facts_of(pair: Pair) -> dict[str, Any]:
 def todo(
     results: dict[str, Any], pair: Pair, scale: Scale, given: argparse.Namespace
 ) -> list[Cell]:
-    """Cells that are not there yet, those of tuning first; arms that are not built are left out.
+    """Cells that are not there yet, those of tuning first.
 
     A cell of another configuration is not there, and chooses no learning rate.
     """
@@ -252,7 +251,6 @@ def todo(
         for cell in work
         if cell.loss in wanted
         and (not given.cells or any(text in cell.name for text in given.cells))
-        and is_built(cell.arm, cell.loss, pair, given.device)
         and cell.key(pair, given.device) not in done
     ]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from claims_design import digest_of, made_with, sources
-from claims_lm_rules import ARMS, CONTROLS, LOSSES, MINIMUM, OWN_LOSS, loss_of, overrides
+from claims_lm_rules import ARMS, CONTROLS, MINIMUM, OWN_LOSS, TUNED, overrides
 from tutelage.config.parse import fingerprint, load_config
 from tutelage.config.schema import Config
 from tutelage.errors import ConfigError
@@ -32,7 +32,7 @@ class Scale:
     tuning_seeds: tuple[int, ...]
     """Not among the seeds of the comparison."""
     grid: tuple[float, ...]
-    """Learning rates tried on the arm of all tokens under each loss."""
+    """Learning rates tried under each loss on the arm that it is tuned on."""
     num_steps: int
     prompts_per_step: int
     micro_batch_tokens: int
@@ -62,7 +62,7 @@ SCALES = {
             arms=MINIMUM,
             seeds=(1, 2, 3, 4, 5, 6),  # the last three after the verdicts of the first three
             tuning_seeds=(101,),
-            grid=(2e-5, 6e-5, 2e-4),
+            grid=(6e-6, 2e-5, 6e-5, 2e-4),
             num_steps=8,
             prompts_per_step=12,
             micro_batch_tokens=2048,
@@ -193,7 +193,7 @@ def _config(cell: Cell, folder: Path, device: str) -> Config:
             f"teacher.model={folder / 'teacher'}",
             f"data.path={folder / 'data' / 'prompts.jsonl'}",
             f"sampling.max_new_tokens={MAX_NEW_TOKENS[cell.task]}",
-            f"optimizer.learning_rate={cell.rate or scale.grid[0]}",
+            f"optimizer.learning_rate={cell.rate or _NOT_USED}",
             f"num_steps={scale.num_steps}",
             f"prompts_per_step={scale.prompts_per_step}",
             f"micro_batch_tokens={scale.micro_batch_tokens}",
@@ -206,23 +206,16 @@ def _config(cell: Cell, folder: Path, device: str) -> Config:
 
 
 _BASE = Path(__file__).with_name("claims_lm.toml")
-
-
-@cache
-def is_built(arm: str, loss: str, pair: Pair, device: str) -> bool:
-    """Whether this version of the package has all that an arm needs."""
-    try:
-        config_of(Cell("arm", pair.task, "cpu", loss_of(arm, loss), arm, 1, 1e-5), pair, device)
-    except ConfigError:
-        return False
-    return True
+_NOT_USED = 2e-5
+"""The learning rate in the configuration of a baseline."""
 
 
 def tuning_cells(scale: Scale, task: str) -> list[Cell]:
-    """All tokens at every rate, under each loss."""
+    """The tuned arms at every rate."""
     return [
-        Cell("tune", task, scale.name, loss, "all", seed, rate)
-        for loss in LOSSES
+        Cell("tune", task, scale.name, loss, arm, seed, rate)
+        for loss, arm in TUNED.items()
+        if arm in scale.arms
         for rate in scale.grid
         for seed in scale.tuning_seeds
     ]
@@ -231,8 +224,7 @@ def tuning_cells(scale: Scale, task: str) -> list[Cell]:
 def cells(scale: Scale, task: str, rates: Mapping[str, float]) -> list[Cell]:
     """All work after tuning, under each loss that has a rate; whole seeds one after the other.
 
-    An arm of its own loss has the rate of the sampled one, which its objective resembles. The
-    teacher is measured once, and the A/A controls come last.
+    The teacher is measured once, and the A/A controls come last.
     """
 
     def arm(loss: str, name: str, seed: int, rate: float) -> Cell:
@@ -242,11 +234,8 @@ def cells(scale: Scale, task: str, rates: Mapping[str, float]) -> list[Cell]:
     for seed in scale.seeds:
         found.append(arm("exact", "start", seed, 0.0))
         for loss, rate in rates.items():
-            shared = [name for name in scale.arms if name not in OWN_LOSS]
-            found += [arm(loss, name, seed, rate) for name in shared]
-            if loss == "sampled":
-                own = [name for name in scale.arms if name in OWN_LOSS]
-                found += [arm("own", name, seed, rate) for name in own]
+            mine = [name for name in scale.arms if (name in OWN_LOSS) == (loss == "own")]
+            found += [arm(loss, name, seed, rate) for name in mine]
     if "exact" in rates:
         seeds = [seed + CONTROL_OFFSET for seed in scale.seeds]
         found += [arm("exact", name, seed, rates["exact"]) for name in CONTROLS for seed in seeds]

@@ -9,7 +9,7 @@ from typing import Any
 
 from claims_lm_design import SCALES, Scale, cells, is_current, tuning_cells
 from claims_lm_published import against, since_the_first
-from claims_lm_rules import ARMS, CLAIMS, LOSSES, METRICS
+from claims_lm_rules import ARMS, CLAIMS, METRICS, TUNED
 from claims_lm_table import (
     Place,
     Table,
@@ -105,9 +105,9 @@ def _missing(results: dict[str, Any]) -> str:
         if lost:
             arms = Counter(f"{c.loss} {c.arm}" if c.kind == "arm" else "tuning" for c in lost)
             text += " Not run: " + ", ".join(f"{arm} ({n})" for arm, n in arms.items()) + "."
-        untuned = [loss for loss in LOSSES if loss not in rates]
+        untuned = [loss for loss, arm in TUNED.items() if arm in scale.arms and loss not in rates]
         if untuned:
-            text += f" The arms of the {' and '.join(untuned)} loss wait for its tuning."
+            text += f" Not tuned yet, and not counted: the arms of {_losses(untuned)}."
         lines.append(text)
     if not lines:
         return f"**No cell has been run.** `{CONTINUE}` starts, and continues where it stopped."
@@ -315,19 +315,26 @@ def _rates(results: dict[str, Any]) -> str:
     rows, edges = [], ""
     for place in places(results["cells"]):
         for loss, entry in tuned(results["cells"], place).items():
-            grid = ", ".join(
-                f"{rate}: {row['reverse_kl']:.4f}" for rate, row in entry["grid"].items()
-            )
-            rows.append([*place[:3], loss, f"{entry['chosen']:g}", grid])
-            edges += _edge(f"{place[0]}, {loss} loss ({place[1]})", entry)
+            title, unit = METRICS[entry["figure"]]
+            factor, digits = (100, 1) if unit == "points" else (1, 4)
+            grid = ", ".join(f"{r}: {factor * x:.{digits}f}" for r, x in entry["grid"].items())
+            rows.append([*place[:3], _losses([loss]), f"{entry['chosen']:g}", title, grid])
+            edges += _edge(f"{place[0]}, {_losses([loss])} ({place[1]})", entry)
     if not rows:
         return ""
-    heads = ["task", "size", "device", "loss", "rate", "held-out reverse KL by rate, nats"]
+    heads = ["task", "size", "device", "loss", "rate", "figure", "by rate (nats, or %)"]
     return (
         "## Learning rates\n\nThe rate of all arms of a loss is the one at which all tokens reach "
-        f"the lowest reverse KL on other problems of the test, under seeds of their own.{edges}"
+        "the lowest reverse KL on other problems of the test, under seeds of their own. OPSA, "
+        "which has no teacher, takes the rate with its highest accuracy there. Differences "
+        f"between neighbouring rates may be chance: a rate has one run, or two.{edges}"
         f"\n\n{table(heads, rows)}"
     )
+
+
+def _losses(names: Sequence[str]) -> str:
+    """Losses in words."""
+    return " and ".join("OPSA" if name == "own" else f"{name} loss" for name in names)
 
 
 def _edge(setting: str, entry: dict[str, Any]) -> str:

@@ -40,6 +40,8 @@ MINIMUM = ("all", "random-10", "random-40", "soft_or-20", "gap-20", "opsa-20", "
 """What a CPU runs."""
 OWN_LOSS = ("opsa-20",)
 """Arms whose objective is neither loss (no teacher at all); run once, compared in both settings."""
+TUNED = {"exact": "all", "sampled": "all", "own": OWN_LOSS[0]}
+"""The arm that the rate of a loss is tuned on, by the loss under which cells are kept."""
 CONTROLS = ("all", "random-40")
 """Arms that are run once more under other seeds (A/A): nothing but chance tells the two apart."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from claims_lm_design import CONTROL_OFFSET, SCALES, Scale
-from claims_lm_rules import CLAIMS, CONTROLS, LOSSES, METRICS, Difference, loss_of
+from claims_lm_rules import CLAIMS, CONTROLS, LOSSES, METRICS, TUNED, Difference, loss_of
 from claims_statistics import mean_interval, t_quantile
 from claims_verdicts import TESTS, Comparison, obstacle, overall
 from tutelage.evaluation.metrics import Interval
@@ -109,21 +109,28 @@ def places(records: Iterable[Record]) -> list[Place]:
 
 
 def tuned(records: Iterable[Record], place: Place) -> dict[str, dict[str, Any]]:
-    """By loss: the rate at which all tokens reach the lowest held-out reverse KL, and the grid.
+    """By loss: the chosen rate, and the grid of the arm that the loss is tuned on.
 
-    A loss whose grid is not complete is left out.
+    All tokens take the rate with the lowest held-out reverse KL; an arm without a teacher the one
+    with the highest accuracy. The lowest of equal rates. A loss whose grid is not complete is left
+    out.
     """
     scale, found = SCALES[place[1]], {}
     mine = [r for r in records if r["kind"] == "tune" and place_of(r) == place]
-    for loss in LOSSES:
+    for loss, arm in TUNED.items():
         grid = {}
         for rate in scale.grid:
-            cells = [r for r in mine if (r["loss"], r["rate"]) == (loss, rate)]
+            cells = [r for r in mine if (r["loss"], r["arm"], r["rate"]) == (loss, arm, rate)]
             if len({r["seed"] for r in cells}) == len(scale.tuning_seeds):
-                grid[rate] = {m: fmean(r[m] for r in cells) for m in ("reverse_kl", "mean")}
+                grid[rate] = {m: fmean(r[m] for r in cells) for m in ("mean", "reverse_kl")}
         if len(grid) == len(scale.grid):
-            best = min(grid, key=lambda rate: (grid[rate]["reverse_kl"], rate))
-            found[loss] = {"chosen": best, "grid": {f"{rate:g}": grid[rate] for rate in grid}}
+            figure, sign = ("mean", -1) if loss == "own" else ("reverse_kl", 1)
+            best = min(sorted(grid), key=lambda rate: sign * grid[rate][figure])
+            found[loss] = {
+                "chosen": best,
+                "figure": figure,
+                "grid": {f"{rate:g}": grid[rate][figure] for rate in grid},
+            }
     return found
 
 
@@ -137,7 +144,6 @@ def tables(records: Sequence[Record]) -> list[Table]:
     found = []
     for place in places(records):
         rates = rates_of(tuned(records, place)) | {"start": 0.0, "teacher": 0.0}
-        rates["own"] = rates.get("sampled", 0.0)
         mine = {
             (r["loss"], r["arm"], r["seed"]): r
             for r in records
