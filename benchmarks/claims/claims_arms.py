@@ -21,7 +21,13 @@ from tutelage.config.method import (
     TrOPDObjective,
     WeightingConfig,
 )
-from tutelage.config.selection import AllTokens, SelectionConfig
+from tutelage.config.selection import (
+    AllTokens,
+    ExtremeTokens,
+    GapTokens,
+    InfluenceTokens,
+    SelectionConfig,
+)
 
 Loss: TypeAlias = Literal["exact", "sampled"]
 TUNED: dict[Loss, str] = {"exact": "all", "sampled": "all+sampled"}
@@ -71,13 +77,25 @@ _RECOMPUTED = SampledObjective("sampled", old_logprobs="step")
 _STORED_SAMPLED = Arm("stored+sampled", AllTokens(), _RECOMPUTED, "sampled", rollouts="stored")
 _EOPD = Arm("eopd", objective=EOPDObjective("eopd"))
 _RULES_OF_BOTH_LOSSES = (
-    *_rule("random", 40, 20, 13, 5, 1),
+    *_rule("random", 40, 20, 1),
     *_rule("soft_or", 40, 20),
     *_rule("probability_gap", 40, 20),
-    *_rule("extreme_advantage", 1),
+    Arm("extreme_max-1", ExtremeTokens("extreme_advantage", "max", 0.01)),
+    Arm("extreme_min-1", ExtremeTokens("extreme_advantage", "min", 0.01)),
     *_rule("influence", 10, 1),
     *_rule("lowest_logprob", 20),
 )
+_VARIANTS = (
+    Arm("log_gap-20", GapTokens("probability_gap", b=0.0, keep=0.2)),
+    Arm("influence_rank-1", InfluenceTokens("influence", "none", keep=0.01)),
+    Arm("influence_and-1", InfluenceTokens("influence", "soft_and", keep=0.01)),
+    Arm(
+        "influence_teachability-1",
+        InfluenceTokens("influence", usefulness="teachability", keep=0.01),
+    ),
+    *_rule("extreme_advantage", 1),
+)
+"""Forms of a rule that are shown beside the one that a claim is judged by."""
 _OPSA = Arm("opsa-20", selection_of("lowest_logprob", 20), OPSAObjective("opsa"), "sampled")
 _TROPD = TrOPDObjective("tropd", "topk_renorm")
 _IDA = Arm("ida", weighting=IDAWeighting("ida"))
@@ -85,7 +103,7 @@ _IDA = Arm("ida", weighting=IDAWeighting("ida"))
 ARMS = {
     arm.name: arm
     for arm in (
-        *(_ALL, _STORED, _EOPD, *_RULES_OF_BOTH_LOSSES),
+        *(_ALL, _STORED, _EOPD, *_RULES_OF_BOTH_LOSSES, *_VARIANTS),
         *_rule("random", 50, 10, 3),
         *_rule("soft_or", 50, 10, 3),
         *_rule("probability_gap", 10),
@@ -100,6 +118,7 @@ ARMS = {
         *(_OPSA, _STORED_SAMPLED),
         Arm("tropd", AllTokens(), _TROPD, "sampled", rollouts="prefix"),
         Arm("tropd-live", AllTokens(), _TROPD, "sampled"),
+        Arm("tropd-tail", AllTokens(), TrOPDObjective("tropd"), "sampled", rollouts="prefix"),
     )
 }
 """Every arm by name. `eopd+sampled` is the published form: renormalised top 16. `stored+sampled`
@@ -114,7 +133,7 @@ def loss_of(arm: str) -> Loss:
 def random_arm(arm: str) -> str | None:
     """The random control of the same budget and loss; None where an arm has none.
 
-    `extreme_advantage` has none: it keeps two tokens of a completion, whatever its length.
+    `extreme_advantage` has none: it keeps a token at each end of a completion.
     """
     rule, _, percent = arm.partition("+")[0].rpartition("-")
     control = f"random-{percent}" + "+sampled" * (loss_of(arm) == "sampled")

@@ -80,7 +80,7 @@ def test_every_arm_has_all_seeds_and_few_are_repeated_at_other_rates() -> None:
         assert set(controls.arms) <= {*FULL.arms[controls.setting]}
         group = len(FULL.seeds_of(controls.setting))
         num_pairs += len(controls.arms) * (controls.num_cells // (2 * group))
-    assert num_pairs >= 20
+    assert num_pairs >= 40
 
 
 def test_names_of_arms_tell_their_loss_and_control() -> None:

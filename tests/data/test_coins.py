@@ -121,6 +121,9 @@ def test_the_documented_completions_are_right(text: str) -> None:
         "Pay 29 - 9 = 20, 20 - 9 = 11, 11 - 7 = 4, 4 - 4 = 0.",
         "Pay 20 - 9 = 11 - 7 = 4 - 4 = 0.",
         "Pay 29 - 9 = 20, 9, 11 left, 7, 4 left, 4, 0 left.",
+        f"Pay {'9' * 5000} = 29.",  # int() of a text refuses so many digits
+        f"Pay 9, {'9' * 5000} left.",
+        f"Pay 29 - {'9' * 5000} = 20.",
     ],
 )
 def test_grader_rejects(text: str) -> None:

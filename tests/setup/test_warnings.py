@@ -73,6 +73,10 @@ TRAPS: dict[str, tuple[Any, str]] = {
         lambda _: {"selection": {"rule": "entropy", "keep": 0.001}},
         r"selection\.keep = 0\.001 of at most 10 tokens of a completion rounds to 0",
     ),
+    "a budget of no token at both ends": (
+        lambda _: {"selection": {"rule": "extreme_advantage", "keep": 0.001}},
+        r"selection\.keep = 0\.001 of at most 10 tokens .* rounds to 0, so 1 is kept at each end",
+    ),
     "a budget of no token in the batch": (
         lambda _: {"selection": {"rule": "entropy", "keep": 0.001, "scope": "batch"}},
         r"selection\.keep = 0\.001 of at most 40 tokens of the batch rounds to 0",

@@ -13,7 +13,7 @@ from tutelage.commands.plan_card import plan_card
 from tutelage.config.conversations import ConversationData
 from tutelage.config.rollouts import LiveRollouts
 from tutelage.config.schema import Config
-from tutelage.config.selection import AllTokens, FirstTokens
+from tutelage.config.selection import AllTokens, ExtremeTokens, FirstTokens
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.config.teachers import HiddenServerTeacher, LogprobServerTeacher
 from tutelage.envs.environment import AgentTask
@@ -115,6 +115,8 @@ def check(
         kept = f"the first {selection.num_tokens} tokens"
     elif not isinstance(selection, AllTokens):
         kept = f"{100 * selection.keep:.3g} % of tokens"
+        if isinstance(selection, ExtremeTokens) and selection.end == "both":
+            kept += " at each end"
     yield (
         f"run: {config.num_steps} steps of {config.prompts_per_step} prompts x "
         f"{config.sampling.num_samples} completions, rule {selection.rule} keeps {kept}"

@@ -161,7 +161,8 @@ class TrOPDObjective:
     __pydantic_config__ = STRICT
     kind: Literal["tropd"]
     fkl: Literal["topk_tail", "topk_renorm"] = "topk_tail"
-    """Forward KL over the teacher's top k with a tail bucket, or renormalized as published."""
+    """Forward KL over the teacher's top k with a tail bucket, or renormalized; the paper does not
+    say which."""
     k: int = 64
     """Ids of the forward KL, at least 1."""
     clip: float = 0.2

@@ -112,6 +112,17 @@ def has_teacher_prefix(rollouts: RolloutsConfig) -> bool:
     return prefix_tokens(rollouts, 1) > 0
 
 
+def has_older_weights(config: Config) -> bool:
+    """Whether weights from before the step may have sampled its completions."""
+    is_stored = not isinstance(config.rollouts, LiveRollouts)
+    return is_stored or _is_ahead(config)
+
+
+def _is_ahead(config: Config) -> bool:
+    """Whether a server samples the completions of the next step during the present one."""
+    return isinstance(config.engine, VLLMServer) and bool(config.engine.max_staleness)
+
+
 def require_rollouts(config: Config) -> None:
     """What works with completions that are not those of a step's student alone.
 
@@ -126,9 +137,8 @@ def require_rollouts(config: Config) -> None:
     key, name = "rollouts.source", rollouts.source
     is_single, hint = not isinstance(config.data, ConversationData), "Conversations are live."
     require(is_single, key, f"live with data.kind = {config.data.kind}", name, hint)
-    is_ahead = isinstance(engine, VLLMServer) and bool(engine.max_staleness)
     hint = "Stored rollouts are not sampled ahead."
-    require(not is_ahead, key, "live with engine.max_staleness = 1", name, hint)
+    require(not _is_ahead(config), key, "live with engine.max_staleness = 1", name, hint)
     is_own = isinstance(rollouts, MixedRollouts) and not isinstance(engine, TransformersEngine)
     hint = "Mixed rollouts are sampled by engine.kind = transformers."
     require(not is_own, key, f"live or stored with engine.kind = {engine.kind}", name, hint)

@@ -137,7 +137,7 @@ class InfluenceTokens:
     rule: Literal["influence"]
     combine: Literal["none", "soft_or", "soft_and"] = "soft_or"
     """How the rank r of the signal and a usefulness u, both in [0, 1], make the score: r alone,
-    r + u − r·u, or r·u."""
+    r + u − r·u (r + u where either is 1), or r·u."""
     usefulness: Literal["soft_or", "teachability"] = "soft_or"
     """Rule whose score is u."""
     keep: float = 0.01

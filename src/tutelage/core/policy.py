@@ -39,9 +39,9 @@ class ClippedPolicy:
     tokens: Tensor
     """Sampled ids y `[K]`."""
     old_logprobs: Tensor
-    """log p_old(y) `[K]`, nats, of the student that wrote the completion."""
+    """log p_old(y) `[K]`, nats, of the student that sampled the completion."""
     advantages: Tensor
-    """A `[K]`, that of the completion of each row."""
+    """A `[K]`: GRPO's is that of the row's completion, OPSA's of the row itself."""
     clip_low: float = 0.2
     """ε_low, in (0, 1]."""
     clip_high: float = 0.2
@@ -160,6 +160,6 @@ def sharpening_advantages(entropy: Tensor) -> Tensor:
 
 
 def is_uniform(rewards: Tensor, num_samples: int) -> Tensor:
-    """Whether a prompt's completions all have one reward, so that none teaches anything `[P]`."""
+    """Whether a prompt's completions all have one reward, so that every advantage is 0 `[P]`."""
     groups = rewards.view(-1, num_samples)
     return (groups == groups[:, :1]).all(1)

@@ -295,7 +295,8 @@ def importance(
     * `lowest_logprob` −log p of the sampled token; `probability_gap` |q − p| of it;
     * `extreme_advantage` −min of its rank by log q − log p from above and from below;
     * `first_n` −position; `teachability` D̂·Ĉ; `all` 0;
-    * `influence` r + u − ru, r the rank of the sampled gradient's signal, u the score of `soft_or`;
+    * `influence` r + u − ru, r the rank of the sampled gradient's signal, u the score of `soft_or`,
+      and r + u for rows whose r or u is 1;
     * `gradient_norm` Σ_v (∂reverse_kl/∂z_v)²;
     * `local_oracle` |g|²/(gᵀHg), g = p − q, H = diag(p) − ppᵀ, TIP's local oracle weight: a step
       length, which ranks solved tokens first;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from tutelage.config.conversations import ConversationData
 from tutelage.config.method import GRPOObjective, OPSAObjective
 from tutelage.config.models import TeacherConfig
 from tutelage.config.schema import Config, FileData
-from tutelage.config.selection import AllTokens, FirstTokens
+from tutelage.config.selection import AllTokens, ExtremeTokens, FirstTokens, InfluenceTokens
 from tutelage.config.self_teacher import SelfTeacher
 from tutelage.data.columns import notes_of
 from tutelage.data.prompts import FileTask
@@ -121,15 +122,20 @@ def _keep_warnings(config: Config) -> Iterator[str]:
         )
     if isinstance(selection, AllTokens | FirstTokens):
         return
+    keeps = {field.name: field.default for field in fields(selection)}
+    if selection.keep == keeps["keep"] and isinstance(selection, ExtremeTokens | InfluenceTokens):
+        return  # their budgets are meant to be one token of most completions
     tokens = config.sampling.max_new_tokens
     where = "a completion"
     if selection.scope == "batch":
         tokens *= config.prompts_per_step * config.sampling.num_samples
         where = "the batch"
     if Fraction(str(selection.keep)) * tokens < 1:
+        is_both = isinstance(selection, ExtremeTokens) and selection.end == "both"
+        kept = "1 is kept at each end" if is_both else "1 is kept"
         yield (
             f"selection.keep = {selection.keep:g} of at most {tokens} tokens of {where} rounds to "
-            "0, so 1 is kept. Raise selection.keep"
+            f"0, so {kept}. Raise selection.keep"
         )
 
 

@@ -57,9 +57,10 @@ STYLES: tuple[Style, ...] = get_args(Style)
 _COINS = re.compile(r" coins of ([0-9]+), ([0-9]+) and ([0-9]+) cents[ .]")
 _AMOUNT = re.compile(r" ([0-9]+) cents[ .]")
 _VERB = rf"(?:{'|'.join(VERBS)}) "
-_SUM = re.compile(rf"{_VERB}([0-9]+(?: \+ [0-9]+)*) = ([0-9]+)\.")
-_LEFT = re.compile(rf"{_VERB}([0-9]+, [0-9]+ left(?:, [0-9]+, [0-9]+ left)*)\.")
-_MINUS = re.compile(rf"{_VERB}[0-9]+((?: - [0-9]+ = [0-9]+)+)\.")
+_NUMBER = "[0-9]{1,9}"  # int() refuses thousands of digits, which no right completion has
+_SUM = re.compile(rf"{_VERB}({_NUMBER}(?: \+ {_NUMBER})*) = {_NUMBER}\.")
+_LEFT = re.compile(rf"{_VERB}({_NUMBER}, {_NUMBER} left(?:, {_NUMBER}, {_NUMBER} left)*)\.")
+_MINUS = re.compile(rf"{_VERB}{_NUMBER}((?: - {_NUMBER} = {_NUMBER})+)\.")
 
 
 @dataclass(frozen=True)
