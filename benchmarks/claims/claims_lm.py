@@ -5,6 +5,7 @@
     python benchmarks/claims/claims_lm.py --pair pairs/gsm8k --device cuda --minutes 9
     python benchmarks/claims/claims_lm.py --pair pairs/stories --cells exact/gap-20 stored
     python benchmarks/claims/claims_lm.py --pair pairs/stories --choices  # tokens that rules keep
+    python benchmarks/claims/claims_lm.py --pair pairs/stories --verify 2  # cells again, compared
     python benchmarks/claims/claims_lm.py --merge other.json  # cells from another machine
     python benchmarks/claims/claims_lm.py --page  # verdicts and page again, from the JSON
 
@@ -20,6 +21,9 @@ import argparse
 import gc
 import hashlib
 import json
+import random
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,8 @@ RESULT = ROOT / "benchmarks" / "results" / "claims-lm.json"
 PAGE = ROOT / "docs" / "results" / "claims-lm.md"
 CHOOSING = ("random-10", "soft_or-20", "gap-20", "opsa-20")
 """Arms whose choices are recorded before and after training."""
+NOT_COMPARED = ("source", "train_s", "measure_s")
+"""What of a cell may differ when it is run again."""
 FACTS = ("task", "num_texts", "minutes", "parameters", "test")
 """What the JSON keeps of the cards of a pair."""
 
@@ -57,6 +63,8 @@ def main() -> None:
     results = read(given.result)
     for other in given.merge:
         merge(results, read(other))
+    if given.verify:
+        sys.exit(0 if verify(results, given) else 1)
     if given.pair is not None and given.choices:
         record_choices(results, given)
     elif given.pair is not None:
@@ -80,6 +88,7 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--list", action="store_true", help="name the cells that are left")
     options.add_argument("--any-source", action="store_true", help="keep cells of other code")
     options.add_argument("--choices", action="store_true", help="record which tokens rules keep")
+    options.add_argument("--verify", type=int, default=0, metavar="N", help="run N cells again")
     options.add_argument("--merge", type=Path, nargs="*", default=[])
     options.add_argument("--page", action="store_true", help="nothing but the page (as no --pair)")
     options.add_argument("--result", type=Path, default=RESULT)
@@ -145,7 +154,7 @@ def run(results: dict[str, Any], given: argparse.Namespace) -> None:
     """Run what is left of tuning and arms until the time is over; the file is always whole."""
     pair = _pair(given)
     scale = SCALES[given.scale or ("cpu" if given.device == "cpu" else "gpu")]
-    results["pairs"][pair.digest()] = facts_of(pair)
+    results["pairs"][pair.digest()] = facts_of(pair, scale.num_problems)
     results["sizes"][scale.name] = as_table(scale)
     machine = environment()
     results["environments"][name := name_of(machine)] = machine
@@ -169,6 +178,35 @@ def run(results: dict[str, Any], given: argparse.Namespace) -> None:
             f"measuring {record['measure_s']} s; {len(left) - 1} left",
             flush=True,
         )
+
+
+def verify(results: dict[str, Any], given: argparse.Namespace) -> bool:
+    """Run random cells of the pair again, or those of `--cells`; whether every number is equal."""
+    if given.pair is None:
+        raise SystemExit("--verify needs the pair of the cells. Give --pair FOLDER.")
+    pair, device = _pair(given), given.device.split(":")[0]
+    mine = [
+        record
+        for record in results["cells"]
+        if place_of(record)[2:] == (device, pair.digest())
+        and is_current(record)
+        and (not given.cells or any(text in cell_of(record).name for text in given.cells))
+    ]
+    if not mine:
+        raise SystemExit(
+            f"{given.result} has no cell of the pair {pair.digest()} on {device}. Another build of "
+            "the models, or another --others, is another pair."
+        )
+    chosen = random.sample(mine, min(given.verify, len(mine)))
+    num_equal = 0
+    for before in chosen:
+        again = do(cell_of(before), pair, given.device)
+        names = [k for k, v in again.items() if k not in NOT_COMPARED and before[k] != v]
+        num_equal += not names
+        print(f"{cell_of(before).name}: {'differs in ' + ', '.join(names) if names else 'equal'}")
+        gc.collect()
+    print(f"{num_equal} of {len(chosen)} cells have the same numbers")
+    return num_equal == len(chosen)
 
 
 def record_choices(results: dict[str, Any], given: argparse.Namespace) -> None:
@@ -221,13 +259,30 @@ def _pair(given: argparse.Namespace) -> Pair:
     return Pair(given.pair, json.loads(path.read_text(encoding="utf-8"))["task"], given.others)
 
 
-def facts_of(pair: Pair) -> dict[str, Any]:
+def facts_of(pair: Pair, num_problems: int) -> dict[str, Any]:
     """What is published of both models."""
     found: dict[str, Any] = {}
     for who in ("teacher", "student"):
         facts = json.loads((pair.folder / f"{who}.json").read_text(encoding="utf-8"))
         found[who] = {name: facts[name] for name in (*FACTS, "recipe", "machine")}
+    if pair.task == "stories":
+        found["shared"] = shared(pair, found["teacher"]["num_texts"], num_problems)
     return found
+
+
+def shared(pair: Pair, num_texts: int, num_problems: int) -> dict[str, int]:
+    """Judged stories that have numbers and signs of one that rates are tuned on, or of a text that
+    the teacher was trained on; their words differ from the latter's."""
+
+    def asked(split: str) -> list[tuple[str, ...]]:
+        lines = (pair.folder / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        stories = map(json.loads, lines)
+        return [(story["signs"], *re.findall("[0-9]+", story["prompt"])) for story in stories]
+
+    test = asked("test")
+    judged = test[:num_problems]
+    others = {"tuning": test[-num_problems:], "teacher": asked("train")[:num_texts]}
+    return {name: sum(one in set(kept) for one in judged) for name, kept in others.items()}
 
 
 def todo(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from claims_lm_design import SCALES, Scale, cells, is_current, tuning_cells
-from claims_lm_published import against, since_the_first
+from claims_lm_design import SCALES, Scale, cells, tuning_cells
+from claims_lm_provenance import CONTINUE, pairs, provenance
+from claims_lm_published import against
 from claims_lm_rules import ARMS, CLAIMS, METRICS, TUNED
 from claims_lm_table import (
-    Place,
     Table,
     controls,
     gain,
@@ -24,25 +24,9 @@ from claims_lm_table import (
     tables,
     tuned,
 )
+from claims_lm_text import CHANGES, HOW
 from claims_markdown import table
 from claims_verdicts import MARGIN, SATURATED
-
-CONTINUE = "python benchmarks/claims/claims_lm.py --pair FOLDER"
-
-
-HOW = """## How to continue
-
-Cells may be run in any order, on any machine; the JSON is written after every cell and is all that
-a later run needs beside the pair.
-
-* On a CPU, one thread: `make claims-lm` builds the pair of stories (under an hour) and runs what is
-  left, a cell in about three minutes of one core; `MINUTES=60` ends it earlier.
-* On a GPU, all arms, more steps, problems and seeds: `make claims-lm DEVICE=cuda MINUTES=9`, with
-  `PAIR=FOLDER` for the pair of GSM8K (`scripts/build_lm_pair.py --task gsm8k`).
-* `OTHERS=FILE` names JSON lines whose `problem` is a text of another kind, for the loss on other
-  texts (here problems of GSM8K). `claims_lm.py --merge FILE` takes over another machine's cells.
-* A cell that other code made is run again; check out the commit above, or give `--any-source`. One
-  of another configuration (`claims_lm.toml`, sizes, settings of its arm) is always run again."""
 
 
 def page(results: dict[str, Any]) -> str:
@@ -55,11 +39,8 @@ def page(results: dict[str, Any]) -> str:
         "Teacher and student are SmolLM2-135M, trained by `scripts/build_lm_pair.py`. This page "
         "is generated from `benchmarks/results/claims-lm.json` by "
         "`python benchmarks/claims/claims_lm.py --page`; do not edit it. Arms, differences and the "
-        "rules of the verdicts were committed before the first cell (`claims_lm_rules.py`). Two "
-        "things were changed since, and make the verdicts stricter: the intervals, of which the "
-        "t-interval over the seeds became a part because the bootstrap of three seeds is too "
-        "narrow, and the rule *cannot tell*. " + _looks(found),
-        since_the_first(judged),
+        "rules of the verdicts were committed before the first cell (`claims_lm_rules.py`). "
+        f"{CHANGES}" + _looks(found),
         _missing(results),
         _verdicts(judged),
         _cannot_tell(found),
@@ -69,8 +50,8 @@ def page(results: dict[str, Any]) -> str:
         *(_claims(table, judged[table.name]) for table in found),
         *(_arms(table) for table in found),
         _rates(results),
-        _pairs(results),
-        _provenance(results),
+        pairs(results),
+        provenance(results),
         HOW,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -184,9 +165,7 @@ def _cannot_tell(found: Sequence[Table]) -> str:
         f"interval, but all tokens with that loss do not certainly gain more than {margin} over "
         "the start, and an arm that gains nothing could pass the same test. *Cannot tell "
         f"(saturated)*: *beats* is not supported, at a pass@k of {100 * SATURATED:g} % or more, "
-        f"which leaves no room. Accuracy of all tokens minus that of the start: {told}. The rule "
-        "was added after the withdrawn cells had been run, before these: D3 with the sampled loss "
-        "had been given as supported, although the gain of that loss was not certain."
+        f"which leaves no room. Accuracy of all tokens minus that of the start: {told}."
     )
 
 
@@ -213,9 +192,8 @@ def _power(found: Sequence[Table]) -> str:
     wide = [name for name, width in widths.items() if width > MARGIN]
     text = (
         "*sd*: the standard deviation over seeds of an arm's difference from all tokens, pooled "
-        "over the arms. *Detectable*: the true difference that a t-interval over the seeds (of "
-        "95 %, or as said above) excludes 0 for in four of five cases, (t + t₀.₈₀) · sd / √seeds. "
-        "Verdicts are given "
+        "over the arms. *Detectable*: the true difference for which a t-interval over the seeds "
+        "(of 95 %, or as said above) excludes 0 in four of five cases. Verdicts are given "
         "by the wider, at each end, of that t-interval and of a bootstrap over seeds and problems, "
         "so that they need at least as much. *Half-width*: the median of those wider intervals "
         "over the same differences. At that half-width h an observed difference is *beats: "
@@ -346,69 +324,6 @@ def _edge(setting: str, entry: dict[str, Any]) -> str:
     return ""
 
 
-def _pairs(results: dict[str, Any]) -> str:
-    rows = []
-    for pair in _used(results):
-        for who, facts in results["pairs"][pair].items():
-            test, recipe = facts["test"], facts["recipe"]
-            accuracy = f"{100 * test['mean_at_k']:.1f} %"
-            rows.append(
-                [
-                    f"{facts['task']}, {who}",
-                    f"{facts['parameters']:,}",
-                    str(recipe["num_layers"] or "all"),
-                    f"{facts['num_texts']} × {recipe['num_epochs']}",
-                    f"{facts['minutes']:.0f} ({facts['machine']['device']})",
-                    accuracy,
-                ]
-            )
-    if not rows:
-        return ""
-    heads = ["model", "parameters", "layers", "texts × epochs", "minutes of training", "accuracy"]
-    return "## The pairs\n\n" + table(heads, rows)
-
-
-def _used(results: dict[str, Any]) -> list[str]:
-    used = [pair for *_, pair in places(results["cells"])]
-    return [pair for pair in results["pairs"] if pair in used]
-
-
-def _provenance(results: dict[str, Any]) -> str:
-    records = results["cells"]
-    if not records:
-        return ""
-    lines = []
-    for place in places(records):
-        lines.append(_sizes(place, records))
-    made = Counter((r["source"], r.get("environment", r["source"])) for r in records)
-    for (source, name), count in made.items():
-        e = results["environments"].get(name, {})
-        versions = ", ".join(f"{k} {v}" for k, v in e.get("versions", {}).items())
-        commit = str(e.get("commit"))[:12]
-        lines.append(f"* {count} cells by source `{source}`, commit `{commit}`; {versions}.")
-    if other := sum(not is_current(record) for record in records):
-        lines.append(
-            f"* **{other} cells were run in another configuration or size than the present one**; "
-            f"`{CONTINUE}` runs them again."
-        )
-    return "## Where the numbers come from\n\n" + "\n".join(lines)
-
-
-def _sizes(place: Place, records: Sequence[dict[str, Any]]) -> str:
-    task, name, device, _ = place
-    scale = SCALES[name]
-    mine = [r for r in records if (r["task"], r["scale"]) == (task, name)]
-    seconds = sorted(r["train_s"] + r["measure_s"] for r in mine)
-    return (
-        f"* {task} ({name}, {device}): {scale.num_steps} steps of {scale.prompts_per_step} "
-        f"prompts, linear schedule; {scale.num_problems} fixed problems of the test, "
-        f"{scale.num_samples} completions each at temperature 1; divergences and entropy on the "
-        f"first completion of {scale.num_scored} of them; loss on {scale.num_other_texts} other "
-        f"texts. A cell took {seconds[0]:.0f} to {seconds[-1]:.0f} s, median "
-        f"{seconds[len(seconds) // 2]:.0f} s, beside other work."
-    )
-
-
 # --- Markdown -------------------------------------------------------------------------------------
 
 
@@ -423,6 +338,5 @@ def _value(triple: Sequence[float | None] | None, unit: str) -> str:
         return "–"
     factor, digits = {"points": (100, 1), "tokens": (1, 1)}.get(unit, (1, 3))
     value, *bounds = (None if x is None else f"{factor * x:.{digits}f}" for x in triple)
-    if None in bounds:
-        return str(value)
-    return f"{value} [{bounds[0]}, {bounds[1]}]"
+    text = str(value) if None in bounds else f"{value} [{bounds[0]}, {bounds[1]}]"
+    return text.replace("-", "−")

@@ -13,8 +13,6 @@ from claims_rules import CLAIMS as EMBEDDED_CLAIMS
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "claims-full.json"
 FOR, AGAINST = "supported", "contradicted here"
-WITHDRAWN = {("D3", "sampled"): FOR, ("O1", "exact"): AGAINST}
-"""What the first version of the page decided, by claim and loss, on the stories with a CPU."""
 
 
 def against(judged: dict[str, Any]) -> str:
@@ -41,21 +39,6 @@ def against(judged: dict[str, Any]) -> str:
     )
 
 
-def since_the_first(judged: dict[str, Any]) -> str:
-    """What became of the page's first version, whose cells were withdrawn."""
-    told = []
-    for (name, loss), before in WITHDRAWN.items():
-        now = judged.get(f"stories, {loss} loss (cpu)", {}).get(name, {}).get("verdict")
-        now = "the same again" if now == before else f"now {now or 'not judged'}"
-        told.append(f"{name} with the {loss} loss was *{before}*, {now}")
-    return (
-        "The trained cells of this page's first version (commit `d3eca31`) were withdrawn and have "
-        "been run again: by a fault of the harness gradients were summed over the steps of a cell, "
-        "which `tutelage train` does not do. A test now compares the harness with the library to "
-        f"the last bit. Of what that version decided, {'; '.join(told)}; all else was undecided."
-    )
-
-
 def source_of(name: str) -> str:
     """Who makes a claim, with the numbers of the paper."""
     return SOURCES.get(name) or EMBEDDED_CLAIMS[name].source
@@ -66,7 +49,7 @@ def embedded() -> dict[str, dict[str, str]]:
     if not EMBEDDED.exists():
         return {}
     claims = json.loads(EMBEDDED.read_text(encoding="utf-8"))["claims"]
-    return {name: c.get("verdicts") or {"ledger": c["verdict"]} for name, c in claims.items()}
+    return {name: claim["verdicts"] for name, claim in claims.items()}
 
 
 def by_verdict(verdicts: dict[str, str]) -> str:
@@ -91,9 +74,9 @@ def in_words(here: Iterable[str], there: Iterable[str]) -> str:
     if decided == elsewhere:
         said.append("agrees with the embedded tasks")
     elif not decided:
-        said.append("**differs from the embedded tasks**, which decide it")
+        said.append("says nothing about the embedded tasks' verdicts")
     elif not elsewhere:
-        said.append("**differs from the embedded tasks**, which do not decide it")
+        said.append("the embedded tasks do not decide it")
     else:
         said.append("**differs from the embedded tasks** in some settings")
     return "; ".join(said)

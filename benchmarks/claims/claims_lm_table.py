@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
 import torch
+from scipy import optimize, stats
 from torch import Tensor
 
 from claims_lm_design import CONTROL_OFFSET, SCALES, Scale
 from claims_lm_rules import CLAIMS, CONTROLS, LOSSES, METRICS, TUNED, Difference, loss_of
-from claims_statistics import mean_interval, t_quantile
+from claims_statistics import mean_interval
 from claims_verdicts import TESTS, Comparison, obstacle, overall
 from tutelage.evaluation.metrics import Interval
 
@@ -223,12 +224,10 @@ def controls(table: Table) -> list[dict[str, Any]]:
 def power(table: Table) -> dict[str, Any] | None:
     """The smallest true difference from all tokens that this design finds in four of five cases.
 
-    From the standard deviation over seeds of the paired differences, pooled over the arms:
-    (t + t₀.₈₀) · sd / √S, with the t of the verdicts' intervals. Beside it the median half-width
-    of these intervals.
+    From the standard deviation over seeds of the paired differences, pooled over the arms, for
+    Student's t over the seeds. Beside it the median half-width of the verdicts' intervals.
     """
     found: dict[str, Any] = {}
-    level = table.scale.level
     for metric in ("mean", "reverse_kl"):
         gaps = {a: table.seed_gaps(a, "all", metric) for a in table.arms if a != "all"}
         gaps = {arm: values for arm, values in gaps.items() if len(values) > 1}
@@ -242,12 +241,22 @@ def power(table: Table) -> dict[str, Any] | None:
             "num_arms": len(gaps),
             "num_seeds": seeds,
             "paired_sd": sd,
-            "detectable": (t_quantile(level, seeds) + t_quantile(0.6, seeds))  # 0.6: 80 % below
-            * sd
-            / math.sqrt(seeds),
+            "detectable": detectable(table.scale.level, seeds) * sd / math.sqrt(seeds),
             "half_width": median(_half_width(table, arm, metric) for arm in gaps),
         }
     return found
+
+
+def detectable(level: float, num_seeds: int) -> float:
+    """Standard errors of a true difference whose t-interval excludes 0 in four of five cases."""
+    freedom = num_seeds - 1
+    reach = stats.t.ppf((1 + level) / 2, freedom)
+
+    def lacks(size: float) -> float:
+        """Of 80 %: the square of a noncentral t has a noncentral F distribution."""
+        return 0.8 - float(stats.ncf.sf(reach**2, 1, freedom, size**2))
+
+    return float(optimize.brentq(lacks, 0.0, 2 * reach))
 
 
 def _half_width(table: Table, arm: str, metric: str) -> float:
@@ -266,7 +275,9 @@ def summary(table: Table) -> dict[str, Any]:
         mine = [table.records[table.loss_of(arm), arm, seed] for seed in seeds]
         row: dict[str, Any] = {"num_seeds": len(seeds)}
         for metric in METRICS:
-            row[metric] = as_list(table.interval(arm, metric))
+            interval = table.interval(arm, metric)
+            is_share = METRICS[metric][1] == "points"
+            row[metric] = as_list(within(interval) if interval and is_share else interval)
         if arm not in ("all", "start", "teacher"):
             row["minus_all"] = {m: as_list(table.difference(arm, "all", m)[0]) for m in METRICS}
         for name in ("tokens_trained", "tokens_sampled", "kl_kept"):
@@ -275,6 +286,11 @@ def summary(table: Table) -> dict[str, Any]:
         row["seconds"] = fmean(r["train_s"] + r["measure_s"] for r in mine)
         found[arm] = row
     return found
+
+
+def within(share: Interval) -> Interval:
+    """The interval of a share, cut to the values that it can have."""
+    return replace(share, low=max(share.low, 0.0), high=min(share.high, 1.0))
 
 
 def as_list(interval: Interval | None) -> list[float | None] | None:

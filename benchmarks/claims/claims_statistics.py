@@ -54,13 +54,6 @@ def mean_interval(values: Tensor, level: float = LEVEL) -> Interval:
     return Interval(found.value, low, high, level)
 
 
-def t_quantile(level: float, num_seeds: int) -> float:
-    """How many standard errors a two-sided t-interval of so many seeds reaches to each side."""
-    sample = torch.arange(num_seeds).double()
-    found = _t_interval(sample, level)
-    return (found.high - found.value) / float(sample.std() / math.sqrt(num_seeds))
-
-
 def _bootstrap(values: Tensor, level: float = LEVEL) -> Interval:
     """Stretched percentile interval of the mean of `[S, P]`, seeds and problems drawn anew."""
     mean = values.mean()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 import claims_lm
 import claims_lm_design as design
@@ -19,7 +20,7 @@ import claims_lm_rules
 from claims_choices import COMPARED_RULES
 from claims_lm_design import SCALES, Cell, Pair, cells, tuning_cells
 from claims_lm_page import page
-from claims_lm_table import controls, judge, places, power, rates_of, tables, tuned
+from claims_lm_table import controls, detectable, judge, places, power, rates_of, tables, tuned
 from claims_lm_work import do, problems_of
 from claims_verdicts import MARGIN, beats, matches
 from tests.tiny import save_tiny_model
@@ -56,8 +57,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     for seed, who in enumerate(("teacher", "student")):
         save_tiny_model(folder / who, seed)
         (folder / f"{who}.json").write_text(json.dumps(FACTS))
-    for split in ("prompts", "test"):
-        rows = [{"id": f"{split}{n}", "prompt": f"a{n}+{n};>", "answer": "1"} for n in range(20)]
+    for split in ("train", "prompts", "test"):
+        rows = [
+            {"id": f"{split}{n}", "prompt": f"a{n}+{n};>", "answer": "1", "signs": "+"}
+            for n in range(20)
+        ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "data" / f"{split}.jsonl").write_text(text)
     others = folder / "others.jsonl"
@@ -84,6 +88,12 @@ def test_cells_continue_where_they_stopped(
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
+    def run_verify(*more: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            run(*more)
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
     assert run("--minutes", "-1")["cells"] == []
     assert "No cell has been run" in (tmp_path / "page.md").read_text()
     first = run("--cells", "tune/", "arm/stories/cpu/exact/stored/1")["cells"]
@@ -102,6 +112,14 @@ def test_cells_continue_where_they_stopped(
     assert last["sizes"]["cpu"]["num_steps"] == TINY.num_steps
     for one in second:
         assert last["environments"][one["environment"]]["versions"]["torch"] == torch.__version__
+    assert last["pairs"][pair.digest()]["shared"] == {"tuning": 0, "teacher": 4}
+    assert "0 of the 4 judged stories have the numbers" in (tmp_path / "page.md").read_text()
+    assert run_verify("--verify", "2", "--cells", "/all/1") == 0
+    tampered = json.loads(result.read_text())
+    tampered["cells"][-1]["weights"] = "0"
+    result.write_text(json.dumps(tampered))
+    assert run_verify("--verify", "9") == 1
+    result.write_text(json.dumps(last))
     kept = run("--choices")
     assert kept["cells"] == second
     ((place, chosen_tokens),) = kept["choices"].items()
@@ -191,7 +209,7 @@ def test_published_cells_are_those_of_the_present_design() -> None:
     for one in published["cells"]:
         assert design.is_current(one), one["key"]
         assert not design.is_current({**one, "seed": one["seed"] + 1})
-        assert one.get("environment", one["source"]) in published["environments"]
+        assert one["environment"] in published["environments"]
     assert set(published["sizes"]) == {one["scale"] for one in published["cells"]}
 
 
@@ -270,6 +288,7 @@ def record(cell: Cell, accuracy: float) -> dict[str, Any]:
     return {
         "key": f"{cell.name}/size/cpu/pair",
         "source": "s",
+        "environment": "e",
         **asdict(cell),
         **{name: values[0] for name, values in problems.items()},
         "problems": problems,
@@ -286,7 +305,8 @@ def records(**accuracy: float) -> list[dict[str, Any]]:
 
 
 def results_of(found: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"pairs": {"pair": {"teacher": FACTS}}, "environments": {}, "cells": found}
+    pairs = {"pair": {"teacher": FACTS, "student": FACTS}}
+    return {"pairs": pairs, "environments": {}, "cells": found}
 
 
 def test_verdicts_follow_the_rules() -> None:
@@ -323,7 +343,7 @@ def test_the_page_names_contradictions(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = claims_lm_published.against(judged).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
     assert "**contradicted** in `s`" in rows["F1"]
-    assert "**differs from the paper**; **differs from the embedded tasks**" in rows["F1"]
+    assert "**differs from the paper**; **differs from the embedded tasks** in some" in rows["F1"]
     assert "14 of 17 pairs" in rows["F1"]  # the number of the paper
     assert "agrees with the paper; agrees with the embedded tasks" in rows["D1"]
     assert "differs" not in rows["T1"]  # was not run here
@@ -336,8 +356,12 @@ def test_words_for_verdicts_that_differ() -> None:
     yes, no, undecided = "supported", "contradicted here", "not supported"
     assert words([], [yes]) == "not run here"
     assert "differs" not in words([yes, undecided], [yes])
-    assert "which decide it" in words([undecided, "cannot tell"], [no])
-    assert "which do not decide it" in words([yes], [undecided])
+    nothing = words([undecided, "cannot tell"], [no])
+    assert nothing == (
+        "undecided here, neither for nor against the paper; says nothing about the embedded tasks' "
+        "verdicts"
+    )
+    assert words([yes], [undecided]) == "agrees with the paper; the embedded tasks do not decide it"
     assert "in some settings" in words([yes], [yes, no])
     assert "differs from the paper** in one setting" in words([yes, no], [])
 
@@ -433,14 +457,27 @@ def test_power_and_controls() -> None:
     seen = power(table)
     assert seen is not None
     mean = seen["mean"]
-    t = 3.1634 + 0.9195  # of 5 degrees of freedom: 98.75 and 80 %
-    assert mean["detectable"] == pytest.approx(t * mean["paired_sd"] / 6**0.5, rel=1e-4)
+    size = mean["detectable"] * 6**0.5 / mean["paired_sd"]
+    assert size == pytest.approx(detectable(0.975, 6))
     assert [c["is_false_positive"] for c in controls(table)] == [False] * 4
     shifted = [
         record(Cell(**{name: r[name] for name in _NAMES}), 0.6) if r["seed"] > 10 else r
         for r in records()
     ]
     assert all(c["is_false_positive"] for c in controls(tables(shifted)[0]))
+
+
+@pytest.mark.parametrize(("level", "num_seeds"), [(0.95, 3), (0.975, 6)])
+def test_a_detectable_difference_is_found_in_four_of_five_cases(
+    level: float, num_seeds: int
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(40_000, num_seeds, generator=generator, dtype=torch.float64)
+    errors = values.std(1) / num_seeds**0.5
+    means = values.mean(1) + detectable(level, num_seeds) / num_seeds**0.5
+    reach = float(stats.t.ppf((1 + level) / 2, num_seeds - 1))
+    found = ((means / errors).abs() > reach).double().mean()
+    assert float(found) == pytest.approx(0.8, abs=0.01)  # five standard errors
 
 
 _NAMES = ("kind", "task", "scale", "loss", "arm", "seed", "rate")
