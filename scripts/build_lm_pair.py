@@ -9,7 +9,7 @@ Into the folder go `teacher` and `student`, each with a card, and `data` with th
 `train.jsonl` with solutions for supervised training, `prompts.jsonl` for distillation, which the
 teacher was not trained on (GSM8K's are the same as those for training), `test.jsonl`. The student
 is pruned and trained for a shorter while on the same texts ("healed"). The same command continues
-where an earlier one stopped.
+where an earlier one stopped; one with another recipe is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 import transformers
 from lm_stories import stories
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -122,9 +125,29 @@ def main() -> None:
     write_data(task.name, folder / "data", given.train, given.test)
     machine = Machine(given.device, given.precision, given.micro_batch_tokens)
     for recipe in task.recipes:
-        if given.only not in (None, recipe.name) or (folder / recipe.name).is_dir():
+        if given.only not in (None, recipe.name):
+            continue
+        if (folder / recipe.name).is_dir():
+            _require_made_so(folder / f"{recipe.name}.json", recipe, machine)
             continue
         build(task, recipe, folder, machine, given.model, (given.problems, given.samples))
+
+
+def _require_made_so(facts: Path, recipe: Recipe, machine: Machine) -> None:
+    """Refuse options that a finished model was not made with."""
+    found = json.loads(facts.read_text(encoding="utf-8"))
+    _require_same(facts.with_suffix(""), found, recipe, machine)
+
+
+def _require_same(what: Path, made: Mapping[str, Any], recipe: Recipe, machine: Machine) -> None:
+    made_with = {**made["recipe"], "precision": made["machine"]["precision"]}
+    asked = {**asdict(recipe), "precision": machine.precision}
+    for name, value in asked.items():
+        if made_with[name] != value:
+            raise SystemExit(
+                f"{what} was made with {name} = {made_with[name]!r}, and {value!r} is asked for. "
+                "Give another --out, or remove it."
+            )
 
 
 def _options() -> argparse.ArgumentParser:
@@ -242,13 +265,22 @@ def train(
 ) -> tuple[float, float]:
     """AdamW on the solutions' mean loss, the rate linear to zero; minutes and the last loss.
 
-    The state file holds weights, moments and the next step; batches are a function of the recipe.
+    The state file holds weights, moments, the next step and what they are made with; batches are a
+    function of the recipe.
+
+    Raises:
+        SystemExit: the state is of another recipe or precision.
     """
+    made = {"recipe": asdict(recipe), "machine": asdict(machine)}
     work = list(batches(examples, recipe))
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    first, spent = _restored(model, optimizer, state)
+    first, spent = 0, 0.0
+    if state.exists():
+        found = _restored(model, optimizer, state)
+        _require_same(state, found["made"], recipe, machine)
+        first, spent = found["step"], found["seconds"]
     saved = start = time.monotonic()
     recent: list[float] = []
     model.train()
@@ -263,7 +295,8 @@ def train(
             mean = sum(recent) / len(recent)
             log(f"step {step + 1}/{len(work)} loss {mean:.3f} nats, {left / 60:.1f} min left")
         if now - saved > SAVE_EVERY_S and step + 1 < len(work):
-            _save_state(model, optimizer, state, step + 1, spent + now - start)
+            position = {"step": step + 1, "seconds": spent + now - start, "made": made}
+            _save_state(model, optimizer, state, position)
             saved = now
     return (spent + time.monotonic() - start) / 60, sum(recent) / max(len(recent), 1)
 
@@ -302,19 +335,36 @@ def _loss(model: Any, batch: Sequence[Example], machine: Machine) -> Tensor:
     return cross_entropy(logits.float(), targets[is_target], reduction="sum")
 
 
-def _restored(model: Any, optimizer: Any, state: Path) -> tuple[int, float]:
-    if not state.exists():
-        return 0, 0.0
-    found = torch.load(state, weights_only=True)
-    model.load_state_dict(found["model"])
-    optimizer.load_state_dict(found["optimizer"])
-    return found["step"], found["seconds"]
+def _restored(model: Any, optimizer: Any, state: Path) -> dict[str, Any]:
+    """Load weights and moments; the step, seconds and recipe of a state."""
+    weights, moments = {}, defaultdict[int, dict[str, Tensor]](dict)
+    with safe_open(state, "pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["position"])
+        for key in file.keys():  # noqa: SIM118 - not a dictionary
+            part, _, name = key.partition("/")
+            if part == "model":
+                weights[name] = file.get_tensor(key)
+            else:
+                moments[int(part)][name] = file.get_tensor(key)
+    model.load_state_dict(weights)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+    return found
 
 
-def _save_state(model: Any, optimizer: Any, state: Path, step: int, seconds: float) -> None:
-    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**parts, "step": step, "seconds": seconds}, state.with_suffix(".new"))
-    state.with_suffix(".new").replace(state)
+def _save_state(model: Any, optimizer: Any, state: Path, position: dict[str, Any]) -> None:
+    weights = {f"model/{name}": value for name, value in model.state_dict().items()}
+    moments = {
+        f"{number}/{name}": value
+        for number, parts in optimizer.state_dict()["state"].items()
+        for name, value in parts.items()
+    }
+    new = state.with_suffix(".new")
+    tensors = {
+        name: value.clone() for name, value in {**weights, **moments}.items()
+    }  # tied weights
+    save_file(tensors, new, {"position": json.dumps(position)})
+    new.replace(state)
 
 
 def accuracy(

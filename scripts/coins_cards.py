@@ -56,7 +56,7 @@ give a model of about the same quality.
 """
 
 LIMITS = """\
-A toy for tests and demonstrations: it knows prompts of the coins task only and nothing else.{what}
+A toy for tests and demonstrations: made for prompts of the coins task and nothing else.{what}
 """
 
 _STUDENT = """ It is no copy of its teacher: it was trained from random weights of its own{how}."""

@@ -48,7 +48,7 @@ one thread, torch {torch_version}, transformers {transformers_version}. The same
 same kind of processor give the same bytes; others give a model of about the same quality.
 """
 
-LIMITS = "A toy for tests and demonstrations: it knows prompts of five items only and nothing else."
+LIMITS = "A toy for tests and demonstrations: made for prompts of five items and nothing else."
 
 
 def write_card(folder: Path, recipe: Recipe, figures: Figures) -> None:

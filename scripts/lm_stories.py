@@ -2,7 +2,7 @@
 
 A story is a number that is changed two times, told by one of many templates; the solution is
 written in one of several valid ways and ends like GSM8K's, with `#### n`. Templates of the test are
-never used in training, so a model has to read the story. Every story is a pure function of its
+never used in training. Every story is a pure function of its
 seed, split and number.
 """
 

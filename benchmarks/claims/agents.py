@@ -234,7 +234,8 @@ def page(result: dict[str, Any]) -> str:
             f"{len(design['seeds'])} paired seeds, {design['num_problems']} held-out problems "
             f"with {design['num_samples']} conversations each; a success is a conversation in "
             "which every call is right and none is superfluous. Intervals: 95 %, over seeds and "
-            "problems. Arms take equal numbers of steps, so arms that keep fewer tokens see fewer.",
+            "problems. Arms take equal numbers of steps, so arms that keep fewer tokens train on "
+            "fewer.",
             "The student's mistakes come from training on wrong conversations until their entropy "
             "was low: Q3 is there by construction, which is its best case. One synthetic task "
             "and half a million parameters say nothing about large models.",

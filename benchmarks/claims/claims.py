@@ -1,7 +1,7 @@
-"""Which claims about TIP and EOPD hold on the embedded task? Seeds, controls, intervals, verdicts.
+"""Which claims of nine papers hold on two embedded tasks? Seeds, controls, intervals, verdicts.
 
     python benchmarks/claims/claims.py  # everything; continues where it stopped
-    python benchmarks/claims/claims.py --quick  # fewer arms, two seeds: a check, not evidence
+    python benchmarks/claims/claims.py --quick  # two seeds, fewer problems: a check, no evidence
     python benchmarks/claims/claims.py --judge  # tables and verdicts again, from finished cells
     python benchmarks/claims/claims.py --page  # page and figures again, from the JSON
     python benchmarks/claims/claims.py --verify 4  # run four random cells again and compare exactly
@@ -202,7 +202,7 @@ def published(records: dict[str, Record], design: Design) -> dict[str, Any]:
         factor: Table(found, design.sensitivity_seeds, chosen_rates(tuning, factor))
         for factor in sorted({1.0, *SENSITIVITY_FACTORS})
     }
-    table = Table(found, design.common_seeds, rates)
+    table = Table(found, design.seeds, rates)
     worth = correlations(table)
     return {
         "environment": machine(),

@@ -57,16 +57,10 @@ def controls(records: Sequence[Record], design: Design) -> list[dict[str, Any]]:
     Controls that were not run with all of their cells are left out.
     """
     return [
-        _table_of(settings, values, _group_sizes(settings, design))
+        _table_of(settings, values, min(len(design.seeds), settings.num_cells // 2))
         for settings in design.controls
         if (values := _values(records, settings))
     ]
-
-
-def _group_sizes(settings: Controls, design: Design) -> list[int]:
-    """Numbers of seeds that verdicts rest on, up to the setting's own, if cells make two groups."""
-    most = min(len(design.seeds_of(settings.setting)), settings.num_cells // 2)
-    return sorted({n for place in design.arms if (n := len(design.seeds_of(place))) <= most})
 
 
 def _values(records: Sequence[Record], settings: Controls) -> dict[tuple[str, str], Tensor]:
@@ -92,14 +86,13 @@ def _values(records: Sequence[Record], settings: Controls) -> dict[tuple[str, st
 
 
 def _table_of(
-    settings: Controls, values: dict[tuple[str, str], Tensor], sizes: Sequence[int]
+    settings: Controls, values: dict[tuple[str, str], Tensor], size: int
 ) -> dict[str, Any]:
-    """Rates by size of a group and number of comparisons: over all, and by arm and metric."""
-    by_kind: dict[tuple[int, int], list[Trial]] = {}
-    for size in sizes:
-        for (arm, metric), of_arm in values.items():
-            for trial in drawn(arm, metric, of_arm, size):
-                by_kind.setdefault((size, trial.num_comparisons), []).append(trial)
+    """Rates by number of comparisons: over all, and by arm and metric; groups have `size` cells."""
+    by_kind: dict[int, list[Trial]] = {}
+    for (arm, metric), of_arm in values.items():
+        for trial in drawn(arm, metric, of_arm, size):
+            by_kind.setdefault(trial.num_comparisons, []).append(trial)
     num_arms = len(settings.arms)
 
     def row(trials: Sequence[Trial], num_arms: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -126,17 +126,6 @@ class Design:
     choice_settings: tuple[str, ...]
     """Settings in which the choices of rules are recorded."""
     controls: tuple[Controls, ...] = ()
-    num_seeds: dict[str, int] = field(default_factory=dict)
-    """Of settings that have only the first seeds."""
-
-    def seeds_of(self, setting: str) -> tuple[int, ...]:
-        """The seeds of a setting's arms."""
-        return self.seeds[: self.num_seeds.get(setting, len(self.seeds))]
-
-    @property
-    def common_seeds(self) -> tuple[int, ...]:
-        """The seeds that the arms of every setting have."""
-        return min(map(self.seeds_of, self.arms), key=len)
 
 
 @dataclass(frozen=True)
@@ -273,7 +262,7 @@ def cells(design: Design, rates: Rates) -> list[Cell]:
     ]
     return [
         *_probes(design),
-        *(arm(*which, seed) for which in everything for seed in design.seeds_of(which[0])),
+        *(arm(*which, seed) for which in everything for seed in design.seeds),
         *other_rates,
         *(
             arm(controls.setting, name, seed, kind="control")

@@ -7,7 +7,7 @@ from typing import Any
 
 from claims_controls import PROMISED
 from claims_markdown import difference, percent, signed, table, unsigned
-from claims_text import CAVEATS, CUT, METHOD, SETTINGS, SINCE
+from claims_text import CAVEATS, CUT, METHOD, SETTINGS
 from claims_verdicts import RESOLUTION
 
 COLUMNS = (
@@ -33,7 +33,7 @@ def page(results: dict[str, Any]) -> str:
         METHOD.format(
             problems=design["num_problems"],
             samples=design["num_samples"],
-            seeds=_seeds(design),
+            seeds=f"{len(design['seeds'])} seeds",
         ),
         _controls(results["controls"]),
         "## The claims one by one",
@@ -49,20 +49,30 @@ def page(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _seeds(design: dict[str, Any]) -> str:
-    few = [f"{count} in `{setting}`" for setting, count in design["num_seeds"].items()]
-    return ", ".join([f"{len(design['seeds'])} seeds", *few])
-
-
 def _caveats(results: dict[str, Any]) -> str:
     judged = sum(len(claim["comparisons"]) for claim in results["claims"].values())
     figures = [figures for arms in results["arms"].values() for figures in arms.values()]
     listed = sum(name in figures for figures in figures for name in ("minus_all", "minus_random"))
     resolution = f"{100 * RESOLUTION['points']:.0f} points or {RESOLUTION['nats']:g} nats"
-    general = CAVEATS.format(
-        judged=judged, listed=listed, expected=round(judged / 20), resolution=resolution
+    verdicts = [v for claim in results["claims"].values() for v in claim["verdicts"].values()]
+    decided = sum(verdict in ("supported", "contradicted here") for verdict in verdicts)
+    return CAVEATS.format(
+        judged=judged,
+        listed=listed,
+        resolution=resolution,
+        num_verdicts=len(verdicts),
+        decided=decided,
+        false=_expected(results["controls"], len(verdicts)),
     )
-    return f"{general.rstrip()}\n{SINCE.get(results['source'], '')}".rstrip()
+
+
+def _expected(controls: Sequence[dict[str, Any]] | None, num_verdicts: int) -> str:
+    """How many verdicts would be false, at the rates of arms compared with themselves."""
+    rates = [row["beats"][0] for one in controls or () for row in one["all"]]
+    if not rates:
+        return "an unmeasured number of verdicts would be false"
+    least, most = (f"{num_verdicts * rate:.1f}" for rate in (min(rates), max(rates)))
+    return f"{least} to {most} verdicts of the test *beats* would be false"
 
 
 def _introduction(results: dict[str, Any]) -> str:
@@ -137,8 +147,8 @@ def _against(claims: dict[str, Any], earlier: dict[str, Any]) -> str:
     return (
         "## Against what was published\n\n"
         f"{table(['', 'who says so', 'here'], rows)}\n\n"
-        "P1 to P5 are what this project's own notes (METHODS.md, not published) had measured on "
-        f"the ledger task before this benchmark. {_against_notes(claims)}\n\n"
+        "P1 to P5 are what this project had measured on the ledger task before this benchmark "
+        f"(`experiments/LOG.md`). {_against_notes(claims)}\n\n"
         f"Against this project's own verdicts of {earlier['date']} (commit `{earlier['commit']}`; "
         "five seeds, eight where claims rested on them; one rate for both losses; by a fault of "
         "the harness every arm had stored rollouts):\n\n"
@@ -268,7 +278,6 @@ def _token_worth(worth: dict[str, Any]) -> str:
 def _setting(name: str, arms: dict[str, Any], results: dict[str, Any]) -> str:
     setting = results["design"]["settings"][name]
     design = results["design"]
-    num_seeds = design["num_seeds"].get(name, len(design["seeds"]))
     columns = [column for column in COLUMNS if column[0] in arms["start"]]
     rows = [[f"`{arm}`", *_figures(figures, columns)] for arm, figures in arms.items()]
     heads = ["arm", *(title for _, title, _, _ in columns)]
@@ -280,7 +289,7 @@ def _setting(name: str, arms: dict[str, Any], results: dict[str, Any]) -> str:
     return (
         f"### Setting `{name}`\n\n{SETTINGS[name]} Student `{setting['student']}`, "
         f"{setting['num_steps']} steps of {setting['prompts_per_step']} rollouts, learning rate "
-        f"{rates}, {num_seeds} seeds. "
+        f"{rates}, {len(design['seeds'])} seeds. "
         f"`start` is the student before training. {_against_start(arms)}\n\n{table(heads, rows)}"
     )
 
@@ -308,15 +317,12 @@ def _figures(figures: dict[str, Any], columns: Sequence[tuple[str, str, float, i
 
 
 def _learning_rates(results: dict[str, Any]) -> str:
-    entries = [entry for losses in results["learning_rate"].values() for entry in losses.values()]
-    is_worst = any("lowest_mean" in row for entry in entries for row in entry["grid"].values())
-    seeds = " with the worst seed" if is_worst else ""  # earlier cells: of the mean of two
     return (
         "## Learning rates\n\n"
         "The all-token arm of every setting and loss, with seeds and held-out prompts of their "
         "own: the divergence that decides, and mean@8. Chosen in bold: the lowest reverse KL; in "
         "`collapsed`, whose reverse KL no rate lowers, the lowest forward KL among the rates that "
-        f"keep four fifths of the best accuracy{seeds}.{_edges(results)}\n\n"
+        f"keep four fifths of the best accuracy with the worst seed.{_edges(results)}\n\n"
         f"{_grid(results)}\n\n"
         "The claims' differences again at half, once and double the setting's rate, where that was "
         f"run ({len(results['design']['sensitivity_seeds'])} seeds; once: all seeds):\n\n"

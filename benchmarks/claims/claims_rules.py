@@ -107,7 +107,7 @@ def _lower(settings: tuple[str, ...], a: str, b: str, metric: str) -> Difference
 
 _TIP, _EOPD = "TIP (arXiv 2604.14084)", "EOPD (arXiv 2603.07079)"
 _DIAL = "DIAL-OPD (arXiv 2610.11659)"
-_NOTES = "This project's own notes (METHODS.md, unpublished)"
+_EARLIER = "Measured here before this benchmark"
 
 CLAIMS: dict[str, Claim] = {
     "T1": Claim(
@@ -313,13 +313,13 @@ CLAIMS: dict[str, Claim] = {
     "P1": Claim(
         "At 3 % Soft-OR is worse than random tokens.",
         "Random tokens are ahead of Soft-OR with one token of each completion.",
-        f"{_NOTES} §7 (24 steps, untuned rate, three seeds): 18 to 29 points against 37 to 57.",
+        f"{_EARLIER} (24 steps, untuned rate, three seeds): 18 to 29 points against 37 to 57.",
         _each(LEDGER, "random-3", "soft_or-3", "beats"),
     ),
     "P2": Claim(
         "The student's own log-probability finds better tokens than its entropy or chance.",
         "The 10 % of tokens with the lowest probability are ahead of entropy's and of random ones.",
-        f"{_NOTES} §7 (24 steps, untuned rate): 77 to 83 points against 63 for entropy and 59 to "
+        f"{_EARLIER} (24 steps, untuned rate): 77 to 83 points against 63 for entropy and 59 to "
         "70 for random tokens.",
         (
             *_each(LEDGER, "lowest_logprob-10", "entropy-10", "beats"),
@@ -329,19 +329,19 @@ CLAIMS: dict[str, Claim] = {
     "P3": Claim(
         "Two sampled log-probabilities carry nearly what whole distributions do.",
         "10 % of the tokens by probability gap nearly match the same share by divergence.",
-        f"{_NOTES} §7 (24 steps, untuned rate, three seeds): 87 to 91 points against 90 to 91.",
+        f"{_EARLIER} (24 steps, untuned rate, three seeds): 87 to 91 points against 90 to 91.",
         _each(LEDGER, "probability_gap-10", "divergence-10", "nearly"),
     ),
     "P4": Claim(
         "At 10 % entropy is no better than random tokens.",
         "Random tokens match entropy's at 10 %.",
-        f"{_NOTES} §6 (24 steps, untuned rate, five seeds): 53.4 and 53.4.",
+        f"{_EARLIER} (24 steps, untuned rate, five seeds): 53.4 and 53.4.",
         _each(LEDGER, "random-10", "entropy-10", "matches"),
     ),
     "P5": Claim(
         "Q3 has no advantage over plain divergence, nor Soft-OR over Q3, at 10 %.",
         "Divergence matches Q3, and Q3 matches Soft-OR: both halves.",
-        f"{_NOTES} §6 (24 steps, untuned rate, five seeds): 84.4, 84.4 and 75.8.",
+        f"{_EARLIER} (24 steps, untuned rate, five seeds): 84.4, 84.4 and 75.8.",
         (
             *_each(LEDGER, "divergence-10", "q3-10", "matches"),
             *_each(LEDGER, "q3-10", "soft_or-10", "matches"),

@@ -5,7 +5,8 @@ Each comparison has a 95 % interval and is judged by one of four tests. In a gro
 *supported* when all comparisons are, *contradicted here* when at least one is contradicted and none
 supported, and *not supported* otherwise; where groups differ, that is said. A comparison *cannot
 tell* where there is nothing to lose or no room to gain (`obstacle`). No correction is made for the
-number of comparisons: a claim needs all of a group's, which errs on the strict side.
+number of comparisons: *supported* needs all of a group's, which errs on the strict side, and
+*contradicted here* needs one, which does not (`claims_controls` measures both).
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ class Comparison:
             return "decided"
         if self.test == "beats" and i.high < least:
             return "a tie" if i.low > -least else "not ahead"
+        if self.test in ("matches", "nearly") and i.high < 0:
+            return "worse, perhaps by less than the margin"
         return "too noisy to say" if i.high - i.low > least else "at the limit"
 
     def as_table(self) -> dict[str, Any]:

@@ -22,9 +22,10 @@ import claims_statistics
 from claims_controls import Trial, controls, drawn, rates, share_with_interval
 from claims_design import QUICK, Cell, Controls
 from claims_figures import draw_all
+from claims_markdown import signed
 from claims_page import _controls, page
 from claims_rules import CLAIMS
-from claims_why import why_page
+from claims_why import _explained, why_page
 from tutelage.evaluation.metrics import Interval
 
 
@@ -99,7 +100,11 @@ def test_the_page_of_choices_names_what_rules_prefer(results: dict[str, Any]) ->
     line = next(line for line in made.splitlines() if line.startswith("| `soft_or` | 20 %"))
     assert "| `7` 2.0 · `↵` 0.5 · `a¦` 0.5 | `(start)` 1.0 · `7` 1.0 |" in line
     assert "agree most (30 %)" in made
-    assert "| `soft_or-20+sampled` | 20 % | 25 % → 50 % | 40 % → 40 % | 100 % |" in made
+    moved = next(line for line in made.splitlines() if line.startswith("| `soft_or-20+sampled`"))
+    assert moved.split(" | ")[2:6] == ["20 %", "25 % → 50 %", "40 % → 40 %", "100 %"]
+    setting = results["design"]["choice_settings"][0]
+    gain = results["arms"][setting]["soft_or-20+sampled"]["minus_all"]["mean"]
+    assert moved.split(" | ")[1] == signed([100 * x for x in gain])
     assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
 
 
@@ -204,6 +209,29 @@ def test_groups_of_a_draw_share_no_cell_and_a_claim_needs_all_comparisons(
     assert not Trial("all", "mean", 4, 1, frozenset(), same).is_wrong("beats")  # type: ignore[arg-type]
 
 
+def test_what_goes_with_a_good_end_is_the_correlation_of_each_seed() -> None:
+    def cell(arm: str, seed: int, kl_kept: float, mean: float) -> dict[str, Any]:
+        return {
+            "kind": "arm",
+            "setting": "s",
+            "arm": arm,
+            "seed": seed,
+            "kl_kept": kl_kept,
+            "tokens_trained": 5 - 4 * kl_kept,
+            "mean": mean,
+        }
+
+    arms = ("random-20", "q3-20", "soft_or-20", "divergence-20")
+    best_first = [cell(arm, seed, n / 4, n / 8) for seed in (1, 2) for n, arm in enumerate(arms)]
+    others = [
+        cell(arm, 1, 0.0, 1.0) for arm in ("all", "eopd", "soft_or-20+sampled", "ida+sampled")
+    ]
+    text = _explained("s", [*best_first, *others])
+    assert "Over the 4 arms" in text
+    assert "is 1.00 [1.00, 1.00], with the number of tokens trained −1.00 [−1.00, −1.00]" in text
+    assert "the first minus the second 2.00 [2.00, 2.00]. Mean over 2 seeds" in text
+
+
 def test_a_share_of_nothing_has_the_exact_binomial_interval() -> None:
     cells = [frozenset({i, i + 1}) for i in range(9)]
     bound = stats.binomtest(0, 5).proportion_ci(method="exact").high
@@ -216,9 +244,9 @@ def test_a_share_of_nothing_has_the_exact_binomial_interval() -> None:
 
 
 def test_controls_have_a_table_for_each_setting_that_was_run() -> None:
-    """Groups of both numbers of seeds that verdicts rest on, up to the setting's own."""
-    several = (Controls("scarce", ("all",), 12), Controls("coins", ("all",), 6))
-    design = replace(BRIEF, seeds=(1, 2, 3), num_seeds={"coins": 2}, controls=several)
+    """Groups of as many seeds as verdicts rest on, or half of the cells where these are fewer."""
+    several = (Controls("scarce", ("all",), 12), Controls("coins", ("all",), 5))
+    design = replace(BRIEF, seeds=(1, 2, 3), controls=several)
     records = [
         {"kind": "control", "setting": c.setting, "arm": arm, "seed": seed}
         | {"problems": {m: [0.5, 0.25] for m in claims_controls.METRICS}}
@@ -229,17 +257,17 @@ def test_controls_have_a_table_for_each_setting_that_was_run() -> None:
     found = controls(records, design)
     keys = ("group_size", "num_comparisons", "num_disjoint")
     assert [[tuple(row[k] for k in keys) for row in table["all"]] for table in found] == [
-        [(2, 1, 3), (2, 2, 2), (2, 4, 1), (3, 1, 2), (3, 2, 1)],
-        [(2, 1, 1), (2, 2, 1)],
+        [(3, 1, 2), (3, 2, 1)],
+        [(2, 1, 1)],
     ]
-    assert len(found[0]["rows"]) == 5 * len(claims_controls.METRICS)
+    assert len(found[0]["rows"]) == 2 * len(claims_controls.METRICS)
     assert {row["beats"][0] for row in found[0]["rows"]} == {0.0}
     assert [table["setting"] for table in controls(records[:-1], design)] == ["scarce"]
     assert controls([], design) == []
     shown = _controls(json.loads(json.dumps(found)))
     assert "In `scarce`, 12 seeds an arm" in shown
-    assert "In `coins`, 6 seeds an arm" in shown
-    assert "| 1 | 3 | 2 | 0.0 [0.0, 70.8] % | 0.0 [0.0, 70.8] % | 100 % |" in shown
+    assert "In `coins`, 5 seeds an arm" in shown
+    assert "| 1 | 2 | 3 | 0.0 [0.0, 84.2] % | 0.0 [0.0, 84.2] % | 100 % |" in shown
 
 
 @pytest.mark.slow

@@ -102,6 +102,29 @@ def test_an_interrupted_training_ends_like_a_whole_one(
     trained(tmp_path / "cut", stop_at=3)
     again = trained(tmp_path / "cut")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+    trained(tmp_path / "other", stop_at=3)
+    monkeypatch.setattr(sys.modules[__name__], "RECIPE", replace(RECIPE, seed=RECIPE.seed + 1))
+    with pytest.raises(SystemExit, match=r"other was made with seed = \d+, and \d+ is asked for"):
+        trained(tmp_path / "other")
+
+
+def test_a_finished_model_of_another_recipe_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "teacher").mkdir()
+    recipe = pair.TASKS["stories"].recipes[0]
+    facts = {"recipe": asdict(recipe), "machine": {"precision": "float32"}}
+    (tmp_path / "teacher.json").write_text(json.dumps(facts))
+    given = ["--task", "stories", "--out", str(tmp_path), "--only", "teacher"]
+
+    def build(*more: str) -> None:
+        monkeypatch.setattr("sys.argv", ["build_lm_pair.py", *given, *more])
+        pair.main()
+
+    build()  # nothing is left to do
+    for more, value in ((("--precision", "bfloat16"), "'bfloat16'"), (("--epochs", "9"), "9")):
+        with pytest.raises(SystemExit, match=f"and {value} is asked for"):
+            build(*more)
 
 
 def test_every_epoch_has_every_text_once() -> None:
