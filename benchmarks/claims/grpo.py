@@ -2,7 +2,8 @@
 
     python benchmarks/claims/grpo.py --seeds 1,2,3,4,5
 
-Writes benchmarks/results/grpo.json. Ctrl-C saves the run; the same command continues it.
+Writes benchmarks/results/grpo.json. Ctrl-C saves the run; the same command continues it. Runs are
+kept by the version of the code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from claims_design import source
 from tutelage.config.parse import load_config
 from tutelage.evaluation.metrics import mean_difference
 from tutelage.train.loop import train
@@ -30,13 +32,13 @@ def main() -> None:
     options.add_argument("--runs", type=Path, default=Path("runs") / "grpo")
     options.add_argument("--result", type=Path, default=RESULT)
     given = options.parse_args()
-    seeds = given.seeds.split(",")
+    seeds, runs = given.seeds.split(","), given.runs / source()
     for seed in seeds:
         config = load_config(CONFIG, [f"seed={seed}"])
-        config = replace(config, out=str(given.runs / f"seed-{seed}"))
+        config = replace(config, out=str(runs / f"seed-{seed}"))
         if not train(config, log=partial(print, f"[seed {seed}]", flush=True)).is_finished:
             return
-    result = collect([given.runs / f"seed-{seed}" for seed in seeds])
+    result = collect([runs / f"seed-{seed}" for seed in seeds])
     given.result.write_text(json.dumps(result, indent=1) + "\n")
     print(f"gain {result['gain']}\n{given.result}")
 

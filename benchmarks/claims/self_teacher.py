@@ -1,16 +1,17 @@
-"""A student that teaches itself with the answer in view, on the embedded task: does it get better?
+"""Self-distillation with the answer in the teacher's context, on the embedded task: what is gained?
 
     python benchmarks/claims/self_teacher.py --out runs/self_teacher
 
-Two starts, each with frozen weights that read the reference answer before the prompt:
+Two starts; the teacher has the start's weights, frozen, and the answer before the prompt:
 
-- `as_shipped`: the embedded student, which has never seen an answer before a prompt.
-- `reads_answers`: the same after supervised steps on two kinds of text: prompts alone with its own
-  completions, and prompts behind their answers with right ones. It answers as before where it is
-  shown nothing, and better where it is shown the answer, as a large language model does by itself.
+- `as_shipped`: the embedded student, whose training had no answer before any prompt.
+- `trained_on_answers`: the same after supervised steps on two kinds of text: prompts alone with its
+  own completions, and prompts behind their answers with right ones. Its completions are as before
+  without an answer and better behind one, as a large language model's are.
 
 Accuracy is that of the run's own evaluations, of prompts without answers. The interval is a
-t-interval over seeds of the gain from the first to the last step.
+t-interval over seeds of the gain from the first to the last step. Runs are kept by the version of
+the code; the same command continues them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from claims_design import source
 from claims_statistics import mean_interval
 from tutelage.config.parse import parse_config
 from tutelage.config.sampling import SamplingConfig
@@ -51,7 +53,7 @@ _PREPARATION = 77
 
 
 def prepare(folder: Path, num_steps: int) -> Path:
-    """The student that reads answers; kept in `folder`."""
+    """The student with supervised steps on answers; kept in `folder`."""
     if (folder / "config.json").exists():
         return folder
     model, tokenizer = load_model(STUDENT), load_tokenizer(STUDENT)
@@ -124,8 +126,9 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    taught = prepare(arguments.out / "reads_answers-start", arguments.supervised_steps)
-    starts = {"reads_answers": str(taught), "as_shipped": STUDENT}
+    out = arguments.out / source()
+    prepared = prepare(out / "trained_on_answers-start", arguments.supervised_steps)
+    starts = {"trained_on_answers": str(prepared), "as_shipped": STUDENT}
     result: dict[str, Any] = {
         "context": CONTEXT,
         "steps": 40,
@@ -134,10 +137,7 @@ def main() -> None:
         "starts": {},
     }
     for name, model in starts.items():
-        seeds = [
-            run(arguments.out / f"{name}-{seed}", model, seed, {})
-            for seed in range(arguments.seeds)
-        ]
+        seeds = [run(out / f"{name}-{seed}", model, seed, {}) for seed in range(arguments.seeds)]
         gains = torch.tensor([[one["after"] - one["before"]] for one in seeds])
         gain = mean_interval(gains)
         result["starts"][name] = {
