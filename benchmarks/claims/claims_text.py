@@ -24,16 +24,16 @@ CAVEATS = """\
   tokens where these gain at most 2 points over the start (*nothing to lose*), and no arm beats a
   pass@8 of at least 90 % (*saturated*).
 * **"Not supported" is of two kinds**, told apart in the column *reading*. *A tie* and *not ahead*
-  were measured: the interval leaves no room for a gain of {resolution}. *Worse, perhaps by less
-  than the margin*: the interval of *matches* or *nearly* lies below 0 and not wholly below the
+  were measured: the interval leaves no room for a gain of {resolution}. *Worse, perhaps by
+  less than the margin*: the interval of *matches* or *nearly* lies below 0 and not wholly below the
   margin. *Too noisy to say* means that the interval is wider than the margin which decides: the
   seeds are too few. *At the limit*: narrower than that margin, and across the limit.
 * **Many comparisons are made.** {num_verdicts} verdicts are given, {decided} of them *supported* or
   *contradicted here*, on {judged} comparisons; the tables of arms hold {listed} more differences.
-  None is corrected for their number. If no two arms differed, {false}, by the rates of [arms
-  compared with themselves](#false-verdicts). *Supported* needs all comparisons of a setting, which
-  errs on the strict side; *contradicted here* needs one. A pair picked from the tables afterwards
-  has no such protection.
+  None is corrected for their number. By the rates of [arms compared with
+  themselves](#false-verdicts), if no two arms differed, {false}. *Supported* needs all comparisons
+  of a setting, which errs on the strict side; *contradicted here* needs one. A pair picked from the
+  tables afterwards has no such protection.
 * **The rules of the verdicts were fixed before the runs**, in
   `benchmarks/claims/claims_rules.py` and `claims_verdicts.py`; their history and the commit below
   show it. Three things were changed after cells of an earlier run, whose verdicts were known, and
