@@ -29,7 +29,7 @@ class Table:
 
     def __init__(self, records: Iterable[Record], seeds: Sequence[int], rates: Rates) -> None:
         self.seeds = tuple(seeds)
-        """Seeds that every arm has to have; those of some settings have more."""
+        """Seeds that every arm has to have."""
         self._arms: dict[tuple[str, str], dict[int, Record]] = {}
         self._others: dict[str, dict[int, Record]] = {}
         for record in records:
@@ -52,11 +52,10 @@ class Table:
         return all(set(self.seeds) <= set(self._arms.get((setting, arm), ())) for arm in arms)
 
     def seeds_of(self, setting: str, *arms: str) -> tuple[int, ...]:
-        """Seeds that all of these arms have; `KeyError` if one lacks a seed it has to have."""
+        """The seeds of these arms; `KeyError` if one lacks a seed."""
         if not self.has(setting, *arms):
             raise KeyError(f"{setting}: {', '.join(arms)} lack seeds or are missing")
-        found = [set(self._arms[setting, arm]) for arm in arms]
-        return tuple(sorted(set.intersection(*found)))
+        return self.seeds
 
     def has_metric(self, setting: str, arm: str, metric: str) -> bool:
         """Whether a metric is defined in a setting; a task may have no hidden starts."""

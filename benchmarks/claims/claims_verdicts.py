@@ -148,11 +148,9 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
         return "supported"
     if "contradicted here" in found and "supported" not in found:
         return "contradicted here"
-    return (
-        "cannot tell"
-        if "cannot tell" in found and found <= {"supported", "cannot tell"}
-        else "not supported"
-    )
+    if "cannot tell" in found and found <= {"supported", "cannot tell"}:
+        return "cannot tell"
+    return "not supported"
 
 
 def compare(table: Table, d: Difference) -> Comparison:

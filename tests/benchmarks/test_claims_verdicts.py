@@ -277,7 +277,7 @@ def test_a_claim_has_no_verdict_where_one_of_its_arms_was_not_run(
     assert judge(Table([], BRIEF.seeds, RATES), {})["T1"]["agreement"] == "not run"
 
 
-def test_a_difference_needs_every_seed_and_uses_all_that_both_arms_have() -> None:
+def test_a_difference_needs_every_seed() -> None:
     """Arms ahead by 0.1 in the first of two seeds only."""
     arms = ("q3-10", "all", "start")
     work = [c for c in cells(BRIEF, RATES) if (c.kind, c.setting) == ("arm", "scarce")]
