@@ -289,7 +289,9 @@ def summary(table: Table) -> dict[str, Any]:
 
 
 def within(share: Interval) -> Interval:
-    """The interval of a share, cut to the values that it can have."""
+    """The interval of a share, cut to the values that it can have; one without bounds stays so."""
+    if not math.isfinite(share.low):
+        return share
     return replace(share, low=max(share.low, 0.0), high=min(share.high, 1.0))
 
 

@@ -20,7 +20,17 @@ import claims_lm_rules
 from claims_choices import COMPARED_RULES
 from claims_lm_design import SCALES, Cell, Pair, cells, tuning_cells
 from claims_lm_page import page
-from claims_lm_table import controls, detectable, judge, places, power, rates_of, tables, tuned
+from claims_lm_table import (
+    controls,
+    detectable,
+    judge,
+    places,
+    power,
+    rates_of,
+    summary,
+    tables,
+    tuned,
+)
 from claims_lm_work import do, problems_of
 from claims_verdicts import MARGIN, beats, matches
 from tests.tiny import save_tiny_model
@@ -478,6 +488,18 @@ def test_a_detectable_difference_is_found_in_four_of_five_cases(
     reach = float(stats.t.ppf((1 + level) / 2, num_seeds - 1))
     found = ((means / errors).abs() > reach).double().mean()
     assert float(found) == pytest.approx(0.8, abs=0.01)  # five standard errors
+
+
+def test_shares_stay_shares_and_one_seed_has_no_interval() -> None:
+    found = records(teacher=0.9)
+    for one in found:
+        if (one["arm"], one["loss"]) == ("gap-20", "exact"):
+            one["problems"]["mean"] = [float(one["seed"] == 1)] * 5
+    rows = summary(tables(found)[0])
+    value, low, high = rows["gap-20"]["mean"]
+    assert (value, low) == (pytest.approx(1 / LAST), 0.0)
+    assert value < high <= 1.0
+    assert rows["teacher"]["mean"][1:] == [None, None]
 
 
 _NAMES = ("kind", "task", "scale", "loss", "arm", "seed", "rate")
