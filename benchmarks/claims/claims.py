@@ -48,7 +48,7 @@ from claims_design import (
     source,
     tuning_cells,
 )
-from claims_file import end_line, finished
+from claims_file import differing, end_line, finished
 from claims_table import Record, Table, correlations, summary
 from claims_verdicts import judge, sensitivity
 from claims_work import NUM_SAMPLES, do
@@ -297,7 +297,7 @@ def verify(design: Design, count: int, num_workers: int) -> bool:
     num_different = 0
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         for done, (before, again) in enumerate(pool.imap_unordered(_repeated, old), 1):
-            names = differing(before, again)
+            names = differing(before, again, TIMES)
             num_different += bool(names)
             what = f"differs in {', '.join(names)}" if names else "same"
             print(f"{done}/{len(old)} {again['key']}: {what}", flush=True)
@@ -308,11 +308,6 @@ def verify(design: Design, count: int, num_workers: int) -> bool:
 def _repeated(published: Record) -> tuple[Record, Record]:
     """A published cell's record, and that of the same cell run again."""
     return published, do(Cell(**{field.name: published[field.name] for field in fields(Cell)}))
-
-
-def differing(published: Record, again: Record) -> list[str]:
-    """Names of the published figures of a cell that were different when it was run again."""
-    return [k for k, v in published.items() if k not in TIMES and again[k] != v]
 
 
 def _count(text: str) -> int:

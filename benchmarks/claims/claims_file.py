@@ -1,9 +1,10 @@
-"""The working file of a benchmark: finished cells as JSON, one a line, the last perhaps torn."""
+"""Records of finished cells: the working file, one as JSON a line, and one run again."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,10 @@ def end_line(path: Path) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
+
+
+def differing(
+    published: Mapping[str, Any], again: Mapping[str, Any], not_compared: Sequence[str]
+) -> list[str]:
+    """Names of the published figures of a cell that were different when it was run again."""
+    return [k for k, v in published.items() if k not in not_compared and again[k] != v]

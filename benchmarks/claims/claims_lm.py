@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from claims_file import differing
 from claims_lm_design import (
     SCALES,
     Cell,
@@ -52,7 +53,7 @@ RESULT = ROOT / "benchmarks" / "results" / "claims-lm.json"
 PAGE = ROOT / "docs" / "results" / "claims-lm.md"
 CHOOSING = ("random-10", "soft_or-20", "gap-20", "opsa-20")
 """Arms whose choices are recorded before and after training."""
-NOT_COMPARED = ("source", "train_s", "measure_s")
+NOT_COMPARED = ("source", "environment", "train_s", "measure_s")
 """What of a cell may differ when it is run again."""
 FACTS = ("task", "num_texts", "minutes", "parameters", "test")
 """What the JSON keeps of the cards of a pair."""
@@ -190,7 +191,7 @@ def verify(results: dict[str, Any], given: argparse.Namespace) -> bool:
         for record in results["cells"]
         if place_of(record)[2:] == (device, pair.digest())
         and is_current(record)
-        and (not given.cells or any(text in cell_of(record).name for text in given.cells))
+        and _is_asked(cell_of(record), given)
     ]
     if not mine:
         raise SystemExit(
@@ -201,7 +202,7 @@ def verify(results: dict[str, Any], given: argparse.Namespace) -> bool:
     num_equal = 0
     for before in chosen:
         again = do(cell_of(before), pair, given.device)
-        names = [k for k, v in again.items() if k not in NOT_COMPARED and before[k] != v]
+        names = differing(before, again, NOT_COMPARED)
         num_equal += not names
         print(f"{cell_of(before).name}: {'differs in ' + ', '.join(names) if names else 'equal'}")
         gc.collect()
@@ -282,7 +283,13 @@ def shared(pair: Pair, num_texts: int, num_problems: int) -> dict[str, int]:
     test = asked("test")
     judged = test[:num_problems]
     others = {"tuning": test[-num_problems:], "teacher": asked("train")[:num_texts]}
-    return {name: sum(one in set(kept) for one in judged) for name, kept in others.items()}
+    kept = {name: set(stories) for name, stories in others.items()}
+    return {name: sum(one in stories for one in judged) for name, stories in kept.items()}
+
+
+def _is_asked(cell: Cell, given: argparse.Namespace) -> bool:
+    """Whether `--cells` names a cell, or nothing."""
+    return not given.cells or any(text in cell.name for text in given.cells)
 
 
 def todo(
@@ -305,7 +312,7 @@ def todo(
         cell
         for cell in work
         if cell.loss in wanted
-        and (not given.cells or any(text in cell.name for text in given.cells))
+        and _is_asked(cell, given)
         and cell.key(pair, given.device) not in done
     ]
 

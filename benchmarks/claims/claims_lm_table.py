@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from claims_lm_design import CONTROL_OFFSET, SCALES, Scale
 from claims_lm_rules import CLAIMS, CONTROLS, LOSSES, METRICS, TUNED, Difference, loss_of
-from claims_statistics import mean_interval
+from claims_statistics import mean_interval, within
 from claims_verdicts import TESTS, Comparison, obstacle, overall
 from tutelage.evaluation.metrics import Interval
 
@@ -119,18 +119,17 @@ def tuned(records: Iterable[Record], place: Place) -> dict[str, dict[str, Any]]:
     scale, found = SCALES[place[1]], {}
     mine = [r for r in records if r["kind"] == "tune" and place_of(r) == place]
     for loss, arm in TUNED.items():
+        figure, sign = ("mean", -1) if loss == "own" else ("reverse_kl", 1)
         grid = {}
-        for rate in scale.grid:
+        for rate in sorted(scale.grid):
             cells = [r for r in mine if (r["loss"], r["arm"], r["rate"]) == (loss, arm, rate)]
             if len({r["seed"] for r in cells}) == len(scale.tuning_seeds):
-                grid[rate] = {m: fmean(r[m] for r in cells) for m in ("mean", "reverse_kl")}
+                grid[rate] = fmean(r[figure] for r in cells)
         if len(grid) == len(scale.grid):
-            figure, sign = ("mean", -1) if loss == "own" else ("reverse_kl", 1)
-            best = min(sorted(grid), key=lambda rate: sign * grid[rate][figure])
             found[loss] = {
-                "chosen": best,
+                "chosen": min(grid, key=lambda rate: sign * grid[rate]),
                 "figure": figure,
-                "grid": {f"{rate:g}": grid[rate][figure] for rate in grid},
+                "grid": {f"{rate:g}": value for rate, value in grid.items()},
             }
     return found
 
@@ -286,13 +285,6 @@ def summary(table: Table) -> dict[str, Any]:
         row["seconds"] = fmean(r["train_s"] + r["measure_s"] for r in mine)
         found[arm] = row
     return found
-
-
-def within(share: Interval) -> Interval:
-    """The interval of a share, cut to the values that it can have; one without bounds stays so."""
-    if not math.isfinite(share.low):
-        return share
-    return replace(share, low=max(share.low, 0.0), high=min(share.high, 1.0))
 
 
 def as_list(interval: Interval | None) -> list[float | None] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -52,6 +53,13 @@ def mean_interval(values: Tensor, level: float = LEVEL) -> Interval:
         return found
     low, high = min(found.low, of_seeds.low), max(found.high, of_seeds.high)
     return Interval(found.value, low, high, level)
+
+
+def within(share: Interval) -> Interval:
+    """The interval of a share, cut to [0, 1]; one without bounds stays so."""
+    if not math.isfinite(share.low):
+        return share
+    return replace(share, low=max(share.low, 0.0), high=min(share.high, 1.0))
 
 
 def _bootstrap(values: Tensor, level: float = LEVEL) -> Interval:

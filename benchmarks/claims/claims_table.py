@@ -11,7 +11,7 @@ from torch import Tensor
 from claims_arms import BASELINES, TUNED, loss_of, random_arm
 from claims_design import Design, Rates
 from claims_probe import SCORES
-from claims_statistics import CORRELATIONS, correlation_intervals, mean_interval
+from claims_statistics import CORRELATIONS, correlation_intervals, mean_interval, within
 from tutelage.evaluation.metrics import Interval
 
 Record = dict[str, Any]
@@ -29,7 +29,7 @@ class Table:
 
     def __init__(self, records: Iterable[Record], seeds: Sequence[int], rates: Rates) -> None:
         self.seeds = tuple(seeds)
-        """Seeds that every arm has to have."""
+        """Seeds that every arm has to have; at some rates arms have more."""
         self._arms: dict[tuple[str, str], dict[int, Record]] = {}
         self._others: dict[str, dict[int, Record]] = {}
         for record in records:
@@ -52,10 +52,11 @@ class Table:
         return all(set(self.seeds) <= set(self._arms.get((setting, arm), ())) for arm in arms)
 
     def seeds_of(self, setting: str, *arms: str) -> tuple[int, ...]:
-        """The seeds of these arms; `KeyError` if one lacks a seed."""
+        """Seeds that all of these arms have; `KeyError` if one lacks a seed it has to have."""
         if not self.has(setting, *arms):
             raise KeyError(f"{setting}: {', '.join(arms)} lack seeds or are missing")
-        return self.seeds
+        found = [set(self._arms[setting, arm]) for arm in arms]
+        return tuple(sorted(set.intersection(*found)))
 
     def has_metric(self, setting: str, arm: str, metric: str) -> bool:
         """Whether a metric is defined in a setting; a task may have no hidden starts."""
@@ -72,9 +73,7 @@ class Table:
     def interval(self, setting: str, arm: str, metric: str) -> Interval:
         """Mean over seeds and problems; the interval of a share stays in [0, 1]."""
         found = mean_interval(self.values(setting, arm, metric, self.seeds_of(setting, arm)))
-        if metric not in SHARES:
-            return found
-        return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+        return within(found) if metric in SHARES else found
 
     def difference(self, setting: str, a: str, b: str, metric: str) -> Interval:
         """Mean of a − b, paired by seed and problem, over all seeds that both arms have."""

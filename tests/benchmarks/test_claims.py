@@ -31,7 +31,7 @@ from claims_design import (
     losses_of,
     tuning_cells,
 )
-from claims_file import end_line
+from claims_file import differing, end_line
 from claims_probe import probe
 from claims_work import asked, do, fresh, problems_of, stepping
 from tutelage.config.evaluation import EvaluationConfig
@@ -341,8 +341,9 @@ def test_a_repeated_cell_that_differs_is_named_and_times_are_not_compared() -> N
     again = record(cell, level)
     published = {k: v for k, v in again.items() if k not in claims.NOT_PUBLISHED}
     assert Cell(**{name: published[name] for name in asdict(cell)}) == cell
-    assert claims.differing({**published, "cpu_s": 9.0}, again) == []
-    assert claims.differing({**published, "digest": "e", "pass": -1.0}, again) == ["digest", "pass"]
+    assert differing({**published, "cpu_s": 9.0}, again, claims.TIMES) == []
+    other = {**published, "digest": "e", "pass": -1.0}
+    assert differing(other, again, claims.TIMES) == ["digest", "pass"]
 
 
 # --- what it takes --------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_a_claim_has_no_verdict_where_one_of_its_arms_was_not_run(
     assert judge(Table([], BRIEF.seeds, RATES), {})["T1"]["agreement"] == "not run"
 
 
-def test_a_difference_needs_every_seed() -> None:
+def test_a_difference_needs_every_seed_and_uses_all_that_both_arms_have() -> None:
     """Arms ahead by 0.1 in the first of two seeds only."""
     arms = ("q3-10", "all", "start")
     work = [c for c in cells(BRIEF, RATES) if (c.kind, c.setting) == ("arm", "scarce")]
@@ -291,6 +291,7 @@ def test_a_difference_needs_every_seed() -> None:
     difference = table.difference("scarce", "q3-10", "all", "mean")
     assert difference.value == pytest.approx(0.05, abs=2e-3)
     assert table.seeds_of("scarce", *arms) == (1, 2)
+    assert Table(records, BRIEF.seeds[:1], RATES).seeds_of("scarce", *arms) == (1, 2)
     without = [r for r in records if (r["arm"], r["seed"]) != ("q3-10", 2)]
     table = Table(without, BRIEF.seeds, RATES)
     assert not table.has("scarce", "q3-10")
