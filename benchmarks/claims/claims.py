@@ -328,15 +328,27 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _require(is_met: bool, why_not: str) -> None:
+    if not is_met:
+        sys.exit(f"{why_not} Run without --judge and --page first.")
+
+
 def main() -> None:
     """Run, judge, draw, write; or the part that was asked for."""
     arguments = _arguments()
     design = DESIGNS["quick" if arguments.quick else "full"]
     if arguments.verify:
         sys.exit(0 if verify(design, arguments.verify, arguments.workers) else 1)
-    if not arguments.page:
+    if arguments.page:
+        _require(results_file(design).exists(), f"There is no {results_file(design)}.")
+    else:
         path = working_file(design)
-        if not arguments.judge:
+        if arguments.judge:
+            records, tuning = finished(path), tuning_cells(design)
+            found = sum(cell.key in records for cell in tuning)
+            what = f"{path} has {found} of the {len(tuning)} cells that rates are tuned by, of"
+            _require(found == len(tuning), f"{what} source {source()}: nothing can be judged.")
+        else:
             guess = dict.fromkeys(design.arms, dict.fromkeys(TUNED, GRID[0]))
             say_estimate([*tuning_cells(design), *cells(design, guess)], design)
             records = complete(tuning_cells(design), path, arguments.workers)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from claims_design import Controls, Design
+from claims_rules import CLAIMS
 from claims_statistics import mean_interval
 from claims_table import Record
 from claims_verdicts import TESTS, Verdict, overall
@@ -30,6 +31,11 @@ WRONG: dict[str, tuple[Verdict, ...]] = {
     "matches": ("contradicted here",),
 }
 """Verdicts that are false of an arm and itself, by test."""
+ASKED = {
+    test: {d.metric for claim in CLAIMS.values() for d in claim.differences if d.test == test}
+    for test in WRONG
+}
+"""The metrics that claims are judged in, by test; no rate is over others."""
 PROMISED = {"beats": 0.05, "matches": 0.025}
 """How often a 95 % interval of a single comparison yields them, at most."""
 
@@ -97,9 +103,10 @@ def _table_of(
 
     def row(trials: Sequence[Trial], num_arms: int) -> dict[str, Any]:
         size, n = trials[0].group_size, trials[0].num_comparisons
-        num_disjoint = num_arms * (settings.num_cells // ((1 + n) * size))
+        of_an_arm = settings.num_cells // ((1 + n) * size)
+        num_disjoint = num_arms * of_an_arm
         found = {"group_size": size, "num_comparisons": n, "num_disjoint": num_disjoint}
-        return {**found, **rates(trials, settings.num_cells, num_disjoint)}
+        return {**found, **rates(trials, settings.num_cells, of_an_arm)}
 
     return {
         "setting": settings.setting,
@@ -142,15 +149,21 @@ def drawn(arm: str, metric: str, values: Tensor, size: int) -> list[Trial]:
 
 
 def rates(trials: Sequence[Trial], num_cells: int, num_disjoint: int) -> dict[str, Any]:
-    """The share of false verdicts by test with its interval, and how often a match is confirmed."""
+    """The share of false verdicts by test with its interval, and how often a match is confirmed.
+
+    Each over the trials in a metric that claims ask that test of; None where there is none.
+    """
+    asked = {test: [t for t in trials if t.metric in ASKED[test]] for test in WRONG}
     found: dict[str, Any] = {
         test: share_with_interval(
-            [(trial.cells, trial.is_wrong(test)) for trial in trials], num_cells, num_disjoint
+            [(trial.cells, trial.is_wrong(test)) for trial in mine], num_cells, num_disjoint
         )
-        for test in WRONG
+        if mine
+        else None
+        for test, mine in asked.items()
     }
-    confirmed = sum(trial.verdicts["matches"] == "supported" for trial in trials)
-    return {**found, "matches_confirmed": confirmed / len(trials)}
+    matched = [trial.verdicts["matches"] == "supported" for trial in asked["matches"]]
+    return {**found, "matches_confirmed": sum(matched) / len(matched) if matched else None}
 
 
 def share_with_interval(
@@ -173,7 +186,8 @@ def share_with_interval(
     Args:
         trials: the cells of each, and whether its verdict is false.
         num_cells: cells that they were drawn from.
-        num_disjoint: trials of these sizes that share no cell.
+        num_disjoint: trials of these sizes, of one arm, that share no cell; those of other arms
+            have the same seeds.
     """
     wrong = torch.tensor([is_wrong for _, is_wrong in trials], dtype=torch.float64)
     used = torch.zeros(len(trials), num_cells, dtype=torch.float64)

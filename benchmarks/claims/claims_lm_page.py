@@ -79,10 +79,14 @@ def _missing(results: dict[str, Any]) -> str:
         task, name, device, _ = place
         scale = SCALES[name]
         rates = rates_of(tuned(records, place))
-        there = Counter((r["kind"], r["loss"], r["arm"], r["seed"], r["rate"]) for r in records)
+        mine = [r for r in records if place_of(r) == place]
+        there = {(r["kind"], r["loss"], r["arm"], r["seed"], r["rate"]) for r in mine}
         planned = [*tuning_cells(scale, task), *cells(scale, task, rates)]
         lost = [c for c in planned if (c.kind, c.loss, c.arm, c.seed, c.rate) not in there]
         text = f"* {task} ({name}, {device}): {len(planned) - len(lost)} of {len(planned)} cells."
+        counted = {(c.kind, c.loss, c.arm, c.seed, c.rate) for c in planned}
+        if more := sum(cell[1] in rates for cell in there - counted):
+            text += f" {more} more are in no table: their rate is no longer the chosen one."
         if lost:
             arms = Counter(f"{c.loss} {c.arm}" if c.kind == "arm" else "tuning" for c in lost)
             text += " Not run: " + ", ".join(f"{arm} ({n})" for arm, n in arms.items()) + "."
@@ -144,6 +148,9 @@ def _verdict(one: dict[str, Any]) -> str:
     if one["verdict"]:
         undecided = ("not supported", "cannot tell")
         readings = {c["reading"] for c in one["comparisons"] if c["verdict"] in undecided}
+        parts = {c["verdict"] for c in one["comparisons"]}
+        if one["verdict"] in undecided and "contradicted here" in parts:
+            readings.add("a part contradicted")
         return f"**{one['verdict']}**" + (f" ({', '.join(sorted(readings))})" if readings else "")
     seeds = min((c["num_seeds"] for c in one["comparisons"]), default=0)
     return f"not judged ({seeds} seeds)" if seeds else "not run"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from claims_lm_rules import CLAIMS, OTHER_RULES, SOURCES
+from claims_lm_rules import CLAIMS, NO_PAPER, OTHER_RULES, PAPER_LOSS, SOURCES
 from claims_markdown import table
 from claims_rules import CLAIMS as EMBEDDED_CLAIMS
 
@@ -29,7 +29,7 @@ def against(judged: dict[str, Any]) -> str:
         if theirs and name in OTHER_RULES:
             told += f" ({OTHER_RULES[name]})"
         row = [name, claim.text, source_of(name), by_verdict(mine) or "not run", told]
-        rows.append([*row, in_words(mine.values(), theirs.values())])
+        rows.append([*row, in_words(name, mine, theirs)])
     heads = ["", "claim", "who says so", "here", "embedded tasks", "compared"]
     return (
         f"## Against what was published\n\n{table(heads, rows)}\n\n"
@@ -62,19 +62,25 @@ def by_verdict(verdicts: dict[str, str]) -> str:
     )
 
 
-def in_words(here: Iterable[str], there: Iterable[str]) -> str:
-    """How the verdicts here differ from the paper, which makes the claim, and from those there."""
-    mine, theirs = set(here), set(there)
-    if not mine:
+def in_words(name: str, here: Mapping[str, str], there: Mapping[str, str]) -> str:
+    """How the verdicts here differ from the paper, which makes the claim, and from those there.
+
+    Args:
+        name: of the claim.
+        here: verdicts by setting, which names its loss.
+        there: of the embedded tasks.
+    """
+    if not here:
         return "not run here"
-    decided, elsewhere = mine & {FOR, AGAINST}, theirs & {FOR, AGAINST}
-    said = [_PAPER[frozenset(decided)]]
-    if not theirs:
+    mine, elsewhere = ({*verdicts.values()} & {FOR, AGAINST} for verdicts in (here, there))
+    said = [_beside_paper(name, here)]
+    if not there:
         return said[0]
-    if decided == elsewhere:
+    if not mine:
+        decided = "decided in some of the embedded settings"
+        said.append(decided if elsewhere else "the embedded tasks do not decide it")
+    elif mine == elsewhere:
         said.append("agrees with the embedded tasks")
-    elif not decided:
-        said.append("says nothing about the embedded tasks' verdicts")
     elif not elsewhere:
         said.append("the embedded tasks do not decide it")
     else:
@@ -82,10 +88,27 @@ def in_words(here: Iterable[str], there: Iterable[str]) -> str:
     return "; ".join(said)
 
 
-_PAPER = {
-    frozenset(()): "undecided here, neither for nor against the paper",
-    frozenset((FOR,)): "agrees with the paper",
-    frozenset((AGAINST,)): "**differs from the paper**",
-    frozenset((FOR, AGAINST)): "**differs from the paper** in one setting, agrees in another",
-}
-"""By the verdicts that are decided in any setting here."""
+def _beside_paper(name: str, here: Mapping[str, str]) -> str:
+    """The same of the paper alone: with which losses it is decided, and whether with its own."""
+    decided = {v: _losses(here, v) for v in (FOR, AGAINST) if v in here.values()}
+    if not decided:
+        return "undecided here" + (
+            "" if name in NO_PAPER else ", neither for nor against the paper"
+        )
+    if name in NO_PAPER:
+        return "decided here; no paper says it in this form"
+    said = " and ".join(f"{_PAPER[v]} with the {losses} loss" for v, losses in decided.items())
+    of_paper = PAPER_LOSS.get(name)
+    if of_paper and not any(of_paper in losses for losses in decided.values()):
+        return f"{said}, but not decided with the {of_paper} loss, which is the paper's"
+    return said
+
+
+def _losses(here: Mapping[str, str], verdict: str) -> str:
+    found = {
+        "sampled" if "sampled" in place else "exact" for place, v in here.items() if v == verdict
+    }
+    return " and the ".join(sorted(found))
+
+
+_PAPER = {FOR: "agrees with the paper", AGAINST: "**differs from the paper**"}

@@ -180,6 +180,10 @@ SOURCES = {
     "for all. No paper claims it of 10 %.",
 }
 """Who makes the claims that `claims_rules` has not, and what was measured there."""
+PAPER_LOSS = {"D1": "sampled", "D2": "sampled", "D4": "sampled"}
+"""The loss of the paper, where it is known; with the other one a verdict is about another thing."""
+NO_PAPER = ("D5",)
+"""Claims that nobody has published in this form."""
 OTHER_RULES = {
     "T3": "there 20 % counts as well",
     "E3": "there pass@8, and of hidden starts where variety collapsed",

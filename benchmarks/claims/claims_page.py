@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from claims_controls import PROMISED
@@ -62,17 +63,37 @@ def _caveats(results: dict[str, Any]) -> str:
         resolution=resolution,
         num_verdicts=len(verdicts),
         decided=decided,
-        false=_expected(results["controls"], len(verdicts)),
+        false=_expected(results["controls"], results["claims"]),
+        q3=_in_q3(results["cells"], "coins"),
     )
 
 
-def _expected(controls: Sequence[dict[str, Any]] | None, num_verdicts: int) -> str:
+def _in_q3(cells: Sequence[dict[str, Any]], setting: str) -> str:
+    """What Q3 is of the tokens of the first step, and of their reverse KL: a mean over seeds."""
+    mine = [c for c in cells if (c["kind"], c["setting"], c["arm"]) == ("arm", setting, "all")]
+    if not mine:
+        return "how many of its tokens are in Q3 was not measured"
+    share, kl = (fmean(c[name] for c in mine) for name in ("q3_share_first", "q3_kl_first"))
+    return (
+        f"{100 * share:.0f} % of its tokens are in Q3 and hold {100 * kl:.0f} % of the reverse KL"
+    )
+
+
+def _expected(controls: Sequence[dict[str, Any]] | None, claims: dict[str, Any]) -> str:
     """How many verdicts would be false, at the rates of arms compared with themselves."""
+    num_verdicts = len(
+        {
+            (name, part["group"])
+            for name, claim in claims.items()
+            for part in claim["comparisons"]
+            if part["test"] == "beats"
+        }
+    )
     rates = [row["beats"][0] for one in controls or () for row in one["all"]]
     if not rates:
         return "an unmeasured number of verdicts would be false"
     least, most = (f"{num_verdicts * rate:.1f}" for rate in (min(rates), max(rates)))
-    return f"{least} to {most} verdicts of the test *beats* would be false"
+    return f"{least} to {most} of the {num_verdicts} verdicts with a test *beats* would be false"
 
 
 def _introduction(results: dict[str, Any]) -> str:
@@ -105,7 +126,7 @@ def _verdicts(claims: dict[str, Any], settings: Sequence[str]) -> str:
             f"[{name}](#{name.lower()})",
             claim["claim"],
             f"**{claim['agreement']}**",
-            *(_in_setting(claim["verdicts"], place) for place in places),
+            *(_in_setting(shown(claim), place) for place in places),
         ]
         for name, claim in claims.items()
     ]
@@ -120,6 +141,18 @@ def _verdicts(claims: dict[str, Any], settings: Sequence[str]) -> str:
     )
 
 
+def shown(claim: dict[str, Any]) -> dict[str, str]:
+    """A claim's verdicts by setting and loss; where parts of it disagree, that is said."""
+    contradicted = {c["group"] for c in claim["comparisons"] if c["verdict"] == "contradicted here"}
+    return {
+        place: PARTLY if verdict == "not supported" and place in contradicted else verdict
+        for place, verdict in claim["verdicts"].items()
+    }
+
+
+PARTLY = "not supported, a part contradicted"
+
+
 def _in_setting(verdicts: dict[str, str], setting: str) -> str:
     sampled = verdicts.get(f"{setting}, sampled loss")
     found = [verdicts.get(setting), f"*sampled*: {sampled}" if sampled else None]
@@ -129,7 +162,7 @@ def _in_setting(verdicts: dict[str, str], setting: str) -> str:
 def _against(claims: dict[str, Any], earlier: dict[str, Any]) -> str:
     """What contradicts the papers and this project's earlier verdicts, by name."""
     rows = [
-        [f"[{name}](#{name.lower()})", claim["source"], _by_verdict(claim["verdicts"])]
+        [f"[{name}](#{name.lower()})", claim["source"], _by_verdict(shown(claim))]
         for name, claim in claims.items()
     ]
     changes, not_asked = [], []
@@ -172,7 +205,7 @@ def _against_notes(claims: dict[str, Any]) -> str:
 
 def _by_verdict(verdicts: dict[str, str]) -> str:
     """The settings of each verdict, contradictions first."""
-    order = ("contradicted here", "supported", "not supported", "cannot tell")
+    order = ("contradicted here", "supported", PARTLY, "not supported", "cannot tell")
     found = {v: [place for place, other in verdicts.items() if other == v] for v in order}
     return "; ".join(
         f"{'**contradicted**' if v == order[0] else v} in {', '.join(map(_short, places))}"
@@ -190,8 +223,10 @@ def _controls(found: Sequence[dict[str, Any]] | None) -> str:
         return "## False verdicts\n\nNot run: arms were not compared with themselves."
 
     def cells(row: dict[str, Any]) -> list[str]:
-        confirmed = f"{100 * row['matches_confirmed']:.0f} %"
-        return [str(row["group_size"]), *(percent(row[test]) for test in PROMISED), confirmed]
+        share = row["matches_confirmed"]
+        confirmed = "–" if share is None else f"{100 * share:.0f} %"
+        rates = ("–" if row[test] is None else percent(row[test]) for test in PROMISED)
+        return [str(row["group_size"]), *rates, confirmed]
 
     heads = ["seeds", *(f"{test}: false" for test in PROMISED), "matches: confirmed"]
     parts = []
@@ -202,8 +237,8 @@ def _controls(found: Sequence[dict[str, Any]] | None) -> str:
                    for row in one["rows"] if row["num_comparisons"] == 1]  # fmt: skip
         parts.append(
             f"In `{one['setting']}`, {one['num_cells']} seeds an arm, {one['num_draws']} draws an "
-            "arm, metric and number of seeds. Over all arms and metrics, by comparisons of a "
-            "claim; *disjoint*: draws that share no cell.\n\n"
+            "arm, metric and number of seeds. Over all arms, and the metrics in which claims ask a "
+            "test, by comparisons of a claim; *disjoint*: draws that share no cell.\n\n"
             f"{table(['comparisons', 'disjoint', *heads], claims)}\n\n"
             f"Claims of one comparison, by arm and metric:\n\n"
             f"{table(['arm', 'metric', *heads], singles)}"
@@ -217,8 +252,9 @@ def _controls(found: Sequence[dict[str, Any]] | None) -> str:
         "contradicted. The 95 % interval of a single comparison promises at most "
         f"{promised}; a claim of several has one verdict and no promise. Intervals account for "
         "cells that draws share; at a share of 0 % or 100 % they are the exact binomial "
-        "(Clopper–Pearson) ones, with the number of disjoint draws as the number of trials (of one "
-        "arm alone, that number divided by the number of arms). The two sides of a comparison have "
+        "(Clopper–Pearson) ones, with the number of disjoint draws of one arm as the number of "
+        "trials, because all arms have the same seeds. A dash: no claim asks that test of that "
+        "metric. The two sides of a comparison have "
         "different prompts and samples, so that their differences vary more than those of paired "
         "arms: the last column, how often *matches* would be supported, is the power for a true "
         "match without pairing. An arm differs from itself in no problem, two arms may: of other "
@@ -227,7 +263,7 @@ def _controls(found: Sequence[dict[str, Any]] | None) -> str:
 
 
 def _claim(name: str, claim: dict[str, Any]) -> str:
-    verdicts = "; ".join(f"{place}: **{v}**" for place, v in claim["verdicts"].items()) or "Not run"
+    verdicts = "; ".join(f"{place}: **{v}**" for place, v in shown(claim).items()) or "Not run"
     text = (
         f"### {name}\n\n**{claim['claim']}** {verdicts}.\n\n"
         f"Source: {claim['source']}\n\nRule: {claim['rule']}"

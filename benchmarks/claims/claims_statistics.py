@@ -117,8 +117,10 @@ def correlation_intervals(
     """Correlation of each score with a target over tokens, and Soft-OR's minus each other's.
 
     Tokens of a seed come from one batch, so seeds are drawn with replacement first and then, for
-    every seed drawn, its tokens; intervals are stretched as those of `mean_interval`. The
-    differences use the same resamples on both sides.
+    every seed drawn, its tokens; intervals are stretched as those of `mean_interval`, and as wide
+    at least as Student's t-interval of the seeds' own correlations. No bound is one that a
+    correlation, or a difference of two, cannot have. The differences use the same resamples on
+    both sides.
 
     Args:
         scores: values `[S, T]` of T tokens of S seeds by rule; `soft_or` is among them.
@@ -138,15 +140,36 @@ def correlation_intervals(
         for rule, x in columns.items():
             draws[rule].append(correlate(x[drawn], goal[drawn]))
     table = {rule: torch.tensor(x, dtype=torch.float64) for rule, x in draws.items()}
-    stretch = _stretch(len(target))
+    of_seeds = {
+        rule: torch.tensor(list(map(correlate, x, target)), dtype=torch.float64)
+        for rule, x in scores.items()
+    }
+
+    def interval(value: float, drawn: Tensor, seeds: Tensor, most: float) -> Interval:
+        found = _percentiles(value, drawn, _stretch(num_seeds))
+        if num_seeds > 1:
+            found = _at_least(found, _t_interval(seeds))
+        return replace(found, low=max(found.low, -most), high=min(found.high, most))
+
     return (
-        {rule: _percentiles(whole[rule], table[rule], stretch) for rule in columns},
+        {rule: interval(whole[rule], table[rule], of_seeds[rule], 1.0) for rule in columns},
         {
-            rule: _percentiles(whole[first] - whole[rule], table[first] - table[rule], stretch)
+            rule: interval(
+                whole[first] - whole[rule],
+                table[first] - table[rule],
+                of_seeds[first] - of_seeds[rule],
+                2.0,
+            )
             for rule in columns
             if rule != first
         },
     )
+
+
+def _at_least(found: Interval, other: Interval) -> Interval:
+    """An interval, about its own value, that reaches as far on either side as another one."""
+    low, high = (found.value + bound - other.value for bound in (other.low, other.high))
+    return replace(found, low=min(found.low, low), high=max(found.high, high))
 
 
 def _clustered_draws(num_seeds: int, num_tokens: int, num_resamples: int) -> Iterator[Tensor]:

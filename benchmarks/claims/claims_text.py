@@ -8,9 +8,9 @@ CAVEATS = """\
 * **Q3 is made, in both tasks.** The overconfident student of the ledger task was trained on wrong
   arithmetic until its entropy there was low. That of the coins task has its teacher's architecture
   and was trained from random weights on texts of which 60 % pay carelessly and are mostly wrong in
-  their last coin: 4 % of its tokens are in Q3 and hold 72 % of the reverse KL. These tokens are the
-  best case of rules that look for them. `coins-small`, a narrower student of two layers, was not
-  made so: its training was stopped early.
+  their last coin: {q3}.
+  These tokens are the best case of rules that look for them. `coins-small`, a narrower student of
+  two layers, was not made so: its training was stopped early.
 * **Small students are best cases.** Those of the ledger task are copies of the teacher, damaged by
   a minute of training. Real pairs are not so close.
 * **This says nothing about large models.** These are synthetic tasks, models below a million
@@ -23,11 +23,14 @@ CAVEATS = """\
 * **"Cannot tell" is said where a verdict would be empty.** An arm that learns nothing matches all
   tokens where these gain at most 2 points over the start (*nothing to lose*), and no arm beats a
   pass@8 of at least 90 % (*saturated*).
-* **"Not supported" is of two kinds**, told apart in the column *reading*. *A tie* and *not ahead*
-  were measured: the interval leaves no room for a gain of {resolution}. *Worse, perhaps by
-  less than the margin*: the interval of *matches* or *nearly* lies below 0 and not wholly below the
-  margin. *Too noisy to say* means that the interval is wider than the margin which decides: the
-  seeds are too few. *At the limit*: narrower than that margin, and across the limit.
+* **"Not supported" is of several kinds.** *A part contradicted*: a claim that needs several
+  comparisons has one that is contradicted beside another that is supported; whoever reads the claim
+  as all of its parts may read this as contradicted. The others are told apart in the column
+  *reading*. *A tie* and *not ahead* were measured: the interval leaves no room for a gain of
+  {resolution}. *Worse, perhaps by less than the margin*: the interval of *matches* or *nearly* lies
+  below 0 and not wholly below the margin. *Too noisy to say* means that the interval is wider than
+  the margin which decides: the seeds are too few. *At the limit*: narrower than that margin, and
+  across the limit.
 * **Many comparisons are made.** {num_verdicts} verdicts are given, {decided} of them *supported* or
   *contradicted here*, on {judged} comparisons; the tables of arms hold {listed} more differences.
   None is corrected for their number. By the rates of [arms compared with
@@ -51,9 +54,10 @@ METHOD = """\
 All arms of a setting, loss and seed share starting weights, prompts of every step and the random
 numbers of sampling; they differ in the method alone. They take equal numbers of steps, so arms that
 keep fewer tokens train on fewer. `extreme_advantage` keeps half of a budget at each end, rounded
-down. *Sampled loss*: the policy gradient of the sampled token alone
-instead of the divergence over the whole vocabulary (`+sampled`). Every arm is measured on the same
-{problems} held-out problems with {samples} completions each at temperature 1, and has {seeds}.
+down, and at least one token: with a budget of one token it trains on two. *Sampled loss*: the
+policy gradient of the sampled token alone instead of the divergence over the whole vocabulary
+(`+sampled`). Every arm is measured on the same {problems} held-out problems with {samples}
+completions each at temperature 1, and has {seeds}.
 
 * **mean@8, pass@8**: a completion is right only if every step of it is.
 * **hidden start**: of the right completions only those count that begin with one particular item,
@@ -78,8 +82,9 @@ instead of the divergence over the whole vocabulary (`+sampled`). Every arm is m
   **influence_rank**, **influence_and** and **influence_teachability** are influence by its rank
   alone, by Soft-AND, and with TA-OPD's usefulness; **extreme_advantage** keeps a token at each end.
 * **Intervals** are 95 %: the wider, on either side, of a bootstrap over seeds and problems at once
-  and Student's t over the means of seeds; for correlations the bootstrap over seeds and, within
-  them, tokens. Differences are paired by seed and problem.
+  and Student's t over the means of seeds; for correlations the wider of a bootstrap over seeds and,
+  within them, tokens, and of Student's t over the seeds' correlations. Differences are paired by
+  seed and problem.
 
 A comparison is *supported* or *contradicted* by one of four tests: **beats** (interval above or
 below 0), **matches** (interval above −2 points, or wholly below), **nearly** (at most 2 points

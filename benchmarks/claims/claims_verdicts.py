@@ -281,7 +281,7 @@ def judge(table: Table, correlations: dict[str, Any]) -> dict[str, dict[str, Any
             "source": claim.source,
             "agreement": agreement(verdicts.values()),
             "verdicts": verdicts,
-            "comparisons": [part.as_table() for part in parts],
+            "comparisons": [part.as_table() | {"group": part.group} for part in parts],
             "beside": [part.as_table() for part in beside],
         }
     return judged

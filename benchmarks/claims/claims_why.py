@@ -58,7 +58,7 @@ def why_page(results: dict[str, Any], of_models: Mapping[str, Any] | None = None
         trained = {c["arm"]: c["choices"] for c in cells if c["arm"] != "start"}
         parts += [
             f"## Setting `{setting}`",
-            _explained(setting, results["cells"]),
+            _explained(setting, results["cells"], _rate(results, setting)),
             _kept(start),
             _overlap(start["overlap"]),
             _moved(trained, results["arms"][setting]),
@@ -77,13 +77,20 @@ def why_page(results: dict[str, Any], of_models: Mapping[str, Any] | None = None
     return "\n\n".join(parts) + "\n"
 
 
-def _explained(setting: str, cells: Sequence[dict[str, Any]]) -> str:
+def _rate(results: dict[str, Any], setting: str) -> float:
+    """Of all arms with the exact loss; some were also run at half and double of it."""
+    rate: float = results["learning_rate"][setting]["exact"]["chosen"]
+    return rate
+
+
+def _explained(setting: str, cells: Sequence[dict[str, Any]], rate: float) -> str:
     """How far the KL that an arm's tokens hold, and their number, tell how well it ends."""
     arms = [name for name, arm in ARMS.items() if _selects(arm)]
+    what = ("arm", setting, rate)
     mine = {
         (cell["arm"], cell["seed"]): cell
         for cell in cells
-        if (cell["kind"], cell["setting"]) == ("arm", setting) and cell["arm"] in arms
+        if (cell["kind"], cell["setting"], cell["learning_rate"]) == what and cell["arm"] in arms
     }
     names = sorted({arm for arm, _ in mine}, key=arms.index)
     seeds = sorted({seed for _, seed in mine})

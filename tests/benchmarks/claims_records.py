@@ -58,7 +58,7 @@ def record(cell: Cell, quality: Quality) -> dict[str, Any]:
                 name: [noisy(name) for _ in range(_NUM_PROBLEMS)] for name in PER_PROBLEM
             }
             found |= {name: sum(x) / len(x) for name, x in found["problems"].items()}
-            found |= {name: noisy(name) for name in PER_SEED}
+            found |= {name: noisy(name) for name in (*PER_SEED, "q3_share_first", "q3_kl_first")}
             if cell.num_probed and ("-" in cell.arm or cell.arm == "start"):
                 found["choices"] = made_up_choices(cell)
     return found

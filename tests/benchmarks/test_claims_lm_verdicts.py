@@ -56,31 +56,54 @@ def test_nothing_matches_where_all_tokens_gain_nothing() -> None:
 def test_the_page_names_contradictions(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"F1": {"coins": "supported"}, "D1": {"coins": "supported"}, "T1": {"coins": "x"}}
     monkeypatch.setattr(claims_lm_published, "embedded", lambda: there)
-    judged = {"s": judge(tables(records(start=0.1, gap_20=0.5, stored=0.3))[0])}
+    judged = {"s, sampled loss": judge(tables(records(start=0.1, gap_20=0.5, stored=0.3))[0])}
     lines = claims_lm_published.against(judged).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
-    assert "**contradicted** in `s`" in rows["F1"]
-    assert "**differs from the paper**; **differs from the embedded tasks** in some" in rows["F1"]
+    assert "**contradicted** in `s, sampled loss`" in rows["F1"]
+    differs = (
+        "**differs from the paper** with the sampled loss; **differs from the embedded tasks**"
+    )
+    assert differs in rows["F1"]
     assert "14 of 17 pairs" in rows["F1"]  # the number of the paper
-    assert "agrees with the paper; agrees with the embedded tasks" in rows["D1"]
+    agrees = "agrees with the paper with the sampled loss; agrees with the embedded tasks"
+    assert agrees in rows["D1"]
     assert "differs" not in rows["T1"]  # was not run here
     assert "not in the results" in rows["D5"]
     assert set(rows) >= set(claims_lm_rules.CLAIMS)
 
 
 def test_words_for_verdicts_that_differ() -> None:
-    words = claims_lm_published.in_words
     yes, no, undecided = "supported", "contradicted here", "not supported"
-    assert words([], [yes]) == "not run here"
-    assert "differs" not in words([yes, undecided], [yes])
-    nothing = words([undecided, "cannot tell"], [no])
-    assert nothing == (
-        "undecided here, neither for nor against the paper; says nothing about the embedded tasks' "
-        "verdicts"
+
+    def words(exact: str, sampled: str, *there: str, name: str = "F1") -> str:
+        here = {"s, exact loss (cpu)": exact, "s, sampled loss (cpu)": sampled}
+        return claims_lm_published.in_words(name, here, dict(enumerate(there)))  # type: ignore[arg-type]
+
+    assert claims_lm_published.in_words("F1", {}, {"a": yes}) == "not run here"
+    assert words(yes, undecided, yes) == (
+        "agrees with the paper with the exact loss; agrees with the embedded tasks"
     )
-    assert words([yes], [undecided]) == "agrees with the paper; the embedded tasks do not decide it"
-    assert "in some settings" in words([yes], [yes, no])
-    assert "differs from the paper** in one setting" in words([yes, no], [])
+    assert words(yes, undecided, name="D2") == (
+        "agrees with the paper with the exact loss, but not decided with the sampled loss, which "
+        "is the paper's"
+    )
+    assert words(undecided, yes, name="D2") == "agrees with the paper with the sampled loss"
+    assert words(undecided, "cannot tell", no) == (
+        "undecided here, neither for nor against the paper; decided in some of the embedded "
+        "settings"
+    )
+    assert words(undecided, undecided, undecided).endswith("the embedded tasks do not decide it")
+    assert words(yes, yes, undecided) == (
+        "agrees with the paper with the exact and the sampled loss; the embedded tasks do not "
+        "decide it"
+    )
+    assert "in some settings" in words(yes, undecided, yes, no)
+    assert words(yes, no) == (
+        "agrees with the paper with the exact loss and **differs from the paper** with the sampled "
+        "loss"
+    )
+    assert words(yes, undecided, name="D5") == "decided here; no paper says it in this form"
+    assert words(undecided, undecided, name="D5") == "undecided here"
 
 
 def test_the_page_says_what_is_missing() -> None:
@@ -94,6 +117,9 @@ def test_the_page_says_what_is_missing() -> None:
     gpu["key"] = gpu["key"].replace("/cpu/pair", "/cuda/other")
     there = page(results_of([*found, gpu]))
     assert "No pair of GSM8K was run" not in there
+    assert "are in no table" not in text + there
+    old = {**found[-1], "rate": found[-1]["rate"] / 2}
+    assert "1 more are in no table" in page(results_of([*found, old]))
     assert "No cell was run on a GPU" not in there
     assert "`eopd`" not in there.split("## Verdicts")[0]
 

@@ -23,7 +23,7 @@ from claims_controls import Trial, controls, drawn, rates, share_with_interval
 from claims_design import QUICK, Cell, Controls
 from claims_figures import draw_all
 from claims_markdown import signed
-from claims_page import _controls, page
+from claims_page import _controls, _expected, page, shown
 from claims_rules import CLAIMS
 from claims_why import _explained, why_page
 from tutelage.evaluation.metrics import Interval
@@ -65,6 +65,7 @@ def test_the_page_is_made_from_the_json_alone(results: dict[str, Any]) -> None:
         assert claim.source in made
         assert f"images/claims-{name}.svg" in made
     assert "Q3 is made, in both tasks" in made
+    assert "50 % of its tokens are in Q3 and hold 50 % of the reverse KL" in made
     assert "says nothing about large models" in made
     assert not re.search(r"\bnan\b|\binf\b|[{}]", made)
     order = ("## Verdicts", "## Against what was published", "## Read this first", "### T1")
@@ -216,6 +217,7 @@ def test_what_goes_with_a_good_end_is_the_correlation_of_each_seed() -> None:
             "setting": "s",
             "arm": arm,
             "seed": seed,
+            "learning_rate": 1e-3,
             "kl_kept": kl_kept,
             "tokens_trained": 5 - 4 * kl_kept,
             "mean": mean,
@@ -226,10 +228,77 @@ def test_what_goes_with_a_good_end_is_the_correlation_of_each_seed() -> None:
     others = [
         cell(arm, 1, 0.0, 1.0) for arm in ("all", "eopd", "soft_or-20+sampled", "ida+sampled")
     ]
-    text = _explained("s", [*best_first, *others])
+    at_another_rate = [cell(arm, 1, n / 4, -n) for n, arm in enumerate(arms)]
+    for one in at_another_rate:
+        one["learning_rate"] = 2e-3
+    text = _explained("s", [*best_first, *others, *at_another_rate], 1e-3)
     assert "Over the 4 arms" in text
     assert "is 1.00 [1.00, 1.00], with the number of tokens trained −1.00 [−1.00, −1.00]" in text
     assert "the first minus the second 2.00 [2.00, 2.00]. Mean over 2 seeds" in text
+
+
+def test_no_rate_is_over_metrics_that_no_claim_asks_the_test_of() -> None:
+    """Groups match in entropy, and differ in accuracy: claims ask *matches* of the latter alone."""
+    assert claims_controls.ASKED["matches"] == {"mean"}
+    assert claims_controls.ASKED["beats"] >= {"mean", "pass", "entropy"}
+    everywhere = dict.fromkeys(("beats", "matches"), "supported")
+    nowhere = dict.fromkeys(("beats", "matches"), "contradicted here")
+    trials = [
+        Trial("all", metric, 4, 1, frozenset(range(n, n + 8)), verdicts)  # type: ignore[arg-type]
+        for metric, verdicts in (("entropy", everywhere), ("mean", nowhere))
+        for n in range(3)
+    ]
+    both = rates(trials, 20, 2)
+    assert (both["matches"][0], both["matches_confirmed"]) == (1.0, 0.0)
+    of_entropy = rates(trials[:3], 20, 2)
+    assert (of_entropy["matches"], of_entropy["matches_confirmed"]) == (None, None)
+    assert of_entropy["beats"][0] == 1.0
+
+
+def test_a_claim_with_a_contradicted_part_is_told_from_other_undecided_ones() -> None:
+    def part(group: str, verdict: str) -> dict[str, str]:
+        return {"group": group, "verdict": verdict}
+
+    parts = [part("a", "supported"), part("a", "contradicted here"), part("b", "supported")]
+    claim = {
+        "verdicts": {"a": "not supported", "b": "not supported", "c": "contradicted here"},
+        "comparisons": [*parts, part("b", "not supported"), part("c", "contradicted here")],
+    }
+    assert shown(claim) == {
+        "a": "not supported, a part contradicted",
+        "b": "not supported",
+        "c": "contradicted here",
+    }
+
+
+def test_only_verdicts_with_the_test_can_be_false_by_its_rate() -> None:
+    def part(group: str, test: str) -> dict[str, str]:
+        return {"group": group, "test": test}
+
+    claims = {
+        "T1": {"comparisons": [part("a", "beats"), part("a", "beats"), part("b", "matches")]},
+        "T2": {"comparisons": [part("a", "matches"), part("a", "beats")]},
+    }
+    tables = [{"all": [{"beats": [0.5, 0.0, 1.0]}, {"beats": [0.25, 0.0, 1.0]}]}]
+    assert _expected(tables, claims).startswith("0.5 to 1.0 of the 2 verdicts with a test *beats*")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--judge", r"has 0 of the \d+ cells that rates are tuned by, of source .*Run without"),
+        ("--page", r"There is no .*\.json\. Run without --judge and --page first"),
+    ],
+)
+def test_what_was_not_run_is_neither_judged_nor_shown(
+    option: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "working_file", lambda design: tmp_path / "cells.jsonl")
+    monkeypatch.setattr(claims, "results_file", lambda design: tmp_path / "claims.json")
+    monkeypatch.setattr("sys.argv", ["claims.py", "--quick", option])
+    with pytest.raises(SystemExit, match=message):
+        claims.main()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_share_of_nothing_has_the_exact_binomial_interval() -> None:

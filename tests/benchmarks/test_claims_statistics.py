@@ -223,6 +223,21 @@ def test_correlation_differences_use_the_same_tokens_on_both_sides() -> None:
     assert whole["soft_or"].value == pytest.approx(reference)
 
 
+def test_no_bound_is_one_that_a_correlation_cannot_have() -> None:
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(5, 20, generator=generator, dtype=torch.float64)
+    other = torch.randn(5, 20, generator=generator, dtype=torch.float64)
+    other[0], other[1] = target[0], -target[1]  # seeds that could not differ more
+    scores = {"soft_or": target * torch.tensor([1.0, 1, 1, 1, 0.1])[:, None], "other": other}
+    whole, gaps = correlation_intervals(scores, target, "pearson", 100)
+    assert whole["soft_or"].high <= 1.0
+    assert whole["other"].low >= -1.0
+    assert gaps["other"].high <= 2.0
+    of_seeds = [float(stats.pearsonr(a, b).statistic) for a, b in zip(other, target, strict=True)]
+    reach = stats.t.ppf(0.975, 4) * stats.sem(of_seeds)
+    assert whole["other"].high == pytest.approx(min(1.0, whole["other"].value + reach))
+
+
 def correlation_coverage(as_one_seed: bool) -> float:
     """How often an interval of 5 seeds, whose tokens share a trend, holds a correlation of 0."""
     generator = torch.Generator().manual_seed(2)
@@ -242,5 +257,5 @@ def correlation_coverage(as_one_seed: bool) -> float:
 
 
 def test_correlations_know_that_tokens_of_a_seed_are_alike_and_pooling_would_not() -> None:
-    assert correlation_coverage(as_one_seed=False) >= 0.85
+    assert correlation_coverage(as_one_seed=False) >= 0.9
     assert correlation_coverage(as_one_seed=True) < 0.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -230,8 +231,9 @@ def test_claims_without_arms_can_be_supported_and_contradicted(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("claims_verdicts.CLAIMS", {name: CLAIMS[name] for name in TOYS})
-    work = [c for c in cells(BRIEF, RATES) if c.kind in ("probe", "oscillation", "bias")]
-    table = Table([record(c, world) for c in work], BRIEF.seeds, RATES)
+    design = replace(BRIEF, seeds=(1, 2, 3, 4, 5))  # a t-interval of two seeds is endless
+    work = [c for c in cells(design, RATES) if c.kind in ("probe", "oscillation", "bias")]
+    table = Table([record(c, world) for c in work], design.seeds, RATES)
     found = judge(table, correlations(table))
     expected = "supported" if world is level else "contradicted here"
     assert {claim["agreement"] for claim in found.values()} == {expected}
