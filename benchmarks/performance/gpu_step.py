@@ -152,7 +152,7 @@ def _described(steps: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _ours(student: str, teacher: str, **changes: Any) -> dict[str, Any]:
+def _ours(student: str, teacher: str, /, **changes: Any) -> dict[str, Any]:
     with _pair(student, teacher) as folder:
         return _described(_train(configuration(folder, **changes)))
 
@@ -165,6 +165,11 @@ def step_ours() -> dict[str, Any]:
 def step_ours_offloaded() -> dict[str, Any]:
     """The same with float32 weights, sums of gradients and moments in main memory."""
     return _ours("1.7B", "4B", optimizer={"offload": True})
+
+
+def step_ours_teacher_offloaded() -> dict[str, Any]:
+    """1.7B ← 4B, every token; the teacher is on the card only while it reads."""
+    return _ours("1.7B", "4B", teacher={"mode": "offload"})
 
 
 def step_ours_soft_or() -> dict[str, Any]:
@@ -363,6 +368,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ceilings": ceilings,
     "step_ours": step_ours,
     "step_ours_offloaded": step_ours_offloaded,
+    "step_ours_teacher_offloaded": step_ours_teacher_offloaded,
     "step_trl": step_trl,
     "first_step": first_step,
     "step_ours_soft_or": step_ours_soft_or,

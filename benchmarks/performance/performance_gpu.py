@@ -218,6 +218,7 @@ def step_table(parts: dict[str, Any]) -> Iterator[str]:
     for name, label in (
         ("step_ours", "ours, 1.7B from 4B"),
         ("step_ours_offloaded", "ours, 1.7B from 4B, optimizer.offload"),
+        ("step_ours_teacher_offloaded", 'ours, 1.7B from 4B, teacher.mode = "offload"'),
         ("step_ours_soft_or", "ours, Soft-OR 50 %"),
         ("step_trl", "TRL, 1.7B from 4B"),
         ("step_ours_small", "ours, 0.6B from 1.7B"),

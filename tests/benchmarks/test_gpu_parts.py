@@ -105,7 +105,14 @@ def test_the_first_step_is_apart_from_loading(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "name", ["step_ours", "step_ours_offloaded", "step_ours_soft_or", "step_ours_small"]
+    "name",
+    [
+        "step_ours",
+        "step_ours_offloaded",
+        "step_ours_teacher_offloaded",
+        "step_ours_soft_or",
+        "step_ours_small",
+    ],
 )
 def test_whole_steps_run(name: str) -> None:
     found = gpu_step.PARTS[name]()

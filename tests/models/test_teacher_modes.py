@@ -21,6 +21,7 @@ from tiny_runs import (
 from tutelage.data.batch import collate
 from tutelage.data.types import Prompt, Rollout
 from tutelage.errors import ConfigError, RunError
+from tutelage.models.host_weights import has_plain_weights
 from tutelage.models.load import load_model
 from tutelage.models.teacher import HiddenStore, Teacher
 from tutelage.setup.components import build_components
@@ -95,6 +96,40 @@ def test_a_reloaded_teacher_leaves_no_mapped_file_behind(tiny_models: Path, tmp_
         is_mapped = str(folder) in Path("/proc/self/maps").read_text()
         assert is_mapped == (mode == "offload")
     assert len(read) == 2
+
+
+def test_an_offloaded_teacher_is_not_copied_back_from_the_device(tiny_models: Path) -> None:
+    """The device here has no numbers: a weight that were copied from it would be an error."""
+    model = load_model(str(tiny_models / "teacher"))
+    model.lm_head.weight = model.model.embed_tokens.weight  # tied
+    before = dict(model.state_dict(keep_vars=True))
+    assert before["lm_head.weight"] is before["model.embed_tokens.weight"]
+    tables = dict(model.named_buffers())
+    assert tables  # such as the frequencies of rotary embeddings
+    numbers = {name: (t.data_ptr(), t.detach().clone()) for name, t in before.items()}
+    teacher = Teacher(model, 20, "meta", "offload")
+    for _ in range(2):
+        with teacher.on_device():
+            assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+        for name, weight in model.state_dict(keep_vars=True).items():
+            place, values = numbers[name]
+            assert weight is before[name]
+            assert weight.data_ptr() == place
+            assert torch.equal(weight, values)
+        assert all(value is tables[name] for name, value in model.named_buffers())
+
+
+def test_a_quantized_teacher_moves_with_what_lies_beside_its_weights(tiny_models: Path) -> None:
+    class Quantized(torch.nn.Parameter):
+        pass
+
+    model = load_model(str(tiny_models / "teacher"))
+    assert has_plain_weights(model)
+    model.model.norm.weight = Quantized(model.model.norm.weight.data, requires_grad=False)
+    assert not has_plain_weights(model)
+    teacher = Teacher(model, 20, "meta", "offload")
+    with pytest.raises(NotImplementedError, match="meta"), teacher.on_device():
+        pass  # meta has no numbers to copy back
 
 
 def test_hidden_states_beyond_the_budget_lie_in_a_file_without_a_name(tmp_path: Path) -> None:

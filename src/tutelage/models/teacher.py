@@ -18,6 +18,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
 from tutelage.models.head import head, hidden_rows
+from tutelage.models.host_weights import HostWeights, has_plain_weights
 from tutelage.models.offload import MappedFile
 from tutelage.models.teacher_shards import TeacherShards, held_bytes
 
@@ -122,6 +123,8 @@ class Teacher:
         """Bytes of the weights that this process has of the teacher."""
         if mode != "resident" and shards is None:
             model.to("cpu")
+        is_kept = mode == "offload" and has_plain_weights(model)
+        self._host_weights = HostWeights(model) if is_kept else None
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that was loaded, frozen, where it computes."""
@@ -168,7 +171,9 @@ class Teacher:
             self._rest()
 
     def _rest(self) -> None:
-        if self.mode == "offload":
+        if self._host_weights is not None:
+            self._host_weights.restore()
+        elif self.mode == "offload":
             self.model.to("cpu")
         elif self.mode == "reload":
             self._model = None
