@@ -314,7 +314,7 @@ def test_a_share_of_nothing_has_the_exact_binomial_interval() -> None:
 
 def test_controls_have_a_table_for_each_setting_that_was_run() -> None:
     """Groups of as many seeds as verdicts rest on, or half of the cells where these are fewer."""
-    several = (Controls("scarce", ("all",), 12), Controls("coins", ("all",), 5))
+    several = (Controls("scarce", ("all", "random-10"), 12), Controls("coins", ("all",), 5))
     design = replace(BRIEF, seeds=(1, 2, 3), controls=several)
     records = [
         {"kind": "control", "setting": c.setting, "arm": arm, "seed": seed}
@@ -326,17 +326,18 @@ def test_controls_have_a_table_for_each_setting_that_was_run() -> None:
     found = controls(records, design)
     keys = ("group_size", "num_comparisons", "num_disjoint")
     assert [[tuple(row[k] for k in keys) for row in table["all"]] for table in found] == [
-        [(3, 1, 2), (3, 2, 1)],
+        [(3, 1, 4), (3, 2, 2)],
         [(2, 1, 1)],
     ]
-    assert len(found[0]["rows"]) == 2 * len(claims_controls.METRICS)
+    assert len(found[0]["rows"]) == 2 * 2 * len(claims_controls.METRICS)
     assert {row["beats"][0] for row in found[0]["rows"]} == {0.0}
     assert [table["setting"] for table in controls(records[:-1], design)] == ["scarce"]
     assert controls([], design) == []
     shown = _controls(json.loads(json.dumps(found)))
     assert "In `scarce`, 12 seeds an arm" in shown
     assert "In `coins`, 5 seeds an arm" in shown
-    assert "| 1 | 2 | 3 | 0.0 [0.0, 84.2] % | 0.0 [0.0, 84.2] % | 100 % |" in shown
+    # both arms have the same seeds: their four disjoint draws count as two trials, not as four
+    assert "| 1 | 4 | 3 | 0.0 [0.0, 84.2] % | 0.0 [0.0, 84.2] % | 100 % |" in shown
 
 
 @pytest.mark.slow
