@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from claims_design import digest_of, made_with, sources
-from claims_lm_rules import ARMS, CONTROLS, MINIMUM, OWN_LOSS, TUNED, overrides
+from claims_lm_rules import ARMS, CONTROLS, LATER, MINIMUM, OWN_LOSS, TUNED, overrides
 from tutelage.config.parse import fingerprint, load_config
 from tutelage.config.schema import Config
 from tutelage.errors import ConfigError
@@ -59,7 +59,7 @@ SCALES = {
     for scale in (
         Scale(
             name="cpu",
-            arms=MINIMUM,
+            arms=MINIMUM + LATER,
             seeds=(1, 2, 3, 4, 5, 6),  # the last three after the verdicts of the first three
             tuning_seeds=(101,),
             grid=(6e-6, 2e-5, 6e-5, 2e-4),

@@ -116,7 +116,7 @@ def _lacking(records: Sequence[dict[str, Any]]) -> list[str]:
     run = {record["arm"] for record in records}
     if arms := [arm for arm in ARMS if arm not in run]:
         names = ", ".join(f"`{arm}`" for arm in arms)
-        lines.append(f"* Arms that were not run at all (those of the size for a GPU): {names}.")
+        lines.append(f"* Arms that were not run at all: {names}.")
     return lines
 
 

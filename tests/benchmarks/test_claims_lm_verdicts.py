@@ -34,7 +34,7 @@ def test_verdicts_follow_the_rules() -> None:
     assert verdicts["D1"] == verdicts["D4"] == verdicts["D5"] == "supported"
     assert verdicts["F1"] == "contradicted here"
     assert verdicts["O1"] == "supported"
-    assert verdicts["T1"] is verdicts["I1"] is None  # their arms are no part of this size
+    assert verdicts["T1"] is verdicts["I1"] is None  # their arms were not run
     text = page(results_of(found))
     assert "**contradicted here**" in text
     assert "settings disagree" not in text.split("## Verdicts")[0]
