@@ -119,6 +119,18 @@ def test_an_offloaded_teacher_is_not_copied_back_from_the_device(tiny_models: Pa
         assert all(value is tables[name] for name, value in model.named_buffers())
 
 
+def test_an_offloaded_teacher_that_does_not_fit_stays_in_main_memory(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(tiny_models / "teacher"))
+    teacher = Teacher(model, 20, "meta", "offload")
+    layer = model.model.layers[1]
+    monkeypatch.setattr(layer, "_apply", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError), teacher.on_device():
+        pass
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+
+
 def test_a_quantized_teacher_moves_with_what_lies_beside_its_weights(tiny_models: Path) -> None:
     class Quantized(torch.nn.Parameter):
         pass

@@ -123,8 +123,6 @@ class Teacher:
         """Bytes of the weights that this process has of the teacher."""
         if mode != "resident" and shards is None:
             model.to("cpu")
-        is_kept = mode == "offload" and has_plain_weights(model)
-        self._host_weights = HostWeights(model) if is_kept else None
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that was loaded, frozen, where it computes."""
@@ -160,19 +158,21 @@ class Teacher:
         self._head = None
         if self._model is None and self._load is not None:
             self._model = self._placed(self._load())
-        if self.mode != "resident" and not self.is_sharded:
-            self.model.to(self.device)
+        is_kept = self.mode == "offload" and has_plain_weights(self.model)
+        host_weights = HostWeights(self.model) if is_kept else None
         self.store.empty()
         self._on_device_bytes = 0
         try:
+            if self.mode != "resident" and not self.is_sharded:
+                self.model.to(self.device)
             yield
         finally:
             self._head = None
-            self._rest()
+            self._rest(host_weights)
 
-    def _rest(self) -> None:
-        if self._host_weights is not None:
-            self._host_weights.restore()
+    def _rest(self, host_weights: HostWeights | None) -> None:
+        if host_weights is not None:
+            host_weights.restore()
         elif self.mode == "offload":
             self.model.to("cpu")
         elif self.mode == "reload":
