@@ -72,20 +72,33 @@ def in_words(name: str, here: Mapping[str, str], there: Mapping[str, str]) -> st
     """
     if not here:
         return "not run here"
-    mine, elsewhere = ({*verdicts.values()} & {FOR, AGAINST} for verdicts in (here, there))
-    said = [_beside_paper(name, here)]
-    if not there:
-        return said[0]
+    said = _beside_paper(name, here)
+    return f"{said}; {_beside_embedded(here, there)}" if there else said
+
+
+def _beside_embedded(here: Mapping[str, str], there: Mapping[str, str]) -> str:
+    """The same of the embedded tasks; only verdicts with the same loss are compared."""
+    mine, theirs = _decided(here), _decided(there)
+    if not theirs:
+        return "the embedded tasks do not decide it"
     if not mine:
-        decided = "decided in some of the embedded settings"
-        said.append(decided if elsewhere else "the embedded tasks do not decide it")
-    elif mine == elsewhere:
-        said.append("agrees with the embedded tasks")
-    elif not elsewhere:
-        said.append("the embedded tasks do not decide it")
-    else:
-        said.append("**differs from the embedded tasks** in some settings")
-    return "; ".join(said)
+        return "decided in some of the embedded settings"
+    common = {loss for loss, _ in mine} & {loss for loss, _ in theirs}
+    if not common:
+        return "the embedded tasks decide it with the other loss alone"
+    if {one for one in mine if one[0] in common} == {one for one in theirs if one[0] in common}:
+        return "agrees with the embedded tasks"
+    return "**differs from the embedded tasks** in some settings"
+
+
+def _decided(verdicts: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Losses with verdicts that are for or against."""
+    return {(loss_of(place), v) for place, v in verdicts.items() if v in (FOR, AGAINST)}
+
+
+def loss_of(place: str) -> str:
+    """The loss of a setting, by its name here or on the embedded tasks."""
+    return "sampled" if "sampled loss" in place else "exact"
 
 
 def _beside_paper(name: str, here: Mapping[str, str]) -> str:
@@ -105,10 +118,7 @@ def _beside_paper(name: str, here: Mapping[str, str]) -> str:
 
 
 def _losses(here: Mapping[str, str], verdict: str) -> str:
-    found = {
-        "sampled" if "sampled" in place else "exact" for place, v in here.items() if v == verdict
-    }
-    return " and the ".join(sorted(found))
+    return " and the ".join(sorted({loss for loss, v in _decided(here) if v == verdict}))
 
 
 _PAPER = {FOR: "agrees with the paper", AGAINST: "**differs from the paper**"}

@@ -39,8 +39,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 MINIMUM = ("all", "random-10", "random-40", "soft_or-20", "gap-20", "opsa-20", "stored")
 """What a CPU runs first."""
 LATER = ("entropy_sample-50", "q3-10", "divergence-10", "influence-1", "eopd")
-"""What a CPU runs after that: arms of T1, T3, E3 and I1, which no earlier cell is about. They were
-added when the verdicts of the others were known, and their rules were not touched."""
+"""What a CPU runs after that: arms of T1, T3, E3 and I1. They were added when the verdicts of the
+other claims were known, which these arms have no part in."""
 OWN_LOSS = ("opsa-20",)
 """Arms whose objective is neither loss (no teacher at all); run once, compared in both settings."""
 TUNED = {"exact": "all", "sampled": "all", "own": OWN_LOSS[0]}
@@ -183,7 +183,7 @@ SOURCES = {
     "for all. No paper claims it of 10 %.",
 }
 """Who makes the claims that `claims_rules` has not, and what was measured there."""
-PAPER_LOSS = {"D1": "sampled", "D2": "sampled", "D4": "sampled"}
+PAPER_LOSS = dict.fromkeys(("D1", "D2", "D4", "E3", "F1"), "sampled")
 """The loss of the paper, where it is known; with the other one a verdict is about another thing."""
 NO_PAPER = ("D5",)
 """Claims that nobody has published in this form."""

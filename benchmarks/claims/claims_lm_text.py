@@ -8,8 +8,8 @@ CHANGES = (
     "stricter; D3 is about twice as many random tokens, which is what was compared, and D5 about "
     "few; stored rollouts with the sampled loss recompute their advantages; OPSA has a rate of its "
     "own, for it had that of the sampled loss. The arms of T1, T3, E3 and I1 were added to what a "
-    "CPU runs when the verdicts of the others were known, which none of these arms is about; their "
-    "rules were not touched. Nine older cells, all of Soft-OR among them, were run again by the "
+    "CPU runs when the verdicts of the other claims were known, which these arms have no part in. "
+    "Nine older cells, all of Soft-OR among them, were run again by the "
     "newer source with equal weights. The trained cells of a first version of this page were "
     "withdrawn: gradients were summed over the steps of a cell (`experiments/LOG.md`). "
 )

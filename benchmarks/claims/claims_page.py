@@ -54,7 +54,11 @@ def _caveats(results: dict[str, Any]) -> str:
     judged = sum(len(claim["comparisons"]) for claim in results["claims"].values())
     figures = [figures for arms in results["arms"].values() for figures in arms.values()]
     listed = sum(name in figures for figures in figures for name in ("minus_all", "minus_random"))
-    resolution = f"{100 * RESOLUTION['points']:.0f} points or {RESOLUTION['nats']:g} nats"
+    *others, last = (
+        f"{100 * least:.0f} points" if unit == "points" else f"{least:g} {unit}"
+        for unit, least in RESOLUTION.items()
+    )
+    resolution = f"{', '.join(others)} or {last}"
     verdicts = [v for claim in results["claims"].values() for v in claim["verdicts"].values()]
     decided = sum(verdict in ("supported", "contradicted here") for verdict in verdicts)
     return CAVEATS.format(
@@ -93,7 +97,10 @@ def _expected(controls: Sequence[dict[str, Any]] | None, claims: dict[str, Any])
     if not rates:
         return "an unmeasured number of verdicts would be false"
     least, most = (f"{num_verdicts * rate:.1f}" for rate in (min(rates), max(rates)))
-    return f"{least} to {most} of the {num_verdicts} verdicts with a test *beats* would be false"
+    return (
+        f"{least} to {most} of the {num_verdicts} verdicts with a test *beats* would be false if "
+        "other figures were as mean@8, pass@8 and entropy, in which the rates were measured"
+    )
 
 
 def _introduction(results: dict[str, Any]) -> str:
@@ -237,8 +244,9 @@ def _controls(found: Sequence[dict[str, Any]] | None) -> str:
                    for row in one["rows"] if row["num_comparisons"] == 1]  # fmt: skip
         parts.append(
             f"In `{one['setting']}`, {one['num_cells']} seeds an arm, {one['num_draws']} draws an "
-            "arm, metric and number of seeds. Over all arms, and the metrics in which claims ask a "
-            "test, by comparisons of a claim; *disjoint*: draws that share no cell.\n\n"
+            "arm, metric and number of seeds. Over all arms, and those of the metrics in which "
+            "claims ask a test, by comparisons of a claim; *disjoint*: draws that share no "
+            "cell.\n\n"
             f"{table(['comparisons', 'disjoint', *heads], claims)}\n\n"
             f"Claims of one comparison, by arm and metric:\n\n"
             f"{table(['arm', 'metric', *heads], singles)}"
@@ -253,12 +261,14 @@ def _controls(found: Sequence[dict[str, Any]] | None) -> str:
         f"{promised}; a claim of several has one verdict and no promise. Intervals account for "
         "cells that draws share; at a share of 0 % or 100 % they are the exact binomial "
         "(Clopper–Pearson) ones, with the number of disjoint draws of one arm as the number of "
-        "trials, because all arms have the same seeds. A dash: no claim asks that test of that "
-        "metric. The two sides of a comparison have "
-        "different prompts and samples, so that their differences vary more than those of paired "
-        "arms: the last column, how often *matches* would be supported, is the power for a true "
-        "match without pairing. An arm differs from itself in no problem, two arms may: of other "
-        "problems, comparisons of two arms can be wrong more often.\n\n" + "\n\n".join(parts)
+        "trials (that of a table over all arms, divided by their number): all arms have the same "
+        "seeds. They are far wider than those of a share just above 0 %, of which it is known how "
+        "much it varies with the cells. Metrics are mean@8, pass@8 and entropy. A dash: no claim "
+        "asks that test of that metric. The two sides of a comparison have different prompts "
+        "and samples, so that their differences vary more than those of paired arms: the last "
+        "column, how often *matches* would be supported, is the power for a true match without "
+        "pairing. An arm differs from itself in no problem, two arms may: of other problems, "
+        "comparisons of two arms can be wrong more often.\n\n" + "\n\n".join(parts)
     )
 
 

@@ -83,8 +83,8 @@ completions each at temperature 1, and has {seeds}.
   alone, by Soft-AND, and with TA-OPD's usefulness; **extreme_advantage** keeps a token at each end.
 * **Intervals** are 95 %: the wider, on either side, of a bootstrap over seeds and problems at once
   and Student's t over the means of seeds; for correlations the wider of a bootstrap over seeds and,
-  within them, tokens, and of Student's t over the seeds' correlations. Differences are paired by
-  seed and problem.
+  within them, tokens, and of Student's t over the seeds' correlations, moved to the correlation of
+  all tokens and cut at what is possible. Differences are paired by seed and problem.
 
 A comparison is *supported* or *contradicted* by one of four tests: **beats** (interval above or
 below 0), **matches** (interval above −2 points, or wholly below), **nearly** (at most 2 points

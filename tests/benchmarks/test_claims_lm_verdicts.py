@@ -54,7 +54,8 @@ def test_nothing_matches_where_all_tokens_gain_nothing() -> None:
 
 
 def test_the_page_names_contradictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {"F1": {"coins": "supported"}, "D1": {"coins": "supported"}, "T1": {"coins": "x"}}
+    sampled = {"coins, sampled loss": "supported"}
+    there = {"F1": sampled, "D1": sampled, "T1": {"coins": "x"}}
     monkeypatch.setattr(claims_lm_published, "embedded", lambda: there)
     judged = {"s, sampled loss": judge(tables(records(start=0.1, gap_20=0.5, stored=0.3))[0])}
     lines = claims_lm_published.against(judged).splitlines()
@@ -75,11 +76,12 @@ def test_the_page_names_contradictions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_words_for_verdicts_that_differ() -> None:
     yes, no, undecided = "supported", "contradicted here", "not supported"
 
-    def words(exact: str, sampled: str, *there: str, name: str = "F1") -> str:
+    def words(exact: str, sampled: str, *there: str, name: str = "O1", loss: str = "") -> str:
         here = {"s, exact loss (cpu)": exact, "s, sampled loss (cpu)": sampled}
-        return claims_lm_published.in_words(name, here, dict(enumerate(there)))  # type: ignore[arg-type]
+        places = {f"place {number}{loss}": verdict for number, verdict in enumerate(there)}
+        return claims_lm_published.in_words(name, here, places)
 
-    assert claims_lm_published.in_words("F1", {}, {"a": yes}) == "not run here"
+    assert claims_lm_published.in_words("O1", {}, {"a": yes}) == "not run here"
     assert words(yes, undecided, yes) == (
         "agrees with the paper with the exact loss; agrees with the embedded tasks"
     )
@@ -98,6 +100,10 @@ def test_words_for_verdicts_that_differ() -> None:
         "decide it"
     )
     assert "in some settings" in words(yes, undecided, yes, no)
+    assert words(yes, undecided, yes, loss=", sampled loss").endswith(
+        "; the embedded tasks decide it with the other loss alone"
+    )
+    assert words(no, yes, yes, loss=", sampled loss").endswith("; agrees with the embedded tasks")
     assert words(yes, no) == (
         "agrees with the paper with the exact loss and **differs from the paper** with the sampled "
         "loss"

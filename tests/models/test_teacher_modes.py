@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny import tiny_config
 from tiny_runs import (
@@ -98,25 +99,82 @@ def test_a_reloaded_teacher_leaves_no_mapped_file_behind(tiny_models: Path, tmp_
     assert len(read) == 2
 
 
-def test_an_offloaded_teacher_is_not_copied_back_from_the_device(tiny_models: Path) -> None:
-    """The device here has no numbers: a weight that were copied from it would be an error."""
+@pytest.mark.parametrize("has_new_weights", [False, True], ids=["as CUDA", "meta"])
+def test_an_offloaded_teacher_is_not_copied_back_from_the_device(
+    has_new_weights: bool, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A move to CUDA gives the same parameters other numbers; one to meta makes new parameters.
+
+    A device without numbers would make a copy from it an error.
+    """
     model = load_model(str(tiny_models / "teacher"))
     model.lm_head.weight = model.model.embed_tokens.weight  # tied
+    teacher = Teacher(model, 20, "meta", "offload")
     before = dict(model.state_dict(keep_vars=True))
     assert before["lm_head.weight"] is before["model.embed_tokens.weight"]
     tables = dict(model.named_buffers())
     assert tables  # such as the frequencies of rotary embeddings
     numbers = {name: (t.data_ptr(), t.detach().clone()) for name, t in before.items()}
-    teacher = Teacher(model, 20, "meta", "offload")
+    if not has_new_weights:
+        to = model.to
+        monkeypatch.setattr(model, "to", lambda d: to(d) if d == "cpu" else model._apply(_copy))
     for _ in range(2):
         with teacher.on_device():
-            assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+            head = model.get_output_embeddings().weight.detach()
+            assert all(value is not tables[name] for name, value in model.named_buffers())
+            for name, weight in model.state_dict(keep_vars=True).items():
+                assert weight.is_meta or weight.data_ptr() != numbers[name][0]
+                assert (weight is before[name]) != has_new_weights
         for name, weight in model.state_dict(keep_vars=True).items():
             place, values = numbers[name]
             assert weight is before[name]
             assert weight.data_ptr() == place
             assert torch.equal(weight, values)
         assert all(value is tables[name] for name, value in model.named_buffers())
+        assert head.is_meta or torch.equal(head, numbers["lm_head.weight"][1])
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone()
+
+
+def test_what_a_model_changes_in_its_buffers_stays_changed() -> None:
+    """Frequencies for longer sequences take the place of others, and the module notes it."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+    settings = LlamaConfig(
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        rope_parameters=rope,
+    )
+    models = [LlamaForCausalLM(settings) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    short, long = (
+        collate([Rollout(Prompt("p", ""), 0, (1,) * n, (4, 5), False, (0.0, 0.0), "")], 0)
+        for n in (4, 40)
+    )
+    resident, offload = (
+        Teacher(model, 20, mode=mode)
+        for model, mode in zip(models, ("resident", "offload"), strict=True)
+    )
+    for batch in (short, long, long, short, long):
+        found = []
+        for teacher in (resident, offload):
+            with teacher.on_device():
+                found.append(teacher.forward(batch).hidden)
+        assert torch.equal(*found)
+
+
+def test_a_table_that_was_made_on_the_device_comes_to_main_memory(tiny_models: Path) -> None:
+    model = load_model(str(tiny_models / "teacher"))
+    teacher = Teacher(model, 20, "meta", "offload")
+    table = torch.zeros(2, device="meta")
+    with pytest.raises(NotImplementedError, match="meta"), teacher.on_device():
+        model.register_buffer("table", table)  # meta has no numbers to copy back
 
 
 def test_an_offloaded_teacher_that_does_not_fit_stays_in_main_memory(
@@ -125,10 +183,27 @@ def test_an_offloaded_teacher_that_does_not_fit_stays_in_main_memory(
     model = load_model(str(tiny_models / "teacher"))
     teacher = Teacher(model, 20, "meta", "offload")
     layer = model.model.layers[1]
-    monkeypatch.setattr(layer, "_apply", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    apply = layer._apply
+
+    def refuse(*_: object, **__: object) -> None:
+        monkeypatch.setattr(layer, "_apply", apply)
+        raise MemoryError
+
+    monkeypatch.setattr(layer, "_apply", refuse)
     with pytest.raises(MemoryError), teacher.on_device():
         pass
     assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+
+
+def test_an_offloaded_teacher_holds_no_file_that_others_could_change(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"  # what other tests have mapped is in another
+    shutil.copytree(tiny_models / "teacher", folder)
+    teacher = Teacher(load_model(str(folder)), 20, "meta", "offload")
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert teacher.model.lm_head.weight.any()
 
 
 def test_a_quantized_teacher_moves_with_what_lies_beside_its_weights(tiny_models: Path) -> None:

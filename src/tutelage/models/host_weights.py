@@ -1,40 +1,57 @@
-"""Weights of a frozen model that stay in main memory while a device computes with a copy."""
+"""A frozen model on a device, whose weights stay in main memory meanwhile."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor, nn
 
 
-class HostWeights:
-    """What a model has in main memory, to be taken up again when it leaves a device.
+@contextmanager
+def copied_to(model: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """The model on a device inside; afterwards it has the weights in main memory again.
 
-    ``model.to("cpu")`` copies every weight from the device to new memory. A frozen model has the
-    same numbers there already, perhaps in a mapped file.
+    ``model.to("cpu")`` would copy from the device what is in main memory already. What the model
+    itself put in place of a buffer inside, such as frequencies for longer sequences, is moved.
+
+    Args:
+        model: frozen, in main memory, with `has_plain_weights`.
+        device: where it computes.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        """Hold the weights and buffers of a model that is in main memory, without a copy."""
-        modules = list(model.modules())
-        self._weights: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = [
-            (module, name, weight, weight.data)
-            for module in modules
-            for name, weight in module.named_parameters(recurse=False)
-        ]
-        self._buffers: list[tuple[nn.Module, str, Tensor]] = [
-            (module, name, value)
-            for module in modules
-            for name, value in module.named_buffers(recurse=False)
-        ]
-
-    def restore(self) -> None:
-        """Give them back to the model; its copies on a device are freed."""
-        for module, name, weight, value in self._weights:
+    modules = list(model.modules())
+    weights: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = [
+        (module, name, weight, weight.data)
+        for module in modules
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    buffers = [
+        (module, name, value)
+        for module in modules
+        for name, value in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    copies: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
+    try:
+        model.to(device)
+        copies = [(module, name, value, module._buffers[name]) for module, name, value in buffers]
+        yield
+    finally:
+        for module, name, weight, value in weights:
             weight.data = value
             module._parameters[name] = weight  # a move may have put another in its place
-        for module, name, value in self._buffers:
-            module._buffers[name] = value
+        for module, name, value, copy in copies:
+            if module._buffers.get(name) is copy:
+                module._buffers[name] = value
+        model.to("cpu")  # the rest
 
 
 def has_plain_weights(model: nn.Module) -> bool:
     """Whether each weight is one tensor; a quantized one has scales beside it."""
     return all(type(weight) is nn.Parameter for weight in model.parameters())
+
+
+def read_into_memory(model: nn.Module) -> None:
+    """Copy weights that a mapped file may hold, which others could change, to memory."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()

@@ -18,7 +18,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import RunError
 from tutelage.models.device import give_back
 from tutelage.models.head import head, hidden_rows
-from tutelage.models.host_weights import HostWeights, has_plain_weights
+from tutelage.models.host_weights import copied_to, has_plain_weights, read_into_memory
 from tutelage.models.offload import MappedFile
 from tutelage.models.teacher_shards import TeacherShards, held_bytes
 
@@ -123,6 +123,8 @@ class Teacher:
         """Bytes of the weights that this process has of the teacher."""
         if mode != "resident" and shards is None:
             model.to("cpu")
+        if mode == "offload" and self.device.type != "cpu" and has_plain_weights(model):
+            read_into_memory(model)
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that was loaded, frozen, where it computes."""
@@ -158,26 +160,32 @@ class Teacher:
         self._head = None
         if self._model is None and self._load is not None:
             self._model = self._placed(self._load())
-        is_kept = self.mode == "offload" and has_plain_weights(self.model)
-        host_weights = HostWeights(self.model) if is_kept else None
         self.store.empty()
         self._on_device_bytes = 0
         try:
-            if self.mode != "resident" and not self.is_sharded:
-                self.model.to(self.device)
-            yield
+            with self._moved():
+                yield
         finally:
             self._head = None
-            self._rest(host_weights)
+            if self.mode == "reload":
+                self._model = None
+                give_back()
 
-    def _rest(self, host_weights: HostWeights | None) -> None:
-        if host_weights is not None:
-            host_weights.restore()
-        elif self.mode == "offload":
-            self.model.to("cpu")
-        elif self.mode == "reload":
-            self._model = None
-            give_back()
+    @contextmanager
+    def _moved(self) -> Iterator[None]:
+        """The model on its device inside; one that is offloaded is in main memory afterwards."""
+        if self.mode == "resident" or self.is_sharded:
+            yield
+        elif self.mode == "offload" and has_plain_weights(self.model):
+            with copied_to(self.model, self.device):
+                yield
+        else:
+            self.model.to(self.device)
+            try:
+                yield
+            finally:
+                if self.mode == "offload":
+                    self.model.to("cpu")
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> LazyLogits:
