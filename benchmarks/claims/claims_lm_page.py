@@ -145,13 +145,15 @@ def _undecided(judged: dict[str, Any]) -> str:
 
 
 def _verdict(one: dict[str, Any]) -> str:
-    if one["verdict"]:
-        undecided = ("not supported", "cannot tell")
-        readings = {c["reading"] for c in one["comparisons"] if c["verdict"] in undecided}
+    undecided = ("not supported", "cannot tell")
+    if one["verdict"] in undecided:
         parts = {c["verdict"] for c in one["comparisons"]}
-        if one["verdict"] in undecided and "contradicted here" in parts:
+        readings = {c["reading"] for c in one["comparisons"] if c["verdict"] in undecided}
+        if "contradicted here" in parts:
             readings.add("a part contradicted")
-        return f"**{one['verdict']}**" + (f" ({', '.join(sorted(readings))})" if readings else "")
+        return f"**{one['verdict']}** ({', '.join(sorted(readings))})"
+    if one["verdict"]:
+        return f"**{one['verdict']}**"
     seeds = min((c["num_seeds"] for c in one["comparisons"]), default=0)
     return f"not judged ({seeds} seeds)" if seeds else "not run"
 

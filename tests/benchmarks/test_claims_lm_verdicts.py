@@ -10,7 +10,7 @@ from scipy import stats
 import claims_lm_published
 import claims_lm_rules
 from claims_lm_design import Cell
-from claims_lm_page import page
+from claims_lm_page import _verdict, page
 from claims_lm_table import (
     controls,
     detectable,
@@ -110,6 +110,21 @@ def test_words_for_verdicts_that_differ() -> None:
     )
     assert words(yes, undecided, name="D5") == "decided here; no paper says it in this form"
     assert words(undecided, undecided, name="D5") == "undecided here"
+
+
+def test_only_an_undecided_verdict_says_why() -> None:
+    def cell(verdict: str | None, *parts: tuple[str, str]) -> str:
+        comparisons = [{"verdict": v, "reading": why, "num_seeds": 6} for v, why in parts]
+        return _verdict({"verdict": verdict, "comparisons": comparisons})
+
+    no, noisy = ("contradicted here", "decided"), ("not supported", "too noisy to say")
+    yes = ("supported", "decided")
+    assert cell("contradicted here", no, noisy) == "**contradicted here**"
+    assert cell("supported", yes) == "**supported**"
+    assert cell("not supported", noisy) == "**not supported** (too noisy to say)"
+    assert cell("not supported", yes, no) == "**not supported** (a part contradicted)"
+    assert cell(None, noisy) == "not judged (6 seeds)"
+    assert cell(None) == "not run"
 
 
 def test_the_page_says_what_is_missing() -> None:
