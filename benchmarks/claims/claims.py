@@ -356,7 +356,8 @@ def main() -> None:
             print(f"learning rates: {rates}")
             say_estimate(cells(design, rates), design)
             complete(cells(design, rates), path, arguments.workers)
-        publish(finished(path), design)
+            records = finished(path)
+        publish(records, design)
     make_page(design)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from claims_lm_design import SCALES, Scale, cells, tuning_cells
+from claims_lm_design import SCALES, Scale, cell_of, cells, tuning_cells
 from claims_lm_provenance import CONTINUE, pairs, provenance
 from claims_lm_published import against
 from claims_lm_rules import ARMS, CLAIMS, METRICS, TUNED
@@ -80,12 +80,11 @@ def _missing(results: dict[str, Any]) -> str:
         scale = SCALES[name]
         rates = rates_of(tuned(records, place))
         mine = [r for r in records if place_of(r) == place]
-        there = {(r["kind"], r["loss"], r["arm"], r["seed"], r["rate"]) for r in mine}
+        there = set(map(cell_of, mine))
         planned = [*tuning_cells(scale, task), *cells(scale, task, rates)]
-        lost = [c for c in planned if (c.kind, c.loss, c.arm, c.seed, c.rate) not in there]
+        lost = [cell for cell in planned if cell not in there]
         text = f"* {task} ({name}, {device}): {len(planned) - len(lost)} of {len(planned)} cells."
-        counted = {(c.kind, c.loss, c.arm, c.seed, c.rate) for c in planned}
-        if more := sum(cell[1] in rates for cell in there - counted):
+        if more := sum(cell.loss in rates for cell in there.difference(planned)):
             text += f" {more} more are in no table: their rate is no longer the chosen one."
         if lost:
             arms = Counter(f"{c.loss} {c.arm}" if c.kind == "arm" else "tuning" for c in lost)

@@ -55,11 +55,11 @@ def mean_interval(values: Tensor, level: float = LEVEL) -> Interval:
     return Interval(found.value, low, high, level)
 
 
-def within(share: Interval) -> Interval:
-    """The interval of a share, cut to [0, 1]; one without bounds stays so."""
-    if not math.isfinite(share.low):
-        return share
-    return replace(share, low=max(share.low, 0.0), high=min(share.high, 1.0))
+def within(found: Interval, least: float = 0.0, most: float = 1.0) -> Interval:
+    """An interval cut to possible values, those of a share; one without bounds stays so."""
+    if not math.isfinite(found.low):
+        return found
+    return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
 def _bootstrap(values: Tensor, level: float = LEVEL) -> Interval:
@@ -149,7 +149,7 @@ def correlation_intervals(
         found = _percentiles(value, drawn, _stretch(num_seeds))
         if num_seeds > 1:
             found = _at_least(found, _t_interval(seeds))
-        return replace(found, low=max(found.low, -most), high=min(found.high, most))
+        return within(found, -most, most)
 
     return (
         {rule: interval(whole[rule], table[rule], of_seeds[rule], 1.0) for rule in columns},
